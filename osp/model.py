@@ -1,0 +1,236 @@
+"""The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, untied head, no biases.
+
+Names of modules and config keys are Hugging Face's, so that export renames nothing; `embed_proj` and `head_proj` are
+OSP's learnable projections and are absorbed at export.
+
+Weights stay fp32. Each layer casts its weight to the dtype of its input at the matmul, and the embedding sets that
+dtype (`Transformer.compute_dtype`), so bf16 training needs neither autocast nor a second copy of the weights.
+
+B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from osp.attention import apply_rotary, causal_attention, document_mask, rotary_table
+from osp.config import ModelConfig, Role, check_model
+from osp.loss import linear_cross_entropy
+from osp.norms import BHyT, Norm, block_norm, final_norm
+
+__all__ = ["Linear", "ModelConfig", "Transformer", "count_parameters", "flops_per_token"]
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias, W (out, in) cast to the dtype of x."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.kv_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.kv_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask)
+        return self.o_proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the two norms may share a statistic (see osp.norms)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = block_norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = block_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        h, carry = self.input_layernorm(x, return_carry=True)
+        x = x + self.self_attn(h, cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x, carry))
+
+
+class Embedding(nn.Module):
+    """Rows of W (V, D); the lookup itself stays in the dtype of W."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.weight)
+
+
+class Head(Linear):
+    """The unembedding; with targets it returns the summed loss and the logits never exist whole."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x.flatten(0, -2), self.weight, targets.flatten(), chunk_tokens=chunk_tokens)
+
+
+class Transformer(nn.Module):
+    """`forward(input_ids) -> logits`, or with `targets` the summed cross-entropy in nats."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        check_model(config)
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.activation_checkpointing = False
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = final_norm(config)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
+        if config.embed_proj:
+            self.embed_proj = Linear(config.hidden_size, config.hidden_size)
+            self.head_proj = Linear(config.hidden_size, config.hidden_size)
+        else:
+            self.embed_proj = self.head_proj = nn.Identity()
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        chunk_tokens: int = 8192,
+    ) -> Tensor:
+        """Logits (B, T, V) in the compute dtype; with `targets` (B, T) the sum of their losses, fp32, 0-dim.
+
+        input_ids: (B, T). Targets equal to `osp.loss.IGNORE` count nothing. document_ids (B, T): a token attends only
+        inside its own document. chunk_tokens: rows of the logits that exist at a time.
+        """
+        mask = None if document_ids is None else document_mask(document_ids)
+        cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
+        x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask)
+        x = self.head_proj(self.norm(x))
+        return self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
+
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""
+        if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
+            positions = max(length, self.config.max_position_embeddings)
+            self._rotary = rotary_table(self.config.head_dim, positions, self.config.rope_theta, device)
+        cos, sin = self._rotary
+        return cos[:length], sin[:length]
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """The role of every parameter by name; the optimizer's groups and rules follow from it."""
+        modules: dict[str, Role] = {
+            "embed_tokens": "embedding",
+            "lm_head": "head",
+            "embed_proj": "embed_proj",
+            "head_proj": "embed_proj",
+        }
+        return {
+            name: modules.get(name.split(".")[0], "matrix" if parameter.ndim == 2 else "gain")
+            for name, parameter in self.named_parameters()
+        }
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialise every parameter and buffer: the only place that does.
+
+        Matrices, embedding and head are normal with standard deviation `initializer_range` (1/sqrt(D) by default);
+        EmbProj matrices are orthogonal; norms reset themselves. The values depend on the seed and the shapes alone:
+        they are drawn on the CPU, so every device and rank starts from the same model.
+        """
+        config = self.config
+        std = config.initializer_range or 1 / math.sqrt(config.hidden_size)
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | Embedding):
+                values = torch.empty(module.weight.shape)
+                if name in ("embed_proj", "head_proj"):
+                    nn.init.orthogonal_(values, generator=generator)
+                else:
+                    residual_output = config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
+                    scale = 1 / math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0
+                    values.normal_(0.0, std * scale, generator=generator)
+                module.weight.copy_(values)
+            elif isinstance(module, Norm):
+                module.reset_parameters()
+        self.refresh_norms()
+
+    @torch.no_grad()
+    def refresh_norms(self) -> None:
+        """Recompute what norms derive from weights (BHyT's attention gain). Needs whole weights: gather them first."""
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            norm, attention = layer.post_attention_layernorm, layer.self_attn
+            if isinstance(norm, BHyT):
+                norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=attention.head_dim)
+
+    @property
+    def has_norm_statistics(self) -> bool:
+        """Whether `refresh_norms` has anything to do."""
+        return any(isinstance(module, BHyT) for module in self.layers.modules())
+
+
+def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """An initialised `Transformer` on `device`; the memory is allocated once, there."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    return model
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by role, and their `total`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts: dict[str, int] = {}
+    roles = model.parameter_roles()
+    for name, parameter in model.named_parameters():
+        counts[roles[name]] = counts.get(roles[name], 0) + parameter.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating point operations of one training token, forward and backward: 6 N + 6 L T H K.
+
+    N counts the weights that multiply (all matrices and the head, not the embedding lookup nor gains); the second term
+    is causal attention: two products of T/2 keys on average in H heads of size K, counted 2 flops and three times.
+    """
+    counts = count_parameters(config)
+    weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", "head"))
+    attention = config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim
+    return 6 * weights + 6 * attention

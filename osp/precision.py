@@ -1,0 +1,25 @@
+"""Which number formats a device computes in natively: software bf16 is slower than fp32, so `auto` asks here."""
+
+import torch
+
+
+def native_bf16(device: torch.device | str) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware: CUDA from sm_80 on, CPUs with AMX or AVX512-BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+# Dense bf16 TFLOP/s by vendor datasheet; the key is a part of the device's name. The first match counts.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The dense bf16 peak of a GPU, TFLOP/s, that MFU is measured against; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
