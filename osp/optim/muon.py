@@ -1,0 +1,150 @@
+"""The mathematics of the update rules, free of optimizers and ranks.
+
+X: (..., m, n) matrices, m <= n after transposing.  S: singular values.  A = X X^T: (..., m, m), the Gram matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from osp.config import UserError
+from osp.precision import native_bf16
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Polynomials s -> a s + b s^3 + c s^5, one per step, the last one repeated; X starts as X / (margin |X| + eps)."""
+
+    triples: tuple[Triple, ...]
+    margin: float
+    eps: float
+    source: str
+
+
+COEFFICIENTS = {
+    "keller_jordan": Coefficients(
+        ((3.4445, -4.7750, 2.0315),), margin=1.0, eps=1e-8, source="Jordan et al. 2024; OSP's optimization.py"
+    ),
+    "polar_express": Coefficients(
+        (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        margin=1.02,
+        eps=1e-6,
+        source="Amsel et al. 2025, arXiv 2505.16932: optimal for 5 steps, 2% safety",
+    ),
+    "cubic": Coefficients(
+        ((1.5, -0.5, 0.0),), margin=1.0, eps=1e-8, source="Newton-Schulz for the polar factor, Higham 2008, eq. 8.20"
+    ),
+}
+
+
+@torch.no_grad()
+def newton_schulz(
+    x: Tensor,
+    steps: int = 5,
+    method: Literal["standard", "gram"] = "standard",
+    coefficients: str | Sequence[Triple] = "keller_jordan",
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """U p(S) V^T for x = U S V^T, in x.dtype: every singular value moves towards 1. x: (..., m, n)
+
+    p is the composition of `steps` polynomials (`COEFFICIENTS`, or explicit triples) after a division by the Frobenius
+    norm. `gram` gives the same result through (m, m) matrices only; see `_iterate_gram`.
+    dtype: of the matrix products; None: `newton_schulz_dtype` of x's device.
+    """
+    chosen = _coefficients(coefficients)
+    if method not in _METHODS:
+        raise UserError(f"unknown Newton-Schulz method {method!r}; choose from {sorted(_METHODS)}")
+    dtype = dtype or newton_schulz_dtype(x.device, method=method)
+    y = x.mT if x.shape[-2] > x.shape[-1] else x
+    if y.numel() == 0:
+        return x.clone()
+    # fp32: the sum of squares of a large matrix overflows fp16 and has no digits left in bf16
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = (y / (norm * chosen.margin + chosen.eps)).to(dtype)
+    triples = [chosen.triples[min(i, len(chosen.triples) - 1)] for i in range(steps)]
+    y = _METHODS[method](y.reshape(-1, *y.shape[-2:]), triples).view(y.shape)
+    return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
+
+
+def newton_schulz_dtype(
+    device: torch.device, *, method: str = "standard", choice: Literal["auto", "bf16", "fp32"] = "auto"
+) -> torch.dtype:
+    """The dtype of Newton-Schulz's matrix products: bf16 where it is native, else fp32.
+
+    `gram` needs small eigenvalues of A to survive rounding: it takes fp16, with three more bits, wherever bf16 would be
+    used (entries stay below a thousand, far from fp16's limit).
+    """
+    if choice == "fp32" or (choice == "auto" and not native_bf16(device)):
+        return torch.float32
+    return torch.float16 if method == "gram" else torch.bfloat16
+
+
+def update_scale(shape: Sequence[int]) -> float:
+    """0.2 sqrt(max(shape)): an orthogonal matrix, or a unit vector, so scaled has entries of RMS 0.2, as AdamW's."""
+    return 0.2 * max(shape) ** 0.5
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """x / (|x| + 1e-8) over the last axis: OSP's rule for 1-D parameters. x: (..., d)"""
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-8)
+
+
+def _iterate(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, once per triple. x: (K, m, n)"""
+    for a, b, c in triples:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+_RESTART = 3  # steps between fresh Gram matrices
+
+
+def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """The same as `_iterate` with products of (m, m) matrices: Z = a I + b A + c A^2, Q <- Z Q, A <- Z A Z, X <- Q X.
+
+    Rounding gives A negative eigenvalues that the iteration would amplify, so A is computed afresh from Q X every
+    `_RESTART` steps (Gram Newton-Schulz, Dao et al. 2026). Each restart costs two products with X, so matrices that are
+    nearly square take `_iterate`, which then has fewer flops.
+    """
+    m, n = x.shape[-2:]
+    parts = [triples[i : i + _RESTART] for i in range(0, len(triples), _RESTART)]
+    # in m^3: a part costs X X^T and Q X, and A^2, Z A, (Z A) Z, Z Q except for what its first and last step can skip
+    gram_flops = sum(2 * n / m + 4 * len(part) - 3 for part in parts)
+    if gram_flops >= len(triples) * (2 * n / m + 1):
+        return _iterate(x, triples)
+    for part in parts:
+        gram = torch.bmm(x, x.mT)
+        product = None
+        for step, (a, b, c) in enumerate(part):
+            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = z if product is None else torch.bmm(z, product)
+            if step < len(part) - 1:
+                gram = torch.bmm(torch.bmm(z, gram), z)
+        if product is not None:
+            x = torch.bmm(product, x)
+    return x
+
+
+_METHODS = {"standard": _iterate, "gram": _iterate_gram}
+
+
+def _coefficients(choice: str | Sequence[Triple]) -> Coefficients:
+    if not isinstance(choice, str):
+        return Coefficients(tuple(choice), margin=1.0, eps=1e-8, source="the caller")
+    if choice not in COEFFICIENTS:
+        raise UserError(f"unknown Newton-Schulz coefficients {choice!r}; choose from {sorted(COEFFICIENTS)}")
+    return COEFFICIENTS[choice]

@@ -1,0 +1,48 @@
+"""The learning rate as a pure function of the step, so that resuming needs nothing but the step."""
+
+import math
+from collections.abc import Callable
+
+from osp.config import ScheduleConfig, UserError, length_in_steps
+
+
+def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> Callable[[int], float]:
+    """`factor(step)`: learning rate over peak rate of the step with this index, counted from 0.
+
+    trapezoid: linear warm-up, flat, linear decay.  cosine: linear warm-up, then half a cosine.  constant: linear
+    warm-up, flat. A decay arrives at `final_ratio` right after the last step, and the first of n steps of a warm-up
+    runs at 1/n: with a rate of 0 a step would be wasted.
+    """
+    if config.name not in ("trapezoid", "cosine", "constant"):
+        raise UserError(f"schedule.name={config.name!r}; choose from trapezoid, cosine, constant")
+    warmup = length_in_steps("schedule.warmup", config.warmup, tokens_per_step=tokens_per_step, total_steps=total_steps)
+    decay = 0
+    if config.name == "trapezoid":
+        decay = length_in_steps(
+            "schedule.decay", config.decay, tokens_per_step=tokens_per_step, total_steps=total_steps
+        )
+    if _percent(config.warmup) + _percent(config.decay) <= 100:
+        decay = min(decay, total_steps - warmup)  # both were rounded up; in a run of a few steps that can overlap
+    if warmup + decay > total_steps:
+        raise UserError(
+            f"schedule.warmup={config.warmup!r} ({warmup} steps) and schedule.decay={config.decay!r} ({decay} steps) "
+            f"exceed the run's {total_steps} steps; shorten one of them"
+        )
+
+    def factor(step: int) -> float:
+        step = min(step, total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.name == "constant":
+            return 1.0
+        length = decay if config.name == "trapezoid" else total_steps - warmup
+        done = max(0, step - (total_steps - length)) / max(1, length)  # of the way down, 1 after the last step
+        fall = done if config.name == "trapezoid" else (1 - math.cos(math.pi * done)) / 2
+        return 1 - (1 - config.final_ratio) * fall
+
+    return factor
+
+
+def _percent(length: str | int) -> float:
+    """The percentage a length is written as, else infinity."""
+    return float(length[:-1]) if isinstance(length, str) and length.endswith("%") else math.inf

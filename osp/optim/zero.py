@@ -1,0 +1,181 @@
+"""Which flat interval of which rank is which part of which parameter, and the exchange that makes parameters whole.
+
+ZeRO hands the optimizer one flat tensor per rank and parameter group. `interval_table` is the only knowledge of
+DeepSpeed's layout in the project: the optimizer finds its matrices by it and checkpoints find parameters by name.
+K parameters in the group, W ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Elements of whole parameters that a rank works on at a time: bounds the workspace of exchange and Newton-Schulz
+# (fp32 update + a few copies of it in Newton-Schulz's dtype) however large the group is.
+WORKSPACE = 2**27
+
+
+class Interval(NamedTuple):
+    """Elements [start, stop) of flattened parameter `index` stand at `offset` and on in a rank's flat tensor."""
+
+    index: int
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def place(self) -> slice:
+        return slice(self.offset, self.offset + self.size)
+
+
+def flat_size(numels: Sequence[int], *, world_size: int, stage: int) -> int:
+    """Elements of the flat tensor that every rank holds for a group, DeepSpeed's padding included."""
+    if stage == 3:
+        return sum(-(-numel // world_size) for numel in numels)
+    alignment = 2 * world_size  # stage_1_and_2.py: nccl_start_alignment_factor
+    return -(-sum(numels) // alignment) * 2
+
+
+def interval_table(numels: Sequence[int], *, world_size: int, stage: int) -> list[list[Interval]]:
+    """The intervals of each rank, in the order of its flat tensor; every element of every parameter occurs once.
+
+    Stages 1 and 2: the group is concatenated, padded at its end, and cut into W equal pieces.
+    Stage 3: every parameter is cut into W chunks of ceil(numel / W), the last ones short or empty; a rank's flat tensor
+    holds its chunk of each parameter, short chunks padded.
+    """
+    table: list[list[Interval]] = [[] for _ in range(world_size)]
+    piece = flat_size(numels, world_size=world_size, stage=stage)
+    begin = 0  # of the parameter: in the concatenation (stages 1, 2), in the flat tensor of each rank (stage 3)
+    for index, numel in enumerate(numels):
+        chunk = -(-numel // world_size)
+        for rank in range(world_size):
+            if stage == 3:
+                start, stop, offset = rank * chunk, min((rank + 1) * chunk, numel), begin
+            else:
+                start = max(rank * piece - begin, 0)
+                stop, offset = min((rank + 1) * piece - begin, numel), begin + start - rank * piece
+            if start < stop:
+                table[rank].append(Interval(index, start, stop, offset))
+        begin += chunk if stage == 3 else numel
+    return table
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some parameters of equal shape that are made whole, updated and sent back together, as one rank sees it.
+
+    local: the range of this rank's flat tensor they lie in. held: its parts, by owner; places relative to `local`.
+    owned: the parts that make up the parameters this rank owns, by sender; `index` counts owned parameters.
+    sends, receives: elements per rank; None where every rank holds whole parameters and nothing has to move.
+    """
+
+    local: slice
+    held: tuple[Interval, ...]
+    owned: tuple[Interval, ...]
+    num_owned: int
+    numel: int
+    sends: list[int] | None
+    receives: list[int] | None
+
+    def collect(self, values: Tensor) -> Tensor:
+        """(num_owned, numel): the whole parameters this rank owns. values: this rank's `local` part of a flat tensor"""
+        if self.sends is None or self.receives is None:
+            return values[: self.num_owned * self.numel].view(self.num_owned, self.numel)
+        received = _all_to_all(_pack(values, self.held), sends=self.sends, receives=self.receives)
+        targets = [iv.index * self.numel + iv.start for iv in self.owned]
+        return _unpack(received, self.owned, targets, self.num_owned * self.numel).view(self.num_owned, self.numel)
+
+    def distribute(self, whole: Tensor) -> Tensor:
+        """The inverse of `collect`: the `local` part, zero in the padding. whole: (num_owned, numel)"""
+        size = self.local.stop - self.local.start
+        if self.sends is None or self.receives is None:
+            return whole.reshape(-1)
+        parts = [Interval(0, 0, iv.size, iv.index * self.numel + iv.start) for iv in self.owned]
+        received = _all_to_all(_pack(whole.reshape(-1), parts), sends=self.receives, receives=self.sends)
+        return _unpack(received, self.held, [iv.offset for iv in self.held], size)
+
+
+def batches(
+    numel: int, count: int, *, world_size: int, rank: int, stage: int, workspace: int = WORKSPACE
+) -> list[Batch]:
+    """The work of one rank on a group of `count` parameters of `numel` elements.
+
+    Where the pieces of ZeRO are whole parameters each rank works on its own, in views. Elsewhere parameter k of a batch
+    of K belongs to rank k*W//K; all ranks then go through the same batches, because each is a collective.
+    """
+    table = interval_table([numel] * count, world_size=world_size, stage=stage)
+    if all(iv.size == numel for intervals in table for iv in intervals):
+        mine, size = table[rank], max(1, workspace // numel)
+        return [_whole_batch(mine[i : i + size], numel) for i in range(0, len(mine), size)]
+    size = max(1, workspace // numel) * world_size
+    return [
+        _exchange_batch(table, range(first, min(first + size, count)), numel, rank=rank)
+        for first in range(0, count, size)
+    ]
+
+
+def _whole_batch(intervals: list[Interval], numel: int) -> Batch:
+    first = intervals[0].offset
+    local = slice(first, first + len(intervals) * numel)
+    return Batch(local, held=(), owned=(), num_owned=len(intervals), numel=numel, sends=None, receives=None)
+
+
+def _exchange_batch(table: list[list[Interval]], parameters: range, numel: int, *, rank: int) -> Batch:
+    world_size = len(table)
+    owners = {k: i * world_size // len(parameters) for i, k in enumerate(parameters)}
+    held = [iv for iv in table[rank] if iv.index in owners]
+    begin, end = (held[0].place.start, held[-1].place.stop) if held else (0, 0)
+    mine = [k for k in parameters if owners[k] == rank]
+    owned = [[iv for iv in intervals if owners.get(iv.index) == rank] for intervals in table]
+    return Batch(
+        local=slice(begin, end),
+        held=tuple(iv._replace(offset=iv.offset - begin) for iv in held),
+        owned=tuple(iv._replace(index=iv.index - mine[0]) for intervals in owned for iv in intervals),
+        num_owned=len(mine),
+        numel=numel,
+        sends=[sum(iv.size for iv in held if owners[iv.index] == r) for r in range(world_size)],
+        receives=[sum(iv.size for iv in intervals) for intervals in owned],
+    )
+
+
+def _all_to_all(values: Tensor, *, sends: list[int], receives: list[int]) -> Tensor:
+    """What all ranks sent to this one, by sender; uneven and empty parts allowed. Works on gloo and NCCL."""
+    received = values.new_empty(sum(receives))
+    dist.all_to_all_single(received, values, output_split_sizes=receives, input_split_sizes=sends)
+    return received
+
+
+def _pack(values: Tensor, parts: Sequence[Interval]) -> Tensor:
+    """The parts of `values` one after the other; `values` itself where that is what it is already."""
+    if _consecutive([iv.offset for iv in parts], parts, values.numel()):
+        return values.contiguous()
+    return torch.cat([values[iv.place] for iv in parts]) if parts else values.new_empty(0)
+
+
+def _unpack(values: Tensor, parts: Sequence[Interval], targets: Sequence[int], size: int) -> Tensor:
+    """A tensor of `size` elements with the consecutive parts of `values` at `targets`, zero elsewhere."""
+    if _consecutive(targets, parts, size):
+        return values
+    result = values.new_zeros(size)
+    position = 0
+    for iv, target in zip(parts, targets, strict=True):
+        result[target : target + iv.size] = values[position : position + iv.size]
+        position += iv.size
+    return result
+
+
+def _consecutive(offsets: Sequence[int], parts: Sequence[Interval], size: int) -> bool:
+    """Whether parts at these offsets tile [0, size) in order."""
+    position = 0
+    for offset, part in zip(offsets, parts, strict=True):
+        if offset != position:
+            return False
+        position += part.size
+    return position == size

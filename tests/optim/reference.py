@@ -1,0 +1,118 @@
+"""A small model with one parameter of every kind, and the paper's optimizer as a plain loop in one process.
+
+Written from papers.md section 1.4 without anything of `osp.optim`: an oracle for the partitioned optimizer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCAB, HIDDEN, WIDE, ODD = 11, 8, 24, (5, 7)
+ROWS, TOKENS = 16, 6
+
+
+class Weight(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if self.weight.ndim == 2 else x * self.weight
+
+
+class Block(nn.Module):
+    """A square matrix, a vector gain, a scalar gain and a matrix whose number of elements is odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.gain, self.scale, self.odd = Weight(HIDDEN, HIDDEN), Weight(HIDDEN), Weight(1), Weight(*ODD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.square(self.gain(x)))
+        return x + F.pad(self.odd(self.scale(x)[..., : ODD[1]]), (0, HIDDEN - ODD[0]))
+
+
+class Model(nn.Module):
+    """5 square, 5 odd, 2 tall, 1 wide matrix: counts that 2 and 4 ranks do not divide, and fewer than 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.blocks = nn.ModuleList([Block() for _ in range(5)])
+        self.up, self.gate, self.down = Weight(WIDE, HIDDEN), Weight(WIDE, HIDDEN), Weight(HIDDEN, WIDE)
+        self.head = Weight(VOCAB, HIDDEN)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.4 if parameter.ndim == 2 else 1 + 0.1 * noise)
+
+    def parameter_roles(self) -> dict[str, str]:
+        kinds = {"embedding": "embedding", "head": "head"}
+        return {
+            name: kinds.get(name.split(".")[0], "matrix" if parameter.ndim == 2 else "gain")
+            for name, parameter in self.named_parameters()
+        }
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Sum of the token losses; label -100 does not count. ids: (B, 2, T), inputs and labels"""
+        x = self.embedding(ids[:, 0])
+        for block in self.blocks:
+            x = block(x)
+        x = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1].flatten(), reduction="sum", ignore_index=-100)
+
+
+def batch(step: int) -> tuple[Tensor, int]:
+    """The rows (ROWS, 2, T) of a step and their number of valid labels, which differs from row to row."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCAB, (ROWS, 2, TOKENS), generator=generator)
+    ids[:, 1][torch.rand(ROWS, TOKENS, generator=generator) < torch.linspace(0, 0.8, ROWS)[:, None]] = -100
+    return ids, int((ids[:, 1] >= 0).sum())
+
+
+def factor(step: int) -> float:
+    return 1.0 - 0.1 * step
+
+
+def train(*, steps: int, clip: float, lr: float, adam_lr: float, decay: float) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights by name and gradient norms after plain training."""
+    model, norms = Model(), []
+    state: dict[str, list[Tensor]] = {
+        name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()
+    }
+    roles = model.parameter_roles()
+    for step in range(steps):
+        ids, count = batch(step)
+        model.zero_grad()
+        (model(ids) / count).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt()))
+        shrink = min(1.0, clip / (norms[-1] + 1e-6)) if clip else 1.0
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                g = grads[name] * shrink
+                if roles[name] in ("matrix", "gain"):
+                    p -= lr * factor(step) * (osp_direction(g, state[name][0]) + decay * p)
+                else:
+                    p -= adam_lr * factor(step) * (adam_direction(g, state[name], step + 1) + decay * p)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, norms
+
+
+def osp_direction(g: Tensor, buf: Tensor) -> Tensor:
+    buf.copy_(g + 0.95 * buf)
+    u = g + 0.95 * buf
+    if u.ndim < 2:
+        return 0.2 * max(u.shape) ** 0.5 * u / (u.norm() + 1e-8)
+    x = u.T if u.shape[0] > u.shape[1] else u
+    x = x / (x.norm() + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return 0.2 * max(u.shape) ** 0.5 * (x.T if u.shape[0] > u.shape[1] else x)
+
+
+def adam_direction(g: Tensor, state: list[Tensor], step: int) -> Tensor:
+    state[0].copy_(0.9 * state[0] + 0.1 * g)
+    state[1].copy_(0.95 * state[1] + 0.05 * g * g)
+    return (state[0] / (1 - 0.9**step)) / ((state[1] / (1 - 0.95**step)).sqrt() + 1e-8)

@@ -1,0 +1,107 @@
+from dataclasses import replace
+from typing import cast
+
+import pytest
+import torch
+from torch import nn
+
+from osp.config import OptimizerConfig, UserError
+from osp.optim import build_groups, collect_roles, describe_groups
+from tests.optim.reference import Model
+
+CONFIG = OptimizerConfig(lr=1e-3, adam_lr=2e-3, weight_decay=0.1)
+
+
+def named_roles(model: Model) -> list[tuple[str, nn.Parameter, str | None]]:
+    return collect_roles(model.named_parameters(remove_duplicate=False), model.parameter_roles())
+
+
+def test_groups_are_role_and_shape_and_cover_every_parameter_once() -> None:
+    model = Model()
+    groups = build_groups(named_roles(model), CONFIG)
+    keys = [(g["role"], g["rule"], tuple(sorted(set(g["shapes"])))) for g in groups]
+    assert sorted(keys) == [
+        ("embedding", "adamw", ((11, 8),)),
+        ("gain", "normalized", ((1,),)),
+        ("gain", "normalized", ((8,),)),
+        ("head", "adamw", ((11, 8),)),
+        ("matrix", "muon", ((5, 7),)),
+        ("matrix", "muon", ((8, 8),)),
+        ("matrix", "muon", ((8, 24),)),
+        ("matrix", "muon", ((24, 8),)),
+    ]
+    named = dict(model.named_parameters())
+    listed = [(n, p) for g in groups for n, p in zip(g["names"], g["params"], strict=True)]
+    assert len(listed) == len(named)
+    assert all(named[n] is p for n, p in listed)
+    assert {g["base_lr"] for g in groups if g["rule"] == "adamw"} == {2e-3}
+    assert {g["base_lr"] for g in groups if g["rule"] != "adamw"} == {1e-3}
+
+
+def test_adamw_rate_defaults_to_the_rate() -> None:
+    groups = build_groups(named_roles(Model()), replace(CONFIG, adam_lr=None))
+    assert {g["base_lr"] for g in groups} == {1e-3}
+
+
+def test_roles_choose_rules() -> None:
+    model = Model()
+    everything = dict.fromkeys(CONFIG.rules, "adamw")
+    groups = build_groups(named_roles(model), replace(CONFIG, rules=everything))
+    assert {g["role"]: len(g["names"]) for g in groups} == {"embedding": 1, "matrix": 13, "gain": 10, "head": 1}
+    muon_all = CONFIG.rules | {"embedding": "muon", "head": "muon"}
+    groups = build_groups(named_roles(model), replace(CONFIG, rules=muon_all))
+    assert {g["rule"] for g in groups if g["role"] in ("embedding", "head")} == {"muon"}
+
+
+def test_parameter_without_role_is_refused() -> None:
+    model = Model()
+    roles = model.parameter_roles()
+    del roles["up.weight"]
+    with pytest.raises(UserError, match=r"'up.weight' has role None and so is in no group"):
+        build_groups(collect_roles(model.named_parameters(), roles), CONFIG)
+
+
+def test_unknown_role_and_unknown_name_are_refused() -> None:
+    model = Model()
+    with pytest.raises(UserError, match=r"'up.weight' has role 'matrices'.*choose from \['matrix'"):
+        build_groups(
+            collect_roles(model.named_parameters(), model.parameter_roles() | {"up.weight": "matrices"}), CONFIG
+        )
+    with pytest.raises(UserError, match=r"gives a role to 'nope'"):
+        collect_roles(model.named_parameters(), model.parameter_roles() | {"nope": "matrix"})
+
+
+def test_tied_parameter_is_refused() -> None:
+    model = Model()
+    model.head.weight = cast(nn.Parameter, model.embedding.weight)
+    with pytest.raises(UserError, match=r"'head.weight' is in two groups: it is also 'embedding.weight'"):
+        build_groups(named_roles(model), CONFIG)
+
+
+def test_unknown_and_unfit_rules_are_refused() -> None:
+    with pytest.raises(UserError, match=r"optimizer.rules.matrix='sgd'; choose from \['adamw', 'muon', 'normalized'\]"):
+        build_groups(named_roles(Model()), replace(CONFIG, rules=CONFIG.rules | {"matrix": "sgd"}))
+    with pytest.raises(UserError, match=r"rules.gain=muon: the rule needs 2-D parameters, 'blocks.0.gain.weight' is"):
+        build_groups(named_roles(Model()), replace(CONFIG, rules=CONFIG.rules | {"gain": "muon"}))
+    with pytest.raises(UserError, match=r"optimizer.rules.gain=None; choose"):
+        build_groups(named_roles(Model()), replace(CONFIG, rules={"matrix": "muon", "embedding": "adamw"}))
+    with pytest.raises(UserError, match=r"optimizer.ns_coefficients='x'; choose from"):
+        build_groups(named_roles(Model()), replace(CONFIG, ns_coefficients="x"))
+
+
+def test_table_has_a_line_per_group_with_its_numbers() -> None:
+    groups = build_groups(named_roles(Model()), CONFIG)
+    lines = describe_groups(groups).splitlines()
+    assert lines[0].split()[:4] == ["group", "count", "shape", "rule"]
+    assert len(lines) == 2 + len(groups)
+    (square,) = [line.split() for line in lines if " 8x8 " in line]
+    assert square[:5] == ["matrix", "5", "8x8", "muon", "0.001"]
+    assert square[-1] == "0.1"
+
+
+def test_groups_do_not_depend_on_values() -> None:
+    meta = Model().to("meta")
+    assert describe_groups(build_groups(named_roles(meta), CONFIG)) == describe_groups(
+        build_groups(named_roles(Model()), CONFIG)
+    )
+    assert torch.device("meta") == meta.up.weight.device

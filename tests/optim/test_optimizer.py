@@ -1,0 +1,165 @@
+"""The update rules one by one, on one process and without DeepSpeed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import osp.optim.optimizer as module
+from osp.config import OptimizerConfig
+from osp.optim import PartitionedOptimizer, build_groups
+from tests.optim.reference import osp_direction
+
+CONFIG = OptimizerConfig(lr=0.125, adam_lr=0.01, weight_decay=0.0, ns_dtype="fp32")
+
+
+def build(
+    parameters: dict[str, nn.Parameter], role: str, config: OptimizerConfig
+) -> tuple[PartitionedOptimizer, list[Tensor]]:
+    """An optimizer on flat copies of the parameters, as ZeRO would make them."""
+    groups = build_groups([(name, p, role) for name, p in parameters.items()], config)
+    flats = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
+    flats = [torch.cat([flat, flat.new_zeros(flat.numel() % 2)]) for flat in flats]
+    optimizer = PartitionedOptimizer(groups)
+    optimizer.bind(flats, stage=1)
+    for group, flat in zip(optimizer.param_groups, flats, strict=True):
+        group["params"] = [flat]
+    return optimizer, flats
+
+
+def step(optimizer: PartitionedOptimizer, flats: list[Tensor], grads: dict[str, Tensor], number: int) -> None:
+    for group, flat in zip(optimizer.param_groups, flats, strict=True):
+        values = torch.cat([grads[name].flatten() for name in group["names"]])
+        flat.grad = torch.cat([values, values.new_zeros(flat.numel() - values.numel())])
+        before = flat.grad.clone()
+        optimizer.set_step(number, 1.0)
+        single, optimizer.param_groups = optimizer.param_groups, [group]
+        optimizer.step()
+        optimizer.param_groups = single
+        assert torch.equal(flat.grad, before), "the gradient was changed"
+
+
+def weights(optimizer: PartitionedOptimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    found = {name: tensors["weight"] for name, _, _, tensors in optimizer.local_state()}
+    return {name: found[name].view(p.shape) for name, p in parameters.items()}
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_without_orthogonalization_the_rule_is_sgd_bit_for_bit(nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_direction", lambda stack, group: stack)
+    monkeypatch.setattr(module, "update_scale", lambda shape: 1.0)
+    parameters = {f"p{i}": nn.Parameter(integers(4, 5, seed=i)) for i in range(3)}
+    twins = [nn.Parameter(p.detach().clone()) for p in parameters.values()]
+    optimizer, flats = build(parameters, "matrix", replace(CONFIG, nesterov=nesterov))
+    sgd = torch.optim.SGD(twins, lr=CONFIG.lr, momentum=CONFIG.momentum, nesterov=nesterov)
+    for number in range(1, 6):
+        grads = {name: integers(4, 5, seed=100 * number + i) for i, name in enumerate(parameters)}
+        for twin, grad in zip(twins, grads.values(), strict=True):
+            twin.grad = grad.clone()
+        sgd.step()
+        step(optimizer, flats, grads, number)
+        for twin, value in zip(twins, weights(optimizer, parameters).values(), strict=True):
+            assert torch.equal(twin, value), number
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_torch_s_bit_for_bit(decay: float) -> None:
+    parameters = {f"p{i}": nn.Parameter(integers(4, 5 + i, seed=i)) for i in range(3)}
+    optimizer, flats = build(parameters, "embedding", replace(CONFIG, weight_decay=decay))
+    twin = nn.Parameter(flats[0].detach().clone())
+    options = {"lr": CONFIG.adam_lr, "betas": CONFIG.adam_betas, "eps": CONFIG.adam_eps, "weight_decay": decay}
+    adamw = torch.optim.AdamW([twin], fused=True, **options)
+    plain_twin = nn.Parameter(flats[0].detach().clone())
+    plain = torch.optim.AdamW([plain_twin], fused=False, foreach=False, **options)
+    for number in range(1, 8):
+        grads = {name: integers(*p.shape, seed=100 * number + i) for i, (name, p) in enumerate(parameters.items())}
+        step(optimizer, flats, grads, number)
+        twin.grad = plain_twin.grad = flats[0].grad
+        adamw.step()
+        plain.step()
+        assert torch.equal(twin, flats[0]), number
+        torch.testing.assert_close(flats[0], plain_twin.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_muon_is_torch_s_up_to_bf16() -> None:
+    """torch averages (buf = 0.05 g + 0.95 buf) where OSP sums; Newton-Schulz does not see the factor."""
+    parameters = {"square": nn.Parameter(torch.randn(32, 32)), "wide": nn.Parameter(torch.randn(32, 64))}
+    twins = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer, flats = build(parameters, "matrix", replace(CONFIG, lr=0.01, weight_decay=0.1, ns_dtype="bf16"))
+    muon = torch.optim.Muon(
+        list(twins.values()), lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+    for number in range(1, 4):
+        grads = {name: torch.randn(p.shape) for name, p in parameters.items()}
+        for name, twin in twins.items():
+            twin.grad = grads[name].clone()
+        muon.step()
+        step(optimizer, flats, grads, number)
+    for name, value in weights(optimizer, parameters).items():
+        twin = twins[name].detach()
+        error = float((value - twin).norm() / (twin - start[name]).norm())
+        assert error < 0.02, (name, error)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 7), (7, 5), (9,), (1,)])
+def test_rule_is_the_papers(shape: tuple[int, ...]) -> None:
+    parameters = {f"p{i}": nn.Parameter(torch.randn(shape)) for i in range(3)}
+    expected = {name: p.detach().clone() for name, p in parameters.items()}
+    buffers = {name: torch.zeros(shape) for name in parameters}
+    optimizer, flats = build(parameters, "matrix" if len(shape) == 2 else "gain", replace(CONFIG, weight_decay=0.2))
+    for number in range(1, 4):
+        grads = {name: torch.randn(shape) for name in parameters}
+        step(optimizer, flats, grads, number)
+        for name, p in expected.items():
+            p -= CONFIG.lr * (osp_direction(grads[name], buffers[name]) + 0.2 * p)
+    for name, value in weights(optimizer, parameters).items():
+        torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-5)
+
+
+def test_scalar_gain_moves_by_a_fifth_of_the_rate() -> None:
+    parameters = {"scale": nn.Parameter(torch.ones(1))}
+    optimizer, flats = build(parameters, "gain", CONFIG)
+    step(optimizer, flats, {"scale": torch.tensor([-1e-3])}, 1)
+    assert flats[0][0].item() == pytest.approx(1 + 0.2 * CONFIG.lr, rel=1e-6)
+
+
+def test_nothing_happens_before_the_first_set_step() -> None:
+    parameters = {"p": nn.Parameter(torch.randn(4, 4))}
+    optimizer, flats = build(parameters, "matrix", replace(CONFIG, weight_decay=0.5))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0]
+    before = flats[0].clone()
+    flats[0].grad = torch.ones_like(flats[0])
+    optimizer.step()
+    assert torch.equal(flats[0], before)
+    assert all(not state.any() for tensors in optimizer.state.values() for state in tensors.values())
+
+
+def test_class_name_and_parameters_do_not_wake_deepspeed_s_own_muon() -> None:
+    parameters = {"p": nn.Parameter(torch.randn(4, 4))}
+    optimizer, _ = build(parameters, "matrix", CONFIG)
+    assert "muon" not in type(optimizer).__name__.lower()
+    assert not hasattr(parameters["p"], "use_muon")
+
+
+@pytest.mark.parametrize("role", ["matrix", "gain", "embedding"])
+def test_recorded_squares_are_those_of_the_update(role: str) -> None:
+    shape = (9,) if role == "gain" else (4, 6)
+    parameters = {f"p{i}": nn.Parameter(torch.randn(shape)) for i in range(2)}
+    optimizer, flats = build(parameters, role, CONFIG)
+    for number in range(1, 4):
+        before = flats[0].clone()
+        flats[0].grad = torch.randn_like(flats[0])
+        optimizer.set_step(number, 0.5, record=number == 3)
+        optimizer.step()
+    squares = float(optimizer.update_squares()[role])
+    assert squares == pytest.approx(float((flats[0] - before).square().sum()), rel=1e-4)
+    assert float(optimizer.parameter_squares()[role]) == pytest.approx(float(flats[0].square().sum()), rel=1e-5)
+    optimizer.set_step(4, 0.5)
+    optimizer.step()
+    assert optimizer.update_squares() == {}

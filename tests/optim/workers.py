@@ -1,0 +1,160 @@
+"""What the ranks of `test_engine.py` do; in a module of its own so that spawned processes can import it."""
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from osp.config import OptimizerConfig
+from osp.engine import Engine, deepspeed_config, on_main
+from tests.optim.reference import ROWS, Model, batch, factor
+
+STEPS, CLIP, LR, ADAM_LR, DECAY = 5, 0.05, 0.02, 0.03, 0.1
+CONFIG = OptimizerConfig(lr=LR, adam_lr=ADAM_LR, weight_decay=DECAY, ns_dtype="fp32")
+
+
+def build(stage: int, accumulation: int, *, clip: float = CLIP, config: OptimizerConfig = CONFIG) -> Engine:
+    """`Engine` of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
+
+    def derive(**settings: Any) -> dict[str, Any]:
+        derived = deepspeed_config(**settings)
+        # DeepSpeed keeps small parameters whole, which all of these are; large ones take another path
+        return derived | {"zero_optimization": derived["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+
+    rows = ROWS // accumulation // torch.distributed.get_world_size()
+    with patch("osp.engine.deepspeed_config", derive if stage == 3 and accumulation > 1 else deepspeed_config):
+        return Engine(
+            Model(),
+            config,
+            zero_stage=stage,
+            micro_batch_size=rows,
+            gradient_accumulation_steps=accumulation,
+            grad_clip=clip,
+            device=torch.device("cpu"),
+        )
+
+
+def shares(engine: Engine, step: int) -> Iterator[Tensor]:
+    """This rank's micro batches of a step."""
+    ids, _ = batch(step)
+    return iter(ids.chunk(engine.world_size * engine.gradient_accumulation_steps)[engine.rank :: engine.world_size])
+
+
+def accumulate(engine: Engine, step: int) -> None:
+    count = batch(step)[1]
+    for ids in shares(engine, step):
+        engine.backward(engine(ids) / count)
+
+
+def run_steps(engine: Engine, steps: range) -> list[float]:
+    norms = []
+    for step in steps:
+        accumulate(engine, step)
+        engine.set_step(step + 1, factor(step), record=True)
+        assert engine.step()
+        norms.append(float(engine.grad_norm()))
+    return norms
+
+
+def state(engine: Engine) -> list[tuple[str, int, int, dict[str, Tensor]]]:
+    return [(name, start, stop, {k: v.clone() for k, v in t.items()}) for name, start, stop, t in engine.local_state()]
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    with engine.gathered_parameters():
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
+    """All checks for one world size in one set of processes, because starting them is what takes time."""
+    results: dict[str, Any] = {"train": {}, "unclipped": {}, "statistics": {}}
+    for stage, accumulation in grid:
+        engine = build(stage, accumulation)
+        norms = run_steps(engine, range(STEPS))
+        results["train"][stage, accumulation] = {"norms": norms, "state": state(engine), "weights": weights(engine)}
+        results["statistics"][stage, accumulation] = engine.optimizer_statistics()
+        engine.close()
+    results["broadcast"] = broadcast()
+    for stage in (1, 2, 3):
+        accumulation = 4 if world_size == 1 else 2
+        engine = build(stage, accumulation, clip=0.0)
+        results["unclipped"][stage] = {"norms": run_steps(engine, range(STEPS)), "weights": weights(engine)}
+        engine.close()
+        results[f"discard {stage}"] = discard(stage, accumulation)
+        results[f"round trip {stage}"] = [round_trip(stage, 1), round_trip(stage, accumulation)]
+        results[f"backward only {stage}"] = backward_only(stage, accumulation)
+        results[f"not finite {stage}"] = not_finite(stage)
+    return results
+
+
+def discard(stage: int, accumulation: int) -> dict[str, Tensor]:
+    """Weights of STEPS steps with gradients of other batches discarded after one, and after all, micro batches."""
+    engine = build(stage, accumulation)
+    run_steps(engine, range(2))
+    for step in (40, 41):
+        for micro, ids in enumerate(shares(engine, step)):
+            engine.backward(engine(ids))
+            if step == 40 and micro == 0:
+                break
+        engine.discard_gradients()
+    run_steps(engine, range(2, STEPS))
+    engine.close()
+    return weights(engine)
+
+
+def round_trip(stage: int, accumulation: int) -> dict[str, Any]:
+    """Weights after 2 steps, saving by name, 1 step, loading, and the remaining steps; and right after the loading."""
+    engine = build(stage, accumulation)
+    run_steps(engine, range(2))
+    saved, before = state(engine), weights(engine)
+    run_steps(engine, range(9, 10))
+    other = build(stage, accumulation)
+    for (name, start, stop, views), (name2, start2, stop2, values) in zip(other.local_state(), saved, strict=True):
+        assert (name, start, stop) == (name2, start2, stop2)
+        for key, view in views.items():
+            view.copy_(values[key])
+    other.sync_weights_from_master()
+    after = weights(other)
+    run_steps(other, range(2, STEPS))
+    engine.close()
+    other.close()
+    return {"before": before, "after": after, "end": weights(other)}
+
+
+def backward_only(stage: int, accumulation: int) -> float:
+    """Largest change of a weight between the start and the end of all backward passes of a step."""
+    engine = build(stage, accumulation)
+    before = weights(engine)
+    accumulate(engine, 0)
+    after = weights(engine)
+    engine.close()
+    return max(float((before[name] - after[name]).abs().max()) for name in before)
+
+
+def not_finite(stage: int) -> tuple[bool, float, float]:
+    """(applied, change of weights, error of a later good step against one without the accident)."""
+    engine, good = build(stage, 1), build(stage, 1)
+    before = weights(engine)
+    for ids in shares(engine, 0):
+        engine.backward(engine(ids) * (float("nan") if engine.rank == 0 else 1.0))
+    engine.set_step(1, 1.0)
+    applied = engine.step()
+    change = max(float((before[n] - w).abs().max()) for n, w in weights(engine).items())
+    run_steps(engine, range(1))
+    run_steps(good, range(1))
+    reference = weights(good)
+    error = max(float((reference[n] - w).abs().max()) for n, w in weights(engine).items())
+    engine.close()
+    good.close()
+    return applied, change, error
+
+
+def broadcast() -> tuple[Any, float, int]:
+    engine = build(1, 1)
+    value = on_main(lambda: {"from": engine.rank})
+    total = float(engine.all_reduce_sum(torch.tensor(1.0 + engine.rank)))
+    engine.barrier()
+    engine.close()
+    return value, total, engine.world_size
