@@ -1,0 +1,295 @@
+"""Token shards -> rows -> the micro batches of an optimizer step.
+
+A row is T+1 tokens: T that are read and, shifted by one, T that are predicted. Rows start every T tokens of a shard.
+Row number g = step * rows_per_step + index goes through the shards in order, and inside a shard in an order that
+depends on (seed, epoch, shard). So the rows of a step depend on (seed, step) alone: not on the number of ranks, the
+micro batch size, restarts, or how far the preparation has got.
+
+Letters: n rows, b rows of a micro batch, T tokens that a row predicts, W ranks.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from osp.config import UserError
+from osp.data.manifest import SplitName, check_sizes, is_locked, load_manifest
+from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from osp.data.tokenizer import spec_hash
+
+PREFETCH_STEPS = 2
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 20  # a preparation that holds no lock for so long is not going on
+
+Array = np.ndarray[Any, Any]
+
+logger = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Rows of one micro batch. Rows from `num_rows` on only fill the shape: they must not count."""
+
+    tokens: torch.Tensor  # int64 (b, T+1)
+    document_ids: torch.Tensor | None  # int32 (b, T+1): counts the documents of a row from 0
+    num_rows: int
+
+
+class Shards:
+    """The sealed shards of one split, memory-mapped; their files' sizes and the tokenizer beside them are checked."""
+
+    def __init__(self, folder: str | Path, split: SplitName) -> None:
+        self.folder = Path(folder)
+        self.split: SplitName = split
+        self._maps: list[Array] = []
+        self.reload()
+        self.tokenizer_hash, self.eos_id = self.manifest.tokenizer_hash, self.manifest.eos_id
+        self.vocab_size = self.manifest.vocab_size
+        path = self.folder / TOKENIZER_FILE
+        if not path.exists() or spec_hash(path.read_text(encoding="utf-8")) != self.tokenizer_hash:
+            raise UserError(
+                f"{path} is not the tokenizer of the shards beside it; delete {folder} and prepare it again"
+            )
+
+    def reload(self) -> None:
+        """Read the manifest again and map the shards that were sealed since."""
+        self.manifest = load_manifest(self.folder)
+        check_sizes(self.folder, self.manifest)
+        for shard in self.manifest.split(self.split).shards[len(self._maps) :]:
+            self._maps.append(np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r"))
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __getitem__(self, shard: int) -> Array:
+        """The tokens of one shard, uint16 or uint32 (tokens,)."""
+        return self._maps[shard]
+
+    def wait(self, stop: threading.Event) -> None:
+        """Return when more shards are sealed or the split is complete, or `stop` is set.
+
+        Raises `UserError` if the preparation has failed or is not going on.
+        """
+        known, last_seen = len(self), time.monotonic()
+        while not stop.is_set() and len(self) == known and not self.manifest.complete:
+            if self.manifest.error:
+                raise UserError(f"preparing {self.folder} failed: {self.manifest.error}")
+            if is_locked(self.folder):
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > GRACE_SECONDS:
+                raise UserError(f"{self.folder} is not complete and nothing is preparing it; start the run again")
+            stop.wait(POLL_SECONDS)
+            self.reload()
+
+
+class Rows:
+    """Training rows by number, (seed, seq_len) fixed. Row g is the same whoever asks, and whenever."""
+
+    def __init__(self, shards: Shards, *, seq_len: int, seed: int) -> None:
+        self.shards, self.seq_len, self.seed = shards, seq_len, seed
+        self.stop = threading.Event()  # ends a wait for shards
+        self._orders: dict[tuple[int, int], Array] = {}
+        self._ends = np.zeros(0, dtype=np.int64)  # rows in the shards up to and including each, (shards,)
+
+    def num_rows(self, shard: int) -> int:
+        return (len(self.shards[shard]) - 1) // self.seq_len
+
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """Rows of the whole split; None while it is being prepared."""
+        return int(self._row_ends()[-1]) if self.shards.manifest.complete else None
+
+    def read(self, numbers: Array) -> Array:
+        """The rows with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
+        ends = self._wait_for(int(numbers.max()))
+        epochs, places = np.divmod(numbers, ends[-1])  # before the split is complete all are of epoch 0
+        shards = np.searchsorted(ends, places, side="right")
+        rows = np.empty((len(numbers), self.seq_len + 1), dtype=np.int64)
+        for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
+            chosen = (epochs == epoch) & (shards == shard)
+            first = ends[shard - 1] if shard else 0
+            rows[chosen] = self._strided(shard)[self._order(epoch, shard)[places[chosen] - first]]
+        return rows
+
+    def _wait_for(self, number: int) -> Array:
+        """Rows in the shards up to and including each, (shards,), once row `number` is among them or all are there."""
+        waiting = False
+        while True:
+            ends = self._row_ends()
+            if self.shards.manifest.complete and (len(ends) == 0 or ends[-1] == 0):
+                raise UserError(
+                    f"the training split in {self.shards.folder} has {self.shards.manifest.train.tokens} tokens, fewer "
+                    f"than one row of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
+                )
+            if self.shards.manifest.complete or (len(ends) and number < ends[-1]):
+                return ends
+            if self.stop.is_set():
+                raise RuntimeError("the loader was closed")
+            if not waiting:
+                logger.warning("waiting for the preparation of %s to reach row %d", self.shards.folder, number)
+                waiting = True
+            self.shards.wait(self.stop)
+
+    def _row_ends(self) -> Array:
+        """Rows in the sealed shards up to and including each, (shards,)."""
+        if len(self._ends) != len(self.shards):
+            self._ends = np.cumsum([self.num_rows(shard) for shard in range(len(self.shards))], dtype=np.int64)
+        return self._ends
+
+    def _strided(self, shard: int) -> Array:
+        """A view of one shard as its rows, (rows, T+1), neighbours sharing one token."""
+        tokens, (stride,) = self.shards[shard], self.shards[shard].strides
+        shape = (self.num_rows(shard), self.seq_len + 1)
+        return np.lib.stride_tricks.as_strided(tokens, shape, (self.seq_len * stride, stride), writeable=False)
+
+    def _order(self, epoch: int, shard: int) -> Array:
+        """The order of one shard's rows in one epoch, a permutation (rows,)."""
+        if (epoch, shard) not in self._orders:
+            while len(self._orders) >= 4:  # a step touches one shard, or a few neighbours
+                del self._orders[next(iter(self._orders))]
+            # sorting raw bits, not Generator.permutation: NumPy keeps only the raw streams the same over versions
+            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, shard])).random_raw(self.num_rows(shard))
+            self._orders[epoch, shard] = np.argsort(bits, kind="stable")
+        return self._orders[epoch, shard]
+
+
+class Loader:
+    """The micro batches of this rank, step by step; a thread reads the next steps ahead.
+
+    Micro step j of a step takes the row indices [(j*W + rank) * b, (j*W + rank + 1) * b) of that step.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seq_len: int,
+        rows_per_step: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        document_ids: bool = False,
+    ) -> None:
+        check_rows_per_step(rows_per_step, seq_len=seq_len, micro_batch_size=micro_batch_size, world_size=world_size)
+        self.rows = Rows(Shards(folder, "train"), seq_len=seq_len, seed=seed)
+        self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
+        self.rank, self.document_ids = rank, document_ids
+        indices = np.arange(rows_per_step, dtype=np.int64).reshape(-1, world_size, micro_batch_size)
+        self.indices = indices[:, rank].ravel()  # of this rank in every step, micro step by micro step
+        self._epoch = 0
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._queue: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
+        # a daemon: a wait for shards must not keep a failed run alive
+        threading.Thread(target=self._run, daemon=True, name="osp-loader").start()
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro batches of optimizer step `step`, counted from 0. Any step may be asked for."""
+        assert not self.rows.stop.is_set(), "the loader is closed"
+        wanted = range(step, step + 1 + PREFETCH_STEPS)
+        for other in [other for other in self._ahead if other not in wanted]:
+            self._ahead.pop(other).cancel()
+        for other in wanted:
+            if other not in self._ahead:
+                self._ahead[other] = Future()
+                self._queue.put((other, self._ahead[other]))
+        batches = self._ahead.pop(step).result()
+        self._log_epoch(step)
+        return batches
+
+    def close(self) -> None:
+        """End the thread. The loader cannot be used afterwards."""
+        self.rows.stop.set()
+        for future in self._ahead.values():
+            future.cancel()
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            step, future = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._read(step))
+                except BaseException as error:  # raised again in `step`
+                    future.set_exception(error)
+
+    def _read(self, step: int) -> list[Batch]:
+        """The micro batches of a step, read now."""
+        rows = self.rows.read(step * self.rows_per_step + self.indices)  # (M*b, T+1)
+        ids = number_documents(rows, self.rows.shards.eos_id) if self.document_ids else None
+        return [
+            _batch(rows, ids, slice(start, start + self.micro_batch_size))
+            for start in range(0, len(rows), self.micro_batch_size)
+        ]
+
+    def _log_epoch(self, step: int) -> None:
+        rows_per_epoch = self.rows.rows_per_epoch
+        epoch = step * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
+        if epoch > self._epoch and self.rank == 0:
+            logger.warning("step %d: the training text was read %d times; reading it again", step, epoch)
+        self._epoch = epoch
+
+
+def check_rows_per_step(rows_per_step: int, *, seq_len: int, micro_batch_size: int, world_size: int) -> None:
+    """Raise `UserError` unless every rank gets the same whole number of micro batches in a step."""
+    unit = micro_batch_size * world_size
+    if rows_per_step % unit or not rows_per_step:
+        nearest = max(1, round(rows_per_step / unit)) * unit * seq_len
+        raise UserError(
+            f"train.tokens_per_step={rows_per_step * seq_len} is {rows_per_step} rows of train.seq_len={seq_len}; "
+            f"{world_size} ranks x train.micro_batch_size={micro_batch_size} need a multiple of {unit} rows; "
+            f"the nearest is train.tokens_per_step={nearest}"
+        )
+
+
+def validation_batches(
+    folder: str | Path,
+    *,
+    seq_len: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_tokens: int | None = None,
+    document_ids: bool = False,
+) -> Iterator[Batch]:
+    """This rank's share of the held-out rows, in the order of the text, the same in every call.
+
+    Every rank gets the same number of batches of (batch_size, T+1); the last ones repeat a row to keep the shape, and
+    `num_rows` says how many count. A held-out split shorter than a row gives one row of all its tokens.
+    max_tokens: tokens to predict over all ranks, rounded down to whole rows.
+    """
+    shards = Shards(folder, "val")
+    if not len(shards):
+        raise UserError(f"{folder} has no held-out split yet; it is sealed with the first training shard")
+    tokens = np.concatenate([shards[shard] for shard in range(len(shards))])
+    seq_len = min(seq_len, len(tokens) - 1)
+    num_rows = (len(tokens) - 1) // seq_len
+    if max_tokens is not None:
+        num_rows = max(1, min(num_rows, max_tokens // seq_len))
+    for first in range(0, num_rows, world_size * batch_size):
+        first += rank * batch_size
+        numbers = np.minimum(np.arange(first, first + batch_size), num_rows - 1)
+        rows = tokens[numbers[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
+        ids = number_documents(rows, shards.eos_id) if document_ids else None
+        yield _batch(rows, ids, slice(None), num_rows=max(0, min(batch_size, num_rows - first)))
+
+
+def number_documents(rows: Array, eos_id: int) -> Array:
+    """Which document of its row each token belongs to, int32 (n, T+1), from 0; the token after end-of-text is next."""
+    ids = np.zeros(rows.shape, dtype=np.int32)
+    np.cumsum(rows[:, :-1] == eos_id, axis=1, out=ids[:, 1:])
+    return ids
+
+
+def _batch(rows: Array, ids: Array | None, part: slice, *, num_rows: int | None = None) -> Batch:
+    tokens = torch.from_numpy(rows[part])
+    return Batch(
+        tokens, None if ids is None else torch.from_numpy(ids[part]), len(tokens) if num_rows is None else num_rows
+    )

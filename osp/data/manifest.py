@@ -1,0 +1,175 @@
+"""The manifest of a folder of token shards: what is in it, how far the preparation got, and who is writing.
+
+tokenizer.json
+manifest.json       replaced as a whole whenever a shard is sealed; a shard it lists is complete and on disk
+train-00000.bin     raw tokens, uint16 or uint32; documents one after the other, each followed by end-of-text
+val-00000.bin
+lock                held by the process that prepares the folder
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from osp.config import UserError
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+LOCK_NAME = "lock"
+
+SplitName = Literal["train", "val"]
+
+
+@dataclass
+class Shard:
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass
+class Split:
+    shards: list[Shard] = field(default_factory=list)
+    documents: int = 0
+    bytes: int = 0  # of the documents' text in UTF-8
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass
+class Manifest:
+    source: dict[str, Any]  # the data configuration, for the reader
+    tokenizer_hash: str
+    vocab_size: int
+    eos_id: int
+    dtype: Literal["uint16", "uint32"]
+    shard_tokens: int
+    held_out_below: int  # a document is held out if its hash is below this
+    format: int = FORMAT
+    complete: bool = False
+    error: str | None = None  # why the preparation stopped after its first shard
+    # where the preparation goes on after the last sealed shard
+    next_document: int = 0  # documents of the source that are done with
+    next_token: int = 0  # tokens of the document after those that are in a sealed shard already
+    train: Split = field(default_factory=Split)
+    val: Split = field(default_factory=Split)
+    val_gzip_bytes: int = 0  # of the held-out documents, compressed one by one with gzip -9
+
+    def split(self, name: SplitName) -> Split:
+        return self.train if name == "train" else self.val
+
+    @property
+    def usable(self) -> bool:
+        """Whether a training run can start: the held-out split and a first training shard are there."""
+        return bool(self.val.shards and self.train.shards)
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """The manifest of `folder`; `UserError` if there is none or it is of another format."""
+    path = Path(folder) / FILE_NAME
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare it again") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}; delete {folder} and prepare it again")
+    values["train"], values["val"] = _split(values["train"]), _split(values["val"])
+    return Manifest(**values)
+
+
+def _split(values: dict[str, Any]) -> Split:
+    return Split(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    write_atomically(folder / FILE_NAME, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise `UserError` for the first sealed shard whose file is missing or has another size than it should."""
+    for shard in manifest.val.shards + manifest.train.shards:
+        path = folder / shard.file
+        expected = shard.tokens * np.dtype(manifest.dtype).itemsize
+        if not path.exists():
+            raise UserError(f"shard {path} is missing; delete {folder} and prepare it again")
+        if path.stat().st_size != expected:
+            raise UserError(
+                f"shard {path} has {path.stat().st_size} bytes, the manifest says {expected}; "
+                f"delete {folder} and prepare it again"
+            )
+
+
+def verify(folder: str | Path) -> None:
+    """Raise `UserError` for the first shard of `folder` whose bytes are not those that were written. Reads them all."""
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    check_sizes(folder, manifest)
+    for shard in manifest.val.shards + manifest.train.shards:
+        with (folder / shard.file).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                raise UserError(f"shard {folder / shard.file} is damaged; delete {folder} and prepare it again")
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Put `data` at `path` so that a reader, or a crash, sees all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, creating the folder; waits while another process prepares it."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK_NAME).open("w")
+        except FileNotFoundError:  # the holder before us gave up and removed the folder between the two lines
+            continue
+        except OSError as error:
+            raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK_NAME))
+            except FileNotFoundError:
+                current = False
+            if current:  # else the holder before us removed the folder while we waited
+                yield
+                return
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`."""
+    try:
+        with (folder / LOCK_NAME).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

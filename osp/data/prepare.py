@@ -1,0 +1,457 @@
+"""Documents -> token shards: what a training run reads is written here, once per configuration.
+
+1. `sources.documents` yields texts; `_batches` groups them.
+2. Worker processes encode a batch: tokens + end-of-text, and the hash of each text (`_encode`). Results come back in
+   the order of the documents, so the bytes written do not depend on the number of workers.
+3. `_Writer` sends a document to the held-out split if the hash of its text is small, else to training, and seals a
+   shard whenever `data.shard_tokens` training tokens are there. The held-out split is sealed together with the first
+   training shard, so that a run can start while documents still stream in; documents that hash to the held-out split
+   after that are in neither split.
+
+The folder's name holds a hash of everything that decides its content. A preparation that was interrupted goes on after
+the last sealed shard and ends with the same bytes.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from osp.config import DataConfig, TokenizerConfig, UserError
+from osp.data import sources
+from osp.data.manifest import (
+    FILE_NAME,
+    FORMAT,
+    Manifest,
+    Shard,
+    check_sizes,
+    load_manifest,
+    lock,
+    save_manifest,
+    write_atomically,
+)
+from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from osp.data.tokenizer import (
+    eos_id,
+    existing_tokenizer,
+    load_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+    vocab_size,
+)
+
+BATCH_BYTES = 1 << 20  # text per task of a worker
+BATCH_DOCUMENTS = 1024
+POLL_SECONDS = 0.2
+
+# A child must be referenced while it runs, or Python warns about it; `start` hands back only the folder.
+_children: list[subprocess.Popen[bytes]] = []
+
+
+class Encoded(NamedTuple):
+    """One document, as a worker returns it."""
+
+    tokens: np.ndarray[Any, Any]  # with end-of-text, () for an empty document
+    hash: int  # of the text, 64 bits
+    bytes: int  # of the text in UTF-8
+    gzip_bytes: int  # compressed alone with gzip -9; 0 if the document is not held out
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
+    """The folder with the complete shards of this configuration, prepared now if it is not there yet.
+
+    Quick if it is there: the corpus is not read again. Waits if another process is preparing the same shards.
+    """
+    return _prepare(data, tokenizer, progress=progress, background=False)
+
+
+def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
+    """The folder of this configuration's shards as soon as a run can start on them; the rest is prepared meanwhile.
+
+    Can start: the held-out split and the first training shard are sealed. The preparation is a child process that
+    ends with this one; what it had sealed by then is kept, and the next call goes on from there.
+    """
+    folder = shard_folder(data, tokenizer)
+    if _is_complete(folder):
+        return folder
+    child = subprocess.Popen(
+        # not -m: the package imports this module, and Python would warn that it runs it twice
+        [sys.executable, "-c", "from osp.data.prepare import _background; _background()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        start_new_session=True,  # Ctrl-C is for the trainer, which may want to save first
+    )
+    _children.append(child)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with child.stdin:
+        child.stdin.write(pickle.dumps((data, tokenizer, progress, os.getpid())))
+    while child.poll() is None and not _can_start(folder):
+        time.sleep(POLL_SECONDS)
+    if child.returncode == 2:
+        raise UserError(child.stdout.read().decode().strip())
+    if child.returncode not in (None, 0):
+        raise RuntimeError(f"preparing {folder} failed with exit code {child.returncode}; its error is printed above")
+    return folder
+
+
+def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
+    """data.cache_dir / NAME-HASH; the hash covers the configuration, the local files' sizes and times, the format."""
+    settings = dataclasses.asdict(data)
+    for key in ("cache_dir", "num_workers"):  # they do not change a byte
+        del settings[key]
+    spec = hashlib.sha256(_read_bytes(tokenizer.path)).hexdigest() if tokenizer.path else None
+    identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, sources.fingerprint(data)]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    names = {
+        "python_stdlib": f"python_stdlib-{sys.version_info.major}.{sys.version_info.minor}",
+        "text": Path(data.paths[0]).name.split(".")[0] if data.paths else "",
+        "hf": f"{data.dataset}-{data.subset}" if data.subset else str(data.dataset),
+        "mixture": "mixture",
+    }
+    name = re.sub(r"[^A-Za-z0-9._]+", "_", names[data.source])
+    return Path(data.cache_dir) / f"{name}-{digest}"
+
+
+def _prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool, background: bool) -> Path:
+    folder = shard_folder(data, tokenizer)
+    if _is_complete(folder):
+        return folder
+    with lock(folder):
+        if _is_complete(folder):  # by the process that held the lock before us
+            return folder
+        try:
+            _write_shards(data, tokenizer, folder, progress=progress, background=background)
+        except UserError as error:
+            if (folder / FILE_NAME).exists() and load_manifest(folder).usable:
+                manifest = load_manifest(folder)  # a run may be waiting for the next shard
+                manifest.error = str(error)
+                save_manifest(manifest, folder)
+            else:
+                shutil.rmtree(folder)
+            raise
+    return folder
+
+
+def _write_shards(data: DataConfig, config: TokenizerConfig, folder: Path, *, progress: bool, background: bool) -> None:
+    """Fill `folder`, whose lock is held: from the start, or after the last shard of an interrupted preparation."""
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+    num_workers = data.num_workers or _num_cores()
+    bar = tqdm(total=data.max_tokens, unit=" tokens", unit_scale=True, disable=not progress)
+    with bar, _executor(num_workers) as executor:
+        if (folder / FILE_NAME).exists():
+            manifest = load_manifest(folder)
+            check_sizes(folder, manifest)
+            manifest.error = None
+        else:
+            bar.set_description("training the tokenizer" if config.train else "loading the tokenizer")
+            # in a worker: a process in which `tokenizers` used its threads cannot fork workers any more
+            executor.submit(_make_tokenizer, data, config, folder).result()
+            manifest = _new_manifest(data, config, folder)
+        save_manifest(manifest, folder)
+        writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
+        texts = itertools.islice(sources.documents(data), manifest.next_document, None)
+        encoded = _encode_all(executor, texts, manifest, folder, max_pending=2 * num_workers)
+        bar.set_description("preparing data")
+        bar.update(manifest.train.tokens)
+        while not writer.full and (item := next(encoded, None)) is not None:
+            writer.add(*item)
+            bar.update(len(item[1].tokens))
+            if background and manifest.usable:
+                bar.close()  # from here on the terminal belongs to the run
+        writer.finish()
+
+
+def _make_tokenizer(data: DataConfig, config: TokenizerConfig, folder: Path) -> None:
+    """Write the tokenizer.json of `folder`: trained on the documents that are not held out, or an existing one."""
+    if config.train:
+        limit = _limit(data.val_fraction)
+        texts = (text for text in sources.documents(data) if text and text_hash(text) >= limit)
+        tokenizer = train_tokenizer(texts, config)
+    else:
+        tokenizer = existing_tokenizer(config)
+    write_atomically(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True).encode())
+
+
+def _new_manifest(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
+    """The manifest of a folder that holds its tokenizer and no shard yet."""
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    size = vocab_size(tokenizer)
+    return Manifest(
+        source=dataclasses.asdict(data),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        vocab_size=size,
+        eos_id=eos_id(tokenizer, config.eos_token),
+        dtype="uint16" if size <= 1 << 16 else "uint32",
+        shard_tokens=data.shard_tokens,
+        held_out_below=_limit(data.val_fraction),
+    )
+
+
+def text_hash(text: str) -> int:
+    """64 bits of the sha256 of `text`: what decides its split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _limit(val_fraction: float) -> int:
+    """The hash below which this share of all documents falls."""
+    return int(val_fraction * 2**64)
+
+
+def _encode_all(
+    executor: Executor, texts: Iterable[str], manifest: Manifest, folder: Path, *, max_pending: int
+) -> Iterator[tuple[str, Encoded]]:
+    """Every text with its encoding, in order; at most `max_pending` batches are in memory beside the current one."""
+    arguments = (folder / TOKENIZER_FILE, manifest.tokenizer_hash, manifest.eos_id, manifest.dtype)
+    limit = manifest.held_out_below
+    pending: deque[tuple[list[str], Future[list[Encoded]]]] = deque()
+    batches = _batches(texts)
+    try:
+        while True:
+            while len(pending) < max_pending and (batch := next(batches, None)):
+                pending.append((batch, executor.submit(_encode, batch, *arguments, limit)))
+            if not pending:
+                return
+            batch, future = pending.popleft()
+            yield from zip(batch, future.result(), strict=True)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenizing process was killed, perhaps for lack of memory; set data.num_workers to fewer processes"
+        ) from error
+
+
+def _encode(
+    texts: list[str], path: Path, spec_hash: str, eos: int, dtype: Literal["uint16", "uint32"], limit: int
+) -> list[Encoded]:
+    """The encodings of `texts`; limit: a document with a smaller hash is held out."""
+    tokenizer = _load_cached(path, spec_hash)
+    documents = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        tokens = np.array([*ids, eos] if ids else [], dtype=dtype)
+        digest, content = text_hash(text), text.encode()
+        gzip_bytes = len(gzip.compress(content, 9)) if digest < limit and ids else 0
+        documents.append(Encoded(tokens, digest, len(content), gzip_bytes))
+    return documents
+
+
+@lru_cache(maxsize=1)
+def _load_cached(path: Path, spec_hash: str) -> Tokenizer:
+    """The tokenizer at `path`, read once per process; the hash tells one folder's tokenizers apart over time."""
+    return load_tokenizer(path)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about BATCH_BYTES characters."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Sends encoded documents to the splits and seals shards; on disk, `manifest` always describes the sealed ones."""
+
+    def __init__(self, folder: Path, manifest: Manifest, *, max_tokens: int | None) -> None:
+        self.folder, self.manifest, self.max_tokens = folder, manifest, max_tokens
+        self.train: list[Encoded] = []  # documents, or what is left of them, that are in no shard yet
+        self.val: list[Encoded] = []
+        self.num_tokens = 0  # in self.train
+        self.smallest: tuple[int, str] | None = None  # hash and text of a document, while nothing is held out
+        self.num_documents = manifest.next_document
+        self.skip = manifest.next_token  # tokens of the next document that are in a shard already
+
+    @property
+    def room(self) -> int:
+        """Tokens of the next shard, when it is full."""
+        if self.max_tokens is None:
+            return self.manifest.shard_tokens
+        return min(self.manifest.shard_tokens, self.max_tokens - self.manifest.train.tokens)
+
+    @property
+    def full(self) -> bool:
+        """Whether `data.max_tokens` training tokens are written."""
+        return self.room == 0
+
+    def add(self, text: str, document: Encoded) -> None:
+        """Take the next document of the source, and seal the shards that it fills."""
+        self.num_documents += 1
+        if len(document.tokens) == 0:
+            return
+        if document.hash < self.manifest.held_out_below:
+            if not self.manifest.val.shards:
+                self.val.append(document)
+            return
+        split = self.manifest.train
+        if not self.skip:
+            split.documents, split.bytes = split.documents + 1, split.bytes + document.bytes
+        self.train.append(document._replace(tokens=document.tokens[self.skip :]))
+        self.num_tokens += len(self.train[-1].tokens)
+        if self.smallest is None or document.hash < self.smallest[0]:
+            self.smallest = document.hash, text
+        while not self.full and self.num_tokens >= self.room:
+            self._hold_something_out()
+            if self.num_tokens >= self.room:
+                self._seal_train(self.room)
+        self.skip = 0
+
+    def finish(self) -> None:
+        """Seal what is left and mark the folder complete."""
+        if not self.manifest.usable:
+            self._check_corpus()
+            self._hold_something_out()
+        if not self.full:
+            if self.num_tokens:
+                self._seal_train(self.num_tokens)
+            self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
+        self.manifest.complete = True
+        save_manifest(self.manifest, self.folder)
+
+    def _check_corpus(self) -> None:
+        """Raise `UserError` unless each split gets a document."""
+        found = {document.hash for document in self.train + self.val}
+        if not found:
+            raise UserError(f"the corpus is empty: {self.num_documents} documents, none of them with text")
+        if len(found) == 1:
+            raise UserError(
+                "the corpus is a single document, and one has to be held out for validation; "
+                "split it into several files or records"
+            )
+        if not self.train:
+            raise UserError(f"all {len(self.val)} documents of the corpus are held out; lower data.val_fraction")
+
+    def _hold_something_out(self) -> None:
+        """If nothing is held out yet, hold out the document with the smallest hash, and its copies.
+
+        The limit moves to that hash, so that copies which come later are not trained on either.
+        """
+        if self.val or self.manifest.val.shards:
+            return
+        assert self.smallest is not None
+        chosen, text = self.smallest
+        self.manifest.held_out_below = chosen + 1
+        gzip_bytes = len(gzip.compress(text.encode(), 9))
+        self.val = [document._replace(gzip_bytes=gzip_bytes) for document in self.train if document.hash == chosen]
+        self.train = [document for document in self.train if document.hash != chosen]
+        self.num_tokens = sum(len(document.tokens) for document in self.train)
+        split = self.manifest.train
+        split.documents, split.bytes = len(self.train), sum(document.bytes for document in self.train)
+
+    def _seal_train(self, num_tokens: int) -> None:
+        """Write the first `num_tokens` queued tokens as the next shard, and before the first one the held-out split."""
+        if not self.manifest.val.shards:
+            val = self.manifest.val
+            self._seal("val", np.concatenate([document.tokens for document in self.val]))
+            val.documents, val.bytes = len(self.val), sum(document.bytes for document in self.val)
+            self.manifest.val_gzip_bytes = sum(document.gzip_bytes for document in self.val)
+            self.val = []
+        tokens = np.concatenate([document.tokens for document in self.train])
+        self._seal("train", tokens[:num_tokens])
+        newest = self.train[-1]
+        self.num_tokens -= num_tokens  # left of the newest document: without it the queue was shorter than a shard
+        if self.num_tokens:
+            self.skip += len(newest.tokens) - self.num_tokens
+            self.train = [newest._replace(tokens=newest.tokens[-self.num_tokens :])]
+            self.manifest.next_document, self.manifest.next_token = self.num_documents - 1, self.skip
+        else:
+            self.train = []
+            self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
+        save_manifest(self.manifest, self.folder)
+
+    def _seal(self, name: Literal["train", "val"], tokens: np.ndarray[Any, Any]) -> None:
+        """Write one shard. It counts once the manifest that lists it is saved."""
+        shards = self.manifest.split(name).shards
+        file = f"{name}-{len(shards):05d}.bin"
+        content = np.ascontiguousarray(tokens).view(np.uint8).data
+        write_atomically(self.folder / file, content)
+        shards.append(Shard(file, len(tokens), hashlib.sha256(content).hexdigest()))
+
+
+def _executor(num_workers: int) -> Executor:
+    """What runs `_encode`: processes, or for a single worker a thread, which starts at once."""
+    if num_workers == 1:
+        return ThreadPoolExecutor(1)
+    # fork: a spawned worker would import the main script, and with it the whole training stack, again
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(num_workers, context, initializer=_init_worker, initargs=(os.getpid(),))
+
+
+def _init_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with(parent)
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end soon after `parent`, its parent, even if that is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / FILE_NAME).exists() and load_manifest(folder).complete
+
+
+def _can_start(folder: Path) -> bool:
+    if not (folder / FILE_NAME).exists():
+        return False
+    manifest = load_manifest(folder)
+    return manifest.usable and manifest.error is None
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer.path={path} cannot be read: {error.strerror}") from error
+
+
+def _background() -> None:
+    """The child process of `start`: its message, if the user has to mend something, goes to standard output."""
+    data, tokenizer, progress, parent = pickle.load(sys.stdin.buffer)
+    _end_with(parent)
+    reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
+    try:
+        _prepare(data, tokenizer, progress=progress, background=True)
+    except UserError as error:
+        print(error, file=reply, flush=True)
+        sys.exit(2)

@@ -1,0 +1,265 @@
+"""Where documents come from: `documents(source)` yields the texts of one source, always in the same order.
+
+1. `python_stdlib`: one document per module of the running interpreter's standard library.
+2. `text`: local files; a .txt, .md or .py file is one document, a record of .jsonl or .parquet is one document.
+3. `hf`: a Hugging Face data set, streamed.
+4. `mixture`: several of the above, interleaved so that their shares of the bytes follow their weights.
+
+A document may be empty; what reads documents here leaves empty ones out.
+"""
+
+import contextlib
+import gzip
+import itertools
+import json
+import logging
+import lzma
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from osp.config import DataConfig, SourceConfig, UserError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
+
+logger = logging.getLogger(__name__)
+
+
+def documents(source: DataConfig | SourceConfig) -> Iterator[str]:
+    """The documents of `source`, in an order that depends on nothing but the source."""
+    if isinstance(source, DataConfig) and source.source == "mixture":
+        names = [_name(part) for part in source.mixture]
+        return interleave([documents(part) for part in source.mixture], [p.weight for p in source.mixture], names=names)
+    if source.source == "python_stdlib":
+        return _stdlib_documents()
+    if source.source == "text":
+        return itertools.chain.from_iterable(_read(path, source.text_field) for path in list_files(source.paths))
+    return _hub_documents(source)
+
+
+def fingerprint(source: DataConfig | SourceConfig) -> Any:
+    """What identifies the content of `source` without reading it, as JSON: changed files give another value."""
+    if isinstance(source, DataConfig) and source.source == "mixture":
+        return [fingerprint(part) for part in source.mixture]
+    if source.source == "python_stdlib":
+        return [sys.version, sysconfig.get_path("stdlib")]
+    if source.source == "text":
+        stats = [(path, path.stat()) for path in list_files(source.paths)]
+        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return None
+
+
+def interleave(streams: list[Iterator[str]], weights: list[float], *, names: list[str]) -> Iterator[str]:
+    """The documents of all streams; next comes the stream with the fewest bytes so far relative to its weight.
+
+    Bytes stand in for tokens, which are not known yet. A stream that ends is left out and the others go on.
+    """
+    num_bytes = [0] * len(streams)
+    alive = list(range(len(streams)))
+    while alive:
+        i = min(alive, key=lambda i: (num_bytes[i] / weights[i], i))
+        text = next(streams[i], None)
+        if text is None:
+            alive.remove(i)
+            if alive:
+                logger.warning("data.mixture: %s is exhausted; going on without it", names[i])
+            continue
+        num_bytes[i] += max(1, len(text.encode()))  # an endless run of empty documents still takes its turns
+        yield text
+
+
+def list_files(paths: tuple[str, ...]) -> list[Path]:
+    """The readable files that `data.paths` names, in order; a folder gives its files recursively, sorted by path."""
+    files = []
+    for entry in map(Path, paths):
+        if entry.is_dir():
+            found = sorted(path for path in entry.rglob("*") if _suffix(path) and path.is_file())
+            if not found:
+                raise UserError(f"data.paths: folder {entry} holds no file that ends in {_all_suffixes()}")
+            files += found
+        elif not entry.exists():
+            raise UserError(f"data.paths: {entry} does not exist")
+        elif not _suffix(entry):
+            raise UserError(f"data.paths: cannot tell the format of {entry}; its name must end in {_all_suffixes()}")
+        else:
+            files.append(entry)
+    return files
+
+
+def _read(path: Path, text_field: str) -> Iterator[str]:
+    """The documents of one file."""
+    try:
+        if _suffix(path) in TEXT_SUFFIXES:
+            yield _decode(path.read_bytes(), path, line=1)
+        elif _suffix(path) == ".parquet":
+            yield from _parquet_documents(path, text_field)
+        else:
+            yield from _jsonl_documents(path, text_field)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
+    """One document per line. Lines end at "\\n" only: a record may hold U+2028, where str.splitlines() would cut it."""
+    number = 0
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                yield _record_text(_decode(line, path, line=number), text_field, where=f"{path}, line {number}")
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}, after line {number}: the archive is damaged or cut short ({error})") from error
+
+
+def _record_text(line: str, text_field: str, *, where: str) -> str:
+    """The text of one JSON record."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: malformed JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if text_field not in record:
+        raise UserError(f"{where}: no field {text_field!r}; set data.text_field to one of {sorted(record)}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+        raise UserError(f"{where}: field {text_field!r} is no valid Unicode ({error})") from error
+    return text
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a plain or compressed file, split at b"\\n"."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        yield from _zstd_lines(path)
+        return
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".jsonl": open}
+    with openers[suffix](path, "rb") as file:
+        yield from file
+
+
+def _zstd_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a zstandard file. EOFError if its last frame is cut short, which zstandard's own reader accepts."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs the package zstandard: pip install zstandard") from error
+    frame, rest = None, b""
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 18):
+            while chunk:  # a file is one frame or several
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise EOFError(str(error)) from error
+                yield from lines
+                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("the last frame has no end")
+    if rest:
+        yield rest
+
+
+def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
+    """One document per row; a null is an empty document."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_field not in columns:
+                raise UserError(f"{path}: no column {text_field!r}; set data.text_field to one of {sorted(columns)}")
+            kind = file.schema_arrow.field(text_field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UserError(f"{path}: column {text_field!r} holds {kind}, not strings")
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    yield text or ""
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _stdlib_documents() -> Iterator[str]:
+    """The standard library's modules, sorted by path; a few test modules are written in other encodings: left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    for name in names:
+        if {"site-packages", "dist-packages", "__pycache__"}.isdisjoint(name.split("/")):
+            with contextlib.suppress(UnicodeDecodeError):
+                yield (root / name).read_bytes().decode()
+
+
+def _hub_documents(source: DataConfig | SourceConfig) -> Iterator[str]:
+    """The records of a streamed Hugging Face data set; a null is an empty document.
+
+    `datasets` retries a dead connection for many seconds, so the hub is asked once, with a time limit, first.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    assert source.dataset is not None
+    name = f"data.dataset={source.dataset}" + (f" (subset {source.subset})" if source.subset else "")
+    number = 0
+    try:
+        if not Path(source.dataset).is_dir():
+            _ask_hub(source.dataset)
+        stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True)
+        for number, record in enumerate(stream, start=1):
+            if source.text_field not in record:
+                raise UserError(
+                    f"{name}: no field {source.text_field!r}; set data.text_field to one of {sorted(record)}"
+                )
+            text = record[source.text_field]
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"{name}, record {number}: field {source.text_field!r} holds {type(text).__name__}")
+            yield text or ""
+    except UserError:
+        raise
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}, split {source.split}: cannot be read after record {number}: {reason}") from error
+
+
+def _ask_hub(dataset: str) -> None:
+    """Raise `UserError` unless the hub answers that it has `dataset`."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it is built on
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.dataset={dataset} cannot be reached on the Hugging Face hub: {reason}") from error
+
+
+def _decode(data: bytes, path: Path, *, line: int) -> str:
+    """`data` as text; line: the line of the file where data begins."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        bad_line = line + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {bad_line}: not UTF-8 (byte 0x{data[error.start]:02x})") from error
+
+
+def _suffix(path: Path) -> str | None:
+    """The known suffix that the name of `path` ends in, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES if name.endswith(suffix)), None)
+
+
+def _all_suffixes() -> str:
+    return ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
+
+
+def _name(source: SourceConfig) -> str:
+    """`source` as a message names it."""
+    return " ".join([source.source, *filter(None, [source.dataset, source.subset]), *source.paths])

@@ -1,0 +1,162 @@
+"""The tokenizer: a byte-level BPE trained on the data, or an existing tokenizer.json (a file or one of the hub)."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from osp.config import TokenizerConfig, UserError
+
+FILE_NAME = "tokenizer.json"
+HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
+
+logger = logging.getLogger(__name__)
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """A byte-level BPE of `config.vocab_size` tokens, learned from the first `config.sample_bytes` of `texts`.
+
+    All 256 bytes are in the alphabet, so no text is out of vocabulary; `config.eos_token` has id 0. A text too small
+    for that many merges gives a smaller vocabulary.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if config.vocab_size < len(alphabet) + 1:
+        raise UserError(
+            f"tokenizer.vocab_size={config.vocab_size}: a byte-level vocabulary holds {len(alphabet)} bytes and "
+            f"tokenizer.eos_token; set {len(alphabet) + 1} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's regular expression
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[config.eos_token],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_bytes(texts, config.sample_bytes), trainer)
+    if tokenizer.get_vocab_size() < config.vocab_size:
+        logger.warning(
+            "the text yields %d tokens, fewer than tokenizer.vocab_size=%d",
+            tokenizer.get_vocab_size(),
+            config.vocab_size,
+        )
+    return _plain(tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, set to encode text as it is: nothing cut, padded or read as special."""
+    path = Path(path)
+    try:
+        spec = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+    try:
+        return _plain(Tokenizer.from_str(spec))
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise UserError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config.path` or `config.hub` names."""
+    assert not config.train
+    if (config.path is None) == (config.hub is None):
+        raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
+    tokenizer = load_tokenizer(config.path or _download(str(config.hub)))
+    eos_id(tokenizer, config.eos_token)
+    return tokenizer
+
+
+def eos_id(tokenizer: Tokenizer, eos_token: str) -> int:
+    """The id of the token that ends a document."""
+    token_id = tokenizer.token_to_id(eos_token)
+    if token_id is None:
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        raise UserError(
+            f"tokenizer.eos_token={eos_token!r} is not in the tokenizer's vocabulary; its special tokens are "
+            f"{', '.join(special) or 'none'}"
+        )
+    return token_id
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id: the rows an embedding needs."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's JSON, independent of white space and the order of keys."""
+    return spec_hash(tokenizer.to_str())
+
+
+def spec_hash(spec: str) -> str:
+    """`tokenizer_hash` of the text of a tokenizer.json."""
+    canonical = json.dumps(json.loads(spec), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Bytes of text that each token stands for, int32 (V,); 0 for special tokens and unused ids.
+
+    Over the tokens of a text the sum is its length in UTF-8, so bits per byte is exact, for byte-level tokenizers
+    (after their normalizer, where they have one). SentencePiece-like ones may count the space they put in front.
+    """
+    sizes = np.zeros(vocab_size(tokenizer), dtype=np.int32)
+    byte_level = _is_byte_level(json.loads(tokenizer.to_str()))
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
+        if byte_level:
+            sizes[token_id] = len(token)  # the alphabet spells every byte with one character
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            sizes[token_id] = 1
+        else:
+            sizes[token_id] = len(token.replace("\u2581", " ").encode())  # SentencePiece's sign for a space
+    for token_id, token in tokenizer.get_added_tokens_decoder().items():
+        sizes[token_id] = 0 if token.special else len(token.content.encode())
+    return sizes
+
+
+def _is_byte_level(spec: Any) -> bool:
+    """Whether the decoder of a tokenizer.json maps characters back to bytes."""
+    decoder = spec["decoder"] or {}
+    return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` without truncation and padding, which some files carry, blind to special tokens inside a text."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # otherwise a document that mentions <|endoftext|> would be cut in two
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
+    """The texts up to and including the one that completes `num_bytes` bytes."""
+    for text in texts:
+        yield text
+        num_bytes -= len(text.encode())
+        if num_bytes <= 0:
+            return
+
+
+def _download(name: str) -> str:
+    """The path of a hub tokenizer's tokenizer.json in the local cache, downloaded if it is not there yet.
+
+    The client retries a dead connection for many seconds, so the hub is asked once, with a time limit, first.
+    """
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
+    if isinstance(cached, str):
+        return cached
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        return huggingface_hub.hf_hub_download(name, FILE_NAME)
+    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it is built on
+        reason = " ".join(str(error).split())
+        raise UserError(f"tokenizer.hub={name}: cannot get its {FILE_NAME} from the hub: {reason}") from error

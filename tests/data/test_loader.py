@@ -1,0 +1,285 @@
+"""Rows against a naive packer; the same rows per step on any world size, in any order, after any restart."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from osp.config import UserError
+from osp.data import Batch, Loader, Shards, check_rows_per_step, load_manifest, loader, validation_batches
+from osp.data.loader import Rows, number_documents
+from osp.data.manifest import Manifest, lock, save_manifest
+
+SEQ_LEN = 37
+ROWS_PER_STEP = 24
+
+
+def naive_rows(folder: Path, seq_len: int) -> list[list[list[int]]]:
+    """The training rows of every shard, in the order of the text."""
+    packed = []
+    for shard in load_manifest(folder).train.shards:
+        tokens = np.fromfile(folder / shard.file, dtype=np.uint16).tolist()
+        rows = []
+        while len(tokens) > seq_len:
+            rows.append(tokens[: seq_len + 1])
+            tokens = tokens[seq_len:]
+        packed.append(rows)
+    return packed
+
+
+def step_rows(folder: Path, step: int, *, world_size: int = 1, micro_batch_size: int = 8, **options: Any) -> np.ndarray:
+    """The rows of one step in the order of their index, gathered from all ranks, (rows_per_step, T+1)."""
+    ranks = []
+    for rank in range(world_size):
+        source = Loader(
+            folder,
+            seq_len=SEQ_LEN,
+            rows_per_step=ROWS_PER_STEP,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            **options,
+        )
+        batches = source.step(step)
+        assert all(
+            b.tokens.shape == (micro_batch_size, SEQ_LEN + 1) and b.num_rows == micro_batch_size for b in batches
+        )
+        assert all(batch.tokens.dtype == torch.int64 for batch in batches)
+        ranks.append(torch.stack([batch.tokens for batch in batches]))
+        source.close()
+    return torch.stack(ranks, dim=1).flatten(0, 2).numpy()  # micro step, rank, row
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> Manifest:
+    manifest = dataclasses.replace(load_manifest(folder), **changes)
+    save_manifest(manifest, folder)
+    return manifest
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    """A folder of shards to spoil."""
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+def test_an_epoch_reads_every_row_once_shard_by_shard(shards: Path) -> None:
+    packed = naive_rows(shards, SEQ_LEN)
+    assert len(packed) > 3
+    assert len({len(rows) for rows in packed}) > 1
+    rows = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=3)
+    rows_per_epoch = sum(map(len, packed))
+    assert rows.rows_per_epoch == rows_per_epoch
+    orders = []
+    for epoch in range(3):
+        found = rows.read(epoch * rows_per_epoch + np.arange(rows_per_epoch)).tolist()
+        for expected in packed:
+            part, found = found[: len(expected)], found[len(expected) :]
+            assert sorted(part) == sorted(expected)
+            orders.append(part)
+            assert part != expected
+    assert orders[0] != orders[len(packed)] != orders[2 * len(packed)]  # the first shard in each epoch
+    other = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=4)
+    assert not np.array_equal(other.read(np.arange(100)), rows.read(np.arange(100)))
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 24), (1, 1), (2, 4), (2, 12), (4, 2), (4, 6), (3, 8)])
+def test_a_step_has_the_same_rows_on_any_world_size(shards: Path, world_size: int, micro_batch_size: int) -> None:
+    rows = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=0)
+    assert rows.rows_per_epoch is not None
+    last = rows.rows_per_epoch // ROWS_PER_STEP  # crosses into the second epoch
+    for step in (0, 7, last, 5 * last):
+        expected = rows.read(np.arange(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP))
+        found = step_rows(shards, step, world_size=world_size, micro_batch_size=micro_batch_size)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_steps_may_be_asked_for_in_any_order(shards: Path) -> None:
+    source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8, seed=5, document_ids=True)
+    for step in (0, 1, 2, 9, 10, 3, 3, 700, 0, 1):
+        batches = source.step(step)
+        found = torch.cat([batch.tokens for batch in batches]).numpy()
+        np.testing.assert_array_equal(found, step_rows(shards, step, seed=5))
+        ids = torch.cat([batch.document_ids for batch in batches if batch.document_ids is not None]).numpy()
+        np.testing.assert_array_equal(ids, number_documents(found, 0))
+    source.close()
+
+
+def test_document_ids_against_a_loop() -> None:
+    rows = np.random.default_rng(0).integers(0, 4, size=(50, 30))
+    for row, ids in zip(rows.tolist(), number_documents(rows, 3).tolist(), strict=True):
+        current, expected = 0, []
+        for token in row:
+            expected.append(current)
+            current += token == 3
+        assert ids == expected
+    assert number_documents(rows, 3).dtype == np.int32
+
+
+def test_a_new_epoch_is_announced_once(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8)
+    assert source.rows.rows_per_epoch is not None
+    first = -(-source.rows.rows_per_epoch // ROWS_PER_STEP)
+    for step in range(first - 2, first + 3):
+        source.step(step)
+    source.close()
+    assert [record.message for record in caplog.records] == [
+        f"step {first}: the training text was read 1 times; reading it again"
+    ]
+
+
+def test_rows_per_step_must_divide_among_the_ranks() -> None:
+    check_rows_per_step(48, seq_len=128, micro_batch_size=4, world_size=3)
+    message = (
+        r"train\.tokens_per_step=6400 is 50 rows of train\.seq_len=128; 3 ranks x train\.micro_batch_size=4 "
+        r"need a multiple of 12 rows; the nearest is train\.tokens_per_step=6144"
+    )
+    with pytest.raises(UserError, match=message):
+        check_rows_per_step(50, seq_len=128, micro_batch_size=4, world_size=3)
+    with pytest.raises(UserError, match=r"the nearest is train\.tokens_per_step=1536"):
+        check_rows_per_step(1, seq_len=128, micro_batch_size=4, world_size=3)
+
+
+def counted(batches: list[Batch]) -> list[list[int]]:
+    return [row for batch in batches for row in batch.tokens[: batch.num_rows].tolist()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("batch_size", "max_tokens"), [(1, None), (5, None), (64, None), (3, 10 * SEQ_LEN + 5), (2, 1)]
+)
+def test_validation_counts_every_row_once(
+    shards: Path, world_size: int, batch_size: int, max_tokens: int | None
+) -> None:
+    tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16).tolist()
+    expected = [tokens[i : i + SEQ_LEN + 1] for i in range(0, len(tokens) - SEQ_LEN, SEQ_LEN)]
+    if max_tokens is not None:
+        expected = expected[: max(1, max_tokens // SEQ_LEN)]
+    ranks = [
+        list(
+            validation_batches(
+                shards,
+                seq_len=SEQ_LEN,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                max_tokens=max_tokens,
+                document_ids=True,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1  # every rank takes part in the same collectives
+    for batch in (batch for batches in ranks for batch in batches):
+        assert batch.tokens.shape == (batch_size, SEQ_LEN + 1)
+        assert batch.document_ids is not None
+        np.testing.assert_array_equal(batch.document_ids.numpy(), number_documents(batch.tokens.numpy(), 0))
+    interleaved = [batch for together in zip(*ranks, strict=True) for batch in together]
+    assert counted(interleaved) == expected
+
+
+def test_a_held_out_split_shorter_than_a_row_is_one_row(shards: Path) -> None:
+    tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16)
+    (batch,) = validation_batches(shards, seq_len=10**6, batch_size=2, rank=0, world_size=1)
+    assert batch.num_rows == 1
+    assert batch.tokens[0].tolist() == tokens.tolist()
+    (empty,) = validation_batches(shards, seq_len=10**6, batch_size=2, rank=1, world_size=2)
+    assert empty.num_rows == 0
+    assert empty.tokens.shape == (2, len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "train-00002.bin").unlink(), r"shard .*train-00002\.bin is missing; delete"),
+        (lambda f: (f / "val-00000.bin").write_bytes(b"12"), r"shard .*val-00000\.bin has 2 bytes, the manifest says"),
+        (lambda f: (f / "manifest.json").unlink(), r"holds no prepared shards \(manifest\.json is missing\)"),
+        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json is damaged .*; delete"),
+        (lambda f: rewrite_manifest(f, format=0), r"manifest\.json is not of format 1; delete"),
+        (
+            lambda f: (f / "tokenizer.json").write_text('{"a": 1}'),
+            r"tokenizer\.json is not the tokenizer of the shards",
+        ),
+        (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json is not the tokenizer of the shards"),
+    ],
+)
+def test_a_spoilt_folder_is_refused(copy: Path, spoil: Any, message: str) -> None:
+    spoil(copy)
+    with pytest.raises(UserError, match=message):
+        Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
+
+
+def test_a_split_shorter_than_a_row_is_refused(shards: Path) -> None:
+    source = Loader(shards, seq_len=10**6, rows_per_step=4, micro_batch_size=4)
+    with pytest.raises(UserError, match=r"has \d+ tokens, fewer than one row of train\.seq_len=1000000 plus 1"):
+        source.step(0)
+    source.close()
+
+
+def test_rows_wait_for_shards_that_are_being_prepared(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loader, "POLL_SECONDS", 0.02)
+    whole = load_manifest(copy)
+    last = sum(map(len, naive_rows(copy, SEQ_LEN))) // ROWS_PER_STEP - 1
+    expected = {step: step_rows(copy, step) for step in (0, last, last + 1)}
+    with lock(copy):
+        part = dataclasses.replace(whole.train, shards=whole.train.shards[:1])
+        rewrite_manifest(copy, train=part, complete=False)
+        source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
+        np.testing.assert_array_equal(source.step(0)[0].tokens.numpy(), expected[0])
+        results: dict[int, np.ndarray] = {}
+        asking = threading.Thread(target=lambda: results.update({last: source.step(last)[0].tokens.numpy()}))
+        asking.start()
+        for num_shards in range(2, len(whole.train.shards) + 1):
+            assert not results
+            time.sleep(0.1)
+            rewrite_manifest(copy, train=dataclasses.replace(whole.train, shards=whole.train.shards[:num_shards]))
+        asking.join(5)
+        np.testing.assert_array_equal(results[last], expected[last])
+        time.sleep(0.1)  # the next step is ahead of the text until it is known that this is all of it
+        save_manifest(whole, copy)
+        np.testing.assert_array_equal(source.step(last + 1)[0].tokens.numpy(), expected[last + 1])
+    source.close()
+    assert sum("waiting for the preparation" in record.message for record in caplog.records) <= 3
+
+
+def test_nobody_waits_for_a_preparation_that_is_not_going_on(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(loader, "GRACE_SECONDS", 0.1)
+    manifest = load_manifest(copy)
+    rewrite_manifest(copy, complete=False)
+    source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
+    with pytest.raises(UserError, match=r"is not complete and nothing is preparing it; start the run again"):
+        source.step(10**6)
+    rewrite_manifest(copy, complete=False, error="bad.jsonl, line 7: malformed JSON")
+    with pytest.raises(UserError, match=r"preparing .* failed: bad\.jsonl, line 7: malformed JSON"):
+        source.step(10**7)
+    source.close()
+    assert manifest.complete
+
+
+def test_closing_ends_the_thread_even_while_it_waits(copy: Path) -> None:
+    rewrite_manifest(copy, complete=False)
+    with lock(copy):
+        source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
+        rows = sum(map(len, naive_rows(copy, SEQ_LEN)))
+        source.step(rows // ROWS_PER_STEP - 1)  # reads ahead beyond what is there
+        thread = next(t for t in threading.enumerate() if t.name == "osp-loader")
+        source.close()
+        thread.join(3)
+        assert not thread.is_alive()
+
+
+def test_large_vocabularies_use_32_bits(shards: Path, copy: Path) -> None:
+    manifest = load_manifest(copy)
+    for shard in manifest.val.shards + manifest.train.shards:
+        tokens = np.fromfile(copy / shard.file, dtype=np.uint16)
+        (tokens.astype(np.uint32) + 100_000).tofile(copy / shard.file)
+    rewrite_manifest(copy, dtype="uint32")
+    np.testing.assert_array_equal(step_rows(copy, 3), step_rows(shards, 3) + 100_000)

@@ -1,0 +1,405 @@
+"""Shards hold exactly the corpus, whatever the workers, interruptions and other processes do meanwhile."""
+
+import dataclasses
+import gzip
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osp.config import DataConfig, TokenizerConfig, UserError
+from osp.data import Loader, load_manifest, load_tokenizer, prepare, shard_folder, start, tokenizer_hash, verify
+from osp.data.manifest import is_locked
+
+# the package exports the function of the same name
+prepare_module = importlib.import_module("osp.data.prepare")
+fork = multiprocessing.get_context("fork")
+
+WriteJsonl = Callable[[Path, list[str]], Path]
+
+
+def tokens_of(folder: Path, split: str) -> list[np.ndarray[Any, Any]]:
+    manifest = load_manifest(folder)
+    shards = manifest.train.shards if split == "train" else manifest.val.shards
+    return [np.fromfile(folder / shard.file, dtype=manifest.dtype) for shard in shards]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def with_text(config: DataConfig, path: Path, **changes: Any) -> DataConfig:
+    return dataclasses.replace(config, paths=(str(path),), cache_dir=str(path.parent / "shards"), **changes)
+
+
+def held_out(text: str, fraction: float) -> bool:
+    return prepare_module.text_hash(text) < fraction * 2**64
+
+
+@pytest.mark.parametrize("max_tokens", [None, 20_000, 32_002, 40_000])
+def test_shards_against_a_naive_packer(
+    texts: list[str], data_config: DataConfig, tokenizer_config: TokenizerConfig, max_tokens: int | None
+) -> None:
+    config = dataclasses.replace(data_config, max_tokens=max_tokens)
+    folder = prepare(config, tokenizer_config, progress=False)
+    tokenizer = load_tokenizer(str(tokenizer_config.path))
+    train: list[int] = []
+    val: list[str] = []
+    val_tokens: list[int] = []
+    for text in filter(None, texts):
+        if max_tokens is not None and len(train) >= max_tokens:
+            break
+        ids = [*tokenizer.encode(text).ids, 0]
+        if not held_out(text, config.val_fraction):
+            train += ids
+        elif len(train) < config.shard_tokens:  # sealed with the first training shard
+            val.append(text)
+            val_tokens += ids
+    train = train[:max_tokens]
+    shards = tokens_of(folder, "train")
+    assert np.concatenate(shards).tolist() == train
+    assert [len(shard) for shard in shards[:-1]] == [config.shard_tokens] * (len(shards) - 1)
+    assert np.concatenate(tokens_of(folder, "val")).tolist() == val_tokens
+    manifest = load_manifest(folder)
+    assert manifest.complete
+    assert manifest.train.tokens == len(train)
+    assert manifest.val.documents == len(val) > 1
+    assert manifest.val.bytes == sum(len(text.encode()) for text in val)
+    assert manifest.val_gzip_bytes == sum(len(gzip.compress(text.encode(), 9)) for text in val)
+    assert manifest.dtype == "uint16"
+    assert manifest.vocab_size == 400
+    assert manifest.eos_id == 0
+    assert manifest.tokenizer_hash == tokenizer_hash(load_tokenizer(folder / "tokenizer.json"))
+    if max_tokens is None:
+        kept = [text for text in texts if text and not held_out(text, config.val_fraction)]
+        assert manifest.train.documents == len(kept)
+        assert manifest.train.bytes == sum(len(text.encode()) for text in kept)
+        assert manifest.next_document == len(texts)
+    verify(folder)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 10_000)  # many batches in flight
+    written = []
+    for num_workers in (1, 2, 3):
+        config = dataclasses.replace(data_config, num_workers=num_workers, cache_dir=str(tmp_path / str(num_workers)))
+        written.append(contents(prepare(config, TokenizerConfig(vocab_size=500), progress=False)))
+    for other in written[1:]:
+        assert {k: v for k, v in other.items() if k != "manifest.json"} == {
+            k: v for k, v in written[0].items() if k != "manifest.json"
+        }
+        a, b = json.loads(written[0]["manifest.json"]), json.loads(other["manifest.json"])
+        assert {k: v for k, v in a.items() if k != "source"} == {k: v for k, v in b.items() if k != "source"}
+
+
+def test_the_split_follows_the_text_not_its_position(
+    texts: list[str],
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+) -> None:
+    def split(name: str, texts: list[str]) -> list[list[list[int]]]:
+        (tmp_path / name).mkdir()
+        path = write_jsonl(tmp_path / name / "corpus.jsonl", texts)
+        folder = prepare(with_text(data_config, path, shard_tokens=10**6), tokenizer_config, progress=False)
+        return [
+            sorted(document.tolist() for document in np.split(tokens, np.flatnonzero(tokens == 0) + 1))
+            for tokens in (tokens_of(folder, "train")[0], tokens_of(folder, "val")[0])
+        ]
+
+    train, val = split("forward", texts)
+    assert split("backward", texts[::-1]) == [train, val]
+    twice_train, twice_val = split("twice", texts + texts)
+    assert {tuple(d) for d in twice_train} == {tuple(d) for d in train}
+    assert {tuple(d) for d in twice_val} == {tuple(d) for d in val}
+    assert {tuple(d) for d in train if d}.isdisjoint(tuple(d) for d in val)
+
+
+@pytest.mark.parametrize("shard_tokens", [3000, 10**6])
+def test_something_is_always_held_out(
+    texts: list[str],
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    shard_tokens: int,
+) -> None:
+    few = [text for text in texts[:12] if text]
+    few += few  # every text twice, the second time after the first shard where shards are small
+    path = write_jsonl(tmp_path / "corpus.jsonl", few)
+    config = with_text(data_config, path, val_fraction=1e-9, shard_tokens=shard_tokens)
+    folder = prepare(config, tokenizer_config, progress=False)
+    manifest = load_manifest(folder)
+    chosen = tokens_of(folder, "val")[0].tolist()
+    train = np.concatenate(tokens_of(folder, "train")).tolist()
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    seen = [text for text in few if prepare_module.text_hash(text) >= manifest.held_out_below - 1]
+    text = min(seen, key=prepare_module.text_hash)
+    ids = [*tokenizer.encode(text).ids, 0]
+    assert chosen == ids * manifest.val.documents
+    assert manifest.val.bytes == len(text.encode()) * manifest.val.documents
+    assert manifest.val_gzip_bytes == len(gzip.compress(text.encode(), 9)) * manifest.val.documents
+    assert train == [i for other in few if prepare_module.text_hash(other) >= manifest.held_out_below
+                     for i in [*tokenizer.encode(other).ids, 0]]  # fmt: skip
+    if shard_tokens == 10**6:
+        assert text == min(few, key=prepare_module.text_hash)
+        assert manifest.val.documents == 2
+        assert manifest.train.documents == len(few) - 2
+
+
+@pytest.mark.parametrize(
+    ("few", "message"),
+    [
+        ([], r"the corpus is empty: 0 documents"),
+        (["", ""], r"the corpus is empty: 2 documents, none of them with text"),
+        (["one", "one", ""], r"the corpus is a single document, .*split it into several files or records"),
+        (["one", "two"], r"all 2 documents of the corpus are held out; lower data\.val_fraction"),
+    ],
+)
+def test_a_corpus_that_cannot_be_split_leaves_nothing_behind(
+    few: list[str], message: str, data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", few), val_fraction=0.9999)
+    with pytest.raises(UserError, match=message):
+        prepare(config, TokenizerConfig(), progress=False)
+    assert list(Path(config.cache_dir).iterdir()) == []
+
+
+def test_prepared_shards_are_used_again_unless_something_changed(
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    shards: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = contents(shards)
+    monkeypatch.setattr(prepare_module.sources, "documents", lambda source: pytest.fail("the corpus is read again"))
+    assert prepare(data_config, tokenizer_config) == shards
+    assert start(data_config, tokenizer_config) == shards
+    assert contents(shards) == before
+
+    def folder(tokenizer: TokenizerConfig = tokenizer_config, **changes: Any) -> Path:
+        return shard_folder(dataclasses.replace(data_config, **changes), tokenizer)
+
+    assert folder(num_workers=7) == shards
+    assert len({shards, folder(val_fraction=0.2), folder(max_tokens=5), folder(tokenizer=TokenizerConfig())}) == 4
+    copy = Path(shutil.copy2(str(tokenizer_config.path), tmp_path))
+    copied = dataclasses.replace(tokenizer_config, path=str(copy))
+    first = folder(tokenizer=copied)
+    copy.write_text(copy.read_text() + "\n")
+    assert folder(tokenizer=copied) != first  # another file of the same name
+    monkeypatch.undo()
+    changed = with_text(data_config, Path(shutil.copy2(corpus, tmp_path)))
+    first = shard_folder(changed, tokenizer_config)
+    os.utime(changed.paths[0], (1, 1))
+    assert shard_folder(changed, tokenizer_config) != first
+    with pytest.raises(UserError, match=r"tokenizer\.path=nowhere cannot be read"):
+        folder(tokenizer=TokenizerConfig(train=False, path="nowhere"))
+
+
+def _prepare_and_die(data: DataConfig, tokenizer: TokenizerConfig, function: str, call: int) -> None:
+    """Prepare until the `call`-th call of `function` returns, then die as from a power cut."""
+    original, calls = getattr(prepare_module, function), iter(range(1, 1000))
+
+    def deadly(*args: Any) -> None:
+        original(*args)
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(prepare_module, function, deadly)
+    prepare(data, tokenizer, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    # a manifest is saved at the start and per shard; files are the tokenizer, val, train shards
+    [("save_manifest", n) for n in (1, 2, 3, 4)] + [("write_atomically", n) for n in (1, 2, 3, 4)],
+)
+@pytest.mark.parametrize(
+    ("shard_tokens", "max_tokens"),
+    # 48,003 is three shards; documents span several of the shards of 331
+    [(16_001, None), (16_001, 48_003), (16_001, 50_000), (331, 6_000)],
+)
+def test_a_killed_preparation_goes_on_to_the_same_bytes(
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    tmp_path: Path,
+    function: str,
+    call: int,
+    shard_tokens: int,
+    max_tokens: int | None,
+) -> None:
+    whole = dataclasses.replace(data_config, shard_tokens=shard_tokens, max_tokens=max_tokens)
+    config = dataclasses.replace(whole, cache_dir=str(tmp_path))
+    child = fork.Process(target=_prepare_and_die, args=(config, tokenizer_config, function, call))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    folder = shard_folder(config, tokenizer_config)
+    (folder / "train-00009.bin.tmp").write_bytes(b"half")
+    assert not (folder / "manifest.json").exists() or not load_manifest(folder).complete
+    assert prepare(config, tokenizer_config, progress=False) == folder
+    resumed, expected = contents(folder), contents(prepare(whole, tokenizer_config, progress=False))
+    for files in (resumed, expected):
+        files["manifest.json"] = files["manifest.json"].replace(config.cache_dir.encode(), whole.cache_dir.encode())
+    assert resumed == expected
+
+
+def _prepare_and_note(data: DataConfig, tokenizer: TokenizerConfig, notes: Path, barrier: Any) -> None:
+    original = prepare_module._write_shards
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        with notes.open("a") as file:
+            file.write("prepared\n")
+        time.sleep(0.3)  # long enough for the other to come by
+        original(*args, **kwargs)
+
+    prepare_module.__dict__["_write_shards"] = noted
+    barrier.wait()
+    try:
+        prepare(data, tokenizer, progress=False)
+    except UserError as error:
+        with notes.open("a") as file:
+            file.write(f"{error}\n")
+
+
+def test_two_processes_prepare_once(data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
+    barrier = fork.Barrier(2)
+    arguments = (config, tokenizer_config, tmp_path / "notes", barrier)
+    children = [fork.Process(target=_prepare_and_note, args=arguments) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    assert (tmp_path / "notes").read_text() == "prepared\n"
+    verify(shard_folder(config, tokenizer_config))
+
+
+def test_whoever_waits_for_a_preparation_that_fails_gets_its_turn(
+    data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    # the first removes the folder, with the lock that the second waits for
+    config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", []))
+    barrier = fork.Barrier(2)
+    arguments = (config, TokenizerConfig(), tmp_path / "notes", barrier)
+    children = [fork.Process(target=_prepare_and_note, args=arguments) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(20)
+    assert [child.exitcode for child in children] == [0, 0]
+    message = "the corpus is empty: 0 documents, none of them with text"
+    assert sorted((tmp_path / "notes").read_text().splitlines()) == sorted(["prepared", message] * 2)
+    assert list(Path(config.cache_dir).iterdir()) == []
+
+
+def long_corpus(path: Path, texts: list[str], *, copies: int) -> None:
+    """Write a corpus that takes a while to encode: the texts again and again, each time with another first line."""
+    with path.open("w") as file:
+        file.writelines(json.dumps({"text": f"# {i}\n{text}"}) + "\n" for i in range(copies) for text in texts)
+
+
+def test_start_returns_early_and_the_rest_arrives(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
+) -> None:
+    long_corpus(tmp_path / "long.jsonl", texts, copies=14)
+    config = with_text(data_config, tmp_path / "long.jsonl")
+    folder = start(config, tokenizer_config, progress=False)
+    manifest = load_manifest(folder)
+    assert manifest.usable
+    assert not manifest.complete
+    loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
+    rows = len(manifest.train.shards) * (config.shard_tokens // 64)
+    assert len(loader.step(rows // 8 + 100)) == 2  # waits for shards that were not there
+    prepare(config, tokenizer_config, progress=False)
+    loader.close()
+    assert load_manifest(folder).complete
+    verify(folder)
+
+
+def test_start_reports_what_the_user_has_to_mend(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("{]\n")
+    config = with_text(data_config, path)
+    with pytest.raises(UserError, match=r"^\S*long\.jsonl, line 1: malformed JSON"):
+        start(config, tokenizer_config, progress=False)
+    assert list(Path(config.cache_dir).iterdir()) == []
+
+    long_corpus(path, texts, copies=12)
+    path.write_text(path.read_text() + "{]\n")  # found long after the run has started
+    folder = start(config, tokenizer_config, progress=False)
+    loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
+    with pytest.raises(UserError, match=r"preparing .* failed: .*long\.jsonl, line \d+: malformed JSON"):
+        loader.step(10**6)
+    loader.close()
+
+
+def test_the_background_preparation_ends_with_its_parent(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
+) -> None:
+    long_corpus(tmp_path / "long.jsonl", texts, copies=40)
+    config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
+    program = "import os; from osp.config import *; from osp.data import start; " + (
+        f"print(start({config!r}, {tokenizer_config!r}, progress=False), flush=True); os.kill(os.getpid(), 9)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    folder = Path(parent.stdout.strip())
+    deadline = time.monotonic() + 10
+    while is_locked(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_locked(folder)  # nor do its workers live, which would hold the lock too
+    assert load_manifest(folder).usable
+    assert not load_manifest(folder).complete
+
+
+def test_a_killed_worker_is_reported(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "_encode", _die)
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path), num_workers=2)
+    with pytest.raises(UserError, match=r"a tokenizing process was killed, .*data\.num_workers"):
+        prepare(config, tokenizer_config, progress=False)
+
+
+def _die(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_unwritable_cache_is_reported(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write to .*file/corpus-"):
+        prepare(config, tokenizer_config, progress=False)
+
+
+def test_verify_finds_damage(shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    path = folder / "train-00001.bin"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00001\.bin is damaged; delete"):
+        verify(folder)

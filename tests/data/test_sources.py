@@ -1,0 +1,215 @@
+"""Every kind of source gives its documents in order, and every bad input one message that names file and line."""
+
+import gzip
+import json
+import lzma
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osp.config import DataConfig, SourceConfig, UserError
+from osp.data import documents
+from osp.data.sources import fingerprint, interleave
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+
+
+def read(*paths: Path, text_field: str = "text") -> list[str]:
+    return list(documents(DataConfig(source="text", paths=tuple(map(str, paths)), text_field=text_field)))
+
+
+def zstd(data: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    compressor = zstandard.ZstdCompressor(write_checksum=True)  # as the command line tool does
+    half = len(data) // 2  # two frames in one file, as parallel compressors write them
+    return compressor.compress(data[:half]) + compressor.compress(data[half:])
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".jsonl": bytes,
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.xz": lzma.compress,
+    ".jsonl.zst": zstd,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("newline_at_end", [True, False])
+def test_jsonl_gives_one_document_per_record(
+    texts: list[str], tmp_path: Path, suffix: str, newline_at_end: bool
+) -> None:
+    # ensure_ascii=False puts U+2028 and U+0085 into the file as they are
+    lines = "\n".join(json.dumps({"id": 1, "body": text}, ensure_ascii=False) for text in texts)
+    path = tmp_path / f"records{suffix}"
+    path.write_bytes(COMPRESS[suffix]((lines + "\n" * newline_at_end).encode()))
+    assert read(path, text_field="body") == texts
+
+
+def test_parquet_gives_one_document_per_row(texts: list[str], tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "records.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None], "n": list(range(len(texts) + 1))}), path)
+    assert read(path) == [*texts, ""]
+    with pytest.raises(UserError, match=r"records\.parquet: column 'n' holds int64, not strings"):
+        read(path, text_field="n")
+    with pytest.raises(UserError, match=r"no column 'body'; set data\.text_field to one of \['n', 'text'\]"):
+        read(path, text_field="body")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"records\.parquet: not a readable parquet file"):
+        read(path)
+
+
+def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
+    files = {"b.md": "b\r\n", "a/z.py": "az\u2028", "a/y.txt": "ay", "c.TXT": "c", "skipped.csv": "no"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    assert read(tmp_path) == ["ay", "az\u2028", "b\r\n", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n\n{"text": "b"\n', r"bad\.jsonl, line 3: malformed JSON"),
+        (b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"bad\.jsonl, line 2: no field 'text'.*\['body', 'id'\]"),
+        (b'{"text": 5}\n', r"bad\.jsonl, line 1: field 'text' holds int, not a string"),
+        (b'{"text": null}\n', r"bad\.jsonl, line 1: field 'text' holds NoneType, not a string"),
+        (b'["text"]\n', r"bad\.jsonl, line 1: expected a JSON object, found list"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.jsonl, line 2: not UTF-8 \(byte 0xff\)"),
+        (b'{"text": "\\ud800"}\n', r"bad\.jsonl, line 1: field 'text' is no valid Unicode"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_undecodable_text_is_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
+    with pytest.raises(UserError, match=r"bad\.txt, line 3: not UTF-8 \(byte 0xe9\)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "not an archive"])
+def test_a_damaged_archive_is_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
+    lines = "".join(json.dumps({"text": os.urandom(1000).hex()}) + "\n" for _ in range(400)).encode()
+    content = COMPRESS[suffix](lines)
+    middle = len(content) * 3 // 4
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(
+        {
+            "cut": content[:middle],
+            "overwritten": content[:middle] + b"\xff" * 1000 + content[middle + 1000 :],
+            "not an archive": lines,
+        }[damage]
+    )
+    # what is overwritten may also show as a bad record, which is found first
+    where = r"(after )?line" if damage == "overwritten" else "after line"
+    with pytest.raises(UserError, match=rf"bad{suffix}, {where} \d+: "):
+        read(path)
+
+
+def test_bad_paths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"folder .* holds no file that ends in \.txt, "):
+        read(tmp_path)
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"cannot tell the format of .*table\.csv; its name must end in \.txt"):
+        read(tmp_path / "table.csv")
+
+
+def test_stdlib_is_all_modules_in_order() -> None:
+    found = list(documents(DataConfig()))
+    assert next(documents(SourceConfig(source="python_stdlib"))) == found[0]
+    root = Path(sysconfig.get_path("stdlib"))
+    positions = [
+        found.index((root / name).read_bytes().decode()) for name in ("abc.py", "json/decoder.py", "zipapp.py")
+    ]
+    assert positions == sorted(positions)
+    assert sum(map(len, found)) > 5_000_000
+
+
+def test_stdlib_may_lack_folders_and_hold_other_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"b.py": b"b = 1\r\n", "a/c.py": b"c", "site-packages/x.py": b"x", "__pycache__/y.py": b"", "l.py": b"\xe9"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(documents(DataConfig())) == ["c", "b = 1\r\n"]
+
+
+def test_interleave_follows_the_weights_and_keeps_every_order(caplog: pytest.LogCaptureFixture) -> None:
+    streams = [[f"{name}{i}" + "x" * (size + 7 * i % 11) for i in range(n)] for name, n, size in
+               [("a", 3000, 30), ("b", 900, 60), ("c", 20, 5)]]  # fmt: skip
+    mixed = list(interleave([iter(s) for s in streams], [0.7, 0.25, 0.05], names=["a", "b", "c"]))
+    for name, stream in zip("abc", streams, strict=True):
+        assert [text for text in mixed if text[0] == name] == stream
+    end = next(i for i, text in enumerate(mixed) if text.startswith("c19"))
+    shares = [sum(len(text) for text in mixed[:end] if text[0] == name) for name in "abc"]
+    for share, weight in zip(shares, [0.7, 0.25, 0.05], strict=True):
+        assert share / sum(shares) == pytest.approx(weight, abs=70 / sum(shares))
+    # b ends last: its end is the end of all
+    assert [record.message for record in caplog.records] == [
+        "data.mixture: c is exhausted; going on without it",
+        "data.mixture: a is exhausted; going on without it",
+    ]
+
+
+def test_mixture_of_sources(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "' + name * 10 + '"}\n' * 1)
+    parts = tuple(SourceConfig(paths=(str(tmp_path / f"{name}.jsonl"),), weight=w) for name, w in [("a", 1), ("b", 3)])
+    config = DataConfig(source="mixture", mixture=parts)
+    assert list(documents(config)) == ["a" * 10, "b" * 10]
+    assert fingerprint(config) == [fingerprint(part) for part in parts]
+
+
+def test_fingerprint_sees_a_changed_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    config = DataConfig(source="text", paths=(str(tmp_path),))
+    before = fingerprint(config)
+    assert fingerprint(config) == before
+    (tmp_path / "a.txt").write_text("other")
+    assert fingerprint(config) != before
+
+
+def test_hub_source_streams_a_local_data_set(texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t or None}) + "\n" for t in texts))
+    config = SourceConfig(source="hf", dataset=str(tmp_path))
+    assert list(documents(config)) == texts
+    with pytest.raises(UserError, match=r"no field 'body'; set data\.text_field to one of \['text'\]"):
+        list(documents(SourceConfig(source="hf", dataset=str(tmp_path), text_field="body")))
+    with pytest.raises(UserError, match=r"\(subset nope\), split train: cannot be read after record 0: .*nope"):
+        list(documents(SourceConfig(source="hf", dataset=str(tmp_path), subset="nope")))
+    with pytest.raises(UserError, match=r"split nope: cannot be read after record 0: .*nope"):
+        list(documents(SourceConfig(source="hf", dataset=str(tmp_path), split="nope")))
+
+
+@pytest.mark.timeout(30)
+def test_a_data_set_that_is_not_there_fails_in_seconds() -> None:
+    with pytest.raises(UserError, match=r"data\.dataset=osp-tests/no-such-data-set cannot be reached"):
+        list(documents(SourceConfig(source="hf", dataset="osp-tests/no-such-data-set")))
+
+
+def test_zstandard_missing_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(ImportError, match="pip install zstandard"):
+        read(tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+def test_a_real_archive() -> None:
+    source = DataConfig(source="text", paths=(str(SHARED / "corpus/train_mix.jsonl.xz"),))
+    first = [text for text, _ in zip(documents(source), range(500), strict=False)]
+    assert sum(map(len, first)) > 1_000_000
