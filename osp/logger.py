@@ -1,0 +1,157 @@
+"""Where the numbers of a run go: one dict of floats per event to `metrics.jsonl` (always), a progress bar and W&B.
+
+Only rank 0 has a logger that writes. W&B is an addition: whatever fails there is said once and never stops training.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from osp.config import LoggerConfig, UserError
+
+log = logging.getLogger(__name__)
+
+AXES = {"train/*": "step", "val/*": "step"}
+
+
+class Logger:
+    """`log(metrics, step=..., tokens=...)` appends one line to `metrics.jsonl` and sends the same numbers to W&B."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LoggerConfig,
+        *,
+        run_name: str,
+        run_config: dict[str, Any],
+        step: int,
+        total_steps: int,
+    ):
+        """Continue (or begin) the files of `folder` at `step`: lines of later steps are dropped."""
+        self._config = config
+        self._path = folder / "metrics.jsonl"
+        drop_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            desc=run_name,
+            unit="step",
+            disable=not config.progress,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            smoothing=0.05,
+        )
+        self._wandb = WandB(folder, config, run_name=run_name, run_config=run_config, resumed=step > 0)
+
+    def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
+        """Record one event after optimizer step `step` and `tokens` training tokens. Not-a-number becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "tokens": tokens, **finite}) + "\n")
+        self._wandb.log({"step": step, "tokens": tokens, **metrics})
+
+    def advance(self, *, loss: float, tokens_per_second: float) -> None:
+        """One more step on the progress bar."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s", refresh=False)
+        self._bar.update()
+
+    def say(self, message: str) -> None:
+        """One line above the progress bar."""
+        if self._config.progress:
+            tqdm.write(message, file=sys.stderr)
+        else:
+            log.info(message)
+
+    def close(self, *, exit_code: int = 0) -> None:
+        self._bar.close()
+        self._file.close()
+        self._wandb.close(exit_code)
+
+
+class WandB:
+    """A W&B run, or nothing. Its id is kept in the run folder, so that a resumed run continues the same W&B run."""
+
+    def __init__(self, folder: Path, config: LoggerConfig, *, run_name: str, run_config: dict[str, Any], resumed: bool):
+        self._run: Any = None
+        if config.wandb != "disabled":
+            self._guard(lambda: self._start(folder, config, run_name, run_config, resumed))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.log(metrics))
+
+    def close(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.finish(exit_code=exit_code))
+
+    def _start(
+        self, folder: Path, config: LoggerConfig, run_name: str, run_config: dict[str, Any], resumed: bool
+    ) -> None:
+        import wandb
+
+        id_file = folder / "wandb_run_id"
+        run_id = id_file.read_text().strip() if resumed and id_file.exists() else secrets.token_hex(4)
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run_name,
+            id=run_id,
+            resume="allow",
+            mode=config.wandb if config.wandb != "disabled" else None,
+            dir=str(folder),
+            config=run_config,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
+        id_file.write_text(run_id + "\n")
+        for pattern, axis in AXES.items():
+            self._run.define_metric(pattern, step_metric=axis)
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """Run `call`; whatever W&B raises ends logging to W&B, is said once, and goes no further."""
+        try:
+            call()
+        except Exception as error:  # W&B raises its own, the network's and the file system's errors alike
+            log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
+            self._run = None
+
+
+def check_wandb(config: LoggerConfig) -> LoggerConfig:
+    """`config`, offline where W&B does not answer; raises `UserError` if it is to be online without a key."""
+    if config.wandb != "online":
+        return config
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("logger.wandb=online but wandb is not installed; pip install wandb") from error
+    try:
+        has_key = wandb.login(prompt=False)
+    except wandb.Error as error:  # not reached, or the key is refused: training matters more
+        log.warning("W&B does not answer (%s); this run is logged offline, `wandb sync` sends it later", error)
+        return dataclasses.replace(config, wandb="offline")
+    if not has_key:
+        raise UserError("logger.wandb=online but there is no W&B key; run `wandb login` or use logger.wandb=offline")
+    return config
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of `path` that are later than `step`, or not whole: a run resumed at `step` writes them anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the last line of a run that was killed while writing it
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

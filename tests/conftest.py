@@ -1,0 +1,136 @@
+"""What tests of a whole run share: a small text, a small configuration, the real entry point in a subprocess."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osp.config import Config, from_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the losses of tests/golden anew")
+
+
+def made_text(num_documents: int, *, seed: int = 0) -> list[str]:
+    """Documents of made-up words with some structure to learn; the same on every machine and Python."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 7))) for _ in range(150)]
+    return [
+        " ".join(draw.choice(words[: draw.randint(2, 150)]) for _ in range(120)) + ".\n" for _ in range(num_documents)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 400 documents, about 250 kB."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in made_text(400)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_values(corpus: Path) -> dict[str, Any]:
+    """The smallest configuration that uses every part; shards are prepared once for the whole session."""
+    return {
+        "train": {
+            "steps": 6,
+            "seq_len": 32,
+            "tokens_per_step": 256,
+            "micro_batch_size": 2,
+            "compile": False,
+            "precision": "fp32",
+        },
+        "model": {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "embed_proj": True,
+        },
+        "norm": {"name": "ssnorm"},
+        "optimizer": {"lr": 0.01},
+        "eval": {"every": 3, "tokens": 1024, "sample_tokens": 4},
+        "data": {
+            "source": "text",
+            "paths": [str(corpus)],
+            "val_fraction": 0.05,
+            "cache_dir": str(corpus.parent / "shards"),
+            "num_workers": 1,
+        },
+        "tokenizer": {"vocab_size": 320},
+        "checkpoint": {"every": 3, "keep_last": 0},
+        "logger": {"wandb": "disabled", "progress": False},
+        "engine": {"device": "cpu", "threads": 1},
+    }
+
+
+@pytest.fixture
+def tiny(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Config]:
+    """`tiny("train.steps=3", name="a")`: that configuration with overrides, its run folder below the test's own."""
+
+    def build(*overrides: str, name: str = "run") -> Config:
+        values = json.loads(json.dumps(tiny_values))
+        values["run"] = {"name": name, "dir": str(tmp_path / name)}
+        for override in overrides:
+            key, value = override.split("=", 1)
+            *path, last = key.split(".")
+            table = values
+            for part in path:
+                table = table.setdefault(part, {})
+            try:
+                table[last] = json.loads(value)
+            except json.JSONDecodeError:
+                table[last] = value
+        return from_dict(values)
+
+    return build
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
+def losses(folder: Path) -> list[float]:
+    """Training loss of every step."""
+    return [event["train/loss"] for event in read_metrics(folder) if "train/loss" in event]
+
+
+def overrides_of(config: Config) -> list[str]:
+    """The command line that gives `config` from any defaults: every leaf as `key=value`."""
+    from osp.config import to_dict
+
+    def leaves(tree: Any, path: str) -> list[str]:
+        if isinstance(tree, dict):
+            return [leaf for k, v in tree.items() for leaf in leaves(v, f"{path}.{k}" if path else k)]
+        return [f"{path}={json.dumps(tree)}"]
+
+    return leaves(to_dict(config), "")
+
+
+def run_script(
+    *arguments: str, launcher: tuple[str, ...] = (), cwd: Path, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """`python scripts/train.py ARGUMENTS`, or the same below a launcher such as `torchrun --nproc-per-node 2`."""
+    script = str(ROOT / "scripts" / "train.py")
+    command = [*launcher, script, *arguments] if launcher else [sys.executable, script, *arguments]
+    environment = {
+        **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
