@@ -1,0 +1,66 @@
+"""The README's commands are what they say: each one composes, the make targets exist, the Python runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osp.config import Config
+from osp.trainer import train
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:deepspeed|torchrun|python) [^\n#]*scripts/[^\n#]*", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_composes(command: str, tmp_path: Path) -> None:
+    """The script and overrides of each command give a configuration that passes every check."""
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    assert (ROOT / words[script]).exists()
+    if words[script] == "scripts/train.py":
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "scripts/train.py"), *words[script + 1 :], "--cfg", "job"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "num_hidden_layers" in result.stdout
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("target", re.findall(r"^    make ([\w-]+)", README, flags=re.MULTILINE))
+def test_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert "exec make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test " in README
+
+
+def test_python_example_runs(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    import torch
+
+    train(tiny("train.steps=1"))
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    exec(code.replace("runs/osp_nano", str(tmp_path / "run")), names)
+    assert names["logits"].shape == (1, 3, 320)
+
+
+def test_every_group_and_choice_of_the_table_exists() -> None:
+    for group, choices in re.findall(r"^\| `\+?(\w+)=` \| (.*) \|$", README, flags=re.MULTILINE):
+        existing = {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")}
+        named = set(re.findall(r"`(\w+)`", choices)) - {"100"}
+        assert named & existing == existing, (group, existing - named)
