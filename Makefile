@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@touch $@
 
 train: install
-	$(BIN)/python scripts/train.py $(ARGS)
+	$(BIN)/python scripts/train.py +experiment=quickstart $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -37,8 +37,10 @@ class RunConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     seed: int = 0
-    steps: int | None = None  # optimizer steps; exactly one of steps and tokens is set
+    # Length of the run: the first of the three that is set.
+    steps: int | None = None  # optimizer steps
     tokens: int | None = None  # training tokens, rounded up to whole steps
+    minutes: float | None = None  # as many steps as this machine takes in that time, measured before the first one
     seq_len: int = 2048  # tokens a row predicts
     tokens_per_step: int = 524_288  # tokens of one optimizer step over all ranks
     micro_batch_size: int | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see resolve_micro_batch
@@ -245,8 +247,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raise `UserError` for values that are well-typed alone and wrong together."""
     train, model, data, tokenizer = config.train, config.model, config.data, config.tokenizer
-    if (train.steps is None) == (train.tokens is None):
-        raise UserError(f"train.steps={train.steps} and train.tokens={train.tokens}: set exactly one of the two")
+    if train.steps is None and train.tokens is None and train.minutes is None:
+        raise UserError("the run has no length; set train.steps, train.tokens or train.minutes")
+    if train.minutes is not None and not (train.minutes > 0 and math.isfinite(train.minutes)):
+        raise UserError(f"train.minutes={train.minutes}: must be a finite number above 0")
     for key, value in (
         ("train.steps", train.steps if train.steps is not None else 1),
         ("train.tokens", train.tokens if train.tokens is not None else 1),

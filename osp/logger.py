@@ -63,6 +63,10 @@ class Logger:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s", refresh=False)
         self._bar.update()
 
+    def end_progress(self) -> None:
+        """Leave the bar as it is: what is said from here on stands below it."""
+        self._bar.close()
+
     def say(self, message: str) -> None:
         """One line above the progress bar."""
         if self._config.progress:

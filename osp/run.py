@@ -8,6 +8,7 @@ checkpoints/       see osp.checkpoint
 summary.json       the closing figures
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -72,6 +73,15 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
             raise UserError(f"resume={config.resume}: no checkpoint there; name a run folder or a checkpoint folder")
         return folder, find(folder) or checkpoint
     return folder, find(folder)
+
+
+def with_length_of_run(config: Config) -> Config:
+    """`config`, with the steps that were measured for `train.minutes` when the run in its folder began."""
+    stored = Path(config.run.dir) / "config.yaml"
+    if config.train.steps is not None or not stored.exists():
+        return config
+    steps = _read_yaml(stored).get("train", {}).get("steps")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, minutes=None))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

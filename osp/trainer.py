@@ -9,9 +9,11 @@ import hashlib
 import json
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +31,11 @@ from osp.model import Transformer, build_model, count_parameters, flops_per_toke
 from osp.norms import bound_warning
 from osp.optim import build_groups, build_schedule, collect_roles, describe_groups
 from osp.precision import native_bf16, peak_tflops
-from osp.run import begin, check_disk, environment, open_run
+from osp.run import begin, check_disk, environment, open_run, with_length_of_run
 
 log = logging.getLogger(__name__)
+
+MEASURED_STEPS = 6  # how many steps `train.minutes` is turned into steps by
 
 
 def train(config: Config) -> None:
@@ -47,14 +51,15 @@ def setup(config: Config) -> "Trainer":
     model = meta_model(config)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
-    total_steps = num_steps(config)
-    schedule = build_schedule(config.schedule, total_steps=total_steps, tokens_per_step=config.train.tokens_per_step)
     device = init_distributed(config.engine.device)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve(config, device=device, world_size=world_size)
     _check_same_config(config)
+    config = on_main(lambda: with_length_of_run(config))
+    if config.train.steps is not None:
+        build_schedule_of(config)  # raises if its phases do not fit
     logger_config = on_main(lambda: check_wandb(config.logger))
     folder, checkpoint_folder = on_main(lambda: open_run(config))
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), copies=max(2, config.checkpoint.keep_last)))
@@ -67,6 +72,8 @@ def setup(config: Config) -> "Trainer":
     _check_vocabulary(config, shards)
     loader = build_loader(config, shards, rank=rank, world_size=world_size)
     engine = build_engine(config, device=device, world_size=world_size)
+    if config.train.steps is None:
+        config = with_measured_length(config, engine, loader)
     on_main(
         lambda: begin(folder, config, tokenizer=shards / "tokenizer.json", world_size=world_size, device=str(device))
     )
@@ -78,9 +85,9 @@ def setup(config: Config) -> "Trainer":
             run_name=config.run.name,
             run_config=to_dict(config),
             step=checkpoint.step if checkpoint else 0,
-            total_steps=total_steps,
+            total_steps=total_steps(config),
         )
-    trainer = Trainer(config, engine, loader, folder, logger, schedule, total_steps)
+    trainer = Trainer(config, engine, loader, folder, logger)
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
@@ -96,11 +103,10 @@ class Trainer:
         loader: Loader,
         folder: Path,
         logger: Logger | None,
-        schedule: Callable[[int], float],
-        total_steps: int,
     ):
         self.config, self.engine, self.loader, self.folder, self.logger = config, engine, loader, folder, logger
-        self.schedule, self.total_steps = schedule, total_steps
+        self.total_steps = total_steps(config)
+        self.schedule = build_schedule_of(config)
         self.shards = loader.rows.shards.folder
         self.step = 0
         self.train_seconds = 0.0
@@ -139,9 +145,12 @@ class Trainer:
                 if self._due(self.config.checkpoint.every, self.step):
                     self.save()
                     saved = self.step
-            if not validation:  # the run was complete already
-                validation = self.validate()
-            self._summarize(validation, tokens_per_second=self._speed(first))
+            stored = self.folder / "summary.json"
+            if first == self.total_steps and stored.exists():  # the run was complete already
+                summary = json.loads(stored.read_text(encoding="utf-8"))
+            else:
+                summary = self._summary(validation or self.validate(), tokens_per_second=self._speed(first))
+            self._print_summary(summary)
         finally:
             self.loader.close()
             if self.logger:
@@ -322,34 +331,37 @@ class Trainer:
         if self.step:
             self.logger.say(f"resuming after step {self.step}")
 
-    def _summarize(self, validation: dict[str, float], *, tokens_per_second: float) -> None:
-        """Print and write the closing figures, with a sample that continues a held-out text."""
-        sample = self._sample()
-        if not self.logger:
-            return
+    def _summary(self, validation: dict[str, float], *, tokens_per_second: float) -> dict[str, Any]:
+        """The closing figures, with a sample that continues a held-out text; written to summary.json. Collective."""
         manifest = load_manifest(self.shards)
-        gzip = 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1)
         summary = {
             "steps": self.step,
             "tokens": self.tokens,
             **validation,
             "tokens_per_second": tokens_per_second,
             "train_seconds": self.train_seconds,
-            "gzip_bits_per_byte": gzip,
-            "sample": sample,
+            "gzip_bits_per_byte": 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1),
+            "sample": self._sample(),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        if self.logger:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        return summary
+
+    def _print_summary(self, summary: dict[str, Any]) -> None:
+        if not self.logger:
+            return
         lines = [
-            f"trained             {self.step:,} steps, {self.tokens:,} tokens",
-            f"validation loss     {validation['val/loss']:.4f} nats per token",
-            f"bits per byte       {validation['val/bits_per_byte']:.4f}   (gzip -9, file by file: {gzip:.4f})",
-            f"tokens per second   {tokens_per_second:,.0f}"
-            if self.train_seconds
-            else "tokens per second   (no step taken)",
+            "",
+            f"trained             {summary['steps']:,} steps, {summary['tokens']:,} tokens",
+            f"validation loss     {summary['val/loss']:.4f} nats per token",
+            f"bits per byte       {summary['val/bits_per_byte']:.4f}   "
+            f"(gzip -9, file by file: {summary['gzip_bits_per_byte']:.4f})",
+            f"tokens per second   {summary['tokens_per_second']:,.0f}",
             f"run folder          {self.folder}",
         ]
-        if sample:
-            lines += ["sample, continuing a held-out text:", *(f"    {line}" for line in sample.split("\n"))]
+        if summary["sample"]:
+            lines += ["sample, continuing a held-out text:", *(f"    {line}" for line in summary["sample"].split("\n"))]
+        self.logger.end_progress()
         self.logger.say("\n".join(lines))
 
     def _sample(self) -> str:
@@ -373,10 +385,40 @@ def meta_model(config: Config) -> Transformer:
         return Transformer(config.model)
 
 
-def num_steps(config: Config) -> int:
-    """Optimizer steps of the run: `train.steps`, or enough for `train.tokens`."""
-    train = config.train
-    return train.steps if train.steps is not None else math.ceil((train.tokens or 0) / train.tokens_per_step)
+def total_steps(config: Config) -> int:
+    """Optimizer steps of the run, once its length is decided."""
+    assert config.train.steps is not None, "resolve() or with_measured_length() decides it"
+    return config.train.steps
+
+
+def build_schedule_of(config: Config) -> Callable[[int], float]:
+    """Learning rate over peak rate as a function of the step of this run."""
+    return build_schedule(
+        config.schedule, total_steps=total_steps(config), tokens_per_step=config.train.tokens_per_step
+    )
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """`config` with the length of the run decided."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, tokens=None, minutes=None))
+
+
+def with_measured_length(config: Config, engine: Engine, loader: Loader) -> Config:
+    """`config` with as many steps as fit into `train.minutes`. Takes a few steps, and takes them back. Collective."""
+    assert config.train.minutes is not None
+    state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
+    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None)
+    seconds = []
+    for step in range(MEASURED_STEPS):
+        began = time.perf_counter()
+        trial.train_step(step, record=True)
+        seconds.append(time.perf_counter() - began)
+    for tensor, before in state:
+        tensor.copy_(before)
+    engine.sync_weights_from_master()
+    # the first steps compile, allocate and read cold memory
+    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[MEASURED_STEPS // 2 :])))
+    return with_steps(config, on_main(lambda: steps))
 
 
 def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
@@ -405,6 +447,10 @@ def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
             f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
             f"per step (train.tokens_per_step / train.seq_len / ranks)"
         )
+    if train.steps is None and train.tokens is not None:
+        train = dataclasses.replace(train, steps=math.ceil(train.tokens / train.tokens_per_step))
+    if train.steps is not None:
+        train = dataclasses.replace(train, tokens=None, minutes=None)
     train = dataclasses.replace(train, precision="bf16" if bf16 else "fp32", compile=compiled, micro_batch_size=size)
     return dataclasses.replace(config, train=train)
 

@@ -202,8 +202,8 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data__val_fraction": 0.0}, ("data.val_fraction=0.0", "(0, 1)")),
     ({"data__val_fraction": 1}, ("data.val_fraction=1.0", "(0, 1)")),
     # pairs
-    ({"train__steps": None}, ("train.steps=None", "train.tokens=None", "exactly one")),
-    ({"train__tokens": 5}, ("train.steps=10", "train.tokens=5", "exactly one")),
+    ({"train__steps": None}, ("no length", "train.steps", "train.tokens", "train.minutes")),
+    ({"train__minutes": 0}, ("train.minutes=0.0", "above 0")),
     (
         {"train__seq_len": 100, "train__tokens_per_step": 1234},
         ("train.tokens_per_step=1234", "train.seq_len=100", "1200"),

@@ -67,6 +67,28 @@ def test_update_rms_of_muon_is_a_fifth_of_its_rate(tiny: Tiny, tmp_path: Path) -
     assert step["train/update_rms/gain"] == pytest.approx(0.2 * 0.01, rel=1e-4)
 
 
+def test_length_of_a_run_is_the_first_of_steps_tokens_and_minutes(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=null", "train.tokens=600", "train.minutes=1000", name="tokens"))
+    assert [e["step"] for e in read_metrics(tmp_path / "tokens") if "train/loss" in e] == [1, 2, 3]  # 600 / 256
+    stored = yaml.safe_load((tmp_path / "tokens" / "config.yaml").read_text())["train"]
+    assert (stored["steps"], stored["tokens"], stored["minutes"]) == (3, None, None)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_measuring_the_steps_of_some_minutes_leaves_no_trace(stage: int, tiny: Tiny, tmp_path: Path) -> None:
+    """Nor does the next start measure again: the same command continues the run it began."""
+    overrides = ["train.steps=null", "train.minutes=0.01", f"engine.zero_stage={stage}"]
+    timed = tiny(*overrides, "eval.every=0", "checkpoint.every=0", name="timed")
+    train(timed)
+    steps = yaml.safe_load((tmp_path / "timed" / "config.yaml").read_text())["train"]["steps"]
+    assert len(losses(tmp_path / "timed")) == steps
+    train(tiny(f"train.steps={steps}", f"engine.zero_stage={stage}", "eval.every=0", name="fixed"))
+    assert losses(tmp_path / "timed") == losses(tmp_path / "fixed")
+    assert_same_weights(tmp_path / "timed", tmp_path / "fixed")
+    train(timed)
+    assert len(losses(tmp_path / "timed")) == steps
+
+
 def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.steps=60", "eval.every=0", "checkpoint.every=0"))
     curve = losses(tmp_path / "run")
@@ -168,7 +190,7 @@ def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, tmp_path: Path
 @pytest.mark.parametrize(
     ("launcher", "stage"),
     [
-        (("torchrun", "--nproc-per-node", "2", "--master-port", "0"), 1),
+        (("torchrun", "--standalone", "--nproc-per-node", "2"), 1),
         (("deepspeed", "--num_gpus", "2", "--master_port", "29771", "--no_local_rank"), 3),
         (("deepspeed", "--num_gpus", "4", "--master_port", "29772"), 2),
     ],
