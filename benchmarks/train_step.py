@@ -158,28 +158,13 @@ def our_step(config: Any) -> Any:
 def peer_step(config: Any, arguments: argparse.Namespace) -> Any:
     """A plain loop around `LlamaForCausalLM` with `torch.optim.AdamW(fused=True)`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from osp.data import Loader, start
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = config.model
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.num_hidden_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=shape.max_position_embeddings,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(device)
+    model = peer_model(config.model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     shards = start(config.data, config.tokenizer, progress=False)
     loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=arguments.rows, micro_batch_size=arguments.rows)
@@ -197,6 +182,25 @@ def peer_step(config: Any, arguments: argparse.Namespace) -> Any:
         loss.item()
 
     return step
+
+
+def peer_model(shape: Any) -> Any:
+    """transformers' Llama of the same shape; its attention is SDPA by default."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_hidden_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.max_position_embeddings,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ class Trainer:
         self.tokenizer: Tokenizer = load_tokenizer(self.shards / "tokenizer.json")
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer)).to(engine.device)
         self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
+        self.peak_tflops = config.logger.peak_tflops or peak_tflops(engine.device)
 
     @property
     def model(self) -> Transformer:
@@ -283,9 +284,8 @@ class Trainer:
             "train/data_wait_seconds": data_wait,
             "train/memory_gib": self.engine.memory() / 2**30,
         }
-        peak = self.config.logger.peak_tflops or peak_tflops(self.engine.device)
-        if peak:
-            figures["train/mfu"] = speed * self.flops_per_token / (peak * 1e12 * self.engine.world_size)
+        if self.peak_tflops:
+            figures["train/mfu"] = speed * self.flops_per_token / (self.peak_tflops * 1e12 * self.engine.world_size)
         return figures | {f"train/{key}": value for key, value in self.engine.optimizer_statistics().items()}
 
     def _stop_on_nonfinite(self, step: int, losses: torch.Tensor) -> None:
@@ -328,6 +328,8 @@ class Trainer:
             f"{config.train.precision}, ZeRO-{config.engine.zero_stage}; {self.total_steps:,} steps of "
             f"{config.train.tokens_per_step:,} tokens from {self.shards}\n{describe_groups(engine.groups)}"
         )
+        if self.peak_tflops:
+            self.logger.say(f"MFU is measured against {self.peak_tflops:g} TFLOP/s per rank")
         if self.step:
             self.logger.say(f"resuming after step {self.step}")
 

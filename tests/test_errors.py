@@ -80,7 +80,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["engine.zero_stage=0"], r"engine.zero_stage=0; choose from 1, 2, 3"),
         (["engine.device=cuda"], r"engine.device=cuda, but torch finds no GPU here; set engine.device=cpu"),
         (["schedule.warmup=5 percent"], r"schedule.warmup='5 percent' is no length; write 100 \(steps\)"),
-        (["schedule.warmup=90%", "schedule.decay=20%"], r"schedule.warmup='90%' .* exceed the run's 200 steps"),
+        (["schedule.warmup=90%", "schedule.decay=20%"], r"schedule.warmup='90%' .* exceed the run's 150 steps"),
         (
             ["tokenizer.vocab_size=9000"],
             r"tokenizer.vocab_size=9000 is larger than model.vocab_size=4096; set model.voc",

@@ -14,7 +14,8 @@ import yaml
 from osp.checkpoint import load_model
 from osp.config import Config, RunError, UserError, from_dict
 from osp.data import Shards, load_tokenizer
-from osp.model import Transformer
+from osp.model import Block, Transformer
+from osp.norms import BHyT
 from osp.trainer import Trainer, train
 from tests.conftest import losses, overrides_of, read_metrics, run_script
 
@@ -239,6 +240,8 @@ def test_bhyt_constants_come_from_the_weights_and_live_in_the_checkpoint(
     assert model.config.norm.seq_len == 32
     # the refresh before step 3 saw the weights after step 2, so the constants are near, not equal, those of the end
     for layer in model.layers:
+        assert isinstance(layer, Block)
+        assert isinstance(layer.post_attention_layernorm, BHyT)
         v, o = layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight
         repeated = v.view(2, 1, 8, 32).expand(2, 2, 8, 32).reshape(32, 32)
         expected = (o @ repeated).square().sum() / (32 * 32)
