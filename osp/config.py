@@ -43,7 +43,7 @@ class TrainConfig:
     minutes: float | None = None  # as many steps as this machine takes in that time, measured before the first one
     seq_len: int = 2048  # tokens a row predicts
     tokens_per_step: int = 524_288  # tokens of one optimizer step over all ranks
-    micro_batch_size: int | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see resolve_micro_batch
+    micro_batch_size: int | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.trainer.resolve
     grad_clip: float = 1.0  # bound on the global norm of the raw gradient; 0 switches clipping off
     compile: bool | Literal["auto"] = "auto"  # torch.compile per block; auto: on for CUDA below ZeRO-3
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls and activations; auto: bf16 where it is native

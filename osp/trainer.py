@@ -376,7 +376,10 @@ class Trainer:
         )
         prompt = next(iter(rows)).tokens[0, :32].to(self.engine.device)
         self.model.eval()
-        tokens = generate(self.model, prompt, num_tokens, context=seq_len, temperature=0.8, seed=self.config.train.seed)
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            tokens = generate(
+                self.model, prompt, num_tokens, context=seq_len, temperature=0.8, seed=self.config.train.seed
+            )
         self.model.train()
         return self.tokenizer.decode(torch.cat((prompt, tokens)).tolist())
 

@@ -55,7 +55,7 @@ def test_python_example_runs(tiny: Callable[..., Config], tmp_path: Path) -> Non
     train(tiny("train.steps=1"))
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
-    exec(code.replace("runs/osp_nano", str(tmp_path / "run")), names)
+    exec(code.replace("runs/quickstart", str(tmp_path / "run")), names)
     assert names["logits"].shape == (1, 3, 320)
 
 
