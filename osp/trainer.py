@@ -22,7 +22,17 @@ from tokenizers import Tokenizer
 from osp.checkpoint import Checkpoint, checkpoint_bytes, load, prune, save
 from osp.config import Config, RunError, UserError, to_dict
 from osp.cpu import prepare_cpu
-from osp.data import Batch, Loader, load_manifest, load_tokenizer, start, token_bytes, validation_batches
+from osp.data import (
+    Batch,
+    Loader,
+    existing_tokenizer,
+    load_manifest,
+    load_tokenizer,
+    start,
+    token_bytes,
+    validation_batches,
+    vocab_size,
+)
 from osp.engine import Engine, gather_objects, init_distributed, on_main
 from osp.generate import generate
 from osp.logger import Logger, check_wandb
@@ -68,8 +78,10 @@ def setup(config: Config) -> "Trainer":
         raise UserError(f"{checkpoint.folder}: its model has other parameters than this configuration's")
     if rank == 0 and (warning := bound_warning(config.model)):
         log.warning(warning)
+    if not config.tokenizer.train:  # known before any text is read
+        on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
     shards = on_main(lambda: start(config.data, config.tokenizer, progress=config.logger.progress))
-    _check_vocabulary(config, shards)
+    _check_vocabulary(config, load_manifest(shards).vocab_size)
     loader = build_loader(config, shards, rank=rank, world_size=world_size)
     engine = build_engine(config, device=device, world_size=world_size)
     if config.train.steps is None:
@@ -331,7 +343,8 @@ class Trainer:
         if self.peak_tflops:
             self.logger.say(f"MFU is measured against {self.peak_tflops:g} TFLOP/s per rank")
         if self.step:
-            self.logger.say(f"resuming after step {self.step}")
+            complete = self.step == self.total_steps
+            self.logger.say("this run is complete" if complete else f"resuming after step {self.step}")
 
     def _summary(self, validation: dict[str, float], *, tokens_per_second: float) -> dict[str, Any]:
         """The closing figures, with a sample that continues a held-out text; written to summary.json. Collective."""
@@ -503,13 +516,12 @@ def _check_same_config(config: Config) -> None:
         raise UserError("the ranks have different configurations; start all of them with the same command and files")
 
 
-def _check_vocabulary(config: Config, shards: Path) -> None:
-    """Raise `UserError` if the shards hold tokens that the model has no embedding for."""
-    vocab_size = load_manifest(shards).vocab_size
-    if vocab_size > config.model.vocab_size:
+def _check_vocabulary(config: Config, num_tokens: int) -> None:
+    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
+    if num_tokens > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
-            f"set model.vocab_size={vocab_size} or more"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {num_tokens}; "
+            f"set model.vocab_size={num_tokens} or more"
         )
 
 

@@ -4,7 +4,7 @@ from osp.data.loader import Batch, Loader, Shards, check_rows_per_step, validati
 from osp.data.manifest import Manifest, load_manifest, verify
 from osp.data.prepare import prepare, shard_folder, start
 from osp.data.sources import documents
-from osp.data.tokenizer import load_tokenizer, token_bytes, tokenizer_hash
+from osp.data.tokenizer import existing_tokenizer, load_tokenizer, token_bytes, tokenizer_hash, vocab_size
 
 __all__ = [
     "Batch",
@@ -13,6 +13,7 @@ __all__ = [
     "Shards",
     "check_rows_per_step",
     "documents",
+    "existing_tokenizer",
     "load_manifest",
     "load_tokenizer",
     "prepare",
@@ -22,4 +23,5 @@ __all__ = [
     "tokenizer_hash",
     "validation_batches",
     "verify",
+    "vocab_size",
 ]
