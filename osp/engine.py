@@ -40,10 +40,10 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device=cuda, but torch finds no GPU here; set engine.device=cpu")
     # the number the launcher started here, so that every rank refuses and none waits for the others
-    local_ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"))
-    if device == "cuda" and local_ranks > torch.cuda.device_count():
+    num_ranks = max(local_rank + 1, local_ranks())
+    if device == "cuda" and num_ranks > torch.cuda.device_count():
         raise UserError(
-            f"{local_ranks} ranks on a host with {torch.cuda.device_count()} GPUs; start at most that many processes "
+            f"{num_ranks} ranks on a host with {torch.cuda.device_count()} GPUs; start at most that many processes "
             f"per host (deepspeed --num_gpus, torchrun --nproc-per-node), or set engine.device=cpu"
         )
     place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
@@ -299,6 +299,11 @@ class Engine:
             assert master.shape == weight.shape
             master.data = weight.data
         return list(masters)
+
+
+def local_ranks() -> int:
+    """Number of ranks the launcher started on this host: torchrun's or deepspeed's variable, 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def shutdown() -> None:

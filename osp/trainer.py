@@ -33,7 +33,7 @@ from osp.data import (
     validation_batches,
     vocab_size,
 )
-from osp.engine import Engine, gather_objects, init_distributed, on_main
+from osp.engine import Engine, gather_objects, init_distributed, local_ranks, on_main
 from osp.generate import generate
 from osp.logger import Logger, check_wandb
 from osp.loss import IGNORE
@@ -63,7 +63,7 @@ def setup(config: Config) -> "Trainer":
     build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
     device = init_distributed(config.engine.device)
     if device.type == "cpu":
-        prepare_cpu(config.engine.threads)
+        prepare_cpu(config.engine.threads, local_ranks=local_ranks())
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve(config, device=device, world_size=world_size)
     _check_same_config(config)
