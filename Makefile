@@ -38,7 +38,7 @@ format: install
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet torch==2.13.0
-	build/lock/bin/pip install --quiet --editable ".[dev,eval,report]"
+	build/lock/bin/pip install --quiet --editable ".[dev]"
 	{ echo "# Made by 'make lock'; 'make install' installs exactly this."; \
 	  build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu//; s/ @ file:.*//' ; } > requirements.lock
 	rm -rf build/lock

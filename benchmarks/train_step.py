@@ -149,7 +149,7 @@ def run_config(arguments: argparse.Namespace) -> Any:
 
 
 def our_step(config: Any) -> Any:
-    from osp.trainer import setup
+    from osp.train import setup
 
     trainer = setup(config)
     return lambda number: trainer.train_step(number, record=False)

@@ -4,14 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from osp.checkpoint import load_model
+    from osp.hf import load_hf
 
-__all__ = ["load_model"]
+__all__ = ["load_hf", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """`osp.load_model`, imported when it is asked for: configuration checks need no torch."""
+    """`osp.load_model` and `osp.load_hf`, imported when asked for: configuration checks need no torch."""
     if name == "load_model":
         from osp.checkpoint import load_model
 
         return load_model
+    if name == "load_hf":
+        from osp.hf import load_hf
+
+        return load_hf
     raise AttributeError(f"module 'osp' has no attribute {name!r}")

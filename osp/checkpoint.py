@@ -1,22 +1,25 @@
 """Checkpoints that know parameters by name and nothing of ranks, ZeRO stages or engines.
 
-    checkpoints/step_00000100/rank_00000.safetensors   slices of fp32 weights and optimizer state
+    checkpoints/step_00000100/rank_00000.safetensors   slices of fp32 weights and optimizer state; the rank's RNG
                               buffers.safetensors      model buffers (norm statistics)
-                              manifest.json            step, tokens, config, parameter shapes, checksums
+                              manifest.json            step, tokens, positions, config, parameter shapes, checksums
     checkpoints/latest                                 the name of the newest complete checkpoint
 
 A tensor of a rank file is the slice [start, start + numel) of a flattened parameter; its key is `KIND/NAME@start` with
 KIND `weight`, or a state of the optimizer such as `momentum`. Every rank writes what it holds, so that nobody ever has
 the whole optimizer state in memory; a reader of any topology takes the slices it needs. A checkpoint is written under
-a temporary name, flushed to disk and renamed, and only then named by `latest`.
+a temporary name, flushed to disk and renamed, and only then named by `latest`. Nothing that is read can hold code.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import ModelConfig, UserError, from_dict
+from osp.config import CountOrZero, ModelConfig, UserError, build, check_bounds, from_dict
 from osp.model import Transformer
 
 FORMAT = 1
@@ -46,26 +49,48 @@ class Piece:
     stop: int
 
 
+@dataclass(frozen=True)
+class _File:
+    bytes: CountOrZero
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The keys of a manifest that a reader relies on."""
+
+    step: CountOrZero
+    tokens: CountOrZero
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+    files: dict[str, _File]
+
+
 class Checkpoint:
-    """A complete checkpoint on disk, verified against its manifest when opened."""
+    """A complete checkpoint on disk. Its files are there and of the right size; `verify` reads them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{folder}: no checkpoint, {MANIFEST} is missing") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder / MANIFEST}: not a manifest: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{folder}: checkpoint format {self.manifest.get('format')!r}; this version reads {FORMAT}")
+        self.manifest = _read_manifest(folder)
         for name, entry in self.manifest["files"].items():
-            path = folder / Path(name).name  # a manifest cannot point outside its folder
-            if not path.exists():
+            path = folder / name
+            if not path.is_file():
                 raise UserError(f"{path}: named by {MANIFEST} but missing; take an older checkpoint")
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            if path.stat().st_size != entry["bytes"]:
+                raise UserError(
+                    f"{path}: damaged, it has {path.stat().st_size} bytes where {MANIFEST} says {entry['bytes']}; "
+                    "take an older checkpoint"
+                )
+        self._pieces: dict[tuple[str, str], list[Piece]] = {}
+        self._open: dict[Path, Any] = {}
+
+    def verify(self, *, rank: int = 0, world_size: int = 1) -> None:
+        """Compare this rank's share of the files with their checksums; `UserError` names one that differs."""
+        for name in sorted(self.manifest["files"])[rank::world_size]:
+            path = self.folder / name
+            if _sha256(path) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum is not the one in {MANIFEST}; take an older checkpoint")
-        self._pieces = self._index()
+        self._index()
 
     @property
     def step(self) -> int:
@@ -80,18 +105,26 @@ class Checkpoint:
         """Shape of every parameter by name."""
         return self.manifest["shapes"]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
     def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers by name."""
         return load_file(self.folder / BUFFERS)
+
+    def kinds(self, name: str) -> list[str]:
+        """What is stored of a parameter: "weight" and the states of its optimizer."""
+        return sorted(kind for kind, parameter in self._index() if parameter == name)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """(stop - start,) fp32: that interval of the flattened `kind` ("weight", "momentum", ...) of a parameter."""
         out = torch.empty(stop - start)
         filled = 0
-        for piece in self._pieces.get((kind, name), []):
+        for piece in self._index().get((kind, name), []):
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
-                with safe_open(piece.file, framework="pt") as file:
-                    values = file.get_slice(piece.key)[low - piece.start : high - piece.start]
+                values = self._file(piece.file).get_slice(piece.key)[low - piece.start : high - piece.start]
                 out[low - start : high - start] = values
                 filled += high - low
         if filled != stop - start:
@@ -101,76 +134,181 @@ class Checkpoint:
             )
         return out
 
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """The states of the random generators of that rank, by device type; empty if it had no such rank."""
+        pieces = [p for (kind, name), ps in self._index().items() if kind == "rng" for p in ps if f"{rank:05d}" in name]
+        return {piece.key.split("/")[1].split("_")[0]: self._file(piece.file).get_tensor(piece.key) for piece in pieces}
+
     def _index(self) -> dict[tuple[str, str], list[Piece]]:
-        pieces: dict[tuple[str, str], list[Piece]] = {}
+        """Kind and parameter -> where its slices are; read from the files' headers when first asked for."""
+        if self._pieces:
+            return self._pieces
         for name in self.manifest["files"]:
-            path = self.folder / Path(name).name
-            if path.name == BUFFERS:
+            if name == BUFFERS:
                 continue
+            path = self.folder / name
+            for key in self._file(path).keys():  # noqa: SIM118 - safe_open is no mapping
+                label, start = key.rsplit("@", 1)
+                kind, parameter = label.split("/", 1)
+                length = self._file(path).get_slice(key).get_shape()[0]
+                piece = Piece(path, key, int(start), int(start) + length)
+                self._pieces.setdefault((kind, parameter), []).append(piece)
+        return self._pieces
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
             try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                        label, start = key.rsplit("@", 1)
-                        kind, parameter = label.split("/", 1)
-                        length = file.get_slice(key).get_shape()[0]
-                        piece = Piece(path, key, int(start), int(start) + length)
-                        pieces.setdefault((kind, parameter), []).append(piece)
+                self._open[path] = safe_open(path, framework="pt").__enter__()
             except SafetensorError as error:
                 raise UserError(f"{path}: not a safetensors file: {error}") from error
-        return pieces
+        return self._open[path]
 
 
-def save(
-    folder: Path,
-    slices: Iterable[Slice],
-    *,
-    step: int,
-    tokens: int,
-    config: dict[str, Any],
-    extra: dict[str, Any],
-    shapes: dict[str, list[int]],
-    buffers: dict[str, Tensor],
-    rank: int,
-    barrier: Callable[[], None],
-    gather: Callable[[Any], list[Any]],
-) -> Path:
-    """Write checkpoint `step` into `folder` and point `latest` at it; all ranks call it together.
+@dataclass(frozen=True)
+class Saved:
+    """How a save went, the same on all ranks. Seconds are those of the slowest rank."""
 
-    slices: what this rank holds. gather: the values of all ranks, in order, on every rank.
+    step: int
+    folder: Path
+    error: str | None  # why there is no such checkpoint; None: it is there
+    num_bytes: int = 0
+    blocked_seconds: float = 0.0  # training stood still
+    write_seconds: float = 0.0  # in the background
+
+
+@dataclass
+class _Share:
+    """What one rank has written."""
+
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> bytes, sha256
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Saver:
+    """Saves checkpoints into `folder`: copies the state to host memory, then writes while training goes on.
+
+    All ranks call `begin`, and once `written` holds everywhere, or to wait for it, `finish`. Between the two nothing is
+    exchanged. token: part of the temporary folder's name, the same on all ranks and no other process's.
     """
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    tensors = {
-        f"{kind}/{name}@{start}": values.detach().cpu().contiguous()
-        for name, start, _, states in slices
-        for kind, values in states.items()
-    }
-    written = [_write(temporary / f"rank_{rank:05d}.safetensors", tensors)]
-    if rank == 0:
-        written.append(
-            _write(temporary / BUFFERS, {name: b.detach().cpu().contiguous() for name, b in buffers.items()})
-        )
-    files = {name: entry for entries in gather(written) for name, entry in entries}
-    if rank == 0:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "tokens": tokens,
-            "config": config,
-            "shapes": shapes,
-            "files": files,
-            **extra,
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int,
+        token: str,
+        rank: int,
+        gather: Callable[[Any], list[Any]],
+    ):
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self._token, self._rank, self._gather = token, rank, gather
+        self._host: dict[str, Tensor] = {}  # kept from save to save: page-locked memory is slow to come by
+        self._manifest: dict[str, Any] = {}
+        self._thread = ThreadPoolExecutor(1, "osp-save")  # joined when the process ends
+        self._future: Future[_Share] | None = None
+        self._blocked = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save has begun that is not finished."""
+        return self._future is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its share of the save in progress, or has failed to."""
+        return self._future is not None and self._future.done()
+
+    def begin(
+        self, slices: Iterable[Slice], *, rng: dict[str, Tensor], buffers: dict[str, Tensor], manifest: dict[str, Any]
+    ) -> None:
+        """Copy what this rank holds and start writing it. manifest: all of it but the format and the files."""
+        assert not self.busy, "finish() the save before"
+        began = time.perf_counter()
+        tensors = {
+            f"{kind}/{name}@{start}": values for name, start, _, states in slices for kind, values in states.items()
         }
-        _write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _write_text(folder / LATEST, final.name + "\n")
-    barrier()
-    return final
+        tensors |= {f"rng/{device}_{self._rank:05d}@0": state for device, state in rng.items()}
+        files = {f"rank_{self._rank:05d}.safetensors": self._to_host(tensors)}
+        if self._rank == 0:
+            files[BUFFERS] = self._to_host(buffers)
+        if any(t.is_cuda for t in tensors.values()):
+            torch.cuda.synchronize()
+        self._manifest = manifest
+        self._future = self._thread.submit(self._write, files)
+        self._blocked = time.perf_counter() - began
+
+    def finish(self) -> Saved:
+        """Wait until all ranks have written, and make the checkpoint known. Collective."""
+        assert self._future is not None, "nothing has begun"
+        began = time.perf_counter()
+        share = self._future.result()
+        self._future = None
+        blocked = self._blocked + time.perf_counter() - began
+        shares = self._gather((share, blocked))
+        errors = [f"rank {r}: {s.error}" for r, (s, _) in enumerate(shares) if s.error]
+        files = {name: entry for s, _ in shares for name, entry in s.files.items()}
+        error = errors[0] if errors else None
+        if self._rank == 0:
+            error = self._publish(files) if error is None else self._give_up(error)
+        return Saved(
+            step=self._manifest["step"],
+            folder=self._final,
+            error=self._gather(error)[0],
+            num_bytes=sum(entry["bytes"] for entry in files.values()),
+            blocked_seconds=max(seconds for _, seconds in shares),
+            write_seconds=max(s.seconds for s, _ in shares),
+        )
+
+    @property
+    def _final(self) -> Path:
+        return self.folder / f"step_{self._manifest['step']:08d}"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self._final.name}.{self._token}.tmp"
+
+    def _to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for key, values in tensors.items():
+            if key not in self._host:
+                self._host[key] = torch.empty(
+                    values.shape, dtype=values.dtype, device="cpu", pin_memory=values.device.type == "cuda"
+                )
+            copies[key] = self._host[key].copy_(values.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, files: dict[str, dict[str, Tensor]]) -> _Share:
+        """In the background: this rank's files, flushed to disk."""
+        began, share = time.perf_counter(), _Share()
+        try:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            for name, tensors in files.items():
+                share.files[name] = _write_tensors(self._temporary / name, tensors)
+        except (OSError, SafetensorError) as error:
+            share.error = f"{self._final}: {error}"
+        share.seconds = time.perf_counter() - began
+        return share
+
+    def _publish(self, files: dict[str, dict[str, Any]]) -> str | None:
+        """Rank 0: name what all have written; the error if that fails."""
+        try:
+            manifest = {"format": FORMAT, **self._manifest, "files": files}
+            write_text(self._temporary / MANIFEST, json.dumps(manifest, indent=1))
+            _flush(self._temporary)
+            remove(self._final)
+            self._temporary.rename(self._final)
+            _flush(self.folder)
+            write_text(self.folder / LATEST, self._final.name + "\n")
+            prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+        except OSError as error:
+            return self._give_up(str(error))
+        return None
+
+    def _give_up(self, error: str) -> str:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        return error
 
 
 def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> None:
@@ -181,32 +319,83 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
                 values.copy_(checkpoint.read(kind, name, start, stop))
         stored = checkpoint.buffers()
         for name, buffer in model.named_buffers():
+            if name not in stored:
+                raise UserError(f"{checkpoint.folder}: {BUFFERS} lacks {name}; it was written by another model")
             buffer.copy_(stored[name])
 
 
-def find(path: Path) -> Path | None:
-    """The checkpoint folder that `path` means: a checkpoint, a `checkpoints` folder or a run folder; None if none."""
+def candidates(path: Path) -> list[Path]:
+    """The checkpoint folders that `path` means, the one to take first first; empty if there is none.
+
+    A checkpoint means itself; a run folder or its `checkpoints` mean the one that `latest` names and those before it.
+    """
     if (path / MANIFEST).exists():
-        return path
+        return [path]
     for folder in (path, path / "checkpoints"):
-        if (folder / LATEST).exists():
-            return folder / Path((folder / LATEST).read_text(encoding="utf-8").strip()).name
-    return None
+        complete = sorted((p.parent for p in folder.glob(f"step_*/{MANIFEST}")), reverse=True)
+        if complete or (folder / LATEST).exists():
+            newest = _latest(folder)
+            # where `latest` is damaged and names no step, all of them are older
+            older = [p for p in complete if newest is None or p.name < newest.name or newest.name[:5] != "step_"]
+            return [newest, *older] if newest else older
+    return []
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints (0: keep all); never the one that `latest` names."""
-    if keep_last:
-        newest = find(folder)
-        for old in sorted(folder.glob("step_*"))[:-keep_last]:
-            if old != newest:
-                shutil.rmtree(old)
+def find(path: Path) -> Path | None:
+    """The checkpoint folder that `path` means; None if there is none."""
+    return next(iter(candidates(path)), None)
+
+
+def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but the newest `keep_last` checkpoints (0: keep all) and those of every `keep_every` steps.
+
+    What `latest` names stays, and so does whatever is no complete checkpoint: another process may be writing it.
+    """
+    if not keep_last:
+        return
+    newest = _latest(folder)
+    for old in sorted(p.parent for p in folder.glob(f"step_*/{MANIFEST}"))[:-keep_last]:
+        step = old.name.removeprefix("step_")
+        kept = keep_every and step.isdigit() and int(step) % keep_every == 0
+        if old != newest and not kept:
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that a crash in between leaves no half of it under its name."""
+    if folder.exists():
+        away = folder.with_name(f".{folder.name}.removed.tmp")
+        shutil.rmtree(away, ignore_errors=True)
+        folder.rename(away)
+        shutil.rmtree(away)
+
+
+def remove_unfinished(folder: Path, token: str) -> None:
+    """Remove what a process with this token, known to be gone, left half-written or half-removed."""
+    for pattern in (f".step_*.{token}.tmp", ".step_*.removed.tmp"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_bytes(shapes: dict[str, list[int]], states_per_weight: float) -> int:
     """Size of a checkpoint: fp32 weights and `states_per_weight` fp32 optimizer values for each."""
     numel = sum(torch.Size(shape).numel() for shape in shapes.values())
     return int(4 * numel * (1 + states_per_weight))
+
+
+def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> float:
+    """How long `num_bytes` take from memory to the disk of `folder`, by writing, flushing and hashing `sample` bytes.
+
+    All ranks measure at the same time, as they save at the same time. Nothing is left behind.
+    """
+    path = folder / f".write_test.{os.getpid()}.tmp"
+    sample = max(1, min(sample, num_bytes))
+    began = time.perf_counter()
+    try:
+        _write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
+    finally:
+        path.unlink(missing_ok=True)
+    return (time.perf_counter() - began) * num_bytes / sample
 
 
 def load_model(path: str | Path) -> Transformer:
@@ -218,6 +407,7 @@ def load_model(path: str | Path) -> Transformer:
     if folder is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
+    checkpoint.verify()
     with torch.device("meta"):
         model = Transformer(checkpoint.model_config)
     model.to_empty(device="cpu")
@@ -225,20 +415,7 @@ def load_model(path: str | Path) -> Transformer:
     return model.eval()
 
 
-def _whole_parameters(model: nn.Module) -> Iterator[Slice]:
-    for name, parameter in model.named_parameters():
-        yield name, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Write and flush a safetensors file; its name with size and checksum."""
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace the file at once, flushed to disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -246,6 +423,62 @@ def _write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _flush(path.parent)
+
+
+def _whole_parameters(model: nn.Module) -> Iterator[Slice]:
+    for name, parameter in model.named_parameters():
+        yield name, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, every field that is read here present and of its type."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no checkpoint, {MANIFEST} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a manifest: {error}") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: not a manifest but a {type(manifest).__name__}")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
+    try:
+        known = {field.name for field in dataclasses.fields(_Manifest)}
+        check_bounds(build(_Manifest, {key: value for key, value in manifest.items() if key in known}))
+    except UserError as error:
+        raise UserError(f"{path}: damaged: {error}; take an older checkpoint") from error
+    for name in manifest["files"]:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{path}: names the file {name!r} outside of its folder")
+    return manifest
+
+
+def _latest(folder: Path) -> Path | None:
+    """What the file `latest` names, inside `folder`; None without one."""
+    try:
+        name = Path((folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()).name
+    except FileNotFoundError:
+        return None
+    return folder / name if name else None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write and flush a safetensors file; its size and checksum."""
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _flush(folder: Path) -> None:
+    """Have the names in `folder` on disk."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _sha256(path: Path) -> str:

@@ -7,17 +7,87 @@ that names the key, the value and the fix. Nothing else in the package knows Hyd
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 ROLES = ("matrix", "embed_proj", "gain", "embedding", "head")
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 Rule = Literal["muon", "normalized", "adamw"]
+# Where the monitor looks, and what it measures there: osp.monitor.probe and osp.monitor.statistics define them.
+Site = Literal[
+    "embed_out", "attn_in", "q", "k", "v", "o_proj_in", "mlp_in", "down_proj_in", "block_out", "final_norm_out"
+]
+AlertSite = Literal["all", Site]
+Statistic = Literal[
+    "kurtosis",
+    "kurtosis_pooled",
+    "kurtosis_channel",
+    "max_abs",
+    "max_over_median",
+    "rms",
+    "top_channel_share",
+    "top_token_share",
+    "massive_count",
+    "few_channels",
+    "few_tokens",
+    "osp_script",
+    "R_L",
+    "attn_logit_max",
+    "attn_sink",
+    "gain_max",
+    "weight_row_max",
+]
 
 C = TypeVar("C")
+
+
+class Bound(NamedTuple):
+    """What the number or text of a key must be: said beside its field in `Annotated`, checked by `check`."""
+
+    words: str
+    holds: Callable[[Any], bool]  # False for nan
+
+
+def at_most(limit: int) -> Bound:
+    """What no machine could do fails here, not in an allocation or after an hour."""
+    return Bound(f"at most {limit}", lambda x: x <= limit)
+
+
+AT_LEAST_1 = Bound("at least 1", lambda x: x >= 1)
+AT_LEAST_2 = Bound("at least 2", lambda x: x >= 2)
+NOT_NEGATIVE = Bound("a finite number, 0 or more", lambda x: 0 <= x < math.inf)
+POSITIVE = Bound("a finite number above 0", lambda x: 0 < x < math.inf)
+
+NOT_EMPTY = Bound("text that is not empty", lambda text: text.strip() != "")
+NAME = Bound(
+    "a name of at most 200 characters without slashes",
+    lambda text: text not in (".", "..") and len(text) <= 200 and not set(text) & set("/\\"),
+)
+PATH = Bound(
+    "a path whose parts are at most 255 bytes long",
+    lambda text: len(text) < 4096 and all(len(part.encode()) <= 255 for part in text.split("/")),
+)
+
+Count = Annotated[int, AT_LEAST_1, at_most(10**15)]
+CountOrZero = Annotated[int, NOT_NEGATIVE, at_most(10**15)]
+Finite = Annotated[float, Bound("a finite number", math.isfinite)]
+NotNegative = Annotated[float, NOT_NEGATIVE]
+Positive = Annotated[float, POSITIVE]
+Decay = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]  # of a running mean
+Fraction = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
+Share = Annotated[float, Bound("in (0, 1)", lambda x: 0 < x < 1)]
+Text = Annotated[str, NOT_EMPTY]
+FilePath = Annotated[str, NOT_EMPTY, PATH]
+
+
+EVALUATIONS = "evaluation"  # folder of a run with the records of its evaluations
+COMPARISONS = "compare"  # and in it that with its rows of comparisons
 
 
 class UserError(ValueError):
@@ -28,36 +98,73 @@ class RunError(RuntimeError):
     """Why a run cannot go on although its configuration is right. One line, exit status 1."""
 
 
+class LostRankError(RunError):
+    """Another rank has died. Every rank that is left says so: which of them the user reads is not known."""
+
+
+class StoppedError(RunError):
+    """The run was asked to stop and has saved its state; the same command continues it. `signal` names who asked."""
+
+    def __init__(self, message: str, *, signal: str):
+        super().__init__(message)
+        self.signal = signal
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = "osp"
-    dir: str = "runs/osp"
+    name: Annotated[str, NOT_EMPTY, NAME] = "osp"
+    dir: FilePath = "runs/osp"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
     # Length of the run: the first of the three that is set.
-    steps: int | None = None  # optimizer steps
-    tokens: int | None = None  # training tokens, rounded up to whole steps
-    minutes: float | None = None  # as many steps as this machine takes in that time, measured before the first one
-    seq_len: int = 2048  # tokens a row predicts
-    tokens_per_step: int = 524_288  # tokens of one optimizer step over all ranks
-    micro_batch_size: int | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.trainer.resolve
-    grad_clip: float = 1.0  # bound on the global norm of the raw gradient; 0 switches clipping off
+    steps: Count | None = None  # optimizer steps
+    tokens: Count | None = None  # training tokens, rounded up to whole steps
+    minutes: Annotated[float, POSITIVE, at_most(10**7)] | None = (
+        None  # as many steps as this machine takes in that time, measured before the first one
+    )
+    seq_len: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048  # tokens a row predicts
+    tokens_per_step: Annotated[int, AT_LEAST_1, at_most(2**30)] = 524_288  # tokens of one optimizer step over all ranks
+    micro_batch_size: Count | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.train.resolve
+    grad_clip: NotNegative = 1.0  # bound on the global norm of the raw gradient; 0 switches clipping off
     compile: bool | Literal["auto"] = "auto"  # torch.compile per block; auto: on for CUDA below ZeRO-3
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls and activations; auto: bf16 where it is native
     activation_checkpointing: bool = False
     document_mask: bool = False  # a token attends only inside its own document
-    loss_chunk_tokens: int = 8192  # rows of the logits that exist at a time
-    norm_refresh_every: int | Literal["auto"] = "auto"  # steps between updates of a norm's statistics (BHyT)
+    loss_chunk_tokens: Count = 8192  # rows of the logits that exist at a time
+    norm_refresh_every: Count | Literal["auto"] = "auto"  # steps between updates of a norm's statistics (BHyT)
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite: end the run, or go on
+    max_skips: CountOrZero = 10  # updates of a run that may be left out for `on_nonfinite` and `spike` before it ends
+    stop_at: Count | None = None  # end after this step with a checkpoint; the schedule stays that of the whole run
+
+
+@dataclass(frozen=True)
+class EvalQuantConfig:
+    """Perplexity of the model in training at 16-16-16 and fake-quantized at 4-4-4 (W-A-KV), round to nearest."""
+
+    every: CountOrZero = 0  # steps, and at the end; 0: never
+    tokens: Annotated[int, AT_LEAST_2, at_most(10**9)] = 16_384  # of the held-out split, always its first
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = 250  # steps; 0: only at the end
-    tokens: int = 1_000_000  # held-out tokens per validation, at most
-    sample_tokens: int = 64  # length of the text generated in the closing summary; 0: none
+    every: CountOrZero = 250  # steps; 0: only at the end
+    tokens: Count = 1_000_000  # held-out tokens per validation, at most
+    sample_tokens: Annotated[int, NOT_NEGATIVE, at_most(10**6)] = (
+        64  # length of the text generated in the closing summary; 0: none
+    )
+    quant: EvalQuantConfig = field(default_factory=EvalQuantConfig)
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """A loss or gradient norm far above those of the last steps; see osp.spikes."""
+
+    action: Literal["off", "warn", "skip"] = "warn"  # skip: leave the update out
+    threshold: Positive = 8.0  # robust z-score
+    window: Annotated[int, AT_LEAST_1, at_most(100_000)] = 128  # steps that the score is taken against
 
 
 @dataclass(frozen=True)
@@ -66,30 +173,30 @@ class NormConfig:
 
     name: str = "ssnorm"  # a key of osp.norms.NORMS
     final: str | None = None  # normalizer before the head; None: the one that the source of `name` uses
-    eps: float | None = None
-    init: float | None = None  # initial value of every gain
+    eps: NotNegative | None = None
+    init: Finite | None = None  # initial value of every gain
     affine: bool | None = None  # layernorm, rmsnorm, crmsnorm: one gain per channel
     bias: bool | None = None  # layernorm
-    alpha: float | None = None  # dyt: initial slope
-    lam: float | None = None  # bhyt: lambda, the bound of the tanh argument
-    kappa: float | None = None  # bhyt: Chebyshev factor
+    alpha: Finite | None = None  # dyt: initial slope
+    lam: Finite | None = None  # bhyt: lambda, the bound of the tanh argument
+    kappa: Finite | None = None  # bhyt: Chebyshev factor
     learnable_lambda: bool | None = None  # bhyt
-    seq_len: int | None = None  # bhyt: sequence length of the variance approximation; None: train.seq_len
+    seq_len: Count | None = None  # bhyt: sequence length of the variance approximation; None: train.seq_len
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a Llama. Names are Hugging Face's `LlamaConfig`; `embed_proj` and what follows are ours."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 688
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None  # None: as many as num_attention_heads (MHA)
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10_000.0
-    initializer_range: float | None = None  # None: 1/sqrt(hidden_size)
+    vocab_size: Annotated[int, AT_LEAST_1, at_most(2**24)] = 4096
+    hidden_size: Annotated[int, AT_LEAST_1, at_most(2**20)] = 256
+    intermediate_size: Annotated[int, AT_LEAST_1, at_most(2**24)] = 688
+    num_hidden_layers: Annotated[int, AT_LEAST_1, at_most(1000)] = 6
+    num_attention_heads: Count = 4
+    num_key_value_heads: Count | None = None  # None: as many as num_attention_heads (MHA)
+    max_position_embeddings: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048
+    rope_theta: Positive = 10_000.0
+    initializer_range: Annotated[float, POSITIVE, at_most(100)] | None = None  # None: 1/sqrt(hidden_size)
     scale_residual_init: bool = False  # o_proj and down_proj start 1/sqrt(2 num_hidden_layers) smaller
     embed_proj: bool = False  # EmbProj after the embedding and before the head (papers: OSP section 3)
     norm: NormConfig = field(default_factory=NormConfig)  # the top-level group `norm` of the YAML
@@ -105,17 +212,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 5e-4  # of the rules muon and normalized
-    adam_lr: float | None = None  # of the rule adamw; None: lr
-    weight_decay: float = 0.01  # decoupled, of every role
-    momentum: float = 0.95
+    lr: NotNegative = 5e-4  # of the rules muon and normalized
+    adam_lr: NotNegative | None = None  # of the rule adamw; None: lr
+    weight_decay: NotNegative = 0.01  # decoupled, of every role
+    momentum: Decay = 0.95
     nesterov: bool = True
     ns_method: Literal["standard", "gram"] = "standard"
     ns_coefficients: str = "keller_jordan"  # a key of osp.optim.COEFFICIENTS
-    ns_steps: int = 5
+    ns_steps: Annotated[int, AT_LEAST_1, at_most(100)] = 5
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is native
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    adam_eps: float = 1e-8
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
+    adam_eps: NotNegative = 1e-8
     rules: dict[Role, Rule] = field(
         default_factory=lambda: {
             "matrix": "muon",
@@ -132,7 +239,7 @@ class ScheduleConfig:
     name: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
     warmup: str | int = "5%"
     decay: str | int = "20%"  # trapezoid: length of the linear decay at the end
-    final_ratio: float = 0.0  # last rate over peak rate
+    final_ratio: Fraction = 0.0  # last rate over peak rate
 
 
 @dataclass(frozen=True)
@@ -140,61 +247,134 @@ class SourceConfig:
     """One source of documents inside a mixture; the meaning of the fields is that of `DataConfig`."""
 
     source: Literal["python_stdlib", "text", "hf"] = "text"
-    paths: tuple[str, ...] = ()
-    text_field: str = "text"
-    dataset: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    weight: float = 1.0
+    paths: tuple[FilePath, ...] = ()
+    text_field: Text = "text"
+    dataset: FilePath | None = None
+    subset: Text | None = None
+    split: Text = "train"
+    weight: Positive = 1.0
 
 
 @dataclass(frozen=True)
 class DataConfig:
     source: Literal["python_stdlib", "text", "hf", "mixture"] = "python_stdlib"
-    paths: tuple[str, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
-    text_field: str = "text"  # text, hf: the field of a record that holds the document
-    dataset: str | None = None  # hf: name of the data set
-    subset: str | None = None  # hf: its configuration
-    split: str = "train"  # hf
+    paths: tuple[FilePath, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
+    text_field: Text = "text"  # text, hf: the field of a record that holds the document
+    dataset: FilePath | None = None  # hf: name of the data set
+    subset: Text | None = None  # hf: its configuration
+    split: Text = "train"  # hf
     mixture: tuple[SourceConfig, ...] = ()  # mixture: sources and their shares of the tokens
-    max_tokens: int | None = None  # stop preparing after this many training tokens; None: all there are
-    val_fraction: float = 0.01  # share of documents held out, chosen by the hash of their text
-    shard_tokens: int = 32_000_000
-    cache_dir: str = "data/shards"
-    num_workers: int = 0  # tokenizing processes; 0: one per core
+    max_tokens: Count | None = None  # stop preparing after this many training tokens; None: all there are
+    val_fraction: Share = 0.01  # share of documents held out, chosen by the hash of their text
+    shard_tokens: Annotated[int, AT_LEAST_1, at_most(2**32)] = 32_000_000
+    cache_dir: FilePath = "data/shards"
+    num_workers: Annotated[int, NOT_NEGATIVE, at_most(1024)] = 0  # tokenizing processes; 0: one per core
+    # Leave out the rows of these steps, both ends included: [[900, 920]].
+    skip_steps: tuple[tuple[Count, Count], ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     train: bool = True  # train a byte-level BPE on the data
-    vocab_size: int = 4096
-    sample_bytes: int = 32_000_000  # text the BPE is trained on
-    path: str | None = None  # an existing tokenizer.json, with train=false
-    hub: str | None = None  # or a tokenizer of the Hugging Face hub, with train=false
-    eos_token: str = "<|endoftext|>"
+    vocab_size: Annotated[int, AT_LEAST_1, at_most(2**24)] = 4096
+    sample_bytes: Count = 32_000_000  # text the BPE is trained on
+    path: FilePath | None = None  # an existing tokenizer.json, with train=false
+    hub: Text | None = None  # or a tokenizer of the Hugging Face hub, with train=false
+    eos_token: Text = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     zero_stage: Literal[1, 2, 3] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None  # CPU threads per rank; None: all cores shared among the ranks of a host
+    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = (
+        None  # CPU threads per rank; None: all cores shared among the ranks of a host
+    )
+    timeout: Positive = 1800.0  # seconds after which a rank gives up waiting for the others
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1000  # steps; 0: only at the end
-    keep_last: int = 2
+    every: CountOrZero = 1000  # steps; 0: only at the end
+    keep_last: CountOrZero = 2  # newest checkpoints to keep; 0: all
+    keep_every: CountOrZero = 0  # steps whose multiples are kept for good; 0: none
+
+
+@dataclass(frozen=True)
+class AlertConfig:
+    """When a statistic of a site is worth a warning; null switches a rule off."""
+
+    above: Positive | None = None  # larger than this
+    growth: Positive | None = None  # larger than this many times its value at half of the steps ...
+    floor: Positive = 1.0  # ... or than this many times the floor, where that value was below it
+
+
+def _default_alerts() -> dict[Statistic, dict[AlertSite, AlertConfig]]:
+    return {
+        "kurtosis": {
+            "all": AlertConfig(above=100.0, growth=4.0, floor=5.0),
+            # a product of two activations: its tails are heavy, and grow heavier, in the first steps of every model
+            "down_proj_in": AlertConfig(above=500.0),
+        },
+        "max_over_median": {
+            "all": AlertConfig(above=1000.0, growth=4.0, floor=50.0),
+            "down_proj_in": AlertConfig(above=5000.0),
+        },
+        "R_L": {"all": AlertConfig(above=1.0, growth=3.0, floor=0.1)},
+        "attn_logit_max": {"all": AlertConfig(above=100.0, growth=3.0, floor=15.0)},
+    }
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Which outlier statistics a run measures on held-out text, how often, and when it warns."""
+
+    enabled: bool = True
+    # Steps between probes; auto: at powers of two, and as often as max_cost allows; 0: at the start and the end only.
+    every: CountOrZero | Literal["auto"] = "auto"
+    max_cost: Share = 0.01  # of the training time that probes may take once a run is under way, with every=auto
+    tokens: Annotated[int, AT_LEAST_2, at_most(2**24)] = 2048  # held-out tokens of a probe, over all ranks
+    sites: tuple[Site, ...] | Literal["all"] = ("embed_out", "attn_in", "down_proj_in", "block_out", "final_norm_out")
+    statistics: tuple[Statistic, ...] | Literal["all"] = (
+        "kurtosis",
+        "kurtosis_pooled",
+        "max_abs",
+        "max_over_median",
+        "rms",
+        "top_channel_share",
+        "top_token_share",
+        "osp_script",
+        "R_L",
+        "attn_logit_max",
+        "gain_max",
+    )
+    # Rules by statistic and site; a site's own rule takes the place of that of `all`.
+    alerts: dict[Statistic, dict[AlertSite, AlertConfig]] = field(default_factory=_default_alerts)
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    every: int = 1  # steps between training lines of metrics.jsonl and W&B
+    every: Count = 1  # steps between training lines of metrics.jsonl and W&B
     wandb: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "osp"
-    entity: str | None = None
+    project: Text = "osp"
+    entity: Text | None = None
     progress: bool = True
-    peak_tflops: float | None = None  # MFU's denominator per rank; None: the table of known GPUs, no MFU elsewhere
+    peak_tflops: Positive | None = None  # MFU's denominator per rank; None: the table of known GPUs, no MFU elsewhere
+
+
+@dataclass(frozen=True)
+class VerifyResumeConfig:
+    """The group `verify` of scripts/verify_resume.py, which says how to verify; see osp.verify_resume."""
+
+    steps: tuple[Count, Count] = (3, 3)  # before and after the interruption
+    rows: Count | None = None  # of a step; None: two for every rank of the largest number of them
+    ranks: tuple[Count, ...] | None = None  # None: 1, 2 and 4, as far as the GPUs of this host go
+    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    pairs: Literal["cycle", "all"] = "cycle"  # which ranks and stage resumes whose checkpoint: the next one, or all
+    seed: int = 0  # of the moments at which SIGTERM is sent
+    dir: FilePath | None = None  # of the short runs; None: a temporary one in run.dir
+    keep: bool = False  # the short runs, with their logs
+    out: FilePath | None = None  # JSON file for the certificate; None: verify_resume.json in run.dir
 
 
 @dataclass(frozen=True)
@@ -202,6 +382,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -209,9 +390,48 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    resume: str | bool = "auto"  # auto | a checkpoint or run folder | false
+    resume: FilePath | bool = "auto"  # auto | a checkpoint or run folder | false
     debug: bool = False  # show tracebacks of user errors
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Keys of `scripts/export.py`."""
+
+    path: str = ""  # a run or a checkpoint
+    out: str = ""  # the folder to write
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    max_shard_size: str = "5GB"
+    text: str = "held_out"  # the text that the exported model is checked on; see osp.evaluation.texts
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    debug: bool = False
+
+
+# Keys that may differ between a run and its continuation: they change neither the model nor what it learns, or say
+# what to do where it goes wrong.
+FREE = (
+    "run.",
+    "resume",
+    "debug",
+    "logger.",
+    "monitor.",
+    "checkpoint.",
+    "eval.",
+    "engine.",
+    "spike.",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.skip_steps",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.loss_chunk_tokens",
+    "train.on_nonfinite",
+    "train.max_skips",
+    "train.stop_at",
+)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -223,15 +443,13 @@ def from_dict(values: dict[str, Any]) -> Config:
     for key in values:
         if key not in known:
             raise UserError(_unknown("", str(key), list(known)))
-    values = dict(values)
-    model = dict(values.get("model") or {})
-    if "norm" in model:
+    model = values.get("model")
+    if isinstance(model, dict) and "norm" in model:
         raise UserError("model.norm: the normalizer is the top-level group; write norm=... or norm.KEY=...")
-    if "norm" in values:
-        model["norm"] = values.pop("norm")
-    config = _build(Config, {**values, "model": model}, path="")
+    norm = build(NormConfig, values.get("norm", {}), path="norm")
+    config = build(Config, {key: value for key, value in values.items() if key != "norm"}, path="")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm=norm))
     check(config)
-    norm = config.model.norm
     if norm.name == "bhyt" and norm.seq_len is None:  # the length the model is trained at belongs to the model
         norm = dataclasses.replace(norm, seq_len=config.train.seq_len)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, norm=norm))
@@ -244,95 +462,80 @@ def to_dict(config: Config) -> dict[str, Any]:
     return values
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for every key that is not `FREE` and differs, in order of the keys."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE)
+    ]
+
+
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of every value of a configuration."""
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else str(key))]
+    return [(path, tree)]
+
+
 def check(config: Config) -> None:
-    """Raise `UserError` for values that are well-typed alone and wrong together."""
-    train, model, data, tokenizer = config.train, config.model, config.data, config.tokenizer
+    """Raise `UserError` for values that are well-typed and out of bounds, or contradict each other."""
+    check_bounds(config)
+    check_length(config.train)
+    check_model(config.model)
+    check_rows(config.train, config.model, config.data)
+    check_tokenizer(config.tokenizer, config.model)
+    check_sources(config.data)
+    check_skip_steps(config.data)
+    check_live_quantization(config)
+
+
+def check_bounds(part: Any, path: str = "") -> None:
+    """Raise `UserError` for the first value below the dataclass `part` that a `Bound` of its field excludes."""
+    for name, hint in _hints(type(part), with_bounds=True).items():
+        value = getattr(part, name)
+        key = "norm" if name == "norm" else _join(path, name)  # the group is at the top level of the YAML
+        for inner, inner_key in _elements(value, key):
+            if dataclasses.is_dataclass(inner):
+                check_bounds(inner, inner_key)
+            for bound in _bounds(hint, inner):
+                if not bound.holds(inner):
+                    raise UserError(f"{inner_key}={inner!r}: must be {bound.words}")
+
+
+def check_length(train: TrainConfig) -> None:
+    """Raise `UserError` for a run without an end, or of steps that are no whole rows."""
     if train.steps is None and train.tokens is None and train.minutes is None:
         raise UserError("the run has no length; set train.steps, train.tokens or train.minutes")
-    if train.minutes is not None and not (train.minutes > 0 and math.isfinite(train.minutes)):
-        raise UserError(f"train.minutes={train.minutes}: must be a finite number above 0")
-    for key, value in (
-        ("train.steps", train.steps if train.steps is not None else 1),
-        ("train.tokens", train.tokens if train.tokens is not None else 1),
-        ("train.seq_len", train.seq_len),
-        ("train.tokens_per_step", train.tokens_per_step),
-        ("train.micro_batch_size", 1 if train.micro_batch_size == "auto" else train.micro_batch_size),
-        ("train.loss_chunk_tokens", train.loss_chunk_tokens),
-        ("train.norm_refresh_every", 1 if train.norm_refresh_every == "auto" else train.norm_refresh_every),
-        ("model.hidden_size", model.hidden_size),
-        ("model.intermediate_size", model.intermediate_size),
-        ("model.num_hidden_layers", model.num_hidden_layers),
-        ("model.num_attention_heads", model.num_attention_heads),
-        ("model.num_key_value_heads", 1 if model.num_key_value_heads is None else model.num_key_value_heads),
-        ("model.vocab_size", model.vocab_size),
-        ("optimizer.ns_steps", config.optimizer.ns_steps),
-        ("data.shard_tokens", data.shard_tokens),
-        ("data.max_tokens", 1 if data.max_tokens is None else data.max_tokens),
-        ("engine.threads", 1 if config.engine.threads is None else config.engine.threads),
-        ("tokenizer.sample_bytes", tokenizer.sample_bytes),
-        ("logger.every", config.logger.every),
-        ("eval.tokens", config.eval.tokens),
-    ):
-        if value <= 0:
-            raise UserError(f"{key}={value}: must be at least 1")
-    for key, value in (
-        ("train.grad_clip", train.grad_clip),
-        ("eval.every", config.eval.every),
-        ("eval.sample_tokens", config.eval.sample_tokens),
-        ("checkpoint.every", config.checkpoint.every),
-        ("checkpoint.keep_last", config.checkpoint.keep_last),
-        ("optimizer.lr", config.optimizer.lr),
-        ("optimizer.adam_lr", config.optimizer.adam_lr or 0.0),
-        ("optimizer.weight_decay", config.optimizer.weight_decay),
-        ("optimizer.adam_eps", config.optimizer.adam_eps),
-        ("norm.eps", model.norm.eps or 0.0),
-        ("data.num_workers", data.num_workers),
-    ):
-        if value < 0 or not math.isfinite(value):
-            raise UserError(f"{key}={value}: must be a finite number, 0 or more")
-    for key, value in (
-        ("model.rope_theta", model.rope_theta),
-        ("model.initializer_range", 1.0 if model.initializer_range is None else model.initializer_range),
-        ("logger.peak_tflops", 1.0 if config.logger.peak_tflops is None else config.logger.peak_tflops),
-        *((f"data.mixture[{i}].weight", source.weight) for i, source in enumerate(data.mixture)),
-    ):
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{key}={value}: must be a finite number above 0")
-    if not all(0 <= beta < 1 for beta in config.optimizer.adam_betas):
-        raise UserError(f"optimizer.adam_betas={list(config.optimizer.adam_betas)}: both must be in [0, 1)")
-    if not 0 <= config.optimizer.momentum < 1:
-        raise UserError(f"optimizer.momentum={config.optimizer.momentum}: must be in [0, 1)")
-    if not 0 <= config.schedule.final_ratio <= 1:
-        raise UserError(f"schedule.final_ratio={config.schedule.final_ratio}: must be in [0, 1]")
-    if not 0 < data.val_fraction < 1:
-        raise UserError(f"data.val_fraction={data.val_fraction}: must be in (0, 1)")
     if train.tokens_per_step % train.seq_len:
         raise UserError(
             f"train.tokens_per_step={train.tokens_per_step} is no multiple of train.seq_len={train.seq_len}; "
             f"the nearest is {max(1, round(train.tokens_per_step / train.seq_len)) * train.seq_len}"
         )
-    check_model(model)
-    if train.seq_len > model.max_position_embeddings:
+
+
+def check_skip_steps(data: DataConfig) -> None:
+    """Raise `UserError` for ranges of steps that are none or overlap."""
+    past = 0
+    for first, last in sorted(data.skip_steps):
+        if not past < first <= last:
+            raise UserError(
+                f"data.skip_steps={[list(pair) for pair in data.skip_steps]}: write [[first, last], ...] with steps "
+                "from 1, first <= last, and no step twice"
+            )
+        past = last
+
+
+def check_live_quantization(config: Config) -> None:
+    """Raise `UserError` where the weights are in parts: fake quantization gives whole ones other values for a time."""
+    if config.eval.quant.every and config.engine.zero_stage == 3:
         raise UserError(
-            f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
-            f"{model.max_position_embeddings}; raise the latter"
+            f"eval.quant.every={config.eval.quant.every} does not work with engine.zero_stage=3, which keeps "
+            "weights in parts; set engine.zero_stage=2, or eval.quant.every=0 and evaluate checkpoints later"
         )
-    if tokenizer.train and tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-    if not tokenizer.train and (tokenizer.path is None) == (tokenizer.hub is None):
-        raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
-    if tokenizer.train and (tokenizer.path or tokenizer.hub):
-        raise UserError("tokenizer.path or tokenizer.hub is set but tokenizer.train=true; set tokenizer.train=false")
-    for source, path in [(data, "data")] + [(s, f"data.mixture[{i}]") for i, s in enumerate(data.mixture)]:
-        if source.source == "text" and not source.paths:
-            raise UserError(f"{path}.paths is empty; name files or folders, for example {path}.paths=[corpus.jsonl]")
-        if source.source == "hf" and not source.dataset:
-            raise UserError(f"{path}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
-    if data.source == "mixture" and not data.mixture:
-        raise UserError("data.source=mixture but data.mixture is empty; list at least one source")
+    if config.eval.quant.every and config.train.seq_len < 2:
+        raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -351,9 +554,51 @@ def check_model(model: ModelConfig) -> None:
         )
 
 
-def unknown_key(path: str) -> str:
-    """The sentence that says which key of the dotted `path` is unknown and which ones there are."""
-    tree: Any = to_dict(Config())
+def check_rows(train: TrainConfig, model: ModelConfig, data: DataConfig) -> None:
+    """Raise `UserError` for rows that the model's positions do not reach, or that fit into no shard."""
+    if train.seq_len > model.max_position_embeddings:
+        raise UserError(
+            f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}; raise the latter"
+        )
+    for key, value in (("data.shard_tokens", data.shard_tokens), ("data.max_tokens", data.max_tokens)):
+        if value is not None and value <= train.seq_len:
+            raise UserError(
+                f"{key}={value} holds no row of train.seq_len={train.seq_len} plus 1 tokens; "
+                f"set {key}={train.seq_len + 1} or more, or a smaller train.seq_len"
+            )
+
+
+def check_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
+    """Raise `UserError` unless there is exactly one tokenizer, and the model has room for it."""
+    if tokenizer.train and tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
+            f"set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    if not tokenizer.train and (tokenizer.path is None) == (tokenizer.hub is None):
+        raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
+    if tokenizer.train and (tokenizer.path or tokenizer.hub):
+        raise UserError("tokenizer.path or tokenizer.hub is set but tokenizer.train=true; set tokenizer.train=false")
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise `UserError` for a source that names nothing to read."""
+    for source, path in [(data, "data"), *_numbered(data.mixture, "data.mixture")]:
+        if source.source == "text" and not source.paths:
+            raise UserError(f"{path}.paths is empty; name files or folders, for example {path}.paths=[corpus.jsonl]")
+        if source.source == "hf" and not source.dataset:
+            raise UserError(f"{path}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
+    if data.source == "mixture" and not data.mixture:
+        raise UserError("data.source=mixture but data.mixture is empty; list at least one source")
+
+
+def unknown_key(path: str, tree: Any = None) -> str:
+    """The sentence that says which key of the dotted `path` is unknown and which ones there are.
+
+    tree: all keys with their defaults; None: those of `Config`.
+    """
+    tree = tree or to_dict(Config())
     known: list[str] = []
     for key in path.split("."):
         if not isinstance(tree, dict) or key not in tree:
@@ -382,15 +627,19 @@ def length_in_steps(key: str, value: str | int, *, tokens_per_step: int, total_s
     return steps
 
 
-def _build(cls: type[C], values: Any, *, path: str) -> C:
+def build(cls: type[C], values: Any, *, path: str = "") -> C:
     """An instance of dataclass `cls` from a dict, every nested value checked against its annotation."""
     if not isinstance(values, dict):
         raise UserError(f"{path or 'config'}={values!r}: expected keys {sorted(f.name for f in _fields(cls))}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     names = [f.name for f in _fields(cls)]
     for key in values:
         if key not in names:
             raise UserError(_unknown(path, str(key), names))
+    for field_ in _fields(cls):
+        needed = field_.default is dataclasses.MISSING and field_.default_factory is dataclasses.MISSING
+        if needed and field_.name not in values:
+            raise UserError(f"{_join(path, field_.name)} is missing")
     return cls(**{key: _value(hints[key], value, path=_join(path, key)) for key, value in values.items()})
 
 
@@ -409,27 +658,62 @@ def _value(hint: Any, value: Any, *, path: str) -> Any:
             return value
         raise UserError(f"{path}={value!r}; choose from {', '.join(map(str, args))}")
     elif dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path=path)
+        return build(typing.cast(type, hint), value, path=path)
     elif origin is tuple and isinstance(value, list | tuple):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
             return tuple(_value(k, v, path=f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    elif origin is list and isinstance(value, list):
+        return [_value(args[0], inner, path=f"{path}[{i}]") for i, inner in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
         return {_value(args[0], k, path=path): _value(args[1], v, path=_join(path, k)) for k, v in value.items()}
     elif hint is types.NoneType:
         if value is None:
             return None
+    elif hint is str:
+        if isinstance(value, str):
+            if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+                raise UserError(f"{path}={value!r}: control characters and halves of characters cannot be part of it")
+            return value
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:  # what a float holds
             return float(value)
     elif hint is int:
-        if isinstance(value, float) and value.is_integer():  # 5e9 reads as a float in YAML
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:  # 5e9 reads as a float in YAML
             return int(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif origin is None and isinstance(value, hint):
+    elif hint is Any or (origin is None and isinstance(value, hint)):
         return value
     raise UserError(f"{path}={value!r}: expected {_describe(hint)}")
+
+
+@functools.cache
+def _hints(cls: type, *, with_bounds: bool = False) -> dict[str, Any]:
+    """Annotation of every field by name."""
+    return typing.get_type_hints(cls, include_extras=with_bounds)
+
+
+def _bounds(hint: Any, value: Any) -> list[Bound]:
+    """The bounds that an annotation sets to a value of this type, wherever in it they stand."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        return list(args[1:]) if isinstance(value, args[0]) else []
+    return [bound for arg in args for bound in _bounds(arg, value)]
+
+
+def _elements(value: Any, path: str) -> list[tuple[Any, str]]:
+    """What a list or table holds, however deep, with its key; anything else holds itself."""
+    if isinstance(value, dict):
+        return [element for key, inner in value.items() for element in _elements(inner, f"{path}.{key}")]
+    return _numbered(value, path) if isinstance(value, list | tuple) else [(value, path)]
+
+
+def _numbered(values: Sequence[Any], path: str) -> list[tuple[Any, str]]:
+    """Every element of a list with its key: `data.mixture[0]`."""
+    return [(value, f"{path}[{i}]") for i, value in enumerate(values)]
 
 
 def _unknown(path: str, key: str, names: list[str]) -> str:
@@ -453,7 +737,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(arm) for arm in args)
     if origin is Literal:
         return " or ".join(map(str, args))
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list of {_describe(args[0])}"
     return {types.NoneType: "null", dict: "a table"}.get(origin or hint, getattr(hint, "__name__", str(hint)))
 

@@ -5,9 +5,13 @@ model casts weights to its compute dtype at each matmul. The DeepSpeed JSON is d
 edits it. DeepSpeed is imported inside functions: it is slow, and its accelerator is fixed at import.
 """
 
+import itertools
 import logging
 import os
 import resource
+import socket
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -24,6 +28,8 @@ from osp.optim import PartitionedOptimizer, build_groups, collect_roles
 # Gradients are copied through a buffer of this many elements on their way to the reduction; DeepSpeed's default is 7
 # times larger, and it allocates the buffer anew in every step
 _BUCKET = 2**26
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -202,10 +208,29 @@ class Engine:
         self._engine.step()
         return self._engine.was_step_applied()
 
-    def grad_norm(self) -> float | Tensor:
-        """Global norm of the raw gradient, before clipping, of the last `step`; infinite if that was not applied."""
-        norm = self._engine.get_global_grad_norm()
-        return 0.0 if norm is None else norm
+    @torch.no_grad()
+    def gradient_norms(self) -> tuple[list[str], Tensor]:
+        """Before `step`: the names of all parameters and the norms of their raw gradients, (parameters,) fp64.
+
+        The norm of the whole gradient is the norm of these. Collective.
+        """
+        assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
+        names = [name for group in self.groups for name in group["names"]]
+        places = {name: i for i, name in enumerate(names)}
+        indices, pieces = [], []
+        for index, intervals in enumerate(self.optimizer.intervals()):
+            # ZeRO holds this rank's part of a group as a list of tensors, one after the other with padding between
+            gradients = list(self._zero.averaged_gradients[index])
+            offsets = [0, *itertools.accumulate(g.numel() for g in gradients)]
+            at = dict(zip(offsets, gradients, strict=False))
+            for name, interval in intervals:
+                indices.append(places[name])
+                pieces.append(at[interval.offset].view(-1)[: interval.size])
+        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        if pieces:
+            norms = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).double()
+            squares.index_add_(0, torch.tensor(indices, device=self.device), norms.square())
+        return names, self.all_reduce_sum(squares).sqrt()
 
     def discard_gradients(self) -> None:
         """Forget what has been accumulated since the last `step`. Collective only in that all ranks must do it."""
@@ -245,6 +270,21 @@ class Engine:
         exactly one rank. To load, copy into them on every rank, then call `sync_weights_from_master`.
         """
         return self.optimizer.local_state()
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """State of the random generators of this rank by device type, uint8.
+
+        Nothing in training draws from them today: rows, weights and samples have generators of their own.
+        """
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def set_rng_state(self, states: Mapping[str, Tensor]) -> None:
+        """Continue the generators of this rank; those of a device it does not have, or a rank there was not, stay."""
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
     @torch.no_grad()
     def sync_weights_from_master(self) -> None:
@@ -301,6 +341,74 @@ class Engine:
         return list(masters)
 
 
+class Peers:
+    """The ranks of this run, watched from here so that none waits for a dead one for ever.
+
+    A rank on this host is dead when its process is gone. Of other hosts only the connection tells, at once on gloo,
+    after the process group's timeout on NCCL.
+    """
+
+    POLL_SECONDS = 2.0
+    GRACE_SECONDS = 10.0  # for the collective in progress to fail by itself, which says the same with less force
+
+    def __init__(self) -> None:
+        """Collective."""
+        self._all: list[tuple[str, int]] = gather_objects((socket.gethostname(), os.getpid()))
+        self._end = threading.Event()
+
+    def watch(self) -> None:
+        """End this process if a rank of this host dies before `dismiss`."""
+        if len(self._all) > 1:
+            threading.Thread(target=self._watch, daemon=True, name="osp-peers").start()
+
+    def dismiss(self) -> None:
+        """From here on ranks end as they please. All ranks are through their last collective when they call it."""
+        self._end.set()
+
+    def dead(self, *, seconds: float = 0.0) -> list[int]:
+        """Ranks of this host whose process is gone, looked for as long as `seconds` if there are none."""
+        until = time.monotonic() + seconds
+        while True:
+            here = socket.gethostname()
+            dead = [rank for rank, (host, pid) in enumerate(self._all) if host == here and not _alive(pid)]
+            if dead or time.monotonic() > until:
+                return dead
+            time.sleep(0.1)
+
+    def describe(self, ranks: list[int]) -> str:
+        """`rank 1 (process 4711 on node7) has died`, for several ranks too; or that one elsewhere must have."""
+        if not ranks:
+            return "the connection to another rank broke; the first error is in the log of the host where a rank died"
+        names = ", ".join(f"rank {r} (process {self._all[r][1]} on {self._all[r][0]})" for r in ranks)
+        return f"{names} {'has' if len(ranks) == 1 else 'have'} died"
+
+    def _watch(self) -> None:
+        while not self._end.wait(self.POLL_SECONDS):
+            if dead := self.dead():
+                if not self._end.wait(self.GRACE_SECONDS):
+                    log.error("error: %s; this rank ends too", self.describe(dead))
+                    os._exit(1)
+                return
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed because another rank did not answer."""
+    text = str(error)
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def local_ranks() -> int:
     """Number of ranks the launcher started on this host: torchrun's or deepspeed's variable, 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
@@ -325,6 +433,11 @@ def on_main(action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def gather_objects(value: Any) -> list[Any]:

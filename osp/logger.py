@@ -1,6 +1,7 @@
 """Where the numbers of a run go: one dict of floats per event to `metrics.jsonl` (always), a progress bar and W&B.
 
-Only rank 0 has a logger that writes. W&B is an addition: whatever fails there is said once and never stops training.
+Only rank 0 has a logger that writes. W&B is an addition: whatever fails there is said once and never stops training,
+nor does a disk that is full.
 """
 
 import dataclasses
@@ -10,16 +11,19 @@ import math
 import secrets
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from osp.config import LoggerConfig, UserError
+from osp.panels import create, layer_grids
 
 log = logging.getLogger(__name__)
 
-AXES = {"train/*": "step", "val/*": "step"}
+AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap")}
 
 
 class Logger:
@@ -37,9 +41,9 @@ class Logger:
     ):
         """Continue (or begin) the files of `folder` at `step`: lines of later steps are dropped."""
         self._config = config
-        self._path = folder / "metrics.jsonl"
-        drop_after(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        metrics = folder / "metrics.jsonl"
+        drop_after(metrics, step)
+        self._metrics, self._events = Lines(metrics), Lines(folder / "events.jsonl")
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -55,8 +59,20 @@ class Logger:
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
         """Record one event after optimizer step `step` and `tokens` training tokens. Not-a-number becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "tokens": tokens, **finite}) + "\n")
+        self._metrics.write({"step": step, "tokens": tokens, **finite})
         self._wandb.log({"step": step, "tokens": tokens, **metrics})
+
+    def event(self, kind: str, message: str, *, step: int, tokens: int, **details: Any) -> None:
+        """Record in `events.jsonl` that something happened after `step`, and say it; an `alert` also goes to W&B.
+
+        Unlike metrics, events of steps that are taken again after a restart stay: they did happen.
+        """
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        event = {"time": time, "step": step, "tokens": tokens, "kind": kind, "message": message, **details}
+        self._events.write(event)
+        self.say(message)
+        if kind == "alert":
+            self._wandb.alert(message)
 
     def advance(self, *, loss: float, tokens_per_second: float) -> None:
         """One more step on the progress bar."""
@@ -76,8 +92,32 @@ class Logger:
 
     def close(self, *, exit_code: int = 0) -> None:
         self._bar.close()
-        self._file.close()
+        self._metrics.close()
+        self._events.close()
         self._wandb.close(exit_code)
+
+
+class Lines:
+    """Appends JSON objects to a file, a line each and each at once; a disk that takes no more is said once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._whole = True  # the last line was written to its end
+        self._said = False
+
+    def write(self, values: dict[str, Any]) -> None:
+        line = ("" if self._whole else "\n") + json.dumps(values) + "\n"
+        try:
+            self._whole = self._file.write(line.encode()) == len(line.encode())
+        except OSError as error:
+            self._whole = False
+            if not self._said:
+                log.warning("%s: %s; lines are lost until there is room again", self._path, error.strerror)
+            self._said = True
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class WandB:
@@ -90,7 +130,11 @@ class WandB:
 
     def log(self, metrics: dict[str, float]) -> None:
         if self._run is not None:
-            self._guard(lambda: self._run.log(metrics))
+            self._guard(lambda: self._run.log(metrics | _heatmaps(metrics)))
+
+    def alert(self, message: str) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.alert(title=message.split(":")[0], text=message, level="WARN"))
 
     def close(self, exit_code: int) -> None:
         if self._run is not None:
@@ -117,6 +161,8 @@ class WandB:
         id_file.write_text(run_id + "\n")
         for pattern, axis in AXES.items():
             self._run.define_metric(pattern, step_metric=axis)
+        if config.wandb == "online" and not resumed:
+            _add_panels(self._run)
 
     def _guard(self, call: Callable[[], object]) -> None:
         """Run `call`; whatever W&B raises ends logging to W&B, is said once, and goes no further."""
@@ -125,6 +171,30 @@ class WandB:
         except Exception as error:  # W&B raises its own, the network's and the file system's errors alike
             log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
             self._run = None
+
+
+def _heatmaps(metrics: dict[str, float]) -> dict[str, Any]:
+    """One histogram per statistic and kind of site, a bin for each layer: W&B draws them over steps as a heatmap."""
+    grids = layer_grids(metrics)
+    if not grids:
+        return {}
+    import wandb
+
+    return {
+        name: wandb.Histogram(np_histogram=(np.array(values), np.arange(len(values) + 1)))
+        for name, values in grids.items()
+    }
+
+
+def _add_panels(run: Any) -> None:
+    """Give a project its workspace with its first run; without it the run is logged all the same."""
+    import wandb
+
+    try:
+        if len(wandb.Api().runs(f"{run.entity}/{run.project}", per_page=2)) <= 1:
+            log.info("W&B panels: %s", create(run.entity, run.project))
+    except Exception as error:  # the package may be missing, the network down, the key without that right
+        log.info("no W&B panels (%s); make them with scripts/panels.py %s/%s", error, run.entity, run.project)
 
 
 def check_wandb(config: LoggerConfig) -> LoggerConfig:

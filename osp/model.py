@@ -35,6 +35,13 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class CausalAttention(nn.Module):
+    """`causal_attention` as a module: where hooks see q, k and v as attention does, after RoPE."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return causal_attention(q, k, v, mask)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -43,10 +50,11 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.kv_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.kv_heads * config.head_dim)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.attend = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask)
+        out = self.attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask)
         return self.o_proj(out.flatten(2))
 
 
@@ -132,6 +140,11 @@ class Transformer(nn.Module):
         input_ids: (B, T). Targets equal to `osp.loss.IGNORE` count nothing. document_ids (B, T): a token attends only
         inside its own document. chunk_tokens: rows of the logits that exist at a time.
         """
+        x = self.hidden_states(input_ids, document_ids=document_ids)
+        return self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
+
+    def hidden_states(self, input_ids: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+        """(B, T, D) what the head reads: for who wants the logits of a few tokens alone."""
         mask = None if document_ids is None else document_mask(document_ids)
         cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
         x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
@@ -140,8 +153,7 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask)
-        x = self.head_proj(self.norm(x))
-        return self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
+        return self.head_proj(self.norm(x))
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""

@@ -295,8 +295,8 @@ def bound_warning(config: ModelConfig) -> str | None:
 
 
 def _divide_by_rms(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis: statistics fp32, result in the dtype of x."""
-    wide = x.float()
+    """x / sqrt(mean(x^2) + eps) over the last axis: statistics fp32 (fp64 of fp64), result in the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 

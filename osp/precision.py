@@ -1,6 +1,17 @@
-"""Which number formats a device computes in natively: software bf16 is slower than fp32, so `auto` asks here."""
+"""Which device there is and which number formats it computes in natively: what `auto` means."""
+
+from typing import Literal
 
 import torch
+
+from osp.config import UserError
+
+
+def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of a single process; `auto` is the GPU where there is one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU here; set device=cpu")
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def native_bf16(device: torch.device | str) -> bool:

@@ -2,17 +2,25 @@
 
 config.yaml        the resolved configuration
 environment.json   one entry per start: git revision, versions, command, machine
-metrics.jsonl      one line per event
+metrics.jsonl      one line per measurement
+events.jsonl       one line per thing that happened: resumed, spike, alert, checkpoint_failed, ...
+probes.jsonl       what the monitor saw and is no number (osp.monitor)
+forensics/         what stands behind an alert
 tokenizer.json     the tokenizer of the data
 checkpoints/       see osp.checkpoint
+stopped.json       why the run ended or stopped, and where it would continue; absent while it runs or after a crash
 summary.json       the closing figures
+.lock              held by the process that trains here
 """
 
 import dataclasses
+import fcntl
 import json
+import logging
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -22,33 +30,47 @@ from typing import Any
 
 import yaml
 
-from osp.checkpoint import find
-from osp.config import Config, UserError, to_dict
+from osp.checkpoint import LATEST, candidates, remove_unfinished, write_text
+from osp.config import Config, UserError, differences, to_dict
 
-# Keys that may differ between a run and its continuation: they change neither the model nor what it learns.
-FREE = (
-    "run.",
-    "resume",
-    "debug",
-    "logger.",
-    "checkpoint.",
-    "eval.",
-    "engine.",
-    "data.cache_dir",
-    "data.num_workers",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.activation_checkpointing",
-    "train.loss_chunk_tokens",
-)
+log = logging.getLogger(__name__)
+
+STOPPED = "stopped.json"
 
 PACKAGES = ("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "numpy", "safetensors", "wandb")
 
 
-def open_run(config: Config) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to resume from or None); nothing is written.
+class RunLock:
+    """Makes a run folder the business of one process, rank 0 of the training there; gone when that process is.
 
-    Raises `UserError` if the folder belongs to another configuration, or there is nothing to resume from.
+    token: what tells this process from others, in the names of its temporary files.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises `UserError` if another process trains in `folder`."""
+        self.token = f"{socket.gethostname()}-{os.getpid()}"
+        self._file = (folder / ".lock").open("a+", encoding="utf-8")
+        if not _try_lock(self._file.fileno()):
+            self._file.close()
+            raise UserError(_occupied(folder))
+        self._file.seek(0)
+        former = self._file.read().strip()
+        if former:
+            remove_unfinished(folder / "checkpoints", former)
+        self._file.truncate(0)
+        self._file.write(self.token)
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def open_run(config: Config) -> tuple[Path, list[Path]]:
+    """(run folder, checkpoints to resume from, the first that is whole); nothing is written.
+
+    `resume=auto` takes the newest checkpoint of the run folder. `resume=PATH` begins with the checkpoint of another
+    run, or takes this run back to one of its own; the same command given again then continues from there.
+    Raises `UserError` if the folder belongs to another configuration or process, or there is nothing to resume from.
     """
     folder = Path(config.run.dir)
     if config.resume is True:
@@ -56,8 +78,10 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; choose another run.name or run.dir")
     stored = folder / "config.yaml"
+    before: dict[str, Any] = {}
     if stored.exists():
-        changed = differences(_read_yaml(stored), to_dict(config))
+        before = _read_yaml(stored)
+        changed = differences(before, to_dict(config))
         if changed:
             raise UserError(
                 f"run.dir={folder} holds a run with another configuration ({'; '.join(changed[:4])}); "
@@ -67,12 +91,21 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
             raise UserError(
                 f"run.dir={folder} exists and resume=false would overwrite it; choose another run.name or remove it"
             )
-    if isinstance(config.resume, str) and config.resume != "auto":
-        checkpoint = find(Path(config.resume))
-        if checkpoint is None:
-            raise UserError(f"resume={config.resume}: no checkpoint there; name a run folder or a checkpoint folder")
-        return folder, find(folder) or checkpoint
-    return folder, find(folder)
+    lock = folder / ".lock"
+    if lock.exists():
+        with lock.open(encoding="utf-8") as file:
+            if not _try_lock(file.fileno()):
+                raise UserError(_occupied(folder))
+    own = candidates(folder)
+    if config.resume == "auto" or config.resume is False:
+        return folder, own
+    named = candidates(Path(config.resume))
+    if not named:
+        raise UserError(f"resume={config.resume}: no checkpoint there; name a run folder or a checkpoint folder")
+    goes_back = (
+        named[0].resolve().parent == (folder / "checkpoints").resolve() and before.get("resume") != config.resume
+    )
+    return folder, named if goes_back or not own else own
 
 
 def with_length_of_run(config: Config) -> Config:
@@ -84,20 +117,13 @@ def with_length_of_run(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, minutes=None))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every key that is not `FREE` and differs, in order of the keys."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(FREE)
-    ]
+def begin(
+    folder: Path, config: Config, *, checkpoint: Path | None, tokenizer: Path, world_size: int, device: str
+) -> RunLock:
+    """Write what describes the run into its folder; the lock to hold while it trains.
 
-
-def begin(folder: Path, config: Config, *, tokenizer: Path, world_size: int, device: str) -> None:
-    """Write what describes the run into its folder.
-
-    Raises `UserError` if the folder's run has another tokenizer: then the shards are other ones than those it read.
+    checkpoint: what it resumes from. Raises `UserError` if the folder's run has another tokenizer: then the shards are
+    other ones than those it read.
     """
     stored = folder / "tokenizer.json"
     if stored.exists() and stored.read_bytes() != tokenizer.read_bytes():
@@ -106,12 +132,38 @@ def begin(folder: Path, config: Config, *, tokenizer: Path, world_size: int, dev
             "the text has changed since: choose another run.name"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    lock = RunLock(folder)
+    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     shutil.copyfile(tokenizer, stored)
     path = folder / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError:  # cut short by a power failure: a record of starts must not prevent one
+        log.warning("%s is damaged and begun anew", path)
+        starts = []
     starts.append({**environment(), "world_size": world_size, "device": device})
-    path.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(starts, indent=1) + "\n")
+    if checkpoint and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
+        write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")  # what came after it is given up
+    (folder / STOPPED).unlink(missing_ok=True)
+    return lock
+
+
+def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) -> None:
+    """Leave the marker that says why the run is not running: "complete", "SIGTERM", "train.stop_at" or an error."""
+    checkpoint = next(iter(candidates(folder)), None)
+    marker = {
+        "reason": reason,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "tokens": tokens,
+        "total_steps": total_steps,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+    }
+    try:
+        write_text(folder / STOPPED, json.dumps(marker, indent=1) + "\n")
+    except OSError as error:
+        log.warning("%s: %s", folder / STOPPED, error.strerror)
 
 
 def environment() -> dict[str, Any]:
@@ -143,11 +195,24 @@ def git_revision() -> str | None:
         return None
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of `metrics.jsonl` and its like, all with their step; a line cut short by a crash is left out."""
+    objects = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [entry for entry in objects if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+
+
 def check_disk(folder: Path, num_bytes: int, *, copies: int) -> None:
     """Raise `UserError` unless `copies` checkpoints of `num_bytes` fit on the disk of the run folder."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        raise UserError(f"run.dir={folder}: {place} is a file; choose another run.dir")
     free = shutil.disk_usage(place).free
     if free < num_bytes * copies:
         raise UserError(
@@ -158,6 +223,22 @@ def check_disk(folder: Path, num_bytes: int, *, copies: int) -> None:
         raise UserError(f"run.dir={folder}: cannot write there")
 
 
+def _try_lock(descriptor: int) -> bool:
+    """Whether the file is locked now, for as long as it is open; also where the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.warning("the file system of the run folder has no locks (%s): start one training at a time there", error)
+    return True
+
+
+def _occupied(folder: Path) -> str:
+    holder = (folder / ".lock").read_text(encoding="utf-8").strip()
+    return f"run.dir={folder}: another training ({holder}) is writing there; choose another run.name or stop it first"
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -166,12 +247,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not the configuration of a run")
     return values
-
-
-def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
-    return [(path, tree)]
 
 
 def _version(package: str) -> str | None:

@@ -1,112 +1,47 @@
-"""Training: from a checked configuration to a run folder with a trained model.
+"""The training loop: what happens at a step, between steps, and when the run has to stop.
 
-`train` sets everything up, on any number of ranks; `Trainer.fit` is the loop. What can be wrong with a configuration,
-its data or its folder is found in `train` before the first step.
+A *boundary* is the state after `step` whole optimizer steps: the only thing that is saved and continued from. Whatever
+interrupts a run, it ends on a boundary; a step that was under way is taken again from its first row.
 """
 
-import dataclasses
-import hashlib
 import json
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from osp.checkpoint import Checkpoint, checkpoint_bytes, load, prune, save
-from osp.config import Config, RunError, UserError, to_dict
-from osp.cpu import prepare_cpu
-from osp.data import (
-    Batch,
-    Loader,
-    existing_tokenizer,
-    load_manifest,
-    load_tokenizer,
-    start,
-    token_bytes,
-    validation_batches,
-    vocab_size,
-)
-from osp.engine import Engine, gather_objects, init_distributed, local_ranks, on_main
+from osp.checkpoint import Checkpoint, Saver, load
+from osp.config import Config, LostRankError, RunError, StoppedError, to_dict
+from osp.data import Batch, Loader, data_step, load_manifest, load_tokenizer, token_bytes, validation_batches
+from osp.engine import Engine, Peers, gather_objects, is_connection_error, on_main
+from osp.evaluation.measure import live_perplexity
+from osp.evaluation.texts import held_out
 from osp.generate import generate
-from osp.logger import Logger, check_wandb
+from osp.logger import Logger
 from osp.loss import IGNORE
-from osp.model import Transformer, build_model, count_parameters, flops_per_token
-from osp.norms import bound_warning
-from osp.optim import build_groups, build_schedule, collect_roles, describe_groups
-from osp.precision import native_bf16, peak_tflops
-from osp.run import begin, check_disk, environment, open_run, with_length_of_run
+from osp.model import Transformer, count_parameters, flops_per_token
+from osp.monitor import Monitor
+from osp.optim import build_schedule, describe_groups
+from osp.precision import peak_tflops
+from osp.preemption import StopRequest
+from osp.report import write_report
+from osp.run import RunLock, end, environment
+from osp.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
 
-MEASURED_STEPS = 6  # how many steps `train.minutes` is turned into steps by
-
-
-def train(config: Config) -> None:
-    """Run the training that `config` describes, or continue it; every rank calls it.
-
-    Raises `UserError` before the first step for whatever the user can mend, `RunError` if the numbers go wrong.
-    """
-    setup(config).fit()
-
-
-def setup(config: Config) -> "Trainer":
-    """The trainer of `config`, everything checked and its run folder begun or continued. Collective."""
-    model = meta_model(config)
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
-    device = init_distributed(config.engine.device)
-    if device.type == "cpu":
-        prepare_cpu(config.engine.threads, local_ranks=local_ranks())
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    config = resolve(config, device=device, world_size=world_size)
-    _check_same_config(config)
-    config = on_main(lambda: with_length_of_run(config))
-    if config.train.steps is not None:
-        build_schedule_of(config)  # raises if its phases do not fit
-    logger_config = on_main(lambda: check_wandb(config.logger))
-    folder, checkpoint_folder = on_main(lambda: open_run(config))
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), copies=max(2, config.checkpoint.keep_last)))
-    checkpoint = Checkpoint(checkpoint_folder) if checkpoint_folder else None
-    if checkpoint and checkpoint.shapes != shapes:
-        raise UserError(f"{checkpoint.folder}: its model has other parameters than this configuration's")
-    if rank == 0 and (warning := bound_warning(config.model)):
-        log.warning(warning)
-    if not config.tokenizer.train:  # known before any text is read
-        on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
-    shards = on_main(lambda: start(config.data, config.tokenizer, progress=config.logger.progress))
-    _check_vocabulary(config, load_manifest(shards).vocab_size)
-    loader = build_loader(config, shards, rank=rank, world_size=world_size)
-    engine = build_engine(config, device=device, world_size=world_size)
-    if config.train.steps is None:
-        config = with_measured_length(config, engine, loader)
-    on_main(
-        lambda: begin(folder, config, tokenizer=shards / "tokenizer.json", world_size=world_size, device=str(device))
-    )
-    logger = None
-    if rank == 0:
-        logger = Logger(
-            folder,
-            logger_config,
-            run_name=config.run.name,
-            run_config=to_dict(config),
-            step=checkpoint.step if checkpoint else 0,
-            total_steps=total_steps(config),
-        )
-    trainer = Trainer(config, engine, loader, folder, logger)
-    if checkpoint:
-        trainer.restore(checkpoint)
-    return trainer
+SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a request to stop may go unheard
+SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
+NUM_LARGEST = 8  # gradients named when the numbers go wrong
 
 
 class Trainer:
-    """One run on one rank; `logger` is None on all ranks but the first."""
+    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`."""
 
     def __init__(
         self,
@@ -115,15 +50,43 @@ class Trainer:
         loader: Loader,
         folder: Path,
         logger: Logger | None,
+        *,
+        lock: RunLock | None = None,
+        token: str = "",
     ):
         self.config, self.engine, self.loader, self.folder, self.logger = config, engine, loader, folder, logger
+        self.lock = lock
         self.total_steps = total_steps(config)
+        self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = build_schedule_of(config)
         self.shards = loader.rows.shards.folder
-        self.step = 0
+        self.step = 0  # optimizer steps taken
+        self.skipped = 0  # of them, those whose update was left out
+        self.spikes = {key: SpikeDetector(config.spike.window) for key in ("loss", "grad_norm")}
+        self.saved: int | None = None  # the step of the newest checkpoint that was begun
+        self.validation: tuple[int, dict[str, float]] = (-1, {})  # the last one: after which step, and its metrics
+        self.quantized: tuple[int, dict[str, float]] = (-1, {})  # the same of the last quantized perplexity
+        self.stop = StopRequest()
+        self.interrupted = False  # all ranks know that one of them was asked to stop
+        self.failure = ""  # why the run cannot go on, known to all ranks
+        self.peers = Peers()
+        self.saver = Saver(
+            folder / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            token=token,
+            rank=engine.rank,
+            gather=gather_objects,
+        )
         self.train_seconds = 0.0
+        self._step_seconds = 0.0  # of the last step, on this rank
+        self._check_every = 1  # micro steps between looks at requests to stop
         self.tokenizer: Tokenizer = load_tokenizer(self.shards / "tokenizer.json")
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer)).to(engine.device)
+        quant = config.eval.quant
+        self.quantized_text = (
+            held_out("held_out", self.shards, self.tokenizer, max_tokens=quant.tokens) if quant.every else None
+        )
         self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
         self.peak_tflops = config.logger.peak_tflops or peak_tflops(engine.device)
 
@@ -139,130 +102,209 @@ class Trainer:
         return self.step * self.config.train.tokens_per_step
 
     def fit(self) -> None:
-        """Train from `self.step` to the end; validate, checkpoint and log on the way; close with the summary."""
+        """Train from `self.step` to the end, or until `self.stop`, if it listens; validate, save and log on the way.
+
+        Leaves `stopped.json`, which says why. Raises `StoppedError` when asked to stop.
+        """
         self._announce()
-        first, validation = self.step, {}
-        saved = self.step
+        first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
-            for step in range(first, self.total_steps):
-                self.refresh_norms(step)
-                record = self._due(self.config.logger.every, step + 1)
-                metrics = self.train_step(step, record=record)
-                self.step = step + 1
+            self.peers.watch()
+            monitor = self.build_monitor()
+            while self._boundary(monitor) and self.step < self.last_step:
+                self.refresh_norms(self.step)
+                record = self._due(self.config.logger.every, self.step + 1)
+                metrics = self.train_step(self.step, record=record)
+                if metrics is None:
+                    break
+                self.step += 1
                 if self.logger:
                     self.logger.advance(loss=metrics["train/loss"], tokens_per_second=self._speed(first))
                     if record:
                         self.logger.log(metrics, step=self.step, tokens=self.tokens)
-                if self._due(self.config.eval.every, self.step):
-                    validation = self.validate()
-                if self._due(self.config.checkpoint.every, self.step):
-                    self.save()
-                    saved = self.step
-            stored = self.folder / "summary.json"
-            if first == self.total_steps and stored.exists():  # the run was complete already
-                summary = json.loads(stored.read_text(encoding="utf-8"))
-            else:
-                summary = self._summary(validation or self.validate(), tokens_per_second=self._speed(first))
-            self._print_summary(summary)
+            self._save_the_rest()
+            if self.failure:
+                raise RunError(self.failure)
+            if self.interrupted:
+                self._stop()
+            if self.step == self.total_steps:
+                self._conclude(first)
+            self.engine.barrier()
+        except Exception as error:
+            reason = error.signal if isinstance(error, StoppedError) else str(error) or type(error).__name__
+            if not isinstance(error, RunError) and is_connection_error(error):
+                dead = self.peers.describe(self.peers.dead(seconds=3))
+                reason = f"step {self.step + 1}: {dead}; the same command continues from the last checkpoint"
+                raise LostRankError(reason) from error
+            raise
         finally:
-            self.loader.close()
+            self.peers.dismiss()
             if self.logger:
-                self.logger.close(exit_code=0 if saved == self.total_steps else 1)
+                end(self.folder, reason, step=self.step, tokens=self.tokens, total_steps=self.total_steps)
+                self.logger.close(exit_code=0 if reason in ("complete", "train.stop_at") else 1)
 
-    def train_step(self, step: int, *, record: bool) -> dict[str, float]:
+    def close(self) -> None:
+        """End the loader's thread and let another process train in the run folder."""
+        self.loader.close()
+        if self.lock:
+            self.lock.release()
+
+    def train_step(self, step: int, *, record: bool) -> dict[str, float] | None:
         """One optimizer step, 0-based `step`; its metrics, all of them when `record`.
 
-        Every row predicts seq_len tokens, so the global number of valid tokens is tokens_per_step. The loss is looked
+        None, and the step is not taken, if a rank was asked to stop meanwhile or the numbers forbid to go on. Every row
+        predicts seq_len tokens, so the global number of valid tokens is tokens_per_step. Loss and gradient are looked
         at before the optimizer changes anything.
         """
         began = time.perf_counter()
+        if not self._wait_for_data(step):
+            return None
         batches = self.loader.step(step)
         data_wait = time.perf_counter() - began
         losses = []
-        for batch in batches:
+        for micro_step, batch in enumerate(batches):
+            if micro_step and micro_step % self._check_every == 0 and self._asked_to_stop():
+                self.engine.discard_gradients()
+                return None
             loss = self._loss(batch)
             self.engine.backward(loss / self.config.train.tokens_per_step)
             losses.append(loss.detach())
-        summed = self.engine.all_reduce_sum(torch.stack(losses).sum())
-        mean = summed.item() / self.config.train.tokens_per_step
-        if not math.isfinite(mean):
-            self._stop_on_nonfinite(step, torch.stack(losses))
-        self.engine.set_step(step + 1, self.schedule(step), record=record)
-        if not self.engine.step():
-            raise RunError(
-                f"step {step + 1}: the gradient is not finite though the loss is {mean:.4f}; nothing changed"
-            )
-        grad_norm = float(self.engine.grad_norm())
-        seconds = time.perf_counter() - began
-        self.train_seconds += seconds
-        metrics = {"train/loss": mean, "train/grad_norm": grad_norm}
+        mean, checksum = self._reduce(torch.stack(losses), batches)
+        names, norms = self.engine.gradient_norms()
+        grad_norm = torch.linalg.vector_norm(norms).item()
+        metrics = {"train/loss": mean, "train/grad_norm": grad_norm, "train/rows_checksum": checksum}
+        skip = self._examine(step, mean, grad_norm, losses=losses, norms=dict(zip(names, norms.tolist(), strict=True)))
+        if skip or self.failure:
+            self.engine.discard_gradients()
+        if self.failure:
+            return None
+        if not skip:
+            self.engine.set_step(step + 1, self.schedule(step), record=record)
+            applied = self.engine.step()
+            assert applied, f"DeepSpeed refuses a gradient of norm {grad_norm}"
+        self._step_seconds = time.perf_counter() - began
+        self.train_seconds += self._step_seconds
         if record:
-            metrics |= self._figures(seconds, data_wait)
+            metrics |= self._figures(self._step_seconds, data_wait)
+            if not skip:
+                metrics |= {f"train/{key}": value for key, value in self.engine.optimizer_statistics().items()}
         return metrics
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Loss in nats per token and bits per byte on the held-out rows; logged."""
+    def validate(self) -> None:
+        """Loss in nats per token and bits per byte on the held-out rows; logged. Breaks off if asked to stop."""
         config, began = self.config, time.perf_counter()
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)  # nats, tokens, bytes
         for batch in validation_batches(
             self.shards,
             seq_len=config.train.seq_len,
-            batch_size=_micro_batch_size(config),
+            batch_size=micro_batch_size(config),
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             max_tokens=config.eval.tokens,
             document_ids=config.train.document_mask,
         ):
+            if self._asked_to_stop():
+                break
             targets = batch.tokens[:, 1:].to(self.engine.device)
             counted = targets[: batch.num_rows]
             nats = self._loss(batch).double()
             sums += torch.stack((nats, nats.new_tensor(counted.numel()), self.token_bytes[counted].sum().double()))
         self.model.train()
+        if self.interrupted:
+            return
         nats, tokens, num_bytes = self.engine.all_reduce_sum(sums).tolist()
         metrics = {
             "val/loss": nats / tokens,
             "val/bits_per_byte": nats / math.log(2) / max(num_bytes, 1.0),
             "val/seconds": time.perf_counter() - began,
         }
+        self.validation = self.step, metrics
         if self.logger:
             self.logger.log(metrics, step=self.step, tokens=self.tokens)
             self.logger.say(
                 f"step {self.step}: validation loss {metrics['val/loss']:.4f}, "
                 f"{metrics['val/bits_per_byte']:.4f} bits/byte"
             )
-        return metrics
+
+    def validate_quantized(self) -> None:
+        """Perplexity of the model as it is and at 4 bits, on a fixed slice of the held-out text; logged. Collective.
+
+        Weights, buffers and random numbers are the same bits afterwards.
+        """
+        assert self.quantized_text is not None
+        began, seq_len = time.perf_counter(), self.config.train.seq_len
+        # windows have a shape of their own, and hooks do not go together with compiled code
+        with torch.compiler.set_stance("force_eager"):
+            metrics = live_perplexity(
+                self.model, self.quantized_text, seq_len=seq_len, batch_tokens=micro_batch_size(self.config) * seq_len
+            )
+        found = ", ".join(f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items())
+        metrics["quant/seconds"] = time.perf_counter() - began
+        self.quantized = self.step, metrics
+        if self.logger:
+            self.logger.log(metrics, step=self.step, tokens=self.tokens)
+            self.logger.say(f"step {self.step}: perplexity {found}")
 
     def save(self) -> None:
-        """Write a checkpoint of this step and drop old ones."""
+        """Begin a checkpoint of this boundary; training goes on while it is written."""
+        if self.saver.busy:
+            self._finish_save()
+        config = self.config
+        position = data_step(self.step, config.data.skip_steps)
         run_id = self.folder / "wandb_run_id"
-        folder = self.folder / "checkpoints"
-        save(
-            folder,
-            self.engine.local_state(),
-            step=self.step,
-            tokens=self.tokens,
-            config=to_dict(self.config),
-            extra={
-                "environment": environment(),
-                "world_size": self.engine.world_size,
-                "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
+        manifest = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "schedule": {"total_steps": self.total_steps, "next_factor": self.schedule(self.step)},
+            "data": {
+                "next_step": position,  # rows [next_step * rows_per_step, ...) come next
+                "rows_per_step": self.loader.rows_per_step,
+                "tokenizer_hash": self.loader.rows.shards.tokenizer_hash,
+                "seed": config.train.seed,
             },
-            shapes={name: list(p.shape) for name, p in meta_model(self.config).named_parameters()},
-            buffers=dict(self.model.named_buffers()),
-            rank=self.engine.rank,
-            barrier=self.engine.barrier,
-            gather=gather_objects,
-        )
-        if self.engine.rank == 0:
-            prune(folder, self.config.checkpoint.keep_last)
+            "skipped": self.skipped,
+            "spikes": {key: list(detector.values) for key, detector in self.spikes.items()},
+            "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
+            "environment": environment() if self.engine.rank == 0 else None,
+            "world_size": self.engine.world_size,
+            "zero_stage": config.engine.zero_stage,
+            "config": to_dict(config),
+            "shapes": {name: list(p.shape) for name, p in meta_model(config).named_parameters()},
+        }
+        rng, buffers = self.engine.rng_state(), dict(self.model.named_buffers())
+        self.saver.begin(self.engine.local_state(), rng=rng, buffers=buffers, manifest=manifest)
+        self.saved = self.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`: weights, optimizer state, norm statistics, position in the data and schedule."""
         load(checkpoint, self.engine.local_state(), self.model)
         self.engine.sync_weights_from_master()
+        self.engine.set_rng_state(checkpoint.rng(self.engine.rank))
         self.step = checkpoint.step
+        self.skipped = checkpoint.manifest.get("skipped", 0)
+        for key, values in checkpoint.manifest.get("spikes", {}).items():
+            self.spikes[key] = SpikeDetector(self.config.spike.window, values)
+        if checkpoint.folder.resolve().parent == self.saver.folder.resolve():
+            self.saved = self.step
+            self.validation = on_main(lambda: self._last_logged("val/loss"))
+            self.quantized = on_main(lambda: self._last_logged("quant/seconds"))
+        if self.logger:
+            message = f"continuing after step {self.step} from {checkpoint.folder}"
+            self.logger.event("resumed", message, step=self.step, tokens=self.tokens)
+
+    def build_monitor(self) -> Monitor:
+        """What looks at the activations of this run, from the present step on. Collective."""
+        return Monitor(
+            self.config,
+            self.model,
+            shards=self.shards,
+            folder=self.folder,
+            logger=self.logger,
+            step=self.step,
+            gathered_parameters=self.engine.gathered_parameters,
+        )
 
     def refresh_norms(self, step: int) -> None:
         """Let norms re-derive their statistics from the weights, about 50 times a run (BHyT's callback)."""
@@ -272,6 +314,53 @@ class Trainer:
         if self.model.has_norm_statistics and step % every == 0:
             with self.engine.gathered_parameters():
                 self.model.refresh_norms()
+
+    def _boundary(self, monitor: Monitor) -> bool:
+        """Do what is due between two steps; whether to go on."""
+        if self.saved != self.step and (self._due(self.config.checkpoint.every) or self.step == self.last_step):
+            self.save()
+        if monitor.due(self.step):
+            monitor.probe(self.step, tokens=self.tokens, train_seconds=self.train_seconds)
+        if self.validation[0] != self.step and self._due(self.config.eval.every):
+            self.validate()
+        every = self.config.eval.quant.every
+        if every and self.quantized[0] != self.step and self._due(every) and not self.interrupted:
+            self.validate_quantized()
+        return not self.interrupted
+
+    def _wait_for_data(self, step: int) -> bool:
+        """Wait until all ranks have the rows of `step`; False if one was asked to stop. Collective, once a step.
+
+        The same exchange tells that all ranks have written their share of a save.
+        """
+        world_size = self.engine.world_size
+        while True:
+            ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
+            stop, has_data, written = self._count(bool(self.stop), ready, self.saver.written)
+            if written == world_size:
+                self._finish_save()
+            self.interrupted = stop > 0
+            if self.interrupted or has_data == world_size:
+                return not self.interrupted
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        self.interrupted = self._count(bool(self.stop))[0] > 0
+        return self.interrupted
+
+    def _count(self, *flags: bool) -> list[int]:
+        """On how many ranks each flag is set. Collective."""
+        counts = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
+        return [int(count) for count in self.engine.all_reduce_sum(counts).tolist()]
+
+    def _reduce(self, losses: torch.Tensor, batches: list[Batch]) -> tuple[float, float]:
+        """Mean loss per token and the checksum of the rows of a step over all ranks. Collective."""
+        mine = losses.new_tensor([sum(batch.checksum for batch in batches), self._step_seconds], dtype=torch.float64)
+        sums = self.engine.all_reduce_sum(torch.cat((losses.sum().double()[None], mine))).tolist()
+        micro_step_seconds = sums[2] / self.engine.world_size / len(batches)  # of the step before, equal on all ranks
+        if micro_step_seconds:
+            self._check_every = max(1, int(SECONDS_BETWEEN_CHECKS / micro_step_seconds))
+        return sums[0] / self.config.train.tokens_per_step, sums[1]
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Summed loss of the batch's rows on this rank; rows beyond `num_rows` are padding and count nothing."""
@@ -298,31 +387,139 @@ class Trainer:
         }
         if self.peak_tflops:
             figures["train/mfu"] = speed * self.flops_per_token / (self.peak_tflops * 1e12 * self.engine.world_size)
-        return figures | {f"train/{key}": value for key, value in self.engine.optimizer_statistics().items()}
+        return figures
 
-    def _stop_on_nonfinite(self, step: int, losses: torch.Tensor) -> None:
-        """Write which rows gave a loss that is not finite, and stop; no weight has changed."""
-        size, world_size = _micro_batch_size(self.config), self.engine.world_size
-        bad = [i for i, finite in enumerate(torch.isfinite(losses).tolist()) if not finite]
-        first_row = step * (self.config.train.tokens_per_step // self.config.train.seq_len)
-        mine = [
-            [
-                first_row + (i * world_size + self.engine.rank) * size,
-                first_row + (i * world_size + self.engine.rank + 1) * size,
-            ]
-            for i in bad
+    def _examine(
+        self, step: int, loss: float, grad_norm: float, *, losses: list[torch.Tensor], norms: dict[str, float]
+    ) -> bool:
+        """Whether to leave out the update of `step`, because its numbers are not finite or far from the usual.
+
+        losses: of this rank's micro batches. norms: of every parameter's gradient. Sets `failure` if the run must end.
+        """
+        action, kind, message = self.config.spike.action, "spike", ""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            action, kind = self.config.train.on_nonfinite, "nonfinite"
+            message = self._describe_nonfinite(step, loss, losses, norms)
+        elif action != "off":
+            message = self._describe_spike(step, {"loss": loss, "grad_norm": grad_norm})
+        if not message:
+            return False
+        limit, skip = self.config.train.max_skips, action == "skip"
+        if action == "stop":
+            self.failure = f"{message}; no weight was changed"
+        elif skip and self.skipped == limit:
+            self.failure = f"{message}; no weight was changed, and train.max_skips={limit} updates are left out already"
+        elif skip:
+            self.skipped += 1
+            message += f"; this update is left out ({self.skipped} of at most {limit})"
+        self._event(kind, message, step + 1)
+        return skip
+
+    def _describe_nonfinite(self, step: int, loss: float, losses: list[torch.Tensor], norms: dict[str, float]) -> str:
+        """What is not finite, from which rows, and the largest gradients; also in nonfinite.json. Collective."""
+        size, world_size, rank = micro_batch_size(self.config), self.engine.world_size, self.engine.rank
+        first = data_step(step, self.config.data.skip_steps) * self.loader.rows_per_step
+        starts = [first + (i * world_size + rank) * size for i in range(len(losses))]
+        bad = [
+            start for start, value in zip(starts, torch.stack(losses).tolist(), strict=True) if not math.isfinite(value)
         ]
-        rows = sorted(interval for intervals in gather_objects(mine) for interval in intervals)
-        if self.engine.rank == 0:
-            report = {"step": step + 1, "rows": rows}
-            (self.folder / "nonfinite.json").write_text(json.dumps(report) + "\n")
-        raise RunError(
-            f"step {step + 1}: the loss is not finite; rows {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the "
-            f"training data gave it (nonfinite.json); no weight was changed"
-        )
+        rows = sorted([start, start + size] for starts in gather_objects(bad) for start in starts)
+        order = sorted(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf, reverse=True)
+        largest = {name: norms[name] for name in order[:NUM_LARGEST]}
+        if self.logger:
+            report = {
+                "step": step + 1,
+                "loss": str(loss),
+                "rows": rows,
+                "gradients": {k: str(v) for k, v in largest.items()},
+            }
+            (self.folder / "nonfinite.json").write_text(json.dumps(report, indent=1) + "\n")
+        what = "the loss is not finite" if rows else f"the gradient is not finite though the loss is {loss:.4f}"
+        where = f"; rows {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the training data gave it" if rows else ""
+        gradients = ", ".join(f"{name} {norm:.3g}" for name, norm in list(largest.items())[:3])
+        return f"step {step + 1}: {what}{where}; largest gradients: {gradients} (all in nonfinite.json)"
 
-    def _due(self, every: int, step: int) -> bool:
-        return step == self.total_steps or (every > 0 and step % every == 0)
+    def _describe_spike(self, step: int, values: dict[str, float]) -> str:
+        """What is far above the last steps, and how to leave its rows out; empty if nothing is."""
+        scores = {key: self.spikes[key].score(value) for key, value in values.items()}
+        for key, value in values.items():
+            self.spikes[key].add(value)
+        found = [
+            f"{key} {values[key]:.4g} is {score:.1f} deviations above its last {len(self.spikes[key].values) - 1} steps"
+            for key, score in scores.items()
+            if score > self.config.spike.threshold
+        ]
+        position = data_step(step, self.config.data.skip_steps) + 1
+        rows = f"; its rows are left out by data.skip_steps=[[{position},{position}]] when resuming from before"
+        return f"step {step + 1}: {', '.join(found)}{rows}" if found else ""
+
+    def _event(self, kind: str, message: str, step: int) -> None:
+        if self.logger:
+            self.logger.event(kind, message, step=step, tokens=step * self.config.train.tokens_per_step)
+
+    def _finish_save(self) -> None:
+        """Make the checkpoint that all ranks have written known, or wait until they have; a failure is only said."""
+        saved = self.saver.finish()
+        if saved.error:
+            self.saved = None
+            what = (
+                f"checkpoint of step {saved.step} not written: {saved.error}; training goes on, older checkpoints stay"
+            )
+            self._event("checkpoint_failed", what, self.step)
+        elif self.logger:
+            figures = {
+                "checkpoint/blocked_seconds": saved.blocked_seconds,
+                "checkpoint/write_seconds": saved.write_seconds,
+                "checkpoint/bytes": float(saved.num_bytes),
+            }
+            self.logger.log(figures, step=self.step, tokens=self.tokens)
+
+    def _save_the_rest(self) -> None:
+        """Have a complete checkpoint of this boundary. Raises `RunError` if it cannot be written."""
+        if self.saved != self.step:
+            self.save()
+        if self.saver.busy:
+            self._finish_save()
+        if self.saved != self.step:
+            raise RunError(
+                f"step {self.step}: the last checkpoint could not be written to {self.saver.folder}; make room there, "
+                "the same command continues from the one before"
+            )
+
+    def _stop(self) -> None:
+        """Raise `StoppedError` that names who asked. Collective."""
+        asked = [(signal, rank) for rank, signal in enumerate(gather_objects(self.stop.signal)) if signal]
+        signal, rank = asked[0]
+        message = (
+            f"{signal} on rank {rank}: stopped after step {self.step} of {self.total_steps} with a checkpoint; "
+            "the same command continues it"
+        )
+        self._event("stopped", message, self.step)
+        raise StoppedError(message, signal=signal)
+
+    def _conclude(self, first: int) -> None:
+        """Write and print the closing figures; a run that was complete before prints what it wrote then."""
+        stored = self.folder / "summary.json"
+        if first == self.total_steps and stored.exists():
+            summary = json.loads(stored.read_text(encoding="utf-8"))
+        else:
+            summary = self._summary(self.validation[1], tokens_per_second=self._speed(first))
+        self._print_summary(summary)
+
+    def _last_logged(self, name: str) -> tuple[int, dict[str, float]]:
+        """After which step the metric `name` was logged last, and with what else of its kind; from the run's file."""
+        found: tuple[int, dict[str, float]] = (-1, {})
+        path = self.folder / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+            if f'"{name}"' in line:
+                event, kind = json.loads(line), name.partition("/")[0] + "/"
+                found = event["step"], {key: value for key, value in event.items() if key.startswith(kind)}
+        return found
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether something of that period is due after `step` (now, if not given); all is after the last one."""
+        step = self.step if step is None else step
+        return step > 0 and (step == self.total_steps or (every > 0 and step % every == 0))
 
     def _speed(self, first: int) -> float:
         """Training tokens per second since step `first`, without validation and saving; 0 before the first step."""
@@ -342,9 +539,8 @@ class Trainer:
         )
         if self.peak_tflops:
             self.logger.say(f"MFU is measured against {self.peak_tflops:g} TFLOP/s per rank")
-        if self.step:
-            complete = self.step == self.total_steps
-            self.logger.say("this run is complete" if complete else f"resuming after step {self.step}")
+        if self.step == self.total_steps:
+            self.logger.say("this run is complete")
 
     def _summary(self, validation: dict[str, float], *, tokens_per_second: float) -> dict[str, Any]:
         """The closing figures, with a sample that continues a held-out text; written to summary.json. Collective."""
@@ -373,11 +569,21 @@ class Trainer:
             f"(gzip -9, file by file: {summary['gzip_bits_per_byte']:.4f})",
             f"tokens per second   {summary['tokens_per_second']:,.0f}",
             f"run folder          {self.folder}",
+            f"report              {self._report()}",
         ]
         if summary["sample"]:
             lines += ["sample, continuing a held-out text:", *(f"    {line}" for line in summary["sample"].split("\n"))]
         self.logger.end_progress()
         self.logger.say("\n".join(lines))
+
+    def _report(self) -> str:
+        """Write the page about this run; its path, or why there is none: a finished run must not fail here."""
+        path = self.folder / "report.html"
+        try:
+            write_report([self.folder], path)
+        except Exception as error:
+            return f"not written, {type(error).__name__}: {error}"
+        return str(path)
 
     def _sample(self) -> str:
         """A prompt from the held-out text and what the model makes of it."""
@@ -416,116 +622,7 @@ def build_schedule_of(config: Config) -> Callable[[int], float]:
     )
 
 
-def with_steps(config: Config, steps: int) -> Config:
-    """`config` with the length of the run decided."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, tokens=None, minutes=None))
-
-
-def with_measured_length(config: Config, engine: Engine, loader: Loader) -> Config:
-    """`config` with as many steps as fit into `train.minutes`. Takes a few steps, and takes them back. Collective."""
-    assert config.train.minutes is not None
-    state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
-    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None)
-    seconds = []
-    for step in range(MEASURED_STEPS):
-        began = time.perf_counter()
-        trial.train_step(step, record=True)
-        seconds.append(time.perf_counter() - began)
-    for tensor, before in state:
-        tensor.copy_(before)
-    engine.sync_weights_from_master()
-    # the first steps compile, allocate and read cold memory
-    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[MEASURED_STEPS // 2 :])))
-    return with_steps(config, on_main(lambda: steps))
-
-
-def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
-    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks."""
-    train = config.train
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and native_bf16(device))
-    compiled = train.compile
-    if compiled == "auto":
-        compiled = device.type == "cuda" and config.engine.zero_stage < 3
-    elif compiled and config.engine.zero_stage == 3:
-        raise UserError("train.compile=true does not work with engine.zero_stage=3 (its hooks break every graph)")
-    rows = train.tokens_per_step // train.seq_len
-    if rows % world_size:
-        nearest = max(1, round(rows / world_size)) * world_size * train.seq_len
-        raise UserError(
-            f"train.tokens_per_step={train.tokens_per_step} is {rows} rows of train.seq_len={train.seq_len}, which "
-            f"{world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
-        )
-    per_rank = rows // world_size
-    size = train.micro_batch_size
-    if size == "auto":
-        limit = max(1, (16384 if device.type == "cuda" else 4096) // train.seq_len)
-        size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
-    elif per_rank % size:
-        raise UserError(
-            f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
-            f"per step (train.tokens_per_step / train.seq_len / ranks)"
-        )
-    if train.steps is None and train.tokens is not None:
-        train = dataclasses.replace(train, steps=math.ceil(train.tokens / train.tokens_per_step))
-    if train.steps is not None:
-        train = dataclasses.replace(train, tokens=None, minutes=None)
-    train = dataclasses.replace(train, precision="bf16" if bf16 else "fp32", compile=compiled, micro_batch_size=size)
-    return dataclasses.replace(config, train=train)
-
-
-def build_loader(config: Config, shards: Path, *, rank: int, world_size: int) -> Loader:
-    """This rank's rows of every step."""
-    train = config.train
-    return Loader(
-        shards,
-        seq_len=train.seq_len,
-        rows_per_step=train.tokens_per_step // train.seq_len,
-        micro_batch_size=_micro_batch_size(config),
-        rank=rank,
-        world_size=world_size,
-        seed=train.seed,
-        document_ids=train.document_mask,
-    )
-
-
-def build_engine(config: Config, *, device: torch.device, world_size: int) -> Engine:
-    """The initialised model of `config` inside its engine. Collective."""
-    train = config.train
-    model = build_model(config.model, seed=train.seed, device=device)
-    model.compute_dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    model.activation_checkpointing = train.activation_checkpointing
-    if train.compile:
-        for layer in model.layers:
-            layer.compile()
-    size = _micro_batch_size(config)
-    return Engine(
-        model,
-        config.optimizer,
-        zero_stage=config.engine.zero_stage,
-        micro_batch_size=size,
-        gradient_accumulation_steps=train.tokens_per_step // train.seq_len // world_size // size,
-        grad_clip=train.grad_clip,
-        device=device,
-    )
-
-
-def _check_same_config(config: Config) -> None:
-    """Raise `UserError` unless all ranks have composed the same configuration."""
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-    if len(set(gather_objects(digest))) > 1:
-        raise UserError("the ranks have different configurations; start all of them with the same command and files")
-
-
-def _check_vocabulary(config: Config, num_tokens: int) -> None:
-    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
-    if num_tokens > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {num_tokens}; "
-            f"set model.vocab_size={num_tokens} or more"
-        )
-
-
-def _micro_batch_size(config: Config) -> int:
+def micro_batch_size(config: Config) -> int:
     size = config.train.micro_batch_size
     assert isinstance(size, int), "resolve() decides it"
     return size

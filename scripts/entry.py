@@ -1,44 +1,90 @@
 """What every entry point shares: compose the configuration with Hydra, run, and turn a user's mistake into one line."""
 
+import contextlib
+import io
+import itertools
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from osp.config import Config, RunError, UserError, to_dict, unknown_key
+from osp.config import Config, LostRankError, RunError, StoppedError, UserError, to_dict, unknown_key
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
 
-def launch(main: Callable[[dict[str, Any]], None], config_name: str = "train") -> None:
-    """Run `main` on the composed, resolved configuration. A user's mistake is one line and exit status 2."""
+def launch(
+    main: Callable[[dict[str, Any]], None],
+    config_name: str = "train",
+    *,
+    defaults: dict[str, Any] | None = None,
+    positional: str | None = None,
+) -> None:
+    """Run `main` on the composed, resolved configuration. A user's mistake is one line and exit status 2.
+
+    defaults: every key and its value, where these are not a training's. positional: the key of the arguments that come
+    first, without a `=`; if its default is a list it takes all of them.
+    """
+    defaults = to_dict(Config()) if defaults is None else defaults
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     # the deepspeed launcher inserts --local_rank=N before the overrides; LOCAL_RANK says the same
     sys.argv[1:] = _without_local_rank(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they become one line here
-    ConfigStore.instance().store(name="defaults", node=to_dict(Config()))
+    ConfigStore.instance().store(name="defaults", node=defaults)
     debug = any(argument in ("debug=true", "+debug=true") for argument in sys.argv)
 
-    composed: list[DictConfig] = []  # stays empty for hydra's own --help and --cfg
     try:
-        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(composed.append)()
-        for config in composed:
-            main(_plain(config))
-    except (UserError, RunError, HydraException, OmegaConfBaseException) as error:
+        if positional is not None:
+            sys.argv[1:] = _with_key(sys.argv[1:], positional, many=isinstance(defaults[positional], list | tuple))
+        for config in _compose(config_name, defaults):
+            main(config)
+    except StoppedError as error:  # the run has said it; a shell tells a signal by this status
+        sys.exit(128 + signal.Signals[error.signal])
+    except (UserError, RunError) as error:
         if debug:
             raise
-        if is_main:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+        if is_main or isinstance(error, LostRankError):
+            print(f"error: {_on_one_line(error)}", file=sys.stderr)
+        # a run that failed, or a user's mistake
         sys.exit(1 if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:  # before the first step, or where nothing is to be saved
+        if is_main:
+            print("interrupted; nothing was to be saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configuration that the command line describes, resolved; none for Hydra's own --help and --cfg.
+
+    Raises `UserError` whatever Hydra, OmegaConf or the YAML reader raise: all they are given is the user's.
+    """
+    if {"-m", "--multirun"} & set(sys.argv):
+        raise UserError("--multirun: one start trains one model; start once for each value, with its own run.name")
+    composed: list[DictConfig] = []
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(composed.append)()
+        values = [_plain(config) for config in composed]
+    except SystemExit as stop:  # of argparse, which prints its usage as well
+        if stop.code != 2:
+            raise
+        raise UserError(said.getvalue().strip().split("error: ")[-1] + "; see --help") from stop
+    except Exception as error:  # among them plain ones of the parser, `norm=null` for example
+        raise UserError(_explained(error, defaults)) from error
+    sys.stderr.write(said.getvalue())
+    return values
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:
@@ -59,10 +105,37 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _one_line(error: Exception) -> str:
-    """The message of `error` on one line; Hydra's advice to append an unknown key gives way to the valid keys."""
+def _with_key(arguments: list[str], key: str, *, many: bool) -> list[str]:
+    """`arguments` with the first ones, up to an option or an override, as values of `key`, quoted for Hydra."""
+    values = list(itertools.takewhile(lambda argument: "=" not in argument and argument[:1] not in "-~", arguments))
+    if len(values) > 1 and not many:
+        raise UserError(f"one {key} at a time, not {len(values)}: {' '.join(values)}")
+    quoted = ["'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values]
+    if many and values:
+        quoted = [f"[{','.join(quoted)}]"]
+    return [*(f"{key}={value}" for value in quoted), *arguments[len(values) :]]
+
+
+def _explained(error: Exception, defaults: dict[str, Any]) -> str:
+    """What Hydra's `error` means to whoever typed the command."""
     text = str(error)
     if "To append to your config" in text and (match := re.match(r"Could not override '([^']+)'", text)):
-        return unknown_key(match[1])
-    text = re.sub(r"\s*\n\s*", " ", text).split(" Config search path:")[0].split(" See https://hydra.cc")[0]
-    return text.removeprefix("In 'train': ").strip()
+        return unknown_key(match[1], defaults)  # Hydra's advice to append an unknown key gives way to the valid keys
+    if isinstance(error, OverrideParseException):
+        reason = text.split("See https://hydra.cc")[0]
+        reason = reason.removeprefix(f"Error parsing override '{error.override}'").strip()
+        if "LexerNoViableAlt" in reason:
+            reason = "a character there needs quotes"
+        return (
+            f"Error parsing override {error.override!r}: {reason}; write KEY=VALUE, and quote what is no plain word: "
+            """'run.dir="~/runs"'"""
+        )
+    text = text.split("Config search path:")[0].split("See https://hydra.cc")[0]
+    text = re.sub(r"^In '\w+': ", "", text)
+    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):  # names neither key nor file
+        text += f"; the arguments were: {' '.join(sys.argv[1:])}"
+    return text if error.__cause__ is None else f"{text.rstrip()}: {error.__cause__}"
+
+
+def _on_one_line(message: object) -> str:
+    return re.sub(r"\s*[\r\n]\s*", " ", str(message)).strip()

@@ -11,7 +11,7 @@ def main(values: dict[str, Any]) -> None:
     config = from_dict(values)
     # torch after the checks: a typing mistake is reported at once
     from osp.engine import shutdown
-    from osp.trainer import train
+    from osp.train import train
 
     try:
         train(config)

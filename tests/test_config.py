@@ -111,7 +111,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"xyzzy": 1}, ("unknown key 'xyzzy'", "choose from", "checkpoint", "tokenizer", "norm")),
     ({"train__step": 5}, ("unknown key 'train.step'", "'train.steps'")),
     ({"model__hiden_size": 5}, ("unknown key 'model.hiden_size'", "'model.hidden_size'")),
-    ({"norm__lambda": 5}, ("unknown key 'model.norm.lambda'",)),
+    ({"norm__lambda": 5}, ("unknown key 'norm.lambda'",)),
     ({"norm__kapa": 5}, ("norm.kapa", "norm.kappa")),
     ({"engine__q": 5}, ("unknown key 'engine.q'", "choose from", "zero_stage")),
     ({"model__norm": {"name": "bhyt"}}, ("model.norm", "norm=...")),
@@ -193,7 +193,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for key in ("model__rope_theta", "model__initializer_range", "logger__peak_tflops")
         for value in (0.0, -1.0, float("nan"), float("inf"))
     ),
-    ({"optimizer__adam_betas": [0.9, 1.0]}, ("optimizer.adam_betas=[0.9, 1.0]", "[0, 1)")),
+    ({"optimizer__adam_betas": [0.9, 1.0]}, ("optimizer.adam_betas[1]=1.0", "[0, 1)")),
     ({"optimizer__rules": "muon"}, ("optimizer.rules='muon'", "a table")),
     ({"data__num_workers": -1}, ("data.num_workers=-1", "0 or more")),
     ({"optimizer__momentum": 1.0}, ("optimizer.momentum=1.0", "[0, 1)")),

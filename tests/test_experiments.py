@@ -22,7 +22,10 @@ from osp.norms import NORMS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml"))]
+# `quant` is a group of the evaluation (tests/evaluation), not of a training
+CHOICES = [
+    f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name != "quant"
+]
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
 # choices that need a word of the user, and the line that asks for it
 NEEDS = {

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from osp.config import Config
-from osp.trainer import train
+from osp.train import train
 from tests.conftest import ROOT, losses
 
 ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")

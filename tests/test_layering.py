@@ -11,18 +11,25 @@ ROOT = Path(__file__).parents[1]
 
 # From the bottom up: a part imports parts of lower layers. Parts are the modules and packages directly in `osp`.
 LAYERS = (
-    {"config", "cpu", "precision"},
-    {"attention", "loss", "norms"},
+    {"config"},
+    {"cpu", "precision", "preemption", "spikes"},
+    {"attention", "loss", "norms", "panels", "quantize"},
     {"model"},
-    {"checkpoint", "data", "engine", "generate", "logger", "optim", "run"},
-    {"trainer"},
+    {"convert"},
+    {"checkpoint", "data", "engine", "generate", "hf", "logger", "optim", "run"},
+    {"evaluation", "monitor", "report", "verify_resume"},
+    {"model_card"},
+    {"export", "trainer"},
+    {"train"},
 )
 # Parts of one layer do not know each other, except:
-SIBLINGS = {("engine", "optim"), ("run", "checkpoint")}
+SIBLINGS = {("engine", "optim"), ("run", "checkpoint"), ("hf", "data")}
 # Lower, and still not to be known: the optimizer is mathematics and layout, data is text and tokens.
 FORBIDDEN = {("optim", "model"), ("optim", "norms"), ("data", "model"), ("logger", "model"), ("engine", "model")}
 # Third parties with one door each.
 ONLY_IN = {"deepspeed": {"osp/engine.py"}, "wandb": {"osp/logger.py"}, "hydra": {"scripts/entry.py"}}
+ONLY_IN["wandb_workspaces"] = {"osp/panels.py"}
+ONLY_IN["rich"] = {"osp/report/terminal.py", "scripts/watch.py"}
 ONLY_IN["omegaconf"] = ONLY_IN["hydra"]
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "core", "tools"}
 

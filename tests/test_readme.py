@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from osp.config import Config
-from osp.trainer import train
+from osp.train import train
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:deepspeed|torchrun|python) [^\n#]*scripts/[^\n#]*", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^(?:deepspeed|torchrun|python|sbatch) [^\n#]*scripts/[^\n#]*", README, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -23,16 +23,24 @@ def test_command_composes(command: str, tmp_path: Path) -> None:
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
     assert (ROOT / words[script]).exists()
-    if words[script] == "scripts/train.py":
+    program = words[script].replace("slurm.sh", "train.py")  # which it starts with these overrides
+    printed = {
+        "train.py": "num_hidden_layers:",
+        "verify_resume.py": "num_hidden_layers:",
+        "evaluate.py": "ablate:",
+        "compare.py": "paths:",
+        "export.py": "out: exported",
+    }
+    if key := printed.get(Path(program).name):
         result = subprocess.run(
-            [sys.executable, str(ROOT / "scripts/train.py"), *words[script + 1 :], "--cfg", "job"],
+            [sys.executable, str(ROOT / program), *words[script + 1 :], "--cfg", "job"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
             timeout=60,
         )
         assert result.returncode == 0, result.stderr
-        assert "num_hidden_layers" in result.stdout
+        assert key in result.stdout
 
 
 def test_there_are_commands() -> None:

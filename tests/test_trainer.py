@@ -16,7 +16,8 @@ from osp.config import Config, RunError, UserError, from_dict
 from osp.data import Shards, load_tokenizer
 from osp.model import Block, Transformer
 from osp.norms import BHyT
-from osp.trainer import Trainer, train
+from osp.train import train
+from osp.trainer import Trainer
 from tests.conftest import losses, overrides_of, read_metrics, run_script
 
 Tiny = Callable[..., Config]
@@ -112,9 +113,48 @@ def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, tmp
             nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
         count += 32
         text += b"".join(_bytes(tokenizer, token) for token in window[1:].tolist())
-    last = read_metrics(tmp_path / "run")[-1]
+    last = [event for event in read_metrics(tmp_path / "run") if "val/loss" in event][-1]
     assert last["val/loss"] == pytest.approx(nats / count, rel=1e-5)
     assert last["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
+def test_quantized_perplexity_on_the_way_leaves_training_as_it_is(
+    stage: int, precision: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    same = (f"engine.zero_stage={stage}", f"train.precision={precision}")
+    train(tiny(*same, name="plain"))
+    train(tiny(*same, "eval.quant.every=2", "eval.quant.tokens=512", name="measured"))
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        plain, measured = ([e[key] for e in read_metrics(tmp_path / n) if key in e] for n in ("plain", "measured"))
+        assert plain == measured, key
+    assert_same_weights(tmp_path / "plain", tmp_path / "measured")
+    events = [event for event in read_metrics(tmp_path / "measured") if "quant/seconds" in event]
+    assert [event["step"] for event in events] == [2, 4, 6]
+    assert not any("quant/seconds" in event for event in read_metrics(tmp_path / "plain"))
+    assert all(event["quant/perplexity/4-4-4"] != event["quant/perplexity/16-16-16"] for event in events)
+
+
+def test_quantized_perplexity_of_a_run_is_that_of_its_last_weights(tiny: Tiny, tmp_path: Path) -> None:
+    """Against a plain loop over the same windows; measured at the end whatever the period, and once though resumed."""
+    config = tiny("eval.quant.every=4", "eval.quant.tokens=128", "checkpoint.every=4")
+    interrupt_after(3, config)
+    train(config)
+    events = [event for event in read_metrics(tmp_path / "run") if "quant/seconds" in event]
+    assert [event["step"] for event in events] == [4, 6]
+    model = load_model(tmp_path / "run").double()
+    model.compute_dtype = torch.float64
+    shard_folder = next(Path(config.data.cache_dir).iterdir())
+    windows = torch.from_numpy(Shards(shard_folder, "val")[0][:128].astype("int64")).view(4, 32)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_quantized_perplexity_refuses_weights_in_parts(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"eval.quant.every=2 does not work with engine.zero_stage=3") as error:
+        tiny("eval.quant.every=2", "engine.zero_stage=3")
+    assert "\n" not in str(error.value)
 
 
 def _bytes(tokenizer: Any, token: int) -> bytes:
@@ -144,8 +184,10 @@ def interrupt_after(step: int, config: Config) -> None:
 
     original = Trainer.train_step
 
-    def step_or_die(self: Trainer, number: int, *, record: bool) -> dict[str, float]:
+    def step_or_die(self: Trainer, number: int, *, record: bool) -> dict[str, float] | None:
         if number == step + 1:
+            if self.saver.busy:  # the save of the boundary before has had its time
+                self._finish_save()
             raise KilledError
         return original(self, number, record=record)
 
@@ -227,7 +269,9 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
     monkeypatch.setattr(Trainer, "_loss", poisoned)
     with pytest.raises(RunError, match=r"step 2: the loss is not finite; rows 12 to 13 of"):
         train(tiny("checkpoint.every=1", "eval.every=0"))
-    assert json.loads((tmp_path / "run" / "nonfinite.json").read_text()) == {"step": 2, "rows": [[12, 14]]}
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert (report["step"], report["rows"]) == (2, [[12, 14]])
+    assert set(report["gradients"].values()) == {"nan"}
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))] == ["step_00000001"]
 
 

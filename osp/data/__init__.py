@@ -1,6 +1,6 @@
 """Text in, rows of tokens out: sources -> prepare -> shards on disk -> loader."""
 
-from osp.data.loader import Batch, Loader, Shards, check_rows_per_step, validation_batches
+from osp.data.loader import Batch, Loader, Shards, check_rows_per_step, data_step, validation_batches
 from osp.data.manifest import Manifest, load_manifest, verify
 from osp.data.prepare import prepare, shard_folder, start
 from osp.data.sources import documents
@@ -12,6 +12,7 @@ __all__ = [
     "Manifest",
     "Shards",
     "check_rows_per_step",
+    "data_step",
     "documents",
     "existing_tokenizer",
     "load_manifest",

@@ -3,7 +3,8 @@
 A row is T+1 tokens: T that are read and, shifted by one, T that are predicted. Rows start every T tokens of a shard.
 Row number g = step * rows_per_step + index goes through the shards in order, and inside a shard in an order that
 depends on (seed, epoch, shard). So the rows of a step depend on (seed, step) alone: not on the number of ranks, the
-micro batch size, restarts, or how far the preparation has got.
+micro batch size, restarts, or how far the preparation has got. `skip_steps` leaves out the rows that some steps would
+have read; the steps from there on read what comes after.
 
 Letters: n rows, b rows of a micro batch, T tokens that a row predicts, W ranks.
 """
@@ -11,8 +12,9 @@ Letters: n rows, b rows of a micro batch, T tokens that a row predicts, W ranks.
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from osp.data.tokenizer import spec_hash
 
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.5
+CHECKED_TOKENS = 2**24  # of the first shard when a run starts; every row is checked when it is read
 GRACE_SECONDS = 20  # a preparation that holds no lock for so long is not going on
 
 Array = np.ndarray[Any, Any]
@@ -40,6 +43,7 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # int64 (b, T+1)
     document_ids: torch.Tensor | None  # int32 (b, T+1): counts the documents of a row from 0
     num_rows: int
+    checksum: int = 0  # sum of the CRC-32 of the training rows: two runs have read the same if these agree
 
 
 class Shards:
@@ -53,7 +57,11 @@ class Shards:
         self.tokenizer_hash, self.eos_id = self.manifest.tokenizer_hash, self.manifest.eos_id
         self.vocab_size = self.manifest.vocab_size
         path = self.folder / TOKENIZER_FILE
-        if not path.exists() or spec_hash(path.read_text(encoding="utf-8")) != self.tokenizer_hash:
+        try:
+            found = spec_hash(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # missing, no text or no JSON
+            found = None
+        if found != self.tokenizer_hash:
             raise UserError(
                 f"{path} is not the tokenizer of the shards beside it; delete {folder} and prepare it again"
             )
@@ -64,6 +72,15 @@ class Shards:
         check_sizes(self.folder, self.manifest)
         for shard in self.manifest.split(self.split).shards[len(self._maps) :]:
             self._maps.append(np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r"))
+
+    def check_ids(self, tokens: Array, shard: int) -> None:
+        """Raise `UserError` if `tokens`, read from a shard, hold an id that the model's embedding may not have."""
+        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+            file = self.manifest.split(self.split).shards[shard].file
+            raise UserError(
+                f"shard {self.folder / file} holds the token id {largest}, "
+                f"beyond its vocabulary of {self.vocab_size}; delete {self.folder} and prepare it again"
+            )
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -104,7 +121,17 @@ class Rows:
     @property
     def rows_per_epoch(self) -> int | None:
         """Rows of the whole split; None while it is being prepared."""
-        return int(self._row_ends()[-1]) if self.shards.manifest.complete else None
+        return int(self._row_ends()[-1:].sum()) if self.shards.manifest.complete else None
+
+    def check(self) -> None:
+        """Raise `UserError` if there is no row to read, or the first shard is not what its manifest says."""
+        if self.rows_per_epoch == 0:
+            raise UserError(
+                f"the training split in {self.shards.folder} has {self.shards.manifest.train.tokens} tokens, fewer "
+                f"than one row of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
+            )
+        for shard in range(min(1, len(self.shards))):
+            self.shards.check_ids(self.shards[shard][:CHECKED_TOKENS], shard)
 
     def read(self, numbers: Array) -> Array:
         """The rows with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
@@ -115,7 +142,9 @@ class Rows:
         for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
-            rows[chosen] = self._strided(shard)[self._order(epoch, shard)[places[chosen] - first]]
+            found = self._strided(shard)[self._order(epoch, shard)[places[chosen] - first]]
+            self.shards.check_ids(found, shard)
+            rows[chosen] = found
         return rows
 
     def _wait_for(self, number: int) -> Array:
@@ -123,11 +152,6 @@ class Rows:
         waiting = False
         while True:
             ends = self._row_ends()
-            if self.shards.manifest.complete and (len(ends) == 0 or ends[-1] == 0):
-                raise UserError(
-                    f"the training split in {self.shards.folder} has {self.shards.manifest.train.tokens} tokens, fewer "
-                    f"than one row of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
-                )
             if self.shards.manifest.complete or (len(ends) and number < ends[-1]):
                 return ends
             if self.stop.is_set():
@@ -177,11 +201,14 @@ class Loader:
         world_size: int = 1,
         seed: int = 0,
         document_ids: bool = False,
+        skip_steps: Sequence[tuple[int, int]] = (),
     ) -> None:
+        """skip_steps: see `data_step`."""
         check_rows_per_step(rows_per_step, seq_len=seq_len, micro_batch_size=micro_batch_size, world_size=world_size)
         self.rows = Rows(Shards(folder, "train"), seq_len=seq_len, seed=seed)
+        self.rows.check()
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
-        self.rank, self.document_ids = rank, document_ids
+        self.rank, self.document_ids, self.skip_steps = rank, document_ids, tuple(skip_steps)
         indices = np.arange(rows_per_step, dtype=np.int64).reshape(-1, world_size, micro_batch_size)
         self.indices = indices[:, rank].ravel()  # of this rank in every step, micro step by micro step
         self._epoch = 0
@@ -190,8 +217,20 @@ class Loader:
         # a daemon: a wait for shards must not keep a failed run alive
         threading.Thread(target=self._run, daemon=True, name="osp-loader").start()
 
+    def wait(self, step: int, *, seconds: float) -> bool:
+        """Whether the micro batches of `step` are there, or the error is that keeps them away, within that time."""
+        self._request(step)
+        return bool(wait([self._ahead[step]], timeout=seconds).done)
+
     def step(self, step: int) -> list[Batch]:
         """This rank's micro batches of optimizer step `step`, counted from 0. Any step may be asked for."""
+        self._request(step)
+        batches = self._ahead.pop(step).result()
+        self._log_epoch(step)
+        return batches
+
+    def _request(self, step: int) -> None:
+        """Have the thread read `step` and the ones after it, and nothing else."""
         assert not self.rows.stop.is_set(), "the loader is closed"
         wanted = range(step, step + 1 + PREFETCH_STEPS)
         for other in [other for other in self._ahead if other not in wanted]:
@@ -200,9 +239,6 @@ class Loader:
             if other not in self._ahead:
                 self._ahead[other] = Future()
                 self._queue.put((other, self._ahead[other]))
-        batches = self._ahead.pop(step).result()
-        self._log_epoch(step)
-        return batches
 
     def close(self) -> None:
         """End the thread. The loader cannot be used afterwards."""
@@ -222,19 +258,30 @@ class Loader:
 
     def _read(self, step: int) -> list[Batch]:
         """The micro batches of a step, read now."""
-        rows = self.rows.read(step * self.rows_per_step + self.indices)  # (M*b, T+1)
+        first = data_step(step, self.skip_steps) * self.rows_per_step
+        rows = self.rows.read(first + self.indices)  # (M*b, T+1)
         ids = number_documents(rows, self.rows.shards.eos_id) if self.document_ids else None
-        return [
-            _batch(rows, ids, slice(start, start + self.micro_batch_size))
-            for start in range(0, len(rows), self.micro_batch_size)
-        ]
+        sums = [zlib.crc32(row) for row in rows]
+        parts = [slice(i, i + self.micro_batch_size) for i in range(0, len(rows), self.micro_batch_size)]
+        return [_batch(rows, ids, part)._replace(checksum=sum(sums[part])) for part in parts]
 
     def _log_epoch(self, step: int) -> None:
         rows_per_epoch = self.rows.rows_per_epoch
-        epoch = step * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
+        epoch = data_step(step, self.skip_steps) * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
         if epoch > self._epoch and self.rank == 0:
             logger.warning("step %d: the training text was read %d times; reading it again", step, epoch)
         self._epoch = epoch
+
+
+def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:
+    """The step, from 0, whose rows step `step` reads when those of `skip_steps` are left out.
+
+    skip_steps: [first, last] of the steps as logs count them, from 1 and inclusive, that would have read the rows.
+    """
+    for first, last in sorted(skip_steps):
+        if step >= first - 1:
+            step += last - first + 1
+    return step
 
 
 def check_rows_per_step(rows_per_step: int, *, seq_len: int, micro_batch_size: int, world_size: int) -> None:
@@ -268,6 +315,8 @@ def validation_batches(
     shards = Shards(folder, "val")
     if not len(shards):
         raise UserError(f"{folder} has no held-out split yet; it is sealed with the first training shard")
+    for shard in range(len(shards)):
+        shards.check_ids(shards[shard], shard)
     tokens = np.concatenate([shards[shard] for shard in range(len(shards))])
     seq_len = min(seq_len, len(tokens) - 1)
     num_rows = (len(tokens) - 1) // seq_len

@@ -12,15 +12,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from osp.config import UserError
+from osp.config import Bound, Count, CountOrZero, UserError, build, check_bounds
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -29,18 +30,24 @@ LOCK_NAME = "lock"
 SplitName = Literal["train", "val"]
 
 
+# what a damaged or foreign manifest could use to read files of other folders
+FileName = Annotated[
+    str, Bound("the name of a shard beside it", lambda name: re.fullmatch(r"(train|val)-\d+\.bin", name) is not None)
+]
+
+
 @dataclass
 class Shard:
-    file: str
-    tokens: int
+    file: FileName
+    tokens: Count
     sha256: str
 
 
 @dataclass
 class Split:
     shards: list[Shard] = field(default_factory=list)
-    documents: int = 0
-    bytes: int = 0  # of the documents' text in UTF-8
+    documents: CountOrZero = 0
+    bytes: CountOrZero = 0  # of the documents' text in UTF-8
 
     @property
     def tokens(self) -> int:
@@ -51,17 +58,17 @@ class Split:
 class Manifest:
     source: dict[str, Any]  # the data configuration, for the reader
     tokenizer_hash: str
-    vocab_size: int
-    eos_id: int
+    vocab_size: Count
+    eos_id: CountOrZero
     dtype: Literal["uint16", "uint32"]
-    shard_tokens: int
+    shard_tokens: Count
     held_out_below: int  # a document is held out if its hash is below this
     format: int = FORMAT
     complete: bool = False
     error: str | None = None  # why the preparation stopped after its first shard
     # where the preparation goes on after the last sealed shard
-    next_document: int = 0  # documents of the source that are done with
-    next_token: int = 0  # tokens of the document after those that are in a sealed shard already
+    next_document: CountOrZero = 0  # documents of the source that are done with
+    next_token: CountOrZero = 0  # tokens of the document after those that are in a sealed shard already
     train: Split = field(default_factory=Split)
     val: Split = field(default_factory=Split)
     val_gzip_bytes: int = 0  # of the held-out documents, compressed one by one with gzip -9
@@ -76,7 +83,7 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of `folder`; `UserError` if there is none or it is of another format."""
+    """The manifest of `folder`; `UserError` if there is none, or what it says cannot be."""
     path = Path(folder) / FILE_NAME
     try:
         values = json.loads(path.read_text())
@@ -86,12 +93,16 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare it again") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; delete {folder} and prepare it again")
-    values["train"], values["val"] = _split(values["train"]), _split(values["val"])
-    return Manifest(**values)
-
-
-def _split(values: dict[str, Any]) -> Split:
-    return Split(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+    try:
+        manifest = build(Manifest, values)
+        check_bounds(manifest)
+        if manifest.eos_id >= manifest.vocab_size > 0:
+            raise UserError(f"eos_id={manifest.eos_id} is no id of a vocabulary of {manifest.vocab_size}")
+        if manifest.vocab_size - 1 > np.iinfo(manifest.dtype).max:
+            raise UserError(f"dtype={manifest.dtype} cannot hold the ids of a vocabulary of {manifest.vocab_size}")
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}; delete {folder} and prepare it again") from error
+    return manifest
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
@@ -138,6 +149,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         finally:
             os.close(directory)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -147,6 +159,9 @@ def lock(folder: Path) -> Iterator[None]:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
+        try:
             file = (folder / LOCK_NAME).open("w")
         except FileNotFoundError:  # the holder before us gave up and removed the folder between the two lines
             continue

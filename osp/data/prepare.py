@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -31,7 +30,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -132,7 +133,7 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
         "hf": f"{data.dataset}-{data.subset}" if data.subset else str(data.dataset),
         "mixture": "mixture",
     }
-    name = re.sub(r"[^A-Za-z0-9._]+", "_", names[data.source])
+    name = re.sub(r"[^A-Za-z0-9._]+", "_", names[data.source])[:100]  # a file name has at most 255 bytes
     return Path(data.cache_dir) / f"{name}-{digest}"
 
 
@@ -230,18 +231,13 @@ def _encode_all(
     limit = manifest.held_out_below
     pending: deque[tuple[list[str], Future[list[Encoded]]]] = deque()
     batches = _batches(texts)
-    try:
-        while True:
-            while len(pending) < max_pending and (batch := next(batches, None)):
-                pending.append((batch, executor.submit(_encode, batch, *arguments, limit)))
-            if not pending:
-                return
-            batch, future = pending.popleft()
-            yield from zip(batch, future.result(), strict=True)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a tokenizing process was killed, perhaps for lack of memory; set data.num_workers to fewer processes"
-        ) from error
+    while True:
+        while len(pending) < max_pending and (batch := next(batches, None)):
+            pending.append((batch, executor.submit(_encode, batch, *arguments, limit)))
+        if not pending:
+            return
+        batch, future = pending.popleft()
+        yield from zip(batch, future.result(), strict=True)
 
 
 def _encode(
@@ -396,19 +392,45 @@ class _Writer:
         shards.append(Shard(file, len(tokens), hashlib.sha256(content).hexdigest()))
 
 
-def _executor(num_workers: int) -> Executor:
+@contextmanager
+def _executor(num_workers: int) -> Iterator[Executor]:
     """What runs `_encode`: processes, or for a single worker a thread, which starts at once."""
     if num_workers == 1:
-        return ThreadPoolExecutor(1)
-    # fork: a spawned worker would import the main script, and with it the whole training stack, again
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(num_workers, context, initializer=_init_worker, initargs=(os.getpid(),))
+        with ThreadPoolExecutor(1) as executor:
+            yield executor
+        return
+    with ProcessPoolExecutor(num_workers, _Fork(), initializer=_init_worker, initargs=(os.getpid(),)) as executor:
+        try:
+            yield executor
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a tokenizing process was killed, perhaps for lack of memory; set data.num_workers to fewer processes"
+            ) from error
+
+
+class _Worker(ForkProcess):
+    def terminate(self) -> None:
+        self.kill()  # how the executor ends the rest of a broken pool; they ignore SIGTERM
+
+
+class _Fork(ForkContext):
+    """Processes forked: a spawned one would import the main script, and with it the whole training stack, again."""
+
+    Process = _Worker
 
 
 def _init_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _ignore_requests_to_stop()
     _end_with(parent)
+
+
+def _ignore_requests_to_stop() -> None:
+    """Go on when a launcher signals all processes of a job: the trainer may want rows to finish its step.
+
+    Nothing lives on for it: `_end_with` ends this process when its parent has ended.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_with(parent: int) -> None:
@@ -447,6 +469,7 @@ def _read_bytes(path: str) -> bytes:
 
 def _background() -> None:
     """The child process of `start`: its message, if the user has to mend something, goes to standard output."""
+    _ignore_requests_to_stop()
     data, tokenizer, progress, parent = pickle.load(sys.stdin.buffer)
     _end_with(parent)
     reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message

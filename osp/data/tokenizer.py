@@ -67,7 +67,11 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
     assert not config.train
     if (config.path is None) == (config.hub is None):
         raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
-    tokenizer = load_tokenizer(config.path or _download(str(config.hub)))
+    path = config.path or _download(str(config.hub))
+    tokenizer = load_tokenizer(path)
+    kind = json.loads(tokenizer.to_str())["model"]["type"]
+    if kind not in ("BPE", "Unigram"):
+        raise UserError(f"{path} is a {kind} tokenizer, which loses text it does not know; use a BPE or Unigram one")
     eos_id(tokenizer, config.eos_token)
     return tokenizer
 

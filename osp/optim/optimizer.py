@@ -116,6 +116,13 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         """The learning rate of each role at this step."""
         return {group["role"]: group["lr"] for group in self._sources}
 
+    def intervals(self) -> list[list[tuple[str, Interval]]]:
+        """Per group, in the order of its flat tensor: each parameter this rank holds a part of, and which part."""
+        return [
+            [(group["names"][interval.index], interval) for interval in piece.intervals]
+            for group, piece in zip(self._sources, self._pieces, strict=True)
+        ]
+
     @torch.no_grad()
     def local_state(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
         """(name, start, stop, {"weight": ..., state...}) for every interval this rank holds.

@@ -16,11 +16,9 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
     if config.name not in ("trapezoid", "cosine", "constant"):
         raise UserError(f"schedule.name={config.name!r}; choose from trapezoid, cosine, constant")
     warmup = length_in_steps("schedule.warmup", config.warmup, tokens_per_step=tokens_per_step, total_steps=total_steps)
-    decay = 0
-    if config.name == "trapezoid":
-        decay = length_in_steps(
-            "schedule.decay", config.decay, tokens_per_step=tokens_per_step, total_steps=total_steps
-        )
+    decay = length_in_steps("schedule.decay", config.decay, tokens_per_step=tokens_per_step, total_steps=total_steps)
+    if config.name != "trapezoid":
+        decay = 0
     if _percent(config.warmup) + _percent(config.decay) <= 100:
         decay = min(decay, total_steps - warmup)  # both were rounded up; in a run of a few steps that can overlap
     if warmup + decay > total_steps:

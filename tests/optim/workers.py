@@ -52,9 +52,9 @@ def run_steps(engine: Engine, steps: range) -> list[float]:
     norms = []
     for step in steps:
         accumulate(engine, step)
+        norms.append(torch.linalg.vector_norm(engine.gradient_norms()[1]).item())
         engine.set_step(step + 1, factor(step), record=True)
         assert engine.step()
-        norms.append(float(engine.grad_norm()))
     return norms
 
 

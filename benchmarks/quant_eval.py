@@ -1,0 +1,117 @@
+"""Perplexity under every preset of `quant=`: seconds to quantize and to read the text, memory, over the plain model.
+
+    python benchmarks/quant_eval.py                                                   # CPU, a small model
+    python benchmarks/quant_eval.py --hidden 2048 --ffn 5504 --layers 24 --heads 16   # a GPU, osp_1b's blocks
+
+A randomly initialised model on random tokens: the time does not depend on their values. `none` is the plain forward
+that `over plain` compares with, the aim being 2. Memory is the peak of the GPU, or what the process has added to its
+resident memory, during quantization and forward together.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from osp.config import ModelConfig, NormConfig
+from osp.cpu import prepare_cpu
+from osp.evaluation.perplexity import Text, perplexity
+from osp.evaluation.quantized import draw_calibration, quantized
+from osp.evaluation.spec import QuantSpec, spec_from_dict
+from osp.model import Transformer, build_model
+
+PRESETS = Path(__file__).parents[1] / "configs" / "quant"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1376)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--presets", nargs="+", default=["none", "strict", "osp_paper", "hadamard", "gptq", "quarot"])
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        prepare_cpu(None)
+    config = ModelConfig(
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.ffn,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        max_position_embeddings=arguments.seq_len,
+        norm=NormConfig(name="ssnorm"),
+    )
+    model = build_model(config, seed=0, device=device).eval()
+    model.compute_dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    ids = torch.randint(0, arguments.vocab, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+    text = Text("random", ids, torch.ones_like(ids, dtype=torch.int32), sha256="")
+    perplexity(model, text, seq_len=arguments.seq_len)  # warms up
+    figures = {name: measured(model, text, preset(name, arguments), arguments) for name in arguments.presets}
+    place = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"\n{arguments.layers} layers of {arguments.hidden}/{arguments.ffn}, {arguments.tokens:,} tokens in windows of "
+        f"{arguments.seq_len}, {arguments.dtype}, {place}, torch {torch.__version__}; fastest of {arguments.repeats}\n"
+    )
+    print("| preset | quantize, s | read, s | over plain | memory, MiB |\n|---|---|---|---|---|")
+    plain = figures[arguments.presets[0]]["read"]
+    for name, found in figures.items():
+        ratio = found["read"] / plain
+        print(f"| {name} | {found['quantize']:.2f} | {found['read']:.2f} | {ratio:.2f} | {found['memory']:.0f} |")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"device": place, **vars(arguments), "figures": figures}, default=str))
+
+
+def preset(name: str, arguments: Any) -> QuantSpec:
+    """The spec of a file of configs/quant, with this benchmark's amount of calibration text."""
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    return spec_from_dict({**values, "calibration_tokens": arguments.calibration_tokens})
+
+
+def measured(model: Transformer, text: Text, spec: QuantSpec, arguments: Any) -> dict[str, float]:
+    """Seconds to enter the context, seconds of the perplexity inside, MiB of memory that both add."""
+    device = model.embed_tokens.weight.device
+    calibration = draw_calibration(text.tokens, spec, seq_len=arguments.seq_len).to(device)
+    before = memory(device, reset=True)
+    began = clock(device)
+    with quantized(model, spec, calibration=calibration):
+        entered = clock(device)
+        times = []
+        for _ in range(arguments.repeats):
+            start = clock(device)
+            perplexity(model, text, seq_len=arguments.seq_len)
+            times.append(clock(device) - start)
+    return {"quantize": entered - began, "read": min(times), "memory": (memory(device) - before) / 2**20}
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory(device: torch.device, *, reset: bool = False) -> float:
+    """Bytes: the peak on the GPU since the last reset (with `reset`, what is in use), or of the process so far."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    return float(torch.cuda.max_memory_allocated())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""`scripts/compare.py`: the rows of OSP's tables 2 and 4 (arXiv 2506.19697) for models of ours."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from osp.config import COMPARISONS, UserError
+from osp.evaluation.config import CompareConfig
+from osp.evaluation.language_model import LanguageModel
+from osp.evaluation.measure import Inputs, Result, calibration_rows, measure, read_inputs, start, write_record
+from osp.evaluation.quantized import quantized
+from osp.evaluation.spec import QuantSpec, check_spec
+from osp.run import environment, read_lines
+
+COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2
+LAST_BITS = "4-4-4"  # of table 4
+KURTOSIS = "monitor/kurtosis/osp_script"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell: perplexity of the first text, and the mean accuracy of all tasks."""
+
+    perplexity: float | None
+    accuracy: float | None
+
+    def __str__(self) -> str:
+        """Accuracy in percent / perplexity, as the paper writes it."""
+        accuracy = [] if self.accuracy is None else [f"{100 * self.accuracy:.1f}"]
+        perplexity = [] if self.perplexity is None else [_short(self.perplexity)]
+        return "/".join(accuracy + perplexity) or "-"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The tables of one model."""
+
+    name: str
+    sha256: str
+    kurtosis: float | None
+    what: str  # the text and tasks of every cell
+    bits: dict[str, dict[str, Score]]  # table 2: "" or "+Had" -> W-A-KV -> score
+    methods: dict[str, Score]  # table 4: method -> score
+    specs: dict[str, str]  # hash -> the quantization in words
+
+
+def table_2_specs(spec: QuantSpec) -> dict[str, dict[str, QuantSpec]]:
+    """Row -> column -> quantization: round to nearest, without and with the Hadamard transform of the FFN."""
+    rows = {"": False, "+Had": True}
+    return {
+        row: {bits: dataclasses.replace(spec, ffn_hadamard=hadamard).at(bits) for bits in COLUMNS}
+        for row, hadamard in rows.items()
+    }
+
+
+def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
+    """Row -> quantization at 4-4-4; each row adds to the one before, as in the authors' scripts."""
+    spec = spec.at(LAST_BITS)
+    hadamard = dataclasses.replace(spec, ffn_hadamard=True)
+    gptq = dataclasses.replace(hadamard, method="gptq")
+    rows = {
+        "RTN": spec,
+        "+ FFN Had": hadamard,
+        "+ GPTQ": gptq,
+        "+ QuaRot": dataclasses.replace(gptq, rotation="quarot"),
+    }
+    return rows | ({"+ SpinQuant": dataclasses.replace(gptq, rotation="spinquant")} if spinquant else {})
+
+
+def compare(config: CompareConfig) -> list[Comparison]:
+    """The tables of every model, each also left in its run unless `out` is set; every rank calls it."""
+    if not config.paths:
+        raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
+    if not config.quant.is_identity:
+        config = dataclasses.replace(config, quant=config.quant.at("16-16-16"))
+    comparisons = []
+    for path in config.paths:
+        subject = start(path, config)
+        comparisons.append(compare_one(subject, config))
+        if config.out is None:
+            record = {"step": subject.step, **as_record(comparisons[-1:])}
+            write_record(subject, config, record, f"{COMPARISONS}/step_{subject.step or 0:08d}")
+    return comparisons
+
+
+def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
+    """Both tables of one model; what several cells have in common is measured once."""
+    inputs = read_inputs(subject, config)
+    rows, methods = table_2_specs(config.quant), table_4_specs(config.quant, spinquant=config.spinquant)
+    wanted = [spec for row in rows.values() for spec in row.values()] + list(methods.values())
+    for spec in wanted:
+        check_spec(spec, subject.model.config)
+    sha256, scores, names = subject.sha256(), {}, ""
+    for spec in wanted:
+        if str(spec) not in scores:
+            results = _measure(subject, config, inputs, spec)
+            scores[str(spec)] = _score(results)
+            names = names or ", ".join(dict.fromkeys(result.what for result in results))
+    return Comparison(
+        subject.name,
+        sha256,
+        kurtosis=_kurtosis(subject),
+        what=names,
+        bits={row: {bits: scores[str(spec)] for bits, spec in specs.items()} for row, specs in rows.items()},
+        methods={row: scores[str(spec)] for row, spec in methods.items()},
+        specs={spec.hash: str(spec) for spec in wanted},
+    )
+
+
+def markdown(comparisons: list[Comparison]) -> str:
+    """Table 2, then table 4, with what the numbers are below."""
+    names = _names(comparisons)
+    table_2 = []
+    for c, name in zip(comparisons, names, strict=True):
+        heads = {"": [name, "-" if c.kurtosis is None else _short(c.kurtosis)], "+Had": ["+Had", ""]}
+        table_2 += [[*heads[row], *(str(cells[bits]) for bits in COLUMNS)] for row, cells in c.bits.items()]
+    methods = list(comparisons[0].methods)
+    table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in methods]
+    return "\n\n".join(
+        [
+            _table(["model", "ex. kurtosis", *COLUMNS], table_2),
+            _table([f"at {LAST_BITS}", *names], table_4),
+            f"Cells: {'mean accuracy in percent / perplexity' if _has_tasks(comparisons) else 'perplexity'}; "
+            "columns are bits of weights, activations and KV cache.",
+            "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),
+        ]
+    )
+
+
+def as_record(comparisons: list[Comparison]) -> dict[str, Any]:
+    """All cells and what they were measured with."""
+    machine = environment()
+    values: dict[str, Any] = {"commit": machine.pop("git"), "environment": machine}
+    return values | {"models": [dataclasses.asdict(c) for c in comparisons]}
+
+
+def as_json(comparisons: list[Comparison]) -> str:
+    return json.dumps(as_record(comparisons), indent=1) + "\n"
+
+
+def _measure(subject: LanguageModel, config: CompareConfig, inputs: Inputs, spec: QuantSpec) -> list[Result]:
+    calibration = calibration_rows(subject, spec, inputs)
+    with quantized(subject.model, spec, calibration=calibration):
+        return measure(subject, config, inputs)
+
+
+def _score(results: list[Result]) -> Score:
+    perplexities = [result.value for result in results if result.metric == "perplexity"]
+    accuracies = [result.value for result in results if result.metric == "acc"]
+    return Score(perplexities[0] if perplexities else None, sum(accuracies) / len(accuracies) if accuracies else None)
+
+
+def _kurtosis(subject: LanguageModel) -> float | None:
+    """What the run's monitor measured last with the paper's script."""
+    if subject.run is None:
+        return None
+    found = [event[KURTOSIS] for event in read_lines(subject.run / "metrics.jsonl") if KURTOSIS in event]
+    return found[-1] if found else None
+
+
+def _has_tasks(comparisons: list[Comparison]) -> bool:
+    return any(score.accuracy is not None for c in comparisons for score in c.methods.values())
+
+
+def _names(comparisons: list[Comparison]) -> list[str]:
+    """Names of the models, numbered where they do not tell them apart."""
+    names = [c.name for c in comparisons]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _short(value: float) -> str:
+    """11.4, 934.3, 1.2e+04, 0.04."""
+    return f"{value:.1e}" if value >= 1e4 else f"{value:.2f}"

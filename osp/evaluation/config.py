@@ -1,0 +1,45 @@
+"""The configurations of `scripts/evaluate.py` and `scripts/compare.py`; keys of both mean the same."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from osp.evaluation.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured, and how."""
+
+    texts: tuple[str, ...] = ()  # wikitext2, held_out, a run folder, files; see osp.evaluation.texts
+    text_field: str = "text"  # of records: the field that holds the document
+    seq_len: int | None = None  # tokens of a window; None: what the model was trained at, 2048 at most
+    overlap: int = 0  # tokens of a window that are context only
+    bos: bool = False  # the BOS token before every window and context
+    max_tokens: int | None = None  # read the first so many tokens of each text; None: all
+    tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: those of OSP's ten that are there
+    tasks_dir: str = "."
+    num_fewshot: int = 0  # examples before each item of a local task
+    limit: int | None = None  # items of each task; None: all
+    lm_eval: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or paper_ten
+    lm_eval_dir: str | None = None  # folder of further task files for it
+    batch_tokens: int = 8192  # that the model reads at a time
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of matmuls; auto: bf16 where it is native
+    threads: int | None = None  # CPU threads per rank; None: all cores shared among the ranks of a host
+    out: str | None = None  # the JSON file; None: below `evaluation` of a run, nowhere for a Hugging Face folder
+    progress: bool = True
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(MeasureConfig):
+    path: str = ""  # a run, a checkpoint or a Hugging Face folder
+    quant: QuantSpec = field(default_factory=QuantSpec)
+    ablate: bool = False  # perplexity with each site alone quantized and each alone left out, and R_L per layer
+
+
+@dataclass(frozen=True)
+class CompareConfig(MeasureConfig):
+    paths: tuple[str, ...] = ()
+    quant: QuantSpec = field(default_factory=QuantSpec)  # the rows are this spec at other bits and with other methods
+    spinquant: bool = False  # the last row of table 4, which takes longest

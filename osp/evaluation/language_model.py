@@ -1,0 +1,90 @@
+"""What is evaluated: a model with its tokenizer, from a run, a checkpoint or a Hugging Face folder."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from osp.checkpoint import Checkpoint, find, load_model
+from osp.config import Config, UserError, from_dict
+from osp.data import load_tokenizer
+from osp.data.tokenizer import eos_id
+from osp.evaluation.ranks import device_of
+from osp.hf import check_vocabulary, is_hf, load_hf, load_hf_tokenizer
+from osp.model import Transformer
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model in eval mode, its tokenizer, and where both come from."""
+
+    name: str
+    folder: Path  # what the user named
+    model: Transformer
+    tokenizer: Tokenizer
+    bos_id: int | None
+    eos_id: int | None
+    config: Config | None = None  # of the run that trained it; None: a Hugging Face folder
+    run: Path | None = None  # its folder
+    step: int | None = None  # of the checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, without BOS and EOS."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def sha256(self) -> str:
+        """A hash of names, shapes and fp32 values of all parameters and buffers: the same model, the same hash."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)} ".encode())
+            digest.update(tensor.float().contiguous().cpu().numpy().data)
+        return digest.hexdigest()
+
+
+def open_model(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """The language model that `path` names, on `device`, its matmuls in `dtype`.
+
+    Raises `UserError` if it is neither a run, a checkpoint nor a Hugging Face Llama, or the tokenizer does not fit.
+    """
+    folder = Path(path)
+    found = _open_hf(folder) if is_hf(folder) else _open_checkpoint(folder)
+    found.model.to(device).compute_dtype = dtype
+    return found
+
+
+def _open_hf(folder: Path) -> LanguageModel:
+    tokenizer, special = load_hf_tokenizer(folder)  # first: a mistake there is found before the weights are read
+    return LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, special.bos_id, special.eos_id)
+
+
+def _open_checkpoint(folder: Path) -> LanguageModel:
+    checkpoint_folder = find(folder)
+    if checkpoint_folder is None:
+        raise UserError(
+            f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
+        )
+    checkpoint = Checkpoint(checkpoint_folder)
+    config = from_dict(checkpoint.manifest["config"])
+    run = checkpoint_folder.resolve().parent.parent
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    check_vocabulary(run / "tokenizer.json", tokenizer, rows=config.model.vocab_size)
+    end = eos_id(tokenizer, config.tokenizer.eos_token)
+    return LanguageModel(
+        config.run.name,
+        folder,
+        load_model(checkpoint_folder),
+        tokenizer,
+        bos_id=end,  # documents follow each other in training: what precedes one is the end of another
+        eos_id=end,
+        config=config,
+        run=run,
+        step=checkpoint.step,
+    )

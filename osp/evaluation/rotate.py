@@ -1,0 +1,84 @@
+"""Rotations of a Llama that leave its function as it is (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+
+R1 (D, D) turns the residual stream, h -> h R1: what writes into it is multiplied by R1 and what reads from it by R1^T,
+and the norms between see vectors of the same length. R2 (K, K), one per layer, turns every value head, v -> v R2, and
+o_proj turns back. Both vanish into the weights. Norm gains are folded and projections absorbed before.
+
+Two Hadamard transforms cannot be fused and run online: of the input of down_proj, whose weight takes the inverse, and
+of queries and keys after RoPE, whose inverses meet in their product.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp.evaluation.hadamard import hadamard_transform, random_hadamard
+from osp.model import Attention, Block, Transformer
+
+
+def random_rotations(model: Transformer, *, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """QuaRot's (R1, [R2 of each layer]): Hadamard matrices with random signs, float64 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    residual = random_hadamard(config.hidden_size, generator=generator)
+    return residual, [random_hadamard(config.head_dim, generator=generator) for _ in model.layers]
+
+
+def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Every weight that R1 = `residual` and R2 = `values` change, by parameter name and in the dtype of R1.
+
+    Differentiable in the rotations. W (out, in) acts as x W^T: a reader becomes W R1, a writer R1^T W.
+    """
+    dtype = residual.dtype
+    new = {
+        "embed_tokens.weight": model.embed_tokens.weight.to(dtype) @ residual,
+        "lm_head.weight": model.lm_head.weight.to(dtype) @ residual,
+    }
+    for index, (layer, value) in enumerate(zip(model.layers, values, strict=True)):
+        assert isinstance(layer, Block)
+        attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
+        readers = {
+            "self_attn.q_proj": attention.q_proj,
+            "self_attn.k_proj": attention.k_proj,
+            "mlp.gate_proj": mlp.gate_proj,
+            "mlp.up_proj": mlp.up_proj,
+        }
+        of_layer = {name: module.weight.to(dtype) @ residual for name, module in readers.items()}
+        v = attention.v_proj.weight.to(dtype) @ residual
+        of_layer["self_attn.v_proj"] = (value.T @ v.unflatten(0, (-1, size))).flatten(0, 1)
+        o = residual.T @ attention.o_proj.weight.to(dtype)
+        of_layer["self_attn.o_proj"] = (o.unflatten(1, (-1, size)) @ value).flatten(1)
+        of_layer["mlp.down_proj"] = residual.T @ mlp.down_proj.weight.to(dtype)
+        new |= {f"layers.{index}.{name}.weight": weight for name, weight in of_layer.items()}
+    return new
+
+
+@torch.no_grad()
+def fuse_rotations(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> None:
+    """Put the rotations into the weights. Tensors are replaced, none is written into."""
+    parameters = dict(model.named_parameters())
+    device = model.embed_tokens.weight.device
+    rotated = rotated_weights(model, residual.to(device), [value.to(device) for value in values])
+    for name, weight in rotated.items():
+        parameters[name].data = weight.to(parameters[name].dtype)
+
+
+@torch.no_grad()
+def rotate_ffn_online(down_proj: nn.Module) -> Any:
+    """Transform the input of down_proj at every call and its weight once; returns the handle that ends the former."""
+    assert isinstance(down_proj.weight, nn.Parameter)
+    weight = down_proj.weight
+    weight.data = hadamard_transform(weight.double()).to(weight.dtype)
+    return down_proj.register_forward_pre_hook(lambda _, arguments: (hadamard_transform(arguments[0]),))
+
+
+def rotate_qk_online(attention: Attention) -> Any:
+    """Transform queries and keys after RoPE at every call; returns the handle that ends it."""
+
+    def transform(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        q, k, *rest = arguments
+        return (hadamard_transform(q), hadamard_transform(k), *rest)
+
+    return attention.attend.register_forward_pre_hook(transform)

@@ -1,0 +1,102 @@
+"""The texts that perplexity is taken of: WikiText-2, any file, the held-out split of a run."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from osp.checkpoint import Checkpoint, find
+from osp.config import SourceConfig, UserError, from_dict
+from osp.data import Shards, documents, prepare, token_bytes, tokenizer_hash
+from osp.evaluation.language_model import LanguageModel
+from osp.evaluation.perplexity import Text
+
+WIKITEXT2 = "wikitext2"
+HELD_OUT = "held_out"
+HUB_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") -> Text:
+    """The text that `name` stands for, in the tokens of `subject`.
+
+    `wikitext2`: the raw test split of the Hugging Face hub; `FILE.raw`: the same from a file; `held_out`: that of the
+    run that trained the subject; a run folder: its held-out split; otherwise a file or folder of documents, each
+    followed by the end-of-text token as in training. Raises `UserError` for what cannot be read.
+    """
+    if name == WIKITEXT2:
+        return encode(WIKITEXT2, wikitext(_hub_rows()), subject)
+    if name == HELD_OUT:
+        if subject.config is None:
+            raise UserError(f"{HELD_OUT}: {subject.folder} is no run; name the run folder whose split you mean")
+        return held_out(HELD_OUT, prepare(subject.config.data, subject.config.tokenizer), subject.tokenizer)
+    path = Path(name)
+    if path.suffix == ".raw":
+        return encode(WIKITEXT2 if "wiki.test" in path.name else path.stem, wikitext(wikitext_rows(path)), subject)
+    checkpoint = find(path) if path.is_dir() else None
+    if checkpoint is not None:
+        config = from_dict(Checkpoint(checkpoint).manifest["config"])
+        return held_out(f"{path.name}/{HELD_OUT}", prepare(config.data, config.tokenizer), subject.tokenizer)
+    source = SourceConfig(source="text", paths=(name,), text_field=text_field)
+    try:
+        texts = [text for text in documents(source) if text]
+    except UserError as error:  # the reader names the key of a training
+        raise UserError(str(error).removeprefix("data.paths: ").replace("data.text_field", "text_field")) from error
+    return encode(path.name, texts, subject)
+
+
+def wikitext(rows: list[str]) -> list[str]:
+    """WikiText as published perplexities read it: rows joined by two line ends, blank ones empty."""
+    return ["\n\n".join(row if row.strip() else "" for row in rows)]
+
+
+def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
+    """`texts` in the subject's tokens; several are each followed by end-of-text."""
+    separator = [subject.eos_id] if len(texts) > 1 and subject.eos_id is not None else []
+    ids = [token for text in texts for token in subject.encode(text) + separator]
+    digest = hashlib.sha256("\0".join(texts).encode())
+    return _text(name, np.array(ids, dtype=np.int64), digest.hexdigest(), subject.tokenizer)
+
+
+def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> Text:
+    """The held-out split of a folder of shards, or its first `max_tokens`; `UserError` if its tokens are others'."""
+    split = Shards(shards, "val")
+    if split.tokenizer_hash != tokenizer_hash(tokenizer):
+        raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
+    tokens = np.concatenate([split[i] for i in range(len(split))] or [np.zeros(0)])[:max_tokens].astype(np.int64)
+    digest = hashlib.sha256("".join(shard.sha256 for shard in split.manifest.val.shards).encode())
+    return _text(name, tokens, digest.hexdigest(), tokenizer)
+
+
+def training_text(subject: LanguageModel) -> torch.Tensor:
+    """Tokens int64 (N,) of the first shard that the subject's run trained on: calibration data."""
+    if subject.config is None:
+        raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
+    shards = Shards(prepare(subject.config.data, subject.config.tokenizer), "train")
+    return torch.from_numpy(shards[0].astype(np.int64))
+
+
+def _text(name: str, ids: np.ndarray[Any, Any], sha256: str, tokenizer: Tokenizer) -> Text:
+    if len(ids) < 2:
+        raise UserError(f"{name}: the text has {len(ids)} tokens; there is nothing to predict")
+    sizes = token_bytes(tokenizer)
+    return Text(name, torch.from_numpy(ids), torch.from_numpy(sizes[ids]), sha256)
+
+
+def wikitext_rows(path: Path) -> list[str]:
+    """The lines of a file, each with its line end."""
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return [line + "\n" for line in text.removesuffix("\n").split("\n")]
+
+
+def _hub_rows() -> list[str]:
+    name, subset = HUB_WIKITEXT2
+    hub = SourceConfig(source="hf", dataset=name, subset=subset, split="test")
+    return list(documents(hub))

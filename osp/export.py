@@ -1,0 +1,251 @@
+"""A trained model as a stock Hugging Face Llama: `transformers`, vLLM and llama.cpp load it without code of ours.
+
+The projections are absorbed (the head is untied from the embedding then), an SSNorm becomes an RMSNorm whose gains are
+all the same, and nothing else changes, as names and layout are Hugging Face's already. What was written is read back
+and compared with the model that was trained before the folder gets its name.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from osp.checkpoint import write_text
+from osp.config import UserError
+from osp.convert import absorb_projections
+from osp.evaluation.language_model import LanguageModel, open_model
+from osp.evaluation.perplexity import Text, perplexity
+from osp.evaluation.texts import read_text
+from osp.hf import BODY, CONFIG, HEAD, INDEX, TOKENIZER, WEIGHTS, load_hf
+from osp.model import Embedding, Linear, Transformer
+from osp.model_card import model_card
+from osp.norms import Norm, RMSNorm, SSNorm
+
+Dtype = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOGIT_TOLERANCE = 1e-5  # of the largest logit
+# of the perplexity; of bf16 the weights' rounding, 2^-9 each, is all there is
+PERPLEXITY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+CHECKED_TOKENS = 16_384
+
+WHY_NOT = {
+    "bhyt": "it bounds activations with a tanh and shares a statistic between two norms",
+    "dyt": "it is a tanh without a statistic",
+    "layernorm": "it subtracts the mean",
+    "crmsnorm": "its statistic holds a channel that is not stored",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compares."""
+
+    folder: Path
+    logit_error: float  # largest difference over largest logit, fp32, before the weights are rounded to their dtype
+    perplexity: float  # of the trained model
+    exported_perplexity: float
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    dtype: Dtype = "fp32",
+    max_shard_size: str = "5GB",
+    text: str = "held_out",
+    device: torch.device | str = "cpu",
+) -> Exported:
+    """Write the model of a run or checkpoint to the folder `out`, which does not exist yet.
+
+    text: the name of the text that both models are compared on. Raises `UserError` for a model that no stock Llama
+    equals, and if what was written does not compute what was trained; then nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"out={out} exists; name a folder that does not")
+    shard_bytes = size_in_bytes(max_shard_size)
+    subject = open_model(run, device=device)
+    if subject.run is None:
+        raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
+    eps = _shared_eps(subject.model)
+    tokens = read_text(text, subject)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        exported = _write(subject, temporary, tokens, dtype=dtype, shard_bytes=shard_bytes, eps=eps)
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot write there: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(out, **exported)
+
+
+def hf_config(model: Transformer, *, dtype: Dtype, eps: float, eos_id: int | None) -> dict[str, Any]:
+    """`config.json` of a model whose projections are absorbed, in the layout that all versions read."""
+    config = model.config
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": eps,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        # documents follow each other in training: what precedes one is the end of another
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+    }
+
+
+def size_in_bytes(size: str) -> int:
+    """Bytes of a size such as `5GB` or `500MB`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip().upper())
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"max_shard_size={size!r}: write a size such as 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+def _write(
+    subject: LanguageModel, folder: Path, text: Text, *, dtype: Dtype, shard_bytes: int, eps: float
+) -> dict[str, float]:
+    """Fill `folder`, and compare it with the model; `subject`'s model is another one afterwards."""
+    model, device = subject.model, subject.device
+    trained_logits, trained = _logits(model), _perplexity(model, text)
+    absorb_projections(model)
+    logit_error = _compare("absorbing the projections", trained_logits, _logits(model))
+    write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, eps=eps, eos_id=subject.eos_id)
+    _write_tokenizer(subject, folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype]).float()
+    loaded = load_hf(folder).to(device)
+    _compare("reading back what was written", _logits(model), _logits(loaded))
+    exported = _perplexity(loaded, text)
+    if not abs(exported - trained) <= PERPLEXITY_TOLERANCE[dtype] * trained:
+        raise UserError(
+            f"perplexity of {text.name} is {exported:.5f} as exported and {trained:.5f} as trained; not written"
+        )
+    figures = {"logit_error": logit_error, "perplexity": trained, "exported_perplexity": exported}
+    assert subject.run is not None
+    write_text(folder / "README.md", model_card(subject, subject.run, text=text.name, dtype=dtype, **figures))
+    return figures
+
+
+def write_llama(
+    model: Transformer, folder: Path, *, dtype: Dtype, shard_bytes: int, eps: float, eos_id: int | None
+) -> None:
+    """`config.json` and weights of a model whose projections are absorbed.
+
+    Safetensors of at most `shard_bytes` each (a tensor is never cut), and their index if there are several.
+    """
+    _write_json(folder / CONFIG, hf_config(model, dtype=dtype, eps=eps, eos_id=eos_id))
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in _hf_tensors(model):
+        value = tensor.to(DTYPES[dtype]).cpu().contiguous()
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + value.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = value
+    stem, suffix = WEIGHTS.split(".")
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.{suffix}" for i in range(1, len(shards) + 1)]
+    for name, shard in zip([WEIGHTS] if len(shards) == 1 else names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name, norms as one gain per channel."""
+    hidden_size = model.config.hidden_size
+    for name, module in model.named_modules():
+        if isinstance(module, SSNorm):
+            yield f"{BODY}{name}.weight", module.weight.detach().expand(hidden_size)
+        elif isinstance(module, RMSNorm):
+            gain = torch.ones(hidden_size) if module.weight is None else module.weight.detach()
+            yield f"{BODY}{name}.weight", gain
+        elif isinstance(module, Linear | Embedding):
+            key = f"{name}.weight"
+            yield key if key == HEAD else BODY + key, module.weight.detach()
+
+
+def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
+    """The run's tokenizer.json, and what `transformers` has to know besides."""
+    assert subject.run is not None
+    assert subject.config is not None
+    shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
+    eos = subject.config.tokenizer.eos_token
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos,
+        "eos_token": eos,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": subject.model.config.max_position_embeddings,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "generation_config.json", {"bos_token_id": subject.eos_id, "eos_token_id": subject.eos_id})
+
+
+def _shared_eps(model: Transformer) -> float:
+    """The eps of all norms; `UserError` if a norm has no equal in a stock Llama, which has one eps for all."""
+    norms = [module for module in model.modules() if isinstance(module, Norm)]
+    for key, norm in (("norm.name", norms[0]), ("norm.final", model.norm)):
+        if not isinstance(norm, RMSNorm | SSNorm):
+            name = type(norm).__name__.lower()
+            raise UserError(
+                f"{key}={name}: a stock Llama has no such norm, {WHY_NOT.get(name, 'it is no RMSNorm')}; "
+                "runs with norm=ssnorm and norm=rmsnorm export"
+            )
+    found = {norm.eps for norm in norms if isinstance(norm, RMSNorm | SSNorm)}
+    if len(found) > 1:
+        raise UserError(f"the norms have several eps, {sorted(found)}; a stock Llama has one for all")
+    return found.pop()
+
+
+@torch.no_grad()
+def _logits(model: Transformer) -> Tensor:
+    """(2, T, V) fp32 of random tokens, the same in every call."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (2, min(64, config.max_position_embeddings)), generator=generator)
+    return model(ids.to(model.embed_tokens.weight.device)).float()
+
+
+def _perplexity(model: Transformer, text: Text) -> float:
+    seq_len = min(2048, model.config.max_position_embeddings)
+    return perplexity(model, text, seq_len=seq_len, max_tokens=CHECKED_TOKENS).perplexity
+
+
+def _compare(what: str, expected: Tensor, found: Tensor) -> float:
+    """The largest difference over the largest logit; `UserError` if that is too much."""
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error <= LOGIT_TOLERANCE:  # nan as well
+        raise UserError(
+            f"{what} changes the logits by {error:.1e} of the largest, above {LOGIT_TOLERANCE}; not written"
+        )
+    return error
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,7 @@
+"""See outliers form: statistics of activations, the probe that takes them, alerts, and what stands behind one."""
+
+from osp.monitor.inspect import inspect
+from osp.monitor.monitor import Monitor
+from osp.monitor.probe import Reading, Rows, probe, site_names
+
+__all__ = ["Monitor", "Reading", "Rows", "inspect", "probe", "site_names"]

@@ -1,0 +1,90 @@
+"""Early warning: rules on the metrics of probes, each of which speaks once until it has cleared."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from osp.config import AlertConfig, MonitorConfig
+
+CLEARED = 0.8  # an alert is over when its value falls below this part of the threshold
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A rule that a metric has just broken."""
+
+    rule: str  # "above" or "growth"
+    key: str  # of the metric
+    value: float
+    threshold: float
+    message: str
+
+    @property
+    def place(self) -> str:
+        """The site (`layer_03/down_proj_in`), the layer or, for the whole model, nothing."""
+        return self.key.split("/", 2)[2] if self.key.count("/") > 1 else ""
+
+
+class Alerts:
+    """What the rules of a run have seen so far: a pure function of the metrics of its probes, in order.
+
+    above: value > rule.above.  growth: value > rule.growth * max(its value at half of the steps, rule.floor), a slope
+    over one doubling of the training, which means the same early and late. The untrained model at step 0 sets the
+    scale and breaks no rule.
+    """
+
+    def __init__(self, config: MonitorConfig):
+        self._rules: Mapping[Any, Mapping[Any, AlertConfig]] = config.alerts
+        self._past: dict[str, list[tuple[int, float]]] = {}
+        self._active: set[tuple[str, str]] = set()
+
+    @property
+    def num_active(self) -> int:
+        """How many rules are broken as of the last probe."""
+        return len(self._active)
+
+    def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the lines of a metrics.jsonl without a word: a run that is resumed repeats no alert."""
+        for event in events:
+            self.update(int(event["step"]), {key: value for key, value in event.items() if value is not None})
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
+        """The alerts that the metrics of the probe after `step` raise anew."""
+        raised = []
+        for key, value in metrics.items():
+            rule = self._rule(key)
+            if rule is None or not math.isfinite(value):
+                continue
+            for kind, threshold in self._thresholds(rule, key, step).items():
+                if value > threshold and step > 0:
+                    if (key, kind) not in self._active:
+                        raised.append(_alert(kind, key, value, threshold, step))
+                    self._active.add((key, kind))
+                elif value < CLEARED * threshold:
+                    self._active.discard((key, kind))
+            self._past.setdefault(key, []).append((step, value))
+        return raised
+
+    def _rule(self, key: str) -> AlertConfig | None:
+        """The rule for `monitor/STATISTIC[/PLACE]`; figures that sum up a run's sites have none."""
+        if not key.startswith("monitor/"):
+            return None
+        statistic, _, place = key.removeprefix("monitor/").partition("/")
+        if place in ("max", "mean", "osp_script"):
+            return None
+        by_site = self._rules.get(statistic, {})
+        return by_site.get(place.split("/")[-1], by_site.get("all"))
+
+    def _thresholds(self, rule: AlertConfig, key: str, step: int) -> dict[str, float]:
+        thresholds = {} if rule.above is None else {"above": rule.above}
+        earlier = [value for past, value in self._past.get(key, []) if 2 * past <= step]
+        if rule.growth is not None and earlier:
+            thresholds["growth"] = rule.growth * max(earlier[-1], rule.floor)
+        return thresholds
+
+
+def _alert(kind: str, key: str, value: float, threshold: float, step: int) -> Alert:
+    name = key.removeprefix("monitor/")
+    why = f"above {threshold:g}" if kind == "above" else f"it has grown beyond {threshold:g} since half of the steps"
+    return Alert(kind, key, value, threshold, f"outlier alert: {name} is {value:.4g} after step {step}, {why}")

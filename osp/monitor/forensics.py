@@ -1,0 +1,239 @@
+"""What stands behind an outlier: where it is, its text, how its channel grew, and the weights that write it.
+
+A bundle is one JSON file with a Markdown file for the reader beside it. The model's weights must be whole while a
+bundle is made (`Engine.gathered_parameters`); everything else comes from a `Reading` and from the run's probes.jsonl.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from osp.config import Config
+from osp.model import Linear, Transformer
+from osp.monitor.probe import Rows, SiteReading, row_norms
+from osp.optim import build_groups, build_schedule, collect_roles
+
+CONTEXT = 8  # tokens of text shown before the one that an outlier sits on
+SHOWN_WRITERS = 4  # of the matrices that write a channel of the residual stream
+
+
+def site_record(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A site's part of a line of probes.jsonl."""
+    first, counts = site.octaves
+    return {
+        "top_channel": site.top_channel,
+        "top_channel_share": site.statistics["top_channel_share"],
+        "top_value": site.value,
+        "top_row": site.row,
+        "top_position": site.position,
+        "top_token": site.token,
+        "top_text": text_before(site, rows, tokenizer),
+        "channels": [[channel, value] for channel, value in site.channels],
+        "histogram": {"edges_log2": [first, first + len(counts)], "counts": counts},
+    }
+
+
+def text_before(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> str:
+    """The text up to and including the token that the outlier sits on."""
+    tokens = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+
+def growth(history: Iterable[Mapping[str, Any]], name: str, channel: int) -> list[tuple[int, float | None]]:
+    """(step, max|x| of the channel) by the probes of a run; None where it was not among the largest of its site."""
+    return [
+        (int(probe["step"]), dict(map(tuple, probe["sites"][name]["channels"])).get(channel))
+        for probe in history
+        if name in probe["sites"]
+    ]
+
+
+def since(grown: Sequence[tuple[int, float | None]]) -> int | None:
+    """The step from whose probe on a channel has been at least half as large as it is at the end of its `growth`.
+
+    Not the step from which it is the largest: of several large channels the text decides which one that is.
+    """
+    start, last = None, grown[-1][1] if grown else None
+    for step, value in grown:
+        holds = last is not None and value is not None and value >= last / 2
+        start = (step if start is None else start) if holds else None
+    return start
+
+
+def bundle(
+    name: str,
+    site: SiteReading,
+    *,
+    step: int,
+    rows: Rows,
+    tokenizer: Tokenizer,
+    history: Sequence[Mapping[str, Any]],
+    model: Transformer,
+    config: Config,
+    alerts: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """All there is to know about the outlier of one site, ready for JSON."""
+    layer, _, kind = name.rpartition("/")
+    weights = behind(kind, int(layer.removeprefix("layer_")) if layer else None, site.channel, model)
+    grown = growth(history, name, site.channel)
+    return {
+        "step": step,
+        "tokens": step * config.train.tokens_per_step,
+        "site": name,
+        "layer": int(layer.removeprefix("layer_")) if layer else None,
+        "channel": site.channel,
+        "value": _finite(site.value),
+        "row": site.row,
+        "position": site.position,
+        "token": site.token,
+        "token_text": tokenizer.decode([site.token], skip_special_tokens=False),
+        "text": text_before(site, rows, tokenizer),
+        "statistics": {key: _finite(value) for key, value in site.statistics.items()},
+        "channels": [[channel, _finite(value)] for channel, value in site.channels],
+        "growth": grown,
+        "since": since(grown),
+        "weights": weights,
+        "optimizer": _optimizer(sorted({weight["parameter"] for weight in weights}), model, config, step),
+        "alerts": list(alerts),
+    }
+
+
+def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
+    """Write a bundle as `folder/step_00001234_layer_03_down_proj_in.json` and `.md`; the path of the former."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{contents['step']:08d}_{contents['site'].replace('/', '_')}.json"
+    path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(describe(contents), encoding="utf-8")
+    return path
+
+
+def describe(contents: Mapping[str, Any]) -> str:
+    """A bundle as Markdown."""
+    figures = contents["statistics"]
+    lines = [
+        f"# {contents['site']}, channel {contents['channel']}, after step {contents['step']}",
+        "",
+        *(f"* {alert['message']}" for alert in contents["alerts"]),
+        f"* value {_number(contents['value'])}: {_number(figures['max_over_median'])} times the median; the site's "
+        f"kurtosis is {_number(figures['kurtosis'])}",
+        f"* token {contents['token']} {contents['token_text']!r} at position {contents['position']} of row "
+        f"{contents['row']}, after {contents['text']!r}",
+        f"* at least half as large since the probe after step {contents['since']}",
+        "",
+        "| step | max abs of the channel |",
+        "|---|---|",
+        *(f"| {step} | {'not among the largest' if v is None else _number(v)} |" for step, v in contents["growth"]),
+        "",
+        "| weights behind it | which | norm | over the median |",
+        "|---|---|---|---|",
+        *(
+            f"| {w['parameter']} | {w['axis']} {w['index']} | {_number(w['norm'])} | {_number(w['ratio'])} |"
+            for w in contents["weights"]
+        ),
+        "",
+        "| parameter | role | rule | learning rate | weight decay |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {o['parameter']} | {o['role']} | {o['rule']} | {o['learning_rate']:g} | {o['weight_decay']:g} |"
+            for o in contents["optimizer"]
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> list[dict[str, Any]]:
+    """The rows, columns and gains that write `channel` of a site: each with its norm and that over the median one.
+
+    Every attention and MLP output adds to the residual stream; of these the rows that stand out most are given.
+    """
+    own, written = _writers(kind, layer, channel, model)
+    residual = sorted((_standing(model, *place) for place in written), key=lambda w: w["ratio"], reverse=True)
+    return [_standing(model, *place) for place in own if _exists(model, place[0])] + residual[:SHOWN_WRITERS]
+
+
+Place = tuple[str, str, int]  # parameter, "row", "column" or "gain", index
+
+
+def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> tuple[list[Place], list[Place]]:
+    """(the weights that alone make this channel, those that add to it through the residual stream)."""
+    embedding = "embed_proj.weight" if isinstance(model.embed_proj, Linear) else "embed_tokens.weight"
+    into_stream: list[Place] = [(embedding, "row" if embedding == "embed_proj.weight" else "column", channel)]
+    last = {"embed_out": 0, "final_norm_out": len(model.layers)}.get(kind, layer or 0)
+    for i in range(last + (kind in ("block_out", "mlp_in"))):
+        into_stream.append((f"layers.{i}.self_attn.o_proj.weight", "row", channel))
+        if i < last or kind == "block_out":
+            into_stream.append((f"layers.{i}.mlp.down_proj.weight", "row", channel))
+    attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
+    match kind:
+        case "embed_out" | "block_out":
+            return [], into_stream
+        case "attn_in":
+            return [(f"layers.{layer}.input_layernorm.weight", "gain", channel)], into_stream
+        case "mlp_in":
+            return [(f"layers.{layer}.post_attention_layernorm.weight", "gain", channel)], into_stream
+        case "final_norm_out":
+            return [("norm.weight", "gain", channel)], into_stream
+        case "q" | "k":  # RoPE turns a channel with its partner half a head away
+            size = model.config.head_dim
+            partner = channel - channel % size + (channel % size + size // 2) % size
+            return [(f"{attention}.{kind}_proj.weight", "row", c) for c in (channel, partner)], []
+        case "v":
+            return [(f"{attention}.v_proj.weight", "row", channel)], []
+        case "o_proj_in":  # several query heads may read one value head
+            head, within = divmod(channel, model.config.head_dim)
+            head //= model.config.num_attention_heads // model.config.kv_heads
+            return [(f"{attention}.v_proj.weight", "row", head * model.config.head_dim + within)], []
+        case "down_proj_in":
+            return [(f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")], []
+    raise AssertionError(kind)
+
+
+def _exists(model: Transformer, parameter: str) -> bool:
+    """A norm without gains has none to show."""
+    return parameter in dict(model.named_parameters())
+
+
+def _standing(model: Transformer, parameter: str, axis: str, index: int) -> dict[str, Any]:
+    """The norm of a row, column or gain beside the median one of its parameter."""
+    weight = model.get_parameter(parameter).detach()
+    if axis == "gain":
+        norms = weight.float().abs()
+        index = index if norms.numel() > 1 else 0  # SSNorm has one for all channels
+    else:
+        norms = row_norms(weight if axis == "row" else weight.T)
+    norm, median = float(norms[index]), float(norms.median())
+    ratio = norm / max(median, 1e-30)  # JSON knows no infinity
+    return {"parameter": parameter, "axis": axis, "index": index, "norm": norm, "median": median, "ratio": ratio}
+
+
+def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, step: int) -> list[dict[str, Any]]:
+    """Group, rule and learning rate of parameters in the step that led to `step`."""
+    assert config.train.steps is not None, "the length of a run is known when it has a model"
+    factor = build_schedule(
+        config.schedule, total_steps=config.train.steps, tokens_per_step=config.train.tokens_per_step
+    )(max(step - 1, 0))
+    groups = build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    return [
+        {
+            "parameter": name,
+            "role": group["role"],
+            "rule": group["rule"],
+            "learning_rate": group["base_lr"] * factor,
+            "weight_decay": group["weight_decay"],
+        }
+        for name in parameters
+        for group in groups
+        if name in group["names"]
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

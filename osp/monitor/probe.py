@@ -1,0 +1,424 @@
+"""The probe: one forward pass of held-out rows through the model as it is, with hooks that see its activations.
+
+It is eager, without gradients and apart from the training step: a hook that is added to a compiled block never runs,
+and under activation checkpointing hooks run twice. It draws no random numbers and leaves weights, gradients and modes
+as they were, so training is bit for bit the same with and without. Under ZeRO-3 the weights of a module are whole while
+its own hooks run.
+
+Rows go through one at a time, whatever the number of ranks: the arithmetic of a row, and so what is measured, does not
+depend on how rows are shared out. Nothing is kept of a row but its `Sample` per site.
+
+Fake W4A4 runs in lockstep: a row is doubled, every matrix product of a block quantizes the second copy and its weight,
+and the two copies are compared where they pass. So no layer's activations have to wait for a second forward pass.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osp.attention import apply_rotary, document_mask
+from osp.config import MonitorConfig, Site, Statistic
+from osp.model import Block, Linear, Transformer
+from osp.monitor import statistics as st
+from osp.monitor.statistics import Sample
+from osp.quantize import fake_quantize_activation, fake_quantize_weight
+
+BITS = 4  # of weights and activations in R_L
+
+Hook = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The text of a probe: all rows on every rank."""
+
+    tokens: Tensor  # (R, T) int64, on the CPU
+    document_ids: Tensor | None = None  # (R, T)
+
+
+@dataclass(frozen=True)
+class SiteReading:
+    """What a probe saw at one site. Positions count from 0; an outlier is the value with the largest |x|."""
+
+    statistics: dict[str, float]  # all of osp.monitor.statistics
+    top_channel: int  # with the most energy
+    value: float  # the outlier
+    channel: int
+    row: int
+    position: int
+    token: int  # id of the token there
+    channels: list[tuple[int, float]]  # the 8 channels with the largest |x|, and that
+    octaves: tuple[int, list[int]]  # histogram of |x|, see osp.monitor.statistics.octaves
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a probe saw: `metrics` by the names that are logged, and every site by its name."""
+
+    metrics: dict[str, float]
+    sites: dict[str, SiteReading]
+
+
+def probe(model: Transformer, rows: Rows, config: MonitorConfig) -> Reading:
+    """Measure `model` on `rows`, which all ranks of torch's process group share out; all get the same `Reading`."""
+    recorder = _Recorder(model, config)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    num_rows = len(rows.tokens)
+    with _undisturbed(model):
+        for first in range(0, num_rows, world_size):
+            # under ZeRO-3 every rank must take part: one without a row repeats the last one, which counts nothing
+            row = min(first + rank, num_rows - 1)
+            recorder.run(
+                rows.tokens[row : row + 1],
+                None if rows.document_ids is None else rows.document_ids[row : row + 1],
+                row=row,
+                counted=first + rank < num_rows,
+            )
+    recorder.reduce()
+    return recorder.reading(rows)
+
+
+def site_names(config: MonitorConfig, num_layers: int) -> list[str]:
+    """The names of the sites that `config` asks for: `embed_out`, `layer_03/attn_in`, ..."""
+    wanted = chosen_sites(config)
+    in_layers = [site for site in get_args(Site) if site in wanted and site not in ("embed_out", "final_norm_out")]
+    return [
+        *(["embed_out"] if "embed_out" in wanted else []),
+        *(f"layer_{layer:02d}/{site}" for layer in range(num_layers) for site in in_layers),
+        *(["final_norm_out"] if "final_norm_out" in wanted else []),
+    ]
+
+
+def chosen_sites(config: MonitorConfig) -> tuple[str, ...]:
+    return get_args(Site) if config.sites == "all" else config.sites
+
+
+def chosen_statistics(config: MonitorConfig) -> tuple[str, ...]:
+    return get_args(Statistic) if config.statistics == "all" else config.statistics
+
+
+class _Recorder:
+    """Hooks on a model, and what they have seen: samples of sites, and sums and maxima by name."""
+
+    def __init__(self, model: Transformer, config: MonitorConfig):
+        self.model = model
+        self.sites = set(site_names(config, len(model.layers)))
+        self.statistics = set(chosen_statistics(config))
+        self.samples: dict[str, Sample] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}  # of gains and rows: the same on every rank
+        self.row, self.counted = 0, True
+        self.tokens_per_row = 0
+        self._query: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def run(self, tokens: Tensor, document_ids: Tensor | None, *, row: int, counted: bool) -> None:
+        """Take in one row; tokens (1, T). counted: whether it adds to the figures."""
+        device = next(self.model.parameters()).device
+        tokens = tokens.to(device)
+        ids = None if document_ids is None else document_ids.to(device)
+        self.row, self.counted, self.tokens_per_row = row, counted, tokens.shape[1]
+        self._mask = None if ids is None else document_mask(ids)[0, 0]
+        with_error = "R_L" in self.statistics
+        with ExitStack() as stack:
+            for module, where, hook in self._hooks():
+                stack.enter_context(_hooked(module, where, hook))
+            if with_error:
+                for module in self.model.layers.modules():
+                    if isinstance(module, Linear):
+                        stack.enter_context(_forward(module, functools.partial(_lockstep_linear, module)))
+            times = 2 if with_error else 1
+            self.model(tokens.repeat(times, 1), document_ids=None if ids is None else ids.repeat(times, 1))
+        if "osp_script" in self.statistics:
+            with ExitStack() as stack:
+                for module, where in self._hidden_states():
+                    stack.enter_context(_hooked(module, where, self._add_osp_script))
+                self.model(tokens.T)  # every token a sequence of its own
+
+    def _hooks(self) -> Iterator[tuple[nn.Module, str, Hook]]:
+        """(module, "input" or "output", hook) of a pass over a row of text."""
+        model = self.model
+        places: list[tuple[str, nn.Module, str]] = [("embed_out", model.layers[0], "input")]
+        for name, layer in _blocks(model):
+            attention, mlp = layer.self_attn, layer.mlp
+            places += [
+                (f"{name}/attn_in", attention, "input"),
+                (f"{name}/v", attention.v_proj, "output"),
+                (f"{name}/o_proj_in", attention.o_proj, "input"),
+                (f"{name}/mlp_in", mlp, "input"),
+                (f"{name}/down_proj_in", mlp.down_proj, "input"),
+                (f"{name}/block_out", layer, "output"),
+            ]
+            yield attention.q_proj, "output", functools.partial(self._add_query, name, attention.head_dim)
+            yield attention.k_proj, "output", functools.partial(self._add_key, name, attention.head_dim)
+            if "R_L" in self.statistics:
+                yield layer, "output", functools.partial(self._add_error, f"R_L/{name}")
+        places.append(("final_norm_out", model.norm, "output"))
+        if "R_L" in self.statistics:
+            yield model.norm, "output", functools.partial(self._add_error, "R_L")
+        for name, module, where in places:
+            if name in self.sites:
+                yield module, where, functools.partial(self._add_sample, name)
+        for name, module in _weighted(model):
+            statistic = name.split("/")[0]
+            if statistic in self.statistics and name not in self.weights:
+                yield module, "input", functools.partial(self._add_weight, name, module)
+
+    def _hidden_states(self) -> list[tuple[nn.Module, str]]:
+        """Hugging Face's `hidden_states`: embedding output, every block but the last, and the final norm instead."""
+        layers = self.model.layers
+        return [(layers[0], "input"), *((layer, "output") for layer in list(layers)[:-1]), (self.model.norm, "output")]
+
+    def _add_sample(self, name: str, x: Tensor) -> None:
+        values = x[0].flatten(1)  # (T, D) of the copy that is not quantized
+        if self.counted:
+            new = st.sample(values, first_token=self.row * self.tokens_per_row)
+        else:
+            new = st.empty_sample(values.shape[1], values.device)
+        self.samples[name] = st.merged_samples([self.samples[name], new]) if name in self.samples else new
+
+    def _add_query(self, name: str, head_dim: int, x: Tensor) -> None:
+        self._query = self._rotated(x, head_dim)
+        if f"{name}/q" in self.sites:
+            self._add_sample(f"{name}/q", self._query)
+
+    def _add_key(self, name: str, head_dim: int, x: Tensor) -> None:
+        key, query = self._rotated(x, head_dim), self._query
+        if f"{name}/k" in self.sites:
+            self._add_sample(f"{name}/k", key)
+        if {"attn_logit_max", "attn_sink"} & self.statistics:
+            assert query is not None, "Attention projects the query first"
+            largest, sink, number = st.attention_statistics(query[0], key[0], self._mask)
+            self._keep_maximum(f"attn_logit_max/{name}", largest)
+            self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
+
+    def _rotated(self, x: Tensor, head_dim: int) -> Tensor:
+        """Queries or keys as attention sees them, (1, T, heads, K), of the copy that is not quantized."""
+        x = x[:1].unflatten(-1, (-1, head_dim))
+        return apply_rotary(x, *self.model.rotary(x.shape[1], x.device))
+
+    def _add_error(self, name: str, x: Tensor) -> None:
+        clean, quantized = x.double().unbind(0)
+        self._add_sum(name, torch.stack(((quantized - clean).square().sum(), clean.square().sum())))
+
+    def _add_osp_script(self, x: Tensor) -> None:
+        values = st.osp_script_kurtosis(x)
+        self._add_sum("kurtosis/osp_script", torch.stack((values.sum(), values.new_tensor(values.numel()))))
+
+    def _add_weight(self, name: str, module: nn.Module, _: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self.weights[name] = (row_norms(weight) if weight.ndim == 2 else weight.float().abs()).max()
+
+    def _add_sum(self, name: str, value: Tensor) -> None:
+        """Add to a pair (numerator, denominator) of sums."""
+        value = value if self.counted else torch.zeros_like(value)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _keep_maximum(self, name: str, value: Tensor) -> None:
+        value = value if self.counted else torch.full_like(value, -torch.inf)
+        self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+
+    def reduce(self) -> None:
+        """Merge what all ranks have seen."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.samples = _merged_over_ranks(self.samples)
+            self.sums = dict(zip(self.sums, _all_reduce(list(self.sums.values()), "sum"), strict=True))
+            self.maxima = dict(zip(self.maxima, _all_reduce(list(self.maxima.values()), "max"), strict=True))
+
+    def reading(self, rows: Rows) -> Reading:
+        order = sorted(self.samples, key=_site_order)
+        sites = {name: _site_reading(self.samples[name], rows) for name in order}
+        metrics = {
+            f"monitor/{statistic}/{name}": value
+            for name, site in sites.items()
+            for statistic, value in site.statistics.items()
+            if statistic in self.statistics
+        }
+        for name, pair in self.sums.items():
+            numerator, denominator = pair.tolist()
+            metrics[f"monitor/{name}"] = numerator / denominator if denominator else 0.0
+        metrics |= {f"monitor/{name}": float(value) for name, value in {**self.maxima, **self.weights}.items()}
+        metrics = {key: value for key, value in metrics.items() if self._is_wanted(key)}
+        if sites and "kurtosis" in self.statistics:
+            kurtosis = [site.statistics["kurtosis"] for site in sites.values()]
+            metrics |= {"monitor/kurtosis/max": max(kurtosis), "monitor/kurtosis/mean": sum(kurtosis) / len(kurtosis)}
+        if sites and "max_abs" in self.statistics:
+            metrics["monitor/max_abs/max"] = max(site.statistics["max_abs"] for site in sites.values())
+        return Reading(metrics, sites)
+
+    def _is_wanted(self, key: str) -> bool:
+        _, statistic, *name = key.split("/")
+        return statistic in self.statistics or name == ["osp_script"]
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """L2 norm of every row of a matrix, fp32."""
+    return torch.linalg.vector_norm(weight.float(), dim=1)
+
+
+# --- the model, observed ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _undisturbed(model: Transformer) -> Iterator[None]:
+    """Eager, without gradients, in eval mode (no activation checkpointing), and without the product with the head."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _forward(model.lm_head, _nothing):
+            yield
+    finally:
+        model.train(training)
+
+
+def _nothing(x: Tensor, *_: Any) -> Tensor:
+    return x
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `function` be the forward of `module`. Its hooks, DeepSpeed's among them, stay in effect."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def _hooked(module: nn.Module, where: str, hook: Hook) -> Iterator[None]:
+    """Call `hook` with the first input or the output of `module`."""
+    if where == "input":
+        handle = module.register_forward_pre_hook(lambda _, arguments: hook(arguments[0]))
+    else:
+        handle = module.register_forward_hook(lambda *seen: hook(seen[2]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
+    """x (2, ..., in) times W^T: the first copy as always, the second one with both factors quantized."""
+    weight = module.weight
+    noisy = fake_quantize_activation(x[1:], bits=BITS)
+    noisy_weight = fake_quantize_weight(weight, bits=BITS)
+    return torch.cat((F.linear(x[:1], weight.to(x.dtype)), F.linear(noisy, noisy_weight.to(x.dtype))))
+
+
+def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Block)
+        yield f"layer_{index:02d}", layer
+
+
+def _weighted(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """(`gain_max/...` or `weight_row_max/...`, module) of every module with such a weight."""
+    modules: list[tuple[str, nn.Module]] = []
+    for name, layer in _blocks(model):
+        attention, mlp = layer.self_attn, layer.mlp
+        modules += [
+            (f"gain_max/{name}/input_layernorm", layer.input_layernorm),
+            (f"gain_max/{name}/post_attention_layernorm", layer.post_attention_layernorm),
+            *((f"weight_row_max/{name}/{part}", child) for part, child in attention.named_children()),
+            *((f"weight_row_max/{name}/{part}", child) for part, child in mlp.named_children()),
+        ]
+    modules.append(("gain_max/norm", model.norm))
+    modules += [
+        (f"weight_row_max/{name}", getattr(model, name))
+        for name in ("embed_tokens", "embed_proj", "head_proj", "lm_head")
+    ]
+    return ((name, module) for name, module in modules if getattr(module, "weight", None) is not None)
+
+
+# --- over ranks ---------------------------------------------------------------------------------------------------
+
+
+def _merged_over_ranks(samples: dict[str, Sample]) -> dict[str, Sample]:
+    """Every site's `Sample` of all ranks: deviations are taken from the common mean, then everything adds up."""
+    names, local = list(samples), list(samples.values())
+    counts = _all_reduce([s.channels.count for s in local], "sum")
+    sums = _all_reduce([s.channels.count * s.channels.mean for s in local], "sum")
+    means = [total / count.clamp(min=1) for total, count in zip(sums, counts, strict=True)]
+    about = [st.recentred(s.channels, mean) for s, mean in zip(local, means, strict=True)]
+    m2 = _all_reduce([m.m2 for m in about], "sum")
+    m3 = _all_reduce([m.m3 for m in about], "sum")
+    m4 = _all_reduce([m.m4 for m in about], "sum")
+    kurtosis = _all_reduce([s.token_kurtosis for s in local], "sum")
+    squares = _all_reduce([s.token_energy_squares for s in local], "sum")
+    histograms = _all_reduce([s.counts for s in local], "sum")
+    channel_max = _all_reduce([s.channel_max for s in local], "max")
+    token_max = _all_reduce([s.token_energy_max for s in local], "max")
+    peaks = _all_gather(torch.stack([s.peak for s in local]))  # (W, sites, 3)
+    return {
+        name: Sample(
+            st.Moments(counts[i], means[i], m2[i], m3[i], m4[i]),
+            channel_max[i],
+            kurtosis[i],
+            squares[i],
+            token_max[i],
+            histograms[i],
+            st.first_peak(peaks[:, i]),
+        )
+        for i, name in enumerate(names)
+    }
+
+
+def _all_reduce(tensors: list[Tensor], operation: str) -> list[Tensor]:
+    """Sum or maximum of each tensor over ranks, in one exchange."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _all_gather(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, stacked."""
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return torch.stack(gathered)
+
+
+# --- what is read off ---------------------------------------------------------------------------------------------
+
+
+def _site_reading(sample: Sample, rows: Rows) -> SiteReading:
+    num_channels, length = sample.channel_max.numel(), rows.tokens.shape[1]
+    place, value = int(sample.peak[1]), float(sample.peak[2])
+    token, channel = divmod(place, num_channels)
+    row, position = divmod(token, length)
+    largest = sample.channel_max.topk(min(8, num_channels))
+    return SiteReading(
+        statistics=st.statistics(sample),
+        top_channel=int(st.channel_energy(sample).argmax()),
+        value=value,
+        channel=channel,
+        row=row,
+        position=position,
+        token=int(rows.tokens[row, position]),
+        channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
+        octaves=st.octaves(sample),
+    )
+
+
+def _site_order(name: str) -> tuple[int, str, int]:
+    """In the order of the forward pass."""
+    layer, _, site = name.rpartition("/")
+    outside = {"embed_out": 0, "final_norm_out": 2}
+    return outside.get(name, 1), layer, get_args(Site).index(site)

@@ -1,0 +1,110 @@
+"""Fake quantization, round to nearest: values move to the grid that `bits` bits can hold and stay floating point.
+
+The settings are those of OSP's evaluation (arXiv 2506.19697; the quantizers of QuaRot, arXiv 2404.00456): weights
+symmetric per output channel, activations asymmetric per token, both without a search for a clipping ratio unless asked
+for. Everything works along the last axis, which is the input channel of a weight (out, in) and the channel of an
+activation (..., D); with `group_size` every run of so many channels has a scale of its own. The arithmetic is fp32, the
+result in the dtype of x.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BITS = range(2, 17)
+CLIP_RATIOS = tuple(1 - i / 100 for i in range(80))  # of the clip search, from the whole range down
+CLIP_NORM = 2.4  # power of the error that the clip search minimizes
+
+
+class Grid(NamedTuple):
+    """The values s * (n - z) for the integers n from `low` to `high`."""
+
+    scale: Tensor  # (..., 1) s, fp32, above 0
+    zero: Tensor  # (..., 1) z, integer-valued fp32: the n that stands for 0
+    low: int
+    high: int
+
+    def levels(self, x: Tensor) -> Tensor:
+        """The integers n nearest to x (..., group), fp32; ties go to the even one before z is added."""
+        return (x.float() / self.scale).round_().add_(self.zero).clamp_(self.low, self.high)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The values of the grid nearest to x (..., group), fp32."""
+        return self.levels(x).sub_(self.zero).mul_(self.scale)
+
+
+def fake_quantize_weight(
+    weight: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = True, clip_search: bool = False
+) -> Tensor:
+    """`weight` (out, in) on a grid per row: s * clamp(round(w / s), -2^(b-1), 2^(b-1) - 1), zero kept.
+
+    Not `symmetric`: the grid of `fake_quantize_activation`. clip_search: see `clipped_grid`.
+    """
+    return _fake_quantize(weight, bits, group_size, symmetric, clip_search)
+
+
+def fake_quantize_activation(x: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = False) -> Tensor:
+    """`x` (..., D) on an asymmetric grid per token: s * (clamp(round(x / s) + z, 0, 2^b - 1) - z), zero kept.
+
+    `symmetric`: the grid of `fake_quantize_weight`.
+    """
+    return _fake_quantize(x, bits, group_size, symmetric, False)
+
+
+def symmetric_scale(x: Tensor, *, bits: int) -> Tensor:
+    """s = max|x| / (2^(bits-1) - 1) over the last axis, (..., 1) fp32; 1 where x is all zero."""
+    scale = x.float().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def asymmetric_scale(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """(s, z) over the last axis, each (..., 1) fp32: s = (max(x, 0) - min(x, 0)) / (2^bits - 1), z = round(-min / s).
+
+    The range holds 0, so that 0 is a level of its own; s is 1 where x is all zero.
+    """
+    x = x.float()
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return scale, (-low / scale).round()
+
+
+def full_grid(x: Tensor, *, bits: int, symmetric: bool) -> Grid:
+    """The grid that reaches the extremes of x over its last axis."""
+    if symmetric:
+        scale = symmetric_scale(x, bits=bits)
+        return Grid(scale, torch.zeros_like(scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return Grid(*asymmetric_scale(x, bits=bits), 0, 2**bits - 1)
+
+
+def clipped_grid(x: Tensor, *, bits: int, symmetric: bool) -> Grid:
+    """The full grid times that of CLIP_RATIOS whose error sum |q - x|^CLIP_NORM is least; the widest of ties.
+
+    The search of GPTQ's and QuaRot's code ("w_clip", "mse"), which raises the error to 2.4 and not to 2.
+    """
+    full = full_grid(x, bits=bits, symmetric=symmetric)
+    x = x.float()
+    scale, least = full.scale, torch.full_like(full.scale, torch.inf)
+    for ratio in CLIP_RATIOS:
+        candidate = full._replace(scale=full.scale * ratio)
+        error = candidate.nearest(x).sub_(x).abs_().pow_(CLIP_NORM).sum(-1, keepdim=True)
+        scale = torch.where(error < least, candidate.scale, scale)
+        least = torch.minimum(error, least)
+    return full._replace(scale=scale)
+
+
+def grouped(x: Tensor, *, bits: int, group_size: int | None) -> Tensor:
+    """x fp32 as (..., groups, group_size), after a check that this is possible."""
+    if bits not in BITS:
+        raise ValueError(f"bits={bits}: choose from {BITS.start} to {BITS.stop - 1}")
+    size = x.shape[-1] if group_size is None else group_size
+    if size < 1 or x.shape[-1] % size:
+        raise ValueError(f"group_size={group_size} does not divide the {x.shape[-1]} channels")
+    return x.float().unflatten(-1, (-1, size))
+
+
+def _fake_quantize(x: Tensor, bits: int, group_size: int | None, symmetric: bool, clip_search: bool) -> Tensor:
+    groups = grouped(x, bits=bits, group_size=group_size)
+    grid = (clipped_grid if clip_search else full_grid)(groups, bits=bits, symmetric=symmetric)
+    return grid.nearest(groups).reshape(x.shape).to(x.dtype)

@@ -1,0 +1,61 @@
+"""Fewer points, the same picture: what a screen cannot resolve is left out, extremes never are."""
+
+import math
+
+import numpy as np
+
+from osp.report.folder import Series, Site
+
+
+def envelope(series: Series, buckets: int) -> Series:
+    """At most 2 `buckets` + 2 points: smallest and largest value of each of `buckets` stretches of equally many points.
+
+    First and last point are kept, so is one non-finite point per stretch (a gap in the curve). Drawn as a line this
+    covers the same pixels as the whole curve, however narrow a spike is.
+    """
+    if len(series.steps) <= 2 * buckets:
+        return series
+    kept = {0, len(series.steps) - 1}
+    for stretch in np.array_split(np.arange(len(series.steps)), buckets):
+        values = series.values[stretch]
+        finite = stretch[np.isfinite(values)]
+        if len(finite):
+            kept |= {int(finite[np.argmin(series.values[finite])]), int(finite[np.argmax(series.values[finite])])}
+        if len(finite) < len(stretch):
+            kept.add(int(stretch[~np.isfinite(values)][0]))
+    chosen = np.array(sorted(kept))
+    return Series(series.steps[chosen], series.values[chosen])
+
+
+def averaged(series: Series, buckets: int) -> Series:
+    """The mean of each of `buckets` stretches of equally many points, at the stretch's middle step."""
+    finite = np.isfinite(series.values)
+    steps, values = series.steps[finite], series.values[finite]
+    stretches = [s for s in np.array_split(np.arange(len(steps)), buckets) if len(s)]
+    return Series(np.array([steps[s[len(s) // 2]] for s in stretches]), np.array([values[s].mean() for s in stretches]))
+
+
+def grid(sites: dict[Site, Series], buckets: int) -> tuple[list[list[int]], list[int | None], np.ndarray]:
+    """(stretches of steps, layers, values (layers, stretches)) of one statistic at one kind of site.
+
+    Where there are more probes than `buckets`, neighbours share a column and the largest of their values stands in it.
+    """
+    ordered = sorted(sites.items(), key=lambda item: -1 if item[0].layer is None else item[0].layer)
+    steps = np.unique(np.concatenate([series.steps for _, series in ordered]))
+    whole = np.full((len(ordered), len(steps)), math.nan)
+    for row, (_, series) in enumerate(ordered):
+        whole[row, np.searchsorted(steps, series.steps)] = series.values
+    stretches = [s for s in np.array_split(np.arange(len(steps)), buckets) if len(s)]
+    filled = np.where(np.isnan(whole), -math.inf, whole)
+    values = np.stack([filled[:, s].max(axis=1) for s in stretches], axis=1)
+    columns = [[int(steps[s[0]]), int(steps[s[-1]])] for s in stretches]
+    return columns, [site.layer for site, _ in ordered], np.where(np.isinf(values), math.nan, values)
+
+
+def rounded(values: np.ndarray, digits: int) -> list[float | int | None]:
+    """JSON numbers with so many significant digits; None for what is not finite."""
+    return [_short(float(f"{v:.{digits}g}")) if math.isfinite(v) else None for v in values.tolist()]
+
+
+def _short(value: float) -> float | int:
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value

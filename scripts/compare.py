@@ -1,0 +1,32 @@
+"""Tables 2 and 4 of the paper for several models: `python scripts/compare.py RUN RUN texts=[wikitext2]`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from entry import launch
+
+from osp.config import UserError, build
+from osp.evaluation.config import CompareConfig
+
+
+def main(values: dict[str, Any]) -> None:
+    config = build(CompareConfig, values, path="")
+    from osp.engine import is_main, shutdown
+    from osp.evaluation.compare import as_json, compare, markdown
+
+    try:
+        comparisons = compare(config)
+        if is_main():
+            print(markdown(comparisons))
+            if config.out:
+                try:
+                    Path(config.out).write_text(as_json(comparisons), encoding="utf-8")
+                except OSError as error:
+                    raise UserError(f"out={config.out}: cannot write there: {error.strerror}") from error
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    launch(main, "compare", defaults=dataclasses.asdict(CompareConfig()), positional="paths")

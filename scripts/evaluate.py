@@ -1,0 +1,34 @@
+"""Measure a model, quantized or not: `python scripts/evaluate.py RUN quant=osp_paper texts=[wikitext2]`."""
+
+import dataclasses
+from typing import Any
+
+from entry import launch
+
+from osp.config import UserError, build
+from osp.evaluation.config import EvaluateConfig
+
+
+def main(values: dict[str, Any]) -> None:
+    config = build(EvaluateConfig, values, path="")
+    if not config.path:
+        raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
+    from osp.engine import is_main, shutdown
+    from osp.evaluation.measure import ablation_table, evaluate, record_name, results_table, start, write_record
+
+    try:
+        subject = start(config.path, config)
+        results, ablation, record = evaluate(subject, config)
+        path = write_record(subject, config, record, record_name(record))
+        if is_main():
+            print(results_table(subject, config.quant, results))
+            if ablation:
+                print(ablation_table(ablation))
+            if path:
+                print(path)
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    launch(main, "evaluate", defaults=dataclasses.asdict(EvaluateConfig()), positional="path")

@@ -1,0 +1,24 @@
+"""Watch a run in the terminal: `python scripts/watch.py runs/quickstart`; Ctrl-C leaves, `--once` prints and exits."""
+
+import sys
+
+from osp.config import UserError
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        from rich.console import Console
+
+        from osp.report.terminal import parse, watch
+    except ImportError as error:
+        raise UserError(f"watching needs {error.name}; pip install 'osp[report]'") from error
+    folder, every, once = parse(arguments)
+    watch(folder, every=every, once=once, console=Console())
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,190 @@
+"""The preparer is killed, signalled, orphaned, or finds the disk full: nothing is lost, and nothing half-written is
+taken for good."""
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osp.config import DataConfig, TokenizerConfig, UserError
+from osp.data import load_manifest, prepare, shard_folder, verify
+from osp.data.manifest import is_locked
+from tests.data.test_prepare import contents, long_corpus, with_text
+
+fork = multiprocessing.get_context("fork")
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 30) -> bool:
+    """Whether `condition` came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: not gone, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_killed_at_random_moments_gives_the_same_bytes(
+    num_workers: int, data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(data_config, shard_tokens=2_003, num_workers=num_workers)  # 67 files to cut
+    whole = dataclasses.replace(config, cache_dir=str(tmp_path / "whole"))
+    killed = dataclasses.replace(config, cache_dir=str(tmp_path / "killed"))
+    expected = contents(prepare(whole, tokenizer_config, progress=False))
+    folder = shard_folder(killed, tokenizer_config)
+    draw = random.Random(num_workers)
+    for _ in range(3):
+        done = len(list(folder.glob("*")))
+        reached = done + draw.randint(1, 15)  # files, the one that is being written among them
+        child = fork.Process(target=prepare, args=(killed, tokenizer_config), kwargs={"progress": False})
+        child.start()
+        assert until(lambda reached=reached: len(list(folder.glob("*"))) >= reached)
+        time.sleep(draw.uniform(0, 0.01))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert not (folder / "manifest.json").exists() or not load_manifest(folder).complete
+    resumed = contents(prepare(killed, tokenizer_config, progress=False))
+    for files in (resumed, expected):
+        files["manifest.json"] = files["manifest.json"].replace(b"/killed", b"/whole")
+    assert resumed == expected
+    verify(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the children in /proc")
+def test_signals_to_all_processes_leave_the_preparation_alone_but_its_trainers_end_ends_it(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
+) -> None:
+    """A launcher signals every process of a job, and the trainer may want rows to finish its step."""
+    long_corpus(tmp_path / "long.jsonl", texts, copies=60)
+    config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
+    program = "import time; from osp.config import *; from osp.data import start; " + (
+        f"print(start({config!r}, {tokenizer_config!r}, progress=False), flush=True); time.sleep(600)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env) as trainer:
+        assert trainer.stdout is not None
+        folder = Path(trainer.stdout.readline().strip())
+        (preparer,) = children_of(trainer.pid)
+        workers = children_of(preparer)
+        assert len(workers) == 2
+        for process in (preparer, *workers):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(process, number)
+        sealed = len(load_manifest(folder).train.shards)
+        assert until(lambda: len(load_manifest(folder).train.shards) > sealed)
+        assert load_manifest(folder).error is None
+        assert not load_manifest(folder).complete, "the corpus is too short for this test"
+        assert all(map(alive, (preparer, *workers)))
+        trainer.kill()
+        trainer.wait()
+        assert until(lambda: not any(map(alive, (preparer, *workers))), seconds=10)
+    assert not is_locked(folder)
+
+
+def _kill_one_worker(config: DataConfig, tokenizer: TokenizerConfig, notes: Path) -> None:
+    try:
+        prepare(config, tokenizer, progress=False)
+    except UserError as error:
+        notes.write_text(str(error))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the children in /proc")
+def test_one_killed_worker_ends_the_others(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
+) -> None:
+    """The executor ends what is left of a broken pool with SIGTERM, which the workers ignore."""
+    long_corpus(tmp_path / "long.jsonl", texts, copies=40)
+    config = with_text(data_config, tmp_path / "long.jsonl", num_workers=3)
+    child = fork.Process(target=_kill_one_worker, args=(config, tokenizer_config, tmp_path / "notes"))
+    child.start()
+    assert child.pid is not None
+    pid = child.pid
+    assert until(lambda: len(children_of(pid)) == 3)
+    workers = children_of(pid)
+    os.kill(workers[1], signal.SIGKILL)
+    child.join(20)
+    assert child.exitcode == 0
+    assert "a tokenizing process was killed" in (tmp_path / "notes").read_text()
+    assert not any(map(alive, workers))
+
+
+def _prepare_with_little_disk(data: DataConfig, tokenizer: TokenizerConfig, limit: int, notes: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        prepare(data, tokenizer, progress=False)
+    except UserError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        print(error)
+        os.write(os.open(notes, os.O_WRONLY | os.O_CREAT), str(error).encode()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"),
+    # bytes that a file may have: the tokenizer.json has more than 8,000, a shard of training 32,002
+    [(4_000, "tokenizer.json"), (31_000, "train-00000.bin")],
+)
+def test_full_disk_is_one_line_and_leaves_nothing(
+    limit: int, file: str, data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
+    arguments = (config, tokenizer_config, limit, tmp_path / "notes")
+    child = fork.Process(target=_prepare_with_little_disk, args=arguments)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    message = (tmp_path / "notes").read_text()
+    assert message == f"cannot write {shard_folder(config, tokenizer_config) / file}: File too large"
+    assert list((tmp_path / "shards").iterdir()) == []
+    verify(prepare(config, tokenizer_config, progress=False))
+
+
+def test_full_disk_after_the_first_shards_keeps_them_and_goes_on(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills while the third training shard is written; the next start ends with the bytes of a whole one."""
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("train-00002.bin.tmp"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"^cannot write .*train-00002\.bin: No space left on device$"):
+        prepare(config, tokenizer_config, progress=False)
+    monkeypatch.undo()
+    folder = shard_folder(config, tokenizer_config)
+    manifest = load_manifest(folder)
+    assert [shard.file for shard in manifest.train.shards] == ["train-00000.bin", "train-00001.bin"]
+    assert manifest.error is not None
+    assert not manifest.complete
+    assert not list(folder.glob("*.tmp"))
+    verify(folder)
+    resumed = contents(prepare(config, tokenizer_config, progress=False))
+    expected = contents(prepare(data_config, tokenizer_config, progress=False))
+    expected["manifest.json"] = expected["manifest.json"].replace(
+        data_config.cache_dir.encode(), config.cache_dir.encode()
+    )
+    assert resumed == expected

@@ -1,0 +1,54 @@
+"""Models to evaluate: a random Llama with a byte-level tokenizer, and stories260K where it is at hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from osp.evaluation.language_model import LanguageModel, open_model
+from tests.conftest import made_text
+from tests.hf_models import STORIES, edit_json, random_llama, write_stories260k
+
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a random model of 64 positions and a BPE of 300 tokens."""
+    folder = tmp_path_factory.mktemp("llama")
+    random_llama(folder, vocab_size=VOCABULARY)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        made_text(50),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    edit_json(folder / "config.json", bos_token_id=0, eos_token_id=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> LanguageModel:
+    return open_model(llama_folder)
+
+
+@pytest.fixture(scope="session")
+def transformers_llama(llama_folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(llama_folder).double().eval()
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    if not STORIES.exists():
+        pytest.skip("the shared checkpoint is not here")
+    folder = tmp_path_factory.mktemp("stories")
+    write_stories260k(folder)
+    return open_model(folder)

@@ -1,0 +1,253 @@
+"""The commands evaluate and compare: what they print and store is what their parts give one by one."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from osp.config import UserError
+from osp.evaluation.compare import COLUMNS, compare_one, markdown, table_4_specs
+from osp.evaluation.config import CompareConfig, EvaluateConfig
+from osp.evaluation.language_model import LanguageModel, open_model
+from osp.evaluation.measure import (
+    ablation_table,
+    calibration_rows,
+    evaluate,
+    live_perplexity,
+    read_inputs,
+    record_name,
+    results_table,
+    write_record,
+)
+from osp.evaluation.perplexity import perplexity
+from osp.evaluation.quantized import quantized
+from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec
+from osp.evaluation.texts import encode, read_text
+from tests.conftest import ROOT, made_text
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import entry
+
+FOUR = QuantSpec().at("4-4-4")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(made_text(2)))
+    return path
+
+
+@pytest.fixture
+def config(text_file: Path) -> EvaluateConfig:
+    return EvaluateConfig(texts=(str(text_file),), seq_len=32, max_tokens=256, progress=False)
+
+
+def test_results_are_those_of_the_parts(llama: LanguageModel, config: EvaluateConfig, tmp_path: Path) -> None:
+    text = read_text(config.texts[0], llama)
+    with quantized(llama.model, FOUR):
+        expected = perplexity(llama.model, text, seq_len=32, max_tokens=256)
+    results, ablation, record = evaluate(llama, dataclasses.replace(config, quant=FOUR))
+    assert [(r.what, r.metric, r.value) for r in results] == [
+        ("text.txt[len=32,overlap=0,bos=no,first=256]", "perplexity", expected.perplexity),
+        ("text.txt[len=32,overlap=0,bos=no,first=256]", "bits per byte", expected.bits_per_byte),
+    ]
+    assert ablation is None
+    plain, _, other = evaluate(llama, config)
+    assert plain[0].value == perplexity(llama.model, text, seq_len=32, max_tokens=256).perplexity != results[0].value
+    assert record["model"]["sha256"] == other["model"]["sha256"] == llama.sha256(), "of the file, quantized or not"
+    assert record["quant"]["hash"] == FOUR.hash != other["quant"]["hash"]
+    assert record["texts"] == [{"name": "text.txt", "sha256": text.sha256, "tokens": len(text.tokens)}]
+    table = results_table(llama, FOUR, results)
+    assert str(FOUR) in table
+    assert FOUR.hash in table
+    path = write_record(llama, dataclasses.replace(config, out=str(tmp_path / "new" / "a.json")), record, "name")
+    assert path is not None
+    assert json.loads(path.read_text())["results"][0]["value"] == results[0].value
+    assert write_record(llama, config, record, "name") is None
+    names = {record_name(record), record_name(other), record_name({**record, "texts": []})}
+    assert len(names) == 3  # an evaluation on other text or at other bits does not take the place of this one
+
+
+def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageModel, config: EvaluateConfig) -> None:
+    text = read_text(config.texts[0], llama)
+
+    def at(sites: Any) -> float:
+        with quantized(llama.model, FOUR, sites=sites):
+            return perplexity(llama.model, text, seq_len=32, max_tokens=64).perplexity
+
+    asked = dataclasses.replace(config, quant=FOUR, ablate=True, max_tokens=64)
+    _, ablation, record = evaluate(llama, asked)
+    assert ablation is not None
+    names = [*WEIGHT_SITES, *ACTIVATION_SITES, *CACHE_SITES]
+    assert [cost.site for cost in ablation.sites] == names
+    assert ablation.unquantized == perplexity(llama.model, text, seq_len=32, max_tokens=64).perplexity
+    assert ablation.quantized == at(names)
+    for cost in ablation.sites:
+        if cost.site in ("down_proj", "k"):
+            assert cost.alone == at([cost.site])
+            assert cost.left_out == at([site for site in names if site != cost.site])
+    assert len(ablation.layer_errors) == 3
+    assert min(ablation.layer_errors) > 0
+    lines = ablation_table(ablation).split("\n")
+    worst = max(ablation.sites, key=lambda cost: cost.alone)
+    (line,) = [line for line in lines if line.startswith(worst.site + " ")]
+    assert line.count("#") == max(other.count("#") for other in lines) == 40
+    assert f"{math.log(worst.alone / ablation.unquantized):+.4f}" in line
+    assert len(record["ablation"]["sites"]) == len(names)
+
+
+def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:
+    text = encode("made", ["".join(made_text(1))], llama)
+    before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
+    llama.model.train()
+    try:
+        found = live_perplexity(llama.model, text, seq_len=32)
+        assert llama.model.training
+    finally:
+        llama.model.eval()
+    assert list(found) == ["quant/perplexity/16-16-16", "quant/perplexity/4-4-4"]
+    assert found["quant/perplexity/16-16-16"] == perplexity(llama.model, text, seq_len=32).perplexity
+    with quantized(llama.model, FOUR):
+        assert found["quant/perplexity/4-4-4"] == perplexity(llama.model, text, seq_len=32).perplexity
+    assert all(torch.equal(before[name], tensor) for name, tensor in llama.model.state_dict().items())
+
+
+def test_calibration_is_never_the_text_that_is_measured(
+    llama: LanguageModel, config: EvaluateConfig, tmp_path: Path
+) -> None:
+    inputs = read_inputs(llama, config)
+    gptq = QuantSpec(w_bits=4, method="gptq", calibration=config.texts[0], calibration_tokens=64)
+    assert calibration_rows(llama, FOUR, inputs) is None
+    with pytest.raises(UserError, match=r"quant.calibration=.*text.txt is a text that is measured"):
+        calibration_rows(llama, gptq, inputs)
+    (tmp_path / "other.txt").write_text("a few words")
+    with pytest.raises(UserError, match=r"quant.calibration=.*other.txt: \d+ tokens are too few"):
+        calibration_rows(llama, dataclasses.replace(gptq, calibration=str(tmp_path / "other.txt")), inputs)
+    with pytest.raises(UserError, match=r"quant.calibration=train: .* is no run"):
+        calibration_rows(llama, dataclasses.replace(gptq, calibration="train"), inputs)
+
+
+def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
+    spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=128)
+    config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=128, quant=spec, progress=False)
+    found = compare_one(llama, config)
+    assert found.bits[""]["16-16-16"] == found.bits["+Had"]["16-16-16"]
+    text = read_text(str(text_file), llama)
+    for row, bits in (("", "4-8-16"), ("+Had", "4-4-4")):
+        with quantized(llama.model, dataclasses.replace(spec, ffn_hadamard=bool(row)).at(bits)):
+            expected = perplexity(llama.model, text, seq_len=32, max_tokens=128).perplexity
+        assert found.bits[row][bits].perplexity == expected
+    assert found.methods["RTN"] == found.bits[""]["4-4-4"]
+    assert found.methods["+ FFN Had"] == found.bits["+Had"]["4-4-4"]
+    assert list(found.methods) == list(table_4_specs(spec, spinquant=False))
+    lines = markdown([found, found]).split("\n")
+    assert lines[0] == f"| model | ex. kurtosis | {' | '.join(COLUMNS)} |"
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        f"| {llama.name} (1)",
+        "| +Had",
+        f"| {llama.name} (2)",
+        "| +Had",
+    ]
+    assert lines[2].startswith(f"| {llama.name} (1) | - | {found.bits['']['16-16-16'].perplexity:.2f} | ")
+    assert sum(line.startswith("| + QuaRot | ") for line in lines) == 1
+
+
+@pytest.fixture
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """The line that `python scripts/NAME.py ARGUMENTS` prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        import compare
+        import evaluate as script
+
+        main, kind, key = {
+            "evaluate": (script.main, EvaluateConfig, "path"),
+            "compare": (compare.main, CompareConfig, "paths"),
+        }[name]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("osp.engine.shutdown", lambda: None)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            entry.launch(main, name, defaults=dataclasses.asdict(kind()), positional=key)
+        assert stop.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error:")]
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"name the model: python scripts/evaluate.py RUN"),
+        (["nowhere"], r"nowhere: no model; name a run with a checkpoint"),
+        (["LLAMA"], r"nothing to measure; name texts=\[wikitext2\] or files"),
+        (["LLAMA", "texts=[nowhere.txt]"], r"nowhere.txt does not exist"),
+        (["LLAMA", "tasks=[nowhere]"], r"tasks: cannot read nowhere.jsonl"),
+        (["LLAMA", "tasks=[paper]"], r"tasks_dir=. holds none of arc_easy"),
+        (["LLAMA", "lm_eval=[piqa.jsonl]"], r"lm_eval=piqa.jsonl: local files are tasks="),
+        (["LLAMA", "text=[a]"], r"unknown key 'text'; did you mean 'texts'\?"),
+        (["LLAMA", "quant=osp"], r"Could not find 'quant/osp'"),
+        (["LLAMA", "quant.w_bits=1"], r"quant.w_bits=1: must be an integer from 2 to 16"),
+        (
+            ["LLAMA", "quant=osp_paper", "quant.w_group_size=5"],
+            r"quant.w_group_size=5 does not divide model.hidden_size",
+        ),
+        (["LLAMA", "texts=[t.txt]", "ablate=true"], r"ablate=true needs a text .* and a quantization"),
+        (["LLAMA", "texts=[t.txt]", "seq_len=65"], r"seq_len=65: a window has 2 to 64 tokens"),
+        (["LLAMA", "texts=[t.txt]", "quant=gptq"], r"quant.calibration=train: .* is no run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_on_the_command_line(
+    arguments: list[str], message: str, error_of: Callable[..., str], llama_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text("some words of a text that is long enough to be measured")
+    found = error_of("evaluate", *(str(llama_folder) if a == "LLAMA" else a for a in arguments), "threads=1")
+    assert re.search(message, found)
+
+
+def test_comparing_nothing(error_of: Callable[..., str]) -> None:
+    assert "name the models to compare" in error_of("compare")
+    assert "one/two: no model" in error_of("compare", "one/two", "three")
+
+
+def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path) -> None:
+    again = open_model(llama_folder)
+    assert again.sha256() == llama.sha256()
+    with torch.no_grad():
+        again.model.lm_head.weight[0, 0] += 1e-3
+    assert again.sha256() != llama.sha256()
+
+
+def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The real command below torchrun: the numbers of one process, once."""
+    arguments = [str(llama_folder), f"texts=[{text_file}]", "seq_len=32", "quant=strict", "progress=false"]
+
+    def run(*launcher: str) -> str:
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        result = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *arguments, "device=cpu", "threads=1"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=240,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert two.count("perplexity") == 1
+    assert two == run()

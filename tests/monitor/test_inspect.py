@@ -1,0 +1,147 @@
+"""`python scripts/inspect_outliers.py`: a table and a bundle from a folder alone, or one line that says why not."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osp.config import Config, UserError, from_dict
+from osp.engine import Engine
+from osp.monitor import inspect
+from osp.train import train
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import inspect_outliers
+
+Tiny = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def spiky(tiny_values: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which channel 11 of the embedding is made an outlier at the second step."""
+    folder = tmp_path_factory.mktemp("inspect") / "run"
+    values = json.loads(json.dumps(tiny_values))
+    values |= {"run": {"name": "run", "dir": str(folder)}, "monitor": {"tokens": 64, "every": 1}}
+    values["train"]["steps"], values["eval"]["every"] = 3, 0
+    values["checkpoint"]["every"] = 1
+    values["model"]["embed_proj"] = False
+    original = Engine.step
+
+    def step(self: Engine) -> bool:
+        done = original(self)
+        if self.optimizer._number == 2:
+            for name, start, _, states in self.local_state():
+                if name == "embed_tokens.weight":
+                    assert start == 0
+                    states["weight"].view(-1, 32)[:, 11] = 50.0
+            self.sync_weights_from_master()
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        train(from_dict(values))
+    return folder
+
+
+def test_names_where_the_outlier_is_and_since_when(spiky: Path, tmp_path: Path) -> None:
+    table, path = inspect(spiky, out=tmp_path)
+    (line,) = [line for line in table.split("\n") if line.startswith("embed_out")]
+    cells = line.split()
+    assert cells[5] == "11"
+    assert "step 2" in line
+    contents = json.loads(path.read_text())
+    assert contents["step"] == 3
+    assert contents["channel"] == 11
+    assert contents["since"] == 2
+    steps = dict(contents["growth"])
+    assert steps[3] > 10 * (steps[1] or 0.1)
+    assert "embed_tokens.weight" in {weight["parameter"] for weight in contents["weights"]}
+    assert (tmp_path / path.name).exists()
+    assert "| parameter | role | rule |" in path.with_suffix(".md").read_text()
+
+
+def test_reads_a_text_of_the_user_and_an_older_checkpoint(spiky: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words of mine " * 20)
+    table, path = inspect(spiky / "checkpoints" / "step_00000001", text, tmp_path)
+    assert table.startswith("after step 1:")
+    contents = json.loads(path.read_text())
+    assert contents["text"] in text.read_text()
+    assert max(step for step, _ in contents["growth"]) == 1, "nothing of what came later"
+
+
+def test_command_prints_the_table_and_leaves_no_deepspeed(spiky: Path, tmp_path: Path) -> None:
+    """In a process that cannot import it."""
+    code = (
+        "import sys, runpy; sys.modules['deepspeed'] = None; "
+        f"sys.argv = ['inspect_outliers.py', {str(spiky)!r}, '--out', {str(tmp_path)!r}]; "
+        f"runpy.run_path({str(ROOT / 'scripts/inspect_outliers.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "kurtosis/osp_script" in done.stdout
+    assert "embed_out" in done.stdout
+    assert str(tmp_path) in done.stdout
+
+
+def test_mistakes_are_one_clear_line(spiky: Path, tmp_path: Path) -> None:
+    def line(*arguments: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            inspect(*arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("")
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert line(tmp_path) == f"{tmp_path}: neither a run folder with a checkpoint nor a checkpoint"
+    assert line(spiky, empty) == f"--text {empty}: holds 0 tokens; moments over tokens need at least 2"
+    assert line(spiky, binary).startswith(f"--text {binary}: cannot be read")
+    assert line(spiky, tmp_path / "no.txt").startswith(f"--text {tmp_path / 'no.txt'}: cannot be read")
+
+
+def test_held_out_text_that_is_gone_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("train.steps=1", "checkpoint.every=0")
+    train(config)
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json"
+    contents = json.loads(manifest.read_text())
+    contents["config"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
+    manifest.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match="held-out text is not there; name a text with --text FILE"):
+        inspect(tmp_path / "run")
+
+
+def test_script_ends_with_status_2_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inspect_outliers.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        inspect_outliers.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: neither a run folder with a checkpoint nor a checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('monitor.sites=["attn_inn"]', "monitor.sites"),
+        ('monitor.statistics=["kurtoses"]', "monitor.statistics"),
+        ("monitor.tokens=1", "monitor.tokens=1: must be at least 2"),
+        ("monitor.every=-1", "monitor.every=-1: must be a finite number, 0 or more"),
+        ("monitor.every=often", "monitor.every='often': expected int or auto"),
+        ("monitor.max_cost=2", "monitor.max_cost=2.0: must be in (0, 1)"),
+        ("monitor.alerts.kurtosis.all.above=-1", "monitor.alerts.kurtosis.all.above=-1.0: must be a finite number"),
+        ("monitor.alerts.kurtosis.everywhere.above=1", "monitor.alerts.kurtosis='everywhere'; choose from"),
+        ("monitor.alerts.kurtose.all.above=1", "monitor.alerts='kurtose'; choose from kurtosis"),
+        ("monitor.alerts.kurtosis.all.abov=1", "unknown key 'monitor.alerts.kurtosis.all.abov'"),
+    ],
+)
+def test_mistakes_in_the_configuration(override: str, message: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny(override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

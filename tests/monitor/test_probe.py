@@ -1,0 +1,303 @@
+"""What the probe sees is what the model computes: planted outliers, a forward pass spelled out, any number of ranks."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osp.config import MonitorConfig
+from osp.model import Block, Transformer
+from osp.monitor.probe import Reading, probe, site_names
+from osp.quantize import fake_quantize_activation, fake_quantize_weight
+from tests.distributed import run_distributed
+from tests.monitor import workers
+from tests.monitor.test_statistics import naive
+from tests.monitor.workers import FULL, LAYER, POSITION, ROW, SITES, TOKEN
+
+# --- planted outliers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Of every rank."""
+    return [workers.everything(0)] if request.param == 1 else ranks_of(request.param)
+
+
+_RANKS: dict[int, list[dict[str, Any]]] = {}
+
+
+def ranks_of(world_size: int) -> list[dict[str, Any]]:
+    if world_size not in _RANKS:
+        _RANKS[world_size] = run_distributed(workers.everything, world_size, 0)
+    return _RANKS[world_size]
+
+
+@pytest.fixture(scope="module")
+def clean() -> Reading:
+    return probe(workers.planted(None), workers.rows(), FULL)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_statistics_and_place_name_the_planted_outlier(site: str, found: list[dict[str, Any]], clean: Reading) -> None:
+    name, channel, _ = SITES[site]
+    for rank in found:
+        seen = rank["planted"][site]["reading"].sites[name]
+        assert (seen.channel, seen.row, seen.position, seen.token) == (channel, ROW, POSITION, TOKEN)
+        assert seen.top_channel == channel
+        assert seen.channels[0] == (channel, abs(seen.value))
+        assert abs(seen.value) > 300
+        assert (seen.value < 0) == (site == "embed_out")
+        for statistic, value in seen.statistics.items():
+            if statistic == "massive_count":  # the outlier makes 6 sigma so wide that nothing else is beyond
+                assert value == 1
+            else:
+                assert value > 1.1 * clean.sites[name].statistics[statistic], statistic
+
+
+# what flows on, or has come from, a second site
+ALSO = {
+    "embed_out": {"layer_00/block_out", "layer_01/block_out"},
+    "v": {"layer_01/o_proj_in"},
+    "o_proj_in": {"layer_01/v", "layer_01/block_out"},
+    "block_out": {"layer_01/down_proj_in"},
+}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_alert_names_the_planted_outlier(site: str, found: list[dict[str, Any]]) -> None:
+    name = SITES[site][0]
+    for rank in found:
+        alerts = rank["planted"][site]["alerts"]
+        assert {alert.place for alert in alerts} == {name} | ALSO.get(site, set())
+        (alert,) = [alert for alert in alerts if alert.place == name]
+        assert alert.value == rank["planted"][site]["reading"].sites[name].statistics["max_over_median"]
+        assert name in alert.message
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_forensics_name_the_planted_outlier(site: str, found: list[dict[str, Any]]) -> None:
+    name, channel, parameter = SITES[site]
+    for rank in found:
+        contents = rank["planted"][site]["bundle"]
+        assert contents["site"] == name
+        assert contents["layer"] == (LAYER if "/" in name else None)
+        assert (contents["channel"], contents["row"], contents["position"]) == (channel, ROW, POSITION)
+        assert (contents["token"], contents["token_text"]) == (TOKEN, f" t{TOKEN}")
+        tokens = workers.rows().tokens[ROW, POSITION - 8 :].tolist()
+        assert contents["text"] == "".join(f" t{token}" for token in tokens)
+        assert contents["growth"] == [(0, None), (1, abs(contents["value"]))]
+        assert contents["since"] == 1
+        loudest = max(contents["weights"], key=lambda weight: weight["ratio"])
+        assert loudest["parameter"] == parameter
+        expected = {"o_proj_in": 9}.get(site, channel)
+        assert loudest["index"] == expected
+        assert loudest["ratio"] > 3
+        entry = next(entry for entry in contents["optimizer"] if entry["parameter"] == parameter)
+        role = "embedding" if "embed" in parameter else "gain" if "norm" in parameter else "matrix"
+        rule = {"embedding": "adamw", "gain": "normalized", "matrix": "muon"}[role]
+        assert (entry["role"], entry["rule"]) == (role, rule)
+        # the first of a warm-up over 5% of 10 steps, which is one step
+        assert entry["learning_rate"] == (1e-3 if rule == "adamw" else 5e-4)
+
+
+# --- a forward pass spelled out -----------------------------------------------------------------------------------
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def forward(model: Transformer, ids: Tensor, product: Product) -> dict[str, Tensor]:
+    """Every site of a row, (T, D) each, with RMSNorm; `product` is what the linear layers of the blocks do."""
+    config = model.config
+    heads, groups, size = config.num_attention_heads, config.kv_heads, config.head_dim
+    x = model.embed_tokens.weight[ids]
+    seen = {"embed_out": x}
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Block)
+        attention, mlp = layer.self_attn, layer.mlp
+        h = rms_norm(x, layer.input_layernorm.weight)
+        q, k, v = (product(h, p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = rotate(q, size, config.rope_theta), rotate(k, size, config.rope_theta)
+        out = torch.zeros_like(q)
+        for head in range(heads):
+            mine, shared = slice(head * size, (head + 1) * size), head * groups // heads
+            theirs = slice(shared * size, (shared + 1) * size)
+            for t in range(len(ids)):
+                logits = k[: t + 1, theirs] @ q[t, mine] / math.sqrt(size)
+                out[t, mine] = logits.softmax(0) @ v[: t + 1, theirs]
+        x = x + product(out, attention.o_proj.weight)
+        h2 = rms_norm(x, layer.post_attention_layernorm.weight)
+        act = F.silu(product(h2, mlp.gate_proj.weight)) * product(h2, mlp.up_proj.weight)
+        x = x + product(act, mlp.down_proj.weight)
+        sites = {"attn_in": h, "q": q, "k": k, "v": v, "o_proj_in": out, "mlp_in": h2, "down_proj_in": act}
+        seen |= {f"layer_{index:02d}/{name}": value for name, value in {**sites, "block_out": x}.items()}
+    return {**seen, "final_norm_out": rms_norm(x, model.norm.weight)}
+
+
+def rms_norm(x: Tensor, gain: Any) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+
+def rotate(x: Tensor, size: int, theta: float) -> Tensor:
+    """RoPE with complex numbers: (x_i + j x_(i + K/2)) turned by t theta^(-2i/K)."""
+    first, second = x.unflatten(-1, (-1, size)).chunk(2, -1)
+    angle = torch.arange(len(x))[:, None] * theta ** (-2 * torch.arange(size // 2) / size)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((turned.real, turned.imag), -1).flatten(1)
+
+
+def quantized_product(x: Tensor, weight: Tensor) -> Tensor:
+    return fake_quantize_activation(x, bits=4) @ fake_quantize_weight(weight, bits=4).T
+
+
+@pytest.fixture(scope="module")
+def spelled_out() -> tuple[Reading, dict[str, Tensor], dict[str, Tensor], float]:
+    """(what the probe sees, the sites of all rows, the same under fake W4A4, the paper's script)."""
+    model, rows = workers.small_model(), workers.rows()
+    with torch.no_grad():
+        for layer in model.layers:
+            assert isinstance(layer, Block)
+            layer.mlp.up_proj.weight[3] *= 8  # some outliers
+        plain = [forward(model, row, lambda x, w: x @ w.T) for row in rows.tokens]
+        noisy = [forward(model, row, quantized_product) for row in rows.tokens]
+        alone = [forward(model, token[None], lambda x, w: x @ w.T) for row in rows.tokens for token in row]
+    states = ("embed_out", "layer_00/block_out", "final_norm_out")  # as Hugging Face gives them
+    script = []
+    for state in states:
+        x = torch.stack([seen[state] for seen in alone])
+        script.append(torch.relu((x**4).mean(-1) / x.std(-1) ** 4 - 3).mean())
+    together = [{name: torch.cat([row[name] for row in seen]) for name in seen[0]} for seen in (plain, noisy)]
+    return probe(model, rows, FULL), together[0], together[1], float(torch.stack(script).mean())
+
+
+def test_every_site_shows_what_the_model_computes(spelled_out: Any) -> None:
+    reading, sites, _, _ = spelled_out
+    assert set(reading.sites) == set(sites) == set(site_names(FULL, 2))
+    for name, values in sites.items():
+        expected = naive(values)
+        # medians and counts are of values rounded to bf16: one that lies at an edge may fall on either side
+        assert reading.sites[name].statistics == pytest.approx(expected, rel=5e-3 if expected["kurtosis"] else 1e-3)
+        for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms", "top_channel_share", "few_tokens"):
+            assert reading.sites[name].statistics[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (name, key)
+            assert reading.metrics[f"monitor/{key}/{name}"] == reading.sites[name].statistics[key]
+
+
+def test_error_under_fake_quantization_is_that_of_a_second_pass(spelled_out: Any) -> None:
+    reading, plain, noisy, _ = spelled_out
+    for key, name in (("R_L", "final_norm_out"), *((f"R_L/layer_0{i}", f"layer_0{i}/block_out") for i in range(2))):
+        expected = float((noisy[name] - plain[name]).square().sum() / plain[name].square().sum())
+        assert 1e-3 < expected < 1
+        # rounding may take a value that lies between two levels to either
+        assert reading.metrics[f"monitor/{key}"] == pytest.approx(expected, rel=2e-2), key
+
+
+def test_papers_script_on_the_same_hidden_states(spelled_out: Any) -> None:
+    reading, _, _, script = spelled_out
+    assert reading.metrics["monitor/kurtosis/osp_script"] == pytest.approx(script, rel=1e-5)
+
+
+def test_gains_and_rows_are_the_largest_of_the_weights() -> None:
+    model = workers.planted("attn_in")
+    metrics = probe(model, workers.rows(), FULL).metrics
+    assert metrics["monitor/gain_max/layer_01/input_layernorm"] == 400
+    assert metrics["monitor/gain_max/layer_00/input_layernorm"] == 1
+    assert metrics["monitor/gain_max/norm"] == 1
+    for name, parameter in (("layer_01/down_proj", "layers.1.mlp.down_proj.weight"), ("lm_head", "lm_head.weight")):
+        expected = max(math.sqrt(sum(v * v for v in row)) for row in model.get_parameter(parameter).tolist())
+        assert metrics[f"monitor/weight_row_max/{name}"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_figures_of_the_whole_model_sum_up_its_sites(spelled_out: Any) -> None:
+    reading = spelled_out[0]
+    kurtosis = [site.statistics["kurtosis"] for site in reading.sites.values()]
+    assert reading.metrics["monitor/kurtosis/max"] == max(kurtosis)
+    assert reading.metrics["monitor/kurtosis/mean"] == pytest.approx(sum(kurtosis) / len(kurtosis))
+    assert reading.metrics["monitor/max_abs/max"] == max(s.statistics["max_abs"] for s in reading.sites.values())
+
+
+# --- ranks and settings -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_change_nothing(world_size: int) -> None:
+    """Five rows of documents on 2 and 4 ranks; maxima, places, counts and histograms to the last bit."""
+    one = workers.heavy_reading()
+    for rank in ranks_of(world_size):
+        many = rank["reading"]
+        assert many.metrics == pytest.approx(one.metrics, rel=1e-12)
+        assert many.metrics.keys() == one.metrics.keys()
+        for name, site in one.sites.items():
+            other = many.sites[name]
+            assert (other.value, other.channel, other.row, other.position) == (
+                site.value,
+                site.channel,
+                site.row,
+                site.position,
+            )
+            assert (other.channels, other.octaves) == (site.channels, site.octaves)
+
+
+def test_nothing_stays_behind() -> None:
+    model = workers.small_model().train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    probe(model, workers.rows(), FULL)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    for module in model.modules():
+        assert module.training
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in module.__dict__
+
+
+def test_nothing_stays_behind_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = workers.small_model().train()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("osp.monitor.statistics.sample", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        probe(model, workers.rows(), FULL)
+    assert all(m.training and not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("sites", "statistics", "expected"),
+    [
+        (("block_out",), ("kurtosis",), {"kurtosis/layer_00/block_out", "kurtosis/max", "kurtosis/mean"}),
+        ((), ("R_L",), {"R_L", "R_L/layer_00", "R_L/layer_01"}),
+        (("q",), ("attn_sink", "rms"), {"attn_sink/layer_01", "rms/layer_01/q"}),
+        (("v",), ("osp_script",), {"kurtosis/osp_script"}),
+        ((), ("gain_max",), {"gain_max/layer_00/input_layernorm", "gain_max/norm"}),
+    ],
+)
+def test_only_what_is_asked_for_is_measured(sites: Any, statistics: Any, expected: set[str]) -> None:
+    metrics = probe(workers.small_model(), workers.rows(), MonitorConfig(sites=sites, statistics=statistics)).metrics
+    names = {key.removeprefix("monitor/") for key in metrics}
+    assert expected <= names
+    kinds = set(statistics) - {"osp_script"} | ({"kurtosis"} if "osp_script" in statistics else set())
+    assert {name.split("/")[0] for name in names} == kinds
+    if "osp_script" in statistics:
+        assert names == expected
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "ssnorm", "crmsnorm", "bhyt", "dyt"])
+def test_every_norm_can_be_probed(norm: str) -> None:
+    metrics = probe(workers.small_model(norm, embed_proj=True), workers.rows(), FULL).metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert ("monitor/gain_max/layer_00/input_layernorm" in metrics) == (norm != "crmsnorm")
+    assert "monitor/weight_row_max/embed_proj" in metrics
+
+
+def test_bf16_model_is_measured_in_fp64() -> None:
+    """Fourth powers in bf16 would leave no digit: the statistics are those of the values as they are."""
+    model = workers.planted("block_out")
+    model.compute_dtype = torch.bfloat16
+    seen = probe(model, workers.rows(), FULL).sites["layer_01/block_out"]
+    assert (seen.channel, seen.row, seen.position) == (13, ROW, POSITION)
+    assert seen.value == torch.tensor(seen.value).bfloat16().item()

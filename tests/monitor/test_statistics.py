@@ -1,0 +1,260 @@
+"""Each statistic against a closed form on planted samples, a naive float64 oracle, and itself over any split."""
+
+import itertools
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from osp.monitor import statistics as st
+from osp.monitor.statistics import Sample
+
+N, D = 64, 32
+
+
+def measured(x: Tensor) -> dict[str, float]:
+    return st.statistics(st.sample(x))
+
+
+# --- closed forms -------------------------------------------------------------------------------------------------
+
+
+def test_kurtosis_of_known_samples() -> None:
+    """Two values: -2. Three values a, 0, -a in shares p/2, 1 - p, p/2: 1/p - 3. One of n that differs: n - 5 + 1/(n-1).
+    A uniform grid of n points: -1.2 (n^2 + 1) / (n^2 - 1)."""
+
+    def of(values: list[float]) -> float:
+        return float(st.excess_kurtosis(st.moments(torch.tensor(values), 0)))
+
+    assert of([1.0, -1.0] * 8) == pytest.approx(-2, abs=1e-12)
+    assert of([7.0, 3.0] * 8) == pytest.approx(-2, abs=1e-12)
+    assert of([5.0, -5.0] + [0.0] * 14) == pytest.approx(16 / 2 - 3, rel=1e-12)
+    assert of([1e6] + [1.0] * 31) == pytest.approx(32 - 5 + 1 / 31, rel=1e-12)
+    assert of(list(range(100))) == pytest.approx(-1.2 * (100**2 + 1) / (100**2 - 1), rel=1e-12)
+    assert of([0.1] * 50) == 0.0
+    assert of([0.0] * 50) == 0.0
+
+
+def test_every_statistic_of_an_even_sample() -> None:
+    """Signs alternating along channels: all energy even, every value its own maximum and median."""
+    got = measured(torch.tensor([1.0, -1.0]).repeat(N, D // 2) * 4)
+    assert got == pytest.approx(
+        {
+            "kurtosis": -2,
+            "kurtosis_pooled": -2,
+            "kurtosis_channel": 0,  # each channel is constant
+            "max_abs": 4,
+            "max_over_median": 1,
+            "rms": 4,
+            "top_channel_share": 1 / D,
+            "top_token_share": 1 / N,
+            "massive_count": 0,
+            "few_channels": 1,
+            "few_tokens": 1,
+        },
+        abs=1e-12,
+    )
+
+
+def test_every_statistic_of_one_spike() -> None:
+    """One value of 1024 among zeros: the largest kurtosis there is, all energy in one channel of one token."""
+    x = torch.zeros(N, D)
+    x[5, 7] = -1024.0
+    got = measured(x)
+    assert math.isinf(got.pop("max_over_median"))
+    assert got == pytest.approx(
+        {
+            "kurtosis": (D - 5 + 1 / (D - 1)) / N,  # the other tokens are constant
+            "kurtosis_pooled": N * D - 5 + 1 / (N * D - 1),
+            "kurtosis_channel": (N - 5 + 1 / (N - 1)) / D,
+            "max_abs": 1024,
+            "rms": 1024 / math.sqrt(N * D),
+            "top_channel_share": 1,
+            "top_token_share": 1,
+            "massive_count": 1,
+            "few_channels": D,
+            "few_tokens": N,
+        },
+        rel=1e-12,
+    )
+
+
+def test_decomposition_tells_channels_from_tokens() -> None:
+    """Energy r_t c_c with random signs: the rest of the fourth moment is 1, the factors are those of r and c."""
+    signs = torch.randint(0, 2, (N, D), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    r, c = torch.ones(N).double(), torch.ones(D).double()
+    r[3], c[8] = 25.0, 100.0
+    x = signs * (r[:, None] * c).sqrt()
+    got = measured(x)
+    assert got["few_channels"] == pytest.approx(D * (D - 1 + 100**2) / (D - 1 + 100) ** 2, rel=1e-12)
+    assert got["few_tokens"] == pytest.approx(N * (N - 1 + 25**2) / (N - 1 + 25) ** 2, rel=1e-12)
+    fourth = float((x**4).mean() / (x**2).mean() ** 2)
+    assert got["few_channels"] * got["few_tokens"] == pytest.approx(fourth, rel=1e-12)
+
+
+def test_normal_values_have_no_excess() -> None:
+    x = torch.randn(2000, 500, generator=torch.Generator().manual_seed(0))
+    got = measured(x)
+    assert got["kurtosis"] == pytest.approx(-6 / 501, abs=0.01)  # of a sample of 500, biased
+    assert got["kurtosis_pooled"] == pytest.approx(0, abs=0.02)
+    assert got["max_over_median"] == pytest.approx(float(x.abs().max()) / 0.6745, rel=5e-3)
+    assert got["few_channels"] * got["few_tokens"] == pytest.approx(1, abs=0.01)
+
+
+def test_mean_far_from_zero_leaves_kurtosis_its_digits() -> None:
+    """Plain sums of x^4 would lose all of them: 1000 deviations to the 4th power are 1e12."""
+    x = torch.tensor([1.0, -1.0, 0.0, 0.0]).double().repeat(N, D // 4) + 1e4
+    got = measured(x)
+    assert got["kurtosis"] == pytest.approx(2 - 3, rel=1e-7)
+    assert got["kurtosis_pooled"] == pytest.approx(2 - 3, rel=1e-7)
+
+
+# --- oracles ------------------------------------------------------------------------------------------------------
+
+
+def heavy(seed: int = 0, tokens: int = N) -> Tensor:
+    """Values with heavy tails, uneven channels and tokens, and means."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, D, generator=draw) ** 3
+    x *= torch.rand(D, generator=draw) * 5
+    x *= torch.rand(tokens, 1, generator=draw) * 3
+    return x + torch.randn(D, generator=draw)
+
+
+def naive(x: Tensor) -> dict[str, float]:
+    """The definitions, spelled out in numpy, value by value where that says it best."""
+    a = x.double().numpy()
+    rounded = x.bfloat16().double().numpy()
+
+    def kurtosis(values: Any) -> float:
+        d = values - values.mean()
+        return float((d**4).mean() / (d**2).mean() ** 2 - 3)
+
+    energy, magnitude = a**2, np.abs(a)
+    median = sorted(np.abs(rounded).ravel().tolist())[(rounded.size - 1) // 2]
+    return {
+        "kurtosis": float(np.mean([kurtosis(token) for token in a])),
+        "kurtosis_pooled": kurtosis(a),
+        "kurtosis_channel": float(np.mean([kurtosis(channel) for channel in a.T])),
+        "max_abs": float(magnitude.max()),
+        "max_over_median": float(magnitude.max()) / median,
+        "rms": float(np.sqrt(energy.mean())),
+        "top_channel_share": float(energy.sum(0).max() / energy.sum()),
+        "top_token_share": float(energy.sum(1).max() / energy.sum()),
+        "massive_count": sum(abs(v - a.mean()) > 6 * a.std() for v in rounded.ravel()),
+        "few_channels": float((energy.sum(0) ** 2).mean() / energy.sum(0).mean() ** 2),
+        "few_tokens": float((energy.sum(1) ** 2).mean() / energy.sum(1).mean() ** 2),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_equal_their_definitions(seed: int, dtype: torch.dtype) -> None:
+    x = heavy(seed).to(dtype)
+    expected = naive(x)
+    assert expected["massive_count"] > 0
+    assert measured(x) == pytest.approx(expected, rel=1e-10)
+
+
+def test_peak_names_the_first_of_the_largest() -> None:
+    x = heavy()
+    x[9, 3], x[20, 1] = -5000.0, 5000.0
+    value, place, signed = st.sample(x, first_token=100).peak.tolist()
+    assert (value, place, signed) == (5000.0, 109 * D + 3, -5000.0)
+    later, earlier = st.sample(x, first_token=100), st.sample(x, first_token=0)
+    assert st.merged_samples([later, earlier]).peak[1] == 9 * D + 3
+
+
+def test_octaves_count_magnitudes() -> None:
+    x = torch.tensor([[0.0, 1.0, -1.5, 2.0], [-3.9, 4.0, 0.26, 1e-30]])
+    first, counts = st.octaves(st.sample(x))
+    assert first == -2  # [1/4, 1/2), [1/2, 1), [1, 2), [2, 4), [4, 8); the zeros in the first
+    assert counts == [3, 0, 2, 2, 1]
+
+
+def test_osp_script_is_the_papers_formula() -> None:
+    """A literal transcription, in float32 as the script's tensors are."""
+    hidden_states = [heavy(seed, tokens=48)[:, None] for seed in range(3)]  # (tokens, 1, D): sequences of length 1
+    total = []
+    for x in hidden_states:
+        kurt = (x**4).mean(dim=-1) / x.std(dim=-1) ** 4 - 3
+        total.append(torch.relu(kurt).mean())
+    expected = torch.stack(total).mean().item()
+    got = torch.stack([st.osp_script_kurtosis(x).mean() for x in hidden_states]).mean().item()
+    assert got == pytest.approx(expected, rel=1e-5)
+    # one channel of D holds everything: the ceiling D - 3 of papers.md, up to the unbiased deviation
+    spike = torch.zeros(2048)
+    spike[3] = 5.0
+    assert st.osp_script_kurtosis(spike).item() == pytest.approx(2048 - 3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: bool) -> None:
+    length, size = 13, 6
+    draw = torch.Generator().manual_seed(1)
+    q = torch.randn(length, heads, size, generator=draw) * 3
+    k = torch.randn(length, groups, size, generator=draw)
+    starts = [0] * 5 + [5] * 8 if documents else [0] * length
+    ids = torch.tensor(starts)
+    mask = (ids[:, None] == ids[None]) & torch.ones(length, length, dtype=torch.bool).tril() if documents else None
+    largest, sink = -math.inf, []
+    for h in range(heads):
+        for t in range(length):
+            seen = range(starts[t], t + 1)
+            logits = [float(q[t, h].double() @ k[s, h * groups // heads].double()) / math.sqrt(size) for s in seen]
+            largest = max(largest, *logits)
+            if len(logits) > 1:
+                sink.append(math.exp(logits[0]) / sum(map(math.exp, logits)))
+    got = st.attention_statistics(q, k, mask)
+    assert got[0].item() == pytest.approx(largest, rel=1e-5)
+    assert got[1].item() == pytest.approx(sum(sink), rel=1e-5)
+    assert got[2].item() == len(sink)
+
+
+# --- merging ------------------------------------------------------------------------------------------------------
+
+
+def test_moments_merge_exactly() -> None:
+    """Against rational arithmetic: the sums of powers of 12 numbers in parts of 1, 4 and 7."""
+    values = [3.5, -2.25, 100.0, 7.0, 0.5, -8.0, 11.0, 2.0, -1.0, 64.0, 5.0, 0.25]
+    parts = [st.moments(torch.tensor(values[a:b]), 0) for a, b in ((0, 1), (1, 5), (5, 12))]
+    got = st.merged(st.Moments(*map(torch.stack, zip(*parts, strict=True))))
+    exact = [Fraction(v) for v in values]
+    mean = sum(exact) / len(exact)
+    assert float(got.mean) == pytest.approx(float(mean), rel=1e-14)
+    for power, sums in ((2, got.m2), (3, got.m3), (4, got.m4)):
+        assert float(sums) == pytest.approx(float(sum((v - mean) ** power for v in exact)), rel=1e-13)
+
+
+@pytest.mark.parametrize("cuts", [[32], [1, 2, 3], [10, 11, 50, 63]])
+def test_samples_of_parts_merge_into_that_of_the_whole(cuts: list[int]) -> None:
+    x = heavy()
+    bounds = [0, *cuts, N]
+    parts = [st.sample(x[a:b], first_token=a) for a, b in itertools.pairwise(bounds)]
+    whole = st.sample(x)
+    for samples in (parts, parts[::-1], [*parts, st.empty_sample(D, x.device)]):
+        merged = st.merged_samples(samples)
+        assert torch.equal(merged.counts, whole.counts)
+        assert torch.equal(merged.peak, whole.peak)
+        assert torch.equal(merged.channel_max, whole.channel_max)
+        assert st.statistics(merged) == pytest.approx(st.statistics(whole), rel=1e-12)
+
+
+def test_merging_through_a_pair_or_all_at_once_is_the_same() -> None:
+    a, b, c = (st.sample(heavy(seed), first_token=seed * N) for seed in range(3))
+    once: Sample = st.merged_samples([a, b, c])
+    assert st.statistics(st.merged_samples([st.merged_samples([a, b]), c])) == pytest.approx(
+        st.statistics(once), rel=1e-12
+    )
+
+
+def test_values_that_are_not_finite_show() -> None:
+    x = heavy()
+    x[3, 3] = math.nan
+    got = measured(x)
+    assert all(math.isnan(got[key]) for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms"))

@@ -1,0 +1,104 @@
+"""scripts/slurm.sh with stand-ins for srun and scontrol: a signalled job is requeued and continued, no other one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osp.config import Config
+from tests.conftest import ROOT, losses, overrides_of
+
+SCRIPT = ROOT / "scripts" / "slurm.sh"
+# Two tasks; in the first job they are signalled as SLURM does it when the time is nearly up, after some steps
+SRUN = """#!/bin/bash
+[[ $1 == --kill-on-bad-exit=0 ]] || exit 99
+shift
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    pids+=($!)
+done
+if [[ $SIGNALLED == yes ]]; then
+    until [[ $(wc -l < run/metrics.jsonl) -ge 3 ]]; do sleep 0.05; done 2> /dev/null
+    kill -USR1 "${pids[@]}"
+fi
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo localhost; else echo "$@" >> scontrol.log; fi
+"""
+
+JOB_ID = str(4000 + os.getpid() % 10000)  # the port of the ranks follows from it
+
+Tiny = Callable[..., Config]
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`submit(*overrides)`: the job that sbatch would start, on this host; run in a folder that looks like ours."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def job(*overrides: str, signalled: bool = False) -> subprocess.CompletedProcess[str]:
+        path = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        environment = {
+            **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            "PATH": os.pathsep.join(path),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "SLURM_JOB_ID": JOB_ID,
+            "SLURM_JOB_NODELIST": "here",
+            "SIGNALLED": "yes" if signalled else "no",
+        }
+        return subprocess.run(
+            ["bash", str(SCRIPT), *overrides],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    return job
+
+
+def test_signalled_job_is_requeued_and_the_next_one_completes_the_run(
+    submit: Callable[..., subprocess.CompletedProcess[str]], tiny: Tiny, tmp_path: Path
+) -> None:
+    quick = ("eval.every=0", "eval.tokens=64", "eval.sample_tokens=0", "checkpoint.every=0")
+    config = overrides_of(tiny("train.steps=150", *quick))
+    first = submit(*config, signalled=True)
+    assert first.returncode == 0, first.stderr
+    requeued = (tmp_path / "scontrol.log").read_text()
+    assert requeued == f"requeue {JOB_ID}\n", first.stderr
+    stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert stopped["reason"] == "SIGUSR1"
+    assert 3 <= stopped["step"] < 150
+    second = submit(*config)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "scontrol.log").read_text() == requeued
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["reason"] == "complete"
+    assert f"continuing after step {stopped['step']}" in second.stderr
+    assert len(losses(tmp_path / "run")) == 150
+
+
+def test_failed_job_is_not_requeued(
+    submit: Callable[..., subprocess.CompletedProcess[str]], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Also when the job before was stopped by a signal, whose marker is still there."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stopped.json").write_text('{"reason": "SIGUSR1"}')
+    done = submit(*overrides_of(tiny('data.paths=["nowhere.jsonl"]', f"data.cache_dir={tmp_path / 'shards'}")))
+    assert done.returncode == 2, done.stderr
+    assert "nowhere.jsonl" in done.stderr
+    assert not (tmp_path / "scontrol.log").exists()
