@@ -173,15 +173,32 @@ class NormConfig:
 
     name: str = "ssnorm"  # a key of osp.norms.NORMS
     final: str | None = None  # normalizer before the head; None: the one that the source of `name` uses
+    placement: Literal["pre", "peri"] = "pre"  # peri: a second norm after each sublayer, before the residual addition
+    lns: bool = False  # scale the norms of layer l, counted from 1, by 1 / sqrt(l)
+    embed_scale: bool = False  # a learnable scalar after the embedding, starting at sqrt(hidden_size) (DyT)
     eps: NotNegative | None = None
     init: Finite | None = None  # initial value of every gain
     affine: bool | None = None  # layernorm, rmsnorm, crmsnorm: one gain per channel
     bias: bool | None = None  # layernorm
-    alpha: Finite | None = None  # dyt: initial slope
+    alpha: Finite | None = None  # dyt, derf: initial slope
+    alpha_attention: Finite | None = None  # dyt, derf: that of the norms before attention; None: alpha
     lam: Finite | None = None  # bhyt: lambda, the bound of the tanh argument
     kappa: Finite | None = None  # bhyt: Chebyshev factor
+    kappa_schedule: Literal["constant", "decay", "grow", "mild_grow"] | None = None  # bhyt: kappa by depth
     learnable_lambda: bool | None = None  # bhyt
+    approximation: Literal["baseline", "beta", "eta", "residual_aware"] | None = None  # bhyt: of the variance
+    gain_variance: bool | None = None  # bhyt: it takes the gain of the norm before attention into account
+    exact_layers: tuple[Count, ...] | None = None  # bhyt: layers, from 1, that measure after attention too
     seq_len: Count | None = None  # bhyt: sequence length of the variance approximation; None: train.seq_len
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    gate: bool = False  # sigmoid gate, element by element, on what o_proj reads (arXiv 2505.06708)
+
+
+# Fields of `ModelConfig` that stand beside `model` in YAML and on the command line: `norm=bhyt qk_norm=true`.
+AT_TOP = ("norm", "attention", "qk_norm", "recentre")
 
 
 @dataclass(frozen=True)
@@ -194,16 +211,23 @@ class ModelConfig:
     num_hidden_layers: Annotated[int, AT_LEAST_1, at_most(1000)] = 6
     num_attention_heads: Count = 4
     num_key_value_heads: Count | None = None  # None: as many as num_attention_heads (MHA)
+    head_dim: Count | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048
     rope_theta: Positive = 10_000.0
+    attention_bias: bool = False  # of q_proj, k_proj, v_proj and o_proj
+    mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
     initializer_range: Annotated[float, POSITIVE, at_most(100)] | None = None  # None: 1/sqrt(hidden_size)
     scale_residual_init: bool = False  # o_proj and down_proj start 1/sqrt(2 num_hidden_layers) smaller
     embed_proj: bool = False  # EmbProj after the embedding and before the head (papers: OSP section 3)
-    norm: NormConfig = field(default_factory=NormConfig)  # the top-level group `norm` of the YAML
+    head_bias: bool = False  # of lm_head; where a LayerNorm's bias ends when it is folded
+    norm: NormConfig = field(default_factory=NormConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    qk_norm: bool = False  # queries and keys of every head are normalized before RoPE
+    recentre: bool = False  # all that writes into the residual stream is made zero-mean in the forward pass
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
@@ -443,13 +467,16 @@ def from_dict(values: dict[str, Any]) -> Config:
     for key in values:
         if key not in known:
             raise UserError(_unknown("", str(key), list(known)))
-    model = values.get("model")
-    if isinstance(model, dict) and "norm" in model:
-        raise UserError("model.norm: the normalizer is the top-level group; write norm=... or norm.KEY=...")
-    norm = build(NormConfig, values.get("norm", {}), path="norm")
-    config = build(Config, {key: value for key, value in values.items() if key != "norm"}, path="")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, norm=norm))
+    model = values.get("model", {})
+    for key in AT_TOP:
+        if isinstance(model, dict) and key in model:
+            raise UserError(f"model.{key}: stands at the top level; write {key}=... or {key}.KEY=...")
+    at_top = {key: values[key] for key in AT_TOP if key in values}
+    config = build(Config, {key: value for key, value in values.items() if key not in at_top}, path="")
+    of_model = {key: getattr(build(ModelConfig, {key: value}, path=""), key) for key, value in at_top.items()}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **of_model))
     check(config)
+    norm = config.model.norm
     if norm.name == "bhyt" and norm.seq_len is None:  # the length the model is trained at belongs to the model
         norm = dataclasses.replace(norm, seq_len=config.train.seq_len)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, norm=norm))
@@ -458,8 +485,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """The inverse of `from_dict`: plain containers, ready for YAML or JSON."""
     values = _plain(dataclasses.asdict(config))
-    values["norm"] = values["model"].pop("norm")
-    return values
+    return values | {key: values["model"].pop(key) for key in AT_TOP}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -495,7 +521,7 @@ def check_bounds(part: Any, path: str = "") -> None:
     """Raise `UserError` for the first value below the dataclass `part` that a `Bound` of its field excludes."""
     for name, hint in _hints(type(part), with_bounds=True).items():
         value = getattr(part, name)
-        key = "norm" if name == "norm" else _join(path, name)  # the group is at the top level of the YAML
+        key = name if path == "model" and name in AT_TOP else _join(path, name)
         for inner, inner_key in _elements(value, key):
             if dataclasses.is_dataclass(inner):
                 check_bounds(inner, inner_key)
@@ -540,18 +566,37 @@ def check_live_quantization(config: Config) -> None:
 
 def check_model(model: ModelConfig) -> None:
     """Raise `UserError` for a shape no Llama can have."""
-    if model.hidden_size % model.num_attention_heads:
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by "
-            f"model.num_attention_heads={model.num_attention_heads}"
+            f"model.num_attention_heads={model.num_attention_heads}; or set model.head_dim"
         )
-    if model.head_dim % 2:
-        raise UserError(f"head size {model.head_dim} (hidden_size / num_attention_heads) is odd; RoPE needs it even")
+    if model.head_size % 2:
+        raise UserError(f"head size {model.head_size} (hidden_size / num_attention_heads) is odd; RoPE needs it even")
     if model.num_attention_heads % model.kv_heads:
         raise UserError(
             f"model.num_attention_heads={model.num_attention_heads} is not divisible by "
             f"model.num_key_value_heads={model.num_key_value_heads}"
         )
+    if model.norm.placement == "peri" and model.norm.name == "bhyt":
+        raise UserError(
+            "norm.placement=peri with norm=bhyt: the approximation holds for what attention adds to the residual "
+            "stream, not for a norm of it; take norm.name=bhyt_star, which measures"
+        )
+    if model.recentre:
+        _check_recentre(model)
+
+
+def _check_recentre(model: ModelConfig) -> None:
+    """Raise `UserError` where a zero-mean residual stream cannot be had, or would be subtracted twice."""
+    names = {model.norm.name, model.norm.final or model.norm.name}
+    if names != {"rmsnorm"}:
+        raise UserError(
+            f"recentre=true with norm={' and norm.final='.join(sorted(names))}: a zero mean makes an RMSNorm equal to "
+            "LayerNorm and serves no other; take norm=rmsnorm or recentre=false"
+        )
+    if model.norm.placement == "peri":
+        raise UserError("recentre=true with norm.placement=peri: a norm after a sublayer makes its mean other than 0")
 
 
 def check_rows(train: TrainConfig, model: ModelConfig, data: DataConfig) -> None:

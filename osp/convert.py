@@ -38,8 +38,8 @@ def fold_norm_gains(model: Transformer) -> None:
     for layer in model.layers:
         assert isinstance(layer, Block)
         attention, mlp = layer.self_attn, layer.mlp
-        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))
-        _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))
+        _fold(layer.input_layernorm, attention.readers().values())
+        _fold(layer.post_attention_layernorm, mlp.readers().values())
     _fold(model.norm, (model.lm_head,))
 
 

@@ -100,9 +100,6 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     """Our configuration of the model that `config.json` describes; `UserError` with the reason where there is none."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path}: model_type={values.get('model_type')!r}; only models of type 'llama' can be read")
-    for key in ("attention_bias", "mlp_bias"):
-        if values.get(key):
-            raise UserError(f"{path}: {key}=true, and our model has no biases")
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act={values['hidden_act']!r}, and our model has silu alone")
     if values.get("quantization_config"):
@@ -113,7 +110,7 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" or scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{path}: RoPE of the type {kind!r}, and our model has plain RoPE alone")
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=_integer(path, values, "vocab_size"),
         hidden_size=_integer(path, values, "hidden_size"),
         intermediate_size=_integer(path, values, "intermediate_size"),
@@ -122,14 +119,11 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         num_key_value_heads=_integer(path, values, "num_key_value_heads", values.get("num_attention_heads")),
         max_position_embeddings=_integer(path, values, "max_position_embeddings", 2048),
         rope_theta=_number(path, "rope_theta", rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        head_dim=None if values.get("head_dim") is None else _integer(path, values, "head_dim"),
+        attention_bias=bool(values.get("attention_bias")),
+        mlp_bias=bool(values.get("mlp_bias")),
         norm=NormConfig(name="rmsnorm", eps=_number(path, "rms_norm_eps", values.get("rms_norm_eps", 1e-6))),
     )
-    head_dim = values.get("head_dim") or config.head_dim
-    if head_dim != config.head_dim:
-        raise UserError(
-            f"{path}: head_dim={head_dim}, and our model has hidden_size / num_attention_heads = {config.head_dim}"
-        )
-    return config
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -9,29 +9,41 @@ from torch import Tensor
 IGNORE = -100  # a target that counts nothing, as in torch.nn.functional.cross_entropy
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
-    """Sum over tokens of -log softmax(x W^T)[target] in nats, fp32, 0-dim.
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk_tokens: int
+) -> Tensor:
+    """Sum over tokens of -log softmax(x W^T + b)[target] in nats, fp32, 0-dim.
 
-    x: (N, D), weight: (V, D) cast to the dtype of x, targets: (N,) with `IGNORE` for tokens that count nothing. The
-    products run in the dtype of x, everything after them in fp32. chunk_tokens: rows of logits that exist at a time.
+    x: (N, D), weight: (V, D) and bias: (V,) cast to the dtype of x, targets: (N,) with `IGNORE` for tokens that count
+    nothing. The products run in the dtype of x, everything after them in fp32. chunk_tokens: rows of logits that exist
+    at a time.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk_tokens, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, chunk_tokens, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is made together with the loss, while a chunk's logits are there; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, differentiate: bool) -> Tensor:
-        cast = weight.to(x.dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_tokens: int,
+        differentiate: bool,
+    ) -> Tensor:
+        cast, cast_bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if differentiate else None
         grad_weight = torch.zeros_like(weight) if differentiate else None
+        grad_bias = torch.zeros_like(bias) if differentiate and bias is not None else None
         for start in range(0, x.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             counted = targets[rows] != IGNORE
             index = targets[rows].clamp_min(0)[:, None]
-            log_p = F.log_softmax(F.linear(x[rows], cast), dim=-1, dtype=torch.float32)
+            log_p = F.log_softmax(F.linear(x[rows], cast, cast_bias), dim=-1, dtype=torch.float32)
             total -= torch.where(counted, log_p.gather(1, index)[:, 0], 0.0).sum()
             if grad_x is not None and grad_weight is not None:
                 grad = log_p.exp_()  # d loss / d logits = softmax - one_hot
@@ -39,12 +51,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = grad.mul_(counted[:, None]).to(x.dtype)
                 grad_x[rows] = grad @ cast
                 grad_weight += grad.T @ x[rows]
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0, dtype=grad_bias.dtype)
         if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
-        grad_x, grad_weight = ctx.saved_tensors
-        return (grad_x * scale).to(grad_x.dtype), grad_weight * scale, None, None, None
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
+        of_bias = None if grad_bias is None else grad_bias * scale
+        return (grad_x * scale).to(grad_x.dtype), grad_weight * scale, of_bias, None, None, None

@@ -1,4 +1,4 @@
-"""The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, untied head, no biases.
+"""The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, untied head, no biases by default.
 
 Names of modules and config keys are Hugging Face's, so that export renames nothing; `embed_proj` and `head_proj` are
 OSP's learnable projections and are absorbed at export.
@@ -19,20 +19,33 @@ from torch.utils.checkpoint import checkpoint
 from osp.attention import apply_rotary, causal_attention, document_mask, rotary_table
 from osp.config import ModelConfig, Role, check_model
 from osp.loss import linear_cross_entropy
-from osp.norms import BHyT, Norm, block_norm, final_norm
+from osp.norms import BHyT, Norm, block_norm, final_norm, head_norm
 
 __all__ = ["Linear", "ModelConfig", "Transformer", "count_parameters", "flops_per_token"]
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias, W (out, in) cast to the dtype of x."""
+    """y = x W^T + b, W (out, in) and b (out,) cast to the dtype of x.
 
-    def __init__(self, in_features: int, out_features: int):
+    zero_mean: y has mean 0 over its channels, for W and b lose their mean over the outputs in every forward pass; their
+    gradients are those of the layer followed by a subtraction of the mean (arXiv 2305.14858, section 3.3).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, zero_mean: bool = False):
         super().__init__()
+        self.zero_mean = zero_mean
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight, bias = self.affine()
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """W and b as they act: without their mean if `zero_mean`."""
+        if not self.zero_mean:
+            return self.weight, self.bias
+        return self.weight - self.weight.mean(0), None if self.bias is None else self.bias - self.bias.mean()
 
 
 class CausalAttention(nn.Module):
@@ -43,19 +56,38 @@ class CausalAttention(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention; with `attention.gate` o_proj reads out * sigmoid(gate(x)), element by element.
+
+    The gate (arXiv 2505.06708, its best position: after attention, from what attention reads) takes away the need for
+    attention sinks. It adds a matrix like o_proj's, which Muon trains like the others, and starts near 1/2.
+    """
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = Linear(config.hidden_size, config.kv_heads * config.head_dim)
-        self.v_proj = Linear(config.hidden_size, config.kv_heads * config.head_dim)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        hidden_size, bias, zero_mean = config.hidden_size, config.attention_bias, config.recentre
+        self.head_dim = config.head_size
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q_proj = Linear(hidden_size, query_size, bias=bias)
+        self.k_proj = Linear(hidden_size, key_size, bias=bias)
+        self.v_proj = Linear(hidden_size, key_size, bias=bias)
+        self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=zero_mean)
+        self.q_norm, self.k_norm = (head_norm(config), head_norm(config)) if config.qk_norm else (None, None)
+        self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
         self.attend = CausalAttention()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask)
-        return self.o_proj(out.flatten(2))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = self.attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask).flatten(2)
+        if self.attention_gate is not None:
+            out = out * torch.sigmoid(self.attention_gate(x))
+        return self.o_proj(out)
+
+    def readers(self) -> dict[str, Linear]:
+        """The matrices that read the residual stream after `input_layernorm`, by name."""
+        gate = {} if self.attention_gate is None else {"attention_gate": self.attention_gate}
+        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj, **gate}
 
 
 class MLP(nn.Module):
@@ -63,39 +95,59 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        hidden_size, ffn_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
+        self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
+        self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def readers(self) -> dict[str, Linear]:
+        """The matrices that read the residual stream after `post_attention_layernorm`, by name."""
+        return {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
+
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the two norms may share a statistic (see osp.norms)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the two norms may share a statistic (see osp.norms).
 
-    def __init__(self, config: ModelConfig):
+    With `norm.placement=peri` what attention and mlp return passes a norm of its own before it is added.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        """layer: counted from 1."""
         super().__init__()
-        self.input_layernorm = block_norm(config)
+        self.input_layernorm = block_norm(config, layer=layer, before_attention=True)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = block_norm(config)
+        self.post_attention_layernorm = block_norm(config, layer=layer, after_attention=True)
         self.mlp = MLP(config)
+        peri = config.norm.placement == "peri"
+        self.attention_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
+        self.mlp_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         h, carry = self.input_layernorm(x, return_carry=True)
-        x = x + self.self_attn(h, cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x, carry))
+        x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask))
+        return x + self.mlp_output_layernorm(self.mlp(self.post_attention_layernorm(x, carry)))
 
 
 class Embedding(nn.Module):
-    """Rows of W (V, D); the lookup itself stays in the dtype of W."""
+    """Rows of W (V, D), times a learnable scalar that starts at sqrt(D) if `scaled`; all in the dtype of W.
 
-    def __init__(self, vocab_size: int, hidden_size: int):
+    zero_mean: every row loses its mean, in every forward pass.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, scaled: bool = False, zero_mean: bool = False):
         super().__init__()
+        self.zero_mean = zero_mean
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.scale = nn.Parameter(torch.empty(1)) if scaled else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return F.embedding(input_ids, self.weight)
+        rows = F.embedding(input_ids, self.weight)
+        if self.zero_mean:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return rows if self.scale is None else rows * self.scale
 
 
 class Head(Linear):
@@ -104,7 +156,9 @@ class Head(Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:
         if targets is None:
             return super().forward(x)
-        return linear_cross_entropy(x.flatten(0, -2), self.weight, targets.flatten(), chunk_tokens=chunk_tokens)
+        return linear_cross_entropy(
+            x.flatten(0, -2), self.weight, targets.flatten(), bias=self.bias, chunk_tokens=chunk_tokens
+        )
 
 
 class Transformer(nn.Module):
@@ -116,12 +170,17 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            scaled=config.norm.embed_scale,
+            zero_mean=config.recentre and not config.embed_proj,
+        )
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(1, config.num_hidden_layers + 1))
         self.norm = final_norm(config)
-        self.lm_head = Head(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.embed_proj:
-            self.embed_proj = Linear(config.hidden_size, config.hidden_size)
+            self.embed_proj = Linear(config.hidden_size, config.hidden_size, zero_mean=config.recentre)
             self.head_proj = Linear(config.hidden_size, config.hidden_size)
         else:
             self.embed_proj = self.head_proj = nn.Identity()
@@ -159,7 +218,7 @@ class Transformer(nn.Module):
         """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""
         if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
             positions = max(length, self.config.max_position_embeddings)
-            self._rotary = rotary_table(self.config.head_dim, positions, self.config.rope_theta, device)
+            self._rotary = rotary_table(self.config.head_size, positions, self.config.rope_theta, device)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 
@@ -172,7 +231,7 @@ class Transformer(nn.Module):
             "head_proj": "embed_proj",
         }
         return {
-            name: modules.get(name.split(".")[0], "matrix" if parameter.ndim == 2 else "gain")
+            name: modules.get(name.split(".")[0], "matrix") if parameter.ndim == 2 else "gain"
             for name, parameter in self.named_parameters()
         }
 
@@ -181,8 +240,8 @@ class Transformer(nn.Module):
         """Initialise every parameter and buffer: the only place that does.
 
         Matrices, embedding and head are normal with standard deviation `initializer_range` (1/sqrt(D) by default);
-        EmbProj matrices are orthogonal; norms reset themselves. The values depend on the seed and the shapes alone:
-        they are drawn on the CPU, so every device and rank starts from the same model.
+        EmbProj matrices are orthogonal; biases are 0; norms reset themselves. The values depend on the seed and the
+        shapes alone: they are drawn on the CPU, so every device and rank starts from the same model.
         """
         config = self.config
         std = config.initializer_range or 1 / math.sqrt(config.hidden_size)
@@ -197,6 +256,10 @@ class Transformer(nn.Module):
                     scale = 1 / math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0
                     values.normal_(0.0, std * scale, generator=generator)
                 module.weight.copy_(values)
+                if isinstance(module, Linear) and module.bias is not None:
+                    module.bias.zero_()
+                if isinstance(module, Embedding) and module.scale is not None:
+                    module.scale.fill_(math.sqrt(config.hidden_size))
             elif isinstance(module, Norm):
                 module.reset_parameters()
         self.refresh_norms()
@@ -207,13 +270,13 @@ class Transformer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Block)
             norm, attention = layer.post_attention_layernorm, layer.self_attn
-            if isinstance(norm, BHyT):
+            if isinstance(norm, BHyT) and norm.approximates:
                 norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=attention.head_dim)
 
     @property
     def has_norm_statistics(self) -> bool:
         """Whether `refresh_norms` has anything to do."""
-        return any(isinstance(module, BHyT) for module in self.layers.modules())
+        return any(isinstance(module, BHyT) and module.approximates for module in self.layers.modules())
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
@@ -244,5 +307,5 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """
     counts = count_parameters(config)
     weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", "head"))
-    attention = config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim
+    attention = config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_size
     return 6 * weights + 6 * attention

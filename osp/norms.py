@@ -1,14 +1,24 @@
-"""Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT and DyT, and how a model builds them from its config.
+"""Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT, Derf, and how a model builds them from its config.
 
-Shapes: x (..., D) -> (..., D), in the dtype of x. Statistics are fp32 and are rounded to the dtype of x before the
-gain is applied, which is Hugging Face's order. A norm is an ordinary module, `y = norm(x)`. Two norms of one block may
-share a statistic (BHyT does): `y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other norms carry
-nothing. To add a norm: one class with its NORMS entry, one YAML in `configs/norm`, one test.
+Shapes: x (..., D) -> (..., D), in the dtype of x. Statistics are fp32 (fp64 of fp64) and are rounded to the dtype of x
+before the gain is applied, which is Hugging Face's order. A norm is an ordinary module, `y = norm(x)`. Two norms of one
+block may share a statistic (BHyT does): `y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other norms
+carry nothing. To add a norm: one class with its NORMS entry, one YAML in `configs/norm`, one test.
+
+Where the norms of a block stand is configuration too:
+- `norm.placement=peri` (Peri-LN, arXiv 2502.02732): x + norm_out(f(norm_in(x))), so that the residual stream grows
+  linearly with depth. The optional norm of the embedding in that paper is left out.
+- `norm.lns=true` (LayerNorm scaling, arXiv 2502.05795): what the norms before and after a sublayer of layer l return is
+  scaled by 1 / sqrt(l), l from 1; not the norm before the head. No parameter; learning rates stay.
+- `qk_norm=true`: queries and keys of every head are normalized over the head's channels before RoPE, with one gain that
+  all heads share; SSNorm in a model of SSNorms, RMSNorm else (as in Qwen3 and OLMo 2). It bounds attention logits by
+  g_q g_k sqrt(K), so larger learning rates stay stable.
 """
 
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +32,14 @@ class Carry(NamedTuple):
 
     variance: Tensor  # (..., 1) mean square of the block's input
     scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm
+    gain_square: Tensor  # (1,) mean square of the gain of the first norm
 
 
 class Norm(nn.Module):
     """Base of the norms: subclasses give `normalize`, and `final`, the key of the norm that goes before the head."""
 
     final: str | None = None  # None: the norm itself
+    output_scale: float = 1.0  # of LayerNorm scaling
 
     def normalize(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -37,8 +49,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
         """y, or (y, carry) when `return_carry`."""
-        y = self.normalize(x)
+        y = self._scaled(self.normalize(x))
         return (y, None) if return_carry else y
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.output_scale == 1.0 else y * self.output_scale
 
 
 class LayerNorm(Norm):
@@ -65,7 +80,7 @@ class LayerNorm(Norm):
             nn.init.zeros_(self.bias)
 
     def normalize(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = _wide(x)
         wide = wide - wide.mean(-1, keepdim=True)
         y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         if self.weight is not None:
@@ -134,7 +149,7 @@ class CRMSNorm(Norm):
             nn.init.constant_(self.weight, self.init)
 
     def normalize(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = _wide(x)
         energy = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
         y = (wide * torch.rsqrt(energy / (x.shape[-1] + 1) + self.eps)).to(x.dtype)
         return y if self.weight is None else y * self.weight.to(x.dtype)
@@ -143,13 +158,28 @@ class CRMSNorm(Norm):
 class DyT(Norm):
     """Dynamic tanh: y = g * tanh(alpha * x) + b; gain and bias per channel, alpha one learnable scalar.
 
-    Zhu et al. 2025 (arXiv 2503.10622); g starts at `init`, b at 0, alpha at 0.5.
+    Zhu et al. 2025 (arXiv 2503.10622); g starts at `init`, b at 0, alpha at `alpha`. In Llamas the authors start the
+    norms before attention at a larger alpha than the others (7B: 0.8 and 0.2; `alpha_attention` and `alpha`) and put a
+    learnable scalar sqrt(D) after the embedding (`norm.embed_scale`). No statistic holds the scale of x: others report
+    that it needs a lower learning rate than RMSNorm does (arXiv 2601.22966: 5e-4 at 2B).
     """
 
-    def __init__(self, hidden_size: int, *, init: float = 1.0, alpha: float = 0.5):
+    shifts = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        init: float = 1.0,
+        alpha: float = 0.5,
+        alpha_attention: float | None = None,
+        before_attention: bool = False,
+    ):
         super().__init__()
-        self.init, self.initial_alpha = init, alpha
+        self.init = init
+        self.initial_alpha = alpha_attention if before_attention and alpha_attention is not None else alpha
         self.alpha = nn.Parameter(torch.empty(1))
+        self.shift = nn.Parameter(torch.empty(1)) if self.shifts else None
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.reset_parameters()
@@ -158,28 +188,121 @@ class DyT(Norm):
         nn.init.constant_(self.alpha, self.initial_alpha)
         nn.init.constant_(self.weight, self.init)
         nn.init.zeros_(self.bias)
+        if self.shift is not None:
+            nn.init.zeros_(self.shift)
 
     def normalize(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.alpha * x.float()).to(x.dtype)
-        return y * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+        return self.squash(self.alpha * _wide(x)).to(x.dtype) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+
+    def squash(self, argument: Tensor) -> Tensor:
+        return torch.tanh(argument)
 
 
-class BHyT(Norm):
-    """Bounded hyperbolic tanh: y = g * tanh(lambda * x / (kappa * s)), s^2 = mean(x^2) + eps.
+class Derf(DyT):
+    """Dynamic erf: y = g * erf(alpha * x + s) + b; the shift s is a learnable scalar that starts at 0.
 
-    arXiv 2601.09719 and its code: one learnable scalar lambda per norm, gain per channel starting at `init`, no bias.
-    By Chebyshev the argument stays in [-lambda, lambda] with probability 1 - kappa^-2. The first norm of a block
-    measures s^2; the second takes it from the carry and adds what uniform attention over `seq_len` tokens contributes:
-    s'^2 = s^2 + c * (lambda_first / kappa)^2, c = ||W_O W_V||_F^2 / (seq_len * D). c is `attention_gain`, which
-    `refresh` recomputes from the weights; gradients flow through neither c nor lambda_first. A norm without a carry
-    (alone, or before the head) measures.
+    arXiv 2512.10938, whose language models are GPT-2 only; what `DyT` says of alpha and learning rates holds here.
+    """
 
-    Its output starts with an RMS near lambda / kappa, several times below RMSNorm's. With `learnable_lambda=False`
-    lambda is a buffer: stored, never trained.
+    shifts = True
+
+    def squash(self, argument: Tensor) -> Tensor:
+        assert self.shift is not None
+        return torch.erf(argument + self.shift)
+
+
+# kappa of layer l, counted from 1, over norm.kappa
+KAPPA_SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda layer: 1.0,
+    "decay": lambda layer: layer**-0.5,
+    "grow": lambda layer: layer**0.5,
+    "mild_grow": lambda layer: layer**0.25,
+}
+# the learnable scalars of BHyT's approximations
+LEARNED: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "beta": ("beta",),
+    "eta": ("eta",),
+    "residual_aware": ("beta", "eta"),
+}
+
+
+class BHyTStar(Norm):
+    """Bounded hyperbolic tanh, exact: y = g * tanh(lambda * x / (kappa * s)), s^2 = mean(x^2) + eps at every norm.
+
+    BHyT* of arXiv 2601.09719 as its code has it (`bhytstar`; the mean is taken for 0): one learnable scalar lambda per
+    norm, gain per channel starting at `init`, no bias. By Chebyshev the argument stays in [-lambda, lambda] with
+    probability 1 - kappa^-2. kappa of layer l, counted from 1, is `kappa` (constant), / sqrt(l) (decay), * sqrt(l)
+    (grow) or * l^(1/4) (mild_grow).
+
+    The output starts with an RMS near lambda / kappa, several times below RMSNorm's: learning rates and initial values
+    tuned for RMSNorm do not carry over. With `learnable_lambda=False` lambda is a buffer: stored, never trained.
     """
 
     final = "rmsnorm"  # the authors' pretraining scripts (last_layer_lam = 0.0)
     lam: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float = 1e-6,
+        init: float = 1.0,
+        lam: float = 1.0,
+        kappa: float = 10.0,
+        kappa_schedule: str = "constant",
+        learnable_lambda: bool = True,
+        layer: int = 1,
+    ):
+        super().__init__()
+        if not (lam > 0 and kappa > 0):
+            raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
+        self.eps, self.init, self.initial_lam = eps, init, lam
+        self.kappa = kappa * KAPPA_SCHEDULES[kappa_schedule](layer)
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        if learnable_lambda:
+            self.lam = nn.Parameter(torch.empty(1))
+        else:
+            self.register_buffer("lam", torch.empty(1))
+        BHyTStar.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.init)
+        with torch.no_grad():
+            self.lam.fill_(self.initial_lam)
+
+    def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        """(..., 1) the mean square of x (..., D)."""
+        return _wide(x).square().mean(-1, keepdim=True)
+
+    def carry(self, variance: Tensor) -> Carry | None:
+        """What the second norm of the block needs of this one."""
+        return None
+
+    def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
+        variance = self.variance(x, carry)
+        argument = _wide(x) * (torch.rsqrt(variance + self.eps) * (self.lam / self.kappa))
+        y = self._scaled(torch.tanh(argument).to(x.dtype) * self.weight.to(x.dtype))
+        return (y, self.carry(variance)) if return_carry else y
+
+
+class BHyT(BHyTStar):
+    """`BHyTStar` whose norm after attention approximates the variance instead of measuring it (arXiv 2601.09719).
+
+    The first norm of a block hands on v, its mean square. The second adds what uniform attention over `seq_len` tokens
+    contributes, a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D):
+
+        approximation   variance after attention
+        baseline        v + a
+        beta            v + beta * a                        beta starts at 1
+        eta             v * (1 + eta)                       eta starts at 0
+        residual_aware  v * (1 + eta) + beta * a            for what the stream and attention have in common
+
+    beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain. c is
+    the buffer `attention_gain`, which `refresh` recomputes from the weights; gradients flow through neither c nor the
+    first norm's lambda and gain. In `exact_layers` (from 1), without a carry, and before the head the norm measures.
+    """
+
     attention_gain: Tensor
 
     def __init__(
@@ -190,38 +313,59 @@ class BHyT(Norm):
         init: float = 1.0,
         lam: float = 1.0,
         kappa: float = 10.0,
+        kappa_schedule: str = "constant",
         learnable_lambda: bool = True,
+        approximation: str = "baseline",
+        gain_variance: bool = False,
+        exact_layers: Sequence[int] = (),
         seq_len: int | None = None,
+        layer: int = 1,
+        after_attention: bool = False,
     ):
-        super().__init__()
-        if not (lam > 0 and kappa > 0):
-            raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
-        self.eps, self.init, self.initial_lam, self.kappa, self.seq_len = eps, init, lam, kappa, seq_len
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        if learnable_lambda:
-            self.lam = nn.Parameter(torch.empty(1))
-        else:
-            self.register_buffer("lam", torch.empty(1))
-        self.register_buffer("attention_gain", torch.empty(1))
+        """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
+        super().__init__(
+            hidden_size,
+            eps=eps,
+            init=init,
+            lam=lam,
+            kappa=kappa,
+            kappa_schedule=kappa_schedule,
+            learnable_lambda=learnable_lambda,
+            layer=layer,
+        )
+        self.approximates = after_attention and layer not in exact_layers
+        self.approximation, self.gain_variance, self.seq_len = approximation, gain_variance, seq_len
+        learned = LEARNED[approximation] if self.approximates else ()
+        self.beta = nn.Parameter(torch.empty(1)) if "beta" in learned else None
+        self.eta = nn.Parameter(torch.empty(1)) if "eta" in learned else None
+        if self.approximates:
+            self.register_buffer("attention_gain", torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, self.init)
-        with torch.no_grad():
-            self.lam.fill_(self.initial_lam)
+        super().reset_parameters()
+        if self.beta is not None:
+            nn.init.ones_(self.beta)
+        if self.eta is not None:
+            nn.init.zeros_(self.eta)
+        if self.approximates:
             self.attention_gain.zero_()
 
-    def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
-        wide = x.float()
-        if carry is None:
-            variance = wide.square().mean(-1, keepdim=True)
-        else:
-            variance = carry.variance + self.attention_gain * carry.scale
-        argument = wide * (torch.rsqrt(variance + self.eps) * (self.lam / self.kappa))
-        y = torch.tanh(argument).to(x.dtype) * self.weight.to(x.dtype)
-        if not return_carry:
-            return y
-        return y, Carry(variance, (self.lam.detach() / self.kappa).square())
+    def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        """(..., 1) the mean square of x (..., D), measured, or approximated from `carry` after attention."""
+        if carry is None or not self.approximates:
+            return super().variance(x)
+        variance = carry.variance if self.eta is None else carry.variance * (1 + self.eta)
+        if self.approximation == "eta":
+            return variance
+        added = self.attention_gain * carry.scale
+        if self.gain_variance:
+            added = added * carry.gain_square
+        return variance + (added if self.beta is None else self.beta * added)
+
+    def carry(self, variance: Tensor) -> Carry:
+        gain_square = self.weight.detach().square().mean(-1, keepdim=True)
+        return Carry(variance, (self.lam.detach() / self.kappa).square(), gain_square)
 
     @torch.no_grad()
     def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:
@@ -244,8 +388,12 @@ NORMS: dict[str, type[Norm]] = {
     "ssnorm": SSNorm,
     "crmsnorm": CRMSNorm,
     "bhyt": BHyT,
+    "bhyt_star": BHyTStar,
     "dyt": DyT,
+    "derf": Derf,
 }
+# Keywords that say where a norm stands. The model sets them; they are no options.
+PLACE = ("layer", "before_attention", "after_attention")
 
 
 def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
@@ -255,26 +403,34 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
     """
     if name not in NORMS:
         raise UserError(f"unknown norm {name!r}; choose from {sorted(NORMS)}")
-    valid = _options(NORMS[name])
-    for key in options:
-        if key not in valid:
-            raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {sorted(valid)}")
-    return NORMS[name](hidden_size, **options)
+    keywords = _keywords(NORMS[name])
+    for key in options.keys() - {*PLACE, *keywords}:
+        valid = sorted(keywords - {*PLACE})
+        raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
+    return NORMS[name](hidden_size, **{key: value for key, value in options.items() if key in keywords})
 
 
-def block_norm(config: ModelConfig) -> Norm:
-    """One norm of a block of the model that `config` describes."""
-    return build_norm(config.norm.name, config.hidden_size, **_given(config.norm))
+def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
+    """One norm of block `layer`, counted from 1. place: `before_attention` or `after_attention`, for the norm there."""
+    norm = build_norm(config.norm.name, config.hidden_size, **_given(config.norm), layer=layer, **place)
+    if config.norm.lns:
+        norm.output_scale = layer**-0.5
+    return norm
 
 
 def final_norm(config: ModelConfig) -> Norm:
     """The norm before the head: `norm.final`, or the one that the source of `norm.name` uses there."""
-    block = block_norm(config)
-    name = config.norm.final or block.final or config.norm.name
+    name = config.norm.final or NORMS[config.norm.name].final or config.norm.name
     if name not in NORMS:
         raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
-    given = {key: value for key, value in _given(config.norm).items() if key in _options(NORMS[name])}
+    given = {key: value for key, value in _given(config.norm).items() if key in _keywords(NORMS[name])}
     return build_norm(name, config.hidden_size, **given)
+
+
+def head_norm(config: ModelConfig) -> Norm:
+    """The norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block's norms."""
+    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
+    return build_norm(name, config.head_size, **({} if config.norm.eps is None else {"eps": config.norm.eps}))
 
 
 def bound_warning(config: ModelConfig) -> str | None:
@@ -282,10 +438,9 @@ def bound_warning(config: ModelConfig) -> str | None:
 
     Below the bound the output variance of every layer stays under that of LayerNorm scaling (arXiv 2601.09719).
     """
-    norm = block_norm(config)
-    if not isinstance(norm, BHyT):
-        return None
-    ratio, bound = norm.initial_lam / norm.kappa, 1 / math.sqrt(config.num_hidden_layers)
+    norms = [block_norm(config, layer=layer) for layer in (1, config.num_hidden_layers)]
+    bound = 1 / math.sqrt(config.num_hidden_layers)
+    ratio = max((norm.initial_lam / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
     if ratio < bound:
         return None
     return (
@@ -296,15 +451,21 @@ def bound_warning(config: ModelConfig) -> str | None:
 
 def _divide_by_rms(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis: statistics fp32 (fp64 of fp64), result in the dtype of x."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = _wide(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _options(norm: type[Norm]) -> set[str]:
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype of statistics: fp32, or fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _keywords(norm: type[Norm]) -> set[str]:
     return {p.name for p in inspect.signature(norm).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def _given(config: NormConfig) -> dict[str, Any]:
-    """The options the user set."""
+    """The options of the normalizer that the user set."""
+    of_model = ("name", "final", "placement", "lns", "embed_scale")
     values = dataclasses.asdict(config)
-    return {key: value for key, value in values.items() if key not in ("name", "final") and value is not None}
+    return {key: value for key, value in values.items() if key not in of_model and value is not None}

@@ -98,7 +98,7 @@ def test_bhyt_takes_the_sequence_length_of_the_training() -> None:
 
 def test_model_shape_helpers() -> None:
     model = from_dict(tree(model={"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2})).model
-    assert (model.head_dim, model.kv_heads) == (16, 2)
+    assert (model.head_size, model.kv_heads) == (16, 2)
     assert from_dict(tree()).model.kv_heads == from_dict(tree()).model.num_attention_heads
 
 

@@ -126,7 +126,7 @@ def test_374m_has_the_shape_of_its_paper() -> None:
     """arXiv 2601.09719: hidden 1024, 16 layers, 16 heads of 64, 4 key/value heads, FFN 4096."""
     model = config("model=374m").model
     assert (model.hidden_size, model.num_hidden_layers, model.intermediate_size) == (1024, 16, 4096)
-    assert (model.num_attention_heads, model.kv_heads, model.head_dim) == (16, 4, 64)
+    assert (model.num_attention_heads, model.kv_heads, model.head_size) == (16, 4, 64)
 
 
 # --- the paper ----------------------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_attention_gain_is_the_energy_of_the_attention_of_a_single_token(kv_head
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_(generator=generator)
-        norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=config.head_dim)
+        norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=config.head_size)
         columns = attention(torch.eye(16)[:, None], torch.ones(1, 2), torch.zeros(1, 2), None)
     expected = columns.double().square().sum().item() / (7 * 16)
     assert norm.attention_gain.item() == pytest.approx(expected, rel=1e-5)

@@ -208,7 +208,7 @@ def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset
         )
 
     of_token = activation(spec.a_group_size)
-    of_head = activation(model.config.head_dim) if spec.o_proj_by_head else of_token
+    of_head = activation(model.config.head_size) if spec.o_proj_by_head else of_token
     inputs: list[tuple[str, nn.Module, Quantize]] = [("head_in", model.lm_head, of_token)]
     for block in _blocks(model):
         inputs += [

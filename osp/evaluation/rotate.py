@@ -23,7 +23,7 @@ def random_rotations(model: Transformer, *, seed: int) -> tuple[Tensor, list[Ten
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     residual = random_hadamard(config.hidden_size, generator=generator)
-    return residual, [random_hadamard(config.head_dim, generator=generator) for _ in model.layers]
+    return residual, [random_hadamard(config.head_size, generator=generator) for _ in model.layers]
 
 
 def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -163,8 +163,8 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
             if bits < 16 and size is not None and width % size:
                 raise UserError(f"quant.{key}={size} does not divide model.{name}={width}")
     size = spec.kv_group_size
-    if spec.kv_bits < 16 and size is not None and model.head_dim % size:
-        raise UserError(f"quant.kv_group_size={size} does not divide the head size {model.head_dim}")
+    if spec.kv_bits < 16 and size is not None and model.head_size % size:
+        raise UserError(f"quant.kv_group_size={size} does not divide the head size {model.head_size}")
     if spec.rotation != "none" and not spec.is_identity:
         for name in (model.norm.name, model.norm.final or model.norm.name):
             if name not in ROTATABLE_NORMS:

@@ -178,15 +178,15 @@ def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> 
         case "final_norm_out":
             return [("norm.weight", "gain", channel)], into_stream
         case "q" | "k":  # RoPE turns a channel with its partner half a head away
-            size = model.config.head_dim
+            size = model.config.head_size
             partner = channel - channel % size + (channel % size + size // 2) % size
             return [(f"{attention}.{kind}_proj.weight", "row", c) for c in (channel, partner)], []
         case "v":
             return [(f"{attention}.v_proj.weight", "row", channel)], []
         case "o_proj_in":  # several query heads may read one value head
-            head, within = divmod(channel, model.config.head_dim)
+            head, within = divmod(channel, model.config.head_size)
             head //= model.config.num_attention_heads // model.config.kv_heads
-            return [(f"{attention}.v_proj.weight", "row", head * model.config.head_dim + within)], []
+            return [(f"{attention}.v_proj.weight", "row", head * model.config.head_size + within)], []
         case "down_proj_in":
             return [(f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")], []
     raise AssertionError(kind)

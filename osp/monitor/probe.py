@@ -314,10 +314,11 @@ def _hooked(module: nn.Module, where: str, hook: Hook) -> Iterator[None]:
 
 def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
     """x (2, ..., in) times W^T: the first copy as always, the second one with both factors quantized."""
-    weight = module.weight
+    weight, bias = module.affine()
+    bias = None if bias is None else bias.to(x.dtype)
     noisy = fake_quantize_activation(x[1:], bits=BITS)
     noisy_weight = fake_quantize_weight(weight, bits=BITS)
-    return torch.cat((F.linear(x[:1], weight.to(x.dtype)), F.linear(noisy, noisy_weight.to(x.dtype))))
+    return torch.cat((F.linear(x[:1], weight.to(x.dtype), bias), F.linear(noisy, noisy_weight.to(x.dtype), bias)))
 
 
 def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:

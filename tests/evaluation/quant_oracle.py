@@ -58,7 +58,7 @@ def sylvester(n: int) -> np.ndarray:
 def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Collection[str]) -> np.ndarray:
     """(T, V) logits of one row, with `spec` at `sites` alone; rmsnorm, no rotation of the residual stream."""
     config = model.config
-    size, heads, kv_heads = config.head_dim, config.num_attention_heads, config.kv_heads
+    size, heads, kv_heads = config.head_size, config.num_attention_heads, config.kv_heads
     w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     eps = 1e-6
 

@@ -112,7 +112,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 def forward(model: Transformer, ids: Tensor, product: Product) -> dict[str, Tensor]:
     """Every site of a row, (T, D) each, with RMSNorm; `product` is what the linear layers of the blocks do."""
     config = model.config
-    heads, groups, size = config.num_attention_heads, config.kv_heads, config.head_dim
+    heads, groups, size = config.num_attention_heads, config.kv_heads, config.head_size
     x = model.embed_tokens.weight[ids]
     seen = {"embed_out": x}
     for index, layer in enumerate(model.layers):
