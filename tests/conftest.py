@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,11 +122,20 @@ def overrides_of(config: Config) -> list[str]:
     return leaves(to_dict(config), "")
 
 
+def free_port() -> int:
+    """A port for the deepspeed launcher, which cannot choose one: tests must not meet on a fixed one."""
+    with socket.socket() as place:
+        place.bind(("", 0))
+        return place.getsockname()[1]
+
+
 def run_script(
     *arguments: str, launcher: tuple[str, ...] = (), cwd: Path, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """`python scripts/train.py ARGUMENTS`, or the same below a launcher such as `torchrun --nproc-per-node 2`."""
     script = str(ROOT / "scripts" / "train.py")
+    if "deepspeed" in launcher:
+        launcher = (*launcher, "--master_port", str(free_port()))
     command = [*launcher, script, *arguments] if launcher else [sys.executable, script, *arguments]
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},

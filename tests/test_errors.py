@@ -59,7 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            entry.launch(main)
+            entry.run(main)
         assert stop.value.code == 2
         output = capsys.readouterr()
         lines = [line for line in output.err.split("\n") if line.startswith("error:")]
@@ -635,4 +635,4 @@ def test_wandb_online_without_a_key(error_of: Callable[..., str], monkeypatch: p
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "debug=true", "train.steps=0"])
     with pytest.raises(UserError, match=r"train\.steps=0"):
-        entry.launch(main)
+        entry.run(main)

@@ -233,9 +233,8 @@ def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, tmp_path: Path
 @pytest.mark.parametrize(
     ("launcher", "stage"),
     [
-        (("torchrun", "--standalone", "--nproc-per-node", "2"), 1),
-        (("deepspeed", "--num_gpus", "2", "--master_port", "29771", "--no_local_rank"), 3),
-        (("deepspeed", "--num_gpus", "4", "--master_port", "29772"), 2),
+        (("torchrun", "--standalone", "--nproc-per-node", "2"), 3),
+        (("deepspeed", "--num_gpus", "4"), 2),
     ],
 )
 def test_ranks_change_only_rounding(launcher: tuple[str, ...], stage: int, tiny: Tiny, tmp_path: Path) -> None:
