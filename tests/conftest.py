@@ -78,6 +78,16 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def plain_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of that configuration, for tests to read and compare with."""
+    from osp.train import train
+
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(from_dict({**tiny_values, "run": {"name": "run", "dir": str(folder)}}))
+    return folder
+
+
 @pytest.fixture
 def tiny(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Config]:
     """`tiny("train.steps=3", name="a")`: that configuration with overrides, its run folder below the test's own."""
