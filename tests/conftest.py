@@ -16,9 +16,16 @@ from osp.config import Config, from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# They go first where processes share the files, so that no process is left alone with one at the end
+LONGEST = ("test_trainer.py", "test_resume.py", "test_faults.py", "test_verify_resume.py", "test_training.py")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the losses of tests/golden anew")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def made_text(num_documents: int, *, seed: int = 0) -> list[str]:

@@ -52,7 +52,7 @@ for outcome in outcomes:
 
 def test_process_ends_with_its_status_while_threads_are_in_c(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=240)
     statuses = [line for line in done.stdout.split("\n") if line.startswith("status")]
     assert statuses == [f"status {code}" for code in (0, 2, 1, 128 + 15, 128 + 2, 1)], done.stderr
     assert done.stdout.count("done\nclosed\n") == len(statuses)  # buffers are written, exit functions have run

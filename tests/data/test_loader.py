@@ -238,7 +238,7 @@ def test_rows_wait_for_shards_that_are_being_prepared(
             assert not results
             time.sleep(0.1)
             rewrite_manifest(copy, train=dataclasses.replace(whole.train, shards=whole.train.shards[:num_shards]))
-        asking.join(5)
+        asking.join(60)
         np.testing.assert_array_equal(results[last], expected[last])
         time.sleep(0.1)  # the next step is ahead of the text until it is known that this is all of it
         save_manifest(whole, copy)

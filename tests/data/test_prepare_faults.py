@@ -98,7 +98,7 @@ def test_signals_to_all_processes_leave_the_preparation_alone_but_its_trainers_e
         assert all(map(alive, (preparer, *workers)))
         trainer.kill()
         trainer.wait()
-        assert until(lambda: not any(map(alive, (preparer, *workers))), seconds=10)
+        assert until(lambda: not any(map(alive, (preparer, *workers))))
     assert not is_locked(folder)
 
 
@@ -126,7 +126,7 @@ def test_one_killed_worker_ends_the_others(
     assert until(lambda: len(children_of(pid)) == 3)
     workers = children_of(pid)
     os.kill(workers[1], signal.SIGKILL)
-    child.join(20)
+    child.join(60)
     assert child.exitcode == 0
     assert "a tokenizing process was killed" in (tmp_path / "notes").read_text()
     assert not any(map(alive, workers))
