@@ -19,8 +19,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 train: install
 	$(BIN)/python scripts/train.py +experiment=quickstart $(ARGS)
 
+# A process for each of two cores, with one thread each, or they get in each other's way. A file's tests stay in one
+# process, for they share what its fixtures made; files go in the order of tests/conftest.py.
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BUFFERS = "buffers.safetensors"
+CLOSE_SECONDS = 10.0  # for the write of a save that nobody will finish; a disk that hangs must not keep a run alive
 
 Slice = tuple[str, int, int, dict[str, Tensor]]  # parameter name, start, stop, kind -> flat fp32 slice
 
@@ -206,7 +207,7 @@ class Saver:
         self._token, self._rank, self._gather = token, rank, gather
         self._host: dict[str, Tensor] = {}  # kept from save to save: page-locked memory is slow to come by
         self._manifest: dict[str, Any] = {}
-        self._thread = ThreadPoolExecutor(1, "osp-save")  # joined when the process ends
+        self._thread = ThreadPoolExecutor(1, "osp-save")
         self._future: Future[_Share] | None = None
         self._blocked = 0.0
 
@@ -260,6 +261,12 @@ class Saver:
             blocked_seconds=max(seconds for _, seconds in shares),
             write_seconds=max(s.seconds for s, _ in shares),
         )
+
+    def close(self) -> None:
+        """End the thread; a save that was begun and not finished is no checkpoint, and is not waited for long."""
+        if self._future is not None:
+            wait([self._future], timeout=CLOSE_SECONDS)
+        self._thread.shutdown(wait=self._future is None or self._future.done())
 
     @property
     def _final(self) -> Path:

@@ -355,15 +355,18 @@ class Peers:
         """Collective."""
         self._all: list[tuple[str, int]] = gather_objects((socket.gethostname(), os.getpid()))
         self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="osp-peers")
 
     def watch(self) -> None:
         """End this process if a rank of this host dies before `dismiss`."""
         if len(self._all) > 1:
-            threading.Thread(target=self._watch, daemon=True, name="osp-peers").start()
+            self._thread.start()
 
     def dismiss(self) -> None:
         """From here on ranks end as they please. All ranks are through their last collective when they call it."""
         self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()  # which looks at processes and waits for the event, no more
 
     def dead(self, *, seconds: float = 0.0) -> list[int]:
         """Ranks of this host whose process is gone, looked for as long as `seconds` if there are none."""

@@ -30,7 +30,7 @@ from osp.optim import build_schedule, describe_groups
 from osp.precision import peak_tflops
 from osp.preemption import StopRequest
 from osp.report import write_report
-from osp.run import RunLock, end, environment
+from osp.run import RunLock, end, environment, read_lines
 from osp.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
@@ -144,8 +144,9 @@ class Trainer:
                 self.logger.close(exit_code=0 if reason in ("complete", "train.stop_at") else 1)
 
     def close(self) -> None:
-        """End the loader's thread and let another process train in the run folder."""
+        """End the threads of this run and let another process train in its folder."""
         self.loader.close()
+        self.saver.close()
         if self.lock:
             self.lock.release()
 
@@ -509,10 +510,9 @@ class Trainer:
     def _last_logged(self, name: str) -> tuple[int, dict[str, float]]:
         """After which step the metric `name` was logged last, and with what else of its kind; from the run's file."""
         found: tuple[int, dict[str, float]] = (-1, {})
-        path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-            if f'"{name}"' in line:
-                event, kind = json.loads(line), name.partition("/")[0] + "/"
+        kind = name.partition("/")[0] + "/"
+        for event in read_lines(self.folder / "metrics.jsonl"):
+            if name in event:
                 found = event["step"], {key: value for key, value in event.items() if key.startswith(kind)}
         return found
 

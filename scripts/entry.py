@@ -1,5 +1,6 @@
 """What every entry point shares: compose the configuration with Hydra, run, and turn a user's mistake into one line."""
 
+import atexit
 import contextlib
 import io
 import itertools
@@ -8,8 +9,9 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,6 +26,34 @@ CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def launch(
+    main: Callable[[dict[str, Any]], None],
+    config_name: str = "train",
+    *,
+    defaults: dict[str, Any] | None = None,
+    positional: str | None = None,
+) -> NoReturn:
+    """`run`, and the end of the process with its status: all that a script does.
+
+    The interpreter is not finalized: DeepSpeed holds on to the process group, so that torch's communication threads
+    live until then, and one that lets go of a tensor while Python goes down is stopped inside C++, which aborts the
+    process ("terminate called without an active exception").
+    """
+    status = 0
+    try:
+        run(main, config_name, defaults=defaults, positional=positional)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):  # nobody reads on
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def run(
     main: Callable[[dict[str, Any]], None],
     config_name: str = "train",
     *,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,16 @@ from osp.config import Config, from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# They go first where processes share the files, so that no process is left alone with one at the end
+LONGEST = ("test_trainer.py", "test_resume.py", "test_faults.py", "test_verify_resume.py", "test_training.py")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the losses of tests/golden anew")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def made_text(num_documents: int, *, seed: int = 0) -> list[str]:
@@ -77,6 +85,16 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def plain_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of that configuration, for tests to read and compare with."""
+    from osp.train import train
+
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(from_dict({**tiny_values, "run": {"name": "run", "dir": str(folder)}}))
+    return folder
+
+
 @pytest.fixture
 def tiny(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Config]:
     """`tiny("train.steps=3", name="a")`: that configuration with overrides, its run folder below the test's own."""
@@ -121,11 +139,20 @@ def overrides_of(config: Config) -> list[str]:
     return leaves(to_dict(config), "")
 
 
+def free_port() -> int:
+    """A port for the deepspeed launcher, which cannot choose one: tests must not meet on a fixed one."""
+    with socket.socket() as place:
+        place.bind(("", 0))
+        return place.getsockname()[1]
+
+
 def run_script(
     *arguments: str, launcher: tuple[str, ...] = (), cwd: Path, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """`python scripts/train.py ARGUMENTS`, or the same below a launcher such as `torchrun --nproc-per-node 2`."""
     script = str(ROOT / "scripts" / "train.py")
+    if "deepspeed" in launcher:
+        launcher = (*launcher, "--master_port", str(free_port()))
     command = [*launcher, script, *arguments] if launcher else [sys.executable, script, *arguments]
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},

@@ -76,7 +76,7 @@ def savers(
 
 def threads_gather(ranks: int) -> Callable[[int, Any], list[Any]]:
     """What all ranks, each a thread, hand in; returned to all of them when the last one has."""
-    barrier, values = threading.Barrier(ranks, timeout=20), [None] * ranks
+    barrier, values = threading.Barrier(ranks, timeout=120), [None] * ranks
 
     def gather(rank: int, value: Any) -> list[Any]:
         values[rank] = value
@@ -174,7 +174,7 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
     write_tensors = checkpoint_module._write_tensors
 
     def slowly(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        assert gate.wait(timeout=20)
+        assert gate.wait(timeout=120)
         return write_tensors(path, tensors)
 
     monkeypatch.setattr(checkpoint_module, "_write_tensors", slowly)

@@ -32,6 +32,7 @@ from train import main
 
 Tiny = Callable[..., Config]
 Change = Callable[[Path], object]  # of a folder, so that it is damaged
+Refused = Callable[[Path, Path, tuple[Change, str], Config], None]
 
 
 def incomplete_files(folder: Path) -> dict[Path, bytes]:
@@ -59,7 +60,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            entry.launch(main)
+            entry.run(main)
         assert stop.value.code == 2
         output = capsys.readouterr()
         lines = [line for line in output.err.split("\n") if line.startswith("error:")]
@@ -76,6 +77,18 @@ def error_of(started: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Ca
     """`started`, the data prepared in this process: a child takes seconds to import."""
     monkeypatch.setattr("osp.train.start", prepare)
     return started
+
+
+@pytest.fixture
+def damaged_copy_is_refused(error_of: Callable[..., str]) -> Refused:
+    """Checks that `config`, which reads the damaged copy of a folder, is refused with the case's message."""
+
+    def check(folder: Path, copy: Path, case: tuple[Change, str], config: Config) -> None:
+        change, message = case
+        change(Path(shutil.copytree(folder, copy)))
+        assert re.search(message, error_of(config=config))
+
+    return check
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -481,12 +494,10 @@ SHARDS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", SHARDS)
 def test_shards_that_are_damaged(
-    case: str, error_of: Callable[..., str], tiny: Tiny, tiny_shards: Path, tmp_path: Path
+    case: str, damaged_copy_is_refused: Refused, tiny: Tiny, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    change, message = SHARDS[case]
-    copy = Path(shutil.copytree(tiny_shards, tmp_path / "shards" / tiny_shards.name))
-    change(copy)
-    assert re.search(message, error_of(config=tiny(f"data.cache_dir={tmp_path / 'shards'}")))
+    copy = tmp_path / "shards" / tiny_shards.name
+    damaged_copy_is_refused(tiny_shards, copy, SHARDS[case], tiny(f"data.cache_dir={copy.parent}"))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -563,13 +574,10 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoint_that_is_damaged(
-    case: str, error_of: Callable[..., str], tiny: Tiny, tiny_run: Path, tmp_path: Path
+    case: str, damaged_copy_is_refused: Refused, tiny: Tiny, tiny_run: Path, tmp_path: Path
 ) -> None:
-    change, message = CHECKPOINTS[case]
-    copy = Path(shutil.copytree(tiny_run, tmp_path / "old" / "run"))
-    change(copy)
-    line = error_of(config=tiny("train.steps=2", f"resume={copy}"))
-    assert re.search(message, line)
+    copy = tmp_path / "old" / "run"
+    damaged_copy_is_refused(tiny_run, copy, CHECKPOINTS[case], tiny("train.steps=2", f"resume={copy}"))
 
 
 def test_checkpoint_of_another_model(error_of: Callable[..., str], tiny: Tiny, tiny_run: Path) -> None:
@@ -605,11 +613,9 @@ RUNS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", RUNS)
 def test_run_folder_that_is_damaged(
-    case: str, error_of: Callable[..., str], tiny: Tiny, tiny_run: Path, tmp_path: Path
+    case: str, damaged_copy_is_refused: Refused, tiny: Tiny, tiny_run: Path, tmp_path: Path
 ) -> None:
-    change, message = RUNS[case]
-    change(Path(shutil.copytree(tiny_run, tmp_path / "run")))
-    assert re.search(message, error_of(config=tiny("train.steps=2", "run.name=osp")))
+    damaged_copy_is_refused(tiny_run, tmp_path / "run", RUNS[case], tiny("train.steps=2", "run.name=osp"))
 
 
 def test_run_folder_of_another_configuration(error_of: Callable[..., str], tiny: Tiny, tiny_run: Path) -> None:
@@ -635,4 +641,4 @@ def test_wandb_online_without_a_key(error_of: Callable[..., str], monkeypatch: p
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "debug=true", "train.steps=0"])
     with pytest.raises(UserError, match=r"train\.steps=0"):
-        entry.launch(main)
+        entry.run(main)

@@ -248,7 +248,7 @@ def test_run_folder_need_not_follow_the_name() -> None:
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """`launch(*arguments)` of scripts/entry.py, as if called from the command line; what `main` received."""
+    """`launch(*arguments)`: `run` of scripts/entry.py as if called from the command line; what `main` received."""
     from hydra.core.global_hydra import GlobalHydra
 
     spec = importlib.util.spec_from_file_location("entry", ROOT / "scripts" / "entry.py")
@@ -269,7 +269,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        entry.launch(main)
+        entry.run(main)
         return received[0]
 
     return run

@@ -237,7 +237,7 @@ def test_mistake_on_the_command_line(
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
     main = load_script("export").main
     with pytest.raises(SystemExit) as stop:
-        entry.launch(main, "export", defaults=dataclasses.asdict(ExportConfig()), positional="path")
+        entry.run(main, "export", defaults=dataclasses.asdict(ExportConfig()), positional="path")
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.split("\n") if line]
     assert re.search(message, line)

@@ -190,7 +190,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         capsys.readouterr()
         try:
-            entry.launch(lambda composed: reached.append(to_dict(from_dict(composed))))
+            entry.run(lambda composed: reached.append(to_dict(from_dict(composed))))
             return
         except SystemExit as stop:
             code = stop.code

@@ -34,10 +34,8 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(a[name], b[name]), (name, (a[name] - b[name]).abs().max())
 
 
-def test_run_folder_holds_what_comparing_two_runs_needs(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny()
-    train(config)
-    folder = tmp_path / "run"
+def test_run_folder_holds_what_comparing_two_runs_needs(tiny: Tiny, plain_run: Path) -> None:
+    folder, config = plain_run, tiny(f"run.dir={plain_run}")
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     assert from_dict(stored) == config
     (start,) = json.loads((folder / "environment.json").read_text())
@@ -98,14 +96,12 @@ def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
     assert curve[-1] < 0.75 * curve[0], curve
 
 
-def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny()
-    train(config)
-    model = load_model(tmp_path / "run").double()
+def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, plain_run: Path) -> None:
+    model = load_model(plain_run).double()
     model.compute_dtype = torch.float64
-    shard_folder = next(Path(config.data.cache_dir).iterdir())
+    shard_folder = next(Path(tiny().data.cache_dir).iterdir())
     tokens = torch.from_numpy(Shards(shard_folder, "val")[0].astype("int64"))
-    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+    tokenizer = load_tokenizer(plain_run / "tokenizer.json")
     nats, count, text = 0.0, 0, b""
     for row in range(min(1024, len(tokens) - 1) // 32):
         window = tokens[row * 32 : row * 32 + 33]
@@ -113,7 +109,7 @@ def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, tmp
             nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
         count += 32
         text += b"".join(_bytes(tokenizer, token) for token in window[1:].tolist())
-    last = [event for event in read_metrics(tmp_path / "run") if "val/loss" in event][-1]
+    last = [event for event in read_metrics(plain_run) if "val/loss" in event][-1]
     assert last["val/loss"] == pytest.approx(nats / count, rel=1e-5)
     assert last["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
@@ -166,14 +162,13 @@ def _bytes(tokenizer: Any, token: int) -> bytes:
     return b"" if text == "<|endoftext|>" else bytes(table[c] for c in text)
 
 
-def test_resuming_equals_not_stopping_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny(name="straight"))
+def test_resuming_equals_not_stopping_bit_for_bit(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     stopped = tiny(name="stopped")
     interrupt_after(3, stopped)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")[:4]
+    assert losses(tmp_path / "stopped") == losses(plain_run)[:4]
     train(stopped)  # the same command: resume=auto; the fourth step is taken and written once
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
-    assert_same_weights(tmp_path / "stopped", tmp_path / "straight")
+    assert losses(tmp_path / "stopped") == losses(plain_run)
+    assert_same_weights(tmp_path / "stopped", plain_run)
 
 
 def interrupt_after(step: int, config: Config) -> None:
@@ -222,34 +217,34 @@ def test_micro_batch_size_changes_only_rounding(tiny: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny(name="one"))
+def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     train(tiny(f"engine.zero_stage={stage}", name="other"))
     torch.testing.assert_close(
-        torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "other")), atol=0, rtol=2e-5
+        torch.tensor(losses(plain_run)), torch.tensor(losses(tmp_path / "other")), atol=0, rtol=2e-5
     )
 
 
 @pytest.mark.parametrize(
     ("launcher", "stage"),
     [
-        (("torchrun", "--standalone", "--nproc-per-node", "2"), 1),
-        (("deepspeed", "--num_gpus", "2", "--master_port", "29771", "--no_local_rank"), 3),
-        (("deepspeed", "--num_gpus", "4", "--master_port", "29772"), 2),
+        (("torchrun", "--standalone", "--nproc-per-node", "2"), 3),
+        (("deepspeed", "--num_gpus", "4"), 2),
     ],
 )
-def test_ranks_change_only_rounding(launcher: tuple[str, ...], stage: int, tiny: Tiny, tmp_path: Path) -> None:
+def test_ranks_change_only_rounding(
+    launcher: tuple[str, ...], stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
+) -> None:
     """The same rows, losses and validation on 2 and 4 ranks through the real launchers as in one process."""
-    train(tiny(name="one"))
     config = tiny(f"engine.zero_stage={stage}", name="many")
     result = run_script(*overrides_of(config), launcher=launcher, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for key in ("train/loss", "val/loss", "val/bits_per_byte", "train/grad_norm", "train/param_norm"):
         one, many = (
-            torch.tensor([e[key] for e in read_metrics(tmp_path / name) if key in e]) for name in ("one", "many")
+            torch.tensor([e[key] for e in read_metrics(folder) if key in e])
+            for folder in (plain_run, tmp_path / "many")
         )
         torch.testing.assert_close(one, many, atol=0, rtol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "many")
+    a, b = weights(plain_run), weights(tmp_path / "many")
     for name in a:
         torch.testing.assert_close(
             a[name], b[name], atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
@@ -294,28 +289,25 @@ def test_bhyt_constants_come_from_the_weights_and_live_in_the_checkpoint(
         assert gain.item() != expected.item()
 
 
-def test_document_mask_hides_other_documents(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny(name="packed"))
+def test_document_mask_hides_other_documents(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     train(tiny("train.document_mask=true", name="masked"))
-    packed, masked = losses(tmp_path / "packed"), losses(tmp_path / "masked")
+    packed, masked = losses(plain_run), losses(tmp_path / "masked")
     assert packed != masked
     assert packed == pytest.approx(masked, rel=0.02)
 
 
-def test_activation_checkpointing_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny(name="kept"))
+def test_activation_checkpointing_changes_nothing(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     train(tiny("train.activation_checkpointing=true", name="recomputed"))
-    assert losses(tmp_path / "kept") == losses(tmp_path / "recomputed")
+    assert losses(plain_run) == losses(tmp_path / "recomputed")
 
 
-def test_bf16_compute_keeps_fp32_weights_and_follows_fp32(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny(name="fp32"))
+def test_bf16_compute_keeps_fp32_weights_and_follows_fp32(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     train(tiny("train.precision=bf16", name="bf16"))
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bf16").values())
     torch.testing.assert_close(
-        torch.tensor(losses(tmp_path / "fp32")), torch.tensor(losses(tmp_path / "bf16")), atol=0, rtol=5e-3
+        torch.tensor(losses(plain_run)), torch.tensor(losses(tmp_path / "bf16")), atol=0, rtol=5e-3
     )
-    assert losses(tmp_path / "fp32") != losses(tmp_path / "bf16")
+    assert losses(plain_run) != losses(tmp_path / "bf16")
 
 
 def test_compiled_blocks_change_only_rounding(tiny: Tiny, tmp_path: Path) -> None:
@@ -377,11 +369,10 @@ def test_another_configuration_in_the_same_folder_is_refused(tiny: Tiny, tmp_pat
         train(tiny("resume=false"))
 
 
-def test_load_model_is_the_trained_model(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny())
-    model = load_model(tmp_path / "run")
+def test_load_model_is_the_trained_model(plain_run: Path) -> None:
+    model = load_model(plain_run)
     assert isinstance(model, Transformer)
     assert model(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 320)
     from osp import load_model as public
 
-    assert torch.equal(public(tmp_path / "run").lm_head.weight, model.lm_head.weight)
+    assert torch.equal(public(plain_run).lm_head.weight, model.lm_head.weight)

@@ -172,7 +172,7 @@ def test_mistakes_come_through(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> tuple[int, str]:
         command = [sys.executable, str(ROOT / "scripts" / "verify_resume.py"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
         return done.returncode, done.stderr.strip()
 
     assert run("verify.step=[1,1]") == (2, "error: unknown key 'verify.step'; did you mean 'verify.steps'?")

@@ -30,6 +30,7 @@ from osp.data.tokenizer import spec_hash
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.5
 CHECKED_TOKENS = 2**24  # of the first shard when a run starts; every row is checked when it is read
+CLOSE_SECONDS = 2  # for a read in progress to end; a file system that hangs must not keep a failed run alive
 GRACE_SECONDS = 20  # a preparation that holds no lock for so long is not going on
 
 Array = np.ndarray[Any, Any]
@@ -214,8 +215,8 @@ class Loader:
         self._epoch = 0
         self._ahead: dict[int, Future[list[Batch]]] = {}
         self._queue: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
-        # a daemon: a wait for shards must not keep a failed run alive
-        threading.Thread(target=self._run, daemon=True, name="osp-loader").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="osp-loader")
+        self._thread.start()
 
     def wait(self, step: int, *, seconds: float) -> bool:
         """Whether the micro batches of `step` are there, or the error is that keeps them away, within that time."""
@@ -246,6 +247,7 @@ class Loader:
         for future in self._ahead.values():
             future.cancel()
         self._queue.put(None)
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:

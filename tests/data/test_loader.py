@@ -238,7 +238,7 @@ def test_rows_wait_for_shards_that_are_being_prepared(
             assert not results
             time.sleep(0.1)
             rewrite_manifest(copy, train=dataclasses.replace(whole.train, shards=whole.train.shards[:num_shards]))
-        asking.join(5)
+        asking.join(60)
         np.testing.assert_array_equal(results[last], expected[last])
         time.sleep(0.1)  # the next step is ahead of the text until it is known that this is all of it
         save_manifest(whole, copy)
@@ -270,8 +270,20 @@ def test_closing_ends_the_thread_even_while_it_waits(copy: Path) -> None:
         source.step(rows // ROWS_PER_STEP - 1)  # reads ahead beyond what is there
         thread = next(t for t in threading.enumerate() if t.name == "osp-loader")
         source.close()
-        thread.join(3)
         assert not thread.is_alive()
+
+
+def test_closing_does_not_wait_for_a_file_system_that_hangs(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "CLOSE_SECONDS", 0.1)
+    hangs, mends = threading.Event(), threading.Event()
+    monkeypatch.setattr(Loader, "_read", lambda *_: (hangs.set(), mends.wait(60)))
+    source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
+    assert not source.wait(0, seconds=0.0)
+    assert hangs.wait(60)
+    source.close()
+    assert source._thread.is_alive()
+    mends.set()
+    source._thread.join()
 
 
 def test_large_vocabularies_use_32_bits(shards: Path, copy: Path) -> None:

@@ -304,7 +304,7 @@ def test_whoever_waits_for_a_preparation_that_fails_gets_its_turn(
     for child in children:
         child.start()
     for child in children:
-        child.join(20)
+        child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
     message = "the corpus is empty: 0 documents, none of them with text"
     assert sorted((tmp_path / "notes").read_text().splitlines()) == sorted(["prepared", message] * 2)
@@ -365,7 +365,7 @@ def test_the_background_preparation_ends_with_its_parent(
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     folder = Path(parent.stdout.strip())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_locked(folder)  # nor do its workers live, which would hold the lock too

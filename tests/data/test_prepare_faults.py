@@ -98,11 +98,14 @@ def test_signals_to_all_processes_leave_the_preparation_alone_but_its_trainers_e
         assert all(map(alive, (preparer, *workers)))
         trainer.kill()
         trainer.wait()
-        assert until(lambda: not any(map(alive, (preparer, *workers))), seconds=10)
+        assert until(lambda: not any(map(alive, (preparer, *workers))))
     assert not is_locked(folder)
 
 
-def _kill_one_worker(config: DataConfig, tokenizer: TokenizerConfig, notes: Path) -> None:
+def _prepare_noting_the_error(
+    config: DataConfig, tokenizer: TokenizerConfig, notes: Path, max_file_bytes: int = resource.RLIM_INFINITY
+) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     try:
         prepare(config, tokenizer, progress=False)
     except UserError as error:
@@ -116,27 +119,17 @@ def test_one_killed_worker_ends_the_others(
     """The executor ends what is left of a broken pool with SIGTERM, which the workers ignore."""
     long_corpus(tmp_path / "long.jsonl", texts, copies=40)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=3)
-    child = fork.Process(target=_kill_one_worker, args=(config, tokenizer_config, tmp_path / "notes"))
+    child = fork.Process(target=_prepare_noting_the_error, args=(config, tokenizer_config, tmp_path / "notes"))
     child.start()
     assert child.pid is not None
     pid = child.pid
     assert until(lambda: len(children_of(pid)) == 3)
     workers = children_of(pid)
     os.kill(workers[1], signal.SIGKILL)
-    child.join(20)
+    child.join(60)
     assert child.exitcode == 0
     assert "a tokenizing process was killed" in (tmp_path / "notes").read_text()
     assert not any(map(alive, workers))
-
-
-def _prepare_with_little_disk(data: DataConfig, tokenizer: TokenizerConfig, limit: int, notes: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        prepare(data, tokenizer, progress=False)
-    except UserError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        print(error)
-        os.write(os.open(notes, os.O_WRONLY | os.O_CREAT), str(error).encode()[:1000])
 
 
 @pytest.mark.parametrize(
@@ -148,8 +141,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     limit: int, file: str, data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
-    arguments = (config, tokenizer_config, limit, tmp_path / "notes")
-    child = fork.Process(target=_prepare_with_little_disk, args=arguments)
+    arguments = (config, tokenizer_config, tmp_path / "notes", limit)
+    child = fork.Process(target=_prepare_noting_the_error, args=arguments)
     child.start()
     child.join(60)
     assert child.exitcode == 0

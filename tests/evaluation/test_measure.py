@@ -179,7 +179,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         monkeypatch.setattr("osp.engine.shutdown", lambda: None)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         with pytest.raises(SystemExit) as stop:
-            entry.launch(main, name, defaults=dataclasses.asdict(kind()), positional=key)
+            entry.run(main, name, defaults=dataclasses.asdict(kind()), positional=key)
         assert stop.value.code == 2
         (line,) = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error:")]
         return line

@@ -1,0 +1,88 @@
+"""The end of a process: its status whatever came, no thread of ours left, and none of torch's that can abort it."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osp.config import Config, RunError
+from osp.engine import Peers
+from osp.train import train
+from osp.trainer import Trainer
+from tests.conftest import ROOT
+
+Tiny = Callable[..., Config]
+
+# In each child a thread comes back from C++ all the time, as those of gloo do after the last collective. Where it finds
+# the interpreter finalized, the process dies of SIGABRT.
+PROGRAM = """
+import atexit, os, signal, sys, threading
+import torch
+import entry
+from osp.config import RunError, StoppedError, UserError
+
+def busy():
+    torch.set_num_threads(1)
+    matrix = torch.ones(200, 200)
+    while True:
+        matrix @ matrix
+
+def main(outcome):
+    atexit.register(print, "closed")
+    threading.Thread(target=busy, daemon=True).start()
+    print("done")
+    if outcome is not None:
+        raise outcome
+
+entry._compose = lambda *_: [outcome]
+outcomes = [None, UserError("no"), RunError("no"), StoppedError("no", signal="SIGTERM")]
+outcomes += [KeyboardInterrupt(), KeyError("no")]
+for outcome in outcomes:
+    child = os.fork()
+    if not child:
+        sys.argv[1:] = []
+        entry.launch(main)
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_process_ends_with_its_status_while_threads_are_in_c(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=240)
+    statuses = [line for line in done.stdout.split("\n") if line.startswith("status")]
+    assert statuses == [f"status {code}" for code in (0, 2, 1, 128 + 15, 128 + 2, 1)], done.stderr
+    assert done.stdout.count("done\nclosed\n") == len(statuses)  # buffers are written, exit functions have run
+    assert done.stderr.count("Traceback") == 1  # of the KeyError
+    assert "terminate called" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [None, RunError("the disk is full")])
+def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith("osp-")}
+
+    def conclude(self: Trainer, first: int) -> None:
+        during.update(ours())
+        if error:
+            raise error
+
+    class TwoRanks(Peers):  # or nobody would be watched
+        def __init__(self) -> None:
+            super().__init__()
+            self._all *= 2
+
+    during: set[str] = set()
+    monkeypatch.setattr("osp.trainer.Peers", TwoRanks)
+    monkeypatch.setattr(Trainer, "_conclude", conclude)
+    config = tiny("train.steps=2", "eval.every=0")
+    if error:
+        with pytest.raises(RunError):
+            train(config)
+    else:
+        train(config)
+    assert during == {"osp-loader", "osp-peers", "osp-save_0"}
+    assert not ours()
