@@ -59,6 +59,7 @@ class LayerCache(NamedTuple):
 
     keys: Tensor  # (B, S, G, K)
     values: Tensor  # (B, S, G, K)
+    rows: Tensor  # (B, 1) 0 to B - 1
     positions: Tensor | None  # (B, T) of the new tokens; None: 0 to T - 1
     width: int
 
@@ -68,9 +69,8 @@ class LayerCache(NamedTuple):
             self.keys[:, : k.shape[1]] = k
             self.values[:, : v.shape[1]] = v
             return k, v
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[rows, self.positions] = k
-        self.values[rows, self.positions] = v
+        self.keys[self.rows, self.positions] = k
+        self.values[self.rows, self.positions] = v
         return self.keys[:, : self.width], self.values[:, : self.width]
 
 
@@ -87,11 +87,12 @@ class KVCache:
         # zeros: attention gives slots not yet written the weight 0, and 0 times whatever memory held may be nan
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(shape[1], device=device)[:, None]
         self.positions: Tensor | None = None  # (B, T) of the tokens of the next pass; None: 0 to T - 1
         self.width = shape[2]  # slots that the next pass reads: all, or as many as its largest position needs
 
     def layer(self, index: int) -> LayerCache:
-        return LayerCache(self.keys[index], self.values[index], self.positions, self.width)
+        return LayerCache(self.keys[index], self.values[index], self.rows, self.positions, self.width)
 
     def mask(self, positions: Tensor) -> Tensor:
         """(B, 1, T, width) bool, True where the query at a position (B, T) may see a slot."""

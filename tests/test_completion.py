@@ -72,7 +72,8 @@ def script(
             )
         except SystemExit as stop:
             status = int(stop.code or 0)
-        return status, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return status, out, err
 
     return run
 

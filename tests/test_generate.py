@@ -329,7 +329,7 @@ def test_streamed_text_is_whole_characters(tokenizer: Tokenizer) -> None:
     for cut in (0, 1, 4):
         texts = TextStream(tokenizer, ids[:cut])
         pieces = [texts.push(token) for token in ids[cut:]]
-        assert "".join(pieces) == text[cut:]
+        assert "".join(pieces) == text.removeprefix(tokenizer.decode(ids[:cut]))
         assert "\U0001f600" in pieces, "four tokens, one piece"
         assert texts.finish() == ""
 
