@@ -1,4 +1,9 @@
-"""Rotary positions and causal attention. B batch, T tokens, H query heads, G key/value heads, K head size."""
+"""Rotary positions, causal attention and its cache.
+
+B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +18,11 @@ def rotary_table(head_dim: int, length: int, theta: float, device: torch.device 
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (B, T, H, K) rotated by position; pairs are (i, i + K/2), Hugging Face's half-split layout."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, K/2)
+    """x: (B, T, H, K) rotated by position; pairs are (i, i + K/2), Hugging Face's half-split layout.
+
+    cos, sin: (T, K/2), or (B, T, K/2) where rows stand at different positions.
+    """
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # (..., T, 1, K/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -44,3 +52,48 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
         enable_gqa=grouped,
     )
     return out.transpose(1, 2)
+
+
+class LayerCache(NamedTuple):
+    """The part of a `KVCache` that one layer writes and reads."""
+
+    keys: Tensor  # (B, S, G, K)
+    values: Tensor  # (B, S, G, K)
+    rows: Tensor  # (B, 1) 0 to B - 1
+    positions: Tensor | None  # (B, T) of the new tokens; None: 0 to T - 1
+    width: int
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, G, K) of the new tokens; returns what their queries attend to."""
+        if self.positions is None:
+            self.keys[:, : k.shape[1]] = k
+            self.values[:, : v.shape[1]] = v
+            return k, v
+        self.keys[self.rows, self.positions] = k
+        self.values[self.rows, self.positions] = v
+        return self.keys[:, : self.width], self.values[:, : self.width]
+
+
+class KVCache:
+    """Keys and values (L, B, S, G, K) of the tokens that a model has read; slot s holds position s.
+
+    Allocated once, so that a pass of one token has the same shapes and addresses every time, as CUDA graphs need. The
+    first pass (`positions` None) reads prompts that all begin in slot 0. What follows a shorter one of them is
+    overwritten, slot by slot, as its row goes on, and until then lies behind every query of the row: unequal prompts
+    need neither padding masks nor shifted positions.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, device: torch.device):
+        # zeros: attention gives slots not yet written the weight 0, and 0 times whatever memory held may be nan
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(shape[1], device=device)[:, None]
+        self.positions: Tensor | None = None  # (B, T) of the tokens of the next pass; None: 0 to T - 1
+        self.width = shape[2]  # slots that the next pass reads: all, or as many as its largest position needs
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self.keys[index], self.values[index], self.rows, self.positions, self.width)
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """(B, 1, T, width) bool, True where the query at a position (B, T) may see a slot."""
+        return (torch.arange(self.width, device=self.keys.device) <= positions[..., None])[:, None]

@@ -433,6 +433,26 @@ class ExportConfig:
     debug: bool = False
 
 
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Keys of `scripts/generate.py`, beside the model and the prompts, which come first."""
+
+    prompts: FilePath | None = None  # a text file with one more prompt in every line
+    max_new_tokens: Annotated[int, AT_LEAST_1, at_most(2**24)] | None = (
+        None  # None: 256, or the positions that are left
+    )
+    temperature: NotNegative = 0.8  # 0: always the most likely token
+    top_k: Count | None = None  # sample from the k most likely tokens only
+    top_p: Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)] = 1.0  # ... and from the top_p of probability
+    seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
+    bos: bool = True  # what begins a text for this model goes before every prompt
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations and cache; auto: bf16 where it is native
+    compile: bool | Literal["auto"] = "auto"  # one token as one CUDA graph; auto: on a GPU
+    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # of the CPU; None: all cores
+    debug: bool = False
+
+
 # Keys that may differ between a run and its continuation: they change neither the model nor what it learns, or say
 # what to do where it goes wrong.
 FREE = (

@@ -9,6 +9,7 @@ dtype (`Transformer.compute_dtype`), so bf16 training needs neither autocast nor
 B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V vocabulary.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from osp.attention import apply_rotary, causal_attention, document_mask, rotary_table
+from osp.attention import KVCache, LayerCache, apply_rotary, causal_attention, document_mask, rotary_table
 from osp.config import ModelConfig, Role, check_model
 from osp.loss import linear_cross_entropy
 from osp.norms import BHyT, Norm, block_norm, final_norm, head_norm
@@ -47,6 +48,14 @@ class Linear(nn.Module):
             return self.weight, self.bias
         return self.weight - self.weight.mean(0), None if self.bias is None else self.bias - self.bias.mean()
 
+    def fold(self) -> None:
+        """Make W and b what `affine` says, once, for inference."""
+        weight, bias = self.affine()
+        self.weight.data = weight
+        if self.bias is not None and bias is not None:
+            self.bias.data = bias
+        self.zero_mean = False
+
 
 class CausalAttention(nn.Module):
     """`causal_attention` as a module: where hooks see q, k and v as attention does, after RoPE."""
@@ -75,11 +84,16 @@ class Attention(nn.Module):
         self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
         self.attend = CausalAttention()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask).flatten(2)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = self.attend(q, k, v, mask).flatten(2)
         if self.attention_gate is not None:
             out = out * torch.sigmoid(self.attention_gate(x))
         return self.o_proj(out)
@@ -125,9 +139,11 @@ class Block(nn.Module):
         self.attention_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
         self.mlp_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
         h, carry = self.input_layernorm(x, return_carry=True)
-        x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask))
+        x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask, cache))
         return x + self.mlp_output_layernorm(self.mlp(self.post_attention_layernorm(x, carry)))
 
 
@@ -148,6 +164,11 @@ class Embedding(nn.Module):
         if self.zero_mean:
             rows = rows - rows.mean(-1, keepdim=True)
         return rows if self.scale is None else rows * self.scale
+
+    def fold(self) -> None:
+        """Make W the rows that `forward` returns, once, for inference."""
+        self.weight.data = self(torch.arange(len(self.weight), device=self.weight.device))
+        self.zero_mean, self.scale = False, None
 
 
 class Head(Linear):
@@ -193,25 +214,36 @@ class Transformer(nn.Module):
         *,
         document_ids: Tensor | None = None,
         chunk_tokens: int = 8192,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in the compute dtype; with `targets` (B, T) the sum of their losses, fp32, 0-dim.
 
         input_ids: (B, T). Targets equal to `osp.loss.IGNORE` count nothing. document_ids (B, T): a token attends only
-        inside its own document. chunk_tokens: rows of the logits that exist at a time.
+        inside its own document. chunk_tokens: rows of the logits that exist at a time. cache: what the tokens follow,
+        and where they are added. wanted (B,): the one token of each row whose logits (B, 1, V) are returned.
         """
-        x = self.hidden_states(input_ids, document_ids=document_ids)
+        x = self.hidden_states(input_ids, document_ids=document_ids, cache=cache)
+        if wanted is not None:
+            x = x[torch.arange(len(x), device=x.device), wanted][:, None]
         return self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
 
-    def hidden_states(self, input_ids: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T, D) what the head reads: for who wants the logits of a few tokens alone."""
         mask = None if document_ids is None else document_mask(document_ids)
-        cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
+        if cache is None or cache.positions is None:
+            cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
+        else:
+            mask = cache.mask(cache.positions)
+            cos, sin = (table[cache.positions] for table in self.rotary(cache.width, input_ids.device))
         x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask)
+                x = layer(x, cos, sin, mask, None if cache is None else cache.layer(i))
         return self.head_proj(self.norm(x))
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -272,6 +304,22 @@ class Transformer(nn.Module):
             norm, attention = layer.post_attention_layernorm, layer.self_attn
             if isinstance(norm, BHyT) and norm.approximates:
                 norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=attention.head_dim)
+
+    @torch.no_grad()
+    def fold_for_inference(self) -> None:
+        """Compute once what every forward pass would compute from the weights alone; the same bits come out.
+
+        That is the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear | Embedding | Norm):
+                module.fold()
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.post_attention_layernorm.fold(layer.input_layernorm)
+        self.config = dataclasses.replace(
+            self.config, recentre=False, norm=dataclasses.replace(self.config.norm, embed_scale=False)
+        )
 
     @property
     def has_norm_statistics(self) -> bool:

@@ -52,6 +52,9 @@ class Norm(nn.Module):
         y = self._scaled(self.normalize(x))
         return (y, None) if return_carry else y
 
+    def fold(self, first: "Norm | None" = None) -> None:
+        """Compute once, for inference, what follows from parameters alone. first: the other norm of the block."""
+
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.output_scale == 1.0 else y * self.output_scale
 
@@ -259,6 +262,7 @@ class BHyTStar(Norm):
             raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
         self.eps, self.init, self.initial_lam = eps, init, lam
         self.kappa = kappa * KAPPA_SCHEDULES[kappa_schedule](layer)
+        self.slope: Tensor | None = None  # lambda / kappa, once folded
         self.weight = nn.Parameter(torch.empty(hidden_size))
         if learnable_lambda:
             self.lam = nn.Parameter(torch.empty(1))
@@ -281,9 +285,14 @@ class BHyTStar(Norm):
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
         variance = self.variance(x, carry)
-        argument = _wide(x) * (torch.rsqrt(variance + self.eps) * (self.lam / self.kappa))
+        slope = self.lam / self.kappa if self.slope is None else self.slope
+        argument = _wide(x) * (torch.rsqrt(variance + self.eps) * slope)
         y = self._scaled(torch.tanh(argument).to(x.dtype) * self.weight.to(x.dtype))
         return (y, self.carry(variance)) if return_carry else y
+
+    def fold(self, first: Norm | None = None) -> None:
+        """lambda / kappa as one scalar: the same bits as before, for the parameters as they are now."""
+        self.slope = (self.lam / self.kappa).detach()
 
 
 class BHyT(BHyTStar):
@@ -334,6 +343,8 @@ class BHyT(BHyTStar):
             layer=layer,
         )
         self.approximates = after_attention and layer not in exact_layers
+        self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
+        self.terms: tuple[Tensor | None, Tensor | None] | None = None  # of the approximation, once folded
         self.approximation, self.gain_variance, self.seq_len = approximation, gain_variance, seq_len
         learned = LEARNED[approximation] if self.approximates else ()
         self.beta = nn.Parameter(torch.empty(1)) if "beta" in learned else None
@@ -355,17 +366,33 @@ class BHyT(BHyTStar):
         """(..., 1) the mean square of x (..., D), measured, or approximated from `carry` after attention."""
         if carry is None or not self.approximates:
             return super().variance(x)
-        variance = carry.variance if self.eta is None else carry.variance * (1 + self.eta)
+        factor, added = self._terms(carry.scale, carry.gain_square) if self.terms is None else self.terms
+        variance = carry.variance if factor is None else carry.variance * factor
+        return variance if added is None else variance + added
+
+    def _terms(self, scale: Tensor, gain_square: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(1 + eta, beta * a), each (1,) or None where the approximation has no such term."""
+        factor = None if self.eta is None else 1 + self.eta
         if self.approximation == "eta":
-            return variance
-        added = self.attention_gain * carry.scale
+            return factor, None
+        added = self.attention_gain * scale
         if self.gain_variance:
-            added = added * carry.gain_square
-        return variance + (added if self.beta is None else self.beta * added)
+            added = added * gain_square
+        return factor, added if self.beta is None else self.beta * added
 
     def carry(self, variance: Tensor) -> Carry:
-        gain_square = self.weight.detach().square().mean(-1, keepdim=True)
-        return Carry(variance, (self.lam.detach() / self.kappa).square(), gain_square)
+        return Carry(variance, *(self._constants() if self.constants is None else self.constants))
+
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        return (self.lam.detach() / self.kappa).square(), self.weight.detach().square().mean(-1, keepdim=True)
+
+    @torch.no_grad()
+    def fold(self, first: Norm | None = None) -> None:
+        """c * (lambda_first / kappa)^2 and what the approximation makes of it too, as scalars: the same bits."""
+        super().fold()
+        self.constants = self._constants()
+        if self.approximates and isinstance(first, BHyT):
+            self.terms = self._terms(*first._constants())
 
     @torch.no_grad()
     def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:

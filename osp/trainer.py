@@ -21,7 +21,7 @@ from osp.data import Batch, Loader, data_step, load_manifest, load_tokenizer, to
 from osp.engine import Engine, Peers, gather_objects, is_connection_error, on_main
 from osp.evaluation.measure import live_perplexity
 from osp.evaluation.texts import held_out
-from osp.generate import generate
+from osp.generate import Sampling, generate
 from osp.logger import Logger
 from osp.loss import IGNORE
 from osp.model import Transformer, count_parameters, flops_per_token
@@ -593,14 +593,13 @@ class Trainer:
         rows = validation_batches(
             self.shards, seq_len=seq_len, batch_size=1, rank=0, world_size=1, max_tokens=seq_len, document_ids=False
         )
-        prompt = next(iter(rows)).tokens[0, :32].to(self.engine.device)
+        prompt = next(iter(rows)).tokens[0, : min(32, (seq_len + 1) // 2)].tolist()
+        sampling = Sampling(temperature=0.8, seed=self.config.train.seed)
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            tokens = generate(
-                self.model, prompt, num_tokens, context=seq_len, temperature=0.8, seed=self.config.train.seed
-            )
+            (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)
         self.model.train()
-        return self.tokenizer.decode(torch.cat((prompt, tokens)).tolist())
+        return self.tokenizer.decode([*prompt, *tokens])
 
 
 def meta_model(config: Config) -> Transformer:

@@ -63,7 +63,8 @@ def run(
     """Run `main` on the composed, resolved configuration. A user's mistake is one line and exit status 2.
 
     defaults: every key and its value, where these are not a training's. positional: the key of the arguments that come
-    first, without a `=`; if its default is a list it takes all of them.
+    first, before all options and overrides; if its default is a list it takes all of them. They are taken as they are:
+    Hydra, whose grammar gives quotes, braces and line ends a meaning, does not see them.
     """
     defaults = to_dict(Config()) if defaults is None else defaults
     is_main = os.environ.get("RANK", "0") == "0"
@@ -75,10 +76,11 @@ def run(
     debug = any(argument in ("debug=true", "+debug=true") for argument in sys.argv)
 
     try:
+        first: dict[str, Any] = {}
         if positional is not None:
-            sys.argv[1:] = _with_key(sys.argv[1:], positional, many=isinstance(defaults[positional], list | tuple))
+            first = _take_first(sys.argv, positional, many=isinstance(defaults[positional], list | tuple))
         for config in _compose(config_name, defaults):
-            main(config)
+            main({**config, **first})
     except StoppedError as error:  # the run has said it; a shell tells a signal by this status
         sys.exit(128 + signal.Signals[error.signal])
     except (UserError, RunError) as error:
@@ -135,15 +137,13 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _with_key(arguments: list[str], key: str, *, many: bool) -> list[str]:
-    """`arguments` with the first ones, up to an option or an override, as values of `key`, quoted for Hydra."""
-    values = list(itertools.takewhile(lambda argument: "=" not in argument and argument[:1] not in "-~", arguments))
+def _take_first(argv: list[str], key: str, *, many: bool) -> dict[str, Any]:
+    """Move the first arguments, up to an option or an override, from `argv` to `key`; empty if there are none."""
+    values = list(itertools.takewhile(lambda argument: not re.match(r"-|[~+]*[A-Za-z_][\w./@]*=", argument), argv[1:]))
     if len(values) > 1 and not many:
         raise UserError(f"one {key} at a time, not {len(values)}: {' '.join(values)}")
-    quoted = ["'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values]
-    if many and values:
-        quoted = [f"[{','.join(quoted)}]"]
-    return [*(f"{key}={value}" for value in quoted), *arguments[len(values) :]]
+    del argv[1 : 1 + len(values)]
+    return {key: values if many else values[0]} if values else {}
 
 
 def _explained(error: Exception, defaults: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ LAYERS = (
     {"convert"},
     {"checkpoint", "data", "engine", "generate", "hf", "logger", "optim", "run"},
     {"evaluation", "monitor", "report", "verify_resume"},
-    {"model_card"},
+    {"completion", "model_card"},
     {"export", "trainer"},
     {"train"},
 )
