@@ -103,6 +103,11 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
     ):
         if holds:
             raise UserError(f"{key}: a stock Llama has no {what}")
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size={config.hidden_size} is no multiple of model.num_attention_heads="
+            f"{config.num_attention_heads}, which transformers demands of a Llama, whatever its head_dim"
+        )
 
 
 def hf_config(
@@ -188,7 +193,14 @@ def _write(
 
 
 def write_llama(
-    model: Transformer, folder: Path, *, dtype: Dtype, shard_bytes: int, eps: float, eos_id: int | None
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: Dtype,
+    shard_bytes: int,
+    eps: float,
+    bos_id: int | None,
+    eos_id: int | None,
 ) -> None:
     """`config.json` and weights of a model whose projections are absorbed.
 

@@ -39,17 +39,17 @@ def model_card(
     assert config is not None
     end = [event for event in read_lines(run / "metrics.jsonl") if event.get("step") == subject.step]
     tokens = end[-1]["tokens"] if end else (subject.step or 0) * config.train.tokens_per_step
+    trained_here = config.data.source != "none"
+    trained = " trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697)," if trained_here else ","
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {config.run.name}\n\nA language model trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697), "
-        f"exported as a stock Llama.",
+        f"# {config.run.name}\n\nA language model{trained} exported by `osp` as a stock Llama.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
-        f"## Recipe\n\n{_table(['', ''], _recipe(subject, config, tokens=tokens))}",
     ]
-    if config.data.source == "none":
-        sections[1:] = [f"# {config.run.name}\n\nA language model, exported by `osp` as a stock Llama.", sections[2]]
+    if trained_here:
+        sections.append(f"## Recipe\n\n{_table(['', ''], _recipe(subject, config, tokens=tokens))}")
     if certificate is not None:
         sections.append(_conversion(certificate))
     curves = _curves(run, subject.step)
@@ -60,8 +60,8 @@ def model_card(
         sections.append(f"## Evaluation\n\n{evaluations}")
     sections.append(
         f"## Export\n\nWeights are {dtype}. Absorbing projections and scales moved the logits by {logit_error:.1e} "
-        f"of the largest. Perplexity of the first tokens of `{text}`: {perplexity:.4f} as trained, {exported_perplexity:.4f} "
-        f"as exported."
+        f"of the largest. Perplexity of the first tokens of `{text}`: {perplexity:.4f} as trained, "
+        f"{exported_perplexity:.4f} as exported."
     )
     return "\n\n".join(sections) + "\n"
 

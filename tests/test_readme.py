@@ -30,6 +30,7 @@ def test_command_composes(command: str, tmp_path: Path) -> None:
         "evaluate.py": "ablate:",
         "compare.py": "paths:",
         "export.py": "out: exported",
+        "convert.py": "out: converted",
     }
     if key := printed.get(Path(program).name):
         result = subprocess.run(
