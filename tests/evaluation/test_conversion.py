@@ -347,6 +347,10 @@ def test_llama_without_an_end_of_text(llama_folder: Path, text: Path, tmp_path: 
         ),
         (
             {"norm": NormConfig(name="crmsnorm")},
+            r"model.hidden_size=257 is no multiple of model.num_attention_heads=4, which transformers demands",
+        ),
+        (
+            {"norm": NormConfig(name="crmsnorm"), "hidden_size": 255, "head_dim": 64},
             r"that is not stored; convert it first: python scripts/convert.py RUN to=",
         ),
         (
