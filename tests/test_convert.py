@@ -107,31 +107,30 @@ def test_there_and_back(bias: bool) -> None:
 
 @torch.no_grad()
 def test_layernorm_by_torch_is_the_oracle() -> None:
-    """One norm and the matrix that reads it, with torch's LayerNorm and nn.Linear, against the converted model's."""
+    """One norm and the matrix that reads it, by torch's layer_norm, against the converted model's CRMSNorm."""
     model = random_model({"name": "layernorm", "bias": True, "eps": 1e-2})
-    crms = convert(model, "crmsnorm")
     x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    norm = model.layers[1].post_attention_layernorm
-    expected = (
-        nn.functional.layer_norm(x, (24,), norm.weight, norm.bias, eps=1e-2) @ model.layers[1].mlp.up_proj.weight.T
-    )
-    layer = crms.layers[1]
+    weights = dict(model.named_parameters())
+    gain, bias = (weights[f"layers.1.post_attention_layernorm.{kind}"] for kind in ("weight", "bias"))
+    expected = nn.functional.layer_norm(x, (24,), gain, bias, eps=1e-2) @ weights["layers.1.mlp.up_proj.weight"].T
+    layer = convert(model, "crmsnorm").layers[1]
     assert isinstance(layer, Block)
     shorter = (x - x.mean(-1, keepdim=True))[:, :-1]
     torch.testing.assert_close(layer.mlp.up_proj(layer.post_attention_layernorm(shorter)), expected, rtol=0, atol=1e-12)
 
 
 def test_gains_stay_where_the_norm_has_one_per_channel() -> None:
-    model = random_model({"name": "layernorm", "lns": True})
-    gain = model.layers[2].input_layernorm.weight.double() / 3**0.5
-    torch.testing.assert_close(convert(model, "rmsnorm").layers[2].input_layernorm.weight, gain, rtol=0, atol=1e-15)
-    for norm in (m for m in convert(model, "ssnorm").modules() if isinstance(m, Norm)):
-        assert norm.weight.tolist() == [1.0]
+    def gains(model: Transformer) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if "norm" in name}
+
+    model, name = random_model({"name": "layernorm", "lns": True}), "layers.2.input_layernorm.weight"
+    expected = gains(model)[name] / 3**0.5
+    torch.testing.assert_close(gains(convert(model, "rmsnorm"))[name], expected, rtol=0, atol=1e-15)
+    assert {gain.item() for gain in gains(convert(model, "ssnorm")).values()} == {1.0}
     ssnorm = random_model({"name": "ssnorm"})
-    weight = convert(ssnorm, "rmsnorm").norm.weight
-    assert weight.shape == (24,)
-    assert weight.unique().tolist() == [ssnorm.norm.weight.item()]
-    assert convert(ssnorm, "ssnorm").norm.weight.item() == ssnorm.norm.weight.item()
+    per_channel = gains(convert(ssnorm, "rmsnorm"))["norm.weight"]
+    assert torch.equal(per_channel, gains(ssnorm)["norm.weight"].expand(24))
+    assert torch.equal(gains(convert(ssnorm, "ssnorm"))["norm.weight"], gains(ssnorm)["norm.weight"])
 
 
 def test_without_biases_there_are_none_afterwards() -> None:

@@ -204,6 +204,17 @@ def test_what_cannot_be_trained_on(
     assert not list(tmp_path.iterdir())
 
 
+def test_live_quantization_of_recentred_weights_leaves_training_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """Weights as they act are rounded for the time of the measurement; training does not notice, bit for bit."""
+    shared = ("norm.name=rmsnorm", "recentre=true", "train.steps=2", "eval.sample_tokens=0", "eval.quant.tokens=256")
+    for every in (0, 1):
+        train(tiny(*shared, f"eval.quant.every={every}", name=f"every_{every}"))
+    quiet, watched = (dict(load_model(tmp_path / f"every_{every}").named_parameters()) for every in (0, 1))
+    assert all(torch.equal(parameter, watched[name]) for name, parameter in quiet.items())
+    events = read_lines(tmp_path / "every_1" / "metrics.jsonl")
+    assert [event["step"] for event in events if "quant/perplexity/4-4-4" in event] == [1, 2]
+
+
 def test_there_is_no_held_out_text(converted_llama: Path) -> None:
     with pytest.raises(UserError, match=r"held_out: .* is no run"):
         evaluate(open_model(converted_llama), EvaluateConfig(progress=False))
