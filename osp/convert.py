@@ -112,10 +112,10 @@ def conversion_steps(config: ModelConfig, to: str) -> list[str]:
         "scale of the embedding folded": config.norm.embed_scale,
         "LayerNorm scaling folded": config.norm.lns,
         "biases of norms folded": any(map(_has_bias, norms)),
+        "gains of norms folded": any(norm.weight is not None and not _keeps_gain(norm, to) for norm in norms),
         "residual stream recentred": config.norm.name == "layernorm" and to != "layernorm",
         "last channel appended": after.hidden_size > config.hidden_size,
         "last channel dropped": after.hidden_size < config.hidden_size,
-        "gains of norms folded": any(norm.weight is not None and not _keeps_gain(norm, to) for norm in norms),
         f"{config.norm.name} -> {to}": True,
     }
     return [step for step, applies in done.items() if applies]

@@ -203,9 +203,9 @@ def test_steps_are_said_in_words() -> None:
         "scale of the embedding folded",
         "LayerNorm scaling folded",
         "biases of norms folded",
+        "gains of norms folded",
         "residual stream recentred",
         "last channel dropped",
-        "gains of norms folded",
         "layernorm -> crmsnorm",
     ]
     plain = dataclasses.replace(config, embed_proj=False, norm=NormConfig(name="rmsnorm"))
