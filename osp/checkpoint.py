@@ -11,6 +11,7 @@ the whole optimizer state in memory; a reader of any topology takes the slices i
 a temporary name, flushed to disk and renamed, and only then named by `latest`. Nothing that is read can hold code.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -57,6 +58,14 @@ class _File:
 
 
 @dataclass(frozen=True)
+class _Conversion:
+    """Of a checkpoint that osp.conversion wrote: weights alone, and no text that it was trained on here."""
+
+    steps: tuple[str, ...]  # what was done, in words
+    bos_id: CountOrZero | None  # the token that a text begins with, where it is another than the one that ends it
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """The keys of a manifest that a reader relies on."""
 
@@ -65,6 +74,7 @@ class _Manifest:
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     files: dict[str, _File]
+    conversion: _Conversion | None = None
 
 
 class Checkpoint:
@@ -418,8 +428,27 @@ def load_model(path: str | Path) -> Transformer:
     with torch.device("meta"):
         model = Transformer(checkpoint.model_config)
     model.to_empty(device="cpu")
-    load(checkpoint, _whole_parameters(model), model)
+    load(checkpoint, whole_parameters(model), model)
     return model.eval()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that is named `out` if the context ends well, and is gone if not.
+
+    Raises `UserError` if `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"out={out} exists; name a folder that does not")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot write there: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -433,7 +462,7 @@ def write_text(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
-def _whole_parameters(model: nn.Module) -> Iterator[Slice]:
+def whole_parameters(model: nn.Module) -> Iterator[Slice]:
     for name, parameter in model.named_parameters():
         yield name, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}
 

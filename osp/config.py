@@ -281,7 +281,8 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["python_stdlib", "text", "hf", "mixture"] = "python_stdlib"
+    # none: of a model that was converted from a Hugging Face folder; what it was trained on is not here
+    source: Literal["python_stdlib", "text", "hf", "mixture", "none"] = "python_stdlib"
     paths: tuple[FilePath, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
     text_field: Text = "text"  # text, hf: the field of a record that holds the document
     dataset: FilePath | None = None  # hf: name of the data set
@@ -322,6 +323,8 @@ class CheckpointConfig:
     every: CountOrZero = 1000  # steps; 0: only at the end
     keep_last: CountOrZero = 2  # newest checkpoints to keep; 0: all
     keep_every: CountOrZero = 0  # steps whose multiples are kept for good; 0: none
+    # Start at step 0 from the model and the tokenizer of a run, of a checkpoint, or of what scripts/convert.py wrote.
+    init_from: FilePath | None = None
 
 
 @dataclass(frozen=True)
@@ -453,6 +456,18 @@ class GenerateConfig:
     debug: bool = False
 
 
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Keys of `scripts/convert.py`."""
+
+    path: str = ""  # a run, a checkpoint or the folder of a Hugging Face Llama
+    to: str = ""  # a name of osp.convert.CONVERTIBLE
+    out: str = ""  # the folder to write
+    text: str = "held_out"  # the text that both models are compared on; see osp.evaluation.texts
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    debug: bool = False
+
+
 # Keys that may differ between a run and its continuation: they change neither the model nor what it learns, or say
 # what to do where it goes wrong.
 FREE = (
@@ -461,7 +476,8 @@ FREE = (
     "debug",
     "logger.",
     "monitor.",
-    "checkpoint.",
+    "checkpoint.every",
+    "checkpoint.keep_",
     "eval.",
     "engine.",
     "spike.",

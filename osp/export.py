@@ -1,12 +1,11 @@
 """A trained model as a stock Hugging Face Llama: `transformers`, vLLM and llama.cpp load it without code of ours.
 
-The projections are absorbed (the head is untied from the embedding then), an SSNorm becomes an RMSNorm whose gains are
-all the same, and nothing else changes, as names and layout are Hugging Face's already. What was written is read back
-and compared with the model that was trained before the folder gets its name.
+The projections are absorbed (the head is untied from the embedding then), so are recentring and scales, an SSNorm
+becomes an RMSNorm whose gains are all the same, and nothing else changes, as names and layout are Hugging Face's
+already. What was written is read back and compared with the model that was trained before the folder gets its name.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,16 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from osp.checkpoint import write_text
-from osp.config import UserError
-from osp.convert import absorb_projections
+from osp.certificate import Certificate, read_certificate
+from osp.checkpoint import new_folder, write_text
+from osp.config import ModelConfig, UserError
+from osp.convert import converted_config, fold_into_weights, norm_gain
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import read_text
 from osp.hf import BODY, CONFIG, HEAD, INDEX, TOKENIZER, WEIGHTS, load_hf
 from osp.model import Embedding, Linear, Transformer
 from osp.model_card import model_card
-from osp.norms import Norm, RMSNorm, SSNorm
+from osp.norms import NORMS, Norm, RMSNorm, SSNorm
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,7 +38,9 @@ CHECKED_TOKENS = 16_384
 
 WHY_NOT = {
     "bhyt": "it bounds activations with a tanh and shares a statistic between two norms",
+    "bhyt_star": "it bounds activations with a tanh",
     "dyt": "it is a tanh without a statistic",
+    "derf": "it is an error function without a statistic",
     "layernorm": "it subtracts the mean",
     "crmsnorm": "its statistic holds a channel that is not stored",
 }
@@ -69,27 +71,48 @@ def export(
     equals, and if what was written does not compute what was trained; then nothing is left behind.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"out={out} exists; name a folder that does not")
     shard_bytes = size_in_bytes(max_shard_size)
-    subject = open_model(run, device=device)
-    if subject.run is None:
-        raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
-    eps = _shared_eps(subject.model)
-    tokens = read_text(text, subject)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        exported = _write(subject, temporary, tokens, dtype=dtype, shard_bytes=shard_bytes, eps=eps)
-        temporary.rename(out)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot write there: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as folder:
+        subject = open_model(run, device=device)
+        if subject.run is None:
+            raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
+        check_exportable(subject.model.config, path=run)
+        eps = _shared_eps(subject.model)
+        certificate = None if subject.conversion is None else read_certificate(subject)
+        tokens = read_text(text, subject)
+        exported = _write(
+            subject, folder, tokens, dtype=dtype, shard_bytes=shard_bytes, eps=eps, certificate=certificate
+        )
     return Exported(out, **exported)
 
 
-def hf_config(model: Transformer, *, dtype: Dtype, eps: float, eos_id: int | None) -> dict[str, Any]:
+def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
+    """Raise `UserError` with the reason, and a way out where there is one, if no stock Llama equals such a model.
+
+    path: what the user named.
+    """
+    final = config.norm.final or NORMS[config.norm.name].final or config.norm.name
+    for key, name in (("norm.name", config.norm.name), ("norm.final", final)):
+        if name not in ("rmsnorm", "ssnorm"):
+            raise UserError(f"{key}={name}: a stock Llama has no such norm, {WHY_NOT[name]}; {_way_out(config, path)}")
+    for key, holds, what in (
+        ("norm.placement=peri", config.norm.placement == "peri", "norm after a sublayer"),
+        ("qk_norm=true", config.qk_norm, "norm of queries and keys"),
+        ("attention.gate=true", config.attention.gate, "gate after attention"),
+        ("model.head_bias=true", config.head_bias, "bias of the head (here that of the last LayerNorm, folded)"),
+    ):
+        if holds:
+            raise UserError(f"{key}: a stock Llama has no {what}")
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size={config.hidden_size} is no multiple of model.num_attention_heads="
+            f"{config.num_attention_heads}, which transformers demands of a Llama, whatever its head_dim"
+        )
+
+
+def hf_config(
+    model: Transformer, *, dtype: Dtype, eps: float, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
     """`config.json` of a model whose projections are absorbed, in the layout that all versions read."""
     config = model.config
     return {
@@ -107,12 +130,11 @@ def hf_config(model: Transformer, *, dtype: Dtype, eps: float, eos_id: int | Non
         "rope_scaling": None,
         "rms_norm_eps": eps,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": False,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        # documents follow each other in training: what precedes one is the end of another
-        "bos_token_id": eos_id,
+        "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
 
@@ -125,15 +147,34 @@ def size_in_bytes(size: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
+def _way_out(config: ModelConfig, path: str | Path) -> str:
+    """What to do about a norm that a stock Llama does not have."""
+    try:
+        check_exportable(converted_config(config, "rmsnorm"), path=path)
+    except UserError as error:
+        reason = f" ({error})" if config.norm.name in ("layernorm", "crmsnorm") else ""
+        return f"runs with norm=ssnorm and norm=rmsnorm export{reason}"
+    return f"convert it first: python scripts/convert.py {path} to=rmsnorm out=DIR"
+
+
 def _write(
-    subject: LanguageModel, folder: Path, text: Text, *, dtype: Dtype, shard_bytes: int, eps: float
+    subject: LanguageModel,
+    folder: Path,
+    text: Text,
+    *,
+    dtype: Dtype,
+    shard_bytes: int,
+    eps: float,
+    certificate: Certificate | None,
 ) -> dict[str, float]:
     """Fill `folder`, and compare it with the model; `subject`'s model is another one afterwards."""
     model, device = subject.model, subject.device
     trained_logits, trained = _logits(model), _perplexity(model, text)
-    absorb_projections(model)
-    logit_error = _compare("absorbing the projections", trained_logits, _logits(model))
-    write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, eps=eps, eos_id=subject.eos_id)
+    fold_into_weights(model)
+    logit_error = _compare("folding projections and scales", trained_logits, _logits(model))
+    write_llama(
+        model, folder, dtype=dtype, shard_bytes=shard_bytes, eps=eps, bos_id=subject.bos_id, eos_id=subject.eos_id
+    )
     _write_tokenizer(subject, folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype]).float()
@@ -146,18 +187,26 @@ def _write(
         )
     figures = {"logit_error": logit_error, "perplexity": trained, "exported_perplexity": exported}
     assert subject.run is not None
-    write_text(folder / "README.md", model_card(subject, subject.run, text=text.name, dtype=dtype, **figures))
+    card = model_card(subject, subject.run, text=text.name, dtype=dtype, certificate=certificate, **figures)
+    write_text(folder / "README.md", card)
     return figures
 
 
 def write_llama(
-    model: Transformer, folder: Path, *, dtype: Dtype, shard_bytes: int, eps: float, eos_id: int | None
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: Dtype,
+    shard_bytes: int,
+    eps: float,
+    bos_id: int | None,
+    eos_id: int | None,
 ) -> None:
     """`config.json` and weights of a model whose projections are absorbed.
 
     Safetensors of at most `shard_bytes` each (a tensor is never cut), and their index if there are several.
     """
-    _write_json(folder / CONFIG, hf_config(model, dtype=dtype, eps=eps, eos_id=eos_id))
+    _write_json(folder / CONFIG, hf_config(model, dtype=dtype, eps=eps, bos_id=bos_id, eos_id=eos_id))
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in _hf_tensors(model):
         value = tensor.to(DTYPES[dtype]).cpu().contiguous()
@@ -178,46 +227,39 @@ def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name, norms as one gain per channel."""
     hidden_size = model.config.hidden_size
     for name, module in model.named_modules():
-        if isinstance(module, SSNorm):
-            yield f"{BODY}{name}.weight", module.weight.detach().expand(hidden_size)
-        elif isinstance(module, RMSNorm):
-            gain = torch.ones(hidden_size) if module.weight is None else module.weight.detach()
-            yield f"{BODY}{name}.weight", gain
+        if isinstance(module, Norm):
+            yield f"{BODY}{name}.weight", norm_gain(module, hidden_size)
         elif isinstance(module, Linear | Embedding):
             key = f"{name}.weight"
             yield key if key == HEAD else BODY + key, module.weight.detach()
+            if isinstance(module, Linear) and module.bias is not None:
+                yield f"{BODY}{name}.bias", module.bias.detach()
 
 
 def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
     """The run's tokenizer.json, and what `transformers` has to know besides."""
     assert subject.run is not None
-    assert subject.config is not None
     shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
-    eos = subject.config.tokenizer.eos_token
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eos,
-        "eos_token": eos,
+        "bos_token": _token(subject, subject.bos_id),
+        "eos_token": _token(subject, subject.eos_id),
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": subject.model.config.max_position_embeddings,
     }
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "generation_config.json", {"bos_token_id": subject.eos_id, "eos_token_id": subject.eos_id})
+    _write_json(folder / "generation_config.json", {"bos_token_id": subject.bos_id, "eos_token_id": subject.eos_id})
+
+
+def _token(subject: LanguageModel, token_id: int | None) -> str | None:
+    return None if token_id is None else subject.tokenizer.id_to_token(token_id)
 
 
 def _shared_eps(model: Transformer) -> float:
-    """The eps of all norms; `UserError` if a norm has no equal in a stock Llama, which has one eps for all."""
-    norms = [module for module in model.modules() if isinstance(module, Norm)]
-    for key, norm in (("norm.name", norms[0]), ("norm.final", model.norm)):
-        if not isinstance(norm, RMSNorm | SSNorm):
-            name = type(norm).__name__.lower()
-            raise UserError(
-                f"{key}={name}: a stock Llama has no such norm, {WHY_NOT.get(name, 'it is no RMSNorm')}; "
-                "runs with norm=ssnorm and norm=rmsnorm export"
-            )
-    found = {norm.eps for norm in norms if isinstance(norm, RMSNorm | SSNorm)}
+    """The eps of all norms; `UserError` if they have several: a stock Llama has one."""
+    found = {module.eps for module in model.modules() if isinstance(module, RMSNorm | SSNorm)}
     if len(found) > 1:
         raise UserError(f"the norms have several eps, {sorted(found)}; a stock Llama has one for all")
     return found.pop()

@@ -1,7 +1,7 @@
 """Hugging Face Llama folders, read without `transformers`: `load_hf(folder)` is the way back from `osp.export`.
 
-Our model has Hugging Face's names and layout, so a folder is read as it is; what our model cannot express (biases,
-scaled RoPE, another architecture, quantized weights) is refused with the reason. Weights come from safetensors alone:
+Our model has Hugging Face's names and layout, so a folder is read as it is; what our model cannot express (scaled
+RoPE, another architecture, quantized weights) is refused with the reason. Weights come from safetensors alone:
 pickled ones could hold code.
 """
 
@@ -59,7 +59,7 @@ def load_hf(folder: str | Path) -> Transformer:
             if name.endswith(ROTARY_TABLE):
                 continue
             if ours not in missing:
-                raise UserError(f"{folder}: the weights hold {name}, which a Llama without biases does not have")
+                raise UserError(f"{folder}: the weights hold {name}, which the model of {CONFIG} does not have")
             parameter = missing.pop(ours)
             if parameter.shape != tensor.shape:
                 raise UserError(

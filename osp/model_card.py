@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from osp.certificate import Certificate
 from osp.config import EVALUATIONS, Config, UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.model import count_parameters
@@ -28,21 +29,29 @@ def model_card(
     logit_error: float,
     perplexity: float,
     exported_perplexity: float,
+    certificate: Certificate | None = None,
 ) -> str:
-    """Markdown. text: name of the text that both perplexities are of; the rest: see `osp.export.Exported`."""
+    """Markdown. text: name of the text that both perplexities are of; the rest: see `osp.export.Exported`.
+
+    certificate: of a model that was converted.
+    """
     config = subject.config
     assert config is not None
     end = [event for event in read_lines(run / "metrics.jsonl") if event.get("step") == subject.step]
     tokens = end[-1]["tokens"] if end else (subject.step or 0) * config.train.tokens_per_step
+    trained_here = config.data.source != "none"
+    trained = " trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697)," if trained_here else ","
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {config.run.name}\n\nA language model trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697), "
-        f"exported as a stock Llama.",
+        f"# {config.run.name}\n\nA language model{trained} exported by `osp` as a stock Llama.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
-        f"## Recipe\n\n{_table(['', ''], _recipe(subject, config, tokens=tokens))}",
     ]
+    if trained_here:
+        sections.append(f"## Recipe\n\n{_table(['', ''], _recipe(subject, config, tokens=tokens))}")
+    if certificate is not None:
+        sections.append(_conversion(certificate))
     curves = _curves(run, subject.step)
     if curves:
         sections.append(f"## Curves\n\n{curves}")
@@ -50,9 +59,9 @@ def model_card(
     if evaluations:
         sections.append(f"## Evaluation\n\n{evaluations}")
     sections.append(
-        f"## Export\n\nWeights are {dtype}. Absorbing the projections moved the logits by {logit_error:.1e} of the "
-        f"largest. Perplexity of the first tokens of `{text}`: {perplexity:.4f} as trained, {exported_perplexity:.4f} "
-        f"as exported."
+        f"## Export\n\nWeights are {dtype}. Absorbing projections and scales moved the logits by {logit_error:.1e} "
+        f"of the largest. Perplexity of the first tokens of `{text}`: {perplexity:.4f} as trained, "
+        f"{exported_perplexity:.4f} as exported."
     )
     return "\n\n".join(sections) + "\n"
 
@@ -66,6 +75,7 @@ def _recipe(subject: LanguageModel, config: Config, *, tokens: int) -> list[list
         ["training tokens", f"{tokens:,} in {subject.step:,} steps of {train.tokens_per_step:,}"],
         ["sequence length", f"{train.seq_len}"],
         ["norm", config.model.norm.name],
+        *([["started from", config.checkpoint.init_from]] if config.checkpoint.init_from else []),
         ["embedding projections", "learned, absorbed here" if config.model.embed_proj else "none"],
         ["optimizer", rules],
         ["learning rate", f"{optimizer.lr:g} (AdamW {optimizer.adam_lr or optimizer.lr:g})"],
@@ -74,6 +84,16 @@ def _recipe(subject: LanguageModel, config: Config, *, tokens: int) -> list[list
         ["data", source],
         ["seed", f"{train.seed}"],
     ]
+
+
+def _conversion(certificate: Certificate) -> str:
+    perplexity = certificate.perplexity
+    return (
+        f"## Conversion\n\nConverted from {certificate.before.norm} ({certificate.before.hidden_size} channels) to "
+        f"{certificate.after.norm} ({certificate.after.hidden_size} channels): {', '.join(certificate.steps)}. That "
+        f"moved the logits by {certificate.stored.relative:.1e} of the largest, and the perplexity of "
+        f"`{perplexity.text}` from {perplexity.before:.5f} to {perplexity.after:.5f}."
+    )
 
 
 def _curves(run: Path, step: int | None) -> str:

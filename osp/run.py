@@ -30,8 +30,8 @@ from typing import Any
 
 import yaml
 
-from osp.checkpoint import LATEST, candidates, remove_unfinished, write_text
-from osp.config import Config, UserError, differences, to_dict
+from osp.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished, write_text
+from osp.config import Config, TokenizerConfig, UserError, check, differences, from_dict, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,30 @@ def with_length_of_run(config: Config) -> Config:
         return config
     steps = _read_yaml(stored).get("train", {}).get("steps")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, minutes=None))
+
+
+def with_initial_model(config: Config) -> Config:
+    """`config` with the model and the tokenizer of what `checkpoint.init_from` names; as it is without that key.
+
+    Raises `UserError` if there is no such model, or the rest of the configuration does not fit it.
+    """
+    source = config.checkpoint.init_from
+    if source is None:
+        return config
+    folder = find(Path(source))
+    if folder is None:
+        raise UserError(
+            f"checkpoint.init_from={source}: no model there; name a run, a checkpoint or what scripts/convert.py "
+            "wrote; a Hugging Face folder is converted first"
+        )
+    theirs = from_dict(Checkpoint(folder).manifest["config"])
+    path = folder.resolve().parent.parent / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"checkpoint.init_from={source}: {path} is missing, the model's tokenizer")
+    tokenizer = TokenizerConfig(train=False, path=str(path), eos_token=theirs.tokenizer.eos_token)
+    config = dataclasses.replace(config, model=theirs.model, tokenizer=tokenizer)
+    check(config)
+    return config
 
 
 def begin(

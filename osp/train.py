@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from osp.checkpoint import Checkpoint, checkpoint_bytes, seconds_to_write
+from osp.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
 from osp.config import Config, RunError, UserError, to_dict
 from osp.cpu import prepare_cpu
 from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
@@ -25,7 +25,7 @@ from osp.model import build_model
 from osp.norms import bound_warning
 from osp.optim import build_groups, collect_roles
 from osp.precision import native_bf16
-from osp.run import RunLock, begin, check_disk, open_run, with_length_of_run
+from osp.run import RunLock, begin, check_disk, open_run, with_initial_model, with_length_of_run
 from osp.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size, total_steps
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def train(config: Config) -> None:
 
 def setup(config: Config) -> Trainer:
     """The trainer of `config`, everything checked and its run folder begun or continued. Collective."""
+    config = with_initial_model(config)
     model = meta_model(config)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
@@ -64,9 +65,9 @@ def setup(config: Config) -> Trainer:
     if config.train.steps is not None:
         build_schedule_of(config)  # raises if its phases do not fit
     logger_config = on_main(lambda: check_wandb(config.logger))
-    folder, candidates = on_main(lambda: open_run(config))
+    folder, resumable = on_main(lambda: open_run(config))
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), copies=max(2, config.checkpoint.keep_last)))
-    checkpoint = first_whole(candidates)
+    checkpoint = first_whole(resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
     if rank == 0 and (warning := bound_warning(config.model)):
@@ -77,6 +78,8 @@ def setup(config: Config) -> Trainer:
     _check_vocabulary(config, load_manifest(shards).vocab_size)
     loader = build_loader(config, shards, rank=rank, world_size=world_size)
     engine = build_engine(config, device=device, world_size=world_size)
+    if checkpoint is None and config.checkpoint.init_from is not None:
+        load_initial_weights(config.checkpoint.init_from, engine)
     if config.train.steps is None:
         config = with_measured_length(config, engine, loader)
     locks: list[RunLock] = []  # rank 0 has one; a file is nothing to send to other ranks
@@ -98,14 +101,14 @@ def setup(config: Config) -> Trainer:
     return trainer
 
 
-def first_whole(candidates: list[Path]) -> Checkpoint | None:
+def first_whole(folders: list[Path]) -> Checkpoint | None:
     """The first of the checkpoints that is undamaged, None if there are none at all. Collective.
 
     Every rank reads a share of each checkpoint's files; damage is said by name. Raises `UserError` if none is whole:
     to start anew over a run that was there is not ours to decide.
     """
     error = None
-    for folder in candidates:
+    for folder in folders:
         try:
             checkpoint = Checkpoint(folder)
             checkpoint.verify(rank=dist.get_rank(), world_size=dist.get_world_size())
@@ -116,7 +119,7 @@ def first_whole(candidates: list[Path]) -> Checkpoint | None:
         if not errors:
             return checkpoint
         error = errors[0]
-        if folder != candidates[-1] and dist.get_rank() == 0:
+        if folder != folders[-1] and dist.get_rank() == 0:
             log.warning("%s: trying the one before", error.removesuffix("; take an older checkpoint"))
     if error is not None:
         raise UserError(error)
@@ -125,6 +128,11 @@ def first_whole(candidates: list[Path]) -> Checkpoint | None:
 
 def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
     """Raise `UserError` unless `config` can go on from `checkpoint`."""
+    if checkpoint.manifest.get("conversion") is not None:
+        raise UserError(
+            f"{checkpoint.folder}: a converted model, without the state of an optimizer; start from it with "
+            "checkpoint.init_from"
+        )
     if checkpoint.shapes != shapes:
         raise UserError(f"{checkpoint.folder}: its model has other parameters than this configuration's")
     if config.train.steps is not None and checkpoint.step > config.train.steps:
@@ -210,6 +218,19 @@ def build_engine(config: Config, *, device: torch.device, world_size: int) -> En
         grad_clip=train.grad_clip,
         device=device,
     )
+
+
+def load_initial_weights(path: str, engine: Engine) -> None:
+    """Give the engine's model the weights and norm statistics of `checkpoint.init_from`. Collective."""
+    checkpoint = first_whole(candidates(Path(path)))
+    if checkpoint is None:
+        raise UserError(f"checkpoint.init_from={path}: no model there")
+    slices = ((name, start, stop, {"weight": states["weight"]}) for name, start, stop, states in engine.local_state())
+    load(checkpoint, slices, engine.module)
+    engine.sync_weights_from_master()
+    if engine.rank == 0:
+        norm = checkpoint.model_config.norm.name
+        log.info("starting from %s, norm=%s; the model and the tokenizer are its own", checkpoint.folder, norm)
 
 
 def with_steps(config: Config, steps: int) -> Config:

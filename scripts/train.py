@@ -1,14 +1,24 @@
 """Train a model: `deepspeed scripts/train.py +experiment=osp_1b`, `torchrun ... scripts/train.py`, or plain python."""
 
+import sys
 from typing import Any
 
 from entry import launch
 
-from osp.config import from_dict
+from osp.config import AT_TOP, UserError, from_dict
+
+OF_THE_MODEL = ("model", "tokenizer", *AT_TOP)
 
 
 def main(values: dict[str, Any]) -> None:
     config = from_dict(values)
+    if config.checkpoint.init_from is not None:
+        for argument in sys.argv[1:]:
+            if argument.lstrip("+~").split("=")[0].split(".")[0] in OF_THE_MODEL:
+                raise UserError(
+                    f"{argument}: model and tokenizer are those of checkpoint.init_from={config.checkpoint.init_from}; "
+                    "leave it out (scripts/convert.py changes the norm)"
+                )
     # torch after the checks: a typing mistake is reported at once
     from osp.engine import shutdown
     from osp.train import train

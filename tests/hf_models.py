@@ -38,14 +38,15 @@ SHAPE = {
 def random_llama(
     folder: Path, *, max_shard_size: str = "5GB", dtype: torch.dtype = torch.float32, **config: Any
 ) -> Any:
-    """A random `transformers` Llama, saved in `folder`; norms too are random, for ones hide mistakes."""
+    """A random `transformers` Llama, saved in `folder`; norms and biases too are random, for ones and zeros hide
+    mistakes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **config})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 parameter.uniform_(0.5, 1.5)
     model.type(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     # read back: .to(bf16) rounds the rotary table as well, which no checkpoint holds

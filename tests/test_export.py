@@ -108,7 +108,7 @@ def test_round_trip_of_a_public_model(tmp_path: Path) -> None:
     write_stories260k(tmp_path / "first")
     ours = load_hf(tmp_path / "first")
     (tmp_path / "second").mkdir()
-    write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, eps=1e-5, eos_id=2)
+    write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, eps=1e-5, bos_id=1, eos_id=2)
     assert torch.equal(load_hf(tmp_path / "second")(IDS), ours(IDS))
     theirs = [load_in_transformers(tmp_path / name)(IDS).logits for name in ("first", "second")]
     assert torch.equal(*theirs)
@@ -185,16 +185,16 @@ def test_norms_without_an_equal_are_refused(overrides: list[str], message: str, 
 def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong between training and file, the check on the way back sees it."""
     before = {path.name for path in tmp_path.iterdir()}
-    absorb = osp.export.absorb_projections
+    absorb = osp.export.fold_into_weights
 
     def absorb_wrongly(model: Any) -> None:
         absorb(model)
         model.lm_head.weight.data[3] *= 1.01
 
-    monkeypatch.setattr(osp.export, "absorb_projections", absorb_wrongly)
-    with pytest.raises(UserError, match=r"absorbing the projections changes the logits by \S+ of the largest"):
+    monkeypatch.setattr(osp.export, "fold_into_weights", absorb_wrongly)
+    with pytest.raises(UserError, match=r"folding projections and scales changes the logits by \S+ of the largest"):
         export(run, tmp_path / "out")
-    monkeypatch.setattr(osp.export, "absorb_projections", absorb)
+    monkeypatch.setattr(osp.export, "fold_into_weights", absorb)
     tensors = osp.export._hf_tensors
     monkeypatch.setattr(osp.export, "_hf_tensors", lambda model: ((n, t * 1.001) for n, t in tensors(model)))
     with pytest.raises(UserError, match=r"reading back what was written changes the logits"):

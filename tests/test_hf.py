@@ -28,7 +28,19 @@ def assert_same_logits(theirs: Any, folder: Path, ids: torch.Tensor = IDS) -> No
     assert (found - expected).abs().max() <= 1e-5 * scale, (found - expected).abs().max() / scale
 
 
-@pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 16},
+        {"hidden_size": 36, "head_dim": 6, "attention_bias": True, "mlp_bias": True},
+    ],
+    ids=str,
+)
 def test_logits_are_those_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     assert_same_logits(random_llama(tmp_path, **config), tmp_path)
 
@@ -80,15 +92,15 @@ def test_rotary_table_of_old_folders_is_ignored(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "mistral"}, r"model_type='mistral'; only models of type 'llama'"),
-        ({"attention_bias": True}, r"attention_bias=true, and our model has no biases"),
-        ({"mlp_bias": True}, r"mlp_bias=true"),
+        ({"attention_bias": True}, r"the weights lack layers.0.self_attn.q_proj.bias and 11 more"),
+        ({"mlp_bias": True}, r"the weights lack layers.0.mlp.gate_proj.bias and 8 more"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
-        ({"head_dim": 16}, r"head_dim=16, and our model has hidden_size / num_attention_heads = 8"),
+        ({"head_dim": 16}, r"k_proj.weight has the shape \[16, 32\] where config.json says \[32, 32\]"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8}}, r"RoPE of the type 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, r"RoPE of the type 'linear'"),
         ({"quantization_config": {"bits": 4}}, r"the weights are quantized"),
         ({"hidden_size": "32"}, r"hidden_size='32': must be a whole number"),
-        ({"hidden_size": 34}, r"model.hidden_size=34 is not divisible"),
+        ({"hidden_size": 34, "head_dim": None}, r"model.hidden_size=34 is not divisible"),
         ({"intermediate_size": 50}, r"_proj.weight has the shape .*52.* where config.json says .*50"),
         ({"num_hidden_layers": 4}, r"the weights lack layers.3"),
         ({"num_hidden_layers": 2}, r"the weights hold model.layers.2"),

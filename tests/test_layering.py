@@ -18,8 +18,9 @@ LAYERS = (
     {"convert"},
     {"checkpoint", "data", "engine", "generate", "hf", "logger", "optim", "run"},
     {"evaluation", "monitor", "report", "verify_resume"},
-    {"completion", "model_card"},
-    {"export", "trainer"},
+    {"certificate", "completion"},
+    {"model_card"},
+    {"conversion", "export", "trainer"},
     {"train"},
 )
 # Parts of one layer do not know each other, except:

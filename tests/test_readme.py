@@ -34,6 +34,7 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
         "compare.py": "paths:",
         "export.py": "out: exported",
         "generate.py": "max_new_tokens:",
+        "convert.py": "out: converted",
     }
     if key := printed.get(Path(program).name):
         monkeypatch.setattr(sys, "argv", [program, *words[script + 1 :], "--cfg", "job"])

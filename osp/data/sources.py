@@ -44,6 +44,8 @@ def documents(source: DataConfig | SourceConfig) -> Iterator[str]:
 
 def fingerprint(source: DataConfig | SourceConfig) -> Any:
     """What identifies the content of `source` without reading it, as JSON: changed files give another value."""
+    if source.source == "none":
+        raise UserError("data.source=none: this model was converted, not trained here, and has no text; name one")
     if isinstance(source, DataConfig) and source.source == "mixture":
         return [fingerprint(part) for part in source.mixture]
     if source.source == "python_stdlib":

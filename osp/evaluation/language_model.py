@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -29,6 +30,7 @@ class LanguageModel:
     config: Config | None = None  # of the run that trained it; None: a Hugging Face folder
     run: Path | None = None  # its folder
     step: int | None = None  # of the checkpoint
+    conversion: dict[str, Any] | None = None  # what osp.conversion wrote into the checkpoint; None: it did not make it
 
     @property
     def device(self) -> torch.device:
@@ -39,12 +41,16 @@ class LanguageModel:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def sha256(self) -> str:
-        """A hash of names, shapes and fp32 values of all parameters and buffers: the same model, the same hash."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {list(tensor.shape)} ".encode())
-            digest.update(tensor.float().contiguous().cpu().numpy().data)
-        return digest.hexdigest()
+        return model_sha256(self.model)
+
+
+def model_sha256(model: Transformer) -> str:
+    """A hash of names, shapes and fp32 values of all parameters and buffers: the same model, the same hash."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        digest.update(tensor.float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def open_model(
@@ -77,14 +83,17 @@ def _open_checkpoint(folder: Path) -> LanguageModel:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     check_vocabulary(run / "tokenizer.json", tokenizer, rows=config.model.vocab_size)
     end = eos_id(tokenizer, config.tokenizer.eos_token)
+    conversion = checkpoint.manifest.get("conversion")
     return LanguageModel(
         config.run.name,
         folder,
         load_model(checkpoint_folder),
         tokenizer,
-        bos_id=end,  # documents follow each other in training: what precedes one is the end of another
+        # documents follow each other in training: what precedes one is the end of another
+        bos_id=end if conversion is None else conversion["bos_id"],
         eos_id=end,
         config=config,
         run=run,
         step=checkpoint.step,
+        conversion=conversion,
     )

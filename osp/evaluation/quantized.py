@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import UserError
-from osp.convert import absorb_projections, fold_norm_gains
+from osp.convert import absorb_projections, bake_recentring, fold_norm_gains
 from osp.evaluation.gptq import quantize_weights_gptq
 from osp.evaluation.rotate import fuse_rotations, random_rotations, rotate_ffn_online, rotate_qk_online
 from osp.evaluation.spec import (
@@ -30,7 +30,7 @@ from osp.evaluation.spec import (
     check_spec,
 )
 from osp.evaluation.spinquant import StraightThrough, learn_rotations
-from osp.model import Block, Transformer
+from osp.model import Block, Embedding, Linear, Transformer
 from osp.quantize import fake_quantize_activation, fake_quantize_weight
 
 Quantize = Callable[[Tensor], Tensor]
@@ -70,6 +70,7 @@ def quantized(
     with ExitStack() as stack:
         _restore_at_exit(model, stack)
         stack.enter_context(_eager())
+        bake_recentring(model)  # what is rounded are the weights as they act
         with torch.no_grad():
             basis = _rotate(model, spec, calibration, active, stack)
             of_blocks, of_ends = active & set(WEIGHT_SITES), active & set(END_WEIGHT_SITES)
@@ -145,9 +146,12 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
-    """All that a conversion replaces: the tensors of parameters, the projections and the config that tells of them."""
+    """All that a conversion replaces: the tensors of parameters, the projections and what tells of them."""
     for name in ("embed_proj", "head_proj", "config"):
         stack.callback(setattr, model, name, getattr(model, name))
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            stack.callback(setattr, module, "zero_mean", module.zero_mean)
     for parameter in model.parameters():
         stack.callback(setattr, parameter, "data", parameter.data)
 

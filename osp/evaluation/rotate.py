@@ -27,9 +27,10 @@ def random_rotations(model: Transformer, *, seed: int) -> tuple[Tensor, list[Ten
 
 
 def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every weight that R1 = `residual` and R2 = `values` change, by parameter name and in the dtype of R1.
+    """Every weight and bias that R1 = `residual` and R2 = `values` change, by parameter name, in the dtype of R1.
 
-    Differentiable in the rotations. W (out, in) acts as x W^T: a reader becomes W R1, a writer R1^T W.
+    Differentiable in the rotations. W (out, in) and b act as x W^T + b: a reader becomes W R1, a writer R1^T W and
+    R1^T b.
     """
     dtype = residual.dtype
     new = {
@@ -52,6 +53,12 @@ def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tenso
         of_layer["self_attn.o_proj"] = (o.unflatten(1, (-1, size)) @ value).flatten(1)
         of_layer["mlp.down_proj"] = residual.T @ mlp.down_proj.weight.to(dtype)
         new |= {f"layers.{index}.{name}.weight": weight for name, weight in of_layer.items()}
+        for name, writer in (("self_attn.o_proj", attention.o_proj), ("mlp.down_proj", mlp.down_proj)):
+            if writer.bias is not None:
+                new[f"layers.{index}.{name}.bias"] = residual.T @ writer.bias.to(dtype)
+        if attention.v_proj.bias is not None:
+            bias = attention.v_proj.bias.to(dtype).unflatten(0, (-1, size))
+            new[f"layers.{index}.self_attn.v_proj.bias"] = (bias @ value).flatten()
     return new
 
 

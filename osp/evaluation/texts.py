@@ -29,8 +29,10 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
     if name == WIKITEXT2:
         return encode(WIKITEXT2, wikitext(_hub_rows()), subject)
     if name == HELD_OUT:
-        if subject.config is None:
-            raise UserError(f"{HELD_OUT}: {subject.folder} is no run; name the run folder whose split you mean")
+        if subject.config is None or subject.config.data.source == "none":
+            raise UserError(
+                f"{HELD_OUT}: {subject.folder} is no run; name the run folder whose split you mean, or a file of text"
+            )
         return held_out(HELD_OUT, prepare(subject.config.data, subject.config.tokenizer), subject.tokenizer)
     path = Path(name)
     if path.suffix == ".raw":

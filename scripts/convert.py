@@ -1,0 +1,24 @@
+"""Another normalizer, the same function: `python scripts/convert.py MODEL to=rmsnorm out=DIR`."""
+
+import dataclasses
+from typing import Any
+
+from entry import launch
+
+from osp.config import ConvertConfig, UserError, build
+
+
+def main(values: dict[str, Any]) -> None:
+    config = build(ConvertConfig, values, path="")
+    if not config.path or not config.to or not config.out:
+        raise UserError("name the model, its norm and the folder: python scripts/convert.py MODEL to=rmsnorm out=DIR")
+    from osp.conversion import convert_model
+    from osp.precision import choose_device
+
+    device = choose_device(config.device)
+    print(convert_model(config.path, config.out, to=config.to, text=config.text, device=device))
+    print(config.out)
+
+
+if __name__ == "__main__":
+    launch(main, "convert", defaults=dataclasses.asdict(ConvertConfig()), positional="path")
