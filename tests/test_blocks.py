@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from osp.attention import rotary_table
-from osp.config import AttentionConfig, ModelConfig, NormConfig, UserError
+from osp.config import AttentionConfig, ModelConfig, MonitorConfig, NormConfig, UserError
 from osp.model import Transformer, build_model
+from osp.monitor.probe import Rows, probe
 from osp.norms import NORMS
 
 SMALL: dict[str, Any] = {
@@ -36,6 +37,7 @@ class Reference:
         self.config = model.config
         self.p = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.b = dict(model.named_buffers())
+        self.seen: dict[str, list[Tensor]] = {}  # by the monitor's names: what the last rows showed
 
     def logits(self, ids: Tensor) -> Tensor:
         """(T, V) of one row (T,)."""
@@ -73,7 +75,11 @@ class Reference:
         return y / math.sqrt(layer) if self.config.norm.lns else y
 
     def formula(self, kind: str, name: str, x: Tensor, layer: int, before: Tensor | None = None) -> Tensor:
-        of, options = (lambda part: self.p.get(f"{name}.{part}", self.b.get(f"{name}.{part}"))), self.config.norm
+        options = self.config.norm
+
+        def of(part: str) -> Any:
+            return self.p.get(f"{name}.{part}", self.b.get(f"{name}.{part}"))
+
         gain, bias = of("weight"), of("bias")
         size, square = x.shape[-1], (x**2).sum(-1, keepdim=True) / x.shape[-1]
         if kind in ("rmsnorm", "ssnorm"):
@@ -94,7 +100,7 @@ class Reference:
         if kind == "bhyt" and before is not None and layer not in (options.exact_layers or ()):
             block = name.rpartition(".")[0]
             first = f"{block}.input_layernorm"
-            lam = self.p.get(f"{first}.lam", self.b.get(f"{first}.lam")).detach()
+            lam = (self.p | self.b)[f"{first}.lam"].detach()
             added = of("attention_gain") * (lam / kappa) ** 2
             added = added / layer if options.lns else added
             if options.gain_variance:
@@ -104,6 +110,8 @@ class Reference:
                 added = 0.0 * added
             square = (before**2).sum(-1, keepdim=True) / size
             square = square * (1.0 if eta is None else 1.0 + eta) + (1.0 if beta is None else beta) * added
+            true = (x**2).sum(-1, keepdim=True) / size
+            self.see(f"var_error/layer_{layer - 1:02d}", (square - true).abs() / true)
         return gain * torch.tanh(of("lam") / kappa * x / (square + EPS) ** 0.5)
 
     def attention(self, name: str, h: Tensor) -> Tensor:
@@ -118,16 +126,24 @@ class Reference:
         cos, sin = rotary_table(size, len(h), config.rope_theta, "cpu")
         turn = torch.complex(cos.double(), sin.double())[:, None]
         q, k = (torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn for x in (q, k))
+        where = f"layer_{int(name.split('.')[1]):02d}"
+        self.see(f"{where}/q", torch.cat((q.real, q.imag), -1))
+        self.see(f"{where}/k", torch.cat((k.real, k.imag), -1))
         columns = []
         for head in range(heads):
             group = head * groups // heads
             scores = (q[:, head] @ k[:, group].conj().T).real / math.sqrt(size)
+            self.see(f"logit/{where}", scores.tril())
             weights = torch.where(torch.ones_like(scores).tril() == 1, scores, -math.inf).exp()
             columns.append(weights / weights.sum(-1, keepdim=True) @ v[:, group])
         out = torch.cat(columns, -1)
         if config.attention.gate:
             out = out / (1 + torch.exp(-self.linear(f"{name}.attention_gate", h)))
+        self.see(f"{where}/o_proj_in", out)
         return self.centred(self.linear(f"{name}.o_proj", out))
+
+    def see(self, name: str, x: Tensor) -> None:
+        self.seen.setdefault(name, []).append(x.detach())
 
     @property
     def head_eps(self) -> float:
@@ -263,6 +279,43 @@ def test_recentred_stream_has_zero_mean_everywhere() -> None:
     model(IDS)
     assert len(means) == 2
     assert max(float(mean.detach().abs().max()) for pair in means for mean in pair) < 1e-14
+
+
+# --- the probe ----------------------------------------------------------------------------------------------------
+
+
+def test_probe_sees_what_blocks_with_these_options_compute() -> None:
+    """Queries and keys after their norm and RoPE, what o_proj reads behind the gate, all gains and rows."""
+    norm = norm_config("bhyt", approximation="residual_aware")
+    config = ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True, attention_bias=True)
+    model = lively(config)
+    reference = Reference(model)
+    for row in IDS:
+        reference.logits(row)
+    metrics = probe(model, Rows(IDS), MonitorConfig(sites="all", statistics="all")).metrics
+    for layer in ("layer_00", "layer_01"):
+        for site in ("q", "k", "o_proj_in"):
+            values = torch.stack(reference.seen[f"{layer}/{site}"])
+            assert metrics[f"monitor/max_abs/{layer}/{site}"] == pytest.approx(float(values.abs().max()), rel=1e-9)
+            rms = float(values.square().mean().sqrt())
+            assert metrics[f"monitor/rms/{layer}/{site}"] == pytest.approx(rms, rel=1e-9)
+        logits = torch.stack(reference.seen[f"logit/{layer}"])
+        assert metrics[f"monitor/attn_logit_max/{layer}"] == pytest.approx(float(logits.max()), rel=1e-5)
+        error = float(torch.stack(reference.seen[f"var_error/{layer}"]).mean())
+        assert metrics[f"bhyt/var_error/{layer}"] == pytest.approx(error, rel=1e-9)
+    for part in ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+        gain = float(model.get_parameter(f"layers.1.{part}.weight").abs().max())
+        assert metrics[f"monitor/gain_max/layer_01/{part.rpartition('.')[2]}"] == pytest.approx(gain, rel=1e-6)
+    rows = model.get_parameter("layers.0.self_attn.attention_gate.weight").norm(dim=1)
+    assert metrics["monitor/weight_row_max/layer_00/attention_gate"] == pytest.approx(float(rows.max()), rel=1e-6)
+    assert not [key for key in metrics if "weight_row_max" in key and "norm" in key]
+
+
+def test_var_error_is_of_the_layers_that_approximate() -> None:
+    for norm, layers in ((norm_config("bhyt", exact_layers=(1,)), {"layer_01"}), (norm_config("bhyt_star"), set())):
+        model = lively(ModelConfig(**SMALL, norm=norm))
+        metrics = probe(model, Rows(IDS), MonitorConfig(sites=(), statistics=("var_error",))).metrics
+        assert set(metrics) == {f"bhyt/var_error/{layer}" for layer in layers}
 
 
 # --- options that do not go together --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from osp.config import ModelConfig, NormConfig, UserError
+from osp.config import AttentionConfig, ModelConfig, NormConfig, UserError
 from osp.evaluation.spec import SITES, QuantSpec, active_sites, check_spec, spec_from_dict
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs/quant").glob("*.yaml"))
@@ -37,7 +37,9 @@ def test_presets_say_what_they_mean() -> None:
     assert (strict.qk_hadamard, strict.o_proj_by_head, strict.w_clip, strict.embedding_and_head) == (
         False, False, False, True,
     )  # fmt: skip
-    assert active_sites(strict) == set(SITES)
+    gated = ModelConfig(attention=AttentionConfig(gate=True))
+    assert active_sites(strict, gated) == set(SITES)
+    assert active_sites(strict, ModelConfig()) == set(SITES) - {"attention_gate"}
     assert not preset("osp_paper").needs_calibration
     assert preset("gptq").needs_calibration
     assert preset("spinquant").needs_calibration
