@@ -117,3 +117,19 @@ def test_line_and_hash_tell_specs_apart() -> None:
     start = QuantSpec(method="gptq")
     hashes = {dataclasses.replace(start, **{key: value}).hash for key, value in changed.items()}
     assert len(hashes | {start.hash}) == len(changed) + 1
+
+
+def test_rotation_and_gains_after_a_sublayer() -> None:
+    spec = QuantSpec(rotation="quarot").at("4-4-4")
+    with pytest.raises(UserError, match=r"gains of norms after a sublayer \(norm.placement=peri\)"):
+        check_spec(spec, ModelConfig(norm=NormConfig("rmsnorm", placement="peri")))
+    check_spec(spec, ModelConfig(norm=NormConfig("rmsnorm", placement="peri", affine=False)))
+    check_spec(spec, ModelConfig(norm=NormConfig("ssnorm", placement="peri")))
+
+
+def test_groups_divide_the_input_of_o_proj_too() -> None:
+    model = ModelConfig(hidden_size=64, intermediate_size=64, num_attention_heads=3, head_dim=16)
+    with pytest.raises(
+        UserError, match=r"quant.w_group_size=32 does not divide model.num_attention_heads \* head_dim=48"
+    ):
+        check_spec(QuantSpec(w_bits=4, w_group_size=32), model)
