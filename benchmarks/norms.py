@@ -57,9 +57,10 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     place = torch.cuda.get_device_name() if ON_GPU else f"{platform.processor()} CPU, {torch.get_num_threads()} threads"
     print(f"{arguments.tokens} tokens, {arguments.dtype}, {place}, torch {torch.__version__}; the fastest of ", end="")
-    print(f"{arguments.repeats}\n\n| D | norm | eager us | GB/s | of copy | compiled us | GB/s | of copy |")
-    print("|---|---|---|---|---|---|---|---|")
-    alone = [row for hidden in arguments.hidden for row in measured(arguments, hidden)]
+    modes = ("eager", "compiled") if arguments.compile else ("eager",)
+    print(f"{arguments.repeats}\n\n| D | norm |{''.join(f' {mode} us | GB/s | of copy |' for mode in modes)}")
+    print(f"|---|---|{'---|---|---|' * len(modes)}")
+    alone = [row for hidden in arguments.hidden for row in measured(arguments, hidden, modes)]
     steps = train_in_turns(arguments) if arguments.train else {}
     if arguments.out:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
@@ -69,7 +70,7 @@ def main() -> None:
 # --- the norms alone ----------------------------------------------------------------------------------------------
 
 
-def measured(arguments: argparse.Namespace, hidden: int) -> list[dict[str, Any]]:
+def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...]) -> list[dict[str, Any]]:
     """The rows of one width: figures of every norm, printed as they come."""
     device = "cuda" if ON_GPU else "cpu"
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
@@ -80,7 +81,7 @@ def measured(arguments: argparse.Namespace, hidden: int) -> list[dict[str, Any]]
     rows = []
     for name, norm in contenders(hidden, device).items():
         row: dict[str, Any] = {"hidden": hidden, "norm": name, "copy_bytes_per_second": copy_speed}
-        for mode in ("eager", "compiled") if arguments.compile else ("eager",):
+        for mode in modes:
             call = torch.compile(norm, dynamic=False) if mode == "compiled" else norm
             leaf = x.detach().requires_grad_()
             seconds = fastest(lambda call=call, leaf=leaf: call(leaf).backward(dy), arguments.repeats)
@@ -89,8 +90,7 @@ def measured(arguments: argparse.Namespace, hidden: int) -> list[dict[str, Any]]
         cells = [
             f"{row[f'{mode}_seconds'] * 1e6:,.0f} | {row[f'{mode}_bytes_per_second'] / 1e9:,.1f} "
             f"| {row[f'{mode}_bytes_per_second'] / copy_speed:.0%}"
-            for mode in ("eager", "compiled")
-            if f"{mode}_seconds" in row
+            for mode in modes
         ]
         print(f"| {hidden} | {name} | {' | '.join(cells)} |", flush=True)
         rows.append(row)
@@ -98,7 +98,7 @@ def measured(arguments: argparse.Namespace, hidden: int) -> list[dict[str, Any]]
 
 
 def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
-    from osp.norms import NORMS, BHyT, build_norm
+    from osp.norms import NORMS, BHyT, Carry, build_norm
 
     class AfterAttention(nn.Module):
         """The second norm of a block: its statistic is there already."""
@@ -111,8 +111,6 @@ def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
                 self.register_buffer(key, value.detach())
 
         def forward(self, x: Tensor) -> Tensor:
-            from osp.norms import Carry
-
             assert isinstance(self.norm, BHyT)
             variance = self.get_buffer("variance").expand(x.shape[0], 1)
             return self.norm(x, Carry(variance, self.get_buffer("scale"), self.get_buffer("gain_square")))
