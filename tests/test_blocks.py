@@ -13,6 +13,7 @@ from torch import Tensor
 from osp.attention import rotary_table
 from osp.config import AttentionConfig, ModelConfig, MonitorConfig, NormConfig, UserError
 from osp.model import Transformer, build_model
+from osp.monitor.forensics import behind
 from osp.monitor.probe import Rows, probe
 from osp.norms import NORMS
 
@@ -304,9 +305,9 @@ def test_probe_sees_what_blocks_with_these_options_compute() -> None:
         error = float(torch.stack(reference.seen[f"var_error/{layer}"]).mean())
         assert metrics[f"bhyt/var_error/{layer}"] == pytest.approx(error, rel=1e-9)
     for part in ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-        gain = float(model.get_parameter(f"layers.1.{part}.weight").abs().max())
+        gain = float(model.get_parameter(f"layers.1.{part}.weight").detach().abs().max())
         assert metrics[f"monitor/gain_max/layer_01/{part.rpartition('.')[2]}"] == pytest.approx(gain, rel=1e-6)
-    rows = model.get_parameter("layers.0.self_attn.attention_gate.weight").norm(dim=1)
+    rows = model.get_parameter("layers.0.self_attn.attention_gate.weight").detach().norm(dim=1)
     assert metrics["monitor/weight_row_max/layer_00/attention_gate"] == pytest.approx(float(rows.max()), rel=1e-6)
     assert not [key for key in metrics if "weight_row_max" in key and "norm" in key]
 
@@ -316,6 +317,25 @@ def test_var_error_is_of_the_layers_that_approximate() -> None:
         model = lively(ModelConfig(**SMALL, norm=norm))
         metrics = probe(model, Rows(IDS), MonitorConfig(sites=(), statistics=("var_error",))).metrics
         assert set(metrics) == {f"bhyt/var_error/{layer}" for layer in layers}
+
+
+def test_weights_behind_an_outlier_include_gates_head_norms_and_norms_after_sublayers() -> None:
+    norm = norm_config("rmsnorm", placement="peri")
+    model = lively(ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True))
+    with torch.no_grad():
+        model.get_parameter("layers.0.mlp_output_layernorm.weight")[5] = 300
+
+    def places(kind: str, channel: int) -> list[tuple[str, str, int]]:
+        found = behind(kind, 1, channel, model)
+        return [(w["parameter"].removeprefix("layers.1.self_attn."), w["axis"], w["index"]) for w in found]
+
+    # channel 13 is the second one of head 3, which reads value head 1; RoPE turns it with the fourth one
+    assert places("o_proj_in", 13) == [("v_proj.weight", "row", 5), ("attention_gate.weight", "row", 13)]
+    assert places("q", 13) == [
+        *(("q_proj.weight", "row", 13), ("q_proj.weight", "row", 15)),
+        *(("q_norm.weight", "gain", 1), ("q_norm.weight", "gain", 3)),
+    ]
+    assert places("block_out", 5)[0] == ("layers.0.mlp_output_layernorm.weight", "gain", 5)
 
 
 # --- options that do not go together --------------------------------------------------------------------------------
