@@ -42,6 +42,7 @@ Statistic = Literal[
     "attn_sink",
     "gain_max",
     "weight_row_max",
+    "var_error",
 ]
 
 C = TypeVar("C")
@@ -374,6 +375,7 @@ class MonitorConfig:
         "R_L",
         "attn_logit_max",
         "gain_max",
+        "var_error",
     )
     # Rules by statistic and site; a site's own rule takes the place of that of `all`.
     alerts: dict[Statistic, dict[AlertSite, AlertConfig]] = field(default_factory=_default_alerts)
@@ -601,7 +603,7 @@ def check_live_quantization(config: Config) -> None:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Raise `UserError` for a shape no Llama can have."""
+    """Raise `UserError` for a shape no Llama can have, and for options of its blocks that exclude each other."""
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by "
@@ -618,6 +620,11 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             "norm.placement=peri with norm=bhyt: the approximation holds for what attention adds to the residual "
             "stream, not for a norm of it; take norm.name=bhyt_star, which measures"
+        )
+    if beyond := [layer for layer in model.norm.exact_layers or () if layer > model.num_hidden_layers]:
+        raise UserError(
+            f"norm.exact_layers names layer {beyond[0]}, and model.num_hidden_layers={model.num_hidden_layers}; "
+            "layers count from 1"
         )
     if model.recentre:
         _check_recentre(model)

@@ -1,9 +1,10 @@
 """Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT, Derf, and how a model builds them from its config.
 
-Shapes: x (..., D) -> (..., D), in the dtype of x. Statistics are fp32 (fp64 of fp64) and are rounded to the dtype of x
-before the gain is applied, which is Hugging Face's order. A norm is an ordinary module, `y = norm(x)`. Two norms of one
-block may share a statistic (BHyT does): `y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other norms
-carry nothing. To add a norm: one class with its NORMS entry, one YAML in `configs/norm`, one test.
+Shapes: x (..., D) -> (..., D), in the dtype of x. What is divided by a statistic, or multiplied by a slope, is fp32
+(fp64 of fp64) and is rounded to the dtype of x before tanh and gain are applied: Hugging Face's order, and all that is
+kept for backward is the fp32 input and the rounded result. A norm is an ordinary module, `y = norm(x)`. Two norms of
+one block may share a statistic (BHyT does): `y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other
+norms carry nothing. To add a norm: one class with its NORMS entry, one YAML in `configs/norm`, one test.
 
 Where the norms of a block stand is configuration too:
 - `norm.placement=peri` (Peri-LN, arXiv 2502.02732): x + norm_out(f(norm_in(x))), so that the residual stream grows
@@ -31,7 +32,7 @@ class Carry(NamedTuple):
     """What BHyT's first norm of a block hands to the second: fp32, no gradient through `scale`."""
 
     variance: Tensor  # (..., 1) mean square of the block's input
-    scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm
+    scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm, and its output scale squared
     gain_square: Tensor  # (1,) mean square of the gain of the first norm
 
 
@@ -195,10 +196,14 @@ class DyT(Norm):
             nn.init.zeros_(self.shift)
 
     def normalize(self, x: Tensor) -> Tensor:
-        return self.squash(self.alpha * _wide(x)).to(x.dtype) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+        return self.squash(self._argument(x).to(x.dtype)) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
     def squash(self, argument: Tensor) -> Tensor:
         return torch.tanh(argument)
+
+    def _argument(self, x: Tensor) -> Tensor:
+        argument = self.alpha * _wide(x)
+        return argument if self.shift is None else argument + self.shift
 
 
 class Derf(DyT):
@@ -210,8 +215,7 @@ class Derf(DyT):
     shifts = True
 
     def squash(self, argument: Tensor) -> Tensor:
-        assert self.shift is not None
-        return torch.erf(argument + self.shift)
+        return torch.erf(argument)
 
 
 # kappa of layer l, counted from 1, over norm.kappa
@@ -276,7 +280,7 @@ class BHyTStar(Norm):
             self.lam.fill_(self.initial_lam)
 
     def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
-        """(..., 1) the mean square of x (..., D)."""
+        """(..., 1) the mean square of x (..., D), fp32 (fp64 of fp64)."""
         return _wide(x).square().mean(-1, keepdim=True)
 
     def carry(self, variance: Tensor) -> Carry | None:
@@ -284,10 +288,11 @@ class BHyTStar(Norm):
         return None
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
-        variance = self.variance(x, carry)
+        wide = _wide(x)  # once: each copy would be kept for backward
+        variance = self.variance(wide, carry)
         slope = self.lam / self.kappa if self.slope is None else self.slope
-        argument = _wide(x) * (torch.rsqrt(variance + self.eps) * slope)
-        y = self._scaled(torch.tanh(argument).to(x.dtype) * self.weight.to(x.dtype))
+        argument = wide * (torch.rsqrt(variance + self.eps) * slope)
+        y = self._scaled(torch.tanh(argument.to(x.dtype)) * self.weight.to(x.dtype))
         return (y, self.carry(variance)) if return_carry else y
 
     def fold(self, first: Norm | None = None) -> None:
@@ -307,9 +312,10 @@ class BHyT(BHyTStar):
         eta             v * (1 + eta)                       eta starts at 0
         residual_aware  v * (1 + eta) + beta * a            for what the stream and attention have in common
 
-    beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain. c is
-    the buffer `attention_gain`, which `refresh` recomputes from the weights; gradients flow through neither c nor the
-    first norm's lambda and gain. In `exact_layers` (from 1), without a carry, and before the head the norm measures.
+    beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
+    LayerNorm scaling divides it by the layer. c is the buffer `attention_gain`, which `refresh` recomputes from the
+    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and takes a gate
+    (`attention.gate`) for open. In `exact_layers` (from 1), without a carry, and before the head the norm measures.
     """
 
     attention_gain: Tensor
@@ -342,6 +348,8 @@ class BHyT(BHyTStar):
             learnable_lambda=learnable_lambda,
             layer=layer,
         )
+        if gain_variance and approximation == "eta":
+            raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
         self.approximates = after_attention and layer not in exact_layers
         self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
         self.terms: tuple[Tensor | None, Tensor | None] | None = None  # of the approximation, once folded
@@ -384,7 +392,8 @@ class BHyT(BHyTStar):
         return Carry(variance, *(self._constants() if self.constants is None else self.constants))
 
     def _constants(self) -> tuple[Tensor, Tensor]:
-        return (self.lam.detach() / self.kappa).square(), self.weight.detach().square().mean(-1, keepdim=True)
+        scale = (self.lam.detach() * (self.output_scale / self.kappa)).square()
+        return scale, self.weight.detach().square().mean(-1, keepdim=True)
 
     @torch.no_grad()
     def fold(self, first: Norm | None = None) -> None:
@@ -431,7 +440,7 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
     if name not in NORMS:
         raise UserError(f"unknown norm {name!r}; choose from {sorted(NORMS)}")
     keywords = _keywords(NORMS[name])
-    for key in options.keys() - {*PLACE, *keywords}:
+    for key in sorted(options.keys() - {*PLACE, *keywords}):
         valid = sorted(keywords - {*PLACE})
         raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
     return NORMS[name](hidden_size, **{key: value for key, value in options.items() if key in keywords})

@@ -1,5 +1,6 @@
 """ZeRO 1, 2, 3 x ranks x accumulation against the plain loop of `tests.optim.reference`."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from osp.config import UserError
 from osp.engine import deepspeed_config, init_distributed
+from osp.model import build_model
 from tests.distributed import run_distributed
 from tests.optim import workers
 from tests.optim.reference import Model, train
@@ -52,6 +54,15 @@ def test_grad_clip_zero_means_off(ranks) -> None:
             errors = update_error(run["weights"], weights)
             assert max(errors.values()) < 1e-4, (stage, errors)
             assert run["norms"] == pytest.approx(norms, rel=1e-4), stage
+
+
+def test_bhyt_constants_are_the_same_on_every_rank_world_size_and_stage(ranks) -> None:
+    config = dataclasses.replace(workers.BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2)
+    alone = [float(b) for name, b in build_model(config, seed=0).named_buffers() if name.endswith("attention_gain")]
+    assert len(alone) == 2
+    assert min(alone) > 0
+    for result in ranks:
+        assert result["bhyt"] == {1: alone, 3: alone}
 
 
 def assemble(ranks: list[dict[str, Any]], setting: tuple[int, int], key: str) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def chosen(choice: str) -> Config:
 
 def test_groups_are_where_users_expect_them() -> None:
     assert {"nano", "60m", "130m", "374m", "osp_1b"} == {p.stem for p in CONFIGS.glob("model/*.yaml")}
-    assert set(NORMS) == {p.stem for p in CONFIGS.glob("norm/*.yaml")}
+    assert {*NORMS, "peri", "lns"} == {p.stem for p in CONFIGS.glob("norm/*.yaml")}  # the last two are placements
     assert {"muon", "muon_all", "adamw"} == {p.stem for p in CONFIGS.glob("optimizer/*.yaml")}
     assert {"python_stdlib", "text", "hf", "smollm_corpus"} <= {p.stem for p in CONFIGS.glob("data/*.yaml")}
     assert {"osp_1b", "adam_1b", *ROWS} <= set(EXPERIMENTS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig, UserError
 from osp.model import Attention
-from osp.norms import NORMS, BHyT, Norm, block_norm, bound_warning, build_norm, final_norm
+from osp.norms import NORMS, BHyT, BHyTStar, Norm, block_norm, bound_warning, build_norm, final_norm, head_norm
 
 SHAPES = [(5, 123, 37), (2, 64), (1, 1, 8)]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -42,6 +42,10 @@ def dyt(x: Tensor, p: Parameters, eps: float) -> Tensor:
     return p["weight"] * torch.tanh(p["alpha"] * x) + p["bias"]
 
 
+def derf(x: Tensor, p: Parameters, eps: float) -> Tensor:
+    return p["weight"] * torch.erf(p["alpha"] * x + p["shift"]) + p["bias"]
+
+
 # id: norm, options, formula
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor, Parameters, float], Tensor]]] = {
     "layernorm": ("layernorm", {"eps": 1e-3}, layernorm),
@@ -53,8 +57,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor, Parameters, float]
     "crmsnorm": ("crmsnorm", {"eps": 1e-3}, crmsnorm),
     "crmsnorm-affine": ("crmsnorm", {"affine": True, "eps": 1e-3}, crmsnorm),
     "bhyt": ("bhyt", {"kappa": 7.0, "lam": 2.0, "eps": 1e-3}, bhyt),
+    "bhyt_star": ("bhyt_star", {"kappa": 7.0, "lam": 2.0, "eps": 1e-3}, bhyt),
     "dyt": ("dyt", {}, dyt),
+    "derf": ("derf", {}, derf),
 }
+SQUASHING = ("bhyt", "bhyt_star", "dyt", "derf")
 NUM_PARAMETERS = {  # scalars of a norm over D channels, as multiples of D and constants
     "layernorm": (1, 0),
     "layernorm-bias": (2, 0),
@@ -65,7 +72,9 @@ NUM_PARAMETERS = {  # scalars of a norm over D channels, as multiples of D and c
     "crmsnorm": (0, 0),
     "crmsnorm-affine": (1, 0),
     "bhyt": (1, 1),
+    "bhyt_star": (1, 1),
     "dyt": (2, 1),
+    "derf": (2, 2),
 }
 
 
@@ -96,7 +105,7 @@ def test_value_and_gradients_equal_float64_formula(case: str, shape: tuple[int, 
     name, options, formula = CASES[case]
     norm = randomized(build_norm(name, shape[-1], **options))
     x, upstream = sample(shape), sample(shape, seed=2)
-    if name == "dyt":
+    if name in ("dyt", "derf"):
         x = x.clamp(-4, 4)  # the slope of a saturated tanh, 1 - y^2, has no digits in fp32
     x.requires_grad_()
     y = norm(x)
@@ -131,7 +140,10 @@ def test_parameter_count_and_shape(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_bf16_is_the_rounded_float64_formula(case: str) -> None:
-    """Statistics in bf16 would differ in a third of the entries; one rounding at the end differs in next to none."""
+    """Statistics in bf16 would differ in a third of the entries; one rounding at the end differs in next to none.
+
+    Norms with a tanh round its argument too.
+    """
     name, options, formula = CASES[case]
     norm = build_norm(name, 512, **options)  # initial gains of 1 add no rounding of their own
     x = sample((16, 512)).bfloat16()
@@ -139,6 +151,12 @@ def test_bf16_is_the_rounded_float64_formula(case: str) -> None:
     assert y.dtype == torch.bfloat16
     wide = {key: value.double() for key, value in norm.state_dict().items()}
     expected = formula(x.double(), wide, options.get("eps", 0.0)).bfloat16()
+    if name in SQUASHING:
+        squash, inverse = (torch.erf, torch.erfinv) if name == "derf" else (torch.tanh, torch.atanh)
+        exact = formula(x.double(), wide, options.get("eps", 0.0))
+        shown = exact.abs() < 1  # of a saturated one the argument is lost
+        argument = torch.where(shown, inverse(exact), 9.0 * exact)
+        expected = squash(argument.bfloat16().double()).bfloat16()
     different = (y != expected).double().mean().item()
     assert different < 0.005, f"{different:.2%} of the entries differ"
 
@@ -200,10 +218,10 @@ def test_crmsnorm_equals_layernorm_of_the_zero_mean_vector_in_one_more_dimension
     torch.testing.assert_close(build_norm("crmsnorm", 37, eps=0.0)(x.float()).double(), reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "ssnorm", "bhyt", "dyt"])
+@pytest.mark.parametrize("name", sorted(set(NORMS) - {"crmsnorm"}))
 def test_initial_values(name: str) -> None:
     """Gains at `init`, every other scalar at the default of its paper."""
-    expected = {"weight": 0.3, "alpha": 0.5, "bias": 0.0, "lam": 1.0, "attention_gain": 0.0}
+    expected = {"weight": 0.3, "alpha": 0.5, "bias": 0.0, "lam": 1.0, "shift": 0.0}
     for key, value in build_norm(name, 5, init=0.3).state_dict().items():
         assert torch.equal(value, torch.full_like(value, expected[key])), key
 
@@ -217,6 +235,11 @@ def bhyt_norm(**options: Any) -> BHyT:
     return norm
 
 
+def second_norm(**options: Any) -> BHyT:
+    """The norm after attention."""
+    return bhyt_norm(after_attention=True, **options)
+
+
 def test_bhyt_default_is_lambda_one_kappa_ten() -> None:
     x = torch.tensor([[3.0, -1.0, 1.0, 5.0]])  # mean square 9
     expected = [math.tanh(v / (10 * math.sqrt(9 + 1e-6))) for v in (3, -1, 1, 5)]
@@ -225,7 +248,7 @@ def test_bhyt_default_is_lambda_one_kappa_ten() -> None:
 
 def test_bhyt_second_norm_adds_the_attention_gain_to_the_first_variance() -> None:
     first = bhyt_norm(lam=3.0, kappa=5.0, eps=0.0)
-    second = bhyt_norm(lam=2.0, kappa=4.0, eps=0.0)
+    second = second_norm(lam=2.0, kappa=4.0, eps=0.0)
     with torch.no_grad():
         second.attention_gain.fill_(10.0)
     x, after_attention = torch.tensor([[1.0, 3.0, 1.0, -5.0]]), torch.tensor([[2.0, 0.0, -1.0, 8.0]])
@@ -236,7 +259,7 @@ def test_bhyt_second_norm_adds_the_attention_gain_to_the_first_variance() -> Non
 
 
 def test_bhyt_carry_passes_gradient_to_the_input_but_not_to_lambda_or_gain() -> None:
-    first, second = bhyt_norm(lam=3.0), bhyt_norm()
+    first, second = bhyt_norm(lam=3.0), second_norm()
     with torch.no_grad():
         second.attention_gain.fill_(10.0)
     x = torch.tensor([[1.0, 3.0, 1.0, -5.0]], requires_grad=True)
@@ -251,7 +274,7 @@ def test_bhyt_carry_passes_gradient_to_the_input_but_not_to_lambda_or_gain() -> 
 
 
 def test_attention_gain_mha_by_hand() -> None:
-    norm = bhyt_norm(hidden_size=2, seq_len=3)
+    norm = second_norm(hidden_size=2, seq_len=3)
     v, o = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     norm.refresh(v, o, head_dim=1)
     # O V = [[3, 4], [5, 8]]: squares 9 + 16 + 25 + 64 = 114, over T D = 3 * 2
@@ -259,7 +282,7 @@ def test_attention_gain_mha_by_hand() -> None:
 
 
 def test_attention_gain_gqa_by_hand() -> None:
-    norm = bhyt_norm(hidden_size=4, seq_len=2)
+    norm = second_norm(hidden_size=4, seq_len=2)
     v = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 1.0, 0.0, -1.0]])  # two value heads of size 1
     o = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 2.0, 1.0, 0.0], [0.0, 0.0, 1.0, 2.0], [1.0, 0.0, 0.0, 1.0]])
     norm.refresh(v, o, head_dim=1)
@@ -272,7 +295,7 @@ def test_attention_gain_gqa_by_hand() -> None:
 def test_attention_gain_is_the_energy_of_the_attention_of_a_single_token(kv_heads: int) -> None:
     """With one token to attend to, attention is the linear map W_O W_V; its columns are the images of unit vectors."""
     config = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=kv_heads)
-    attention, norm = Attention(config), bhyt_norm(hidden_size=16, seq_len=7)
+    attention, norm = Attention(config), second_norm(hidden_size=16, seq_len=7)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in attention.parameters():
@@ -281,6 +304,44 @@ def test_attention_gain_is_the_energy_of_the_attention_of_a_single_token(kv_head
         columns = attention(torch.eye(16)[:, None], torch.ones(1, 2), torch.zeros(1, 2), None)
     expected = columns.double().square().sum().item() / (7 * 16)
     assert norm.attention_gain.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+@pytest.mark.parametrize(
+    ("schedule", "factor"), [("constant", 1), ("decay", 1 / 2), ("grow", 2), ("mild_grow", 2**0.5)]
+)
+def test_kappa_by_depth(schedule: str, factor: float, layer: int) -> None:
+    norm = build_norm("bhyt_star", 4, kappa=7.0, kappa_schedule=schedule, layer=layer)
+    assert isinstance(norm, BHyTStar)
+    assert norm.kappa == pytest.approx(7 * (factor if layer == 4 else 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 9 + 4 * 0.36),
+        ({"approximation": "beta"}, 9 + 0.5 * 4 * 0.36),
+        ({"approximation": "eta"}, 9 * 1.25),
+        ({"approximation": "residual_aware"}, 9 * 1.25 + 0.5 * 4 * 0.36),
+        ({"gain_variance": True}, 9 + 4 * 0.36 * 6.5),
+        ({"approximation": "residual_aware", "gain_variance": True}, 9 * 1.25 + 0.5 * 4 * 0.36 * 6.5),
+        ({"exact_layers": (2,)}, 9 + 4 * 0.36),
+        ({"exact_layers": (3,)}, 25.0),  # measured
+    ],
+    ids=str,
+)
+def test_variance_after_attention_by_hand(options: dict[str, Any], expected: float) -> None:
+    """v = 9, c = 4, lambda / kappa = 3 / 5, beta = 1/2, eta = 1/4, gains 2, 3, 2, 3 of mean square 6.5; in layer 3."""
+    first, second = (bhyt_norm(lam=3.0, kappa=5.0, layer=3, **options, **{"after_attention": a}) for a in (False, True))
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([2.0, 3.0, 2.0, 3.0]))
+        for name, value in (("attention_gain", 4.0), ("beta", 0.5), ("eta", 0.25)):
+            if isinstance(tensor := getattr(second, name, None), Tensor):
+                tensor.fill_(value)
+    _, carry = first(torch.tensor([[1.0, 3.0, 1.0, -5.0]]), return_carry=True)
+    assert second.variance(torch.full((1, 4), 5.0), carry).item() == pytest.approx(expected, rel=1e-6)
+    assert ("attention_gain" in second.state_dict()) == second.approximates
+    assert "attention_gain" not in first.state_dict()
 
 
 def test_bhyt_fixed_lambda_is_stored_and_never_trained() -> None:
@@ -295,9 +356,9 @@ def test_bhyt_fixed_lambda_is_stored_and_never_trained() -> None:
 
 
 def test_bhyt_attention_gain_is_stored() -> None:
-    norm = bhyt_norm(hidden_size=2, seq_len=3)
+    norm = second_norm(hidden_size=2, seq_len=3)
     norm.refresh(torch.eye(2), torch.eye(2), head_dim=1)
-    other = bhyt_norm(hidden_size=2)
+    other = second_norm(hidden_size=2)
     other.load_state_dict(norm.state_dict())
     assert other.attention_gain.item() == pytest.approx(2 / 6)
 
@@ -316,8 +377,84 @@ def test_bound_warning_at_the_limit(lam: float, layers: int, warns: bool) -> Non
 
 
 def test_bound_warning_concerns_bhyt_only() -> None:
-    for name in sorted(set(NORMS) - {"bhyt"}):
+    for name in sorted(set(NORMS) - {"bhyt", "bhyt_star"}):
         assert bound_warning(ModelConfig(num_hidden_layers=10_000, norm=NormConfig(name=name))) is None
+
+
+# --- where norms stand ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(NORMS))
+def test_layernorm_scaling_divides_output_and_gradients_by_the_root_of_the_layer(name: str) -> None:
+    found = {}
+    for lns in (False, True):
+        config = ModelConfig(hidden_size=16, norm=NormConfig(name, lns=lns))
+        norm, x = randomized(block_norm(config, layer=9)), sample((3, 16)).requires_grad_()
+        y = norm(x)
+        y.backward(sample((3, 16), seed=2))
+        found[lns] = [y.detach(), x.grad, *(p.grad for p in norm.parameters())]
+        assert final_norm(config).output_scale == 1.0
+    for scaled, plain in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(3 * scaled, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ssnorm", "ssnorm"), ("dyt", "rmsnorm"), ("layernorm", "rmsnorm")])
+def test_norm_of_queries_and_keys_is_over_a_head(name: str, kind: str) -> None:
+    config = ModelConfig(hidden_size=16, num_attention_heads=4, norm=NormConfig(name))
+    norm, x = randomized(head_norm(config)), sample((2, 5, 4, 4))
+    assert type(norm) is NORMS[kind]
+    wide = {key: value.double() for key, value in norm.state_dict().items()}
+    torch.testing.assert_close(norm(x).double(), rmsnorm(x.double(), wide, 1e-6), **CLOSE)
+
+
+def test_slope_before_attention_is_its_own() -> None:
+    config = ModelConfig(norm=NormConfig("derf", alpha=0.2, alpha_attention=0.8))
+    assert block_norm(config, before_attention=True).state_dict()["alpha"].item() == pytest.approx(0.8)
+    assert block_norm(config, after_attention=True).state_dict()["alpha"].item() == pytest.approx(0.2)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def kept_for_backward(norm: Norm, dtype: torch.dtype) -> float:
+    """Bytes per element of the input that autograd keeps alive, of tensors as large as the input."""
+    x = sample((64, 256)).to(dtype).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.numel() == x.numel():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = norm(x)
+    assert y.grad_fn is not None
+    return sum(kept.values()) / x.numel()
+
+
+# of the input and of the result, in fp32 and bf16; Derf's slope needs its argument too
+KEPT = {"rmsnorm": (8, 6), "layernorm": (8, 6), "ssnorm": (8, 6), "bhyt": (8, 6), "bhyt_star": (8, 6), "dyt": (8, 6)}
+KEPT |= {"derf": (12, 8)}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_bytes_kept_for_backward(name: str) -> None:
+    """No norm but Derf keeps more than RMSNorm does: BHyT's tanh takes the place of the normalized input."""
+    got = tuple(kept_for_backward(build_norm(name, 256), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert got == KEPT[name]
+
+
+def test_norm_after_attention_keeps_no_more() -> None:
+    first, second = build_norm("bhyt", 256), second_norm(hidden_size=256)
+    _, carry = first(sample((64, 256)).requires_grad_(), return_carry=True)
+
+    class WithCarry(Norm):
+        def normalize(self, x: Tensor) -> Tensor:
+            return second(x, carry._replace(variance=carry.variance.detach()))
+
+    for dtype, index in ((torch.float32, 0), (torch.bfloat16, 1)):
+        assert kept_for_backward(WithCarry(), dtype) == KEPT["rmsnorm"][index]
 
 
 # --- building -----------------------------------------------------------------------------------------------------
@@ -326,7 +463,7 @@ def test_bound_warning_concerns_bhyt_only() -> None:
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_final_norm_is_the_norm_itself_but_rmsnorm_for_bhyt(name: str) -> None:
     norm = final_norm(ModelConfig(norm=NormConfig(name=name)))
-    assert type(norm) is NORMS["rmsnorm" if name == "bhyt" else name]
+    assert type(norm) is NORMS["rmsnorm" if name in ("bhyt", "bhyt_star") else name]
 
 
 def test_final_norm_can_be_chosen_and_keeps_the_options_it_has() -> None:
@@ -360,9 +497,17 @@ def test_unknown_final_norm_lists_the_valid_ones() -> None:
     [
         ("ssnorm", {"affine": False}, ["eps", "init"]),
         ("rmsnorm", {"bias": True}, ["affine", "eps", "init"]),
-        ("dyt", {"eps": 1e-5}, ["alpha", "init"]),
+        ("dyt", {"eps": 1e-5}, ["alpha", "alpha_attention", "init"]),
         ("layernorm", {"lam": 1.0}, ["affine", "bias", "eps", "init"]),
-        ("bhyt", {"alpha": 1.0}, ["eps", "init", "kappa", "lam", "learnable_lambda", "seq_len"]),
+        ("bhyt_star", {"seq_len": 8}, ["eps", "init", "kappa", "kappa_schedule", "lam", "learnable_lambda"]),
+        (
+            "bhyt",
+            {"alpha": 1.0},
+            [
+                *("approximation", "eps", "exact_layers", "gain_variance", "init", "kappa", "kappa_schedule", "lam"),
+                *("learnable_lambda", "seq_len"),
+            ],
+        ),
     ],
 )
 def test_option_of_another_norm_lists_the_valid_ones(name: str, option: dict[str, Any], valid: list[str]) -> None:

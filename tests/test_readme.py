@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from osp.config import Config
+from osp.config import Config, UserError
+from osp.norms import NORMS, build_norm
 from osp.train import train
 from tests.conftest import ROOT
 
@@ -72,3 +73,17 @@ def test_every_group_and_choice_of_the_table_exists() -> None:
         existing = {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")}
         named = set(re.findall(r"`(\w+)`", choices)) - {"100"}
         assert named & existing == existing, (group, existing - named)
+
+
+def test_table_of_normalizers_has_every_choice_and_its_options() -> None:
+    """The names of configs/norm, the three switches beside them, and the keywords of each class."""
+    rows = re.findall(r"^\| `([\w.]+)=(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", README, flags=re.MULTILINE)
+    choices = [value for key, value, _, _ in rows if key == "norm"]
+    assert sorted(choices) == sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
+    assert {key for key, value, _, _ in rows if key != "norm"} == {"qk_norm", "attention.gate", "recentre"}
+    for key, name, options, exported in rows:
+        assert exported.split()[0].rstrip(":") in ("yes", "no", "after", "as"), name
+        if key == "norm" and name in NORMS:
+            with pytest.raises(UserError) as caught:
+                build_norm(name, 8, no_such_option=1)
+            assert str(sorted(re.findall(r"`(\w+)`", options))) in str(caught.value), name

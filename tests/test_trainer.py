@@ -274,9 +274,17 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
 def test_bhyt_constants_come_from_the_weights_and_live_in_the_checkpoint(
     stage: int, tiny: Tiny, tmp_path: Path
 ) -> None:
-    train(tiny("norm.name=bhyt", f"engine.zero_stage={stage}", "train.steps=3", "train.norm_refresh_every=2"))
+    norm = ("norm.name=bhyt", "norm.lam=1.5", "norm.learnable_lambda=false", "train.norm_refresh_every=2")
+    train(tiny(*norm, f"engine.zero_stage={stage}", "train.steps=3", "monitor.enabled=true"))
     model = load_model(tmp_path / "run")
     assert model.config.norm.seq_len == 32
+    fixed = {name: buffer.tolist() for name, buffer in model.named_buffers() if name.endswith("lam")}
+    assert list(fixed.values()) == [[1.5]] * 4, "lambda that is not learnable is not trained"
+    probes = [event for event in read_metrics(tmp_path / "run") if "monitor/cost" in event]
+    assert len(probes) == 4
+    for event in probes:
+        assert 0 < event["bhyt/var_error/layer_00"] < 1
+        assert "bhyt/var_error/layer_01" in event
     # the refresh before step 3 saw the weights after step 2, so the constants are near, not equal, those of the end
     for layer in model.layers:
         assert isinstance(layer, Block)

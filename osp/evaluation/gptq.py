@@ -16,7 +16,7 @@ from osp.model import Block, Transformer
 from osp.quantize import clipped_grid, full_grid, grouped
 
 # Matrices of a block that see the same input, in the order in which the block computes them.
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+STAGES = (("q_proj", "k_proj", "v_proj", "attention_gate"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 COLUMNS = 128  # channels whose errors reach the channels behind them in one product
 
 
@@ -87,7 +87,7 @@ def quantize_weights_gptq(model: Transformer, spec: QuantSpec, calibration: Tens
         assert isinstance(layer, Block)
         modules = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
         for stage in STAGES:
-            chosen = [modules[name] for name in stage if name in sites]
+            chosen = [modules[name] for name in stage if name in modules and name in sites]
             if not chosen:
                 continue
             with _second_moments(chosen[0]) as hessian:

@@ -94,7 +94,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> tuple[list[Resul
     """(results, the ablation if asked for, both and all they depend on as JSON); every rank calls it."""
     check_spec(config.quant, subject.model.config)
     inputs = read_inputs(subject, config)
-    if config.ablate and not (inputs.texts and active_sites(config.quant)):
+    if config.ablate and (not inputs.texts or config.quant.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
     calibration = calibration_rows(subject, config.quant, inputs)
     # hashed while the weights are those of the file
@@ -183,7 +183,7 @@ def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Input
 def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None) -> Ablation:
     """Perplexity of the first text with each site of `config.quant` alone and without it; R_L on its first windows."""
     spec, text = config.quant, inputs.texts[0]
-    active = active_sites(spec)
+    active = active_sites(spec, subject.model.config)
 
     quiet = dataclasses.replace(config, progress=False)
 

@@ -23,6 +23,7 @@ from osp.evaluation.rotate import fuse_rotations, random_rotations, rotate_ffn_o
 from osp.evaluation.spec import (
     END_ACTIVATION_SITES,
     END_WEIGHT_SITES,
+    GATE_SITES,
     SITES,
     WEIGHT_SITES,
     QuantSpec,
@@ -63,7 +64,7 @@ def quantized(
         raise UserError(f"unknown site {sorted(unknown)[0]!r}; choose from {', '.join(SITES)}")
     if spec.needs_calibration and calibration is None:
         raise UserError(f"quant.method={spec.method} with quant.rotation={spec.rotation} needs calibration text")
-    active = active_sites(spec) & set(sites)
+    active = active_sites(spec, model.config) & set(sites)
     if not active:
         yield Quantized(spec, frozenset())
         return
@@ -73,7 +74,7 @@ def quantized(
         bake_recentring(model)  # what is rounded are the weights as they act
         with torch.no_grad():
             basis = _rotate(model, spec, calibration, active, stack)
-            of_blocks, of_ends = active & set(WEIGHT_SITES), active & set(END_WEIGHT_SITES)
+            of_blocks, of_ends = active & {*WEIGHT_SITES, *GATE_SITES}, active & set(END_WEIGHT_SITES)
             if spec.method == "gptq" and of_blocks:
                 assert calibration is not None
                 quantize_weights_gptq(model, spec, calibration, sites=of_blocks)

@@ -10,11 +10,12 @@ from osp.config import ModelConfig, UserError, build
 
 # Where a model can be quantized. Names are those of the monitor's sites and of the model's own modules.
 WEIGHT_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GATE_SITES = ("attention_gate",)  # one more matrix of blocks that have it
 ACTIVATION_SITES = ("attn_in", "o_proj_in", "mlp_in", "down_proj_in")
 CACHE_SITES = ("k", "v")
 END_WEIGHT_SITES = ("embed_tokens", "lm_head")
 END_ACTIVATION_SITES = ("head_in",)
-SITES = (*WEIGHT_SITES, *ACTIVATION_SITES, *CACHE_SITES, *END_WEIGHT_SITES, *END_ACTIVATION_SITES)
+SITES = (*WEIGHT_SITES, *GATE_SITES, *ACTIVATION_SITES, *CACHE_SITES, *END_WEIGHT_SITES, *END_ACTIVATION_SITES)
 
 # A rotation R of the residual stream passes through a norm whose only gain can be folded into the next matrix.
 ROTATABLE_NORMS = ("rmsnorm", "ssnorm")
@@ -80,7 +81,7 @@ class QuantSpec:
 
     @property
     def is_identity(self) -> bool:
-        return not active_sites(self)
+        return min(self.w_bits, self.a_bits, self.kv_bits) == 16
 
     @property
     def needs_calibration(self) -> bool:
@@ -141,12 +142,13 @@ def spec_from_dict(values: dict[str, Any]) -> QuantSpec:
     return build(QuantSpec, values, path="quant")
 
 
-def active_sites(spec: QuantSpec) -> frozenset[str]:
-    """The sites that `spec` quantizes."""
+def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:
+    """The sites of a model of this shape that `spec` quantizes."""
     ends = spec.embedding_and_head
     sites: list[str] = []
     if spec.w_bits < 16:
-        sites += (*WEIGHT_SITES, *(END_WEIGHT_SITES if ends else ()))
+        gate = GATE_SITES if model.attention.gate else ()
+        sites += (*WEIGHT_SITES, *gate, *(END_WEIGHT_SITES if ends else ()))
     if spec.a_bits < 16:
         sites += (*ACTIVATION_SITES, *(END_ACTIVATION_SITES if ends else ()))
     if spec.kv_bits < 16:
@@ -157,6 +159,7 @@ def active_sites(spec: QuantSpec) -> frozenset[str]:
 def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
     """Raise `UserError` where `spec` cannot be applied to a model of this shape: groups that do not divide, norms."""
     widths = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
+    widths["num_attention_heads * head_dim"] = model.num_attention_heads * model.head_size
     for key, bits in (("w_group_size", spec.w_bits), ("a_group_size", spec.a_bits)):
         size = getattr(spec, key)
         for name, width in widths.items():
@@ -172,6 +175,11 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
                     f"quant.rotation={spec.rotation}: a rotation does not pass through the norm {name}, only through "
                     f"{' and '.join(ROTATABLE_NORMS)}; set quant.rotation=none"
                 )
+        if model.norm.placement == "peri" and model.norm.name == "rmsnorm" and model.norm.affine is not False:
+            raise UserError(
+                f"quant.rotation={spec.rotation}: a rotation does not pass through the gains of norms after a sublayer "
+                "(norm.placement=peri), which no next matrix can take in; set quant.rotation=none"
+            )
 
 
 def _kind(name: str, symmetric: bool, group_size: int | None, whole: str) -> str:

@@ -82,7 +82,7 @@ def _gradients(
     rotations = [rotation.requires_grad_() for rotation in rotations]
     weights = rotated_weights(model, rotations[0], rotations[1:])
     for name, weight in weights.items():
-        if name.split(".")[-2] in rounded and name.endswith(".weight"):
+        if name.endswith(".weight") and name.split(".")[-2] in rounded:
             nearest = fake_quantize_weight(
                 weight.detach(), bits=spec.w_bits, group_size=spec.w_group_size, symmetric=spec.w_symmetric
             )

@@ -67,10 +67,11 @@ class Alerts:
         return raised
 
     def _rule(self, key: str) -> AlertConfig | None:
-        """The rule for `monitor/STATISTIC[/PLACE]`; figures that sum up a run's sites have none."""
-        if not key.startswith("monitor/"):
+        """The rule for `monitor/STATISTIC[/PLACE]`, or `bhyt/`; figures that sum up a run's sites have none."""
+        prefix, _, name = key.partition("/")
+        if prefix not in ("monitor", "bhyt"):
             return None
-        statistic, _, place = key.removeprefix("monitor/").partition("/")
+        statistic, _, place = name.partition("/")
         if place in ("max", "mean", "osp_script"):
             return None
         by_site = self._rules.get(statistic, {})

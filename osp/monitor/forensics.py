@@ -148,11 +148,14 @@ def describe(contents: Mapping[str, Any]) -> str:
 def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> list[dict[str, Any]]:
     """The rows, columns and gains that write `channel` of a site: each with its norm and that over the median one.
 
-    Every attention and MLP output adds to the residual stream; of these the rows that stand out most are given.
+    Every attention and MLP output adds to the residual stream; the rows and gains that stand out most are given.
     """
     own, written = _writers(kind, layer, channel, model)
-    residual = sorted((_standing(model, *place) for place in written), key=lambda w: w["ratio"], reverse=True)
-    return [_standing(model, *place) for place in own if _exists(model, place[0])] + residual[:SHOWN_WRITERS]
+    parameters = {name for name, _ in model.named_parameters()}  # not every model has every norm, gain and gate
+    alone, added = (
+        [_standing(model, *place) for place in places if place[0] in parameters] for places in (own, written)
+    )
+    return alone + sorted(added, key=lambda w: w["ratio"], reverse=True)[:SHOWN_WRITERS]
 
 
 Place = tuple[str, str, int]  # parameter, "row", "column" or "gain", index
@@ -165,8 +168,10 @@ def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> 
     last = {"embed_out": 0, "final_norm_out": len(model.layers)}.get(kind, layer or 0)
     for i in range(last + (kind in ("block_out", "mlp_in"))):
         into_stream.append((f"layers.{i}.self_attn.o_proj.weight", "row", channel))
+        into_stream.append((f"layers.{i}.attention_output_layernorm.weight", "gain", channel))
         if i < last or kind == "block_out":
             into_stream.append((f"layers.{i}.mlp.down_proj.weight", "row", channel))
+            into_stream.append((f"layers.{i}.mlp_output_layernorm.weight", "gain", channel))
     attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
     match kind:
         case "embed_out" | "block_out":
@@ -180,21 +185,19 @@ def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> 
         case "q" | "k":  # RoPE turns a channel with its partner half a head away
             size = model.config.head_size
             partner = channel - channel % size + (channel % size + size // 2) % size
-            return [(f"{attention}.{kind}_proj.weight", "row", c) for c in (channel, partner)], []
+            rows: list[Place] = [(f"{attention}.{kind}_proj.weight", "row", c) for c in (channel, partner)]
+            gains: list[Place] = [(f"{attention}.{kind}_norm.weight", "gain", c % size) for c in (channel, partner)]
+            return rows + gains, []
         case "v":
             return [(f"{attention}.v_proj.weight", "row", channel)], []
         case "o_proj_in":  # several query heads may read one value head
             head, within = divmod(channel, model.config.head_size)
             head //= model.config.num_attention_heads // model.config.kv_heads
-            return [(f"{attention}.v_proj.weight", "row", head * model.config.head_size + within)], []
+            value: Place = (f"{attention}.v_proj.weight", "row", head * model.config.head_size + within)
+            return [value, (f"{attention}.attention_gate.weight", "row", channel)], []
         case "down_proj_in":
             return [(f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")], []
     raise AssertionError(kind)
-
-
-def _exists(model: Transformer, parameter: str) -> bool:
-    """A norm without gains has none to show."""
-    return parameter in dict(model.named_parameters())
 
 
 def _standing(model: Transformer, parameter: str, axis: str, index: int) -> dict[str, Any]:

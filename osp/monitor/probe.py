@@ -23,16 +23,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.attention import apply_rotary, document_mask
+from osp.attention import document_mask
 from osp.config import MonitorConfig, Site, Statistic
 from osp.model import Block, Linear, Transformer
 from osp.monitor import statistics as st
 from osp.monitor.statistics import Sample
+from osp.norms import BHyT, Carry, Norm
 from osp.quantize import fake_quantize_activation, fake_quantize_weight
 
 BITS = 4  # of weights and activations in R_L
+VAR_ERROR = "bhyt/var_error"
 
-Hook = Callable[[Tensor], None]
+Hook = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,6 @@ class _Recorder:
         self.weights: dict[str, Tensor] = {}  # of gains and rows: the same on every rank
         self.row, self.counted = 0, True
         self.tokens_per_row = 0
-        self._query: Tensor | None = None
         self._mask: Tensor | None = None
 
     def run(self, tokens: Tensor, document_ids: Tensor | None, *, row: int, counted: bool) -> None:
@@ -145,7 +146,7 @@ class _Recorder:
                 self.model(tokens.T)  # every token a sequence of its own
 
     def _hooks(self) -> Iterator[tuple[nn.Module, str, Hook]]:
-        """(module, "input" or "output", hook) of a pass over a row of text."""
+        """(module, "input", "inputs" or "output", hook) of a pass over a row of text."""
         model = self.model
         places: list[tuple[str, nn.Module, str]] = [("embed_out", model.layers[0], "input")]
         for name, layer in _blocks(model):
@@ -158,8 +159,10 @@ class _Recorder:
                 (f"{name}/down_proj_in", mlp.down_proj, "input"),
                 (f"{name}/block_out", layer, "output"),
             ]
-            yield attention.q_proj, "output", functools.partial(self._add_query, name, attention.head_dim)
-            yield attention.k_proj, "output", functools.partial(self._add_key, name, attention.head_dim)
+            yield attention.attend, "inputs", functools.partial(self._add_attention, name)
+            norm = layer.post_attention_layernorm
+            if "var_error" in self.statistics and isinstance(norm, BHyT) and norm.approximates:
+                yield norm, "inputs", functools.partial(self._add_variance_error, f"{VAR_ERROR}/{name}", norm)
             if "R_L" in self.statistics:
                 yield layer, "output", functools.partial(self._add_error, f"R_L/{name}")
         places.append(("final_norm_out", model.norm, "output"))
@@ -186,25 +189,19 @@ class _Recorder:
             new = st.empty_sample(values.shape[1], values.device)
         self.samples[name] = st.merged_samples([self.samples[name], new]) if name in self.samples else new
 
-    def _add_query(self, name: str, head_dim: int, x: Tensor) -> None:
-        self._query = self._rotated(x, head_dim)
-        if f"{name}/q" in self.sites:
-            self._add_sample(f"{name}/q", self._query)
-
-    def _add_key(self, name: str, head_dim: int, x: Tensor) -> None:
-        key, query = self._rotated(x, head_dim), self._query
-        if f"{name}/k" in self.sites:
-            self._add_sample(f"{name}/k", key)
+    def _add_attention(self, name: str, query: Tensor, key: Tensor, *_: Any) -> None:
+        """Queries (copies, T, H, K) and keys (copies, T, G, K) as attention sees them, after RoPE."""
+        for site, x in (("q", query), ("k", key)):
+            if f"{name}/{site}" in self.sites:
+                self._add_sample(f"{name}/{site}", x)
         if {"attn_logit_max", "attn_sink"} & self.statistics:
-            assert query is not None, "Attention projects the query first"
             largest, sink, number = st.attention_statistics(query[0], key[0], self._mask)
             self._keep_maximum(f"attn_logit_max/{name}", largest)
             self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
 
-    def _rotated(self, x: Tensor, head_dim: int) -> Tensor:
-        """Queries or keys as attention sees them, (1, T, heads, K), of the copy that is not quantized."""
-        x = x[:1].unflatten(-1, (-1, head_dim))
-        return apply_rotary(x, *self.model.rotary(x.shape[1], x.device))
+    def _add_variance_error(self, name: str, norm: BHyT, x: Tensor, carry: Carry) -> None:
+        error = st.variance_error(norm.variance(x, carry)[0], x[0])
+        self._add_sum(name, torch.stack((error.sum(), error.new_tensor(error.numel()))))
 
     def _add_error(self, name: str, x: Tensor) -> None:
         clean, quantized = x.double().unbind(0)
@@ -246,8 +243,8 @@ class _Recorder:
         }
         for name, pair in self.sums.items():
             numerator, denominator = pair.tolist()
-            metrics[f"monitor/{name}"] = numerator / denominator if denominator else 0.0
-        metrics |= {f"monitor/{name}": float(value) for name, value in {**self.maxima, **self.weights}.items()}
+            metrics[_key(name)] = numerator / denominator if denominator else 0.0
+        metrics |= {_key(name): float(value) for name, value in {**self.maxima, **self.weights}.items()}
         metrics = {key: value for key, value in metrics.items() if self._is_wanted(key)}
         if sites and "kurtosis" in self.statistics:
             kurtosis = [site.statistics["kurtosis"] for site in sites.values()]
@@ -259,6 +256,11 @@ class _Recorder:
     def _is_wanted(self, key: str) -> bool:
         _, statistic, *name = key.split("/")
         return statistic in self.statistics or name == ["osp_script"]
+
+
+def _key(name: str) -> str:
+    """The name that is logged; BHyT's own quantity has a place of its own."""
+    return name if name.startswith(VAR_ERROR) else f"monitor/{name}"
 
 
 def row_norms(weight: Tensor) -> Tensor:
@@ -301,9 +303,11 @@ def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[Non
 
 @contextmanager
 def _hooked(module: nn.Module, where: str, hook: Hook) -> Iterator[None]:
-    """Call `hook` with the first input or the output of `module`."""
+    """Call `hook` with the first input ("input"), all inputs ("inputs") or the output of `module`."""
     if where == "input":
         handle = module.register_forward_pre_hook(lambda _, arguments: hook(arguments[0]))
+    elif where == "inputs":
+        handle = module.register_forward_pre_hook(lambda _, arguments: hook(*arguments))
     else:
         handle = module.register_forward_hook(lambda *seen: hook(seen[2]))
     try:
@@ -313,7 +317,7 @@ def _hooked(module: nn.Module, where: str, hook: Hook) -> Iterator[None]:
 
 
 def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
-    """x (2, ..., in) times W^T: the first copy as always, the second one with both factors quantized."""
+    """x (2, ..., in) through the layer: the first copy as always, the second one with x and W quantized."""
     weight, bias = module.affine()
     bias = None if bias is None else bias.to(x.dtype)
     noisy = fake_quantize_activation(x[1:], bits=BITS)
@@ -328,16 +332,13 @@ def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:
 
 
 def _weighted(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
-    """(`gain_max/...` or `weight_row_max/...`, module) of every module with such a weight."""
+    """(`gain_max/...` of a norm or `weight_row_max/...` of a matrix, module) of every module with such a weight."""
     modules: list[tuple[str, nn.Module]] = []
     for name, layer in _blocks(model):
-        attention, mlp = layer.self_attn, layer.mlp
-        modules += [
-            (f"gain_max/{name}/input_layernorm", layer.input_layernorm),
-            (f"gain_max/{name}/post_attention_layernorm", layer.post_attention_layernorm),
-            *((f"weight_row_max/{name}/{part}", child) for part, child in attention.named_children()),
-            *((f"weight_row_max/{name}/{part}", child) for part, child in mlp.named_children()),
-        ]
+        for path, module in layer.named_modules():
+            if isinstance(module, Norm | Linear):
+                statistic = "gain_max" if isinstance(module, Norm) else "weight_row_max"
+                modules.append((f"{statistic}/{name}/{path.rpartition('.')[2]}", module))
     modules.append(("gain_max/norm", model.norm))
     modules += [
         (f"weight_row_max/{name}", getattr(model, name))

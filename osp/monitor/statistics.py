@@ -265,6 +265,16 @@ def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None = None) -> tu
     return largest, sink, choice.sum().double() * num_heads
 
 
+def variance_error(approximated: Tensor, x: Tensor) -> Tensor:
+    """|s'^2 - v| / v of every token, fp64, x.shape[:-1]: how far BHyT's variance s'^2 is from the true one.
+
+    approximated: (..., 1) s'^2 at the norm after attention; x: (..., D) what that norm reads, v = mean(x^2). Neither
+    has eps. The monitor logs its mean over tokens.
+    """
+    true = x.double().square().mean(-1)
+    return (approximated[..., 0].double() - true).abs() / true
+
+
 # --- values by size -----------------------------------------------------------------------------------------------
 
 

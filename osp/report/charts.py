@@ -173,6 +173,11 @@ ATTENTION = {
         "The mean probability that the first token gets: a sink. Common, and harmless without massive activations.",
     ),
     "R_L": Statistic("4-bit error of the residual, by layer", "Where quantization does its damage.", 1e-3),
+    "var_error": Statistic(
+        "Error of BHyT's variance after attention",
+        "Relative to the true one. Healthy: percents. Unhealthy: near 1 or above; norm.exact_layers measures instead.",
+        1e-3,
+    ),
 }
 WEIGHTS = {
     "gain_max": Statistic("Largest gain", "A few large gains of a norm are how a model builds outlier channels.", 1e-2),

@@ -36,7 +36,7 @@ class Series(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A key `monitor/STAT/...` taken apart: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
+    """A key of the monitor taken apart: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
 
     stat: str
     layer: int | None
@@ -95,10 +95,10 @@ class Run:
 
 
 def site_of(key: str) -> Site | None:
-    """The parts of a `monitor/` key; None for a key that is no monitor's or describes the whole model."""
+    """The parts of a key of the monitor; None for a key that is no monitor's or describes the whole model."""
     prefix, _, rest = key.partition("/")
     stat, _, name = rest.partition("/")
-    if prefix != "monitor" or name in ("", "max", "mean", "osp_script"):
+    if prefix not in ("monitor", "bhyt") or name in ("", "max", "mean", "osp_script"):
         return None
     first, _, kind = name.partition("/")
     if first.startswith("layer_") and first[6:].isdigit():

@@ -108,7 +108,10 @@ def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Col
             scores = np.where(np.tri(len(ids)) == 1, q_h @ k_h.T / math.sqrt(size), -np.inf)
             p = np.exp(scores - scores.max(-1, keepdims=True))
             columns.append(p / p.sum(-1, keepdims=True) @ v_h)
-        o = activation("o_proj_in", np.concatenate(columns, axis=1), size if spec.o_proj_by_head else None)
+        out = np.concatenate(columns, axis=1)
+        if config.attention.gate:
+            out = out / (1 + np.exp(-h @ weight(f"layers.{i}.self_attn.attention_gate").T))
+        o = activation("o_proj_in", out, size if spec.o_proj_by_head else None)
         x = x + o @ weight(f"layers.{i}.self_attn.o_proj").T
         h = activation("mlp_in", norm(f"layers.{i}.post_attention_layernorm", x))
         gate = h @ weight(f"layers.{i}.mlp.gate_proj").T

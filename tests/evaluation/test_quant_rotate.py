@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.config import NormConfig
+from osp.config import AttentionConfig, NormConfig
 from osp.convert import absorb_projections, fold_norm_gains
 from osp.evaluation.quantized import quantized
 from osp.evaluation.rotate import fuse_rotations, random_rotations, rotate_ffn_online, rotate_qk_online
@@ -43,11 +44,14 @@ STEPS: list[Callable[[Transformer], None]] = [absorb_projections, fold_norm_gain
         (NormConfig(name="rmsnorm", affine=False), {"num_key_value_heads": None}),
         (NormConfig(name="ssnorm"), {"intermediate_size": 48}),  # 4 x 12: Paley
         (NormConfig(name="ssnorm", final="rmsnorm"), {"hidden_size": 48, "intermediate_size": 86}),  # 86 = 2 x 43
+        (NormConfig(name="ssnorm", placement="peri", lns=True), {"qk_norm": True}),
+        (NormConfig(name="rmsnorm"), {"attention_bias": True, "mlp_bias": True}),
+        (NormConfig(name="rmsnorm"), {"attention": AttentionConfig(gate=True), "attention_bias": True}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("embed_proj", [False, True])
-def test_logits_do_not_change(norm: NormConfig, shape: dict[str, int], embed_proj: bool) -> None:
+def test_logits_do_not_change(norm: NormConfig, shape: dict[str, Any], embed_proj: bool) -> None:
     model, ids = outlier_model(embed_proj=embed_proj, norm=norm, **shape), some_tokens(2, 12)
     if embed_proj:
         with torch.no_grad():  # not orthogonal, as after training
@@ -62,10 +66,24 @@ def test_logits_do_not_change(norm: NormConfig, shape: dict[str, int], embed_pro
             torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-10, msg=step.__name__)
             if step is fuse:
                 changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-                assert changed == {name for name in before if "norm" not in name}
+                turned = ("o_proj.bias", "down_proj.bias") + (() if model.config.attention.gate else ("v_proj.bias",))
+                assert changed == {
+                    n for n in before if "norm" not in n and (n.endswith("weight") or n.endswith(turned))
+                }
     if embed_proj:
         assert model.config.embed_proj is False
         assert "embed_proj.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_learned_rotations_turn_biases_and_leave_gated_values_alone(gate: bool) -> None:
+    model = outlier_model(attention=AttentionConfig(gate=gate), attention_bias=True, mlp_bias=True)
+    ids = some_tokens(2, 12)
+    spec = QuantSpec(w_bits=12, a_bits=12, kv_bits=12, rotation="spinquant", rotation_steps=2, calibration_tokens=24)
+    with torch.no_grad():
+        expected = model(ids)
+        with quantized(model, spec, calibration=ids):
+            assert (model(ids) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_no_tensor_is_written_into() -> None:

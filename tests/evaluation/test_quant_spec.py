@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from osp.config import ModelConfig, NormConfig, UserError
+from osp.config import AttentionConfig, ModelConfig, NormConfig, UserError
 from osp.evaluation.spec import SITES, QuantSpec, active_sites, check_spec, spec_from_dict
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs/quant").glob("*.yaml"))
@@ -37,7 +37,9 @@ def test_presets_say_what_they_mean() -> None:
     assert (strict.qk_hadamard, strict.o_proj_by_head, strict.w_clip, strict.embedding_and_head) == (
         False, False, False, True,
     )  # fmt: skip
-    assert active_sites(strict) == set(SITES)
+    gated = ModelConfig(attention=AttentionConfig(gate=True))
+    assert active_sites(strict, gated) == set(SITES)
+    assert active_sites(strict, ModelConfig()) == set(SITES) - {"attention_gate"}
     assert not preset("osp_paper").needs_calibration
     assert preset("gptq").needs_calibration
     assert preset("spinquant").needs_calibration
@@ -115,3 +117,19 @@ def test_line_and_hash_tell_specs_apart() -> None:
     start = QuantSpec(method="gptq")
     hashes = {dataclasses.replace(start, **{key: value}).hash for key, value in changed.items()}
     assert len(hashes | {start.hash}) == len(changed) + 1
+
+
+def test_rotation_and_gains_after_a_sublayer() -> None:
+    spec = QuantSpec(rotation="quarot").at("4-4-4")
+    with pytest.raises(UserError, match=r"gains of norms after a sublayer \(norm.placement=peri\)"):
+        check_spec(spec, ModelConfig(norm=NormConfig("rmsnorm", placement="peri")))
+    check_spec(spec, ModelConfig(norm=NormConfig("rmsnorm", placement="peri", affine=False)))
+    check_spec(spec, ModelConfig(norm=NormConfig("ssnorm", placement="peri")))
+
+
+def test_groups_divide_the_input_of_o_proj_too() -> None:
+    model = ModelConfig(hidden_size=64, intermediate_size=64, num_attention_heads=3, head_dim=16)
+    with pytest.raises(
+        UserError, match=r"quant.w_group_size=32 does not divide model.num_attention_heads \* head_dim=48"
+    ):
+        check_spec(QuantSpec(w_bits=4, w_group_size=32), model)

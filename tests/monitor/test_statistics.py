@@ -258,3 +258,10 @@ def test_values_that_are_not_finite_show() -> None:
     x[3, 3] = math.nan
     got = measured(x)
     assert all(math.isnan(got[key]) for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms"))
+
+
+def test_variance_error_by_hand() -> None:
+    """v = 1, 9 and 25; s'^2 = 2, 9 and 20: errors 1, 0 and 1/5."""
+    x = torch.tensor([[1.0, -1.0], [3.0, 3.0], [1.0, 7.0]])
+    approximated = torch.tensor([[2.0], [9.0], [20.0]])
+    assert st.variance_error(approximated, x).tolist() == pytest.approx([1.0, 0.0, 0.2])

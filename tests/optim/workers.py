@@ -1,5 +1,6 @@
 """What the ranks of `test_engine.py` do; in a module of its own so that spawned processes can import it."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -7,24 +8,25 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from osp.config import OptimizerConfig
+from osp.config import ModelConfig, NormConfig, OptimizerConfig
 from osp.engine import Engine, deepspeed_config, on_main
+from osp.model import build_model
 from tests.optim.reference import ROWS, Model, batch, factor
 
 STEPS, CLIP, LR, ADAM_LR, DECAY = 5, 0.05, 0.02, 0.03, 0.1
 CONFIG = OptimizerConfig(lr=LR, adam_lr=ADAM_LR, weight_decay=DECAY, ns_dtype="fp32")
 
 
+def in_parts(**settings: Any) -> dict[str, Any]:
+    """DeepSpeed keeps small parameters whole, which all of these are; large ones take another path: this one."""
+    derived = deepspeed_config(**settings)
+    return derived | {"zero_optimization": derived["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+
+
 def build(stage: int, accumulation: int, *, clip: float = CLIP, config: OptimizerConfig = CONFIG) -> Engine:
     """`Engine` of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
-
-    def derive(**settings: Any) -> dict[str, Any]:
-        derived = deepspeed_config(**settings)
-        # DeepSpeed keeps small parameters whole, which all of these are; large ones take another path
-        return derived | {"zero_optimization": derived["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
-
     rows = ROWS // accumulation // torch.distributed.get_world_size()
-    with patch("osp.engine.deepspeed_config", derive if stage == 3 and accumulation > 1 else deepspeed_config):
+    with patch("osp.engine.deepspeed_config", in_parts if stage == 3 and accumulation > 1 else deepspeed_config):
         return Engine(
             Model(),
             config,
@@ -86,7 +88,33 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         results[f"round trip {stage}"] = [round_trip(stage, 1), round_trip(stage, accumulation)]
         results[f"backward only {stage}"] = backward_only(stage, accumulation)
         results[f"not finite {stage}"] = not_finite(stage)
+    results["bhyt"] = {stage: bhyt_constants(stage) for stage in (1, 3)}
     return results
+
+
+BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, norm=NormConfig("bhyt", seq_len=8))
+
+
+def bhyt_constants(stage: int) -> list[float]:
+    """BHyT's constants after a refresh of forgotten ones; under ZeRO-3 every weight is in parts before."""
+    model = build_model(dataclasses.replace(BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2), seed=0)
+    with patch("osp.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
+        engine = Engine(
+            model,
+            CONFIG,
+            zero_stage=stage,
+            micro_batch_size=1,
+            gradient_accumulation_steps=1,
+            grad_clip=CLIP,
+            device=torch.device("cpu"),
+        )
+    constants = [buffer for name, buffer in model.named_buffers() if name.endswith("attention_gain")]
+    for constant in constants:
+        constant.fill_(torch.nan)
+    with engine.gathered_parameters():
+        model.refresh_norms()
+    engine.close()
+    return [constant.item() for constant in constants]
 
 
 def discard(stage: int, accumulation: int) -> dict[str, Tensor]:

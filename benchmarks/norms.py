@@ -1,0 +1,204 @@
+"""Speed of every normalizer: forward and backward beside a copy and torch's own norms, and the whole training step.
+
+    python benchmarks/norms.py                                                        # the norms alone
+    python benchmarks/norms.py --train nano --rows 16 --seq-len 256                   # and a training step with each
+    python benchmarks/norms.py --train osp_1b --rows 8 --seq-len 2048                 # on a GPU, bf16
+
+The norms alone, eager and compiled: x (tokens, D) forward, then backward of a given gradient, to x and to the gains.
+The least memory traffic of that is 5 D values a token (read x, write y; read x and dy, write dx), of a copy 2 D; the
+column `of copy` is bytes per second of the one over that of the other, at the same x. `bhyt, after attention` has its
+variance from the norm before. On the CPU the default is smaller.
+
+The training step is that of the real trainer; each norm runs in a process of its own, in turns.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_GPU = torch.cuda.is_available()
+AFTER_ATTENTION = "bhyt, after attention"
+PEERS: dict[str, Callable[[int], nn.Module]] = {"torch layer_norm": nn.LayerNorm, "torch rms_norm": nn.RMSNorm}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=16_384 if ON_GPU else 2048)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024, 2048, 4096] if ON_GPU else [256, 2048])
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if ON_GPU else "fp32")
+    parser.add_argument("--repeats", type=int, default=50 if ON_GPU else 10)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--train", default=None, help="also whole training steps of this choice of configs/model")
+    parser.add_argument("--norms", nargs="+", default=None, help="of the training steps; default: all of configs/norm")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a training step")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=6, help="measured training steps of a round, after two others")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of every norm in training")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(training_steps(arguments)))
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    place = torch.cuda.get_device_name() if ON_GPU else f"{platform.processor()} CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.tokens} tokens, {arguments.dtype}, {place}, torch {torch.__version__}; the fastest of ", end="")
+    modes = ("eager", "compiled") if arguments.compile else ("eager",)
+    print(f"{arguments.repeats}\n\n| D | norm |{''.join(f' {mode} us | GB/s | of copy |' for mode in modes)}")
+    print(f"|---|---|{'---|---|---|' * len(modes)}")
+    alone = [row for hidden in arguments.hidden for row in measured(arguments, hidden, modes)]
+    steps = train_in_turns(arguments) if arguments.train else {}
+    if arguments.out:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        arguments.out.write_text(json.dumps({"settings": settings, "device": place, "alone": alone, "train": steps}))
+
+
+# --- the norms alone ----------------------------------------------------------------------------------------------
+
+
+def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of one width: figures of every norm, printed as they come."""
+    device = "cuda" if ON_GPU else "cpu"
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    x = torch.randn(arguments.tokens, hidden, device=device, dtype=dtype)
+    target, dy = torch.empty_like(x), torch.randn_like(x)
+    size = x.numel() * x.element_size()
+    copy_speed = 2 * size / fastest(lambda: target.copy_(x), arguments.repeats)
+    rows = []
+    for name, norm in contenders(hidden, device).items():
+        row: dict[str, Any] = {"hidden": hidden, "norm": name, "copy_bytes_per_second": copy_speed}
+        for mode in modes:
+            call = torch.compile(norm, dynamic=False) if mode == "compiled" else norm
+            leaf = x.detach().requires_grad_()
+            seconds = fastest(lambda call=call, leaf=leaf: call(leaf).backward(dy), arguments.repeats)
+            row |= {f"{mode}_seconds": seconds, f"{mode}_bytes_per_second": 5 * size / seconds}
+        torch.compiler.reset()
+        cells = [
+            f"{row[f'{mode}_seconds'] * 1e6:,.0f} | {row[f'{mode}_bytes_per_second'] / 1e9:,.1f} "
+            f"| {row[f'{mode}_bytes_per_second'] / copy_speed:.0%}"
+            for mode in modes
+        ]
+        print(f"| {hidden} | {name} | {' | '.join(cells)} |", flush=True)
+        rows.append(row)
+    return rows
+
+
+def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
+    from osp.norms import NORMS, BHyT, Carry, build_norm
+
+    class AfterAttention(nn.Module):
+        """The second norm of a block: its statistic is there already."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = build_norm("bhyt", hidden, after_attention=True)
+            _, carry = build_norm("bhyt", hidden)(torch.ones(1, hidden), return_carry=True)
+            for key, value in carry._asdict().items():
+                self.register_buffer(key, value.detach())
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.norm, BHyT)
+            variance = self.get_buffer("variance").expand(x.shape[0], 1)
+            return self.norm(x, Carry(variance, self.get_buffer("scale"), self.get_buffer("gain_square")))
+
+    ours = {name: build_norm(name, hidden) for name in NORMS}
+    peers = {name: make(hidden) for name, make in PEERS.items()}
+    return {name: norm.to(device) for name, norm in {**peers, **ours, AFTER_ATTENTION: AfterAttention()}.items()}
+
+
+def fastest(action: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest call after three others."""
+    for _ in range(3):
+        action()
+    times = []
+    for _ in range(repeats):
+        began = clock()
+        action()
+        times.append(clock() - began)
+    return min(times)
+
+
+def clock() -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Every norm's rounds of training steps; prints the table."""
+    norms = arguments.norms or sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in ["rmsnorm", *norms]}
+    for _ in range(arguments.rounds):
+        for name in results:
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
+            results[name].append(json.loads(done.stdout.strip().split("\n")[-1]))
+    print(f"\n{arguments.train}, {arguments.rows} rows of {arguments.seq_len}; median of {arguments.rounds} rounds of ")
+    print(f"{arguments.steps} steps\n\n| norm | step s | over rmsnorm (per round) | peak GiB |\n|---|---|---|---|")
+    for name, rounds in results.items():
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(rounds, results["rmsnorm"], strict=True)]
+        print(
+            f"| {name} | {statistics.median(r['seconds'] for r in rounds):.3f} | {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f}) | {max(r['peak_gib'] for r in rounds):.2f} |"
+        )
+    return results
+
+
+def training_steps(arguments: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a step of the real trainer with one norm, and the memory of this process."""
+    import yaml
+
+    from osp.config import from_dict
+    from osp.train import setup
+
+    def group(name: str, choice: str) -> dict[str, Any]:
+        return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
+
+    config = from_dict(
+        {
+            "run": {"name": "benchmark", "dir": tempfile.mkdtemp(prefix="osp-benchmark-")},
+            "train": {
+                "steps": 1000,
+                "seq_len": arguments.seq_len,
+                "tokens_per_step": arguments.rows * arguments.seq_len,
+                "micro_batch_size": arguments.rows,
+                "precision": arguments.dtype,
+            },
+            "model": group("model", arguments.train),
+            "norm": group("norm", arguments.child),
+            "optimizer": {**group("optimizer", "adamw"), "lr": 1e-3},
+            "engine": {"threads": arguments.threads},
+            "monitor": {"enabled": False},
+            "logger": {"wandb": "disabled", "progress": False},
+        }
+    )
+    trainer = setup(config)
+    seconds = []
+    for number in range(2 + arguments.steps):
+        began = clock()
+        trainer.train_step(number, record=False)
+        seconds.append(clock() - began)
+    return {"seconds": statistics.median(seconds[2:]), "peak_gib": trainer.engine.memory() / 2**30}
+
+
+if __name__ == "__main__":
+    main()
