@@ -31,14 +31,14 @@ def busy():
     while True:
         matrix @ matrix
 
-def main(outcome):
+def main(values):
     atexit.register(print, "closed")
     threading.Thread(target=busy, daemon=True).start()
     print("done")
-    if outcome is not None:
-        raise outcome
+    if values["outcome"] is not None:
+        raise values["outcome"]
 
-entry._compose = lambda *_: [outcome]
+entry._compose = lambda *_: [{"outcome": outcome}]
 outcomes = [None, UserError("no"), RunError("no"), StoppedError("no", signal="SIGTERM")]
 outcomes += [KeyboardInterrupt(), KeyError("no")]
 for outcome in outcomes:
