@@ -16,7 +16,7 @@ LAYERS = (
     {"attention", "loss", "norms", "panels", "quantize"},
     {"model"},
     {"convert"},
-    {"checkpoint", "data", "engine", "generate", "hf", "logger", "optim", "run"},
+    {"checkpoint", "data", "engine", "generate", "hf", "launcher", "logger", "optim", "run"},
     {"evaluation", "monitor", "report", "verify_resume"},
     {"certificate", "completion"},
     {"model_card"},

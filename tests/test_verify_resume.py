@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from osp.config import Config, RunError, UserError, VerifyResumeConfig
+from osp.launcher import failure
 from osp.train import train
 from osp.verify_resume import (
     Difference,
@@ -20,7 +21,6 @@ from osp.verify_resume import (
     Topology,
     Verification,
     compare,
-    failure,
     shortened,
     stopped_by,
     verify,
