@@ -18,7 +18,7 @@ LAYERS = (
     {"convert"},
     {"checkpoint", "data", "engine", "generate", "hf", "launcher", "logger", "optim", "run"},
     {"evaluation", "monitor", "report", "verify_resume"},
-    {"certificate", "completion"},
+    {"ablation", "certificate", "completion"},
     {"model_card"},
     {"conversion", "export", "trainer"},
     {"train"},

@@ -43,6 +43,8 @@ class Comparison:
     bits: dict[str, dict[str, Score]]  # table 2: "" or "+Had" -> W-A-KV -> score
     methods: dict[str, Score]  # table 4: method -> score
     specs: dict[str, str]  # hash -> the quantization in words
+    hashes: dict[str, str]  # "4-4-4", "4-4-4 +Had", method -> hash of its quantization
+    texts: dict[str, str]  # name -> SHA-256
 
 
 def table_2_specs(spec: QuantSpec) -> dict[str, dict[str, QuantSpec]]:
@@ -79,7 +81,7 @@ def compare(config: CompareConfig) -> list[Comparison]:
         subject = start(path, config)
         comparisons.append(compare_one(subject, config))
         if config.out is None:
-            record = {"step": subject.step, **as_record(comparisons[-1:])}
+            record = {"step": subject.step, "config": dataclasses.asdict(config), **as_record(comparisons[-1:])}
             write_record(subject, config, record, f"{COMPARISONS}/step_{subject.step or 0:08d}")
     return comparisons
 
@@ -87,7 +89,8 @@ def compare(config: CompareConfig) -> list[Comparison]:
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     """Both tables of one model; what several cells have in common is measured once."""
     inputs = read_inputs(subject, config)
-    rows, methods = table_2_specs(config.quant), table_4_specs(config.quant, spinquant=config.spinquant)
+    rows = table_2_specs(config.quant)
+    methods = table_4_specs(config.quant, spinquant=config.spinquant) if config.methods else {}
     wanted = [spec for row in rows.values() for spec in row.values()] + list(methods.values())
     for spec in wanted:
         check_spec(spec, subject.model.config)
@@ -105,6 +108,9 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
         bits={row: {bits: scores[str(spec)] for bits, spec in specs.items()} for row, specs in rows.items()},
         methods={row: scores[str(spec)] for row, spec in methods.items()},
         specs={spec.hash: str(spec) for spec in wanted},
+        hashes={f"{bits} {row}".strip(): spec.hash for row, specs in rows.items() for bits, spec in specs.items()}
+        | {method: spec.hash for method, spec in methods.items()},
+        texts={text.name: text.sha256 for text in inputs.texts},
     )
 
 
@@ -115,12 +121,11 @@ def markdown(comparisons: list[Comparison]) -> str:
     for c, name in zip(comparisons, names, strict=True):
         heads = {"": [name, "-" if c.kurtosis is None else _short(c.kurtosis)], "+Had": ["+Had", ""]}
         table_2 += [[*heads[row], *(str(cells[bits]) for bits in COLUMNS)] for row, cells in c.bits.items()]
-    methods = list(comparisons[0].methods)
-    table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in methods]
+    table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods]
     return "\n\n".join(
         [
             _table(["model", "ex. kurtosis", *COLUMNS], table_2),
-            _table([f"at {LAST_BITS}", *names], table_4),
+            *([_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
             f"Cells: {'mean accuracy in percent / perplexity' if _has_tasks(comparisons) else 'perplexity'}; "
             "columns are bits of weights, activations and KV cache.",
             "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),

@@ -42,4 +42,5 @@ class EvaluateConfig(MeasureConfig):
 class CompareConfig(MeasureConfig):
     paths: tuple[str, ...] = ()
     quant: QuantSpec = field(default_factory=QuantSpec)  # the rows are this spec at other bits and with other methods
+    methods: bool = True  # table 4 too: GPTQ and QuaRot
     spinquant: bool = False  # the last row of table 4, which takes longest

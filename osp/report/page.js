@@ -77,11 +77,12 @@ function series(curve, log, floor) {
   }
   return {
     type: "line", name: curve.name, data: points, color: curve.colour, symbol: "circle", symbolSize: 4,
-    showSymbol: points.length < 40, lineStyle: { width: curve.faint ? 1 : 1.8, opacity: curve.faint ? 0.35 : 1 }, silent: true,
+    showSymbol: points.length < 40, lineStyle: { width: curve.faint ? 1 : 1.8, opacity: curve.faint ? 0.35 : 1, type: curve.run >= PARTS.length ? [6, 4] : "solid" }, silent: true,
   };
 }
 // The library's own list leaves out curves without a point at exactly this step: here each shows its nearest one.
-function tooltip(curves) {
+function tooltip(curves, spec = {}) {
+  const name = spec.categories ? (x) => escape(spec.categories[x]) : (x) => `${escape(spec.x || "step")} ${spec.x ? short(x) : number(x)}`;
   return (items) => {
     const at = items[0].value[0];
     const rows = curves
@@ -93,8 +94,8 @@ function tooltip(curves) {
       `<div><span class="swatch" style="background:${row.curve.colour}"></span> ${escape(row.curve.name)}${row.curve.mean ? ", mean" : ""} ` +
       `<b>${number(row.value)}</b>${row.x === at ? "" : ` <span class="soft">at ${number(row.x)}</span>`}</div>`);
     const more = rows.length > 10 ? `<div class="soft">and ${rows.length - 10} lower</div>` : "";
-    const tokens = data.tokens_per_step ? ` <span class="soft">${short(at * data.tokens_per_step)} tokens</span>` : "";
-    return `<div class="values"><b>step ${number(at)}</b>${tokens}${shown.join("")}${more}</div>`;
+    const tokens = data.tokens_per_step && !spec.x ? ` <span class="soft">${short(at * data.tokens_per_step)} tokens</span>` : "";
+    return `<div class="values"><b>${name(at)}</b>${tokens}${shown.join("")}${more}</div>`;
   };
 }
 function nearest(x, at) {
@@ -115,7 +116,9 @@ function linesOption(figure) {
   }));
   const option = axes(spec.log);
   option.series = curves.map((curve) => series(curve, spec.log));
-  option.tooltip.formatter = tooltip(curves);
+  option.tooltip.formatter = tooltip(curves, spec);
+  if (spec.x) Object.assign(option.xAxis, { type: spec.logx ? "log" : "value", min: "dataMin" });
+  if (spec.categories) Object.assign(option.xAxis, { type: "category", data: spec.categories, min: null, max: null, axisLabel: { ...option.xAxis.axisLabel, formatter: null, showMaxLabel: true } });
   if (keys.length > 1) {
     option.grid.top = 30;
     option.legend = { top: 0, left: 0, icon: "roundRect", itemHeight: 4, itemWidth: 14, textStyle: { color: colour("soft"), fontSize: 11 }, data: [...new Set(curves.map((c) => c.name))] };
@@ -304,9 +307,10 @@ function describe() {
 }
 function rowsOf(figure) {
   if (figure.dataset.lines) {
-    const rows = data.lines[figure.dataset.lines].curves.filter((c) => !c.faint).flatMap((curve) =>
-      curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), number(x), number(curve.y[i])]));
-    return [["run", "step", "value"], rows];
+    const spec = data.lines[figure.dataset.lines], name = (x) => (spec.categories ? spec.categories[x] : number(x));
+    const rows = spec.curves.filter((c) => !c.faint).flatMap((curve) =>
+      curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), name(x), number(curve.y[i])]));
+    return [["run", spec.x || "step", "value"], rows];
   }
   if (figure.dataset.kind !== undefined) {
     const rows = cells(figure).runs.flatMap((cell, run) => (cell ? cell.v.flatMap((row, layer) =>
