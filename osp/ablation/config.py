@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from osp.config import AT_LEAST_1, NAME, NOT_EMPTY, Count, FilePath, UserError, at_most, check_bounds
+from osp.config import AT_LEAST_1, NAME, NOT_EMPTY, NOT_NEGATIVE, Count, FilePath, UserError, at_most, check_bounds
 
 PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
 
@@ -28,7 +28,7 @@ class AblationConfig:
 
     dir: FilePath = "ablations/nano"
     rows: tuple[str, ...] = PAPER_ROWS
-    seeds: tuple[Annotated[int, at_most(2**32 - 1)], ...] = (0,)
+    seeds: tuple[Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)], ...] = (0,)
     common: tuple[str, ...] = ()  # overrides of every training, the preset's
     overrides: tuple[str, ...] = ()  # and the user's: keys of a training on the command line
     # Named sets of overrides by row; a row without an entry keeps the rates of its experiment. `rates` says which of
