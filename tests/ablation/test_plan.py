@@ -112,7 +112,10 @@ def test_presets_compose(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("sys.argv", ["ablation.py", f"scale={scale}", f"dir={tmp_path}"])
     found: list[dict[str, Any]] = []
     entry.run(found.append, "ablation", defaults=dataclasses.asdict(AblationConfig()))
-    wanted = build(AblationConfig, {**found[0], "rates": ["paper", *found[0]["settings"]]})
+    wanted = build(
+        AblationConfig,
+        {**found[0], "overrides": ["data.paths=[corpus.jsonl]"], "rates": ["paper", *found[0]["settings"]]},
+    )
     check_ablation(wanted)
     runs = plan(wanted, entry.compose)
     assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates)
