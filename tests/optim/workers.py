@@ -78,6 +78,7 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         results["train"][stage, accumulation] = {"norms": norms, "state": state(engine), "weights": weights(engine)}
         results["statistics"][stage, accumulation] = engine.optimizer_statistics()
         engine.close()
+    results["per head"] = {stage: per_head(stage, accumulation=4 // world_size) for stage in (1, 2, 3)}
     results["broadcast"] = broadcast()
     for stage in (1, 2, 3):
         accumulation = 4 if world_size == 1 else 2
@@ -90,6 +91,14 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         results[f"not finite {stage}"] = not_finite(stage)
     results["bhyt"] = {stage: bhyt_constants(stage) for stage in (1, 3)}
     return results
+
+
+def per_head(stage: int, accumulation: int) -> dict[str, Tensor]:
+    """Weights after training whose matrices of attention are orthogonalized head by head."""
+    engine = build(stage, accumulation, config=dataclasses.replace(CONFIG, per_head=True))
+    run_steps(engine, range(STEPS))
+    engine.close()
+    return weights(engine)
 
 
 BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, norm=NormConfig("bhyt", seq_len=8))
