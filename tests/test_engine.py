@@ -59,6 +59,21 @@ def test_per_head_equals_a_reference_that_cuts_matrices_into_heads(ranks, refere
             assert max(errors.values()) < 1e-4, (stage, errors)
 
 
+def test_gradient_of_a_penalty_is_that_of_one_process(ranks) -> None:
+    """On every stage, over ranks, micro batches and checkpointed blocks; and the penalty is a part of it."""
+    ids, norms = workers.PENALIZED_IDS, {}
+    for weight in (0.0, workers.PENALTY.weight):
+        model = build_model(workers.PENALIZED, seed=0)
+        loss, penalty = model(ids[:, :-1], ids[:, 1:], penalty=workers.PENALTY)
+        ((loss + weight * penalty) / ids[:, 1:].numel()).backward()
+        norms[weight] = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    without, expected = norms.values()
+    assert expected["layers.0.mlp.up_proj.weight"] > 1.1 * without["layers.0.mlp.up_proj.weight"]
+    for result in ranks:
+        for stage, found in result["penalized"].items():
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), stage
+
+
 def test_grad_clip_zero_means_off(ranks) -> None:
     weights, norms = train(steps=workers.STEPS, clip=0.0, **SETTINGS)
     for result in ranks:
