@@ -37,11 +37,20 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
+) -> Tensor:
     """(B, T, H, K) softmax(q k^T / sqrt(K)) v over the tokens that each query may see.
 
     q: (B, T, H, K), k and v: (B, T, G, K) with H a multiple of G; mask as `document_mask` makes it, None: causal.
+    off_by_one: exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax, which lets a head attend to nothing without a token
+    as its sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
     """
+    if off_by_one:
+        # The 1 is exp(0) of a key of zeros, whose value is zeros, before the first token. A query of zeros stands
+        # there too, whose output is dropped: SDPA's fast causal kernels want as many queries as keys.
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
+        mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
     grouped = q.shape[2] != k.shape[2]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -51,7 +60,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
         is_causal=mask is None,
         enable_gqa=grouped,
     )
-    return out.transpose(1, 2)
+    out = out.transpose(1, 2)
+    return out[:, 1:] if off_by_one else out
 
 
 class LayerCache(NamedTuple):

@@ -19,6 +19,15 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 ROLES = ("matrix", "embed_proj", "gain", "embedding", "head")
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 Rule = Literal["muon", "normalized", "adamw"]
+
+
+class Heads(NamedTuple):
+    """How a matrix of attention consists of those of its heads, which stand side by side along dimension `dim`."""
+
+    count: int
+    dim: int  # 0: heads write, the matrix is (heads * head_dim, D); 1: they are read, it is (D, heads * head_dim)
+
+
 # Where the monitor looks, and what it measures there: osp.monitor.probe and osp.monitor.statistics define them.
 Site = Literal[
     "embed_out", "attn_in", "q", "k", "v", "o_proj_in", "mlp_in", "down_proj_in", "block_out", "final_norm_out"
@@ -169,6 +178,15 @@ class SpikeConfig:
 
 
 @dataclass(frozen=True)
+class PenaltyConfig:
+    """A price on large activations, added to the loss of training; see osp.penalty."""
+
+    weight: NotNegative = 0.0  # 0: none
+    site: Literal["block_out", "down_proj_in"] = "block_out"  # in every block; names of the monitor
+    scale: Annotated[float, POSITIVE] | Literal["rms"] = 3.0  # of x in (|x| / scale)^4; rms: that of the token itself
+
+
+@dataclass(frozen=True)
 class NormConfig:
     """Which normalizer a model uses. `None` leaves an option at the default of the class in `osp.norms`."""
 
@@ -196,10 +214,11 @@ class NormConfig:
 @dataclass(frozen=True)
 class AttentionConfig:
     gate: bool = False  # sigmoid gate, element by element, on what o_proj reads (arXiv 2505.06708)
+    off_by_one: bool = False  # softmax with 1 + sum exp in its denominator: a head may attend to nothing
 
 
 # Fields of `ModelConfig` that stand beside `model` in YAML and on the command line: `norm=bhyt qk_norm=true`.
-AT_TOP = ("norm", "attention", "qk_norm", "recentre")
+AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm", "recentre")
 
 
 @dataclass(frozen=True)
@@ -217,6 +236,7 @@ class ModelConfig:
     rope_theta: Positive = 10_000.0
     attention_bias: bool = False  # of q_proj, k_proj, v_proj and o_proj
     mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
+    hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # of the gate: down(act(gate(x)) * up(x))
     initializer_range: Annotated[float, POSITIVE, at_most(100)] | None = None  # None: 1/sqrt(hidden_size)
     scale_residual_init: bool = False  # o_proj and down_proj start 1/sqrt(2 num_hidden_layers) smaller
     embed_proj: bool = False  # EmbProj after the embedding and before the head (papers: OSP section 3)
@@ -224,6 +244,7 @@ class ModelConfig:
     norm: NormConfig = field(default_factory=NormConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     qk_norm: bool = False  # queries and keys of every head are normalized before RoPE
+    ffn_norm: bool = False  # what down_proj reads is normalized over its channels
     recentre: bool = False  # all that writes into the residual stream is made zero-mean in the forward pass
 
     @property
@@ -246,6 +267,7 @@ class OptimizerConfig:
     ns_coefficients: str = "keller_jordan"  # a key of osp.optim.COEFFICIENTS
     ns_steps: Annotated[int, AT_LEAST_1, at_most(100)] = 5
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is native
+    per_head: bool = False  # rule muon: matrices of attention are orthogonalized head by head
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     adam_eps: NotNegative = 1e-8
     rules: dict[Role, Rule] = field(
@@ -412,6 +434,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -553,6 +576,7 @@ def check(config: Config) -> None:
     check_sources(config.data)
     check_skip_steps(config.data)
     check_live_quantization(config)
+    check_optimizer(config.optimizer)
 
 
 def check_bounds(part: Any, path: str = "") -> None:
@@ -600,6 +624,15 @@ def check_live_quantization(config: Config) -> None:
         )
     if config.eval.quant.every and config.train.seq_len < 2:
         raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raise `UserError` for an option of Muon in an optimizer that is none."""
+    if optimizer.per_head and optimizer.rules.get("matrix") != "muon":
+        raise UserError(
+            f"optimizer.per_head=true does nothing with optimizer.rules.matrix={optimizer.rules.get('matrix')}: only "
+            "muon works on whole matrices; set optimizer.per_head=false or take optimizer=muon"
+        )
 
 
 def check_model(model: ModelConfig) -> None:

@@ -98,7 +98,10 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
     for key, holds, what in (
         ("norm.placement=peri", config.norm.placement == "peri", "norm after a sublayer"),
         ("qk_norm=true", config.qk_norm, "norm of queries and keys"),
+        ("ffn_norm=true", config.ffn_norm, "norm inside its MLP"),
         ("attention.gate=true", config.attention.gate, "gate after attention"),
+        ("attention.off_by_one=true", config.attention.off_by_one, "1 in the denominator of its softmax"),
+        (f"model.hidden_act={config.hidden_act}", config.hidden_act != "silu", "activation but silu in its MLP"),
         ("model.head_bias=true", config.head_bias, "bias of the head (here that of the last LayerNorm, folded)"),
     ):
         if holds:

@@ -14,6 +14,9 @@ Where the norms of a block stand is configuration too:
 - `qk_norm=true`: queries and keys of every head are normalized over the head's channels before RoPE, with one gain that
   all heads share; SSNorm in a model of SSNorms, RMSNorm else (as in Qwen3 and OLMo 2). It bounds attention logits by
   g_q g_k sqrt(K), so larger learning rates stay stable.
+- `ffn_norm=true`: what down_proj reads is normalized over its channels, by the same choice of norm (Magneto's Sub-LN,
+  arXiv 2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS that a model of initial deviation
+  1/sqrt(hidden_size) has there without it, so that training starts from blocks of the same strength.
 """
 
 import dataclasses
@@ -465,8 +468,12 @@ def final_norm(config: ModelConfig) -> Norm:
 
 def head_norm(config: ModelConfig) -> Norm:
     """The norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block's norms."""
-    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
-    return build_norm(name, config.head_size, **({} if config.norm.eps is None else {"eps": config.norm.eps}))
+    return _inner_norm(config, config.head_size)
+
+
+def ffn_norm(config: ModelConfig, *, init: float) -> Norm:
+    """The norm of what down_proj reads (`ffn_norm`); its gain starts at `init`."""
+    return _inner_norm(config, config.intermediate_size, init=init)
 
 
 def bound_warning(config: ModelConfig) -> str | None:
@@ -483,6 +490,13 @@ def bound_warning(config: ModelConfig) -> str | None:
         f"norm.lam / norm.kappa = {ratio:.3g} is not below 1 / sqrt(num_hidden_layers) = {bound:.3g}: "
         "BHyT's variance bound does not hold at this depth"
     )
+
+
+def _inner_norm(config: ModelConfig, size: int, **options: float) -> Norm:
+    """A norm of `size` channels inside a sublayer, with the eps of the block's norms."""
+    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
+    given = {} if config.norm.eps is None else {"eps": config.norm.eps}
+    return build_norm(name, size, **given, **options)
 
 
 def _divide_by_rms(x: Tensor, eps: float) -> Tensor:

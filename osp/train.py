@@ -54,7 +54,9 @@ def setup(config: Config) -> Trainer:
     config = with_initial_model(config)
     model = meta_model(config)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    build_groups(
+        collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer, model.parameter_heads()
+    )
     device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())

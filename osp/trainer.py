@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.checkpoint import Checkpoint, Saver, load
-from osp.config import Config, LostRankError, RunError, StoppedError, to_dict
+from osp.config import Config, LostRankError, PenaltyConfig, RunError, StoppedError, to_dict
 from osp.data import Batch, Loader, data_step, load_manifest, load_tokenizer, token_bytes, validation_batches
 from osp.engine import Engine, Peers, gather_objects, is_connection_error, on_main
 from osp.evaluation.measure import live_perplexity
@@ -162,18 +162,22 @@ class Trainer:
             return None
         batches = self.loader.step(step)
         data_wait = time.perf_counter() - began
-        losses = []
+        losses, penalties = [], []
         for micro_step, batch in enumerate(batches):
             if micro_step and micro_step % self._check_every == 0 and self._asked_to_stop():
                 self.engine.discard_gradients()
                 return None
-            loss = self._loss(batch)
-            self.engine.backward(loss / self.config.train.tokens_per_step)
+            loss, penalty = self._loss_and_penalty(batch)
+            total = loss + self.config.penalty.weight * penalty
+            self.engine.backward(total / self.config.train.tokens_per_step)
             losses.append(loss.detach())
-        mean, checksum = self._reduce(torch.stack(losses), batches)
+            penalties.append(penalty.detach())
+        mean, penalty, checksum = self._reduce(torch.stack(losses), torch.stack(penalties), batches)
         names, norms = self.engine.gradient_norms()
         grad_norm = torch.linalg.vector_norm(norms).item()
         metrics = {"train/loss": mean, "train/grad_norm": grad_norm, "train/rows_checksum": checksum}
+        if self.config.penalty.weight:
+            metrics["train/penalty"] = penalty
         skip = self._examine(step, mean, grad_norm, losses=losses, norms=dict(zip(names, norms.tolist(), strict=True)))
         if skip or self.failure:
             self.engine.discard_gradients()
@@ -354,17 +358,31 @@ class Trainer:
         counts = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
         return [int(count) for count in self.engine.all_reduce_sum(counts).tolist()]
 
-    def _reduce(self, losses: torch.Tensor, batches: list[Batch]) -> tuple[float, float]:
-        """Mean loss per token and the checksum of the rows of a step over all ranks. Collective."""
+    def _reduce(
+        self, losses: torch.Tensor, penalties: torch.Tensor, batches: list[Batch]
+    ) -> tuple[float, float, float]:
+        """Mean loss and penalty per token and the checksum of the rows of a step over all ranks. Collective."""
         mine = losses.new_tensor([sum(batch.checksum for batch in batches), self._step_seconds], dtype=torch.float64)
-        sums = self.engine.all_reduce_sum(torch.cat((losses.sum().double()[None], mine))).tolist()
-        micro_step_seconds = sums[2] / self.engine.world_size / len(batches)  # of the step before, equal on all ranks
+        local = torch.cat((torch.stack((losses.sum(), penalties.sum())).double(), mine))
+        loss, penalty, checksum, seconds = self.engine.all_reduce_sum(local).tolist()
+        micro_step_seconds = seconds / self.engine.world_size / len(batches)  # of the step before, equal on all ranks
         if micro_step_seconds:
             self._check_every = max(1, int(SECONDS_BETWEEN_CHECKS / micro_step_seconds))
-        return sums[0] / self.config.train.tokens_per_step, sums[1]
+        tokens = self.config.train.tokens_per_step
+        return loss / tokens, penalty / tokens, checksum
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of the batch's rows on this rank; rows beyond `num_rows` are padding and count nothing."""
+    def _loss_and_penalty(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss of a training batch and its summed penalty before the weight, 0 where there is none."""
+        if self.config.penalty.weight:
+            return self._loss(batch, penalty=self.config.penalty)
+        loss = self._loss(batch)
+        return loss, torch.zeros_like(loss)
+
+    def _loss(self, batch: Batch, *, penalty: PenaltyConfig | None = None) -> Any:
+        """Summed loss of the batch's rows on this rank; rows beyond `num_rows` are padding and count nothing.
+
+        With `penalty` (loss, summed penalty): of training, whose batches have no padding.
+        """
         tokens = batch.tokens.to(self.engine.device, non_blocking=True)
         targets = tokens[:, 1:].clone() if batch.num_rows < len(tokens) else tokens[:, 1:]
         targets[batch.num_rows :] = IGNORE
@@ -374,6 +392,7 @@ class Trainer:
             targets,
             document_ids=None if ids is None else ids[:, :-1].to(self.engine.device, non_blocking=True),
             chunk_tokens=self.config.train.loss_chunk_tokens,
+            penalty=penalty,
         )
 
     def _figures(self, seconds: float, data_wait: float) -> dict[str, float]:

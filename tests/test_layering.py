@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config"},
     {"cpu", "precision", "preemption", "spikes"},
-    {"attention", "loss", "norms", "panels", "quantize"},
+    {"attention", "loss", "norms", "panels", "penalty", "quantize"},
     {"model"},
     {"convert"},
     {"checkpoint", "data", "engine", "generate", "hf", "launcher", "logger", "optim", "run"},

@@ -196,7 +196,8 @@ def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> 
             value: Place = (f"{attention}.v_proj.weight", "row", head * model.config.head_size + within)
             return [value, (f"{attention}.attention_gate.weight", "row", channel)], []
         case "down_proj_in":
-            return [(f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")], []
+            gain: Place = (f"{mlp}.ffn_norm.weight", "gain", channel)
+            return [*((f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")), gain], []
     raise AssertionError(kind)
 
 
@@ -219,7 +220,9 @@ def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, st
     factor = build_schedule(
         config.schedule, total_steps=config.train.steps, tokens_per_step=config.train.tokens_per_step
     )(max(step - 1, 0))
-    groups = build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    groups = build_groups(
+        collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer, model.parameter_heads()
+    )
     return [
         {
             "parameter": name,

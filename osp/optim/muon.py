@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osp.config import UserError
+from osp.config import Heads, UserError
 from osp.precision import native_bf16
 
 Triple = tuple[float, float, float]
@@ -94,6 +94,23 @@ def newton_schulz_dtype(
 def update_scale(shape: Sequence[int]) -> float:
     """0.2 sqrt(max(shape)): an orthogonal matrix, or a unit vector, so scaled has entries of RMS 0.2, as AdamW's."""
     return 0.2 * max(shape) ** 0.5
+
+
+def whole_shape(shape: Sequence[int], heads: Heads | None) -> tuple[int, ...]:
+    """The shape of what is orthogonalized as a whole: a parameter of this shape, or the part of it that is a head's."""
+    return tuple(
+        size // heads.count if heads is not None and dim == heads.dim else size for dim, size in enumerate(shape)
+    )
+
+
+def split_heads(stack: Tensor, heads: Heads) -> Tensor:
+    """(k, H, head_dim, n) or, where heads are columns, (k, H, m, head_dim): the matrices of heads. stack: (k, m, n)"""
+    return stack.unflatten(heads.dim + 1, (heads.count, -1)).movedim(heads.dim + 1, 1)
+
+
+def merge_heads(stack: Tensor, heads: Heads) -> Tensor:
+    """The inverse of `split_heads`."""
+    return stack.movedim(1, heads.dim + 1).flatten(heads.dim + 1, heads.dim + 2)
 
 
 def unit_vectors(x: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from osp.optim.groups import Group
-from osp.optim.muon import newton_schulz, newton_schulz_dtype, unit_vectors, update_scale
+from osp.optim.muon import (
+    merge_heads,
+    newton_schulz,
+    newton_schulz_dtype,
+    split_heads,
+    unit_vectors,
+    update_scale,
+    whole_shape,
+)
 from osp.optim.zero import Batch, Interval, batches, flat_size, interval_table
 
 _STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -144,7 +152,7 @@ def _structured_step(
     buf = g + momentum buf;  u = g + momentum buf (Nesterov's sum form) or buf;  p -= lr (scale direction(u) + decay p)
     """
     shape = group["shapes"][0]
-    rate, scale = group["lr"], update_scale(shape)
+    rate, scale = group["lr"], update_scale(whole_shape(shape, group["heads"]))
     squares = None
     for batch in piece.batches:
         g, buf, p = grad[batch.local], state["momentum"][batch.local], piece.flat[batch.local]
@@ -162,9 +170,11 @@ def _direction(stack: Tensor, group: Group) -> Tensor:
     """The update before scaling of a stack of whole parameters. stack: (k, *shape)"""
     if group["rule"] == "normalized":
         return unit_vectors(stack)
-    method = group["ns_method"]
+    method, heads = group["ns_method"], group["heads"]
     dtype = newton_schulz_dtype(stack.device, method=method, choice=group["ns_dtype"])
-    return newton_schulz(stack, group["ns_steps"], method, group["ns_coefficients"], dtype=dtype)
+    matrices = stack if heads is None else split_heads(stack, heads)
+    matrices = newton_schulz(matrices, group["ns_steps"], method, group["ns_coefficients"], dtype=dtype)
+    return matrices if heads is None else merge_heads(matrices, heads)
 
 
 def _adamw_step(
