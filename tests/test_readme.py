@@ -36,6 +36,7 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
         "export.py": "out: exported",
         "generate.py": "max_new_tokens:",
         "convert.py": "out: converted",
+        "ablation.py": "seeds:",
     }
     if key := printed.get(Path(program).name):
         monkeypatch.setattr(sys, "argv", [program, *words[script + 1 :], "--cfg", "job"])

@@ -34,7 +34,7 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     except OSError as error:
         raise UserError(f"dir={folder}: cannot write there: {error.strerror}") from error
     execution = Execution(config, runs, scripts=scripts)
-    log.info("%s", announcement(config, runs))
+    log.info("%s", announcement(config, execution.runs))
     try:
         execution()
     except StoppedError:
@@ -44,8 +44,8 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     if execution.failures:
         label, why = next(iter(execution.failures.items()))
         raise RunError(
-            f"{len(execution.failures)} of {len(runs)} runs failed, {label}: {why}; the page says what is missing, "
-            "the same command tries them again"
+            f"{len(execution.failures)} of {len(execution.runs)} runs failed, {label}: {why}; the page says what is "
+            "missing, the same command tries them again"
         )
     return results
 

@@ -55,7 +55,8 @@ class Execution:
 
     def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
         """scripts: the folder of train.py and compare.py."""
-        self.config, self.runs, self.scripts = config, runs, scripts
+        self.config, self.scripts = config, scripts
+        self.runs = list({run.label: run for run in reversed(runs)}.values())[::-1]  # the first of each label
         self.failures: dict[str, str] = {}
         self._logs = Path(config.dir) / "logs"
         rows = [row.name for row in parse_rows(config)]
@@ -164,8 +165,9 @@ def record_of(run: Planned, wanted: dict[str, Any]) -> dict[str, Any] | None:
         except ValueError:  # cut short
             continue
         config = record.get("config", {})
-        same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens", "methods"))
-        if same and config["quant"]["calibration_tokens"] == wanted["quant"]["calibration_tokens"]:
+        same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens"))
+        enough = config.get("methods") or not wanted["methods"]
+        if same and enough and config["quant"]["calibration_tokens"] == wanted["quant"]["calibration_tokens"]:
             return record
     return None
 

@@ -32,7 +32,7 @@ def markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> 
         ]
         if any(method in line.cells for line in lines for method in METHODS):
             parts += [f"Perplexity at {LAST} by method, each with what stands above it.", table(*methods_rows(lines))]
-    if results.sweep:
+    if results.sweep and config.seeds:
         parts += [f"## Over {config.sweep.key}", f"With seed {config.seeds[0]}.", table(*sweep_rows(results, config))]
     parts += ["## Where the numbers are from", provenance(results)]
     return "\n\n".join(part for part in parts if part) + "\n"

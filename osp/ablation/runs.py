@@ -1,6 +1,8 @@
 """From the rows, rates and seeds of an ablation to the configurations of its runs, all checked before one starts."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import yaml
 
 from osp.ablation.config import AblationConfig, Row, parse_rows
-from osp.config import Config, UserError, differences, from_dict, leaves, to_dict
+from osp.config import FREE, Config, RunConfig, UserError, differences, from_dict, leaves, to_dict
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # what `scripts/train.py OVERRIDES` would train
 
@@ -47,17 +49,14 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
     rows, runs = parse_rows(config), []
 
     def add(row: Row, rates: str, seed: int, value: Any, more: Sequence[str]) -> None:
-        label = "-".join([row.name, rates if value is None else f"{config.sweep.key}={value}", f"seed{seed}"])
-        place = Path(config.dir) / "runs" / label
         settings = config.settings.get(rates, {}).get(row.name, ())
-        own = [f"train.seed={seed}", f"run.name={quoted(label)}", f"run.dir={quoted(str(place))}"]
+        overrides = [*config.common, *row.overrides, *settings, *config.overrides, *more, f"train.seed={seed}"]
         try:
-            values = compose([*config.common, *row.overrides, *settings, *config.overrides, *more, *own])
-            order = (config.rates.index(rates) if rates in config.rates else len(config.rates), rows.index(row))
-            run = Planned(row, rates, seed, value, order, from_dict(values))
+            trained = named(from_dict(compose(overrides)), row.name, folder=Path(config.dir) / "runs")
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from error
-        runs.append(run)
+        order = (config.rates.index(rates) if rates in config.rates else len(config.rates), rows.index(row))
+        runs.append(Planned(row, rates, seed, value, order, trained))
 
     ends_first = rows[:1] + rows[1:][-1:] + rows[1:-1]
     for seed in config.seeds:
@@ -72,6 +71,17 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
     for run in runs:
         _check_folder(run)
     return runs
+
+
+def named(config: Config, row: str, *, folder: Path) -> Config:
+    """`config` with a run folder below `folder` that is the same for the same training.
+
+    So what two places of the page need, at the paper's rates and in a sweep say, is trained once.
+    """
+    values = {key: value for key, value in leaves(to_dict(config)) if not key.startswith(FREE)}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    label = f"{row}-seed{config.train.seed}-{digest}"
+    return dataclasses.replace(config, run=RunConfig(name=label, dir=str(folder / label)))
 
 
 def _check_shared(runs: list[Planned], swept: str | None) -> None:

@@ -1,6 +1,7 @@
 """From rows, rates and seeds to runs: what is trained, and every mistake in one line before anything starts."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,18 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
         ),
         entry.compose,
     )  # fmt: skip
-    labels = [run.label for run in runs]
-    assert labels[:4] == ["adam-tuned-seed3", "gated-tuned-seed3", "muon-tuned-seed3", "osp-tuned-seed3"]
-    assert labels[4:6] == ["adam-paper-seed3", "gated-paper-seed3"]
-    assert labels[-2:] == ["osp-optimizer.lr=0.02-seed3", "osp-optimizer.lr=0.5-seed3"]
-    assert len(set(labels)) == len(labels) == 2 * 2 * 4 + 2
-    found = {run.label: run.config for run in runs}
-    assert found["adam-tuned-seed5"].optimizer.lr == 1e-3
-    assert found["adam-paper-seed5"].optimizer.lr == 5e-3  # its experiment's
-    assert found["osp-optimizer.lr=0.5-seed3"].optimizer.lr == 0.5
-    assert found["gated-tuned-seed3"].model.attention.gate
+    found = {(run.row.name, run.rates, run.seed, run.value): run.config for run in runs}
+    order = [(run.row.name, run.rates, run.seed, run.value) for run in runs]
+    assert order[:4] == [(row, "tuned", 3, None) for row in ("adam", "gated", "muon", "osp")]
+    assert order[4:6] == [("adam", "paper", 3, None), ("gated", "paper", 3, None)]
+    assert order[-2:] == [("osp", "sweep", 3, 0.02), ("osp", "sweep", 3, 0.5)]
+    assert len(order) == len(found) == 2 * 2 * 4 + 2
+    assert found["adam", "tuned", 5, None].optimizer.lr == 1e-3
+    assert found["adam", "paper", 5, None].optimizer.lr == 5e-3  # its experiment's
+    assert found["osp", "sweep", 3, 0.5].optimizer.lr == 0.5
+    assert found["gated", "tuned", 3, None].model.attention.gate
     assert {c.train.grad_clip for c in found.values()} == {0.5}
-    assert found["muon-paper-seed5"].train.seed == 5
-    assert found["muon-paper-seed5"].run.dir == str(tmp_path / "runs" / "muon-paper-seed5")
+    assert found["muon", "paper", 5, None].train.seed == 5
     assert [run.order for run in runs[:4]] == [(0, 0), (0, 3), (0, 1), (0, 2)]
     assert not list(tmp_path.iterdir())
 
@@ -95,15 +95,28 @@ def test_mistakes(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_same_training_is_one_run(tmp_path: Path) -> None:
+    """Whatever it is trained for; another rate, seed or row is another run."""
+    settings = {"same": {"osp": ("optimizer.lr=5e-4",)}}
+    sweep = {"key": "optimizer.lr", "values": [5e-4, 1e-3], "rows": ["osp"]}
+    runs = plan(config(tmp_path, seeds=[0, 1], settings=settings, rates=["paper", "same"], sweep=sweep), entry.compose)
+    osp = [run.label for run in runs if run.row.name == "osp"]
+    assert len(osp) == 6
+    assert len(set(osp)) == 3
+    assert all(re.fullmatch(r"osp-seed[01]-[0-9a-f]{8}", label) for label in osp)
+    assert {run.folder for run in runs} == {tmp_path / "runs" / run.label for run in runs}
+    other = plan(config(tmp_path, overrides=["engine.zero_stage=2", "monitor.every=7"]), entry.compose)
+    assert {run.label for run in other} <= {run.label for run in runs}  # what changes no result changes no name
+
+
 def test_a_run_of_another_configuration_is_not_mixed_in(tmp_path: Path) -> None:
     (run, _) = plan(config(tmp_path), entry.compose)
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config)))
     plan(config(tmp_path), entry.compose)
-    with pytest.raises(
-        UserError, match=r"adam-paper-seed0 holds a run with another configuration \(train.grad_clip: 1"
-    ):
-        plan(config(tmp_path, overrides=["train.grad_clip=2"]), entry.compose)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config) | {"resume": "x", "debug": 5, "a": 1}))
+    with pytest.raises(UserError, match=r"adam-seed0-\w+ holds a run with another configuration \(a: 1 -> None\)"):
+        plan(config(tmp_path), entry.compose)
 
 
 @pytest.mark.parametrize("scale", [path.stem for path in (ROOT / "configs" / "scale").iterdir()])
