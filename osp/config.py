@@ -160,7 +160,8 @@ class EvalQuantConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: CountOrZero = 250  # steps; 0: only at the end
+    # Steps, and at the end; auto: as often as a fiftieth of the training time allows; 0: only at the end.
+    every: CountOrZero | Literal["auto"] = "auto"
     tokens: Count = 1_000_000  # held-out tokens per validation, at most
     sample_tokens: Annotated[int, NOT_NEGATIVE, at_most(10**6)] = (
         64  # length of the text generated in the closing summary; 0: none
@@ -382,7 +383,7 @@ class MonitorConfig:
     enabled: bool = True
     # Steps between probes; auto: at powers of two, and as often as max_cost allows; 0: at the start and the end only.
     every: CountOrZero | Literal["auto"] = "auto"
-    max_cost: Share = 0.01  # of the training time that probes may take once a run is under way, with every=auto
+    max_cost: Share = 0.005  # of the training time that probes may take once a run is under way, with every=auto
     tokens: Annotated[int, AT_LEAST_2, at_most(2**24)] = 2048  # held-out tokens of a probe, over all ranks
     sites: tuple[Site, ...] | Literal["all"] = ("embed_out", "attn_in", "down_proj_in", "block_out", "final_norm_out")
     statistics: tuple[Statistic, ...] | Literal["all"] = (

@@ -30,7 +30,8 @@ from osp.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size
 
 log = logging.getLogger(__name__)
 
-MEASURED_STEPS = 6  # how many steps `train.minutes` is turned into steps by
+MEASURED_STEPS = 6  # at most as many steps tell how many fit into `train.minutes`
+MEASURED_SECONDS = 3.0  # no further one after this time, if there are three
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
@@ -251,11 +252,13 @@ def with_measured_length(config: Config, engine: Engine, loader: Loader) -> Conf
         if trial.train_step(step, record=True) is None:
             raise RunError(trial.failure)
         seconds.append(time.perf_counter() - began)
+        if on_main(lambda: len(seconds) >= 3 and sum(seconds) > MEASURED_SECONDS):
+            break
     for tensor, before in state:
         tensor.copy_(before)
     engine.sync_weights_from_master()
     # the first steps compile, allocate and read cold memory
-    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[MEASURED_STEPS // 2 :])))
+    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[len(seconds) // 2 :])))
     return with_steps(config, on_main(lambda: steps))
 
 

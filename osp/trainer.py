@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a request to stop may go unheard
 SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
+MIN_VALIDATION_STEPS, VALIDATION_SHARE = 250, 0.02  # eval.every=auto: the shortest interval, the share of the work
 NUM_LARGEST = 8  # gradients named when the numbers go wrong
 
 
@@ -87,6 +88,7 @@ class Trainer:
         self.quantized_text = (
             held_out("held_out", self.shards, self.tokenizer, max_tokens=quant.tokens) if quant.every else None
         )
+        self.validation_every = validation_every(config, load_manifest(self.shards).val.tokens)
         self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
         self.peak_tflops = config.logger.peak_tflops or peak_tflops(engine.device)
 
@@ -326,7 +328,7 @@ class Trainer:
             self.save()
         if monitor.due(self.step):
             monitor.probe(self.step, tokens=self.tokens, train_seconds=self.train_seconds)
-        if self.validation[0] != self.step and self._due(self.config.eval.every):
+        if self.validation[0] != self.step and self._due(self.validation_every):
             self.validate()
         every = self.config.eval.quant.every
         if every and self.quantized[0] != self.step and self._due(every) and not self.interrupted:
@@ -638,6 +640,14 @@ def build_schedule_of(config: Config) -> Callable[[int], float]:
     return build_schedule(
         config.schedule, total_steps=total_steps(config), tokens_per_step=config.train.tokens_per_step
     )
+
+
+def validation_every(config: Config, val_tokens: int) -> int:
+    """Steps between validations on held-out text of `val_tokens`; `auto`: a forward pass is a third of the work."""
+    if config.eval.every != "auto":
+        return config.eval.every
+    steps = min(config.eval.tokens, val_tokens) / (3 * config.train.tokens_per_step)
+    return max(MIN_VALIDATION_STEPS, math.ceil(steps / VALIDATION_SHARE))
 
 
 def micro_batch_size(config: Config) -> int:

@@ -1,5 +1,6 @@
 """Whole runs on a small model: what they write, that they learn, and that nothing but the mathematics decides."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from osp.data import Shards, load_tokenizer
 from osp.model import Block, Transformer
 from osp.norms import BHyT
 from osp.train import train
-from osp.trainer import Trainer
+from osp.trainer import Trainer, validation_every
 from tests.conftest import losses, overrides_of, read_metrics, run_script
 
 Tiny = Callable[..., Config]
@@ -384,3 +385,18 @@ def test_load_model_is_the_trained_model(plain_run: Path) -> None:
     from osp import load_model as public
 
     assert torch.equal(public(plain_run).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_step", "val_tokens", "every"),
+    [
+        (4_096, 90_112, 367),  # 22 steps' tokens forwards are the work of 7 1/3 steps, a fiftieth of 366.7
+        (4_096, 10**9, 4_070),  # eval.tokens bounds it: 10^6 / 4096 / 3 * 50
+        (4_194_304, 10**9, 250),
+    ],
+)
+def test_validation_takes_a_fiftieth_of_the_work_by_default(tokens_per_step: int, val_tokens: int, every: int) -> None:
+    config = from_dict({"train": {"steps": 10_000, "tokens_per_step": tokens_per_step}})
+    assert validation_every(config, val_tokens) == every
+    fixed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=7))
+    assert validation_every(fixed, val_tokens) == 7
