@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from osp.optim.groups import Group
 from osp.optim.muon import newton_schulz, newton_schulz_dtype, unit_vectors, update_scale
-from osp.optim.zero import Batch, Interval, batches, flat_size, interval_table
+from osp.optim.zero import Batch, Interval, batches, flat_size, rank_intervals
 
 _STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -58,7 +58,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             work = [] if group["rule"] == "adamw" else batches(numels[0], len(numels), rank=rank, **layout)
-            self._pieces.append(Piece(flat, interval_table(numels, **layout)[rank], work))
+            self._pieces.append(Piece(flat, rank_intervals(numels, rank=rank, **layout), work))
             self.state[flat] = {
                 name: torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
                 for name in _STATE_NAMES[group["rule"]]
