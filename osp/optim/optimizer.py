@@ -17,7 +17,7 @@ from osp.optim.groups import Group
 from osp.optim.muon import newton_schulz, newton_schulz_dtype, unit_vectors, update_scale
 from osp.optim.zero import Batch, Interval, batches, flat_size, rank_intervals
 
-_STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             self._pieces.append(Piece(flat, rank_intervals(numels, rank=rank, **layout), work))
             self.state[flat] = {
                 name: torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-                for name in _STATE_NAMES[group["rule"]]
+                for name in STATE_NAMES[group["rule"]]
             }
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:

@@ -78,12 +78,14 @@ class Batch:
 
     local: the range of this rank's flat tensor they lie in. held: its parts, by owner; places relative to `local`.
     owned: the parts that make up the parameters this rank owns, by sender; `index` counts owned parameters.
+    first: the first of these in the group; they follow one another.
     sends, receives: elements per rank; None where every rank holds whole parameters and nothing has to move.
     """
 
     local: slice
     held: tuple[Interval, ...]
     owned: tuple[Interval, ...]
+    first: int
     num_owned: int
     numel: int
     sends: list[int] | None
@@ -150,7 +152,16 @@ class _Cut:
 def _whole_batch(intervals: list[Interval], numel: int) -> Batch:
     first = intervals[0].offset
     local = slice(first, first + len(intervals) * numel)
-    return Batch(local, held=(), owned=(), num_owned=len(intervals), numel=numel, sends=None, receives=None)
+    return Batch(
+        local,
+        held=(),
+        owned=(),
+        first=intervals[0].index,
+        num_owned=len(intervals),
+        numel=numel,
+        sends=None,
+        receives=None,
+    )
 
 
 def _exchange_batch(cut: _Cut, mine: list[Interval], parameters: range, *, rank: int) -> Batch:
@@ -169,6 +180,7 @@ def _exchange_batch(cut: _Cut, mine: list[Interval], parameters: range, *, rank:
         local=slice(begin, end),
         held=tuple(iv._replace(offset=iv.offset - begin) for iv in held),
         owned=tuple(Interval(k - first, start, stop, 0) for _, k, start, stop in parts),
+        first=parameters.start + first,
         num_owned=last - first,
         numel=cut.numel,
         sends=sends,
