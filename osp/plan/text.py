@@ -126,7 +126,7 @@ def _muon(plan: Plan) -> str:
         "Groups follow one another, and the exchange of each waits for its fullest rank: the critical path is the sum",
         f"over groups of the most that a rank has, {critical / 1e9:,.0f} GFLOP. The rank with most in all has "
         f"{max(per_rank) / 1e9:,.0f};",
-        f"the {total / 1e9:,.0f} GFLOP of a step, evenly shared, would be {total / plan.world_size / 1e9:,.0f} on each.",
+        f"the {total / 1e9:,.0f} GFLOP of a step, evenly shared, are {total / plan.world_size / 1e9:,.0f} on each.",
     ]
     return "\n".join(lines)
 
