@@ -91,6 +91,7 @@ NotNegative = Annotated[float, NOT_NEGATIVE]
 Positive = Annotated[float, POSITIVE]
 Decay = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]  # of a running mean
 Fraction = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
+PositiveFraction = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
 Share = Annotated[float, Bound("in (0, 1)", lambda x: 0 < x < 1)]
 Text = Annotated[str, NOT_EMPTY]
 FilePath = Annotated[str, NOT_EMPTY, PATH]
@@ -430,6 +431,36 @@ class VerifyResumeConfig:
 
 
 @dataclass(frozen=True)
+class MachineConfig:
+    """What one rank of a planned run has: a choice of configs/machine. Bandwidths in GB/s, both ways at once."""
+
+    name: Text = "unnamed"
+    device: Literal["cuda", "cpu"] = "cuda"
+    bf16: bool = True  # multiplies bf16 natively
+    ranks_per_host: Count = 8
+    memory: Positive = 80.0  # GiB
+    reserved: NotNegative = 2.0  # GiB of it that a process has before the first tensor, and loses to fragmentation
+    peak_tflops: Positive | None = None  # of matrix products; None: the table of known GPUs, by `name`
+    matmul_share: PositiveFraction = 0.5  # of that peak: forward and backward pass
+    ns_share: PositiveFraction = 0.5  # of that peak: Newton-Schulz
+    network: Positive = 50.0  # GB/s of a rank to ranks of other hosts
+    host_network: Positive = 450.0  # GB/s of a rank to ranks of its host
+    network_share: PositiveFraction = 0.7  # of these: what collectives reach
+    disk: Positive = 2.0  # GB/s that the ranks of a host write together
+    sources: dict[str, str] = field(default_factory=dict)  # where the figure of a key is from
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Keys of scripts/plan.py beside those of a training; see osp.plan."""
+
+    world_size: Annotated[int, AT_LEAST_1, at_most(4096)] = 8
+    gpu_memory: Positive | None = None  # GiB; None: the machine's
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    out: FilePath | None = None  # JSON file for the figures
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -472,7 +503,7 @@ class GenerateConfig:
     )
     temperature: NotNegative = 0.8  # 0: always the most likely token
     top_k: Count | None = None  # sample from the k most likely tokens only
-    top_p: Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)] = 1.0  # ... and from the top_p of probability
+    top_p: PositiveFraction = 1.0  # ... and from the top_p of probability
     seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
     bos: bool = True  # what begins a text for this model goes before every prompt
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -152,10 +152,14 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
 
 
-def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
-    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks."""
+def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool | None = None) -> Config:
+    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks.
+
+    bf16: whether the device multiplies it natively; None: ask the one that is here.
+    """
     train = config.train
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and native_bf16(device))
+    native = native_bf16(device) if bf16 is None else bf16
+    precision = ("bf16" if native else "fp32") if train.precision == "auto" else train.precision
     compiled = train.compile
     if compiled == "auto":
         compiled = device.type == "cuda" and config.engine.zero_stage < 3
@@ -182,7 +186,7 @@ def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
         train = dataclasses.replace(train, steps=math.ceil(train.tokens / train.tokens_per_step))
     if train.steps is not None:
         train = dataclasses.replace(train, tokens=None, minutes=None)
-    train = dataclasses.replace(train, precision="bf16" if bf16 else "fp32", compile=compiled, micro_batch_size=size)
+    train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
     return dataclasses.replace(config, train=train)
 
 

@@ -22,9 +22,10 @@ from osp.norms import NORMS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-# `quant` is a group of the evaluation (tests/evaluation), not of a training
+# not groups of a training: `quant` is one of the evaluation (tests/evaluation), `machine` of a plan (tests/plan)
+OTHERS = ("quant", "machine")
 CHOICES = [
-    f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name != "quant"
+    f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in OTHERS
 ]
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
 # choices that need a word of the user, and the line that asks for it

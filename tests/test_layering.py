@@ -22,6 +22,7 @@ LAYERS = (
     {"model_card"},
     {"conversion", "export", "trainer"},
     {"train"},
+    {"plan"},
 )
 # Parts of one layer do not know each other, except:
 SIBLINGS = {("engine", "optim"), ("run", "checkpoint"), ("hf", "data")}

@@ -91,6 +91,13 @@ def newton_schulz_dtype(
     return torch.float16 if method == "gram" else torch.bfloat16
 
 
+def newton_schulz_flops(shape: Sequence[int], steps: int = 5, method: str = "standard") -> int:
+    """Floating point operations of one matrix in `newton_schulz`, those of its matrix products."""
+    m, n = sorted(shape)
+    standard = steps * (4 * m * m * n + 2 * m**3)  # X X^T and B X; A^2
+    return min(standard, _gram_flops(m, n, steps)) if method == "gram" else standard
+
+
 def update_scale(shape: Sequence[int]) -> float:
     """0.2 sqrt(max(shape)): an orthogonal matrix, or a unit vector, so scaled has entries of RMS 0.2, as AdamW's."""
     return 0.2 * max(shape) ** 0.5
@@ -137,12 +144,9 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     nearly square take `_iterate`, which then has fewer flops.
     """
     m, n = x.shape[-2:]
-    parts = [triples[i : i + _RESTART] for i in range(0, len(triples), _RESTART)]
-    # in m^3: a part costs X X^T and Q X, and A^2, Z A, (Z A) Z, Z Q except for what its first and last step can skip
-    gram_flops = sum(2 * n / m + 4 * len(part) - 3 for part in parts)
-    if gram_flops >= len(triples) * (2 * n / m + 1):
+    if _gram_flops(m, n, len(triples)) >= newton_schulz_flops((m, n), len(triples)):
         return _iterate(x, triples)
-    for part in parts:
+    for part in (triples[i : i + _RESTART] for i in range(0, len(triples), _RESTART)):
         gram = torch.bmm(x, x.mT)
         product = None
         for step, (a, b, c) in enumerate(part):
@@ -154,6 +158,12 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
         if product is not None:
             x = torch.bmm(product, x)
     return x
+
+
+def _gram_flops(m: int, n: int, steps: int) -> int:
+    """A part costs X X^T and Q X, and A^2, Z A, (Z A) Z, Z Q except for what its first and last step can skip."""
+    lengths = [min(_RESTART, steps - i) for i in range(0, steps, _RESTART)]
+    return sum(4 * m * m * n + 2 * m**3 * (4 * length - 3) for length in lengths)
 
 
 _METHODS = {"standard": _iterate, "gram": _iterate_gram}

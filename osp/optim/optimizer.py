@@ -23,9 +23,9 @@ from osp.optim.muon import (
     update_scale,
     whole_shape,
 )
-from osp.optim.zero import Batch, Interval, batches, flat_size, interval_table
+from osp.optim.zero import Batch, Interval, batches, flat_size, rank_intervals
 
-_STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             work = [] if group["rule"] == "adamw" else batches(numels[0], len(numels), rank=rank, **layout)
-            self._pieces.append(Piece(flat, interval_table(numels, **layout)[rank], work))
+            self._pieces.append(Piece(flat, rank_intervals(numels, rank=rank, **layout), work))
             self.state[flat] = {
                 name: torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-                for name in _STATE_NAMES[group["rule"]]
+                for name in STATE_NAMES[group["rule"]]
             }
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
