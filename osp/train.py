@@ -66,7 +66,7 @@ def setup(config: Config) -> Trainer:
         build_schedule_of(config)  # raises if its phases do not fit
     logger_config = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), copies=max(2, config.checkpoint.keep_last)))
+    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     checkpoint = first_whole(resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
@@ -139,7 +139,7 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         raise UserError(
             f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={config.train.steps}; raise that"
         )
-    before = [tuple(pair) for pair in checkpoint.manifest["config"]["data"].get("skip_steps", [])]
+    before = checkpoint.config.data.skip_steps
     position = data_step(checkpoint.step, before)
     read = [[pair for pair in sorted(pairs) if pair[0] <= position] for pairs in (before, config.data.skip_steps)]
     if read[0] != read[1]:

@@ -78,6 +78,9 @@ class Trainer:
             rank=engine.rank,
             gather=gather_objects,
         )
+        # taken once: asking git and building a model take longer than all that a save copies
+        self._environment = environment() if engine.rank == 0 else None
+        self._shapes = {name: list(p.shape) for name, p in meta_model(config).named_parameters()}
         self.train_seconds = 0.0
         self._step_seconds = 0.0  # of the last step, on this rank
         self._check_every = 1  # micro steps between looks at requests to stop
@@ -268,11 +271,11 @@ class Trainer:
             "skipped": self.skipped,
             "spikes": {key: list(detector.values) for key, detector in self.spikes.items()},
             "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
-            "environment": environment() if self.engine.rank == 0 else None,
+            "environment": self._environment,
             "world_size": self.engine.world_size,
             "zero_stage": config.engine.zero_stage,
             "config": to_dict(config),
-            "shapes": {name: list(p.shape) for name, p in meta_model(config).named_parameters()},
+            "shapes": self._shapes,
         }
         rng, buffers = self.engine.rng_state(), dict(self.model.named_buffers())
         self.saver.begin(self.engine.local_state(), rng=rng, buffers=buffers, manifest=manifest)

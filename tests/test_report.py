@@ -233,7 +233,8 @@ def test_histograms_of_several_runs_have_the_same_octaves(tmp_path: Path) -> Non
     for name, first, counts in (("a", -1, [10, 90]), ("b", 0, [1, 0, 999])):
         folder = small_run(tmp_path / name)
         histogram = {"edges_log2": [first, first + len(counts)], "counts": counts}
-        write_lines(folder / "probes.jsonl", {"step": 4, "sites": {"embed_out": {"histogram": histogram}}})
+        site = {"histogram": histogram, "channels": [[0, 1.0]]}
+        write_lines(folder / "probes.jsonl", {"step": 4, "sites": {"embed_out": site}})
         runs.append(read_run(folder))
     a, b = histogram_data(runs)["embed_out"]
     assert (a["x"], a["first"], a["v"]) == ([4], -1, [[-100, -5, None, None]])  # 10% and 90% between 1/2 and 2
@@ -245,16 +246,18 @@ def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None
 
     def probe(step: int, channel: int, value: float) -> dict[str, Any]:
         quiet = {"top_channel": 5, "top_channel_share": 0.1, "top_value": 3.0, "top_text": "a", "top_position": 9}
+        quiet["channels"] = [[6, 3.0], [5, 2.9]]
         loud = {
             "top_channel": channel,
             "top_channel_share": 0.8,
             "top_value": value,
             "top_text": "<b>",
             "top_position": 0,
+            "channels": [[channel, abs(value)], [11, 1.0]],
         }
         return {"step": step, "tokens": step, "seconds": 1.0, "sites": {"embed_out": quiet, "layer_01/mlp_in": loud}}
 
-    write_lines(folder / "probes.jsonl", probe(1, 3, 9.0), probe(2, 7, 20.0), probe(3, 7, 40.0), probe(4, 7, -80.0))
+    write_lines(folder / "probes.jsonl", probe(1, 3, 9.0), probe(2, 7, 30.0), probe(3, 7, 40.0), probe(4, 7, -80.0))
     with (folder / "metrics.jsonl").open("a") as file:
         keys = {
             "monitor/rms/layer_01/mlp_in": 2.0,
@@ -263,16 +266,18 @@ def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None
         }
         file.write(json.dumps({"step": 4, "tokens": 40, **keys}) + "\n")
     first, second = outliers(read_run(folder))
-    assert (first.site, first.channel, first.value, first.times_rms, first.since) == ("layer_01/mlp_in", 7, -80, 40, 2)
+    assert (first.site, first.channel, first.value, first.times_rms, first.since) == ("layer_01/mlp_in", 7, -80, 40, 3)
     assert (first.share, first.kurtosis, first.text, first.position) == (0.8, 99.0, "<b>", 0)
-    assert (second.site, second.times_rms, second.since) == ("embed_out", 3.0, 1)
+    # the largest value lies in another channel than most of the energy
+    assert (second.site, second.channel, second.strongest) == ("embed_out", 6, 5)
+    assert (second.times_rms, second.since) == (3.0, 1)
     assert math.isnan(second.kurtosis)
     write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     row = re.search(r"<tr><td><code>layer_01/mlp_in</code>.*?</tr>", page)
     assert row
     assert [re.sub("<[^>]*>", "", cell) for cell in re.findall("<td>(.*?)</td>", row[0])] == [
-        "layer_01/mlp_in", "-80", "40", "99", "7", "80%", "&lt;b&gt; at 0", "step 2",
+        "layer_01/mlp_in", "-80", "40", "99", "7", "step 3", "&lt;b&gt; at 0", "80%",
     ]  # fmt: skip
 
 
@@ -311,6 +316,7 @@ def test_text_of_a_run_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run", note=evil)
     write_lines(folder / "events.jsonl", {"step": 1, "kind": "alert", "message": evil})
     site = {"top_channel": 1, "top_value": 9.0, "top_text": evil, "histogram": {"edges_log2": [0, 2], "counts": [1, 1]}}
+    site["channels"] = [[1, 9.0]]
     write_lines(folder / "probes.jsonl", {"step": 1, "sites": {evil: site}})
     write_report([folder], tmp_path / "report.html")
     assert evil not in (tmp_path / "report.html").read_text()

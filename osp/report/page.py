@@ -357,17 +357,19 @@ def _outlier_table(runs: list[Run], names: list[str]) -> str:
                 f"<code>{_text(o.site)}</code>",
                 *(_number(v) for v in (o.value, o.times_rms, o.kurtosis)),
                 str(o.channel),
-                _percent(o.share),
+                "?" if o.since is None else f"step {o.since:,}",
                 f"{text} at {o.position}",
-                f"step {o.since:,}",
+                f"{_percent(o.share)}" if o.strongest == o.channel else f"{_percent(o.share)}, channel {o.strongest}",
             ]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells if cell is not None) + "</tr>")
     if not rows:
         return ""
-    head = ["site", "largest value", "times RMS", "kurtosis", "channel", "its energy", "text, up to the token", "since"]
+    head = ["site", "largest value", "times RMS", "kurtosis", "in channel", "large since", "text, up to the token"]
+    head.append("energy of the strongest channel")
     return (
         '<div class="card below"><h3>Where the largest values are</h3><p class="soft">The last probe, '
-        "the most extreme sites first. Since: the first step from which on every probe found this channel on top. "
+        "the most extreme sites first. Large since: from that probe on, the largest value of this channel has been at "
+        "least half of what it is now. "
         "A few times the RMS is ordinary; tens and more, in one channel for a long time, is an outlier. "
         "<code>scripts/inspect_outliers.py</code> tells more about one of them.</p>"
         f'<div class="scroll">{_table((["run"] if len(runs) > 1 else []) + head, rows)}</div></div>'

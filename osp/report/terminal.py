@@ -151,7 +151,7 @@ def _sites(run: Run) -> RenderableType:
             name,
             f"{kurtosis.last:.4g}" if kurtosis else "",
             f"{largest.last:.4g}" if largest else "",
-            str(sites.get(name, {}).get("top_channel", "")),
+            str(sites[name]["channels"][0][0]) if name in sites else "",
             Spark(run.series[f"monitor/{stat}/{name}"]),
         )
     return table
