@@ -328,7 +328,7 @@ class Trainer:
         if self.validation[0] != self.step and self._due(self.config.eval.every):
             self.validate()
         every = self.config.eval.quant.every
-        if every and self.quantized[0] != self.step and self._due(every) and not self.interrupted:
+        if every and self.quantized[0] != self.step and self._due(every) and not self._asked_to_stop():
             self.validate_quantized()
         return not self.interrupted
 

@@ -169,6 +169,10 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         assert result.returncode == 2, (name, result)
         assert result.stderr.startswith(message), result.stderr
         assert result.stderr.count("\n") == 1, result.stderr
+    for name in ("report.py", "watch.py"):
+        result = script(name, "--help", cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"usage: python scripts/{name} RUN")
 
 
 def test_report_needs_no_torch_to_start(tmp_path: Path) -> None:
@@ -543,16 +547,24 @@ def test_terminal_view_prints_once_when_there_is_no_terminal(long_runs: tuple[Pa
 
 def test_terminal_view_of_a_running_run_refreshes_and_ctrl_c_leaves(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run", train={"steps": 1000})
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with it ignored
-        os.environ |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-        os.execv(sys.executable, [sys.executable, str(ROOT / "scripts" / "watch.py"), str(folder), "every=0.1"])
+    # a job in the background is started with SIGINT ignored, and hands that on
+    listens = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); del sys.argv[0]; "
+    listens += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    terminal, inside = pty.openpty()
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", listens, str(ROOT / "scripts" / "watch.py"), str(folder), "every=0.1"],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        start_new_session=True,
+    )
+    os.close(inside)
     seen = ""
 
     def read_until(text: str) -> None:
         nonlocal seen
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while text not in COLOUR.sub("", seen):
             assert time.monotonic() < until, COLOUR.sub("", seen)[-2000:]
             if select.select([terminal], [], [], 0.1)[0]:
@@ -561,19 +573,30 @@ def test_terminal_view_of_a_running_run_refreshes_and_ctrl_c_leaves(tmp_path: Pa
                 except OSError:  # the other side has closed
                     return
 
-    read_until("running, step 4 of 1,000")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "tokens": 50, "train/loss": 0.25, "train/step_seconds": 2.0}\n')
-    read_until("step 5 of 1,000, 50 tokens, 33 min 10 s left")  # 995 steps of 2 s
-    os.kill(pid, signal.SIGINT)
-    seen = ""
-    read_until("nothing more will come")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    try:
+        read_until("running, step 4 of 1,000")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "tokens": 50, "train/loss": 0.25, "train/step_seconds": 2.0}\n')
+        read_until("step 5 of 1,000, 50 tokens, 33 min 10 s left")  # 995 steps of 2 s
+        watcher.send_signal(signal.SIGINT)
+        seen = ""
+        read_until("nothing more will come")
+        assert watcher.wait(120) == 0
+    finally:
+        watcher.kill()
+        os.close(terminal)
     assert "Traceback" not in seen
     assert "\x1b[?1049l" in seen  # the terminal is as it was
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+def undocumented(metrics: set[str]) -> list[str]:
+    """Those that docs/metrics.md has no row for."""
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
+    known = [re.sub(r"<\w+>", r"[\\w/]+", re.escape(row).replace(r"\<", "<").replace(r"\>", ">")) for row in rows]
+    return sorted(m for m in metrics - {"tokens"} if not any(re.fullmatch(pattern, m) for pattern in known))
 
 
 def test_panels_draw_metrics_that_exist(tmp_path: Path) -> None:
@@ -582,16 +605,11 @@ def test_panels_draw_metrics_that_exist(tmp_path: Path) -> None:
     metrics = set(read_run(folder).series) | {"monitor/alerts"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics |= set(panels.layer_grids(next(line for line in lines if "monitor/cost" in line)))
-    documented = [
-        re.compile("^" + re.sub(r"<\w+>", r"[\\w/]+", re.escape(key).replace(r"\<", "<").replace(r"\>", ">")) + "$")
-        for key in re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
-    ]
     for panel in panels.PANELS:
         assert bool(panel.keys) != bool(panel.regex), panel
         found = [m for m in metrics if m in panel.keys or (panel.regex and re.match(panel.regex, m))]
         assert len(found) >= max(len(panel.keys), 1), (panel, found)
-    for metric in metrics - {"tokens"}:
-        assert any(pattern.match(metric) for pattern in documented), f"docs/metrics.md has no row for {metric}"
+    assert not undocumented(metrics)
     for chart in LINES:
         assert all(key in metrics for key in chart.keys), chart
     assert set(STATISTICS) <= {site.stat for site in read_run(folder).sites()}
@@ -661,7 +679,9 @@ def test_training_ends_by_writing_the_report_and_survives_its_failure(
     from osp.train import train
 
     caplog.set_level("INFO")
-    train(tiny("train.steps=2", name="run"))
+    everything = ("monitor.enabled=true", "monitor.sites=all", "monitor.statistics=all", "eval.quant.every=2")
+    train(tiny("train.steps=2", "eval.quant.tokens=64", *everything, name="run"))
+    assert not undocumented(set(read_run(tmp_path / "run").series))
     assert f"report              {tmp_path / 'run' / 'report.html'}" in caplog.text
     curve = data_of(tmp_path / "run" / "report.html")["lines"]["train_loss"]["curves"][0]
     assert curve["x"] == [1, 2]

@@ -46,7 +46,11 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
         model=model,
         config=config,
     )
-    bundle_path = write_bundle(contents, out or run / FORENSICS)
+    place = out or run / FORENSICS
+    try:
+        bundle_path = write_bundle(contents, place)
+    except OSError as error:
+        raise UserError(f"{place}: cannot write there: {error.strerror}; name another folder with --out") from error
     return _table(order, reading, history, now["sites"], checkpoint.step), bundle_path
 
 

@@ -310,6 +310,7 @@ def _facts(run: Run) -> str:
     ]
     facts = {
         "State": f'<span class="pill {run.state}">{run.state}</span> {run.step:,}{total} steps, {run.tokens:,} tokens',
+        "Outliers": _outlier_words(run),
         "Model": _text(", ".join(filter(None, shape))),
         "Recipe": _text(", ".join(filter(None, recipe))),
         "Machine": _text(", ".join(filter(None, machine))),
@@ -320,6 +321,20 @@ def _facts(run: Run) -> str:
         "Folder": f"<code>{_text(run.folder)}</code>",
     }
     return '<dl class="facts">' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in facts.items() if v) + "</dl>"
+
+
+def _outlier_words(run: Run) -> str:
+    """What the probes found, in one sentence."""
+    found = charts.outliers(run)
+    if not found:
+        return "not probed"
+    most, steps = found[0], [event["step"] for event in run.events if event.get("kind") == "alert"]
+    alerts = f"{len(steps)} alert{'s' * (len(steps) > 1)}, the first at step {min(steps):,}" if steps else "no alert"
+    times = f", {_number(most.times_rms)} times the RMS of that site" if math.isfinite(most.times_rms) else ""
+    return (
+        f"{alerts}; the most extreme value is {_number(most.value)} in channel {most.channel} of "
+        f"<code>{_text(most.site)}</code>{times}"
+    )
 
 
 def _lines(payload: dict[str, Any], section: str) -> str:

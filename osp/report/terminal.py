@@ -30,6 +30,7 @@ CURVES = {  # metric: its name here, and how its value is written
     "monitor/max_abs/max": ("largest |x|", "{:.4g}"),
     "monitor/R_L": ("4-bit error", "{:.4f}"),
 }
+USAGE = "usage: python scripts/watch.py RUN [every=SECONDS] [--once]; RUN is a folder such as runs/osp"
 WORST = 8  # sites in the table
 EVENTS = 5
 STYLES = {"alert": "bold red", "nonfinite": "bold red", "spike": "yellow", "skipped": "yellow", "stopped": "yellow"}
@@ -179,7 +180,7 @@ def parse(arguments: Sequence[str]) -> tuple[Path, float, bool]:
     every = [a.removeprefix("every=") for a in arguments if a.startswith("every=")]
     rest = [a for a in arguments if a != "--once" and not a.startswith("every=")]
     if len(rest) != 1 or rest[0].startswith("-"):
-        raise UserError("usage: python scripts/watch.py RUN [every=SECONDS] [--once]; RUN is a folder such as runs/osp")
+        raise UserError(USAGE)
     try:
         seconds = float(every[-1]) if every else 2.0
     except ValueError as error:
