@@ -41,7 +41,10 @@ NUM_LARGEST = 8  # gradients named when the numbers go wrong
 
 
 class Trainer:
-    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`."""
+    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`.
+
+    peers: being watched already; dismissed when the run has ended.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Trainer:
         folder: Path,
         logger: Logger | None,
         *,
+        peers: Peers,
         lock: RunLock | None = None,
         token: str = "",
     ):
@@ -69,7 +73,7 @@ class Trainer:
         self.stop = StopRequest()
         self.interrupted = False  # all ranks know that one of them was asked to stop
         self.failure = ""  # why the run cannot go on, known to all ranks
-        self.peers = Peers()
+        self.peers = peers
         self.saver = Saver(
             folder / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -112,7 +116,6 @@ class Trainer:
         self._announce()
         first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
-            self.peers.watch()
             monitor = self.build_monitor()
             while self._boundary(monitor) and self.step < self.last_step:
                 self.refresh_norms(self.step)

@@ -157,7 +157,9 @@ FOREIGN = st.recursive(
 )
 
 
-@settings(max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path) -> None:
     """One value of any other type, or none, anywhere in it: what a start reads is there and of its type, or refused."""

@@ -319,8 +319,8 @@ def test_text_of_a_run_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     folder = small_run(tmp_path / "run", note=evil)
     write_lines(folder / "events.jsonl", {"step": 1, "kind": "alert", "message": evil})
-    site = {"top_channel": 1, "top_value": 9.0, "top_text": evil, "histogram": {"edges_log2": [0, 2], "counts": [1, 1]}}
-    site["channels"] = [[1, 9.0]]
+    site = {"top_value": 9.0, "top_text": evil, "histogram": {"edges_log2": [0, 2], "counts": [1, 1]}}
+    site |= {"channels": [[1, 9.0]], "top_position": evil, "top_channel": evil}
     write_lines(folder / "probes.jsonl", {"step": 1, "sites": {evil: site}})
     write_report([folder], tmp_path / "report.html")
     assert evil not in (tmp_path / "report.html").read_text()
@@ -682,6 +682,8 @@ def test_training_ends_by_writing_the_report_and_survives_its_failure(
     everything = ("monitor.enabled=true", "monitor.sites=all", "monitor.statistics=all", "eval.quant.every=2")
     train(tiny("train.steps=2", "eval.quant.tokens=64", *everything, name="run"))
     assert not undocumented(set(read_run(tmp_path / "run").series))
+    kurtosis = data_of(tmp_path / "run" / "report.html")["lines"]["kurtosis"]["curves"]
+    assert [curve["name"] for curve in kurtosis] == ["worst site", "mean of the sites", "the paper's script"]
     assert f"report              {tmp_path / 'run' / 'report.html'}" in caplog.text
     curve = data_of(tmp_path / "run" / "report.html")["lines"]["train_loss"]["curves"][0]
     assert curve["x"] == [1, 2]

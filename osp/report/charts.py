@@ -126,6 +126,12 @@ LINES = (
     ),
 )  # fmt: skip
 
+CURVES = {  # whose metric's last part does not say it
+    "monitor/kurtosis/max": "worst site",
+    "monitor/kurtosis/mean": "mean of the sites",
+    "monitor/kurtosis/osp_script": "the paper's script",
+}
+
 STATISTICS = {
     "kurtosis": Statistic(
         "Excess kurtosis, per token",
@@ -248,12 +254,17 @@ def lines_data(chart: Lines, runs: list[Run]) -> list[dict[str, Any]]:
             series = run.series.get(key)
             if series is None:
                 continue
-            about = {"run": index, "key": key, "name": key.rpartition("/")[2] if len(chart.keys) > 1 else ""}
+            about = {"run": index, "key": key, "name": curve_name(key) if len(chart.keys) > 1 else ""}
             noisy = len(series.steps) > 600 and key in ("train/loss", "train/grad_norm", "train/tokens_per_second")
             curves.append({**about, "faint": noisy, **_points(envelope(series, BUCKETS))})
             if noisy:
                 curves.append({**about, "mean": True, "faint": False, **_points(averaged(series, 150))})
     return curves
+
+
+def curve_name(key: str) -> str:
+    """What a curve is called among others of its chart."""
+    return CURVES.get(key) or key.rpartition("/")[2]
 
 
 def _points(series: Series) -> dict[str, list[Any]]:

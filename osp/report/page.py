@@ -162,7 +162,7 @@ def _all_lines(runs: list[Run]) -> dict[str, Any]:
             if not curves and key is not None:
                 continue
             name = chart.name if key is None else f"{chart.name}_{key.rpartition('/')[2]}"
-            title = chart.title if key is None else f"{chart.title}: {key.rpartition('/')[2]}"
+            title = chart.title if key is None else f"{chart.title}: {charts.curve_name(key)}"
             drawn[name] = {
                 "chart": chart.name,
                 "title": title,
@@ -373,8 +373,8 @@ def _outlier_table(runs: list[Run], names: list[str]) -> str:
                 *(_number(v) for v in (o.value, o.times_rms, o.kurtosis)),
                 str(o.channel),
                 "?" if o.since is None else f"step {o.since:,}",
-                f"{text} at {o.position}",
-                f"{_percent(o.share)}" if o.strongest == o.channel else f"{_percent(o.share)}, channel {o.strongest}",
+                f"{text} at {_text(o.position)}",
+                _percent(o.share) if o.strongest == o.channel else f"{_percent(o.share)}, channel {_text(o.strongest)}",
             ]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells if cell is not None) + "</tr>")
     if not rows:
@@ -600,7 +600,7 @@ def _line_words(spec: dict[str, Any], runs: list[str]) -> str:
             name = " ".join(([runs[run]] if len(runs) > 1 else []) + ([curve["name"]] if curve["name"] else []))
             alike.setdefault(words, []).append(name)
     parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
-    return "; ".join(parts)
+    return "; ".join([*parts, *(level["text"] for level in spec["levels"])])  # a level may lie outside the picture
 
 
 def _site_words(cells: list[Any], names: list[str]) -> str:
