@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from osp.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
-from osp.config import Config, RunError, UserError, to_dict
+from osp.config import Config, LostRankError, RunError, UserError, to_dict
 from osp.cpu import prepare_cpu
 from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
-from osp.engine import Engine, gather_objects, init_distributed, local_ranks, on_main
+from osp.engine import Engine, Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
 from osp.logger import Logger, check_wandb
 from osp.model import build_model
 from osp.norms import bound_warning
@@ -61,6 +61,22 @@ def setup(config: Config) -> Trainer:
     device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())
+    peers = Peers()
+    peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
+    try:
+        return _set_up(config, shapes, device, peers)
+    except BaseException as error:
+        try:
+            if not isinstance(error, RunError) and is_connection_error(error):
+                dead = peers.describe(peers.dead(seconds=3))
+                raise LostRankError(f"before the first step: {dead}; start all of them again") from error
+            raise
+        finally:
+            peers.dismiss()
+
+
+def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, peers: Peers) -> Trainer:
+    """What `setup` does once the ranks can talk. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve(config, device=device, world_size=world_size)
     _check_same_config(config)
@@ -69,7 +85,7 @@ def setup(config: Config) -> Trainer:
         build_schedule_of(config)  # raises if its phases do not fit
     logger_config = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), copies=max(2, config.checkpoint.keep_last)))
+    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     checkpoint = first_whole(resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
@@ -84,7 +100,7 @@ def setup(config: Config) -> Trainer:
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
     if config.train.steps is None:
-        config = with_measured_length(config, engine, loader)
+        config = with_measured_length(config, engine, loader, peers)
     locks: list[RunLock] = []  # rank 0 has one; a file is nothing to send to other ranks
     token = on_main(lambda: _begin(folder, config, checkpoint, shards, locks, device=str(device)))
     _warn_of_slow_saves(folder, engine)
@@ -98,7 +114,8 @@ def setup(config: Config) -> Trainer:
             step=checkpoint.step if checkpoint else 0,
             total_steps=total_steps(config),
         )
-    trainer = Trainer(config, engine, loader, folder, logger, lock=locks[0] if locks else None, token=token)
+    lock = locks[0] if locks else None
+    trainer = Trainer(config, engine, loader, folder, logger, peers=peers, lock=lock, token=token)
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
@@ -142,7 +159,7 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         raise UserError(
             f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={config.train.steps}; raise that"
         )
-    before = [tuple(pair) for pair in checkpoint.manifest["config"]["data"].get("skip_steps", [])]
+    before = checkpoint.config.data.skip_steps
     position = data_step(checkpoint.step, before)
     read = [[pair for pair in sorted(pairs) if pair[0] <= position] for pairs in (before, config.data.skip_steps)]
     if read[0] != read[1]:
@@ -245,11 +262,11 @@ def with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, tokens=None, minutes=None))
 
 
-def with_measured_length(config: Config, engine: Engine, loader: Loader) -> Config:
+def with_measured_length(config: Config, engine: Engine, loader: Loader, peers: Peers) -> Config:
     """`config` with as many steps as fit into `train.minutes`. Takes a few steps, and takes them back. Collective."""
     assert config.train.minutes is not None
     state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
-    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None)
+    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None, peers=peers)
     seconds = []
     for step in range(MEASURED_STEPS):
         began = time.perf_counter()

@@ -42,7 +42,10 @@ NUM_LARGEST = 8  # gradients named when the numbers go wrong
 
 
 class Trainer:
-    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`."""
+    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`.
+
+    peers: being watched already; dismissed when the run has ended.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class Trainer:
         folder: Path,
         logger: Logger | None,
         *,
+        peers: Peers,
         lock: RunLock | None = None,
         token: str = "",
     ):
@@ -70,7 +74,7 @@ class Trainer:
         self.stop = StopRequest()
         self.interrupted = False  # all ranks know that one of them was asked to stop
         self.failure = ""  # why the run cannot go on, known to all ranks
-        self.peers = Peers()
+        self.peers = peers
         self.saver = Saver(
             folder / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -79,6 +83,9 @@ class Trainer:
             rank=engine.rank,
             gather=gather_objects,
         )
+        # taken once: asking git and building a model take longer than all that a save copies
+        self._environment = environment() if engine.rank == 0 else None
+        self._shapes = {name: list(p.shape) for name, p in meta_model(config).named_parameters()}
         self.train_seconds = 0.0
         self._step_seconds = 0.0  # of the last step, on this rank
         self._check_every = 1  # micro steps between looks at requests to stop
@@ -111,7 +118,6 @@ class Trainer:
         self._announce()
         first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
-            self.peers.watch()
             monitor = self.build_monitor()
             while self._boundary(monitor) and self.step < self.last_step:
                 self.refresh_norms(self.step)
@@ -274,11 +280,11 @@ class Trainer:
             "skipped": self.skipped,
             "spikes": {key: list(detector.values) for key, detector in self.spikes.items()},
             "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
-            "environment": environment() if self.engine.rank == 0 else None,
+            "environment": self._environment,
             "world_size": self.engine.world_size,
             "zero_stage": config.engine.zero_stage,
             "config": to_dict(config),
-            "shapes": {name: list(p.shape) for name, p in meta_model(config).named_parameters()},
+            "shapes": self._shapes,
         }
         rng, buffers = self.engine.rng_state(), dict(self.model.named_buffers())
         self.saver.begin(self.engine.local_state(), rng=rng, buffers=buffers, manifest=manifest)
@@ -331,7 +337,7 @@ class Trainer:
         if self.validation[0] != self.step and self._due(self.validation_every):
             self.validate()
         every = self.config.eval.quant.every
-        if every and self.quantized[0] != self.step and self._due(every) and not self.interrupted:
+        if every and self.quantized[0] != self.step and self._due(every) and not self._asked_to_stop():
             self.validate_quantized()
         return not self.interrupted
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 import yaml
 
 from osp.checkpoint import load_model
-from osp.config import Config, RunError, UserError, from_dict
+from osp.config import Config, LoggerConfig, RunError, UserError, from_dict
 from osp.data import Shards, load_tokenizer
+from osp.logger import Logger
 from osp.model import Block, Transformer
 from osp.norms import BHyT
 from osp.train import train
@@ -342,6 +344,30 @@ def test_wandb_failing_does_not_stop_training(
     train(tiny("logger.wandb=offline"))
     assert len(losses(tmp_path / "run")) == 6
     assert "W&B is off from here on" in caplog.text
+
+
+def test_wandb_that_has_gone_away_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its server unreachable, W&B's own `finish` returns after hours, if ever."""
+    import wandb
+
+    released = threading.Event()
+
+    class Run:
+        dir = str(tmp_path / "wandb" / "run-1" / "files")
+
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def log(self, metrics: dict[str, float]) -> None: ...
+        def finish(self, exit_code: int) -> None:
+            released.wait(60)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr("osp.logger.SECONDS_TO_FINISH", 0.05)
+    config = LoggerConfig(wandb="offline", progress=False)
+    Logger(tmp_path, config, run_name="run", run_config={}, step=0, total_steps=2).close()
+    released.set()
+    assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}` sends it later" in caplog.text
 
 
 def test_resumed_run_continues_the_same_wandb_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,11 @@ function mix(ramp, share) {
 const steps = (from, to) => (from === to ? `step ${number(to)}` : `steps ${number(from)} to ${number(to)}`);
 const several = data.runs.length > 1;
 
+// What the axes are: written where no label of theirs stands.
+const named = (texts) => texts.map(([text, place]) => ({
+  type: "text", silent: true, ...place, style: { text, fill: colour("soft"), font: "11px system-ui, -apple-system, sans-serif" },
+}));
+
 // ---- curves -------------------------------------------------------------------------------------------------------
 
 function axes(log) {
@@ -50,6 +55,7 @@ function axes(log) {
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
+    graphic: named([["step", { right: 8, bottom: 6 }]]),
     grid: { left: 8, right: 14, top: 12, bottom: 6, containLabel: true },
     xAxis: {
       type: state.x === "log" ? "log" : "value", min: state.x === "log" ? Math.max(1, view.from) : view.from, max: "dataMax",
@@ -169,13 +175,14 @@ function siteCurvesOption(figure) {
   option.tooltip.formatter = tooltip(curves);
   return option;
 }
-function heatmap(x, y, values, low, high, label, tip) {
+function heatmap(what, x, y, values, low, high, label, tip) {
   const text = { color: colour("soft"), fontSize: 11 };
   const axis = { type: "category", axisTick: { show: false }, axisLine: { show: false }, axisLabel: { ...text, hideOverlap: true }, splitArea: { show: false } };
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
-    grid: { left: 8, right: 62, top: 12, bottom: 6, containLabel: true },
+    graphic: named([["step", { right: 30, bottom: 6 }], [what, { left: 12, top: 0 }]]),
+    grid: { left: 8, right: 62, top: 18, bottom: 6, containLabel: true },
     xAxis: { ...axis, data: x }, yAxis: { ...axis, data: y },
     visualMap: {
       type: "continuous", min: low, max: high, dimension: 2, right: 0, top: "middle", itemWidth: 9, itemHeight: 120, text: [label(high), label(low)],
@@ -194,7 +201,7 @@ function siteHeatOption(figure) {
   cell.v.forEach((row, layer) => row.forEach((value, i) => {
     if (value !== null && cell.x[i][1] >= view.from) values.push([i, layer, Math.log10(Math.max(value, spec.floor)), value]);
   }));
-  return heatmap(cell.x.map((pair) => short(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
+  return heatmap("layer", cell.x.map((pair) => short(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
     ({ value }) => `<div class="values"><b>${steps(...cell.x[value[0]])}</b><div>${layerName(cell.layers[value[1]])} <b>${number(value[3])}</b></div></div>`);
 }
 function histogramOption(figure) {
@@ -203,7 +210,7 @@ function histogramOption(figure) {
   const octaves = cell.v[0].map((_, i) => cell.first + i), values = [];
   cell.v.forEach((row, i) => row.forEach((share, octave) => share !== null && values.push([i, octave, share / 100])));
   const edge = (octave) => short(2 ** octave);
-  return heatmap(cell.x.map(short), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
+  return heatmap("|x|", cell.x.map(short), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
     ({ value }) => `<div class="values"><b>step ${number(cell.x[value[0]])}</b><div>|x| from ${edge(octaves[value[1]])} to ${edge(octaves[value[1]] + 1)}: <b>${number(100 * 10 ** value[2])}%</b> of the values</div></div>`);
 }
 

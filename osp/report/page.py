@@ -171,7 +171,7 @@ def _all_lines(runs: list[Run]) -> dict[str, Any]:
             if not curves and key is not None:
                 continue
             name = chart.name if key is None else f"{chart.name}_{key.rpartition('/')[2]}"
-            title = chart.title if key is None else f"{chart.title}: {key.rpartition('/')[2]}"
+            title = chart.title if key is None else f"{chart.title}: {charts.curve_name(key)}"
             drawn[name] = {
                 "chart": chart.name,
                 "title": title,
@@ -319,6 +319,7 @@ def _facts(run: Run) -> str:
     ]
     facts = {
         "State": f'<span class="pill {run.state}">{run.state}</span> {run.step:,}{total} steps, {run.tokens:,} tokens',
+        "Outliers": _outlier_words(run),
         "Model": _text(", ".join(filter(None, shape))),
         "Recipe": _text(", ".join(filter(None, recipe))),
         "Machine": _text(", ".join(filter(None, machine))),
@@ -329,6 +330,20 @@ def _facts(run: Run) -> str:
         "Folder": f"<code>{_text(run.folder)}</code>",
     }
     return '<dl class="facts">' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in facts.items() if v) + "</dl>"
+
+
+def _outlier_words(run: Run) -> str:
+    """What the probes found, in one sentence."""
+    found = charts.outliers(run)
+    if not found:
+        return "not probed"
+    most, steps = found[0], [event["step"] for event in run.events if event.get("kind") == "alert"]
+    alerts = f"{len(steps)} alert{'s' * (len(steps) > 1)}, the first at step {min(steps):,}" if steps else "no alert"
+    times = f", {_number(most.times_rms)} times the RMS of that site" if math.isfinite(most.times_rms) else ""
+    return (
+        f"{alerts}; the most extreme value is {_number(most.value)} in channel {most.channel} of "
+        f"<code>{_text(most.site)}</code>{times}"
+    )
 
 
 def _lines(payload: dict[str, Any], section: str) -> str:
@@ -376,17 +391,19 @@ def _outlier_table(runs: list[Run], names: list[str]) -> str:
                 f"<code>{_text(o.site)}</code>",
                 *(_number(v) for v in (o.value, o.times_rms, o.kurtosis)),
                 str(o.channel),
-                _percent(o.share),
-                f"{text} at {o.position}",
-                f"step {o.since:,}",
+                "?" if o.since is None else f"step {o.since:,}",
+                f"{text} at {_text(o.position)}",
+                _percent(o.share) if o.strongest == o.channel else f"{_percent(o.share)}, channel {_text(o.strongest)}",
             ]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells if cell is not None) + "</tr>")
     if not rows:
         return ""
-    head = ["site", "largest value", "times RMS", "kurtosis", "channel", "its energy", "text, up to the token", "since"]
+    head = ["site", "largest value", "times RMS", "kurtosis", "in channel", "large since", "text, up to the token"]
+    head.append("energy of the strongest channel")
     return (
         '<div class="card below"><h3>Where the largest values are</h3><p class="soft">The last probe, '
-        "the most extreme sites first. Since: the first step from which on every probe found this channel on top. "
+        "the most extreme sites first. Large since: from that probe on, the largest value of this channel has been at "
+        "least half of what it is now. "
         "A few times the RMS is ordinary; tens and more, in one channel for a long time, is an outlier. "
         "<code>scripts/inspect_outliers.py</code> tells more about one of them.</p>"
         f'<div class="scroll">{_table((["run"] if len(runs) > 1 else []) + head, rows)}</div></div>'
@@ -602,7 +619,7 @@ def _line_words(spec: dict[str, Any], runs: list[str]) -> str:
             name = " ".join(([runs[run]] if len(runs) > 1 else []) + ([curve["name"]] if curve["name"] else []))
             alike.setdefault(words, []).append(name)
     parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
-    return "; ".join(parts)
+    return "; ".join([*parts, *(level["text"] for level in spec["levels"])])  # a level may lie outside the picture
 
 
 def _site_words(cells: list[Any], names: list[str]) -> str:
