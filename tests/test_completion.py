@@ -64,7 +64,7 @@ def script(
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
         status = 0
         try:
-            entry.launch(
+            entry.run(
                 module.main,
                 "generate",
                 defaults={**dataclasses.asdict(GenerateConfig()), "arguments": []},

@@ -320,7 +320,7 @@ def test_mistake_on_the_command_line(
     monkeypatch.setattr(sys, "argv", ["convert.py", *words])
     defaults = dataclasses.asdict(ConvertConfig())
     with pytest.raises(SystemExit) as stop:
-        entry.launch(load_script("convert").main, "convert", defaults=defaults, positional="path")
+        entry.run(load_script("convert").main, "convert", defaults=defaults, positional="path")
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.split("\n") if line]
     assert re.search(message, line)
