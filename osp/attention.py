@@ -3,6 +3,7 @@
 B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from osp.config import RopeScaling
 
-def rotary_table(head_dim: int, length: int, theta: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (length, head_dim / 2) fp32: pair i at position t turns by t * theta^(-2 i / head_dim)."""
+
+def rotary_table(
+    head_dim: int, length: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (length, head_dim / 2) fp32: pair i at position t turns by t * theta^(-2 i / head_dim).
+
+    scaling: slows some or all pairs down.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling is not None:
+        frequency = frequency * _slowing(frequency, scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
+
+
+def _slowing(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """What each frequency (head_dim / 2,) is multiplied by: 1 / factor, and up to 1 for fast ones with llama3."""
+    if scaling.rope_type == "linear":
+        return torch.full_like(frequency, 1 / scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) / scaling.factor + kept
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

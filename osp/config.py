@@ -219,6 +219,22 @@ class AttentionConfig:
     off_by_one: bool = False  # softmax with 1 + sum exp in its denominator: a head may attend to nothing
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotation for longer contexts, as Hugging Face's `rope_scaling` says it; see `osp.attention.rotary_table`.
+
+    linear: every frequency by `factor`. llama3 (Llama 3.1): those that turn less than `low_freq_factor` times in
+    `original_max_position_embeddings` tokens by `factor`, those that turn more than `high_freq_factor` times not at
+    all, and what lies between by something between.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Count = 8192
+
+
 # Fields of `ModelConfig` that stand beside `model` in YAML and on the command line: `norm=bhyt qk_norm=true`.
 AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm", "recentre")
 
@@ -236,6 +252,7 @@ class ModelConfig:
     head_dim: Count | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048
     rope_theta: Positive = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # of q_proj, k_proj, v_proj and o_proj
     mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
     hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # of the gate: down(act(gate(x)) * up(x))
@@ -507,7 +524,7 @@ class GenerateConfig:
     seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
     bos: bool = True  # what begins a text for this model goes before every prompt
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations and cache; auto: bf16 where it is native
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations, cache; auto: bf16 on a GPU that has it
     compile: bool | Literal["auto"] = "auto"  # one token as one CUDA graph; auto: on a GPU
     threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # of the CPU; None: all cores
     debug: bool = False
@@ -681,6 +698,12 @@ def check_model(model: ModelConfig) -> None:
             f"model.num_attention_heads={model.num_attention_heads} is not divisible by "
             f"model.num_key_value_heads={model.num_key_value_heads}"
         )
+    scaling = model.rope_scaling
+    if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError(
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
+            f"high_freq_factor={scaling.high_freq_factor}"
+        )
     if model.norm.placement == "peri" and model.norm.name == "bhyt":
         raise UserError(
             "norm.placement=peri with norm=bhyt: the approximation holds for what attention adds to the residual "
@@ -840,7 +863,8 @@ def _value(hint: Any, value: Any, *, path: str) -> Any:
             return value
     elif hint is Any or (origin is None and isinstance(value, hint)):
         return value
-    raise UserError(f"{path}={value!r}: expected {_describe(hint)}")
+    fix = f"; write {path}=[{value}]" if origin is tuple and args[0] is str and isinstance(value, str) else ""
+    raise UserError(f"{path}={value!r}: expected {_describe(hint)}{fix}")
 
 
 @functools.cache

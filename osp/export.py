@@ -5,6 +5,7 @@ becomes an RMSNorm whose gains are all the same, and nothing else changes, as na
 already. What was written is read back and compared with the model that was trained before the folder gets its name.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -130,7 +131,7 @@ def hf_config(
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(config),
         "rms_norm_eps": eps,
         "hidden_act": "silu",
         "attention_bias": config.attention_bias,
@@ -140,6 +141,14 @@ def hf_config(
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    """What `config.json` says of it; linear scaling knows its factor alone."""
+    if config.rope_scaling is None:
+        return None
+    values = dataclasses.asdict(config.rope_scaling)
+    return values if values["rope_type"] == "llama3" else {key: values[key] for key in ("rope_type", "factor")}
 
 
 def size_in_bytes(size: str) -> int:

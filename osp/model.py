@@ -310,7 +310,9 @@ class Transformer(nn.Module):
         """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""
         if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
             positions = max(length, self.config.max_position_embeddings)
-            self._rotary = rotary_table(self.config.head_size, positions, self.config.rope_theta, device)
+            self._rotary = rotary_table(
+                self.config.head_size, positions, self.config.rope_theta, device, self.config.rope_scaling
+            )
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"plan"},
 )
 # Parts of one layer do not know each other, except:
-SIBLINGS = {("engine", "optim"), ("run", "checkpoint"), ("hf", "data")}
+SIBLINGS = {("engine", "optim"), ("run", "checkpoint"), ("hf", "data"), ("evaluation", "monitor")}
 # Lower, and still not to be known: the optimizer is mathematics and layout, data is text and tokens.
 FORBIDDEN = {("optim", "model"), ("optim", "norms"), ("data", "model"), ("logger", "model"), ("engine", "model")}
 # Third parties with one door each.

@@ -106,7 +106,7 @@ class Execution:
 
     def wanted(self, run: Planned) -> dict[str, Any]:
         """Keys of scripts/compare.py that decide what is measured of a run."""
-        methods = run.row.name in self._with_methods and run.value is None
+        methods = "last" if run.row.name in self._with_methods and run.value is None else "none"
         return {
             "texts": list(self.config.texts),
             "max_tokens": self.config.max_tokens,
@@ -126,7 +126,7 @@ class Execution:
         command = [
             *(sys.executable, str(self.scripts / "compare.py"), str(run.folder), f"texts=[{texts}]"),
             f"max_tokens={'null' if self.config.max_tokens is None else self.config.max_tokens}",
-            f"methods={'true' if wanted['methods'] else 'false'}",
+            f"methods={wanted['methods']}",
             f"quant.calibration_tokens={self.config.calibration_tokens}",
             f"device={run.config.engine.device}",
             *(f"threads={slot.threads}", "progress=false"),
@@ -166,7 +166,7 @@ def record_of(run: Planned, wanted: dict[str, Any]) -> dict[str, Any] | None:
             continue
         config = record.get("config", {})
         same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens"))
-        enough = config.get("methods") or not wanted["methods"]
+        enough = wanted["methods"] in ("none", config.get("methods"))
         if same and enough and config["quant"]["calibration_tokens"] == wanted["quant"]["calibration_tokens"]:
             return record
     return None

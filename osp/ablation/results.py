@@ -136,7 +136,9 @@ def read(run: Planned, record: dict[str, Any]) -> Measured:
     numbers = {name: quantity.read(folder) for name, quantity in QUANTITIES.items()}
     for row, cells in model["bits"].items():
         numbers |= {bits + HADAMARD * bool(row): _perplexity(score) for bits, score in cells.items()}
-    numbers |= {method: _perplexity(score) for method, score in model["methods"].items()}
+    # a method that cannot be applied to a model has no score
+    possible = {method: s for method, s in model["methods"].items() if s["perplexity"] is not None}
+    numbers |= {method: _perplexity(score) for method, score in possible.items()}
     return Measured(run, numbers | {"cost": cost_of(numbers)}, residual_kurtosis(folder), record)
 
 

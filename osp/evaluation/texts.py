@@ -101,4 +101,8 @@ def wikitext_rows(path: Path) -> list[str]:
 def _hub_rows() -> list[str]:
     name, subset = HUB_WIKITEXT2
     hub = SourceConfig(source="hf", dataset=name, subset=subset, split="test")
-    return list(documents(hub))
+    try:
+        return list(documents(hub))
+    except UserError as error:  # names the key of a training
+        reason = str(error).removeprefix(f"data.dataset={name} ")
+        raise UserError(f"{WIKITEXT2}: {name} {reason}; name the file instead: texts=[wiki.test.raw]") from error

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from osp.config import UserError
-from osp.evaluation.compare import COLUMNS, compare_one, markdown, table_4_specs
+from osp.config import NormConfig, UserError
+from osp.evaluation.compare import COLUMNS, Score, compare_one, markdown, script_kurtosis, table_4_specs
 from osp.evaluation.config import CompareConfig, EvaluateConfig
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.measure import (
@@ -32,6 +32,7 @@ from osp.evaluation.perplexity import perplexity
 from osp.evaluation.quantized import quantized
 from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec
 from osp.evaluation.texts import encode, read_text
+from osp.model import build_model
 from tests.conftest import ROOT, made_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -137,6 +138,37 @@ def test_calibration_is_never_the_text_that_is_measured(
         calibration_rows(llama, dataclasses.replace(gptq, calibration="train"), inputs)
 
 
+def test_kurtosis_is_that_of_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
+    """On hidden states of transformers, as the script does it: every token by itself, all but the last block's."""
+    config = CompareConfig(texts=(str(text_file),), seq_len=16, max_tokens=70)
+    inputs = read_inputs(llama, config)
+    with torch.no_grad():
+        states = transformers_llama(inputs.texts[0].tokens[:64, None], output_hidden_states=True).hidden_states
+    expected = [((h**4).mean(-1) / h.std(-1) ** 4 - 3).relu().mean().item() for h in states]
+    assert script_kurtosis(llama, config, inputs) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert script_kurtosis(llama, config, dataclasses.replace(inputs, texts=())) is None
+
+
+def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
+    """Its rows with a rotation stay empty; all others are there."""
+    (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
+    spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=64)
+    config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=64, quant=spec, progress=False)
+    shape = dataclasses.replace(llama.model.config, norm=NormConfig(name="layernorm"))
+    subject = dataclasses.replace(llama, model=build_model(shape, seed=0).eval())
+    found = compare_one(subject, dataclasses.replace(config, methods="all"))
+    assert list(found.bits) == ["", "+Had", "+GPTQ", "+QuaRot"]
+    empty = {bits: score.perplexity is None for bits, score in found.bits["+QuaRot"].items()}
+    assert empty == {bits: bits != "16-16-16" for bits in COLUMNS}
+    assert found.methods["+ QuaRot"] == Score(None, None)
+    assert all(score.perplexity for row in ("", "+Had", "+GPTQ") for score in found.bits[row].values())
+    assert found.bits["+GPTQ"]["4-4-4"] == found.methods["+ GPTQ"] != found.methods["+ FFN Had"]
+    (line,) = [line for line in markdown([found]).split("\n") if line.startswith("| + QuaRot")]
+    assert line == "| + QuaRot | - |"
+    with pytest.raises(UserError, match=r"quant.w_group_size=5 does not divide"):
+        compare_one(subject, dataclasses.replace(config, quant=dataclasses.replace(spec, w_group_size=5)))
+
+
 def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
     spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=128)
@@ -159,7 +191,10 @@ def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Pa
         f"| {llama.name} (2)",
         "| +Had",
     ]
-    assert lines[2].startswith(f"| {llama.name} (1) | - | {found.bits['']['16-16-16'].perplexity:.2f} | ")
+    assert found.kurtosis is not None
+    assert lines[2].startswith(
+        f"| {llama.name} (1) | {found.kurtosis:.2f} | {found.bits['']['16-16-16'].perplexity:.2f} | "
+    )
     assert sum(line.startswith("| + QuaRot | ") for line in lines) == 1
 
 
@@ -206,6 +241,13 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ),
         (["LLAMA", "texts=[t.txt]", "ablate=true"], r"ablate=true needs a text .* and a quantization"),
         (["LLAMA", "texts=[t.txt]", "seq_len=65"], r"seq_len=65: a window has 2 to 64 tokens"),
+        (["LLAMA", "texts=[t.txt]", "seq_len=0"], r"seq_len=0: must be at least 2"),
+        (["LLAMA", "texts=[t.txt]", "max_tokens=-5"], r"max_tokens=-5: must be at least 2"),
+        (["LLAMA", "texts=[t.txt]", "batch_tokens=0"], r"batch_tokens=0: must be at least 1"),
+        (["LLAMA", "tasks=[nowhere]", "limit=0"], r"limit=0: must be at least 1"),
+        (["LLAMA", "texts=t.txt"], r"texts='t.txt': expected a list of str; write texts=\[t.txt\]"),
+        (["LLAMA", "texts=[t.txt]", "out=t.txt/x.json"], r"out=t.txt/x.json: t.txt is no folder"),
+        (["LLAMA", "texts=[t.txt]", "out=."], r"out=.: is a folder; name a JSON file"),
         (["LLAMA", "texts=[t.txt]", "quant=gptq"], r"quant.calibration=train: .* is no run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -218,9 +260,10 @@ def test_mistake_on_the_command_line(
     assert re.search(message, found)
 
 
-def test_comparing_nothing(error_of: Callable[..., str]) -> None:
+def test_comparing_nothing(error_of: Callable[..., str], llama_folder: Path) -> None:
     assert "name the models to compare" in error_of("compare")
     assert "one/two: no model" in error_of("compare", "one/two", "three")
+    assert "one/two: no model" in error_of("compare", str(llama_folder), "one/two"), "before the first is measured"
 
 
 def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path) -> None:
