@@ -15,7 +15,7 @@ class SweepConfig:
 
     key: str | None = None  # for example optimizer.lr
     values: tuple[Any, ...] = ()
-    rows: tuple[str, ...] = ()  # names of rows; none: all of them
+    rows: tuple[str, ...] = ()  # names of rows, of which those in the table are trained; none: all of them
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class AblationConfig:
     seeds: tuple[Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)], ...] = (0,)
     common: tuple[str, ...] = ()  # overrides of every training, the preset's
     overrides: tuple[str, ...] = ()  # and the user's: keys of a training on the command line
-    # Named sets of overrides by row; a row without an entry keeps the rates of its experiment. `rates` says which of
-    # them are trained; `paper` stands for no overrides at all.
+    # Named sets of overrides by row, see `settings_of`. `rates` says which of them are trained; `paper` stands for no
+    # overrides at all: what the experiments have.
     settings: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     rates: tuple[str, ...] = ("paper",)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -72,6 +72,17 @@ def parse_rows(config: AblationConfig) -> list[Row]:
     return rows
 
 
+def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The overrides that `settings` has for a row: under its name or that of its experiment, or the longest key that
+    such a name continues with an underscore (`osp` for `osp_gate`); none if there is no such key."""
+    experiments = [text.partition("=")[2] for text in row.overrides if text.lstrip("+").startswith("experiment=")]
+    for name in (row.name, *experiments):
+        for key in sorted(settings, key=len, reverse=True):
+            if name == key or name.startswith(f"{key}_"):
+                return settings[key]
+    return ()
+
+
 def check_ablation(config: AblationConfig) -> None:
     """Raise `UserError` for values that are well-typed and make no ablation."""
     check_bounds(config)
@@ -92,7 +103,7 @@ def check_ablation(config: AblationConfig) -> None:
         raise UserError("a sweep needs both sweep.key=KEY and sweep.values=[VALUE,...]")
     if len(set(map(str, sweep.values))) < len(sweep.values):
         raise UserError(f"sweep.values={list(sweep.values)}: one stands twice")
-    if unknown := [name for name in sweep.rows if name not in rows]:
-        raise UserError(f"sweep.rows names {unknown[0]!r}; choose from {rows}")
+    if sweep.rows and not set(sweep.rows) & set(rows):
+        raise UserError(f"sweep.rows={list(sweep.rows)}: none of them is a row; choose from {rows}")
     if not config.rates and sweep.key is None:
         raise UserError("rates=[] and no sweep: nothing to train")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from osp.ablation.config import AblationConfig, Row, parse_rows
+from osp.ablation.config import AblationConfig, Row, parse_rows, settings_of
 from osp.config import FREE, Config, RunConfig, UserError, differences, from_dict, leaves, to_dict
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # what `scripts/train.py OVERRIDES` would train
@@ -49,7 +49,7 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
     rows, runs = parse_rows(config), []
 
     def add(row: Row, rates: str, seed: int, value: Any, more: Sequence[str]) -> None:
-        settings = config.settings.get(rates, {}).get(row.name, ())
+        settings = settings_of(row, config.settings.get(rates, {}))
         overrides = [*config.common, *row.overrides, *settings, *config.overrides, *more, f"train.seed={seed}"]
         try:
             trained = named(from_dict(compose(overrides)), row.name, folder=Path(config.dir) / "runs")

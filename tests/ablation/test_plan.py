@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from osp.ablation.config import AblationConfig, check_ablation
+from osp.ablation.config import AblationConfig, check_ablation, parse_rows, settings_of
 from osp.ablation.execute import slots
 from osp.ablation.runs import plan
 from osp.config import UserError, build, to_dict
@@ -72,7 +72,10 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
         ({"sweep": {"key": "optimizer.lr"}}, r"a sweep needs both"),
         ({"sweep": {"values": [1]}}, r"a sweep needs both"),
         ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"one stands twice"),
-        ({"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}}, r"sweep.rows names 'muon'; choose from"),
+        (
+            {"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}},
+            r"sweep.rows=\['muon'\]: none of them is a row; choose from",
+        ),
         ({"parallel": 0}, r"parallel=0: must be at least 1"),
         ({"methods": "some"}, r"methods='some'; choose from ends, all, none"),
         ({"scale": "nano"}, r"unknown key 'scale'"),
@@ -93,6 +96,14 @@ def test_mistakes(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         checked()
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_row() -> None:
+    settings = {"muon": ("a=1",), "muon_ssnorm": ("a=2",), "osp": ("a=3",)}
+    found = [settings_of(row, settings) for row in parse_rows(config(rows=[
+        "adam", "muon", "muon_all", "muon_ssnorm", "ospx", "osp_gate", "mine: +experiment=osp norm=bhyt", "osp: x=1",
+    ]))]  # fmt: skip
+    assert found == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
 
 
 def test_the_same_training_is_one_run(tmp_path: Path) -> None:
@@ -131,7 +142,8 @@ def test_presets_compose(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     )
     check_ablation(wanted)
     runs = plan(wanted, entry.compose)
-    assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates)
+    swept = len(wanted.sweep.rows) * len(wanted.sweep.values)
+    assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates) + swept
     assert {"adam", "osp"} <= set(wanted.rows)
 
 
