@@ -56,7 +56,10 @@ class Execution:
     def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
         """scripts: the folder of train.py and compare.py."""
         self.config, self.scripts = config, scripts
-        self.runs = list({run.label: run for run in reversed(runs)}.values())[::-1]  # the first of each label
+        first: dict[str, Planned] = {}
+        for run in runs:
+            first.setdefault(run.label, run)
+        self.runs = list(first.values())
         self.failures: dict[str, str] = {}
         self._logs = Path(config.dir) / "logs"
         rows = [row.name for row in parse_rows(config)]
