@@ -358,9 +358,8 @@ def evaluated(folder: Path, worst: float = 8.0) -> Path:
     write_record(subject, config, record, f"step_00001200-{spec.hash}")
     cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
     methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
-    comparison = Comparison(
-        folder.name, "0" * 64, 0.04, "held_out[len=32]", {"": cells, "+Had": cells}, methods, {spec.hash: str(spec)}
-    )
+    bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
+    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs, {}, {})
     write_record(subject, config, {"step": 1200, **as_record([comparison])}, "compare/step_00001200")
     return folder
 
