@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from osp.ablation.config import AblationConfig, Row, parse_rows, settings_of
-from osp.config import FREE, Config, RunConfig, UserError, differences, from_dict, leaves, to_dict
+from osp.config import FREE, Config, RunConfig, UserError, from_dict, leaves, to_dict
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # what `scripts/train.py OVERRIDES` would train
 
@@ -43,8 +41,7 @@ class Planned:
 def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
     """The runs of `config`, in the order they are trained: seed by seed, the first row and the last row first.
 
-    Raises `UserError` if a row cannot be composed, if rows differ in what they must share, or if the folder holds runs
-    of another configuration.
+    Raises `UserError` if a row cannot be composed, or if rows differ in what they must share.
     """
     rows, runs = parse_rows(config), []
 
@@ -68,15 +65,14 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
             if row.name in (config.sweep.rows or [r.name for r in rows]):
                 add(row, "sweep", config.seeds[0], value, (f"{config.sweep.key}={value}",))
     _check_shared(runs, config.sweep.key)
-    for run in runs:
-        _check_folder(run)
     return runs
 
 
 def named(config: Config, row: str, *, folder: Path) -> Config:
     """`config` with a run folder below `folder` that is the same for the same training.
 
-    So what two places of the page need, at the paper's rates and in a sweep say, is trained once.
+    So what two places of the page need, at the paper's rates and in a sweep say, is trained once, and a run of another
+    configuration is never taken for it.
     """
     values = {key: value for key, value in leaves(to_dict(config)) if not key.startswith(FREE)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
@@ -97,22 +93,6 @@ def _check_shared(runs: list[Planned], swept: str | None) -> None:
                     f"rows {runs[0].row.name} and {run.row.name} do not compare: {key}={first.get(key)} and {value}; "
                     f"only what a row is about may differ. Give {key}=VALUE for all rows, beside rows=[...]"
                 )
-
-
-def _check_folder(run: Planned) -> None:
-    """Raise `UserError` if the run's folder holds a run of another configuration."""
-    stored = run.folder / "config.yaml"
-    if not stored.exists():
-        return
-    try:
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{stored}: cannot be read: {error}; remove that folder") from error
-    if changed := differences(before, to_dict(run.config)):
-        raise UserError(
-            f"{run.folder} holds a run with another configuration ({'; '.join(changed[:3])}), which this table must "
-            "not mix with; choose another dir=, or remove that run"
-        )
 
 
 def num_steps(config: Config) -> int:

@@ -28,7 +28,7 @@ Tiny = Callable[..., Config]
 
 
 def tiny_ablation(tiny: Tiny, folder: Path, **values: Any) -> AblationConfig:
-    skipped = ("run.", "model.embed_proj", "norm.", "optimizer.", "model.norm.")
+    skipped = ("run.", "train.precision", "model.embed_proj", "norm.", "optimizer.", "model.norm.")
     common = [override for override in overrides_of(tiny("train.steps=60")) if not override.startswith(skipped)]
     common += ["monitor.enabled=true", "monitor.every=0", "monitor.tokens=64", "optimizer.ns_dtype=fp32"]
     whole = {"dir": str(folder), "common": common, "rows": ["adam", "osp"], "max_tokens": 256}
