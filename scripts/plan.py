@@ -10,11 +10,12 @@ from entry import launch
 
 from osp.config import Config, PlanConfig, UserError, build, check_bounds, from_dict, to_dict
 
-DEFAULTS = dataclasses.asdict(PlanConfig())
+OPTIONS = dataclasses.asdict(PlanConfig())
+DEFAULTS = to_dict(Config()) | OPTIONS
 
 
 def main(values: dict[str, Any]) -> None:
-    options = build(PlanConfig, {key: values.pop(key) for key in DEFAULTS if key in values})
+    options = build(PlanConfig, {key: values.pop(key) for key in OPTIONS if key in values})
     check_bounds(options)
     config = from_dict(values)
     # a constant that was typed is no longer what the file says of it
@@ -33,4 +34,4 @@ def main(values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "plan", defaults=to_dict(Config()) | DEFAULTS)
+    launch(main, "plan", defaults=DEFAULTS)

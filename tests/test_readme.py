@@ -31,6 +31,7 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
     printed = {
         "train.py": "num_hidden_layers:",
         "verify_resume.py": "num_hidden_layers:",
+        "plan.py": "world_size:",
         "evaluate.py": "ablate:",
         "compare.py": "paths:",
         "export.py": "out: exported",

@@ -136,16 +136,18 @@ def touched(numels: Sequence[Sequence[int]], rank: int, *, world_size: int, stag
 def update_bytes(batch: Batch, shape: Sequence[int], ns_bytes: int) -> int:
     """The most that `PartitionedOptimizer` makes on its way from a gradient to the update of one batch.
 
-    The momentum's sum u and the whole matrices it is made into are fp32, then Newton-Schulz has X, its successor, the
-    Gram matrix and its square; or, at its end, X and the fp32 update.
+    The momentum's sum u and the whole matrices it is made into are fp32; Newton-Schulz has its input, X and the next X,
+    the Gram matrix and its square. At its end there are X and the fp32 update, which tall matrices, whose transpose was
+    at work, are copied into.
     """
     held, whole = batch.local.stop - batch.local.start, batch.num_owned * batch.numel
     if len(shape) == 1:
         return FP32 * (held + 3 * whole)
     grams = batch.num_owned * min(shape) ** 2
     moved = whole if batch.sends is not None else 0
-    iterate = max(ns_bytes * (2 * whole + 2 * grams), ns_bytes * whole + FP32 * whole)
-    return FP32 * (held + moved) + iterate
+    iterate = ns_bytes * (3 * whole + 2 * grams)
+    end = (2 * FP32 if shape[0] > shape[1] else FP32 + ns_bytes) * whole
+    return FP32 * (held + moved) + max(iterate, end)
 
 
 def activations(config: Config, model: Transformer, *, micro_batch_size: int, compiled: bool) -> Activations:
