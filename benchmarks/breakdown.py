@@ -96,13 +96,14 @@ def parts_of_memory(
     forward: Callable[[], object], model: nn.Module, state: Iterable[Tensor], *, logits: int
 ) -> dict[str, float]:
     """GiB by part. state: the optimizer's tensors. logits: bytes that a chunk of the loss holds; 0: all, as saved."""
-    weights = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, bool]] = {}
     vocabulary = max(p.shape[0] for p in model.parameters() if p.ndim == 2)
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1:] == (vocabulary,)
         return x
 
@@ -111,8 +112,8 @@ def parts_of_memory(
     del graph
     saved_logits = sum(size for size, of_head in kept.values() if of_head)
     found = {
-        "weights": sum(weights.values()),
-        "gradients": sum(weights.values()),
+        "weights": weights,
+        "gradients": weights,
         "optimizer state": sum(x.numel() * x.element_size() for x in state),
         "activations": sum(size for size, _ in kept.values()) - saved_logits,
         "logits": logits or saved_logits,

@@ -23,11 +23,10 @@ Time is CPU time of a rank, for all ranks share what cores there are.
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from osp.config import Config, ModelConfig, from_dict
@@ -53,6 +53,8 @@ POINTS = {
 }
 RANKS = (1, 2, 4, 8)
 STAGES = (1, 2, 3)
+# a server process imports these once and forks the ranks
+PRELOAD = ["osp.train", "torch.multiprocessing.spawn", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"]
 CURVES = (*POINTS, "ranks")
 ON_GPU = torch.cuda.is_available()
 
@@ -66,11 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, default=Path("growth.json"), help="JSON file; the page is beside it")
     parser.add_argument("--pages-only", action="store_true", help="draw what --out holds, measure nothing")
-    parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        print(json.dumps([exchange(stage, steps=arguments.steps) for stage in STAGES]))
-        return
     if not arguments.pages_only:
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         for curve in arguments.curves:
@@ -177,38 +175,36 @@ def values_of(
 
 def over_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """[{x, stage, seconds, bytes, expected, muon, ...}] of the rank that sends most, per number of ranks and stage."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when the server of the processes imports it
+    multiprocessing.set_forkserver_preload(PRELOAD)
     points = []
     for world_size in arguments.ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ranks = []
-        for rank in range(world_size):
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            command = [sys.executable, __file__, "--child", str(rank), "--steps", str(arguments.steps)]
-            env = {**os.environ, **{key: str(value) for key, value in environment.items()}}
-            ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-        said = [process.communicate()[0] for process in ranks]
-        if any(process.returncode for process in ranks):
-            sys.exit(f"{world_size} ranks: one failed; its error is printed above")
-        figures = [json.loads(text.strip().split("\n")[-1]) for text in said]
+        with tempfile.TemporaryDirectory() as folder:
+            start_processes(
+                run_rank, (world_size, folder, arguments.steps), nprocs=world_size, start_method="forkserver", join=True
+            )
+            figures = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
         for stage in zip(*figures, strict=True):
             points.append({"x": world_size, **max(stage, key=lambda rank: rank["bytes"])})
     return points
 
 
-def exchange(stage: int, *, steps: int) -> dict[str, Any]:
+def run_rank(rank: int, world_size: int, folder: str, steps: int) -> None:
+    """One of the processes; its figures for every stage go to a file."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    figures = [exchange(stage, steps=steps, folder=Path(folder, f"stage{stage}")) for stage in STAGES]
+    Path(folder, f"{rank}.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def exchange(stage: int, *, steps: int, folder: Path) -> dict[str, Any]:
     """CPU seconds, bytes sent in a step by kind, and what the mathematics says, of this rank at a ZeRO stage."""
     from osp.train import setup
 
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = dist.get_world_size()
     model = {
         "vocab_size": 4096,
         "hidden_size": 64,
@@ -221,7 +217,7 @@ def exchange(stage: int, *, steps: int) -> dict[str, Any]:
     config = values_of(
         model, seq_len=64, tokens=64 * 2 * world_size, micro_batch=2, threads=1, zero_stage=stage, device="cpu"
     )
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=shared_folder(config.run.dir)))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
     trainer = setup(config)
     trainer.logger = None
     for step in range(2):
@@ -248,15 +244,6 @@ def exchange(stage: int, *, steps: int) -> dict[str, Any]:
         "by_kind": counted.sent,
         **expected_bytes(config.model, stage=stage, world_size=world_size),
     }
-
-
-def shared_folder(own: str) -> str:
-    """The run folder that rank 0 has made, on every rank."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    name = [own]
-    dist.broadcast_object_list(name, src=0)
-    return name[0]
 
 
 def expected_bytes(model: ModelConfig, *, stage: int, world_size: int) -> dict[str, float]:
@@ -397,7 +384,7 @@ document.querySelectorAll(".plot").forEach((plot, i) => {
   chart.setOption({
     animation: false, tooltip: { trigger: "axis" },
     grid: { left: 8, right: 14, top: 34, bottom: 24, containLabel: true },
-    legend: { top: 0, left: 0, textStyle: { color: colour("soft") } },
+    legend: { type: "scroll", top: 0, left: 0, textStyle: { color: colour("soft") } },
     xAxis: { type: "log", logBase: 2, name: axis, nameLocation: "middle", nameGap: 24, min: "dataMin", max: "dataMax" },
     yAxis: { type: zero ? "value" : "log" },
     series: curves.map((c) => ({ type: "line", name: c.name, data: c.x.map((x, k) => [x, c.y[k]]),

@@ -55,19 +55,18 @@ if [[ ! $dry_run ]]; then
 fi
 
 gpu=(--seq-len 2048 --precision bf16)
-offline=(data=python_stdlib tokenizer=train logger.wandb=disabled logger.progress=false)
 
 step data 60 scripts/prepare.py
 step train_osp_1b 170 benchmarks/train_step.py --model osp_1b --rows 8 "${gpu[@]}" --rounds 1 --steps 6 --profile --out "$out/train_osp_1b.json"
 step muon_osp_1b 60 benchmarks/muon_step.py --layers 12 --out "$out/muon_osp_1b.json"
+step overhead_osp_1b 90 benchmarks/overhead.py --model osp_1b --tokens-per-step 16384 --seq-len 2048 --out "$out/overhead_osp_1b.json"
 step train_374m 90 benchmarks/train_step.py --model 374m --rows 16 "${gpu[@]}" --rounds 1 --steps 6 --profile --contenders "osp muon" --out "$out/train_374m.json"
 step train_60m 90 benchmarks/train_step.py --model 60m --rows 32 "${gpu[@]}" --rounds 1 --steps 8 --out "$out/train_60m.json"
-step monitor_osp_1b 90 benchmarks/monitor.py --model osp_1b --rows 8 "${gpu[@]}" --rounds 1 --modes off light --out "$out/monitor_osp_1b.json"
-step save_osp_1b 80 scripts/train.py +experiment=osp_1b "${offline[@]}" model.vocab_size=49152 train.tokens=null train.steps=2 train.tokens_per_step=16384 schedule.warmup=1 eval.every=0 monitor.enabled=false checkpoint.every=1 run.dir="$out/save_osp_1b"
 step norms 60 benchmarks/norms.py --hidden 2048 --repeats 20 --out "$out/norms.json"
 step generate 60 benchmarks/generate.py --model osp_1b --dtype bf16 --batch 1 --norms rmsnorm bhyt --rounds 3 --out "$out/generate.json"
 step quant_eval 60 benchmarks/quant_eval.py --hidden 2048 --ffn 5504 --layers 24 --heads 16 --dtype bf16 --presets none strict osp_paper hadamard --out "$out/quant_eval.json"
 step verify_resume_60m 120 scripts/verify_resume.py model=60m logger.wandb=disabled train.seq_len=512 verify.rows=8 verify.stages=[1,3] monitor.enabled=false verify.out="$out/verify_resume_60m.json" run.dir="$out/verify_resume_60m"
+step monitor_osp_1b 90 benchmarks/monitor.py --model osp_1b --rows 8 "${gpu[@]}" --rounds 1 --modes off light --out "$out/monitor_osp_1b.json"
 step growth 90 benchmarks/growth.py --scale 4 --curves layers width seq_len micro_batch --out "$out/growth.json"
 
 if [[ $dry_run ]]; then exit 0; fi
