@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from benchmarks.faults import MODEL, SECONDS_TO_END, Faults, launcher, same_run
 from osp.config import Config
 from osp.train import train
@@ -15,6 +17,7 @@ def overrides(corpus: Path, folder: Path, **other: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+@pytest.mark.timeout(900)  # four starts of two ranks
 def test_killed_run_is_the_run_that_nobody_killed(corpus: Path, tmp_path: Path) -> None:
     faults = Faults(launcher("torchrun", 2), overrides(corpus, tmp_path, **{"train.steps": 30}), tmp_path, seed=1)
     figures = faults.run(["while saving", "one rank"])

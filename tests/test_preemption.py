@@ -137,6 +137,7 @@ def assert_stopped(run: Run, name: str, rank: int | None = None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_launchers_pass_signals_on(tiny: Tiny, tmp_path: Path, start: Callable[..., Run]) -> None:
     """One run on two ranks: stopped in three ways, losing a rank, and in the end the run that nobody touched."""
     config = many_steps(tiny, "run", "checkpoint.every=5")

@@ -234,6 +234,7 @@ def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, plain_run: Pat
         (("deepspeed", "--num_gpus", "4"), 2),
     ],
 )
+@pytest.mark.timeout(900)
 def test_ranks_change_only_rounding(
     launcher: tuple[str, ...], stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
 ) -> None:

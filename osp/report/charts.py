@@ -6,7 +6,7 @@ site) and the histograms are grids of numbers that the page draws for the statis
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -344,7 +344,7 @@ class Outlier:
     kurtosis: float
     text: str
     position: int
-    since: int | None
+    since: int | None = None
 
 
 def outliers(run: Run) -> list[Outlier]:
@@ -367,13 +367,11 @@ def outliers(run: Run) -> list[Outlier]:
                 kurtosis=kurtosis.last if kurtosis else math.nan,
                 text=str(site.get("top_text", "")),
                 position=site.get("top_position", -1),
-                since=since(growth(run.probes, name, channel)),
             )
         )
-    measured = [o for o in found if math.isfinite(o.times_rms)]
-    if len(measured) == len(found):
-        return sorted(found, key=lambda o: -o.times_rms)[:ROWS]
-    return sorted(found, key=lambda o: -abs(o.value))[:ROWS]
+    relative = all(math.isfinite(o.times_rms) for o in found)
+    found.sort(key=lambda o: -o.times_rms if relative else -abs(o.value))
+    return [replace(o, since=since(growth(run.probes, o.site, o.channel))) for o in found[:ROWS]]
 
 
 def _number(value: Any) -> float:

@@ -55,7 +55,7 @@ function axes(log) {
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
-    graphic: named([["step", { right: 8, bottom: 6 }]]),
+    graphic: named([["step", { right: 8, bottom: 4 }]]),
     grid: { left: 8, right: 14, top: 12, bottom: 6, containLabel: true },
     xAxis: {
       type: state.x === "log" ? "log" : "value", min: state.x === "log" ? Math.max(1, view.from) : view.from, max: "dataMax",
@@ -181,8 +181,8 @@ function heatmap(what, x, y, values, low, high, label, tip) {
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
-    graphic: named([["step", { right: 30, bottom: 6 }], [what, { left: 12, top: 0 }]]),
-    grid: { left: 8, right: 62, top: 18, bottom: 6, containLabel: true },
+    graphic: named([["step", { right: 30, bottom: 4 }], [what, { left: 8, top: 3 }]]),
+    grid: { left: 8, right: 62, top: 20, bottom: 6, containLabel: true },
     xAxis: { ...axis, data: x }, yAxis: { ...axis, data: y },
     visualMap: {
       type: "continuous", min: low, max: high, dimension: 2, right: 0, top: "middle", itemWidth: 9, itemHeight: 120, text: [label(high), label(low)],
