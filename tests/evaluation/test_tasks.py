@@ -253,7 +253,7 @@ def test_answers_are_the_greedy_text_of_transformers(
 
     questions = [WORDS[n][: 1 + 2 * n] for n in range(4)]
     given = [answer(f"Question: {question}\nAnswer:") for question in questions]
-    assert all(given)
+    assert all(given[1::2])
     records = [
         {"context": question, "answer": found if n % 2 and found else "no", "aliases": []}
         for n, (question, found) in enumerate(zip(questions, given, strict=True))
