@@ -515,20 +515,18 @@ class _Divided(torch.autograd.Function):
         x, rstd, slope, gain = ctx.saved_tensors
         wide, dy = _wide(x), _wide(grad_outputs[0])
         scale = rstd if slope is None else rstd * slope
-        product, dgain = dy * wide, None
+        product, dgain = dy * wide, None  # sums, not products of matrices: torch.compile fuses them
         if gain is None or gain.numel() == 1:
             a = product.sum(-1, keepdim=True)
+            dx = dy * (scale if gain is None else scale * gain)
             if gain is not None:
                 dgain, a = (scale * a).sum().view(1), a * gain
         else:
-            a = (product @ gain.to(product.dtype))[..., None]
-            dgain = (scale.flatten() @ product.flatten(0, -2)).to(gain.dtype)
+            a = (product * gain).sum(-1, keepdim=True)
+            dx = (dy * gain).mul_(scale)
+            dgain = (product * scale).flatten(0, -2).sum(0)
         dslope = None if slope is None else (rstd * a).sum().view(1)
         dvariance = scale * rstd.square() * a / -2
-        if gain is not None and gain.numel() == 1:
-            dx = dy * (scale * gain)
-        else:
-            dx = dy * scale if gain is None else (dy * gain).mul_(scale)
         if ctx.measured:
             dx.addcmul_(wide, (dvariance + grad_outputs[1]) * (2 / x.shape[-1]))
         return dx.to(x.dtype), None if ctx.measured else dvariance, dslope, dgain, None
