@@ -24,6 +24,8 @@ from osp.config import ModelConfig, UserError
 from osp.convert import converted_config, fold_into_weights, norm_gain
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import Text, perplexity
+from osp.evaluation.quantized import quantized
+from osp.evaluation.spec import QuantSpec
 from osp.evaluation.texts import read_text
 from osp.hf import BODY, CONFIG, HEAD, INDEX, TOKENIZER, WEIGHTS, load_hf
 from osp.model import Embedding, Linear, Transformer
@@ -36,6 +38,7 @@ LOGIT_TOLERANCE = 1e-5  # of the largest logit
 # of the perplexity; of bf16 the weights' rounding, 2^-9 each, is all there is
 PERPLEXITY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 CHECKED_TOKENS = 16_384
+FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest: what the model card says that 4 bits cost
 
 WHY_NOT = {
     "bhyt": "it bounds activations with a tanh and shares a statistic between two norms",
@@ -197,9 +200,19 @@ def _write(
         raise UserError(
             f"perplexity of {text.name} is {exported:.5f} as exported and {trained:.5f} as trained; not written"
         )
+    with quantized(loaded, FOUR_BITS):
+        four_bits = (str(FOUR_BITS), FOUR_BITS.hash, _perplexity(loaded, text))
     figures = {"logit_error": logit_error, "perplexity": trained, "exported_perplexity": exported}
     assert subject.run is not None
-    card = model_card(subject, subject.run, text=text.name, dtype=dtype, certificate=certificate, **figures)
+    card = model_card(
+        subject,
+        subject.run,
+        text=text.name,
+        dtype=dtype,
+        four_bits=four_bits,
+        certificate=certificate,
+        **figures,
+    )
     write_text(folder / "README.md", card)
     return figures
 

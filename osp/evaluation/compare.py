@@ -17,6 +17,7 @@ from osp.evaluation.measure import (
     Inputs,
     Result,
     calibration_rows,
+    finite,
     measure,
     prepare_out,
     read_inputs,
@@ -182,7 +183,7 @@ def as_record(comparisons: list[Comparison]) -> dict[str, Any]:
 
 
 def as_json(comparisons: list[Comparison]) -> str:
-    return json.dumps(as_record(comparisons), indent=1) + "\n"
+    return json.dumps(finite(as_record(comparisons)), indent=1) + "\n"
 
 
 def _measure(subject: LanguageModel, config: CompareConfig, inputs: Inputs, spec: QuantSpec) -> list[Result]:

@@ -271,7 +271,7 @@ def write_record(subject: LanguageModel, config: MeasureConfig, record: dict[str
     if is_main():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # `evaluation` of a run
-            write_text(path, json.dumps(_finite(record), indent=1) + "\n")
+            write_text(path, json.dumps(finite(record), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
     return path
@@ -292,8 +292,8 @@ def results_table(subject: LanguageModel, spec: QuantSpec, results: list[Result]
 
 def ablation_table(ablation: Ablation) -> str:
     """Text: perplexities by site with a bar of the loss each one costs alone, and R_L by layer."""
-    costs = {cost.site: math.log(cost.alone / ablation.unquantized) for cost in ablation.sites}
-    largest = max([*costs.values(), 1e-9])
+    costs = {cost.site: math.log(cost.alone) - math.log(ablation.unquantized) for cost in ablation.sites}
+    largest = max([1e-9, *filter(math.isfinite, costs.values())])
     lines = [
         f"perplexity of {ablation.text}: {_number(ablation.unquantized)} unquantized, "
         f"{_number(ablation.quantized)} quantized",
@@ -301,8 +301,8 @@ def ablation_table(ablation: Ablation) -> str:
     ]
     for cost in ablation.sites:
         nats = costs[cost.site]
-        length = max(0, round(BAR_WIDTH * nats / largest)) if math.isfinite(nats) else BAR_WIDTH
-        bar = "#" * length
+        share = nats / largest if math.isfinite(nats) else float(nats == math.inf)
+        bar = "#" * max(0, round(BAR_WIDTH * share))
         lines.append(f"{cost.site:<14}{_number(cost.alone):>10}{_number(cost.left_out):>10}  {bar} {nats:+.4f}")
     lines.append("R_L, relative error of the residual stream after each block, and of the last norm")
     for layer, error in enumerate(ablation.layer_errors):
@@ -351,12 +351,12 @@ def _record(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs) -> d
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with null for numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

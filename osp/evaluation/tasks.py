@@ -169,10 +169,10 @@ def is_right(item: Item, text: str) -> bool:
 
 
 def normalized(answer: str) -> str:
-    """Its words in lower case without articles; numbers without the commas between thousands."""
+    """Its words in lower case without articles, numbers without commas; if no word is left, the answer as it is."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", answer.lower().replace("_", " "))
     words = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?|\w+", text)
-    return " ".join(word for word in words if word not in ARTICLES)
+    return " ".join(word for word in words if word not in ARTICLES) or answer.strip()
 
 
 def standard_error(values: Sequence[float]) -> float:

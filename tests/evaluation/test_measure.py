@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from osp.config import NormConfig, UserError
 from osp.evaluation.compare import COLUMNS, Score, compare_one, markdown, script_kurtosis, table_4_specs
 from osp.evaluation.config import CompareConfig, EvaluateConfig
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.measure import (
+    Ablation,
+    SiteCost,
     ablation_table,
     calibration_rows,
     evaluate,
@@ -30,7 +33,7 @@ from osp.evaluation.measure import (
 )
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.quantized import quantized
-from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec
+from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec, spec_from_dict
 from osp.evaluation.texts import encode, read_text
 from osp.model import build_model
 from tests.conftest import ROOT, made_text
@@ -105,6 +108,15 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
     assert line.count("#") == max(other.count("#") for other in lines) == 40
     assert f"{math.log(worst.alone / ablation.unquantized):+.4f}" in line
     assert len(record["ablation"]["sites"]) == len(names)
+
+
+def test_a_model_that_diverged_has_a_table_too() -> None:
+    """Where a perplexity is infinite, unquantized or not: infinite bars, none where there is nothing to compare."""
+    sites = (SiteCost("q_proj", math.inf, 3.0), SiteCost("k", 8.0, 2.0), SiteCost("v", 4.0, 2.0))
+    lines = ablation_table(Ablation("t", 2.0, math.inf, sites, (math.nan,), math.nan)).split("\n")
+    assert [line.count("#") for line in lines[2:5]] == [40, 40, 20]
+    lines = ablation_table(Ablation("t", math.inf, math.inf, sites, (), 0.0)).split("\n")
+    assert [line.count("#") for line in lines[2:5]] == [0, 0, 0]
 
 
 def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:
@@ -277,20 +289,20 @@ def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path)
 def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """The real command below torchrun: the numbers of one process, once."""
     arguments = [str(llama_folder), f"texts=[{text_file}]", "seq_len=32", "quant=strict", "progress=false"]
-
-    def run(*launcher: str) -> str:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        result = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *arguments, "device=cpu", "threads=1"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=240,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert two.count("perplexity") == 1
-    assert two == run()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    two = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *arguments, "device=cpu", "threads=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+    assert two.returncode == 0, two.stderr
+    torch.set_num_threads(1)
+    strict = spec_from_dict(yaml.safe_load((ROOT / "configs" / "quant" / "strict.yaml").read_text()))
+    subject = open_model(llama_folder)
+    config = EvaluateConfig(texts=(str(text_file),), seq_len=32, quant=strict, progress=False)
+    results, _, _ = evaluate(subject, config)
+    assert two.stdout == results_table(subject, strict, results) + "\n"

@@ -226,9 +226,12 @@ def test_shared_task_files_are_read() -> None:
 
 
 def test_a_right_answer() -> None:
-    said = Item((), None, answers=("The Beatles", "1,080", "Spider-Man"))
-    assert all(is_right(said, text) for text in (" beatles.", "the Beatles!\nQ", "$1080", '"1,080"', "spider man"))
-    assert not any(is_right(said, text) for text in ("", "Beatles band", "\n\n10", "108", "-1080", "10.80"))
+    said = Item((), None, answers=("The Beatles", "1,080", "Spider-Man", "\U0001f40e"))
+    assert all(
+        is_right(said, text)
+        for text in (" beatles.", "the Beatles!\nQ", "$1080", '"1,080"', "spider man", "\U0001f40e")
+    )
+    assert not any(is_right(said, text) for text in ("", "the", "Beatles band", "\n\n10", "108", "-1080", "10.80"))
     reasoned = Item((), None, answers=("18",), reasons=True)
     assert is_right(reasoned, " 16 - 3 = 13\nThe answer is $18.")
     assert not any(is_right(reasoned, text) for text in ("18", "The answer is 17. The answer is 18", "The answer is"))
@@ -248,9 +251,9 @@ def test_answers_are_the_greedy_text_of_transformers(
                 break
         return llama.tokenizer.decode(ids[start:]).strip().split("\n")[0]
 
-    questions = [WORDS[n][: 1 + 2 * n] for n in range(6)]
+    questions = [WORDS[n][: 1 + 2 * n] for n in range(4)]
     given = [answer(f"Question: {question}\nAnswer:") for question in questions]
-    assert sum(map(bool, given)) > 3
+    assert all(given[1::2])
     records = [
         {"context": question, "answer": found if n % 2 and found else "no", "aliases": []}
         for n, (question, found) in enumerate(zip(questions, given, strict=True))
@@ -259,12 +262,12 @@ def test_answers_are_the_greedy_text_of_transformers(
     expected = [float(record["answer"] != "no") for record in records]
     for batch_tokens in (1, 200, 10**6):
         found = evaluate_task(llama, task, batch_tokens=batch_tokens)
-        assert found.scores == {"exact_match": sum(expected) / 6}
+        assert found.scores == {"exact_match": sum(expected) / 4}
         assert found.stderr["exact_match"] == pytest.approx(standard_error(expected))
         assert found.truncated == 0
     (first, *_) = load_task(tmp_path / "quiz.jsonl", num_fewshot=2).items
     assert first.pairs[0].context.count("Question:") == 3
-    assert evaluate_task(llama, load_task(tmp_path / "quiz.jsonl", num_fewshot=4)).truncated > 0
+    assert evaluate_task(llama, load_task(tmp_path / "quiz.jsonl", num_fewshot=3)).truncated > 0
 
 
 def test_examples_of_reasoning_end_with_the_answer(tmp_path: Path) -> None:
