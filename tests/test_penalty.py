@@ -113,6 +113,20 @@ def test_model_returns_loss_and_penalty_of_its_blocks(site: Site, scale: Any, ch
         assert (parameter.grad - other.grad).abs().max() < 1e-9 * max(scale_of_gradient, 1), name
 
 
+def test_compiled_blocks_return_the_same() -> None:
+    """As one graph each, without a break."""
+    results = []
+    for compiled in (False, True):
+        model = model_of(ffn_norm=True, num_hidden_layers=1)
+        if compiled:
+            model.layers[0].compile(backend="aot_eager", fullgraph=True)
+        loss, price = model(IDS[:, :-1], IDS[:, 1:], penalty=PenaltyConfig(site="down_proj_in", scale="rms"))
+        (loss + price).backward()
+        results.append([loss, price, *(p.grad for p in model.parameters())])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+
+
 def test_penalty_of_a_step_does_not_depend_on_micro_batches(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """Two trainings with 4 and 1 micro batches agree; the first loss is that of a run without a penalty."""
     price = ("penalty.weight=0.5", "penalty.scale=1.0", "train.steps=3", "eval.every=0", "eval.sample_tokens=0")
