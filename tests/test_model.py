@@ -425,8 +425,8 @@ def test_every_parameter_has_the_role_of_its_place(norm: str) -> None:
 
 def test_heads_are_blocks_of_every_matrix_of_attention() -> None:
     """With grouped queries and a gate: along the dimension that has the heads, as many blocks of a head's size."""
-    config = dataclasses.replace(tiny("ssnorm"), attention=AttentionConfig(gate=True), attention_bias=True)
-    assert config.kv_heads < config.num_attention_heads
+    gate = AttentionConfig(gate=True)
+    config = dataclasses.replace(tiny("ssnorm"), num_key_value_heads=2, attention=gate, attention_bias=True)
     model = Transformer(config)
     heads = model.parameter_heads()
     assert set(heads) == {n for n, p in model.named_parameters() if "self_attn" in n and p.ndim == 2}
