@@ -51,6 +51,7 @@ def causal_attention(
         # there too, whose output is dropped: SDPA's fast causal kernels want as many queries as keys.
         q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
         mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        return causal_attention(q, k, v, mask)[:, 1:]
     grouped = q.shape[2] != k.shape[2]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -60,8 +61,7 @@ def causal_attention(
         is_causal=mask is None,
         enable_gqa=grouped,
     )
-    out = out.transpose(1, 2)
-    return out[:, 1:] if off_by_one else out
+    return out.transpose(1, 2)
 
 
 class LayerCache(NamedTuple):
