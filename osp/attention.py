@@ -72,18 +72,18 @@ def causal_attention(
         # there too, whose output is dropped: SDPA's fast causal kernels want as many queries as keys.
         q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
         mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        return causal_attention(q, k, v, mask)[:, 1:]
     if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
-        out = _BlockwiseAttention.apply(q, k, v)
-    else:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=q.shape[2] != k.shape[2],
-        ).transpose(1, 2)
-    return out[:, 1:] if off_by_one else out
+        return _BlockwiseAttention.apply(q, k, v)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
 
 
 _BLOCK = 64  # queries at a time: _BLOCK / 2 scores per query are computed in vain, above the diagonal

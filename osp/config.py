@@ -599,8 +599,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every key that is not `FREE` and differs, in order of the keys."""
-    before, after = dict(leaves(old)), dict(leaves(new))
+    """`key: old -> new` for every key that is not `FREE` and differs, in order of the keys.
+
+    A key that is missing has its default: a run may be older than the key.
+    """
+    defaults = dict(leaves(to_dict(Config())))
+    before, after = defaults | dict(leaves(old)), defaults | dict(leaves(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())

@@ -318,8 +318,9 @@ class BHyT(BHyTStar):
 
     beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
     LayerNorm scaling divides it by the layer. c is the buffer `attention_gain`, which `refresh` recomputes from the
-    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and takes a gate
-    (`attention.gate`) for open. In `exact_layers` (from 1), without a carry, and before the head the norm measures.
+    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and the 1 of
+    `attention.off_by_one`, and takes a gate (`attention.gate`) for open. In `exact_layers` (from 1), without a carry,
+    and before the head the norm measures.
     """
 
     attention_gain: Tensor

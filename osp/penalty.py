@@ -4,8 +4,8 @@
 
 With a fixed `penalty.scale` s and x the output of each block this is TWEO (arXiv 2511.23225), which takes s between 2
 and 5: values below s cost next to nothing. `site=down_proj_in` has the inputs of down_proj for x, where outliers are
-largest in outlier-safe models. `scale=rms` divides by the token's own RMS, without a gradient through anything but the
-ratio: the penalty is then the kurtosis over channels (uncentred, 3 for a Gaussian), which shrinking x does not lower.
+largest in outlier-safe models. `scale=rms` divides by the token's own RMS: the penalty is then the kurtosis over
+channels (uncentred, 3 for a Gaussian), which a smaller x does not lower.
 """
 
 import torch

@@ -316,20 +316,23 @@ def test_rms_of_an_activation_is_its_integral(name: str) -> None:
     assert ACTIVATIONS[name].rms == pytest.approx(math.sqrt(square), abs=1e-4)
 
 
+def rms_before_down_proj(config: ModelConfig) -> Tensor:
+    """(T,) of the tokens of a new model of one block."""
+    model, seen = build_model(config, seed=0), list[Tensor]()
+    block = model.layers[0]
+    assert isinstance(block, Block)
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.arange(64)[None])
+    return seen[0][0].detach().square().mean(-1).sqrt()
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_ffn_norm_starts_blocks_at_the_strength_they_have_without_it(name: Any) -> None:
     """RMS of what down_proj reads; and that every token has it, which only a norm sees to."""
-    rms = {}
-    for ffn_norm in (False, True):
-        config = ModelConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=1, hidden_act=name)
-        model, seen = build_model(dataclasses.replace(config, ffn_norm=ffn_norm), seed=0), []
-        block = model.layers[0]
-        assert isinstance(block, Block)
-        block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        model(torch.arange(64)[None])
-        rms[ffn_norm] = seen[0].detach().square().mean(-1).sqrt()
-    assert float(rms[True].mean()) == pytest.approx(float(rms[False].mean()), rel=0.1)
-    assert float(rms[True].std()) < 1e-5 < float(rms[False].std())
+    config = ModelConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=1, hidden_act=name)
+    without, normalized = rms_before_down_proj(config), rms_before_down_proj(dataclasses.replace(config, ffn_norm=True))
+    assert float(normalized.mean()) == pytest.approx(float(without.mean()), rel=0.1)
+    assert float(normalized.std()) < 1e-5 < float(without.std())
 
 
 # --- the probe ----------------------------------------------------------------------------------------------------

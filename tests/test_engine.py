@@ -17,7 +17,7 @@ from tests.optim import workers
 from tests.optim.reference import Model, train
 
 GRID = [(stage, accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)]
-SETTINGS = {"lr": workers.LR, "adam_lr": workers.ADAM_LR, "decay": workers.DECAY}
+SETTINGS: dict[str, Any] = {"lr": workers.LR, "adam_lr": workers.ADAM_LR, "decay": workers.DECAY}
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
