@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -249,6 +250,12 @@ class Faults:
         process.wait()
         return True
 
+    def _signal(self, number: int) -> None:
+        """To all processes of this life that have been seen."""
+        for child in self._alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
     def _ranks(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """The trainers themselves, without launcher and helpers."""
         found = []
@@ -266,12 +273,19 @@ class Faults:
         return "all at a moment" if self._kill_all(process) else ""
 
     def _while_saving(self, process: subprocess.Popen[bytes], _: float) -> str:
-        for _ in range(self._random.randint(1, 3)):
-            self._wait(process, lambda: not list(self.run_folder.glob("checkpoints/.step_*.tmp")))
-            self._wait(process, lambda: bool(list(self.run_folder.glob("checkpoints/.step_*.tmp"))))
-        until = time.perf_counter() + self._random.uniform(0.0, 0.03)
-        self._wait(process, lambda: time.perf_counter() >= until)
-        return "all while saving" if self._kill_all(process) else ""
+        saves = self._random.randint(1, 3)
+        while process.poll() is None:
+            self._wait(process, lambda: not self._leftovers())
+            self._wait(process, lambda: bool(self._leftovers()))
+            saves -= 1
+            if saves > 0:
+                continue
+            time.sleep(self._random.uniform(0.0, 0.03))
+            self._signal(signal.SIGSTOP)  # a save may be over before all are found and killed
+            if self._leftovers():
+                return "all while saving" if self._kill_all(process) else ""
+            self._signal(signal.SIGCONT)
+        return ""
 
     def _one_rank(self, process: subprocess.Popen[bytes], moment: float) -> str:
         start = len(steps_of(self.run_folder))

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a round, a probe after every second")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="off first, to compare with")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
@@ -38,9 +39,9 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments)))
         return
-    results: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    results: dict[str, list[dict[str, Any]]] = {mode: [] for mode in arguments.modes}
     for turn in range(arguments.rounds):
-        for mode in MODES:
+        for mode in arguments.modes:
             results[mode].append(run_child(mode))
             print(f"round {turn + 1}: {mode}: {results[mode][-1]}", file=sys.stderr)
     report(arguments, results)
@@ -67,7 +68,7 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     )
     print("| monitor | tokens/s of the steps | ratio (per round) | probe s | in steps | interval at 1% |")
     print("|---|---|---|---|---|---|")
-    base = [tokens_per_second(arguments, figures) for figures in results["off"]]
+    base = [tokens_per_second(arguments, figures) for figures in results[arguments.modes[0]]]
     for mode, rounds in results.items():
         speeds = [tokens_per_second(arguments, figures) for figures in rounds]
         ratios = [speed / off for speed, off in zip(speeds, base, strict=True)]

@@ -1,11 +1,17 @@
 """Training speed and memory of this trainer beside transformers' Llama with fused AdamW in a plain loop.
 
     python benchmarks/train_step.py --model nano --rounds 3
-    python benchmarks/train_step.py --model osp_1b --rows 8 --seq-len 2048 --precision bf16    # on a GPU
+    python benchmarks/train_step.py --model osp_1b --rows 8 --seq-len 2048 --precision bf16 --profile    # on a GPU
 
 Same shape, rows, precision and gradient clipping. Each contender runs in a process of its own, so that its peak memory
 is its own, and the contenders take turns, so that a machine that drifts slows all of them. Ours is the real trainer,
-with its data loader, DeepSpeed engine and loss check; the peer reads the same rows from memory.
+with its data loader, DeepSpeed engine and loss check; the peer reads the same rows from memory. In bf16 the peer keeps
+its weights in fp32 and runs in `torch.autocast`, the usual form of it, which keeps the same master weights as ours.
+
+MFU counts 6 flops per token for each weight that multiplies, and causal attention (osp.model.flops_per_token), over the
+dense bf16 peak of the GPU (osp.precision.PEAK_TFLOPS: 989 TFLOP/s for an H100 and an H200). `--profile` adds where the
+time and the memory of a step go (breakdown.py). With `--threads 1` on a CPU the time is the process's CPU time, in
+which other jobs of the machine do not count.
 """
 
 import argparse
@@ -35,55 +41,73 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="blocks of ours")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--profile", action="store_true", help="time by part of the step, memory by part")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments)))
         return
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contenders}
+    failed: dict[str, str] = {}
     for turn in range(arguments.rounds):
-        for name in CONTENDERS:
+        for name in [name for name in arguments.contenders if name not in failed]:
             figures = run_child(name)
+            if isinstance(figures, str):  # out of memory, say: the others are measured all the same
+                failed[name] = figures
+                print(f"{name} failed:\n{figures}", file=sys.stderr)
+                continue
             results[name].append(figures)
             print(f"round {turn + 1}: {name}: {figures['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-    report(arguments, results)
+    report(arguments, {name: rounds for name, rounds in results.items() if name not in failed}, failed)
+    sys.exit(1 if failed else 0)
 
 
-def run_child(name: str) -> dict[str, Any]:
-    """The figures of one contender, measured in its own process."""
+def run_child(name: str) -> dict[str, Any] | str:
+    """The figures of one contender, measured in its own process; the end of what it said if it failed."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.strip().split("\n")[-1])
+    return json.loads(done.stdout.strip().split("\n")[-1]) if done.returncode == 0 else done.stderr[-4000:]
 
 
-def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the table; write the JSON."""
+def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> None:
+    """Print the tables; write the JSON."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()} CPU"
+    timed = "CPU time" if measures_cpu_time(arguments) else "wall time"
     print(
-        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {arguments.precision}, {device}, "
-        f"torch {torch.__version__}; median of {arguments.rounds} rounds of {arguments.steps} steps\n"
+        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {arguments.precision}, {device}, torch "
+        f"{torch.__version__}, {timed}; median of {arguments.rounds} rounds of {arguments.steps} steps\n"
     )
-    print("| contender | tokens/s | ratio (per round) | step s | peak GiB | MFU |\n|---|---|---|---|---|---|")
-    base = results["transformers"]
+    print(
+        "| contender | tokens/s | ratio to the first, per round | step s | peak GiB | MFU |\n|---|---|---|---|---|---|"
+    )
     for name, rounds in results.items():
         speeds = [r["tokens_per_second"] for r in rounds]
+        base = next(iter(results.values()))
         ratios = [a / b["tokens_per_second"] for a, b in zip(speeds, base, strict=True)]
-        speed, mfu = statistics.median(speeds), rounds[0].get("flops_per_token")
-        peak = rounds[0].get("peak_tflops")
-        utilization = f"{speed * mfu / peak / 1e12:.1%}" if mfu and peak else ""
+        speed, flops, peak = statistics.median(speeds), rounds[0]["flops_per_token"], rounds[0]["peak_tflops"]
+        utilization = f"{speed * flops / peak / 1e12:.1%}" if peak else ""
         print(
             f"| {name} | {speed:,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
             f"| {arguments.rows * arguments.seq_len / speed:.3f} | {max(r['peak_gib'] for r in rounds):.2f} "
             f"| {utilization} |"
         )
+    for name in failed:
+        print(f"| {name} | failed | | | | |")
+    for title, key, unit in (("seconds of a step", "time", "s"), ("memory", "memory", "GiB")):
+        if parts := {name: rounds[0][key] for name, rounds in results.items() if key in rounds[0]}:
+            columns = list(next(iter(parts.values())))
+            print(f"\n| {title} | {' | '.join(columns)} | sum, {unit} |\n|---|{'---|' * (len(columns) + 1)}")
+            for name, values in parts.items():
+                cells = " | ".join(f"{values[column]:.3f}" for column in columns)
+                print(f"| {name} | {cells} | {sum(values.values()):.3f} |")
     if arguments.out:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        arguments.out.write_text(json.dumps({"settings": settings, "device": device, "results": results}, indent=1))
+        found = {"settings": settings, "device": device, "results": results, "failed": failed}
+        arguments.out.write_text(json.dumps(found, indent=1))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -91,15 +115,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     config = run_config(arguments)
-    step = peer_step(config, arguments) if arguments.child == "transformers" else our_step(config)
+    contender = Peer(config, arguments) if arguments.child == "transformers" else Ours(config)
+    clock = time.process_time if measures_cpu_time(arguments) else time.perf_counter
     seconds = []
     for number in range(arguments.warmup + arguments.steps):
-        began = time.perf_counter()
-        step(number)
+        began = clock()
+        contender.step(number)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if number >= arguments.warmup:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -109,13 +134,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from osp.precision import peak_tflops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number, parts = arguments.warmup + arguments.steps, {}
+    if arguments.profile:
+        from breakdown import mark_norms, parts_of_memory, parts_of_time
+
+        memory = parts_of_memory(contender.forward, contender.model, contender.state(), logits=contender.logits_bytes())
+        if not contender.compiled:
+            mark_norms(contender.model)
+        parts = {
+            "memory": memory,
+            "time": parts_of_time(lambda: contender.step(number), statistics.median(seconds)),
+        }
     return {
+        **parts,
         "tokens_per_second": arguments.rows * arguments.seq_len / statistics.median(seconds),
         "seconds": seconds,
         "peak_gib": peak / 2**30,
         "flops_per_token": flops_per_token(config.model, arguments.seq_len),
         "peak_tflops": peak_tflops(device),
     }
+
+
+def measures_cpu_time(arguments: argparse.Namespace) -> bool:
+    """Whether a step's time is the CPU time of its process: on a CPU with one thread, where nothing overlaps."""
+    import torch
+
+    return arguments.threads == 1 and not torch.cuda.is_available()
 
 
 def run_config(arguments: argparse.Namespace) -> Any:
@@ -148,40 +192,76 @@ def run_config(arguments: argparse.Namespace) -> Any:
     )
 
 
-def our_step(config: Any) -> Any:
-    from osp.train import setup
+class Ours:
+    """The real trainer."""
 
-    trainer = setup(config)
-    return lambda number: trainer.train_step(number, record=False)
+    def __init__(self, config: Any):
+        from osp.train import setup
+
+        self.trainer = setup(config)
+        self.model = self.trainer.model
+        self.compiled = self.trainer.config.train.compile is True
+        self.logger, self.trainer.logger = self.trainer.logger, None  # nothing is logged in measured steps
+
+    def step(self, number: int) -> None:
+        self.trainer.train_step(number, record=False)
+
+    def forward(self) -> Any:
+        return self.trainer._loss(self.trainer.loader.step(0)[0])
+
+    def state(self) -> list[Any]:
+        shares = self.trainer.engine.local_state()
+        return [tensor for *_, states in shares for name, tensor in states.items() if name != "weight"]
+
+    def logits_bytes(self) -> int:
+        """Of a chunk: the logits and their gradient in the compute dtype, and the probabilities in fp32."""
+        train = self.trainer.config.train
+        rows = min(train.loss_chunk_tokens, train.tokens_per_step)
+        return rows * self.trainer.config.model.vocab_size * (2 * self.model.compute_dtype.itemsize + 4)
 
 
-def peer_step(config: Any, arguments: argparse.Namespace) -> Any:
+class Peer:
     """A plain loop around `LlamaForCausalLM` with `torch.optim.AdamW(fused=True)`."""
-    import torch
 
-    from osp.data import Loader, start
+    compiled = False
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = peer_model(config.model).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    shards = start(config.data, config.tokenizer, progress=False)
-    loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=arguments.rows, micro_batch_size=arguments.rows)
-    bf16 = arguments.precision == "bf16"
+    def __init__(self, config: Any, arguments: argparse.Namespace):
+        import torch
 
-    def step(number: int) -> None:
-        (batch,) = loader.step(number)
-        ids = batch.tokens[:, :-1].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=ids, labels=ids).loss
+        from osp.data import Loader, start
+
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = peer_model(config.model).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        shards, rows = start(config.data, config.tokenizer, progress=False), arguments.rows
+        self.loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=rows, micro_batch_size=rows)
+        self.bf16 = arguments.precision == "bf16"
+
+    def forward(self, number: int = 0) -> Any:
+        import torch
+
+        (batch,) = self.loader.step(number)
+        ids = batch.tokens[:, :-1].to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(input_ids=ids, labels=ids).loss
+
+    def step(self, number: int) -> None:
+        import torch
+
+        loss = self.forward(number)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return step
+    def state(self) -> list[Any]:
+        return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+
+    def logits_bytes(self) -> int:
+        return 0  # they are kept for backward and found there
 
 
 def peer_model(shape: Any) -> Any:

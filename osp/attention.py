@@ -3,18 +3,39 @@
 B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from osp.config import RopeScaling
 
 
-def rotary_table(head_dim: int, length: int, theta: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (length, head_dim / 2) fp32: pair i at position t turns by t * theta^(-2 i / head_dim)."""
+def rotary_table(
+    head_dim: int, length: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (length, head_dim / 2) fp32: pair i at position t turns by t * theta^(-2 i / head_dim).
+
+    scaling: slows some or all pairs down.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling is not None:
+        frequency = frequency * _slowing(frequency, scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
+
+
+def _slowing(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """What each frequency (head_dim / 2,) is multiplied by: 1 / factor, and up to 1 for fast ones with llama3."""
+    if scaling.rope_type == "linear":
+        return torch.full_like(frequency, 1 / scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) / scaling.factor + kept
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -37,21 +58,86 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
+) -> Tensor:
     """(B, T, H, K) softmax(q k^T / sqrt(K)) v over the tokens that each query may see.
 
     q: (B, T, H, K), k and v: (B, T, G, K) with H a multiple of G; mask as `document_mask` makes it, None: causal.
+    off_by_one: exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax, which lets a head attend to nothing without a token
+    as its sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
     """
-    grouped = q.shape[2] != k.shape[2]
+    if off_by_one:
+        # The 1 is exp(0) of a key of zeros, whose value is zeros, before the first token. A query of zeros stands
+        # there too, whose output is dropped: SDPA's fast causal kernels want as many queries as keys.
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
+        mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        return causal_attention(q, k, v, mask)[:, 1:]
+    if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+        return _BlockwiseAttention.apply(q, k, v)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
-        enable_gqa=grouped,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+_BLOCK = 64  # queries at a time: _BLOCK / 2 scores per query are computed in vain, above the diagonal
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Causal attention for training in bf16 on a CPU, where torch's own takes nearly twice as long.
+
+    Scores, softmax and their gradients are fp32 as in a flash kernel, all other products bf16. It keeps the
+    probabilities for backward: T / 2 per query and head, in bf16. N = B G, R = H / G query heads share a key.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, length, _, size = q.shape
+        # (N, R, T, K), (N, T, K), (N, T, K)
+        q = q.transpose(1, 2).reshape(batch * k.shape[2], -1, length, size)
+        k, v = (x.transpose(1, 2).reshape(-1, length, size) for x in (k, v))
+        wide_q, wide_k = q.float() * size**-0.5, k.float()
+        above_diagonal = torch.full((_BLOCK, _BLOCK), float("-inf")).triu(1)
+        out, kept = torch.empty_like(q), []
+        for start in range(0, length, _BLOCK):
+            stop = min(start + _BLOCK, length)
+            rows = wide_q[:, :, start:stop]
+            scores = torch.bmm(rows.flatten(1, 2), wide_k[:, :stop].mT).view(*rows.shape[:3], stop)
+            scores[..., start:] += above_diagonal[: stop - start, : stop - start]
+            p = scores.softmax(-1).to(v.dtype).flatten(1, 2)  # (N, R rows, stop)
+            out[:, :, start:stop] = torch.bmm(p, v[:, :stop]).view(rows.shape)
+            kept.append(p)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out.view(batch, -1, length, size).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        length, size = q.shape[2:]
+        grad = grad_outputs[0].transpose(1, 2).reshape(q.shape)
+        delta = (grad.float() * out).sum(-1, keepdim=True)  # of a query: the sum over keys of p dp
+        wide_v = v.float()
+        # fp32 where blocks add up
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(wide_v), torch.zeros_like(wide_v)
+        for p, start in zip(kept, range(0, length, _BLOCK), strict=True):
+            stop = min(start + _BLOCK, length)
+            q_rows, grad_rows, delta_rows = (x[:, :, start:stop].flatten(1, 2) for x in (q, grad, delta))
+            grad_v[:, :stop] += torch.bmm(p.mT, grad_rows)
+            dp = torch.bmm(grad_rows.float(), wide_v[:, :stop].mT)
+            ds = dp.sub_(delta_rows).mul_(p).to(q.dtype)
+            grad_q[:, :, start:stop] = torch.bmm(ds, k[:, :stop]).view(grad_q[:, :, start:stop].shape)
+            grad_k[:, :stop] += torch.bmm(ds.mT, q_rows)
+        batch = len(grad_outputs[0])
+        found = (grad_q * size**-0.5, (grad_k * size**-0.5).to(k.dtype), grad_v.to(v.dtype))
+        a, b, c = (x.view(batch, -1, length, size).transpose(1, 2) for x in found)
+        return a, b, c
 
 
 class LayerCache(NamedTuple):

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -29,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import CountOrZero, ModelConfig, UserError, build, check_bounds, from_dict
+from osp.config import Config, CountOrZero, ModelConfig, UserError, build, check_bounds, from_dict
 from osp.model import Transformer
 
 FORMAT = 1
@@ -37,6 +38,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 BUFFERS = "buffers.safetensors"
 CLOSE_SECONDS = 10.0  # for the write of a save that nobody will finish; a disk that hangs must not keep a run alive
+
+log = logging.getLogger(__name__)
 
 Slice = tuple[str, int, int, dict[str, Tensor]]  # parameter name, start, stop, kind -> flat fp32 slice
 
@@ -74,6 +77,8 @@ class _Manifest:
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     files: dict[str, _File]
+    skipped: CountOrZero = 0
+    spikes: dict[str, list[float]] = field(default_factory=dict)
     conversion: _Conversion | None = None
 
 
@@ -83,6 +88,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = _read_manifest(folder)
+        self.config = _read_config(folder, self.manifest["config"])
         for name, entry in self.manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -109,7 +115,7 @@ class Checkpoint:
 
     @property
     def model_config(self) -> ModelConfig:
-        return from_dict(self.manifest["config"]).model
+        return self.config.model
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -159,10 +165,13 @@ class Checkpoint:
                 continue
             path = self.folder / name
             for key in self._file(path).keys():  # noqa: SIM118 - safe_open is no mapping
-                label, start = key.rsplit("@", 1)
-                kind, parameter = label.split("/", 1)
-                length = self._file(path).get_slice(key).get_shape()[0]
-                piece = Piece(path, key, int(start), int(start) + length)
+                try:
+                    label, start = key.rsplit("@", 1)
+                    kind, parameter = label.split("/", 1)
+                    (length,) = self._file(path).get_slice(key).get_shape()
+                    piece = Piece(path, key, int(start), int(start) + length)
+                except ValueError as error:
+                    raise UserError(f"{path}: {key!r} is no slice of a checkpoint, KIND/NAME@START") from error
                 self._pieces.setdefault((kind, parameter), []).append(piece)
         return self._pieces
 
@@ -256,24 +265,28 @@ class Saver:
         began = time.perf_counter()
         share = self._future.result()
         self._future = None
-        blocked = self._blocked + time.perf_counter() - began
-        shares = self._gather((share, blocked))
-        errors = [f"rank {r}: {s.error}" for r, (s, _) in enumerate(shares) if s.error]
-        files = {name: entry for s, _ in shares for name, entry in s.files.items()}
+        shares = self._gather(share)
+        errors = [f"rank {rank}: {s.error}" for rank, s in enumerate(shares) if s.error]
+        files = {name: entry for s in shares for name, entry in s.files.items()}
         error = errors[0] if errors else None
         if self._rank == 0:
             error = self._publish(files) if error is None else self._give_up(error)
+        blocked = self._blocked + time.perf_counter() - began
+        outcomes = self._gather((error, blocked))
         return Saved(
             step=self._manifest["step"],
             folder=self._final,
-            error=self._gather(error)[0],
+            error=outcomes[0][0],
             num_bytes=sum(entry["bytes"] for entry in files.values()),
-            blocked_seconds=max(seconds for _, seconds in shares),
-            write_seconds=max(s.seconds for s, _ in shares),
+            blocked_seconds=max(seconds for _, seconds in outcomes),
+            write_seconds=max(s.seconds for s in shares),
         )
 
     def close(self) -> None:
-        """End the thread; a save that was begun and not finished is no checkpoint, and is not waited for long."""
+        """End the thread; a save that was begun and not finished is no checkpoint, and is not waited for long.
+
+        Old checkpoints are removed when it returns.
+        """
         if self._future is not None:
             wait([self._future], timeout=CLOSE_SECONDS)
         self._thread.shutdown(wait=self._future is None or self._future.done())
@@ -318,10 +331,17 @@ class Saver:
             self._temporary.rename(self._final)
             _flush(self.folder)
             write_text(self.folder / LATEST, self._final.name + "\n")
-            prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
         except OSError as error:
             return self._give_up(str(error))
+        self._thread.submit(self._prune)  # some file systems take seconds to remove a large file
         return None
+
+    def _prune(self) -> None:
+        """In the background: remove the checkpoints that are not to be kept."""
+        try:
+            prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+        except OSError as error:
+            log.warning("%s: old checkpoints are not removed: %s", self.folder, error)
 
     def _give_up(self, error: str) -> str:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -489,6 +509,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{path}: names the file {name!r} outside of its folder")
     return manifest
+
+
+def _read_config(folder: Path, values: dict[str, Any]) -> Config:
+    """The configuration in a manifest."""
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{folder / MANIFEST}: not the configuration of a run: {error}") from error
 
 
 def _latest(folder: Path) -> Path | None:

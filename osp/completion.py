@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -48,8 +49,7 @@ def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: C
     room = subject.model.config.max_position_embeddings - max(map(len, ids))
     limit = config.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, room))
     check_lengths(subject.model, ids, limit)
-    use_bf16 = config.dtype == "bf16" or (config.dtype == "auto" and native_bf16(device))
-    prepare(subject.model, torch.bfloat16 if use_bf16 else torch.float32)
+    prepare(subject.model, choose_dtype(config.dtype, device))
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     compile = device.type == "cuda" if config.compile == "auto" else config.compile
 
@@ -65,6 +65,13 @@ def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: C
         texts.push(tokens)
     texts.finish()
     return speed
+
+
+def choose_dtype(dtype: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+    """The dtype to generate in. bf16's rounding differs between batches and with the cache, and so may the text."""
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and native_bf16(device) else "fp32"
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def read_prompts(path: str | None) -> list[str]:

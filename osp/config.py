@@ -19,6 +19,15 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 ROLES = ("matrix", "embed_proj", "gain", "embedding", "head")
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 Rule = Literal["muon", "normalized", "adamw"]
+
+
+class Heads(NamedTuple):
+    """How a matrix of attention consists of those of its heads, which stand side by side along dimension `dim`."""
+
+    count: int
+    dim: int  # 0: heads write, the matrix is (heads * head_dim, D); 1: they are read, it is (D, heads * head_dim)
+
+
 # Where the monitor looks, and what it measures there: osp.monitor.probe and osp.monitor.statistics define them.
 Site = Literal[
     "embed_out", "attn_in", "q", "k", "v", "o_proj_in", "mlp_in", "down_proj_in", "block_out", "final_norm_out"
@@ -82,6 +91,7 @@ NotNegative = Annotated[float, NOT_NEGATIVE]
 Positive = Annotated[float, POSITIVE]
 Decay = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]  # of a running mean
 Fraction = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
+PositiveFraction = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
 Share = Annotated[float, Bound("in (0, 1)", lambda x: 0 < x < 1)]
 Text = Annotated[str, NOT_EMPTY]
 FilePath = Annotated[str, NOT_EMPTY, PATH]
@@ -151,7 +161,8 @@ class EvalQuantConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: CountOrZero = 250  # steps; 0: only at the end
+    # Steps, and at the end; auto: as often as a fiftieth of the training time allows; 0: only at the end.
+    every: CountOrZero | Literal["auto"] = "auto"
     tokens: Count = 1_000_000  # held-out tokens per validation, at most
     sample_tokens: Annotated[int, NOT_NEGATIVE, at_most(10**6)] = (
         64  # length of the text generated in the closing summary; 0: none
@@ -166,6 +177,15 @@ class SpikeConfig:
     action: Literal["off", "warn", "skip"] = "warn"  # skip: leave the update out
     threshold: Positive = 8.0  # robust z-score
     window: Annotated[int, AT_LEAST_1, at_most(100_000)] = 128  # steps that the score is taken against
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """A price on large activations, added to the loss of training; see osp.penalty."""
+
+    weight: NotNegative = 0.0  # 0: none
+    site: Literal["block_out", "down_proj_in"] = "block_out"  # in every block; names of the monitor
+    scale: Annotated[float, POSITIVE] | Literal["rms"] = 3.0  # of x in (|x| / scale)^4; rms: that of the token itself
 
 
 @dataclass(frozen=True)
@@ -196,10 +216,27 @@ class NormConfig:
 @dataclass(frozen=True)
 class AttentionConfig:
     gate: bool = False  # sigmoid gate, element by element, on what o_proj reads (arXiv 2505.06708)
+    off_by_one: bool = False  # softmax with 1 + sum exp in its denominator: a head may attend to nothing
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotation for longer contexts, as Hugging Face's `rope_scaling` says it; see `osp.attention.rotary_table`.
+
+    linear: every frequency by `factor`. llama3 (Llama 3.1): those that turn less than `low_freq_factor` times in
+    `original_max_position_embeddings` tokens by `factor`, those that turn more than `high_freq_factor` times not at
+    all, and what lies between by something between.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Count = 8192
 
 
 # Fields of `ModelConfig` that stand beside `model` in YAML and on the command line: `norm=bhyt qk_norm=true`.
-AT_TOP = ("norm", "attention", "qk_norm", "recentre")
+AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm", "recentre")
 
 
 @dataclass(frozen=True)
@@ -215,8 +252,10 @@ class ModelConfig:
     head_dim: Count | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048
     rope_theta: Positive = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False  # of q_proj, k_proj, v_proj and o_proj
     mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
+    hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # of the gate: down(act(gate(x)) * up(x))
     initializer_range: Annotated[float, POSITIVE, at_most(100)] | None = None  # None: 1/sqrt(hidden_size)
     scale_residual_init: bool = False  # o_proj and down_proj start 1/sqrt(2 num_hidden_layers) smaller
     embed_proj: bool = False  # EmbProj after the embedding and before the head (papers: OSP section 3)
@@ -224,6 +263,7 @@ class ModelConfig:
     norm: NormConfig = field(default_factory=NormConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     qk_norm: bool = False  # queries and keys of every head are normalized before RoPE
+    ffn_norm: bool = False  # what down_proj reads is normalized over its channels
     recentre: bool = False  # all that writes into the residual stream is made zero-mean in the forward pass
 
     @property
@@ -246,6 +286,7 @@ class OptimizerConfig:
     ns_coefficients: str = "keller_jordan"  # a key of osp.optim.COEFFICIENTS
     ns_steps: Annotated[int, AT_LEAST_1, at_most(100)] = 5
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is native
+    per_head: bool = False  # rule muon: matrices of attention are orthogonalized head by head
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     adam_eps: NotNegative = 1e-8
     rules: dict[Role, Rule] = field(
@@ -360,7 +401,7 @@ class MonitorConfig:
     enabled: bool = True
     # Steps between probes; auto: at powers of two, and as often as max_cost allows; 0: at the start and the end only.
     every: CountOrZero | Literal["auto"] = "auto"
-    max_cost: Share = 0.01  # of the training time that probes may take once a run is under way, with every=auto
+    max_cost: Share = 0.005  # of the training time that probes may take once a run is under way, with every=auto
     tokens: Annotated[int, AT_LEAST_2, at_most(2**24)] = 2048  # held-out tokens of a probe, over all ranks
     sites: tuple[Site, ...] | Literal["all"] = ("embed_out", "attn_in", "down_proj_in", "block_out", "final_norm_out")
     statistics: tuple[Statistic, ...] | Literal["all"] = (
@@ -407,11 +448,42 @@ class VerifyResumeConfig:
 
 
 @dataclass(frozen=True)
+class MachineConfig:
+    """What one rank of a planned run has: a choice of configs/machine. Bandwidths in GB/s, both ways at once."""
+
+    name: Text = "unnamed"
+    device: Literal["cuda", "cpu"] = "cuda"
+    bf16: bool = True  # multiplies bf16 natively
+    ranks_per_host: Count = 8
+    memory: Positive = 80.0  # GiB
+    reserved: NotNegative = 2.0  # GiB of it that a process has before the first tensor, and loses to fragmentation
+    peak_tflops: Positive | None = None  # of matrix products; None: the table of known GPUs, by `name`
+    matmul_share: PositiveFraction = 0.5  # of that peak: forward and backward pass
+    ns_share: PositiveFraction = 0.5  # of that peak: Newton-Schulz
+    network: Positive = 50.0  # GB/s of a rank to ranks of other hosts
+    host_network: Positive = 450.0  # GB/s of a rank to ranks of its host
+    network_share: PositiveFraction = 0.7  # of these: what collectives reach
+    disk: Positive = 2.0  # GB/s that the ranks of a host write together
+    sources: dict[str, str] = field(default_factory=dict)  # where the figure of a key is from
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Keys of scripts/plan.py beside those of a training; see osp.plan."""
+
+    world_size: Annotated[int, AT_LEAST_1, at_most(4096)] = 8
+    gpu_memory: Positive | None = None  # GiB; None: the machine's
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    out: FilePath | None = None  # JSON file for the figures
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -448,11 +520,11 @@ class GenerateConfig:
     )
     temperature: NotNegative = 0.8  # 0: always the most likely token
     top_k: Count | None = None  # sample from the k most likely tokens only
-    top_p: Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)] = 1.0  # ... and from the top_p of probability
+    top_p: PositiveFraction = 1.0  # ... and from the top_p of probability
     seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
     bos: bool = True  # what begins a text for this model goes before every prompt
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations and cache; auto: bf16 where it is native
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations, cache; auto: bf16 on a GPU that has it
     compile: bool | Literal["auto"] = "auto"  # one token as one CUDA graph; auto: on a GPU
     threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # of the CPU; None: all cores
     debug: bool = False
@@ -527,8 +599,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every key that is not `FREE` and differs, in order of the keys."""
-    before, after = dict(leaves(old)), dict(leaves(new))
+    """`key: old -> new` for every key that is not `FREE` and differs, in order of the keys.
+
+    A key that is missing has its default: a run may be older than the key.
+    """
+    defaults = dict(leaves(to_dict(Config())))
+    before, after = defaults | dict(leaves(old)), defaults | dict(leaves(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -553,6 +629,7 @@ def check(config: Config) -> None:
     check_sources(config.data)
     check_skip_steps(config.data)
     check_live_quantization(config)
+    check_optimizer(config.optimizer)
 
 
 def check_bounds(part: Any, path: str = "") -> None:
@@ -602,6 +679,15 @@ def check_live_quantization(config: Config) -> None:
         raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
 
 
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raise `UserError` for an option of Muon in an optimizer that is none."""
+    if optimizer.per_head and optimizer.rules.get("matrix") != "muon":
+        raise UserError(
+            f"optimizer.per_head=true does nothing with optimizer.rules.matrix={optimizer.rules.get('matrix')}: only "
+            "muon works on whole matrices; set optimizer.per_head=false or take optimizer=muon"
+        )
+
+
 def check_model(model: ModelConfig) -> None:
     """Raise `UserError` for a shape no Llama can have, and for options of its blocks that exclude each other."""
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
@@ -615,6 +701,12 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.num_attention_heads={model.num_attention_heads} is not divisible by "
             f"model.num_key_value_heads={model.num_key_value_heads}"
+        )
+    scaling = model.rope_scaling
+    if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError(
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
+            f"high_freq_factor={scaling.high_freq_factor}"
         )
     if model.norm.placement == "peri" and model.norm.name == "bhyt":
         raise UserError(
@@ -775,7 +867,8 @@ def _value(hint: Any, value: Any, *, path: str) -> Any:
             return value
     elif hint is Any or (origin is None and isinstance(value, hint)):
         return value
-    raise UserError(f"{path}={value!r}: expected {_describe(hint)}")
+    fix = f"; write {path}=[{value}]" if origin is tuple and args[0] is str and isinstance(value, str) else ""
+    raise UserError(f"{path}={value!r}: expected {_describe(hint)}{fix}")
 
 
 @functools.cache

@@ -95,9 +95,10 @@ def converted_config(config: ModelConfig, to: str) -> ModelConfig:
         recentre=False,
         norm=NormConfig(name=to, eps=eps.pop()),
     )
-    if config.qk_norm and head_norm(config).eps != head_norm(converted).eps:
+    if (config.qk_norm or config.ffn_norm) and head_norm(config).eps != head_norm(converted).eps:
+        key = "qk_norm" if config.qk_norm else "ffn_norm"
         raise UserError(
-            f"qk_norm=true has eps={head_norm(config).eps} and the other norms eps={converted.norm.eps}, but rmsnorm "
+            f"{key}=true has eps={head_norm(config).eps} and the other norms eps={converted.norm.eps}, but rmsnorm "
             "has one for both; name norm.eps before training"
         )
     return converted

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore  # dist.HashStore, which torch's stubs leave out
 
-from osp.config import OptimizerConfig, UserError
+from osp.config import Heads, OptimizerConfig, UserError
 from osp.optim import PartitionedOptimizer, build_groups, collect_roles
 
 # Gradients are copied through a buffer of this many elements on their way to the reduction; DeepSpeed's default is 7
@@ -107,9 +107,10 @@ def deepspeed_config(
 
 
 class Trainable(Protocol):
-    """What the engine needs of a module: the role of every parameter by name, from which its groups follow."""
+    """What the engine needs of a module: roles of its parameters and heads of its matrices, which make its groups."""
 
     def parameter_roles(self) -> Mapping[str, str]: ...
+    def parameter_heads(self) -> Mapping[str, Heads]: ...
     def named_parameters(self, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
@@ -135,7 +136,7 @@ class Engine:
         grad_clip: float,
         device: torch.device,
     ) -> None:
-        """`model` has `parameter_roles() -> {name: role}`; `init_distributed` has run. Collective."""
+        """`init_distributed` has run. Collective."""
         import deepspeed
 
         parameters = list(model.named_parameters(remove_duplicate=False))
@@ -145,7 +146,7 @@ class Engine:
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.groups = build_groups(collect_roles(parameters, model.parameter_roles()), config)
+        self.groups = build_groups(collect_roles(parameters, model.parameter_roles()), config, model.parameter_heads())
         self.optimizer = PartitionedOptimizer(self.groups)
         self.deepspeed_config = deepspeed_config(
             zero_stage=zero_stage,

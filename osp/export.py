@@ -5,6 +5,7 @@ becomes an RMSNorm whose gains are all the same, and nothing else changes, as na
 already. What was written is read back and compared with the model that was trained before the folder gets its name.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -23,6 +24,8 @@ from osp.config import ModelConfig, UserError
 from osp.convert import converted_config, fold_into_weights, norm_gain
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import Text, perplexity
+from osp.evaluation.quantized import quantized
+from osp.evaluation.spec import QuantSpec
 from osp.evaluation.texts import read_text
 from osp.hf import BODY, CONFIG, HEAD, INDEX, TOKENIZER, WEIGHTS, load_hf
 from osp.model import Embedding, Linear, Transformer
@@ -35,6 +38,7 @@ LOGIT_TOLERANCE = 1e-5  # of the largest logit
 # of the perplexity; of bf16 the weights' rounding, 2^-9 each, is all there is
 PERPLEXITY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 CHECKED_TOKENS = 16_384
+FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest: what the model card says that 4 bits cost
 
 WHY_NOT = {
     "bhyt": "it bounds activations with a tanh and shares a statistic between two norms",
@@ -98,7 +102,10 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
     for key, holds, what in (
         ("norm.placement=peri", config.norm.placement == "peri", "norm after a sublayer"),
         ("qk_norm=true", config.qk_norm, "norm of queries and keys"),
+        ("ffn_norm=true", config.ffn_norm, "norm inside its MLP"),
         ("attention.gate=true", config.attention.gate, "gate after attention"),
+        ("attention.off_by_one=true", config.attention.off_by_one, "1 in the denominator of its softmax"),
+        (f"model.hidden_act={config.hidden_act}", config.hidden_act != "silu", "activation but silu in its MLP"),
         ("model.head_bias=true", config.head_bias, "bias of the head (here that of the last LayerNorm, folded)"),
     ):
         if holds:
@@ -127,7 +134,7 @@ def hf_config(
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(config),
         "rms_norm_eps": eps,
         "hidden_act": "silu",
         "attention_bias": config.attention_bias,
@@ -137,6 +144,14 @@ def hf_config(
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    """What `config.json` says of it; linear scaling knows its factor alone."""
+    if config.rope_scaling is None:
+        return None
+    values = dataclasses.asdict(config.rope_scaling)
+    return values if values["rope_type"] == "llama3" else {key: values[key] for key in ("rope_type", "factor")}
 
 
 def size_in_bytes(size: str) -> int:
@@ -185,9 +200,19 @@ def _write(
         raise UserError(
             f"perplexity of {text.name} is {exported:.5f} as exported and {trained:.5f} as trained; not written"
         )
+    with quantized(loaded, FOUR_BITS):
+        four_bits = (str(FOUR_BITS), FOUR_BITS.hash, _perplexity(loaded, text))
     figures = {"logit_error": logit_error, "perplexity": trained, "exported_perplexity": exported}
     assert subject.run is not None
-    card = model_card(subject, subject.run, text=text.name, dtype=dtype, certificate=certificate, **figures)
+    card = model_card(
+        subject,
+        subject.run,
+        text=text.name,
+        dtype=dtype,
+        four_bits=four_bits,
+        certificate=certificate,
+        **figures,
+    )
     write_text(folder / "README.md", card)
     return figures
 

@@ -1,7 +1,7 @@
 """Hugging Face Llama folders, read without `transformers`: `load_hf(folder)` is the way back from `osp.export`.
 
-Our model has Hugging Face's names and layout, so a folder is read as it is; what our model cannot express (scaled
-RoPE, another architecture, quantized weights) is refused with the reason. Weights come from safetensors alone:
+Our model has Hugging Face's names and layout, so a folder is read as it is; what our model cannot express (another
+architecture or kind of RoPE, quantized weights) is refused with the reason. Weights come from safetensors alone:
 pickled ones could hold code.
 """
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig, UserError
+from osp.config import ModelConfig, NormConfig, RopeScaling, UserError
 from osp.data import load_tokenizer, vocab_size
 from osp.model import Transformer
 
@@ -106,10 +106,6 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         raise UserError(f"{path}: the weights are quantized (quantization_config); take the unquantized model")
     # transformers 5 keeps theta and scaling in rope_parameters, older versions in two keys
     rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default" or scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: RoPE of the type {kind!r}, and our model has plain RoPE alone")
     return ModelConfig(
         vocab_size=_integer(path, values, "vocab_size"),
         hidden_size=_integer(path, values, "hidden_size"),
@@ -119,11 +115,29 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         num_key_value_heads=_integer(path, values, "num_key_value_heads", values.get("num_attention_heads")),
         max_position_embeddings=_integer(path, values, "max_position_embeddings", 2048),
         rope_theta=_number(path, "rope_theta", rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        rope_scaling=_rope_scaling(path, values.get("rope_scaling") or rope),
         head_dim=None if values.get("head_dim") is None else _integer(path, values, "head_dim"),
         attention_bias=bool(values.get("attention_bias")),
         mlp_bias=bool(values.get("mlp_bias")),
         norm=NormConfig(name="rmsnorm", eps=_number(path, "rms_norm_eps", values.get("rms_norm_eps", 1e-6))),
     )
+
+
+def _rope_scaling(path: Path, values: Any) -> RopeScaling | None:
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: rope_scaling={values!r}: expected a JSON object")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ("default", "linear", "llama3") or values.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: RoPE of the type {kind!r}, and our model has plain, linear and llama3 RoPE alone")
+    if kind == "default":
+        return None
+    factor = _number(path, "rope_scaling.factor", values.get("factor"))
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    low, high = (
+        _number(path, f"rope_scaling.{key}", values.get(key)) for key in ("low_freq_factor", "high_freq_factor")
+    )
+    return RopeScaling("llama3", factor, low, high, _integer(path, values, "original_max_position_embeddings"))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

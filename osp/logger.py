@@ -10,6 +10,7 @@ import logging
 import math
 import secrets
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ from osp.config import LoggerConfig, UserError
 from osp.panels import create, layer_grids
 
 log = logging.getLogger(__name__)
+
+SECONDS_TO_FINISH = 20.0  # for W&B to take what it has not taken yet, when a run ends
 
 AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap")}
 
@@ -137,8 +140,29 @@ class WandB:
             self._guard(lambda: self._run.alert(title=message.split(":")[0], text=message, level="WARN"))
 
     def close(self, exit_code: int) -> None:
-        if self._run is not None:
-            self._guard(lambda: self._run.finish(exit_code=exit_code))
+        """End the W&B run; what a server that has gone away does not take is left to `wandb sync`."""
+        run = self._run
+        if run is None:
+            return
+        problems: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                run.finish(exit_code=exit_code)
+            except Exception as error:  # see _guard
+                problems.append(error)
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_FINISH)  # by itself it would wait for such a server without end
+        if problems:
+            log.warning("W&B: %s: %s", type(problems[0]).__name__, problems[0])
+        elif thread.is_alive():
+            log.warning(
+                "W&B has not taken everything within %.0f s; `wandb sync %s` sends it later",
+                SECONDS_TO_FINISH,
+                Path(run.dir).parent,
+            )
 
     def _start(
         self, folder: Path, config: LoggerConfig, run_name: str, run_config: dict[str, Any], resumed: bool
@@ -146,7 +170,8 @@ class WandB:
         import wandb
 
         id_file = folder / "wandb_run_id"
-        run_id = id_file.read_text().strip() if resumed and id_file.exists() else secrets.token_hex(4)
+        known = id_file.read_text().strip() if resumed and id_file.exists() else ""
+        run_id = known or secrets.token_hex(4)
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,

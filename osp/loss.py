@@ -43,12 +43,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             counted = targets[rows] != IGNORE
             index = targets[rows].clamp_min(0)[:, None]
-            log_p = F.log_softmax(F.linear(x[rows], cast, cast_bias), dim=-1, dtype=torch.float32)
-            total -= torch.where(counted, log_p.gather(1, index)[:, 0], 0.0).sum()
+            logits = F.linear(x[rows], cast, cast_bias)
+            p = F.softmax(logits, dim=-1, dtype=torch.float32)
+            # log sum exp by way of the largest p, which is at least 1/V: the target's own may underflow
+            log_sum = logits.amax(-1).float() - p.amax(-1).log()
+            total += torch.where(counted, log_sum - logits.gather(1, index)[:, 0], 0.0).sum()
             if grad_x is not None and grad_weight is not None:
-                grad = log_p.exp_()  # d loss / d logits = softmax - one_hot
-                grad.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=grad.dtype))
-                grad = grad.mul_(counted[:, None]).to(x.dtype)
+                p.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=p.dtype))
+                # d loss / d logits = softmax - one_hot, rounded as it is written
+                grad = torch.mul(p, counted[:, None], out=torch.empty_like(logits))
                 grad_x[rows] = grad @ cast
                 grad_weight += grad.T @ x[rows]
                 if grad_bias is not None:

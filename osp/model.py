@@ -11,6 +11,8 @@ B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V v
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from osp.attention import KVCache, LayerCache, apply_rotary, causal_attention, document_mask, rotary_table
-from osp.config import ModelConfig, Role, check_model
+from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
 from osp.loss import linear_cross_entropy
-from osp.norms import BHyT, Norm, block_norm, final_norm, head_norm
+from osp.norms import BHyT, Norm, block_norm, ffn_norm, final_norm, head_norm
+from osp.penalty import activation_penalty
 
 __all__ = ["Linear", "ModelConfig", "Transformer", "count_parameters", "flops_per_token"]
 
@@ -60,8 +63,12 @@ class Linear(nn.Module):
 class CausalAttention(nn.Module):
     """`causal_attention` as a module: where hooks see q, k and v as attention does, after RoPE."""
 
+    def __init__(self, *, off_by_one: bool = False):
+        super().__init__()
+        self.off_by_one = off_by_one
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return causal_attention(q, k, v, mask)
+        return causal_attention(q, k, v, mask, off_by_one=self.off_by_one)
 
 
 class Attention(nn.Module):
@@ -82,7 +89,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=zero_mean)
         self.q_norm, self.k_norm = (head_norm(config), head_norm(config)) if config.qk_norm else (None, None)
         self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
-        self.attend = CausalAttention()
+        self.attend = CausalAttention(off_by_one=config.attention.off_by_one)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
@@ -104,18 +111,45 @@ class Attention(nn.Module):
         return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj, **gate}
 
 
+class Activation(NamedTuple):
+    """f, and the RMS of f(z) u for independent standard normal z and u: sqrt(E[f(z)^2])."""
+
+    function: Callable[[Tensor], Tensor]
+    rms: float
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# of a gated MLP (Shazeer 2020, arXiv 2002.05202), by Hugging Face's names; sigmoid is the first GLU's
+ACTIVATIONS = {
+    "silu": Activation(F.silu, 0.5965),
+    "gelu": Activation(F.gelu, 0.6521),
+    "relu2": Activation(_relu2, 1.2247),
+    "sigmoid": Activation(torch.sigmoid, 0.5416),
+}
+
+
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(norm(act(gate(x)) * up(x))): SwiGLU by default; the norm only with `ffn_norm`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden_size, ffn_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.act = ACTIVATIONS[config.hidden_act].function
         self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
+        self.ffn_norm = ffn_norm(config, init=ACTIVATIONS[config.hidden_act].rms) if config.ffn_norm else None
         self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, penalty: PenaltyConfig | None = None) -> Any:
+        """y, or with `penalty` (y, the penalty of what down_proj reads)."""
+        hidden = self.act(self.gate_proj(x)) * self.up_proj(x)
+        if self.ffn_norm is not None:
+            hidden = self.ffn_norm(hidden)
+        y = self.down_proj(hidden)
+        return y if penalty is None else (y, activation_penalty(hidden, penalty))
 
     def readers(self) -> dict[str, Linear]:
         """The matrices that read the residual stream after `post_attention_layernorm`, by name."""
@@ -140,11 +174,23 @@ class Block(nn.Module):
         self.mlp_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        penalty: PenaltyConfig | None = None,
+    ) -> Any:
+        """The residual stream (B, T, D), or with `penalty` (it, the penalty of this block)."""
         h, carry = self.input_layernorm(x, return_carry=True)
         x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask, cache))
-        return x + self.mlp_output_layernorm(self.mlp(self.post_attention_layernorm(x, carry)))
+        h = self.post_attention_layernorm(x, carry)
+        if penalty is not None and penalty.site == "down_proj_in":
+            h, price = self.mlp(h, penalty)
+            return x + self.mlp_output_layernorm(h), price
+        x = x + self.mlp_output_layernorm(self.mlp(h))
+        return x if penalty is None else (x, activation_penalty(x, penalty))
 
 
 class Embedding(nn.Module):
@@ -183,7 +229,7 @@ class Head(Linear):
 
 
 class Transformer(nn.Module):
-    """`forward(input_ids) -> logits`, or with `targets` the summed cross-entropy in nats."""
+    """`forward(input_ids) -> logits`, or with `targets` the summed cross-entropy in nats, and the penalty if asked."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -216,22 +262,31 @@ class Transformer(nn.Module):
         chunk_tokens: int = 8192,
         cache: KVCache | None = None,
         wanted: Tensor | None = None,
-    ) -> Tensor:
+        penalty: PenaltyConfig | None = None,
+    ) -> Any:
         """Logits (B, T, V) in the compute dtype; with `targets` (B, T) the sum of their losses, fp32, 0-dim.
 
         input_ids: (B, T). Targets equal to `osp.loss.IGNORE` count nothing. document_ids (B, T): a token attends only
         inside its own document. chunk_tokens: rows of the logits that exist at a time. cache: what the tokens follow,
-        and where they are added. wanted (B,): the one token of each row whose logits (B, 1, V) are returned.
+        and where they are added. wanted (B,): the one token of each row whose logits (B, 1, V) are returned. penalty:
+        the result is (logits or loss, the sum over tokens of their mean penalty over layers before its weight).
         """
-        x = self.hidden_states(input_ids, document_ids=document_ids, cache=cache)
+        hidden = self.hidden_states(input_ids, document_ids=document_ids, cache=cache, penalty=penalty)
+        x, price = (hidden, None) if penalty is None else hidden
         if wanted is not None:
             x = x[torch.arange(len(x), device=x.device), wanted][:, None]
-        return self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
+        y = self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
+        return y if price is None else (y, price)
 
     def hidden_states(
-        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """(B, T, D) what the head reads: for who wants the logits of a few tokens alone."""
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        penalty: PenaltyConfig | None = None,
+    ) -> Any:
+        """(B, T, D) what the head reads: for who wants the logits of a few tokens alone; and the penalty if asked."""
         mask = None if document_ids is None else document_mask(document_ids)
         if cache is None or cache.positions is None:
             cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
@@ -239,18 +294,25 @@ class Transformer(nn.Module):
             mask = cache.mask(cache.positions)
             cos, sin = (table[cache.positions] for table in self.rotary(cache.width, input_ids.device))
         x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
+        prices: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, None, penalty, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, None if cache is None else cache.layer(i))
-        return self.head_proj(self.norm(x))
+                x = layer(x, cos, sin, mask, None if cache is None else cache.layer(i), penalty)
+            if penalty is not None:
+                x, price = x
+                prices.append(price)
+        x = self.head_proj(self.norm(x))
+        return x if penalty is None else (x, torch.stack(prices).mean())
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""
         if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
             positions = max(length, self.config.max_position_embeddings)
-            self._rotary = rotary_table(self.config.head_size, positions, self.config.rope_theta, device)
+            self._rotary = rotary_table(
+                self.config.head_size, positions, self.config.rope_theta, device, self.config.rope_scaling
+            )
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 
@@ -265,6 +327,22 @@ class Transformer(nn.Module):
         return {
             name: modules.get(name.split(".")[0], "matrix") if parameter.ndim == 2 else "gain"
             for name, parameter in self.named_parameters()
+        }
+
+    def parameter_heads(self) -> dict[str, Heads]:
+        """How the matrices of attention consist of those of heads, by name: for `optimizer.per_head`."""
+        heads, groups = self.config.num_attention_heads, self.config.kv_heads
+        kinds = {
+            "q_proj": Heads(heads, 0),
+            "k_proj": Heads(groups, 0),
+            "v_proj": Heads(groups, 0),
+            "o_proj": Heads(heads, 1),
+            "attention_gate": Heads(heads, 0),
+        }
+        return {
+            name: kinds[name.split(".")[-2]]
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 2 and name.split(".")[-2] in kinds
         }
 
     @torch.no_grad()

@@ -14,6 +14,8 @@ CURVE_ROWS = 10
 CURVES = {  # heading -> key of metrics.jsonl
     "validation loss": "val/loss",
     "bits per byte": "val/bits_per_byte",
+    "perplexity at 16-16-16": "quant/perplexity/16-16-16",
+    "at 4-4-4": "quant/perplexity/4-4-4",
     "kurtosis": "monitor/kurtosis/mean",
     "kurtosis (script of OSP)": "monitor/kurtosis/osp_script",
     "largest activation": "monitor/max_abs/max",
@@ -29,13 +31,15 @@ def model_card(
     logit_error: float,
     perplexity: float,
     exported_perplexity: float,
+    four_bits: tuple[str, str, float],
     certificate: Certificate | None = None,
 ) -> str:
-    """Markdown. text: name of the text that both perplexities are of; the rest: see `osp.export.Exported`.
+    """Markdown. text: name of the text that the perplexities are of; the rest: see `osp.export.Exported`.
 
-    certificate: of a model that was converted.
+    four_bits: a quantization in words, its hash, and the exported model's perplexity under it. certificate: of a model
+    that was converted.
     """
-    config = subject.config
+    config, (words, spec_hash, quantized_perplexity) = subject.config, four_bits
     assert config is not None
     end = [event for event in read_lines(run / "metrics.jsonl") if event.get("step") == subject.step]
     tokens = end[-1]["tokens"] if end else (subject.step or 0) * config.train.tokens_per_step
@@ -61,7 +65,7 @@ def model_card(
     sections.append(
         f"## Export\n\nWeights are {dtype}. Absorbing projections and scales moved the logits by {logit_error:.1e} "
         f"of the largest. Perplexity of the first tokens of `{text}`: {perplexity:.4f} as trained, "
-        f"{exported_perplexity:.4f} as exported."
+        f"{exported_perplexity:.4f} as exported, {quantized_perplexity:.4f} fake-quantized to {words} [{spec_hash}]."
     )
     return "\n\n".join(sections) + "\n"
 

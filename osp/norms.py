@@ -1,10 +1,11 @@
 """Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT, Derf, and how a model builds them from its config.
 
 Shapes: x (..., D) -> (..., D), in the dtype of x. What is divided by a statistic, or multiplied by a slope, is fp32
-(fp64 of fp64) and is rounded to the dtype of x before tanh and gain are applied: Hugging Face's order, and all that is
-kept for backward is the fp32 input and the rounded result. A norm is an ordinary module, `y = norm(x)`. Two norms of
-one block may share a statistic (BHyT does): `y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other
-norms carry nothing. To add a norm: one class with its NORMS entry, one YAML in `configs/norm`, one test.
+(fp64 of fp64) and is rounded to the dtype of x before tanh and gain are applied: Hugging Face's order. (LayerNorm is
+torch's, which rounds once, at the end.) LayerNorm, RMSNorm and SSNorm keep x alone for backward, BHyT its tanh too. A
+norm is an ordinary module, `y = norm(x)`. Two norms of one block may share a statistic (BHyT does):
+`y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other norms carry nothing. To add a norm: one class
+with its NORMS entry, one YAML in `configs/norm`, one test.
 
 Where the norms of a block stand is configuration too:
 - `norm.placement=peri` (Peri-LN, arXiv 2502.02732): x + norm_out(f(norm_in(x))), so that the residual stream grows
@@ -14,6 +15,9 @@ Where the norms of a block stand is configuration too:
 - `qk_norm=true`: queries and keys of every head are normalized over the head's channels before RoPE, with one gain that
   all heads share; SSNorm in a model of SSNorms, RMSNorm else (as in Qwen3 and OLMo 2). It bounds attention logits by
   g_q g_k sqrt(K), so larger learning rates stay stable.
+- `ffn_norm=true`: what down_proj reads is normalized over its channels, by the same choice of norm (Magneto's Sub-LN,
+  arXiv 2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS that a model of initial deviation
+  1/sqrt(hidden_size) has there without it, so that training starts from blocks of the same strength.
 """
 
 import dataclasses
@@ -23,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp.config import ModelConfig, NormConfig, UserError
@@ -84,12 +89,9 @@ class LayerNorm(Norm):
             nn.init.zeros_(self.bias)
 
     def normalize(self, x: Tensor) -> Tensor:
-        wide = _wide(x)
-        wide = wide - wide.mean(-1, keepdim=True)
-        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        if self.weight is not None:
-            y = y * self.weight.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        # torch's own is fused on every device, and keeps its input alone for backward
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
 
 class RMSNorm(Norm):
@@ -109,8 +111,7 @@ class RMSNorm(Norm):
             nn.init.constant_(self.weight, self.init)
 
     def normalize(self, x: Tensor) -> Tensor:
-        y = _divide_by_rms(x, self.eps)
-        return y if self.weight is None else y * self.weight.to(x.dtype)
+        return _Divided.apply(x, None, None, self.weight, self.eps)[0]
 
 
 class SSNorm(Norm):
@@ -131,7 +132,7 @@ class SSNorm(Norm):
         nn.init.constant_(self.weight, self.init)
 
     def normalize(self, x: Tensor) -> Tensor:
-        return _divide_by_rms(x, self.eps) * self.weight.to(x.dtype)
+        return _Divided.apply(x, None, None, self.weight, self.eps)[0]
 
 
 class CRMSNorm(Norm):
@@ -280,19 +281,22 @@ class BHyTStar(Norm):
             self.lam.fill_(self.initial_lam)
 
     def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
-        """(..., 1) the mean square of x (..., D), fp32 (fp64 of fp64)."""
-        return _wide(x).square().mean(-1, keepdim=True)
+        """(..., 1) the mean square of x (..., D), fp32 (fp64 of fp64), measured or approximated."""
+        approximated = self.approximated(carry)
+        return _wide(x).square().mean(-1, keepdim=True) if approximated is None else approximated
+
+    def approximated(self, carry: Carry | None) -> Tensor | None:
+        """(..., 1) the mean square that follows from the first norm of the block; None where it is measured."""
+        return None
 
     def carry(self, variance: Tensor) -> Carry | None:
         """What the second norm of the block needs of this one."""
         return None
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
-        wide = _wide(x)  # once: each copy would be kept for backward
-        variance = self.variance(wide, carry)
         slope = self.lam / self.kappa if self.slope is None else self.slope
-        argument = wide * (torch.rsqrt(variance + self.eps) * slope)
-        y = self._scaled(torch.tanh(argument.to(x.dtype)) * self.weight.to(x.dtype))
+        argument, variance = _Divided.apply(x, self.approximated(carry), slope, None, self.eps)
+        y = self._scaled(torch.tanh(argument) * self.weight.to(x.dtype))
         return (y, self.carry(variance)) if return_carry else y
 
     def fold(self, first: Norm | None = None) -> None:
@@ -314,8 +318,9 @@ class BHyT(BHyTStar):
 
     beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
     LayerNorm scaling divides it by the layer. c is the buffer `attention_gain`, which `refresh` recomputes from the
-    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and takes a gate
-    (`attention.gate`) for open. In `exact_layers` (from 1), without a carry, and before the head the norm measures.
+    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and the 1 of
+    `attention.off_by_one`, and takes a gate (`attention.gate`) for open. In `exact_layers` (from 1), without a carry,
+    and before the head the norm measures.
     """
 
     attention_gain: Tensor
@@ -370,10 +375,9 @@ class BHyT(BHyTStar):
         if self.approximates:
             self.attention_gain.zero_()
 
-    def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
-        """(..., 1) the mean square of x (..., D), measured, or approximated from `carry` after attention."""
+    def approximated(self, carry: Carry | None) -> Tensor | None:
         if carry is None or not self.approximates:
-            return super().variance(x)
+            return None
         factor, added = self._terms(carry.scale, carry.gain_square) if self.terms is None else self.terms
         variance = carry.variance if factor is None else carry.variance * factor
         return variance if added is None else variance + added
@@ -465,8 +469,12 @@ def final_norm(config: ModelConfig) -> Norm:
 
 def head_norm(config: ModelConfig) -> Norm:
     """The norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block's norms."""
-    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
-    return build_norm(name, config.head_size, **({} if config.norm.eps is None else {"eps": config.norm.eps}))
+    return _inner_norm(config, config.head_size)
+
+
+def ffn_norm(config: ModelConfig, *, init: float) -> Norm:
+    """The norm of what down_proj reads (`ffn_norm`); its gain starts at `init`."""
+    return _inner_norm(config, config.intermediate_size, init=init)
 
 
 def bound_warning(config: ModelConfig) -> str | None:
@@ -485,10 +493,58 @@ def bound_warning(config: ModelConfig) -> str | None:
     )
 
 
-def _divide_by_rms(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis: statistics fp32 (fp64 of fp64), result in the dtype of x."""
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+def _inner_norm(config: ModelConfig, size: int, **options: float) -> Norm:
+    """A norm of `size` channels inside a sublayer, with the eps of the block's norms."""
+    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
+    given = {} if config.norm.eps is None else {"eps": config.norm.eps}
+    return build_norm(name, size, **given, **options)
+
+
+class _Divided(torch.autograd.Function):
+    """(y, v): y = x * slope / sqrt(v + eps) * gain in the dtype of x (..., D), v (..., 1) fp32 (fp64 of fp64).
+
+    v is given, or None: then it is mean(x^2), and returned. slope (1,) and gain (1,) or (D,) are None for 1; y is
+    rounded to the dtype of x before it is multiplied by the gain. With r = 1 / sqrt(v + eps), a = sum(dy gain x) over
+    channels and sums over tokens,
+
+        dslope = sum(r a)    dgain = sum(slope r dy x)    dv = -slope r^3 a / 2    dx = slope r gain dy
+
+    and where v is measured 2 dv x / D on top of dx. Autograd comes to the same in up to three times as many passes over
+    memory, which is what an eager norm takes its time for, and keeps the normalized x and an fp32 copy of x besides x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, variance: Tensor | None, slope: Tensor | None, gain: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        wide = _wide(x)
+        ctx.measured = variance is None
+        used = wide.square().mean(-1, keepdim=True) if variance is None else variance
+        rstd = torch.rsqrt(used + eps)
+        y = (wide * (rstd if slope is None else rstd * slope)).to(x.dtype)
+        ctx.save_for_backward(x, rstd, slope, gain)
+        return y if gain is None else y * gain.to(x.dtype), used if ctx.measured else None
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, slope, gain = ctx.saved_tensors
+        wide, dy = _wide(x), _wide(grad_outputs[0])
+        scale = rstd if slope is None else rstd * slope
+        product, dgain = dy * wide, None  # sums, not products of matrices: torch.compile fuses them
+        if gain is None or gain.numel() == 1:
+            a = product.sum(-1, keepdim=True)
+            dx = dy * (scale if gain is None else scale * gain)
+            if gain is not None:
+                dgain, a = (scale * a).sum().view(1), a * gain
+        else:
+            a = (product * gain).sum(-1, keepdim=True)
+            dx = (dy * gain).mul_(scale)
+            dgain = (product * scale).flatten(0, -2).sum(0)
+        dslope = None if slope is None else (rstd * a).sum().view(1)
+        dvariance = scale * rstd.square() * a / -2
+        if ctx.measured:
+            dx.addcmul_(wide, (dvariance + grad_outputs[1]) * (2 / x.shape[-1]))
+        return dx.to(x.dtype), None if ctx.measured else dvariance, dslope, dgain, None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40
 
 def peak_tflops(device: torch.device) -> float | None:
     """The dense bf16 peak of a GPU, TFLOP/s, that MFU is measured against; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    return peak_tflops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_tflops_of(name: str) -> float | None:
+    """The same of a GPU by its name."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from osp.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished, write_text
-from osp.config import Config, TokenizerConfig, UserError, check, differences, from_dict, to_dict
+from osp.config import Config, TokenizerConfig, UserError, check, differences, to_dict
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def with_initial_model(config: Config) -> Config:
             f"checkpoint.init_from={source}: no model there; name a run, a checkpoint or what scripts/convert.py "
             "wrote; a Hugging Face folder is converted first"
         )
-    theirs = from_dict(Checkpoint(folder).manifest["config"])
+    theirs = Checkpoint(folder).config
     path = folder.resolve().parent.parent / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"checkpoint.init_from={source}: {path} is missing, the model's tokenizer")
@@ -230,8 +230,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [entry for entry in objects if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
 
-def check_disk(folder: Path, num_bytes: int, *, copies: int) -> None:
-    """Raise `UserError` unless `copies` checkpoints of `num_bytes` fit on the disk of the run folder."""
+def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
+    """Raise `UserError` unless the checkpoints of `num_bytes` that a run keeps fit on the disk of its folder.
+
+    Those that are there already need no more room, and the next one is written before the oldest is removed.
+    """
+    copies = max(1, max(1, keep_last) + 1 - len(candidates(folder)))
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -240,8 +244,9 @@ def check_disk(folder: Path, num_bytes: int, *, copies: int) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes * copies:
         raise UserError(
-            f"run.dir={folder}: {copies} checkpoints of {num_bytes / 1e9:.2f} GB do not fit into the "
-            f"{free / 1e9:.2f} GB free there; choose another run.dir or a smaller checkpoint.keep_last"
+            f"run.dir={folder}: {copies} more checkpoint{'s' * (copies > 1)} of {num_bytes / 1e9:.2f} GB, as "
+            f"checkpoint.keep_last={keep_last} needs, do not fit into the {free / 1e9:.2f} GB free there; choose "
+            "another run.dir or a smaller checkpoint.keep_last"
         )
     if not os.access(place, os.W_OK):
         raise UserError(f"run.dir={folder}: cannot write there")

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from osp.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
-from osp.config import Config, RunError, UserError, to_dict
+from osp.config import Config, LostRankError, RunError, UserError, to_dict
 from osp.cpu import prepare_cpu
 from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
-from osp.engine import Engine, gather_objects, init_distributed, local_ranks, on_main
+from osp.engine import Engine, Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
 from osp.logger import Logger, check_wandb
 from osp.model import build_model
 from osp.norms import bound_warning
@@ -30,7 +30,8 @@ from osp.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size
 
 log = logging.getLogger(__name__)
 
-MEASURED_STEPS = 6  # how many steps `train.minutes` is turned into steps by
+MEASURED_STEPS = 6  # at most as many steps tell how many fit into `train.minutes`
+MEASURED_SECONDS = 3.0  # no further one after this time, if there are three
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
@@ -54,10 +55,28 @@ def setup(config: Config) -> Trainer:
     config = with_initial_model(config)
     model = meta_model(config)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    build_groups(
+        collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer, model.parameter_heads()
+    )
     device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())
+    peers = Peers()
+    peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
+    try:
+        return _set_up(config, shapes, device, peers)
+    except BaseException as error:
+        try:
+            if not isinstance(error, RunError) and is_connection_error(error):
+                dead = peers.describe(peers.dead(seconds=3))
+                raise LostRankError(f"before the first step: {dead}; start all of them again") from error
+            raise
+        finally:
+            peers.dismiss()
+
+
+def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, peers: Peers) -> Trainer:
+    """What `setup` does once the ranks can talk. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve(config, device=device, world_size=world_size)
     _check_same_config(config)
@@ -66,7 +85,7 @@ def setup(config: Config) -> Trainer:
         build_schedule_of(config)  # raises if its phases do not fit
     logger_config = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), copies=max(2, config.checkpoint.keep_last)))
+    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     checkpoint = first_whole(resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
@@ -81,7 +100,7 @@ def setup(config: Config) -> Trainer:
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
     if config.train.steps is None:
-        config = with_measured_length(config, engine, loader)
+        config = with_measured_length(config, engine, loader, peers)
     locks: list[RunLock] = []  # rank 0 has one; a file is nothing to send to other ranks
     token = on_main(lambda: _begin(folder, config, checkpoint, shards, locks, device=str(device)))
     _warn_of_slow_saves(folder, engine)
@@ -95,7 +114,8 @@ def setup(config: Config) -> Trainer:
             step=checkpoint.step if checkpoint else 0,
             total_steps=total_steps(config),
         )
-    trainer = Trainer(config, engine, loader, folder, logger, lock=locks[0] if locks else None, token=token)
+    lock = locks[0] if locks else None
+    trainer = Trainer(config, engine, loader, folder, logger, peers=peers, lock=lock, token=token)
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
@@ -139,7 +159,7 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         raise UserError(
             f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={config.train.steps}; raise that"
         )
-    before = [tuple(pair) for pair in checkpoint.manifest["config"]["data"].get("skip_steps", [])]
+    before = checkpoint.config.data.skip_steps
     position = data_step(checkpoint.step, before)
     read = [[pair for pair in sorted(pairs) if pair[0] <= position] for pairs in (before, config.data.skip_steps)]
     if read[0] != read[1]:
@@ -149,10 +169,14 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
 
 
-def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
-    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks."""
+def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool | None = None) -> Config:
+    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks.
+
+    bf16: whether the device multiplies it natively; None: ask the one that is here.
+    """
     train = config.train
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and native_bf16(device))
+    native = native_bf16(device) if bf16 is None else bf16
+    precision = ("bf16" if native else "fp32") if train.precision == "auto" else train.precision
     compiled = train.compile
     if compiled == "auto":
         compiled = device.type == "cuda" and config.engine.zero_stage < 3
@@ -179,7 +203,7 @@ def resolve(config: Config, *, device: torch.device, world_size: int) -> Config:
         train = dataclasses.replace(train, steps=math.ceil(train.tokens / train.tokens_per_step))
     if train.steps is not None:
         train = dataclasses.replace(train, tokens=None, minutes=None)
-    train = dataclasses.replace(train, precision="bf16" if bf16 else "fp32", compile=compiled, micro_batch_size=size)
+    train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
     return dataclasses.replace(config, train=train)
 
 
@@ -238,22 +262,24 @@ def with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, tokens=None, minutes=None))
 
 
-def with_measured_length(config: Config, engine: Engine, loader: Loader) -> Config:
+def with_measured_length(config: Config, engine: Engine, loader: Loader, peers: Peers) -> Config:
     """`config` with as many steps as fit into `train.minutes`. Takes a few steps, and takes them back. Collective."""
     assert config.train.minutes is not None
     state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
-    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None)
+    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None, peers=peers)
     seconds = []
     for step in range(MEASURED_STEPS):
         began = time.perf_counter()
         if trial.train_step(step, record=True) is None:
             raise RunError(trial.failure)
         seconds.append(time.perf_counter() - began)
+        if on_main(lambda: len(seconds) >= 3 and sum(seconds) > MEASURED_SECONDS):
+            break
     for tensor, before in state:
         tensor.copy_(before)
     engine.sync_weights_from_master()
     # the first steps compile, allocate and read cold memory
-    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[MEASURED_STEPS // 2 :])))
+    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[len(seconds) // 2 :])))
     return with_steps(config, on_main(lambda: steps))
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.checkpoint import Checkpoint, Saver, load
-from osp.config import Config, LostRankError, RunError, StoppedError, to_dict
+from osp.config import Config, LostRankError, PenaltyConfig, RunError, StoppedError, to_dict
 from osp.data import Batch, Loader, data_step, load_manifest, load_tokenizer, token_bytes, validation_batches
 from osp.engine import Engine, Peers, gather_objects, is_connection_error, on_main
 from osp.evaluation.measure import live_perplexity
@@ -37,11 +37,15 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a request to stop may go unheard
 SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
+MIN_VALIDATION_STEPS, VALIDATION_SHARE = 250, 0.02  # eval.every=auto: the shortest interval, the share of the work
 NUM_LARGEST = 8  # gradients named when the numbers go wrong
 
 
 class Trainer:
-    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`."""
+    """One run on one rank; `logger` and `lock` are None on all ranks but the first. token: see `Saver`.
+
+    peers: being watched already; dismissed when the run has ended.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class Trainer:
         folder: Path,
         logger: Logger | None,
         *,
+        peers: Peers,
         lock: RunLock | None = None,
         token: str = "",
     ):
@@ -69,7 +74,7 @@ class Trainer:
         self.stop = StopRequest()
         self.interrupted = False  # all ranks know that one of them was asked to stop
         self.failure = ""  # why the run cannot go on, known to all ranks
-        self.peers = Peers()
+        self.peers = peers
         self.saver = Saver(
             folder / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -78,6 +83,9 @@ class Trainer:
             rank=engine.rank,
             gather=gather_objects,
         )
+        # taken once: asking git and building a model take longer than all that a save copies
+        self._environment = environment() if engine.rank == 0 else None
+        self._shapes = {name: list(p.shape) for name, p in meta_model(config).named_parameters()}
         self.train_seconds = 0.0
         self._step_seconds = 0.0  # of the last step, on this rank
         self._check_every = 1  # micro steps between looks at requests to stop
@@ -87,6 +95,7 @@ class Trainer:
         self.quantized_text = (
             held_out("held_out", self.shards, self.tokenizer, max_tokens=quant.tokens) if quant.every else None
         )
+        self.validation_every = validation_every(config, load_manifest(self.shards).val.tokens)
         self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
         self.peak_tflops = config.logger.peak_tflops or peak_tflops(engine.device)
 
@@ -109,7 +118,6 @@ class Trainer:
         self._announce()
         first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
-            self.peers.watch()
             monitor = self.build_monitor()
             while self._boundary(monitor) and self.step < self.last_step:
                 self.refresh_norms(self.step)
@@ -162,18 +170,22 @@ class Trainer:
             return None
         batches = self.loader.step(step)
         data_wait = time.perf_counter() - began
-        losses = []
+        losses, penalties = [], []
         for micro_step, batch in enumerate(batches):
             if micro_step and micro_step % self._check_every == 0 and self._asked_to_stop():
                 self.engine.discard_gradients()
                 return None
-            loss = self._loss(batch)
-            self.engine.backward(loss / self.config.train.tokens_per_step)
+            loss, penalty = self._loss_and_penalty(batch)
+            total = loss + self.config.penalty.weight * penalty
+            self.engine.backward(total / self.config.train.tokens_per_step)
             losses.append(loss.detach())
-        mean, checksum = self._reduce(torch.stack(losses), batches)
+            penalties.append(penalty.detach())
+        mean, penalty, checksum = self._reduce(torch.stack(losses), torch.stack(penalties), batches)
         names, norms = self.engine.gradient_norms()
         grad_norm = torch.linalg.vector_norm(norms).item()
         metrics = {"train/loss": mean, "train/grad_norm": grad_norm, "train/rows_checksum": checksum}
+        if self.config.penalty.weight:
+            metrics["train/penalty"] = penalty
         skip = self._examine(step, mean, grad_norm, losses=losses, norms=dict(zip(names, norms.tolist(), strict=True)))
         if skip or self.failure:
             self.engine.discard_gradients()
@@ -268,11 +280,11 @@ class Trainer:
             "skipped": self.skipped,
             "spikes": {key: list(detector.values) for key, detector in self.spikes.items()},
             "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
-            "environment": environment() if self.engine.rank == 0 else None,
+            "environment": self._environment,
             "world_size": self.engine.world_size,
             "zero_stage": config.engine.zero_stage,
             "config": to_dict(config),
-            "shapes": {name: list(p.shape) for name, p in meta_model(config).named_parameters()},
+            "shapes": self._shapes,
         }
         rng, buffers = self.engine.rng_state(), dict(self.model.named_buffers())
         self.saver.begin(self.engine.local_state(), rng=rng, buffers=buffers, manifest=manifest)
@@ -322,10 +334,10 @@ class Trainer:
             self.save()
         if monitor.due(self.step):
             monitor.probe(self.step, tokens=self.tokens, train_seconds=self.train_seconds)
-        if self.validation[0] != self.step and self._due(self.config.eval.every):
+        if self.validation[0] != self.step and self._due(self.validation_every):
             self.validate()
         every = self.config.eval.quant.every
-        if every and self.quantized[0] != self.step and self._due(every) and not self.interrupted:
+        if every and self.quantized[0] != self.step and self._due(every) and not self._asked_to_stop():
             self.validate_quantized()
         return not self.interrupted
 
@@ -354,17 +366,31 @@ class Trainer:
         counts = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
         return [int(count) for count in self.engine.all_reduce_sum(counts).tolist()]
 
-    def _reduce(self, losses: torch.Tensor, batches: list[Batch]) -> tuple[float, float]:
-        """Mean loss per token and the checksum of the rows of a step over all ranks. Collective."""
+    def _reduce(
+        self, losses: torch.Tensor, penalties: torch.Tensor, batches: list[Batch]
+    ) -> tuple[float, float, float]:
+        """Mean loss and penalty per token and the checksum of the rows of a step over all ranks. Collective."""
         mine = losses.new_tensor([sum(batch.checksum for batch in batches), self._step_seconds], dtype=torch.float64)
-        sums = self.engine.all_reduce_sum(torch.cat((losses.sum().double()[None], mine))).tolist()
-        micro_step_seconds = sums[2] / self.engine.world_size / len(batches)  # of the step before, equal on all ranks
+        local = torch.cat((torch.stack((losses.sum(), penalties.sum())).double(), mine))
+        loss, penalty, checksum, seconds = self.engine.all_reduce_sum(local).tolist()
+        micro_step_seconds = seconds / self.engine.world_size / len(batches)  # of the step before, equal on all ranks
         if micro_step_seconds:
             self._check_every = max(1, int(SECONDS_BETWEEN_CHECKS / micro_step_seconds))
-        return sums[0] / self.config.train.tokens_per_step, sums[1]
+        tokens = self.config.train.tokens_per_step
+        return loss / tokens, penalty / tokens, checksum
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of the batch's rows on this rank; rows beyond `num_rows` are padding and count nothing."""
+    def _loss_and_penalty(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss of a training batch and its summed penalty before the weight, 0 where there is none."""
+        if self.config.penalty.weight:
+            return self._loss(batch, penalty=self.config.penalty)
+        loss = self._loss(batch)
+        return loss, torch.zeros_like(loss)
+
+    def _loss(self, batch: Batch, *, penalty: PenaltyConfig | None = None) -> Any:
+        """Summed loss of the batch's rows on this rank; rows beyond `num_rows` are padding and count nothing.
+
+        With `penalty` (loss, summed penalty): of training, whose batches have no padding.
+        """
         tokens = batch.tokens.to(self.engine.device, non_blocking=True)
         targets = tokens[:, 1:].clone() if batch.num_rows < len(tokens) else tokens[:, 1:]
         targets[batch.num_rows :] = IGNORE
@@ -374,6 +400,7 @@ class Trainer:
             targets,
             document_ids=None if ids is None else ids[:, :-1].to(self.engine.device, non_blocking=True),
             chunk_tokens=self.config.train.loss_chunk_tokens,
+            penalty=penalty,
         )
 
     def _figures(self, seconds: float, data_wait: float) -> dict[str, float]:
@@ -619,6 +646,14 @@ def build_schedule_of(config: Config) -> Callable[[int], float]:
     return build_schedule(
         config.schedule, total_steps=total_steps(config), tokens_per_step=config.train.tokens_per_step
     )
+
+
+def validation_every(config: Config, val_tokens: int) -> int:
+    """Steps between validations on held-out text of `val_tokens`; `auto`: a forward pass is a third of the work."""
+    if config.eval.every != "auto":
+        return config.eval.every
+    steps = min(config.eval.tokens, val_tokens) / (3 * config.train.tokens_per_step)
+    return max(MIN_VALIDATION_STEPS, math.ceil(steps / VALIDATION_SHARE))
 
 
 def micro_batch_size(config: Config) -> int:

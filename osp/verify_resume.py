@@ -12,12 +12,8 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,26 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from osp.checkpoint import Checkpoint, find, write_text
 from osp.config import Config, RunError, ScheduleConfig, UserError, VerifyResumeConfig, length_in_steps, to_dict
+from osp.launcher import Process, training_command
 from osp.run import STOPPED, environment
 
 SLACK = 4.0  # how many times the yardstick a run may deviate that changed its ranks or stage
-SECONDS_TO_END = 60.0  # for a training that is told to end because this process does
 MAX_ATTEMPTS = 5  # to send SIGTERM before a short run is over
-
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # variables that would make a start a rank
-HYDRA = {
-    "defaults": [
-        "defaults",
-        "_self_",
-        {"override hydra/job_logging": "none"},
-        {"override hydra/hydra_logging": "none"},
-    ],
-    "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
-}
 
 log = logging.getLogger(__name__)
 
@@ -136,10 +120,7 @@ class Start(Protocol):
 
 
 class Subprocesses:
-    """Starts trainings as a user does, `script` being scripts/train.py; their configurations and logs stay in `folder`.
-
-    One rank is plain python, several are torchrun's.
-    """
+    """Starts trainings by `script`, scripts/train.py; their configurations and logs stay in `folder`."""
 
     def __init__(self, script: Path, folder: Path):
         self.script, self.folder = script, folder
@@ -148,42 +129,19 @@ class Subprocesses:
         """Raises what ended the training, unless it was sent SIGTERM: `UserError` for a mistake, else `RunError`."""
         signalled, number = False, len(list(self.folder.glob("*.yaml")))
         path = self.folder / f"start_{number:03d}.yaml"
-        path.write_text(yaml.safe_dump(HYDRA | to_dict(config), sort_keys=False), encoding="utf-8")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        arguments = ["--config-path", str(self.folder.resolve()), "--config-name", path.stem]
-        with path.with_suffix(".log").open("w", encoding="utf-8") as output:
-            process = subprocess.Popen(
-                [sys.executable, *launcher, str(self.script), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={key: value for key, value in os.environ.items() if key not in LAUNCHERS},
-                start_new_session=True,  # Ctrl-C is for this process, which ends the training
-            )
-            try:
-                while process.poll() is None:
-                    if stop and stop():
-                        process.terminate()
-                        signalled, stop = True, None
-                    time.sleep(0.005 if stop else 0.1)
-            finally:
-                if process.poll() is None:
+        process = Process(
+            training_command(config, script=self.script, ranks=ranks, path=path), path.with_suffix(".log")
+        )
+        try:
+            while process.running:
+                if stop and stop():
                     process.terminate()
-                    process.wait(SECONDS_TO_END)
-        if process.returncode and not signalled:
-            raise failure(path.with_suffix(".log"), process.returncode)
-
-
-def failure(output: Path, status: int) -> Exception:
-    """The error that a training printed, as its exit status says."""
-    text = output.read_text(encoding="utf-8", errors="replace")
-    errors = re.findall(r"^error: (.*)$", text, flags=re.MULTILINE)
-    if not errors:
-        last = "; ".join(text.strip().split("\n")[-3:])
-        return RunError(f"a training ended with exit status {status}, see {output} (verify.keep=true keeps it): {last}")
-    # torchrun's own status is 1; its report holds that of the ranks
-    mistake = status == 2 or re.search(r"exitcode\s*: 2\b", text)
-    return UserError(errors[0]) if mistake else RunError(errors[0])
+                    signalled, stop = True, None
+                time.sleep(0.005 if stop else 0.1)
+        finally:
+            process.stop()
+        if not signalled and (error := process.error(hint=" (verify.keep=true keeps it)")):
+            raise error
 
 
 class Verification:

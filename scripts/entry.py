@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import hydra
@@ -117,6 +117,17 @@ def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
         raise UserError(_explained(error, defaults)) from error
     sys.stderr.write(said.getvalue())
     return values
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration that `scripts/train.py OVERRIDES` would train; `UserError` if there is none."""
+    defaults = to_dict(Config())
+    ConfigStore.instance().store(name="defaults", node=defaults)
+    try:
+        with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+            return _plain(hydra.compose("train", overrides=list(overrides)))
+    except Exception as error:
+        raise UserError(_explained(error, defaults)) from error
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:

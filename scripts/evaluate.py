@@ -5,12 +5,13 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import UserError, build
+from osp.config import UserError, build, check_bounds
 from osp.evaluation.config import EvaluateConfig
 
 
 def main(values: dict[str, Any]) -> None:
     config = build(EvaluateConfig, values, path="")
+    check_bounds(config)
     if not config.path:
         raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
     from osp.engine import is_main, shutdown

@@ -3,19 +3,25 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from osp.config import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
+    parser = Parser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("path", type=Path, help="a run folder or one of its checkpoints")
     parser.add_argument("--text", type=Path, default=None, help="a text file; default: the run's held-out text")
     parser.add_argument("--out", type=Path, default=None, help="folder of the bundle; default: forensics of the run")
-    arguments = parser.parse_args()
-    from osp.monitor import inspect
-
     try:
+        arguments = parser.parse_args()
+        from osp.monitor import inspect  # torch after the arguments: a typing mistake is reported at once
+
         table, bundle = inspect(arguments.path, arguments.text, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

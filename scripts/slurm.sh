@@ -39,8 +39,9 @@ if [[ -f $marker ]]; then
     reason=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["reason"])' "$marker")
 fi
 echo "job $SLURM_JOB_ID: $folder stopped: $reason (exit status $status)"
-case $reason in
-    SIG*) scontrol requeue "$SLURM_JOB_ID" ;;
-    complete | train.stop_at) ;;
+case $reason/$status in
+    # 138: USR1 came before the first step, while the text was prepared say, and nothing was to be saved
+    SIG*/* | none/138) scontrol requeue "$SLURM_JOB_ID" ;;
+    complete/* | train.stop_at/*) ;;
     *) exit "$((status ? status : 1))" ;;
 esac

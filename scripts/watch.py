@@ -9,9 +9,12 @@ def main(arguments: list[str]) -> None:
     try:
         from rich.console import Console
 
-        from osp.report.terminal import parse, watch
+        from osp.report.terminal import USAGE, parse, watch
     except ImportError as error:
         raise UserError(f"watching needs {error.name}; pip install 'osp[report]'") from error
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return
     folder, every, once = parse(arguments)
     watch(folder, every=every, once=once, console=Console())
 

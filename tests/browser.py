@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+SECONDS_TO_ANSWER = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -119,7 +121,12 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            self._buffer += os.read(self._replies, 1 << 20)
+            if not select.select([self._replies], [], [], SECONDS_TO_ANSWER)[0]:
+                raise TimeoutError(f"Chromium says nothing for {SECONDS_TO_ANSWER} s")
+            part = os.read(self._replies, 1 << 20)
+            if not part:
+                raise RuntimeError("Chromium has ended")
+            self._buffer += part
         line, self._buffer = self._buffer.split(b"\0", 1)
         message = json.loads(line)
         method, details = message.get("method"), message.get("params", {})

@@ -147,7 +147,7 @@ def free_port() -> int:
 
 
 def run_script(
-    *arguments: str, launcher: tuple[str, ...] = (), cwd: Path, timeout: float = 240
+    *arguments: str, launcher: tuple[str, ...] = (), cwd: Path, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """`python scripts/train.py ARGUMENTS`, or the same below a launcher such as `torchrun --nproc-per-node 2`."""
     script = str(ROOT / "scripts" / "train.py")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from osp.attention import rotary_table
 from osp.config import AttentionConfig, ModelConfig, MonitorConfig, NormConfig, UserError
-from osp.model import Transformer, build_model
+from osp.model import ACTIVATIONS, Block, Transformer, build_model
 from osp.monitor.forensics import behind
 from osp.monitor.probe import Rows, probe
 from osp.norms import NORMS
@@ -136,7 +136,8 @@ class Reference:
             scores = (q[:, head] @ k[:, group].conj().T).real / math.sqrt(size)
             self.see(f"logit/{where}", scores.tril())
             weights = torch.where(torch.ones_like(scores).tril() == 1, scores, -math.inf).exp()
-            columns.append(weights / weights.sum(-1, keepdim=True) @ v[:, group])
+            more = 1 if config.attention.off_by_one else 0
+            columns.append(weights / (more + weights.sum(-1, keepdim=True)) @ v[:, group])
         out = torch.cat(columns, -1)
         if config.attention.gate:
             out = out / (1 + torch.exp(-self.linear(f"{name}.attention_gate", h)))
@@ -152,9 +153,17 @@ class Reference:
 
     def mlp(self, name: str, h: Tensor) -> Tensor:
         gate = self.linear(f"{name}.gate_proj", h)
-        return self.centred(
-            self.linear(f"{name}.down_proj", gate / (1 + torch.exp(-gate)) * self.linear(f"{name}.up_proj", h))
-        )
+        act = {
+            "silu": lambda z: z / (1 + torch.exp(-z)),
+            "gelu": lambda z: z * (1 + torch.erf(z / math.sqrt(2))) / 2,
+            "relu2": lambda z: torch.where(z > 0, z * z, 0.0),
+            "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
+        }[self.config.hidden_act]
+        hidden = act(gate) * self.linear(f"{name}.up_proj", h)
+        if self.config.ffn_norm:
+            square = (hidden**2).sum(-1, keepdim=True) / hidden.shape[-1]
+            hidden = self.p[f"{name}.ffn_norm.weight"] * hidden / (square + self.head_eps) ** 0.5
+        return self.centred(self.linear(f"{name}.down_proj", hidden))
 
 
 def lively(config: ModelConfig) -> Transformer:
@@ -231,8 +240,9 @@ def test_every_combination_trains_or_is_refused(name: str, placement: Any) -> No
         config = ModelConfig(
             **SMALL,
             norm=norm_config(name, placement=placement, lns=lns),
-            attention=AttentionConfig(gate=gate),
+            attention=AttentionConfig(gate=gate, off_by_one=gate),
             qk_norm=qk_norm,
+            ffn_norm=qk_norm,
             recentre=recentre,
             embed_proj=embed_proj,
         )
@@ -265,8 +275,24 @@ def test_bhyt_approximations_are_their_formulas(approximation: Any, kappa_schedu
         {"norm": norm_config("dyt", embed_scale=True, alpha=0.3, alpha_attention=0.9)},
         {"norm": norm_config("rmsnorm", embed_scale=True), "recentre": True},
         {"norm": norm_config("bhyt_star", kappa_schedule="grow", learnable_lambda=False)},
+        {"ffn_norm": True},
+        {"ffn_norm": True, "norm": norm_config("rmsnorm"), "hidden_act": "sigmoid"},
+        {"attention": AttentionConfig(off_by_one=True)},
+        {"hidden_act": "gelu"},
+        {"hidden_act": "relu2"},
     ],
-    ids=["biases", "recentred-biases", "dyt-scale", "recentred-scale", "fixed-lambda"],
+    ids=[
+        "biases",
+        "recentred-biases",
+        "dyt-scale",
+        "recentred-scale",
+        "fixed-lambda",
+        "ffn-norm",
+        "ffn-norm-sigmoid",
+        "off-by-one",
+        "gelu",
+        "relu2",
+    ],
 )
 def test_other_options_are_their_formulas(changes: dict[str, Any]) -> None:
     assert_is_its_formula(ModelConfig(**{**SMALL, "norm": norm_config("ssnorm"), **changes}))
@@ -280,6 +306,33 @@ def test_recentred_stream_has_zero_mean_everywhere() -> None:
     model(IDS)
     assert len(means) == 2
     assert max(float(mean.detach().abs().max()) for pair in means for mean in pair) < 1e-14
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_rms_of_an_activation_is_its_integral(name: str) -> None:
+    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    square = torch.trapezoid(ACTIVATIONS[name].function(z) ** 2 * density, z)
+    assert ACTIVATIONS[name].rms == pytest.approx(math.sqrt(square), abs=1e-4)
+
+
+def rms_before_down_proj(config: ModelConfig) -> Tensor:
+    """(T,) of the tokens of a new model of one block."""
+    model, seen = build_model(config, seed=0), list[Tensor]()
+    block = model.layers[0]
+    assert isinstance(block, Block)
+    block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.arange(64)[None])
+    return seen[0][0].detach().square().mean(-1).sqrt()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_ffn_norm_starts_blocks_at_the_strength_they_have_without_it(name: Any) -> None:
+    """RMS of what down_proj reads; and that every token has it, which only a norm sees to."""
+    config = ModelConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=1, hidden_act=name)
+    without, normalized = rms_before_down_proj(config), rms_before_down_proj(dataclasses.replace(config, ffn_norm=True))
+    assert float(normalized.mean()) == pytest.approx(float(without.mean()), rel=0.1)
+    assert float(normalized.std()) < 1e-5 < float(without.std())
 
 
 # --- the probe ----------------------------------------------------------------------------------------------------
@@ -321,7 +374,7 @@ def test_var_error_is_of_the_layers_that_approximate() -> None:
 
 def test_weights_behind_an_outlier_include_gates_head_norms_and_norms_after_sublayers() -> None:
     norm = norm_config("rmsnorm", placement="peri")
-    model = lively(ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True))
+    model = lively(ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True, ffn_norm=True))
     with torch.no_grad():
         model.get_parameter("layers.0.mlp_output_layernorm.weight")[5] = 300
 
@@ -334,6 +387,10 @@ def test_weights_behind_an_outlier_include_gates_head_norms_and_norms_after_subl
     assert places("q", 13) == [
         *(("q_proj.weight", "row", 13), ("q_proj.weight", "row", 15)),
         *(("q_norm.weight", "gain", 1), ("q_norm.weight", "gain", 3)),
+    ]
+    assert places("down_proj_in", 7) == [
+        *((f"layers.1.mlp.{part}_proj.weight", "row", 7) for part in ("gate", "up")),
+        ("layers.1.mlp.ffn_norm.weight", "gain", 7),
     ]
     assert places("block_out", 5)[0] == ("layers.0.mlp_output_layernorm.weight", "gain", 5)
 

@@ -1,11 +1,12 @@
 """Checkpoints by parameter name: any cut into slices reads back as the whole, damage is named, `latest` is safe."""
 
+import hashlib
 import itertools
 import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from osp import checkpoint as checkpoint_module
 from osp.checkpoint import (
@@ -30,6 +34,8 @@ from osp.checkpoint import (
 )
 from osp.config import Config, TrainConfig, UserError, from_dict, to_dict
 from osp.model import Transformer, build_model
+from osp.spikes import SpikeDetector
+from osp.train import check_continues
 
 CONFIG = to_dict(Config(train=TrainConfig(steps=1, seq_len=8, tokens_per_step=8)))
 CONFIG["model"] |= {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -59,10 +65,17 @@ def write(folder: Path, source: Transformer, *, ranks: int = 1, step: int = 5, *
 
 
 def savers(
-    folder: Path, source: Transformer, *, ranks: int = 1, step: int = 5, keep_last: int = 0, keep_every: int = 0
+    folder: Path,
+    source: Transformer,
+    *,
+    ranks: int = 1,
+    step: int = 5,
+    keep_last: int = 0,
+    keep_every: int = 0,
+    **more: Any,
 ) -> list[Saver]:
-    """One `Saver` per rank, each with a save under way."""
-    manifest = {"step": step, "tokens": 40, "config": CONFIG}
+    """One `Saver` per rank, each with a save under way. more: keys of the manifest."""
+    manifest = {"step": step, "tokens": 40, "config": CONFIG, **more}
     manifest["shapes"] = {name: list(p.shape) for name, p in source.named_parameters()}
     gather, started = threads_gather(ranks), []
     for rank, share in enumerate(cut(source, ranks)):
@@ -93,6 +106,8 @@ def save(savers: list[Saver]) -> Saved:
     with ThreadPoolExecutor(len(savers)) as ranks:
         outcomes = list(ranks.map(lambda saver: saver.finish(), savers))
     assert all(outcome == outcomes[0] for outcome in outcomes)
+    for saver in savers:
+        saver.close()
     return outcomes[0]
 
 
@@ -133,6 +148,75 @@ def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message):
         Checkpoint(folder).verify()
+
+
+FOREIGN = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 10**12), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=5), inner, max_size=2)),
+    max_leaves=4,
+)
+
+
+@settings(
+    max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(data=st.data())
+def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path) -> None:
+    """One value of any other type, or none, anywhere in it: what a start reads is there and of its type, or refused."""
+    path = written / "manifest.json"
+    original = path.read_text()
+    manifest = json.loads(original)
+    table, key = data.draw(st.sampled_from(list(places(manifest))))
+    if data.draw(st.booleans()):
+        table[key] = data.draw(FOREIGN)
+    else:
+        del table[key]
+    path.write_text(json.dumps(manifest))
+    said = ""
+    try:
+        read_as_a_start_does(written)
+    except UserError as error:
+        said = str(error)
+    finally:
+        path.write_text(original)
+    assert not said or (str(written) in said and "\n" not in said)
+
+
+def read_as_a_start_does(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    check_continues(checkpoint.config, checkpoint, checkpoint.shapes)
+    for values in checkpoint.manifest.get("spikes", {}).values():
+        SpikeDetector(8, values).score(1.0)
+    assert checkpoint.manifest.get("skipped", 0) >= 0
+
+
+def places(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every table of a JSON tree with each of its keys."""
+    for key, value in tree.items():
+        yield tree, key
+        if isinstance(value, dict):
+            yield from places(value)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two ranks, to be left as it is."""
+    spikes = {"loss": [1.0, 2.0, 1.5], "grad_norm": [0.1, 0.1, 0.2]}
+    return write(tmp_path_factory.mktemp("written"), model(), ranks=2, skipped=1, spikes=spikes)
+
+
+@pytest.mark.parametrize("key", ["weight/lm_head.weight", "lm_head.weight@0", "weight/lm_head.weight@first"])
+def test_file_of_other_tensors_is_refused(key: str, tmp_path: Path) -> None:
+    """Weights of another program below the name of ours, checksum and all."""
+    folder = write(tmp_path, model())
+    file = folder / "rank_00000.safetensors"
+    save_file({key: torch.zeros(88)}, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"rank_00000.safetensors: '{key}' is no slice of a checkpoint"):
+        load_model(tmp_path)
 
 
 def test_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:

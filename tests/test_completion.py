@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from osp.completion import Texts
+from osp.completion import Texts, choose_dtype
 from osp.config import GenerateConfig, ModelConfig, NormConfig
 from osp.export import write_llama
 from osp.generate import TextStream, generate
@@ -76,6 +77,12 @@ def script(
         return status, out, err
 
     return run
+
+
+def test_text_on_a_cpu_is_exact_by_default() -> None:
+    """bf16 would round differently for one prompt and for several, and a seed would not mean a text."""
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
 
 
 CPU = ("device=cpu", "dtype=fp32", "threads=1")

@@ -10,6 +10,7 @@ from osp.config import (
     Config,
     UserError,
     check_model,
+    differences,
     from_dict,
     length_in_steps,
     to_dict,
@@ -67,6 +68,15 @@ def test_every_given_value_arrives(case: str) -> None:
                 assert got[key] == value, path + key
 
     check(VALID[case], to_dict(from_dict(VALID[case])))
+
+
+def test_a_run_older_than_a_key_differs_in_its_value_alone() -> None:
+    """What a run stored before the key existed had the default."""
+    now = to_dict(from_dict(tree(optimizer__per_head=True, run__name="other")))
+    older = to_dict(from_dict(tree()))
+    del older["penalty"], older["optimizer"]["per_head"], older["ffn_norm"]
+    assert differences(older, now) == ["optimizer.per_head: False -> True"]
+    assert differences(older, to_dict(from_dict(tree()))) == []
 
 
 def test_from_dict_leaves_its_argument_alone() -> None:

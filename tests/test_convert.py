@@ -64,6 +64,8 @@ SOURCES: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({"name": "rmsnorm", "embed_scale": True}, {"recentre": True, "mlp_bias": True, "head_bias": True}, EVERYWHERE),
     ({"name": "ssnorm", "lns": True}, {"embed_proj": True}, NOT_CENTRED),
     ({"name": "ssnorm"}, {"qk_norm": True}, NOT_CENTRED),
+    ({"name": "ssnorm"}, {"ffn_norm": True, "attention": AttentionConfig(off_by_one=True)}, NOT_CENTRED),
+    ({"name": "layernorm", "eps": 1e-4}, {"ffn_norm": True, "hidden_act": "relu2"}, ("layernorm", "rmsnorm")),
     ({"name": "crmsnorm"}, {"hidden_size": 23, "head_dim": 6}, EVERYWHERE),
     ({"name": "crmsnorm", "affine": True}, {"attention": AttentionConfig(gate=True), "embed_proj": True}, EVERYWHERE),
 ]
@@ -187,6 +189,8 @@ def test_an_epsilon_that_matters_carries_over() -> None:
             "rmsnorm",
             r"qk_norm=true has eps=1e-06 and the other norms eps=1e-05",
         ),
+        ({"name": "layernorm"}, {"ffn_norm": True}, "rmsnorm", r"ffn_norm=true has eps=1e-06 and the other norms eps"),
+        ({"name": "rmsnorm"}, {"ffn_norm": True}, "ssnorm", r"mlp.ffn_norm.weight: its gains differ, and to=ssnorm"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from tests.optim import workers
 from tests.optim.reference import Model, train
 
 GRID = [(stage, accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)]
-SETTINGS = {"lr": workers.LR, "adam_lr": workers.ADAM_LR, "decay": workers.DECAY}
+SETTINGS: dict[str, Any] = {"lr": workers.LR, "adam_lr": workers.ADAM_LR, "decay": workers.DECAY}
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -45,6 +45,33 @@ def test_training_equals_single_process_reference(ranks, reference) -> None:
             errors = update_error(run["weights"], weights)
             assert max(errors.values()) < 1e-4, (setting, errors)
             assert run["norms"] == pytest.approx(norms, rel=1e-4), setting
+
+
+def test_per_head_equals_a_reference_that_cuts_matrices_into_heads(ranks, reference) -> None:
+    """Rows of heads (square and wide matrices) and columns of heads, on every stage, also where ranks hold parts."""
+    weights, _ = train(steps=workers.STEPS, clip=workers.CLIP, per_head=True, **SETTINGS)
+    cut = Model().parameter_heads()
+    different = update_error(weights, reference[0])
+    assert min(different[name] for name in cut) > 0.1, "the reference must be another one"
+    for result in ranks:
+        for stage, found in result["per head"].items():
+            errors = update_error(found, weights)
+            assert max(errors.values()) < 1e-4, (stage, errors)
+
+
+def test_gradient_of_a_penalty_is_that_of_one_process(ranks) -> None:
+    """On every stage, over ranks, micro batches and checkpointed blocks; and the penalty is a part of it."""
+    ids, norms = workers.PENALIZED_IDS, {}
+    for weight in (0.0, workers.PENALTY.weight):
+        model = build_model(workers.PENALIZED, seed=0)
+        loss, penalty = model(ids[:, :-1], ids[:, 1:], penalty=workers.PENALTY)
+        ((loss + weight * penalty) / ids[:, 1:].numel()).backward()
+        norms[weight] = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    without, expected = norms.values()
+    assert expected["layers.0.mlp.up_proj.weight"] > 1.1 * without["layers.0.mlp.up_proj.weight"]
+    for result in ranks:
+        for stage, found in result["penalized"].items():
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), stage
 
 
 def test_grad_clip_zero_means_off(ranks) -> None:

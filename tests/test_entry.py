@@ -6,10 +6,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from osp.config import Config, RunError
+from osp.config import Config, LostRankError, RunError, UserError
 from osp.engine import Peers
 from osp.train import train
 from osp.trainer import Trainer
@@ -60,23 +61,26 @@ def test_process_ends_with_its_status_while_threads_are_in_c(tmp_path: Path) -> 
     assert "terminate called" not in done.stderr
 
 
+def ours() -> set[str]:
+    """The threads of a run."""
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("osp-")}
+
+
+class TwoRanks(Peers):  # or nobody would be watched
+    def __init__(self) -> None:
+        super().__init__()
+        self._all *= 2
+
+
 @pytest.mark.parametrize("error", [None, RunError("the disk is full")])
 def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ours() -> set[str]:
-        return {thread.name for thread in threading.enumerate() if thread.name.startswith("osp-")}
-
     def conclude(self: Trainer, first: int) -> None:
         during.update(ours())
         if error:
             raise error
 
-    class TwoRanks(Peers):  # or nobody would be watched
-        def __init__(self) -> None:
-            super().__init__()
-            self._all *= 2
-
     during: set[str] = set()
-    monkeypatch.setattr("osp.trainer.Peers", TwoRanks)
+    monkeypatch.setattr("osp.train.Peers", TwoRanks)
     monkeypatch.setattr(Trainer, "_conclude", conclude)
     config = tiny("train.steps=2", "eval.every=0")
     if error:
@@ -85,4 +89,31 @@ def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, mon
     else:
         train(config)
     assert during == {"osp-loader", "osp-peers", "osp-save_0"}
+    assert not ours()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("no text"), "no text"),
+        (
+            RuntimeError("[gloo] Connection closed by peer"),
+            "before the first step: the connection to another rank broke",
+        ),
+    ],
+)
+def test_ranks_are_watched_while_the_text_is_prepared(
+    error: Exception, said: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: set[str] = set()
+
+    def fail(*_: Any, **__: Any) -> Path:
+        during.update(ours())
+        raise error
+
+    monkeypatch.setattr("osp.train.Peers", TwoRanks)
+    monkeypatch.setattr("osp.train.start", fail)
+    with pytest.raises(LostRankError if isinstance(error, RuntimeError) else UserError, match=said):
+        train(tiny())
+    assert during == {"osp-peers"}
     assert not ours()

@@ -109,6 +109,9 @@ COMMAND_LINE = [
     ("optimizer=sgd", r"Could not find 'optimizer/sgd' Available options in 'optimizer': adamw muon muon_all"),
     ("optimizer.rules.matrix=sgd", r"optimizer.rules.matrix='sgd'; choose from muon, normalized, adamw"),
     ("optimizer.rules.matrix=normalized", r"optimizer.rules.matrix=normalized: the rule needs 1-D parameters"),
+    ("optimizer=adamw optimizer.per_head=true", r"optimizer.per_head=true does nothing with .*rules.matrix=adamw"),
+    ("penalty.scale=0", r"penalty.scale=0.0: must be a finite number above 0"),
+    ("penalty.site=q", r"penalty.site='q'; choose from block_out, down_proj_in"),
     ("optimizer.rules=null", r"optimizer.rules=None: expected a table"),
     ("optimizer.ns_coefficients=foo", r"ns_coefficients.*foo.*keller_jordan"),
     ("experiment=osp_1b", r"Could not override 'experiment'.*\+experiment=osp_1b"),
@@ -629,7 +632,7 @@ def test_not_enough_disk_for_a_checkpoint(error_of: Callable[..., str], monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5_000_000, 5_000_000))
     line = error_of("logger.wandb=disabled")
-    assert re.search(r"run.dir=runs/osp_nano: 2 checkpoints of 0.07 GB do not fit into the 0.01 GB free", line)
+    assert re.search(r"run.dir=runs/osp_nano: 3 more checkpoints of 0.07 GB, as .* do not fit into the 0.01 GB", line)
 
 
 def test_wandb_online_without_a_key(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from osp.config import Config, Rule, UserError, from_dict, length_in_steps, to_dict
+from osp.config import Config, Rule, UserError, differences, from_dict, length_in_steps, to_dict
 from osp.model import build_model, count_parameters
 from osp.norms import NORMS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-# `quant` is a group of the evaluation (tests/evaluation), not of a training
+# not groups of a training: `quant` is one of the evaluation (tests/evaluation), `machine` of a plan (tests/plan)
+OTHERS = ("quant", "machine")
 CHOICES = [
-    f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name != "quant"
+    f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in OTHERS
 ]
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
 # choices that need a word of the user, and the line that asks for it
@@ -65,7 +66,7 @@ def test_groups_are_where_users_expect_them() -> None:
     assert {*NORMS, "peri", "lns"} == {p.stem for p in CONFIGS.glob("norm/*.yaml")}  # the last two are placements
     assert {"muon", "muon_all", "adamw"} == {p.stem for p in CONFIGS.glob("optimizer/*.yaml")}
     assert {"python_stdlib", "text", "hf", "smollm_corpus"} <= {p.stem for p in CONFIGS.glob("data/*.yaml")}
-    assert {"osp_1b", "adam_1b", *ROWS} <= set(EXPERIMENTS)
+    assert {"osp_1b", "adam_1b", "quickstart", *ROWS, *PLUS} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -197,6 +198,29 @@ def test_ablation_row_works_at_any_size_and_changes_nothing_else(name: str) -> N
         model=dataclasses.replace(got.model, norm=plain.model.norm, embed_proj=plain.model.embed_proj),
     )
     assert same == plain
+
+
+# rows past the paper: what each changes of `osp`
+PLUS: dict[str, list[str]] = {
+    "osp_ffn_norm": ["ffn_norm: False -> True"],
+    "osp_gate": ["attention.gate: False -> True"],
+    "osp_kurtosis": [
+        "penalty.scale: 3.0 -> rms",
+        "penalty.site: block_out -> down_proj_in",
+        "penalty.weight: 0.0 -> 0.001",
+    ],
+    "osp_off_by_one": ["attention.off_by_one: False -> True"],
+    "osp_penalty": ["penalty.weight: 0.0 -> 0.01"],
+    "osp_per_head": ["optimizer.per_head: False -> True"],
+    "osp_sigmoid": ["model.hidden_act: silu -> sigmoid"],
+}
+
+
+@pytest.mark.parametrize("name", PLUS)
+def test_row_past_the_paper_differs_from_osp_in_its_own_keys(name: str) -> None:
+    got, osp = config("model=60m", f"+experiment={name}"), config("model=60m", "+experiment=osp")
+    assert differences(to_dict(osp), to_dict(got)) == PLUS[name]
+    assert got.run.name == name
 
 
 def test_quickstart_is_an_outlier_safe_model() -> None:

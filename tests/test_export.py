@@ -24,6 +24,7 @@ from osp.evaluation.config import EvaluateConfig
 from osp.evaluation.language_model import open_model
 from osp.evaluation.measure import calibration_rows, evaluate, read_inputs, write_record
 from osp.evaluation.perplexity import perplexity
+from osp.evaluation.quantized import quantized
 from osp.evaluation.spec import QuantSpec
 from osp.evaluation.texts import read_text
 from osp.export import export, size_in_bytes, write_llama
@@ -149,6 +150,8 @@ def test_transformers_generates_and_stops_at_the_end(run: Path, tmp_path: Path) 
 
 def test_card_tells_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run, tmp_path / "copy")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "tokens": 768, "quant/perplexity/4-4-4": 321.5}) + "\n")
     (run / "evaluation").mkdir()
     result = {"what": "wikitext2", "metric": "perplexity", "value": 19.6, "stderr": None}
     stored = {"model": {"step": 6}, "quant": {"text": "4-4-4 rtn"}, "results": [result]}
@@ -157,8 +160,12 @@ def test_card_tells_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| training tokens | 1,536 in 6 steps of 256 |" in card
     assert "| norm | ssnorm |" in card
-    assert re.search(r"^\| step \| tokens \| validation loss \| bits per byte \|$", card, flags=re.MULTILINE)
-    assert re.search(r"^\| 3 \| 768 \| 5\.\d+ \| ", card, flags=re.MULTILINE)
+    assert "\n| step | tokens | validation loss | bits per byte | at 4-4-4 |\n" in card
+    assert re.search(r"^\| 3 \| 768 \| 5\.\d+ \| \d\.\d+ \| 321.5 \|$", card, flags=re.MULTILINE)
+    exported, text = load_hf(tmp_path / "out"), read_text("held_out", open_model(run))
+    with quantized(exported, QuantSpec().at("4-4-4")):
+        four_bits = perplexity(exported, text, seq_len=64).perplexity
+    assert f", {four_bits:.4f} fake-quantized to 4-4-4 rtn, W sym/channel clip" in card
     assert "| 6 | wikitext2 perplexity | 4-4-4 rtn | 19.6 |" in card
     (run / "evaluation" / "a.json").write_text("[]")
     with pytest.raises(UserError, match=r"a.json: not what scripts/evaluate.py writes"):

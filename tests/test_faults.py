@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.faults import MODEL, Faults, launcher, same_run
+import pytest
+
+from benchmarks.faults import MODEL, SECONDS_TO_END, Faults, launcher, same_run
 from osp.config import Config
 from osp.train import train
 
@@ -15,6 +17,7 @@ def overrides(corpus: Path, folder: Path, **other: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+@pytest.mark.timeout(900)  # four starts of two ranks
 def test_killed_run_is_the_run_that_nobody_killed(corpus: Path, tmp_path: Path) -> None:
     faults = Faults(launcher("torchrun", 2), overrides(corpus, tmp_path, **{"train.steps": 30}), tmp_path, seed=1)
     figures = faults.run(["while saving", "one rank"])
@@ -23,7 +26,7 @@ def test_killed_run_is_the_run_that_nobody_killed(corpus: Path, tmp_path: Path) 
     assert figures.inside_saves >= 1, faults.lives
     assert figures.steps == 30
     assert (figures.survivors, figures.leftovers_at_end) == (0, 0)
-    assert figures.slowest_end < 40
+    assert 0 < figures.slowest_end < SECONDS_TO_END
 
 
 def test_comparison_sees_another_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig, UserError
+from osp.config import AttentionConfig, ModelConfig, NormConfig, UserError
 from osp.evaluation.quantized import quantized
 from osp.evaluation.spec import QuantSpec
 from osp.generate import Decoder, Sampling, TextStream, choose, generate, prepare, stream
@@ -51,6 +51,7 @@ CASES = {
     "recentred projections": shape("rmsnorm", recentre=True, embed_proj=True),
     "osp": shape(embed_proj=True, qk_norm=True, head_bias=True, num_key_value_heads=1),
     "gate": shape("layernorm", attention=dataclasses.replace(shape().attention, gate=True)),
+    "past the paper": shape(ffn_norm=True, hidden_act="sigmoid", attention=AttentionConfig(off_by_one=True)),
 }
 
 

@@ -1,7 +1,9 @@
 """Reading Hugging Face folders: `transformers` is the oracle, and what cannot be read says why in one line."""
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import osp
 from osp.config import UserError
+from osp.export import write_llama
 from osp.generate import generate
 from osp.hf import load_hf, load_hf_tokenizer
 from tests.hf_models import BOS, STORIES, STORIES_TEXT, edit_json, random_llama, write_stories260k
@@ -43,6 +46,41 @@ def assert_same_logits(theirs: Any, folder: Path, ids: torch.Tensor = IDS) -> No
 )
 def test_logits_are_those_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     assert_same_logits(random_llama(tmp_path, **config), tmp_path)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+
+
+@pytest.mark.parametrize(
+    "scaling", [LLAMA3, {"rope_type": "linear", "factor": 3.0}], ids=lambda scaling: scaling["rope_type"]
+)
+def test_scaled_positions(scaling: dict[str, Any], tmp_path: Path) -> None:
+    """As both layouts of the configuration say it, and as we write it."""
+    from transformers import LlamaForCausalLM
+
+    theirs = random_llama(tmp_path / "5", head_dim=16, rope_parameters={"rope_theta": 5000.0, **scaling})
+    assert_same_logits(theirs, tmp_path / "5")
+    ours = load_hf(tmp_path / "5")
+    plain = load_hf(tmp_path / "5")
+    plain.config = dataclasses.replace(ours.config, rope_scaling=None)
+    plain._rotary = None
+    with torch.no_grad():
+        assert (plain(IDS) - ours(IDS)).abs().max() > 0.1
+    (tmp_path / "ours").mkdir()
+    write_llama(ours, tmp_path / "ours", dtype="fp32", shard_bytes=10**9, eps=1e-5, bos_id=0, eos_id=0)
+    shutil.copytree(tmp_path / "5", tmp_path / "4")
+    edit_json(tmp_path / "4" / "config.json", rope_parameters=None, rope_theta=5000.0, rope_scaling=scaling)
+    for name in ("ours", "4"):
+        assert load_hf(tmp_path / name).config == ours.config
+        assert_same_logits(LlamaForCausalLM.from_pretrained(tmp_path / name).eval(), tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(load_hf(tmp_path / name)(IDS), ours(IDS))
 
 
 def test_tied_head_becomes_a_copy(tmp_path: Path) -> None:
@@ -96,8 +134,11 @@ def test_rotary_table_of_old_folders_is_ignored(tmp_path: Path) -> None:
         ({"mlp_bias": True}, r"the weights lack layers.0.mlp.gate_proj.bias and 8 more"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
         ({"head_dim": 16}, r"k_proj.weight has the shape \[16, 32\] where config.json says \[32, 32\]"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8}}, r"RoPE of the type 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, r"RoPE of the type 'linear'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8}}, r"RoPE of the type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, r"RoPE of the type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope_scaling.factor=None: must be a number above 0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, r"rope_scaling.low_freq_factor=4.0 must be below"),
+        ({"rope_scaling": "linear"}, r"rope_scaling='linear': expected a JSON object"),
         ({"quantization_config": {"bits": 4}}, r"the weights are quantized"),
         ({"hidden_size": "32"}, r"hidden_size='32': must be a whole number"),
         ({"hidden_size": 34, "head_dim": None}, r"model.hidden_size=34 is not divisible"),

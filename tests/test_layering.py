@@ -12,19 +12,20 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a part imports parts of lower layers. Parts are the modules and packages directly in `osp`.
 LAYERS = (
     {"config"},
-    {"cpu", "precision", "preemption", "spikes"},
-    {"attention", "loss", "norms", "panels", "quantize"},
+    {"cpu", "growth", "precision", "preemption", "spikes"},
+    {"attention", "loss", "norms", "panels", "penalty", "quantize"},
     {"model"},
     {"convert"},
-    {"checkpoint", "data", "engine", "generate", "hf", "logger", "optim", "run"},
+    {"checkpoint", "data", "engine", "generate", "hf", "launcher", "logger", "optim", "run"},
     {"evaluation", "monitor", "report", "verify_resume"},
-    {"certificate", "completion"},
+    {"ablation", "certificate", "completion"},
     {"model_card"},
     {"conversion", "export", "trainer"},
     {"train"},
+    {"plan"},
 )
 # Parts of one layer do not know each other, except:
-SIBLINGS = {("engine", "optim"), ("run", "checkpoint"), ("hf", "data")}
+SIBLINGS = {("engine", "optim"), ("run", "checkpoint"), ("hf", "data"), ("evaluation", "monitor")}
 # Lower, and still not to be known: the optimizer is mathematics and layout, data is text and tokens.
 FORBIDDEN = {("optim", "model"), ("optim", "norms"), ("data", "model"), ("logger", "model"), ("engine", "model")}
 # Third parties with one door each.

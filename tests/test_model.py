@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from osp.config import ROLES, ModelConfig, NormConfig, UserError
+from osp.config import ROLES, AttentionConfig, ModelConfig, NormConfig, UserError
 from osp.generate import generate
 from osp.loss import IGNORE
 from osp.model import Block, Transformer, build_model, count_parameters, flops_per_token
@@ -421,6 +421,19 @@ def test_every_parameter_has_the_role_of_its_place(norm: str) -> None:
         else:
             assert role == ("matrix" if part[-2].endswith("_proj") else "gain"), name
     assert set(roles.values()) == set(ROLES) - ({"gain"} if norm == "crmsnorm" else set())
+
+
+def test_heads_are_blocks_of_every_matrix_of_attention() -> None:
+    """With grouped queries and a gate: along the dimension that has the heads, as many blocks of a head's size."""
+    gate = AttentionConfig(gate=True)
+    config = dataclasses.replace(tiny("ssnorm"), num_key_value_heads=2, attention=gate, attention_bias=True)
+    model = Transformer(config)
+    heads = model.parameter_heads()
+    assert set(heads) == {n for n, p in model.named_parameters() if "self_attn" in n and p.ndim == 2}
+    for name, (count, dim) in heads.items():
+        shape = model.get_parameter(name).shape
+        assert shape[dim] == count * config.head_size, name
+        assert shape[1 - dim] == config.hidden_size, name
 
 
 # --- precision and memory -----------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ import torch
 
 from osp.config import Config, StoppedError
 from osp.data.loader import Loader
+from osp.monitor import monitor
 from osp.preemption import SECONDS_OF_ONE_REQUEST, StopRequest
 from osp.train import train
 from osp.trainer import Trainer
-from tests.conftest import ROOT, free_port, overrides_of, read_metrics
+from tests.conftest import ROOT, free_port, losses, overrides_of, read_metrics
 from tests.test_resume import assert_same_run, manifest_of
 
 Tiny = Callable[..., Config]
@@ -136,6 +137,7 @@ def assert_stopped(run: Run, name: str, rank: int | None = None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_launchers_pass_signals_on(tiny: Tiny, tmp_path: Path, start: Callable[..., Run]) -> None:
     """One run on two ranks: stopped in three ways, losing a rank, and in the end the run that nobody touched."""
     config = many_steps(tiny, "run", "checkpoint.every=5")
@@ -231,32 +233,49 @@ def test_signal_while_validating(tiny: Tiny, tmp_path: Path, monkeypatch: pytest
     assert validations[0] == validations[1]
 
 
+def test_signal_while_probing(tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe is short and ends; the run stops at the boundary it looked at."""
+    config = tiny("monitor.enabled=true", "monitor.every=2", "monitor.tokens=64", 'monitor.statistics=["kurtosis"]')
+    probe, probed = monitor.probe, []
+
+    def signalled(*arguments: Any) -> Any:
+        probed.append(None)
+        if len(probed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return probe(*arguments)
+
+    monkeypatch.setattr(monitor, "probe", signalled)
+    with pytest.raises(StoppedError, match="SIGTERM on rank 0: stopped after step 2 of 6"):
+        train(config)
+    assert manifest_of(tmp_path / "run")["step"] == 2
+    monkeypatch.undo()
+    train(config)
+    assert losses(tmp_path / "run") == losses(plain_run)
+    assert [e["step"] for e in read_metrics(tmp_path / "run") if "monitor/seconds" in e] == [0, 2, 4, 6]
+
+
 def test_signal_while_waiting_for_data(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The preparation has not come to step 4 yet, and may not for hours."""
     train(tiny(name="straight"))
-    original, there = Loader._read, threading.Event()
+    read, wait, there, came = Loader._read, Loader.wait, threading.Event(), []
 
-    def read(self: Loader, step: int) -> Any:
+    def read_late(self: Loader, step: int) -> Any:
         if step >= 3:
-            there.wait(60)
-        return original(self, step)
+            there.wait(120)
+            came.append(step)
+        return read(self, step)
 
-    monkeypatch.setattr(Loader, "_read", read)
-    sent: list[float] = []
+    def ask_while_waiting(self: Loader, step: int, *, seconds: float) -> bool:
+        ready = wait(self, step, seconds=seconds)
+        if step == 3 and not ready:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return ready
 
-    def send() -> None:
-        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "run")) < 3:
-            time.sleep(0.02)
-        time.sleep(1.0)
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    sender = threading.Thread(target=send)
-    sender.start()
+    monkeypatch.setattr(Loader, "_read", read_late)
+    monkeypatch.setattr(Loader, "wait", ask_while_waiting)
     with pytest.raises(StoppedError, match="SIGUSR1 on rank 0: stopped after step 3 of 6"):
         train(tiny("eval.every=0", name="run"))
-    assert time.monotonic() - sent[0] < 30  # not the minute that the read takes
-    sender.join()
+    assert came == []  # it did not wait for them
     there.set()
     monkeypatch.undo()
     train(tiny("eval.every=0", name="run"))

@@ -31,11 +31,13 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
     printed = {
         "train.py": "num_hidden_layers:",
         "verify_resume.py": "num_hidden_layers:",
+        "plan.py": "world_size:",
         "evaluate.py": "ablate:",
         "compare.py": "paths:",
         "export.py": "out: exported",
         "generate.py": "max_new_tokens:",
         "convert.py": "out: converted",
+        "ablation.py": "seeds:",
     }
     if key := printed.get(Path(program).name):
         monkeypatch.setattr(sys, "argv", [program, *words[script + 1 :], "--cfg", "job"])

@@ -169,6 +169,10 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         assert result.returncode == 2, (name, result)
         assert result.stderr.startswith(message), result.stderr
         assert result.stderr.count("\n") == 1, result.stderr
+    for name in ("report.py", "watch.py"):
+        result = script(name, "--help", cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"usage: python scripts/{name} RUN")
 
 
 def test_report_needs_no_torch_to_start(tmp_path: Path) -> None:
@@ -233,7 +237,8 @@ def test_histograms_of_several_runs_have_the_same_octaves(tmp_path: Path) -> Non
     for name, first, counts in (("a", -1, [10, 90]), ("b", 0, [1, 0, 999])):
         folder = small_run(tmp_path / name)
         histogram = {"edges_log2": [first, first + len(counts)], "counts": counts}
-        write_lines(folder / "probes.jsonl", {"step": 4, "sites": {"embed_out": {"histogram": histogram}}})
+        site = {"histogram": histogram, "channels": [[0, 1.0]]}
+        write_lines(folder / "probes.jsonl", {"step": 4, "sites": {"embed_out": site}})
         runs.append(read_run(folder))
     a, b = histogram_data(runs)["embed_out"]
     assert (a["x"], a["first"], a["v"]) == ([4], -1, [[-100, -5, None, None]])  # 10% and 90% between 1/2 and 2
@@ -245,16 +250,18 @@ def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None
 
     def probe(step: int, channel: int, value: float) -> dict[str, Any]:
         quiet = {"top_channel": 5, "top_channel_share": 0.1, "top_value": 3.0, "top_text": "a", "top_position": 9}
+        quiet["channels"] = [[6, 3.0], [5, 2.9]]
         loud = {
             "top_channel": channel,
             "top_channel_share": 0.8,
             "top_value": value,
             "top_text": "<b>",
             "top_position": 0,
+            "channels": [[channel, abs(value)], [11, 1.0]],
         }
         return {"step": step, "tokens": step, "seconds": 1.0, "sites": {"embed_out": quiet, "layer_01/mlp_in": loud}}
 
-    write_lines(folder / "probes.jsonl", probe(1, 3, 9.0), probe(2, 7, 20.0), probe(3, 7, 40.0), probe(4, 7, -80.0))
+    write_lines(folder / "probes.jsonl", probe(1, 3, 9.0), probe(2, 7, 30.0), probe(3, 7, 40.0), probe(4, 7, -80.0))
     with (folder / "metrics.jsonl").open("a") as file:
         keys = {
             "monitor/rms/layer_01/mlp_in": 2.0,
@@ -263,16 +270,18 @@ def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None
         }
         file.write(json.dumps({"step": 4, "tokens": 40, **keys}) + "\n")
     first, second = outliers(read_run(folder))
-    assert (first.site, first.channel, first.value, first.times_rms, first.since) == ("layer_01/mlp_in", 7, -80, 40, 2)
+    assert (first.site, first.channel, first.value, first.times_rms, first.since) == ("layer_01/mlp_in", 7, -80, 40, 3)
     assert (first.share, first.kurtosis, first.text, first.position) == (0.8, 99.0, "<b>", 0)
-    assert (second.site, second.times_rms, second.since) == ("embed_out", 3.0, 1)
+    # the largest value lies in another channel than most of the energy
+    assert (second.site, second.channel, second.strongest) == ("embed_out", 6, 5)
+    assert (second.times_rms, second.since) == (3.0, 1)
     assert math.isnan(second.kurtosis)
     write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     row = re.search(r"<tr><td><code>layer_01/mlp_in</code>.*?</tr>", page)
     assert row
     assert [re.sub("<[^>]*>", "", cell) for cell in re.findall("<td>(.*?)</td>", row[0])] == [
-        "layer_01/mlp_in", "-80", "40", "99", "7", "80%", "&lt;b&gt; at 0", "step 2",
+        "layer_01/mlp_in", "-80", "40", "99", "7", "step 3", "&lt;b&gt; at 0", "80%",
     ]  # fmt: skip
 
 
@@ -310,7 +319,8 @@ def test_text_of_a_run_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     folder = small_run(tmp_path / "run", note=evil)
     write_lines(folder / "events.jsonl", {"step": 1, "kind": "alert", "message": evil})
-    site = {"top_channel": 1, "top_value": 9.0, "top_text": evil, "histogram": {"edges_log2": [0, 2], "counts": [1, 1]}}
+    site = {"top_value": 9.0, "top_text": evil, "histogram": {"edges_log2": [0, 2], "counts": [1, 1]}}
+    site |= {"channels": [[1, 9.0]], "top_position": evil, "top_channel": evil}
     write_lines(folder / "probes.jsonl", {"step": 1, "sites": {evil: site}})
     write_report([folder], tmp_path / "report.html")
     assert evil not in (tmp_path / "report.html").read_text()
@@ -348,9 +358,8 @@ def evaluated(folder: Path, worst: float = 8.0) -> Path:
     write_record(subject, config, record, f"step_00001200-{spec.hash}")
     cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
     methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
-    comparison = Comparison(
-        folder.name, "0" * 64, 0.04, "held_out[len=32]", {"": cells, "+Had": cells}, methods, {spec.hash: str(spec)}
-    )
+    bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
+    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs, {}, {})
     write_record(subject, config, {"step": 1200, **as_record([comparison])}, "compare/step_00001200")
     return folder
 
@@ -537,16 +546,24 @@ def test_terminal_view_prints_once_when_there_is_no_terminal(long_runs: tuple[Pa
 
 def test_terminal_view_of_a_running_run_refreshes_and_ctrl_c_leaves(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run", train={"steps": 1000})
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with it ignored
-        os.environ |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-        os.execv(sys.executable, [sys.executable, str(ROOT / "scripts" / "watch.py"), str(folder), "every=0.1"])
+    # a job in the background is started with SIGINT ignored, and hands that on
+    listens = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); del sys.argv[0]; "
+    listens += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    terminal, inside = pty.openpty()
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", listens, str(ROOT / "scripts" / "watch.py"), str(folder), "every=0.1"],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        start_new_session=True,
+    )
+    os.close(inside)
     seen = ""
 
     def read_until(text: str) -> None:
         nonlocal seen
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while text not in COLOUR.sub("", seen):
             assert time.monotonic() < until, COLOUR.sub("", seen)[-2000:]
             if select.select([terminal], [], [], 0.1)[0]:
@@ -555,19 +572,30 @@ def test_terminal_view_of_a_running_run_refreshes_and_ctrl_c_leaves(tmp_path: Pa
                 except OSError:  # the other side has closed
                     return
 
-    read_until("running, step 4 of 1,000")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "tokens": 50, "train/loss": 0.25, "train/step_seconds": 2.0}\n')
-    read_until("step 5 of 1,000, 50 tokens, 33 min 10 s left")  # 995 steps of 2 s
-    os.kill(pid, signal.SIGINT)
-    seen = ""
-    read_until("nothing more will come")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    try:
+        read_until("running, step 4 of 1,000")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "tokens": 50, "train/loss": 0.25, "train/step_seconds": 2.0}\n')
+        read_until("step 5 of 1,000, 50 tokens, 33 min 10 s left")  # 995 steps of 2 s
+        watcher.send_signal(signal.SIGINT)
+        seen = ""
+        read_until("nothing more will come")
+        assert watcher.wait(120) == 0
+    finally:
+        watcher.kill()
+        os.close(terminal)
     assert "Traceback" not in seen
     assert "\x1b[?1049l" in seen  # the terminal is as it was
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+def undocumented(metrics: set[str]) -> list[str]:
+    """Those that docs/metrics.md has no row for."""
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
+    known = [re.sub(r"<\w+>", r"[\\w/]+", re.escape(row).replace(r"\<", "<").replace(r"\>", ">")) for row in rows]
+    return sorted(m for m in metrics - {"tokens"} if not any(re.fullmatch(pattern, m) for pattern in known))
 
 
 def test_panels_draw_metrics_that_exist(tmp_path: Path) -> None:
@@ -576,16 +604,11 @@ def test_panels_draw_metrics_that_exist(tmp_path: Path) -> None:
     metrics = set(read_run(folder).series) | {"monitor/alerts"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics |= set(panels.layer_grids(next(line for line in lines if "monitor/cost" in line)))
-    documented = [
-        re.compile("^" + re.sub(r"<\w+>", r"[\\w/]+", re.escape(key).replace(r"\<", "<").replace(r"\>", ">")) + "$")
-        for key in re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
-    ]
     for panel in panels.PANELS:
         assert bool(panel.keys) != bool(panel.regex), panel
         found = [m for m in metrics if m in panel.keys or (panel.regex and re.match(panel.regex, m))]
         assert len(found) >= max(len(panel.keys), 1), (panel, found)
-    for metric in metrics - {"tokens"}:
-        assert any(pattern.match(metric) for pattern in documented), f"docs/metrics.md has no row for {metric}"
+    assert not undocumented(metrics)
     for chart in LINES:
         assert all(key in metrics for key in chart.keys), chart
     assert set(STATISTICS) <= {site.stat for site in read_run(folder).sites()}
@@ -655,7 +678,11 @@ def test_training_ends_by_writing_the_report_and_survives_its_failure(
     from osp.train import train
 
     caplog.set_level("INFO")
-    train(tiny("train.steps=2", name="run"))
+    everything = ("monitor.enabled=true", "monitor.sites=all", "monitor.statistics=all", "eval.quant.every=2")
+    train(tiny("train.steps=2", "eval.quant.tokens=64", *everything, name="run"))
+    assert not undocumented(set(read_run(tmp_path / "run").series))
+    kurtosis = data_of(tmp_path / "run" / "report.html")["lines"]["kurtosis"]["curves"]
+    assert [curve["name"] for curve in kurtosis] == ["worst site", "mean of the sites", "the paper's script"]
     assert f"report              {tmp_path / 'run' / 'report.html'}" in caplog.text
     curve = data_of(tmp_path / "run" / "report.html")["lines"]["train_loss"]["curves"][0]
     assert curve["x"] == [1, 2]

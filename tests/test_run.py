@@ -2,6 +2,10 @@
 
 import fcntl
 import json
+import shutil
+import threading
+import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import pytest
 
 from osp import checkpoint as checkpoint_module
 from osp.config import Config, RunError, UserError
-from osp.run import RunLock
+from osp.run import RunLock, check_disk
 from osp.train import train
 from tests.conftest import losses, read_metrics
 from tests.test_trainer import assert_same_weights
@@ -169,6 +173,40 @@ def test_saves_are_measured(tiny: Tiny, tmp_path: Path) -> None:
     assert saves[-1]["checkpoint/bytes"] == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     assert all(0 < event["checkpoint/blocked_seconds"] < 5 for event in saves)
     assert all(event["checkpoint/write_seconds"] > 0 for event in saves)
+
+
+def test_room_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run has on disk when it is begun again is not asked for a second time, the next checkpoint is."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 750, 250))
+    with pytest.raises(UserError, match=r"3 more checkpoints of .* do not fit"):  # two are kept, a third is written
+        check_disk(tmp_path, 100, keep_last=2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_0000000{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_0000000{step}" / "manifest.json").write_text("{}")
+    check_disk(tmp_path, 100, keep_last=2)
+    with pytest.raises(UserError, match=r"1 more checkpoint of .* do not fit"):
+        check_disk(tmp_path, 300, keep_last=2)
+
+
+def test_blocked_seconds_are_those_of_the_whole_save(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publishing counts; removing old checkpoints, which takes long on some file systems, does not stop training."""
+    publish = checkpoint_module.Saver._publish
+
+    def slow_publish(self: Any, files: Any) -> str | None:
+        time.sleep(0.2)
+        return publish(self, files)
+
+    pruned_by = []
+    monkeypatch.setattr(checkpoint_module.Saver, "_publish", slow_publish)
+    monkeypatch.setattr(checkpoint_module, "prune", lambda *_, **__: pruned_by.append(threading.current_thread()))
+    train(tiny("train.steps=2", "checkpoint.every=1", "eval.every=0", "eval.sample_tokens=0"))
+    seconds = [e["checkpoint/blocked_seconds"] for e in read_metrics(tmp_path / "run") if "checkpoint/bytes" in e]
+    assert min(seconds) >= 0.2
+    assert len(pruned_by) == 2
+    assert threading.main_thread() not in pruned_by
 
 
 def test_save_that_takes_longer_than_a_launcher_waits_is_announced(

@@ -17,6 +17,7 @@ SCRIPT = ROOT / "scripts" / "slurm.sh"
 SRUN = """#!/bin/bash
 [[ $1 == --kill-on-bad-exit=0 ]] || exit 99
 shift
+[[ $SIGNALLED == early ]] && exit 138 # what a task that SIGUSR1 has ended makes of it
 export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
@@ -49,7 +50,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         path.write_text(text)
         path.chmod(0o755)
 
-    def job(*overrides: str, signalled: bool = False) -> subprocess.CompletedProcess[str]:
+    def job(*overrides: str, signalled: str = "no") -> subprocess.CompletedProcess[str]:
         path = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
         environment = {
             **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
@@ -58,7 +59,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             "OMP_NUM_THREADS": "1",
             "SLURM_JOB_ID": JOB_ID,
             "SLURM_JOB_NODELIST": "here",
-            "SIGNALLED": "yes" if signalled else "no",
+            "SIGNALLED": signalled,
         }
         return subprocess.run(
             ["bash", str(SCRIPT), *overrides],
@@ -66,30 +67,31 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
 
     return job
 
 
+@pytest.mark.timeout(900)  # four ranks start one after the other on a slow machine
 def test_signalled_job_is_requeued_and_the_next_one_completes_the_run(
     submit: Callable[..., subprocess.CompletedProcess[str]], tiny: Tiny, tmp_path: Path
 ) -> None:
     quick = ("eval.every=0", "eval.tokens=64", "eval.sample_tokens=0", "checkpoint.every=0")
-    config = overrides_of(tiny("train.steps=150", *quick))
-    first = submit(*config, signalled=True)
+    config = overrides_of(tiny("train.steps=60", *quick))
+    first = submit(*config, signalled="yes")
     assert first.returncode == 0, first.stderr
     requeued = (tmp_path / "scontrol.log").read_text()
     assert requeued == f"requeue {JOB_ID}\n", first.stderr
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["reason"] == "SIGUSR1"
-    assert 3 <= stopped["step"] < 150
+    assert 3 <= stopped["step"] < 60
     second = submit(*config)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "scontrol.log").read_text() == requeued
     assert json.loads((tmp_path / "run" / "stopped.json").read_text())["reason"] == "complete"
     assert f"continuing after step {stopped['step']}" in second.stderr
-    assert len(losses(tmp_path / "run")) == 150
+    assert len(losses(tmp_path / "run")) == 60
 
 
 def test_failed_job_is_not_requeued(
@@ -102,3 +104,11 @@ def test_failed_job_is_not_requeued(
     assert done.returncode == 2, done.stderr
     assert "nowhere.jsonl" in done.stderr
     assert not (tmp_path / "scontrol.log").exists()
+
+
+def test_job_that_is_signalled_before_its_first_step_is_requeued(
+    submit: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = submit(f"run.dir={tmp_path / 'run'}", signalled="early")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {JOB_ID}\n"

@@ -1,7 +1,9 @@
 """Whole runs on a small model: what they write, that they learn, and that nothing but the mathematics decides."""
 
+import dataclasses
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import torch.nn.functional as F
 import yaml
 
 from osp.checkpoint import load_model
-from osp.config import Config, RunError, UserError, from_dict
+from osp.config import Config, LoggerConfig, RunError, UserError, from_dict
 from osp.data import Shards, load_tokenizer
+from osp.logger import Logger
 from osp.model import Block, Transformer
 from osp.norms import BHyT
 from osp.train import train
-from osp.trainer import Trainer
+from osp.trainer import Trainer, validation_every
 from tests.conftest import losses, overrides_of, read_metrics, run_script
 
 Tiny = Callable[..., Config]
@@ -231,6 +234,7 @@ def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, plain_run: Pat
         (("deepspeed", "--num_gpus", "4"), 2),
     ],
 )
+@pytest.mark.timeout(900)
 def test_ranks_change_only_rounding(
     launcher: tuple[str, ...], stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
 ) -> None:
@@ -343,6 +347,30 @@ def test_wandb_failing_does_not_stop_training(
     assert "W&B is off from here on" in caplog.text
 
 
+def test_wandb_that_has_gone_away_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its server unreachable, W&B's own `finish` returns after hours, if ever."""
+    import wandb
+
+    released = threading.Event()
+
+    class Run:
+        dir = str(tmp_path / "wandb" / "run-1" / "files")
+
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def log(self, metrics: dict[str, float]) -> None: ...
+        def finish(self, exit_code: int) -> None:
+            released.wait(60)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr("osp.logger.SECONDS_TO_FINISH", 0.05)
+    config = LoggerConfig(wandb="offline", progress=False)
+    Logger(tmp_path, config, run_name="run", run_config={}, step=0, total_steps=2).close()
+    released.set()
+    assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}` sends it later" in caplog.text
+
+
 def test_resumed_run_continues_the_same_wandb_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -384,3 +412,18 @@ def test_load_model_is_the_trained_model(plain_run: Path) -> None:
     from osp import load_model as public
 
     assert torch.equal(public(plain_run).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_step", "val_tokens", "every"),
+    [
+        (4_096, 90_112, 367),  # 22 steps' tokens forwards are the work of 7 1/3 steps, a fiftieth of 366.7
+        (4_096, 10**9, 4_070),  # eval.tokens bounds it: 10^6 / 4096 / 3 * 50
+        (4_194_304, 10**9, 250),
+    ],
+)
+def test_validation_takes_a_fiftieth_of_the_work_by_default(tokens_per_step: int, val_tokens: int, every: int) -> None:
+    config = from_dict({"train": {"steps": 10_000, "tokens_per_step": tokens_per_step}})
+    assert validation_every(config, val_tokens) == every
+    fixed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=7))
+    assert validation_every(fixed, val_tokens) == 7

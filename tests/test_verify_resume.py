@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from osp.config import Config, RunError, UserError, VerifyResumeConfig
+from osp.launcher import failure
 from osp.train import train
 from osp.verify_resume import (
     Difference,
@@ -20,7 +21,6 @@ from osp.verify_resume import (
     Topology,
     Verification,
     compare,
-    failure,
     shortened,
     stopped_by,
     verify,
@@ -131,6 +131,7 @@ def test_schedule_is_squeezed(warmup: object, decay: object, expected: tuple[int
     assert (short.train.steps, short.train.tokens_per_step) == (6, 2 * 4 * 32)
 
 
+@pytest.mark.timeout(900)  # four starts, two of two ranks
 def test_real_processes(tiny: Tiny, tmp_path: Path) -> None:
     """What two ranks at ZeRO-3 save, one resumes at ZeRO-1, and the other way round."""
     options = VerifyResumeConfig(steps=(2, 2))

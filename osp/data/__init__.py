@@ -3,7 +3,7 @@
 from osp.data.loader import Batch, Loader, Shards, check_rows_per_step, data_step, validation_batches
 from osp.data.manifest import Manifest, load_manifest, verify
 from osp.data.prepare import prepare, shard_folder, start
-from osp.data.sources import documents
+from osp.data.sources import documents, holds_documents
 from osp.data.tokenizer import existing_tokenizer, load_tokenizer, token_bytes, tokenizer_hash, vocab_size
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "data_step",
     "documents",
     "existing_tokenizer",
+    "holds_documents",
     "load_manifest",
     "load_tokenizer",
     "prepare",

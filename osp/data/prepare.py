@@ -121,8 +121,8 @@ def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True
 
 def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """data.cache_dir / NAME-HASH; the hash covers the configuration, the local files' sizes and times, the format."""
-    settings = dataclasses.asdict(data)
-    for key in ("cache_dir", "num_workers"):  # they do not change a byte
+    settings = dataclasses.asdict(dataclasses.replace(data, skip_steps=()))
+    for key in ("cache_dir", "num_workers"):  # like skip_steps they do not change a byte
         del settings[key]
     spec = hashlib.sha256(_read_bytes(tokenizer.path)).hexdigest() if tokenizer.path else None
     identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, sources.fingerprint(data)]

@@ -75,6 +75,11 @@ def interleave(streams: list[Iterator[str]], weights: list[float], *, names: lis
         yield text
 
 
+def holds_documents(path: Path) -> bool:
+    """Whether the name of a file tells how documents lie in it."""
+    return _suffix(path) is not None
+
+
 def list_files(paths: tuple[str, ...]) -> list[Path]:
     """The readable files that `data.paths` names, in order; a folder gives its files recursively, sorted by path."""
     files = []

@@ -2,20 +2,39 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from osp.config import COMPARISONS, UserError
+from tqdm import tqdm
+
+from osp.config import COMPARISONS, MonitorConfig, UserError
+from osp.engine import is_main
 from osp.evaluation.config import CompareConfig
-from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.measure import Inputs, Result, calibration_rows, measure, read_inputs, start, write_record
+from osp.evaluation.language_model import LanguageModel, find_model
+from osp.evaluation.measure import (
+    Inputs,
+    Result,
+    calibration_rows,
+    finite,
+    measure,
+    prepare_out,
+    read_inputs,
+    start,
+    write_record,
+)
 from osp.evaluation.quantized import quantized
 from osp.evaluation.spec import QuantSpec, check_spec
-from osp.run import environment, read_lines
+from osp.monitor.probe import Rows, probe
+from osp.run import environment
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2
 LAST_BITS = "4-4-4"  # of table 4
-KURTOSIS = "monitor/kurtosis/osp_script"
+ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with written answers
+KURTOSIS_TOKENS = 16_384  # of the text, at most
 
 
 @dataclass(frozen=True)
@@ -38,34 +57,41 @@ class Comparison:
 
     name: str
     sha256: str
-    kurtosis: float | None
+    kurtosis: float | None  # the paper's script on the first text, see `script_kurtosis`
     what: str  # the text and tasks of every cell
-    bits: dict[str, dict[str, Score]]  # table 2: "" or "+Had" -> W-A-KV -> score
+    bits: dict[str, dict[str, Score]]  # table 2: "", "+Had", "+GPTQ", "+QuaRot" -> W-A-KV -> score
     methods: dict[str, Score]  # table 4: method -> score
     specs: dict[str, str]  # hash -> the quantization in words
+    hashes: dict[str, str]  # "4-4-4", "4-4-4 +Had", method -> hash of its quantization
+    texts: dict[str, str]  # name -> SHA-256
 
 
-def table_2_specs(spec: QuantSpec) -> dict[str, dict[str, QuantSpec]]:
-    """Row -> column -> quantization: round to nearest, without and with the Hadamard transform of the FFN."""
-    rows = {"": False, "+Had": True}
+def table_2_specs(spec: QuantSpec, *, all_methods: bool = False) -> dict[str, dict[str, QuantSpec]]:
+    """Row -> column -> quantization: round to nearest, without and with the Hadamard transform of the FFN.
+
+    all_methods: also what table 4 adds to that.
+    """
+    rows = {"": spec, **_methods(spec)}
     return {
-        row: {bits: dataclasses.replace(spec, ffn_hadamard=hadamard).at(bits) for bits in COLUMNS}
-        for row, hadamard in rows.items()
+        row: {bits: each.at(bits) for bits in COLUMNS}
+        for row, each in rows.items()
+        if all_methods or row in ("", "+Had")
     }
 
 
 def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
     """Row -> quantization at 4-4-4; each row adds to the one before, as in the authors' scripts."""
     spec = spec.at(LAST_BITS)
+    added = _methods(spec)
+    rows = {"RTN": spec, "+ FFN Had": added["+Had"], "+ GPTQ": added["+GPTQ"], "+ QuaRot": added["+QuaRot"]}
+    return rows | ({"+ SpinQuant": dataclasses.replace(added["+QuaRot"], rotation="spinquant")} if spinquant else {})
+
+
+def _methods(spec: QuantSpec) -> dict[str, QuantSpec]:
+    """`spec` with one more method each time."""
     hadamard = dataclasses.replace(spec, ffn_hadamard=True)
     gptq = dataclasses.replace(hadamard, method="gptq")
-    rows = {
-        "RTN": spec,
-        "+ FFN Had": hadamard,
-        "+ GPTQ": gptq,
-        "+ QuaRot": dataclasses.replace(gptq, rotation="quarot"),
-    }
-    return rows | ({"+ SpinQuant": dataclasses.replace(gptq, rotation="spinquant")} if spinquant else {})
+    return {"+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
 def compare(config: CompareConfig) -> list[Comparison]:
@@ -74,12 +100,15 @@ def compare(config: CompareConfig) -> list[Comparison]:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
         config = dataclasses.replace(config, quant=config.quant.at("16-16-16"))
+    prepare_out(config)
+    for path in config.paths:
+        find_model(Path(path))
     comparisons = []
     for path in config.paths:
         subject = start(path, config)
         comparisons.append(compare_one(subject, config))
         if config.out is None:
-            record = {"step": subject.step, **as_record(comparisons[-1:])}
+            record = {"step": subject.step, "config": dataclasses.asdict(config), **as_record(comparisons[-1:])}
             write_record(subject, config, record, f"{COMPARISONS}/step_{subject.step or 0:08d}")
     return comparisons
 
@@ -87,25 +116,43 @@ def compare(config: CompareConfig) -> list[Comparison]:
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     """Both tables of one model; what several cells have in common is measured once."""
     inputs = read_inputs(subject, config)
-    rows, methods = table_2_specs(config.quant), table_4_specs(config.quant, spinquant=config.spinquant)
+    rows = table_2_specs(config.quant, all_methods=config.methods == "all")
+    methods = {} if config.methods == "none" else table_4_specs(config.quant, spinquant=config.spinquant)
     wanted = [spec for row in rows.values() for spec in row.values()] + list(methods.values())
-    for spec in wanted:
-        check_spec(spec, subject.model.config)
-    sha256, scores, names = subject.sha256(), {}, ""
-    for spec in wanted:
-        if str(spec) not in scores:
-            results = _measure(subject, config, inputs, spec)
-            scores[str(spec)] = _score(results)
-            names = names or ", ".join(dict.fromkeys(result.what for result in results))
+    scores = {str(spec): Score(None, None) for spec in wanted if not _is_possible(spec, subject)}
+    possible = {str(spec): spec for spec in wanted if str(spec) not in scores}
+    sha256, names, kurtosis = subject.sha256(), "", script_kurtosis(subject, config, inputs)
+    shown = tqdm(possible.items(), desc=subject.name, unit="cell", disable=not (config.progress and is_main()))
+    for words, spec in shown:
+        results = _measure(subject, config, inputs, spec)
+        scores[words] = _score(results)
+        names = names or ", ".join(dict.fromkeys(result.what for result in results))
     return Comparison(
         subject.name,
         sha256,
-        kurtosis=_kurtosis(subject),
+        kurtosis=kurtosis,
         what=names,
         bits={row: {bits: scores[str(spec)] for bits, spec in specs.items()} for row, specs in rows.items()},
         methods={row: scores[str(spec)] for row, spec in methods.items()},
         specs={spec.hash: str(spec) for spec in wanted},
+        hashes={f"{bits} {row}".strip(): spec.hash for row, specs in rows.items() for bits, spec in specs.items()}
+        | {method: spec.hash for method, spec in methods.items()},
+        texts={text.name: text.sha256 for text in inputs.texts},
     )
+
+
+def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Inputs) -> float | None:
+    """Excess kurtosis of the residual stream by the paper's script (`osp.monitor.statistics.osp_script_kurtosis`).
+
+    On the first tokens of the first text, each by itself; None if there is no text.
+    """
+    if not inputs.texts:
+        return None
+    tokens = inputs.texts[0].tokens[: min(KURTOSIS_TOKENS, config.max_tokens or KURTOSIS_TOKENS)]
+    length = min(inputs.seq_len, len(tokens))
+    rows = Rows(tokens[: len(tokens) // length * length].view(-1, length))
+    found = probe(subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
+    return found.metrics["monitor/kurtosis/osp_script"]
 
 
 def markdown(comparisons: list[Comparison]) -> str:
@@ -113,16 +160,16 @@ def markdown(comparisons: list[Comparison]) -> str:
     names = _names(comparisons)
     table_2 = []
     for c, name in zip(comparisons, names, strict=True):
-        heads = {"": [name, "-" if c.kurtosis is None else _short(c.kurtosis)], "+Had": ["+Had", ""]}
-        table_2 += [[*heads[row], *(str(cells[bits]) for bits in COLUMNS)] for row, cells in c.bits.items()]
-    methods = list(comparisons[0].methods)
-    table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in methods]
+        first = [name, "-" if c.kurtosis is None else _short(c.kurtosis)]
+        for row, cells in c.bits.items():
+            table_2.append([*([row, ""] if row else first), *(str(cells[bits]) for bits in COLUMNS)])
+    table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods]
     return "\n\n".join(
         [
             _table(["model", "ex. kurtosis", *COLUMNS], table_2),
-            _table([f"at {LAST_BITS}", *names], table_4),
+            *([_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
             f"Cells: {'mean accuracy in percent / perplexity' if _has_tasks(comparisons) else 'perplexity'}; "
-            "columns are bits of weights, activations and KV cache.",
+            "columns are bits of weights, activations and KV cache. Excess kurtosis is that of the paper's script.",
             "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),
         ]
     )
@@ -136,27 +183,30 @@ def as_record(comparisons: list[Comparison]) -> dict[str, Any]:
 
 
 def as_json(comparisons: list[Comparison]) -> str:
-    return json.dumps(as_record(comparisons), indent=1) + "\n"
+    return json.dumps(finite(as_record(comparisons)), indent=1) + "\n"
 
 
 def _measure(subject: LanguageModel, config: CompareConfig, inputs: Inputs, spec: QuantSpec) -> list[Result]:
     calibration = calibration_rows(subject, spec, inputs)
-    with quantized(subject.model, spec, calibration=calibration):
+    with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
         return measure(subject, config, inputs)
 
 
 def _score(results: list[Result]) -> Score:
     perplexities = [result.value for result in results if result.metric == "perplexity"]
-    accuracies = [result.value for result in results if result.metric == "acc"]
+    accuracies = [result.value for result in results if result.metric in ACCURACIES]
     return Score(perplexities[0] if perplexities else None, sum(accuracies) / len(accuracies) if accuracies else None)
 
 
-def _kurtosis(subject: LanguageModel) -> float | None:
-    """What the run's monitor measured last with the paper's script."""
-    if subject.run is None:
-        return None
-    found = [event[KURTOSIS] for event in read_lines(subject.run / "metrics.jsonl") if KURTOSIS in event]
-    return found[-1] if found else None
+def _is_possible(spec: QuantSpec, subject: LanguageModel) -> bool:
+    """Whether the model can be rotated, if `spec` does; every other reason is the user's mistake (`UserError`)."""
+    check_spec(dataclasses.replace(spec, rotation="none"), subject.model.config)
+    try:
+        check_spec(spec, subject.model.config)
+    except UserError as error:
+        logger.warning("%s: cells left out, %s", subject.name, error)
+        return False
+    return True
 
 
 def _has_tasks(comparisons: list[Comparison]) -> bool:

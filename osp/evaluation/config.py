@@ -1,8 +1,9 @@
 """The configurations of `scripts/evaluate.py` and `scripts/compare.py`; keys of both mean the same."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from osp.config import AT_LEAST_1, AT_LEAST_2, Count, CountOrZero, at_most
 from osp.evaluation.spec import QuantSpec
 
 
@@ -12,20 +13,26 @@ class MeasureConfig:
 
     texts: tuple[str, ...] = ()  # wikitext2, held_out, a run folder, files; see osp.evaluation.texts
     text_field: str = "text"  # of records: the field that holds the document
-    seq_len: int | None = None  # tokens of a window; None: what the model was trained at, 2048 at most
-    overlap: int = 0  # tokens of a window that are context only
+    seq_len: Annotated[int, AT_LEAST_2, at_most(2**24)] | None = (
+        None  # tokens of a window; None: what the model was trained at, 2048 at most
+    )
+    overlap: CountOrZero = 0  # tokens of a window that are context only
     bos: bool = False  # the BOS token before every window and context
-    max_tokens: int | None = None  # read the first so many tokens of each text; None: all
+    max_tokens: Annotated[int, AT_LEAST_2, at_most(10**15)] | None = (
+        None  # read the first so many tokens of each text; None: all
+    )
     tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: those of OSP's ten that are there
     tasks_dir: str = "."
-    num_fewshot: int = 0  # examples before each item of a local task
-    limit: int | None = None  # items of each task; None: all
+    num_fewshot: CountOrZero = 0  # examples before each item of a local task
+    limit: Count | None = None  # items of each task; None: all
     lm_eval: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or paper_ten
     lm_eval_dir: str | None = None  # folder of further task files for it
-    batch_tokens: int = 8192  # that the model reads at a time
+    batch_tokens: Count = 8192  # that the model reads at a time
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of matmuls; auto: bf16 where it is native
-    threads: int | None = None  # CPU threads per rank; None: all cores shared among the ranks of a host
+    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = (
+        None  # CPU threads per rank; None: all cores shared among the ranks of a host
+    )
     out: str | None = None  # the JSON file; None: below `evaluation` of a run, nowhere for a Hugging Face folder
     progress: bool = True
     debug: bool = False
@@ -42,4 +49,6 @@ class EvaluateConfig(MeasureConfig):
 class CompareConfig(MeasureConfig):
     paths: tuple[str, ...] = ()
     quant: QuantSpec = field(default_factory=QuantSpec)  # the rows are this spec at other bits and with other methods
+    # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
+    methods: Literal["none", "last", "all"] = "last"
     spinquant: bool = False  # the last row of table 4, which takes longest

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from osp.evaluation.spec import QuantSpec
 from osp.model import Block, Transformer
@@ -67,7 +68,9 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_weights_gptq(model: Transformer, spec: QuantSpec, calibration: Tensor, *, sites: Collection[str]) -> None:
+def quantize_weights_gptq(
+    model: Transformer, spec: QuantSpec, calibration: Tensor, *, sites: Collection[str], progress: bool = False
+) -> None:
     """Replace the weights of the blocks that `sites` names by quantized ones, block after block.
 
     Each matrix is fitted to what it sees in the model whose earlier matrices are quantized already. calibration:
@@ -83,7 +86,7 @@ def quantize_weights_gptq(model: Transformer, spec: QuantSpec, calibration: Tens
     rows = [
         model.embed_proj(model.embed_tokens(ids[None].to(device)).to(model.compute_dtype)).cpu() for ids in calibration
     ]
-    for layer in model.layers:
+    for layer in tqdm(model.layers, desc="GPTQ", unit="block", leave=False, disable=not progress):
         assert isinstance(layer, Block)
         modules = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
         for stage in STAGES:

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from osp.config import UserError
+from osp.evaluation.greedy import Wanted, greedy_texts
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.ranks import add_up, my_share
-from osp.evaluation.tasks import Pair, Row, TaskResult, batches_by_tokens, likelihoods, score_rows
+from osp.evaluation.tasks import Pair, Row, TaskResult, likelihoods, score_rows
 
 # The ten benchmarks of OSP (arXiv 2506.19697, tables 2, 3 and 5) by the harness's names, with their numbers of
 # examples. ARC is both its parts; MMLU is in cloze form.
@@ -70,61 +68,23 @@ class HarnessModel:
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The greedy text after the context of every request, up to the first of its stop strings."""
-        longest = self.subject.model.config.max_position_embeddings
-        prompts, limits, stops = [], [], []
+        wanted = []
         for request in requests:
             context, options = request.args
             if options.get("do_sample"):
                 raise UserError("lm_eval: a task wants sampled text; only greedy text is generated here")
             stop = options.get("until") or []
-            stops.append([stop] if isinstance(stop, str) else list(stop))
-            limits.append(min(int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)), longest - 1))
-            prompts.append(
-                ((self._begin() if self.bos else []) + self.subject.encode(context))[-(longest - limits[-1]) :]
-            )
-        lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        batches = batches_by_tokens(lengths, self.batch_tokens)
-        # one more than the ids of what is generated, 0 behind the end
-        results = torch.zeros(len(requests), max(limits, default=0), dtype=torch.int64, device=self.subject.device)
-        for _, batch in my_share(batches, what="generation", progress=self.progress):
-            texts = self._continue([prompts[i] for i in batch], [limits[i] for i in batch], [stops[i] for i in batch])
-            for i, tokens in zip(batch, texts, strict=True):
-                results[i, : len(tokens)] = torch.tensor(tokens) + 1
-        found = [[value - 1 for value in row if value] for row in add_up(results).tolist()]
-        return [self._until(tokens, stop) for tokens, stop in zip(found, stops, strict=True)]
-
-    @torch.no_grad()
-    def _continue(self, prompts: list[list[int]], limits: list[int], stops: list[list[str]]) -> list[list[int]]:
-        """The greedy tokens after each prompt, until a stop string, the end of the text or its limit."""
-        model, device = self.subject.model, self.subject.device
-        rows = [list(prompt) for prompt in prompts]
-        alive = list(range(len(rows)))
-        while alive:
-            width = max(len(rows[i]) for i in alive)
-            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in alive], device=device)
-            last = torch.tensor([len(rows[i]) - 1 for i in alive], device=device)
-            hidden = model.hidden_states(ids)[torch.arange(len(alive), device=device), last]
-            for i, token in zip(alive, model.lm_head(hidden).argmax(-1).tolist(), strict=True):
-                rows[i].append(token)
-            alive = [i for i in alive if not self._is_done(rows[i][len(prompts[i]) :], limits[i], stops[i])]
-        return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-
-    def _is_done(self, tokens: list[int], limit: int, stops: list[str]) -> bool:
-        if len(tokens) >= limit or tokens[-1] == self.subject.eos_id:
-            return True
-        text = self.subject.tokenizer.decode(tokens)
-        return any(stop in text for stop in stops)
-
-    def _until(self, tokens: list[int], stops: list[str]) -> str:
-        if tokens and tokens[-1] == self.subject.eos_id:
-            tokens = tokens[:-1]
-        text = self.subject.tokenizer.decode(tokens)
-        return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+            stops = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
+            wanted.append(Wanted(context, int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)), stops))
+        texts, _ = greedy_texts(
+            self.subject, wanted, bos=self.bos, batch_tokens=self.batch_tokens, progress=self.progress
+        )
+        return texts
 
     def _windows(self, tokens: list[int]) -> list[Row]:
         """Rows that predict every token once, with as much before it as the model can read."""
         longest = self.subject.model.config.max_position_embeddings
-        tokens = [*self._begin(), *tokens]
+        tokens = [self.subject.begin_id, *tokens]
         rows, done = [], 1
         while done < len(tokens):
             stop = min(done + longest, len(tokens))
@@ -132,16 +92,9 @@ class HarnessModel:
             done = stop
         return rows
 
-    def _begin(self) -> list[int]:
-        """The token before a text."""
-        token = self.subject.bos_id if self.subject.bos_id is not None else self.subject.eos_id
-        if token is None:
-            raise UserError(f"{self.subject.folder}: names no token to begin a text with (bos_token_id in config.json)")
-        return [token]
-
 
 def as_harness(model: HarnessModel) -> Any:
-    """`model` as an `lm_eval.api.model.LM`. ImportError names the extra where the harness is not installed."""
+    """`model` as an `lm_eval.api.model.LM`. `UserError` names the extra where the harness is not installed."""
     base: Any = _lm_eval("lm_eval.api.model").LM
 
     class Adapter(HarnessModel, base):
@@ -150,6 +103,11 @@ def as_harness(model: HarnessModel) -> Any:
             HarnessModel.__init__(self, **vars(model))
 
     return Adapter()
+
+
+def require_harness() -> None:
+    """Raise `UserError` where the harness is not installed."""
+    _lm_eval("lm_eval")
 
 
 def evaluate_harness(
@@ -201,4 +159,4 @@ def _lm_eval(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"tasks of the harness need lm-eval: pip install 'osp[lm-eval]' ({error})") from error
+        raise UserError(f"lm_eval: tasks of the harness need lm-eval; pip install 'osp[lm-eval]' ({error})") from error

@@ -36,6 +36,14 @@ class LanguageModel:
     def device(self) -> torch.device:
         return device_of(self.model)
 
+    @property
+    def begin_id(self) -> int:
+        """The token before a text; `UserError` if the model has none."""
+        token = self.bos_id if self.bos_id is not None else self.eos_id
+        if token is None:
+            raise UserError(f"{self.folder}: names no token to begin a text with (bos_token_id in its config.json)")
+        return token
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without BOS and EOS."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -61,9 +69,22 @@ def open_model(
     Raises `UserError` if it is neither a run, a checkpoint nor a Hugging Face Llama, or the tokenizer does not fit.
     """
     folder = Path(path)
-    found = _open_hf(folder) if is_hf(folder) else _open_checkpoint(folder)
+    checkpoint = find_model(folder)
+    found = _open_hf(folder) if checkpoint is None else _open_checkpoint(folder, checkpoint)
     found.model.to(device).compute_dtype = dtype
     return found
+
+
+def find_model(folder: Path) -> Path | None:
+    """The checkpoint that `folder` names, None for a Hugging Face folder; `UserError` if there is no model."""
+    if is_hf(folder):
+        return None
+    checkpoint = find(folder)
+    if checkpoint is None:
+        raise UserError(
+            f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
+        )
+    return checkpoint
 
 
 def _open_hf(folder: Path) -> LanguageModel:
@@ -71,12 +92,7 @@ def _open_hf(folder: Path) -> LanguageModel:
     return LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, special.bos_id, special.eos_id)
 
 
-def _open_checkpoint(folder: Path) -> LanguageModel:
-    checkpoint_folder = find(folder)
-    if checkpoint_folder is None:
-        raise UserError(
-            f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
-        )
+def _open_checkpoint(folder: Path, checkpoint_folder: Path) -> LanguageModel:
     checkpoint = Checkpoint(checkpoint_folder)
     config = from_dict(checkpoint.manifest["config"])
     run = checkpoint_folder.resolve().parent.parent

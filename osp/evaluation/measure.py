@@ -20,7 +20,7 @@ from osp.config import EVALUATIONS, UserError
 from osp.cpu import prepare_cpu
 from osp.engine import init_distributed, is_main, local_ranks
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
-from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_harness
+from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_harness, require_harness
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import Perplexity, Text, perplexity
 from osp.evaluation.quantized import draw_calibration, propagated_error, quantized
@@ -31,7 +31,18 @@ from osp.model import Transformer
 from osp.precision import choose_device, native_bf16
 from osp.run import environment
 
-PAPER_TASKS = ("arc_easy", "arc_challenge", "commonsense_qa", "openbook_qa", "piqa", "siqa", "winogrande")
+# OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are not among them
+PAPER_TASKS = {
+    "arc_easy": 0,
+    "arc_challenge": 0,
+    "commonsense_qa": 0,
+    "gsm8k": 8,
+    "openbook_qa": 0,
+    "piqa": 0,
+    "siqa": 0,
+    "triviaqa_sm_sub": 5,
+    "winogrande": 0,
+}
 LONGEST_WINDOW = 2048  # tokens; what papers take perplexity at
 LIVE_BITS = "4-4-4"
 BAR_WIDTH = 40
@@ -93,13 +104,14 @@ def start(path: str, config: MeasureConfig) -> LanguageModel:
 def evaluate(subject: LanguageModel, config: EvaluateConfig) -> tuple[list[Result], Ablation | None, dict[str, Any]]:
     """(results, the ablation if asked for, both and all they depend on as JSON); every rank calls it."""
     check_spec(config.quant, subject.model.config)
+    prepare_out(config)
     inputs = read_inputs(subject, config)
     if config.ablate and (not inputs.texts or config.quant.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
     calibration = calibration_rows(subject, config.quant, inputs)
     # hashed while the weights are those of the file
     record = _record(subject, config, inputs)
-    with quantized(subject.model, config.quant, calibration=calibration):
+    with quantized(subject.model, config.quant, calibration=calibration, progress=config.progress and is_main()):
         results = measure(subject, config, inputs)
     ablation = ablate(subject, config, inputs, calibration) if config.ablate else None
     record["results"] = [dataclasses.asdict(result) for result in results]
@@ -117,7 +129,9 @@ def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
     for name in config.lm_eval:
         if name == "paper" or name.endswith(".jsonl"):
             raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
-    tasks = tuple(load_task(path, num_fewshot=config.num_fewshot, limit=config.limit) for path in _task_files(config))
+    if config.lm_eval:
+        require_harness()
+    tasks = tuple(load_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config))
     texts = tuple(read_text(name, subject, text_field=config.text_field) for name in names)
     return Inputs(texts, tasks, seq_len=config.seq_len or window_length(subject))
 
@@ -231,6 +245,21 @@ def record_name(record: dict[str, Any]) -> str:
     return f"step_{record['model']['step'] or 0:08d}-{record['quant']['hash']}-{digest}"
 
 
+def prepare_out(config: MeasureConfig) -> None:
+    """Make the folder of `out`; `UserError` if nothing can be written there, which is better known before the work."""
+    if config.out is None:
+        return
+    path = Path(config.out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"out={path}: {path.parent} is no folder; name a JSON file") from error
+    except OSError as error:
+        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"out={path}: {'is a folder' if path.is_dir() else 'cannot write there'}; name a JSON file")
+
+
 def write_record(subject: LanguageModel, config: MeasureConfig, record: dict[str, Any], name: str) -> Path | None:
     """Write the JSON where `out` says, or into the run under `name`; the file, None if there is no place for it.
 
@@ -241,8 +270,8 @@ def write_record(subject: LanguageModel, config: MeasureConfig, record: dict[str
     path = Path(config.out) if config.out else Path(subject.run or "") / EVALUATIONS / f"{name}.json"
     if is_main():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(_finite(record), indent=1) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)  # `evaluation` of a run
+            write_text(path, json.dumps(finite(record), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
     return path
@@ -263,8 +292,8 @@ def results_table(subject: LanguageModel, spec: QuantSpec, results: list[Result]
 
 def ablation_table(ablation: Ablation) -> str:
     """Text: perplexities by site with a bar of the loss each one costs alone, and R_L by layer."""
-    costs = {cost.site: math.log(cost.alone / ablation.unquantized) for cost in ablation.sites}
-    largest = max([*costs.values(), 1e-9])
+    costs = {cost.site: math.log(cost.alone) - math.log(ablation.unquantized) for cost in ablation.sites}
+    largest = max([1e-9, *filter(math.isfinite, costs.values())])
     lines = [
         f"perplexity of {ablation.text}: {_number(ablation.unquantized)} unquantized, "
         f"{_number(ablation.quantized)} quantized",
@@ -272,8 +301,8 @@ def ablation_table(ablation: Ablation) -> str:
     ]
     for cost in ablation.sites:
         nats = costs[cost.site]
-        length = max(0, round(BAR_WIDTH * nats / largest)) if math.isfinite(nats) else BAR_WIDTH
-        bar = "#" * length
+        share = nats / largest if math.isfinite(nats) else float(nats == math.inf)
+        bar = "#" * max(0, round(BAR_WIDTH * share))
         lines.append(f"{cost.site:<14}{_number(cost.alone):>10}{_number(cost.left_out):>10}  {bar} {nats:+.4f}")
     lines.append("R_L, relative error of the residual stream after each block, and of the last norm")
     for layer, error in enumerate(ablation.layer_errors):
@@ -282,18 +311,20 @@ def ablation_table(ablation: Ablation) -> str:
     return "\n".join(lines)
 
 
-def _task_files(config: MeasureConfig) -> list[Path]:
-    """The files that `tasks` names; `paper` means those of OSP's ten in tasks_dir."""
+def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
+    """The files that `tasks` names and their numbers of examples; `paper` means those of OSP's ten in tasks_dir."""
     folder = Path(config.tasks_dir)
     files = []
     for name in config.tasks:
         if name == "paper":
-            found = [folder / f"{task}.jsonl" for task in PAPER_TASKS if (folder / f"{task}.jsonl").exists()]
+            paths = {folder / f"{task}.jsonl": shots for task, shots in PAPER_TASKS.items()}
+            found = [(path, shots) for path, shots in paths.items() if path.exists()]
             if not found:
                 raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
             files += found
         else:
-            files.append(Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl")
+            path = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
+            files.append((path, config.num_fewshot))
     return files
 
 
@@ -320,12 +351,12 @@ def _record(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs) -> d
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with null for numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

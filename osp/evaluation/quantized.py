@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from osp.config import UserError
 from osp.convert import absorb_projections, bake_recentring, fold_norm_gains
@@ -52,12 +53,18 @@ class Quantized:
 
 @contextmanager
 def quantized(
-    model: Transformer, spec: QuantSpec, *, calibration: Tensor | None = None, sites: Collection[str] = SITES
+    model: Transformer,
+    spec: QuantSpec,
+    *,
+    calibration: Tensor | None = None,
+    sites: Collection[str] = SITES,
+    progress: bool = False,
 ) -> Iterator[Quantized]:
     """Let `model` compute as if quantized. It runs eagerly inside, as hooks and compiled code do not go together.
 
     calibration: (N, T) token ids for GPTQ and SpinQuant (`draw_calibration`). sites: quantize at these alone, of those
-    that `spec` quantizes. If none is left, as at 16-16-16, the model is not touched at all.
+    that `spec` quantizes. If none is left, as at 16-16-16, the model is not touched at all. progress: show how far the
+    weights are.
     """
     check_spec(spec, model.config)
     if unknown := set(sites) - set(SITES):
@@ -73,13 +80,13 @@ def quantized(
         stack.enter_context(_eager())
         bake_recentring(model)  # what is rounded are the weights as they act
         with torch.no_grad():
-            basis = _rotate(model, spec, calibration, active, stack)
+            basis = _rotate(model, spec, calibration, active, stack, progress=progress)
             of_blocks, of_ends = active & {*WEIGHT_SITES, *GATE_SITES}, active & set(END_WEIGHT_SITES)
             if spec.method == "gptq" and of_blocks:
                 assert calibration is not None
-                quantize_weights_gptq(model, spec, calibration, sites=of_blocks)
+                quantize_weights_gptq(model, spec, calibration, sites=of_blocks, progress=progress)
             else:
-                _quantize_weights(model, spec, of_blocks)
+                _quantize_weights(model, spec, of_blocks, progress=progress)
             _quantize_weights(model, spec, of_ends)
         _quantize_activations(model, spec, active, stack)
         yield Quantized(spec, active, basis)
@@ -158,7 +165,13 @@ def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
 
 
 def _rotate(
-    model: Transformer, spec: QuantSpec, calibration: Tensor | None, active: frozenset[str], stack: ExitStack
+    model: Transformer,
+    spec: QuantSpec,
+    calibration: Tensor | None,
+    active: frozenset[str],
+    stack: ExitStack,
+    *,
+    progress: bool,
 ) -> Tensor | None:
     """Apply the rotations of `spec`, those online until `stack` ends; returns R1."""
     if spec.rotation != "none" or active & {*END_WEIGHT_SITES, *END_ACTIVATION_SITES}:
@@ -176,23 +189,25 @@ def _rotate(
         assert calibration is not None
         with ExitStack() as learning:
             _quantize_activations(model, spec, active, learning)
-            residual, values = learn_rotations(model, spec, (residual, values), calibration, sites=active)
+            residual, values = learn_rotations(
+                model, spec, (residual, values), calibration, sites=active, progress=progress
+            )
     fuse_rotations(model, residual, values)
     return residual.to(model.embed_tokens.weight.device)
 
 
-def _quantize_weights(model: Transformer, spec: QuantSpec, sites: Collection[str]) -> None:
-    for name, module in model.named_modules():
-        if name.split(".")[-1] in sites:
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            weight.data = fake_quantize_weight(
-                weight.data,
-                bits=spec.w_bits,
-                group_size=spec.w_group_size,
-                symmetric=spec.w_symmetric,
-                clip_search=spec.w_clip,
-            )
+def _quantize_weights(model: Transformer, spec: QuantSpec, sites: Collection[str], *, progress: bool = False) -> None:
+    modules = [module for name, module in model.named_modules() if name.split(".")[-1] in sites]
+    for module in tqdm(modules, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        weight.data = fake_quantize_weight(
+            weight.data,
+            bits=spec.w_bits,
+            group_size=spec.w_group_size,
+            symmetric=spec.w_symmetric,
+            clip_search=spec.w_clip,
+        )
 
 
 def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from tqdm import tqdm
 
 from osp.evaluation.rotate import rotated_weights
 from osp.evaluation.spec import QuantSpec
@@ -53,6 +54,7 @@ def learn_rotations(
     calibration: Tensor,
     *,
     sites: frozenset[str],
+    progress: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """(R1, [R2 of each layer]) after `spec.rotation_steps` steps from `start`, float64 on the model's device.
 
@@ -65,7 +67,8 @@ def learn_rotations(
     rounded = sites if spec.method == "rtn" else frozenset()
     num_rows = min(len(calibration), -(-TOKENS_PER_STEP // calibration.shape[1]))
     with torch.enable_grad():
-        for step in range(spec.rotation_steps):
+        steps = range(spec.rotation_steps)
+        for step in tqdm(steps, desc="learning rotations", unit="step", leave=False, disable=not progress):
             rows = calibration[torch.arange(step * num_rows, (step + 1) * num_rows) % len(calibration)].to(device)
             gradients = _gradients(model, spec, [rotation.float() for rotation in rotations], rows, rounded)
             lr = spec.rotation_lr * (1 - step / spec.rotation_steps)

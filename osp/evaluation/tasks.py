@@ -1,36 +1,56 @@
-"""Zero- and few-shot tasks from local files, scored by log-likelihood.
+"""Zero- and few-shot tasks from local files, scored by log-likelihood or by the answer that the model writes.
 
 A task file is jsonl, each line one of
 
     {"query": str, "choices": [str, ...], "gold": int}                   which choice follows the query?
     {"context_options": [str, ...], "continuation": str, "gold": int}    after which context does it follow?
     {"context": str, "continuation": str}                                is it what the model would say?
+    {"context": str, "answer": str}, perhaps with "aliases": [str, ...]  what does the model answer?
+                                     and "chain_of_thought": str         ... after it has reasoned?
 
 `acc` is the share of items whose gold pair has the highest log-likelihood, of the last form those whose continuation is
 the greedy one; `acc_norm` divides by the bytes of the choice first. Tokens of context and continuation are told apart
 as EleutherAI's lm-evaluation-harness does it: the pair is encoded whole, and white space before the continuation
 belongs to it.
+
+`exact_match` is the share of questions whose greedy answer is `answer` or one of `aliases`, both `normalized`: the
+first line of the text, or what follows "The answer is" where examples show a chain of thought that ends so.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from osp.config import UserError
+from osp.evaluation.greedy import Wanted, greedy_texts
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.ranks import add_up, my_share
+from osp.evaluation.ranks import add_up, batches_by_tokens, my_share
 
 FEWSHOT_DELIMITER = "\n\n"
+ANSWER_TOKENS, REASONING_TOKENS = 32, 256  # that an answer may have, without and with a chain of thought
+ANSWER_IS = "The answer is"
+ARTICLES = {"a", "an", "the"}
 LOGIT_ROWS = 1024  # rows of logits that exist at a time
+
+
+class Options(TypedDict):
+    """How a model is asked."""
+
+    bos: bool
+    batch_tokens: int
+    what: str
+    progress: bool
 
 
 class Pair(NamedTuple):
@@ -56,6 +76,8 @@ class Row(NamedTuple):
 class Item:
     pairs: tuple[Pair, ...]
     gold: int | None  # the right pair; None: there is one pair, and it is right if it is greedy
+    answers: tuple[str, ...] = ()  # of a question, right ones; its one pair is for examples, its answer is generated
+    reasons: bool = False  # the answer comes after a chain of thought
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ class TaskResult:
     task: str
     num_fewshot: int
     items: int
-    truncated: int  # pairs too long for the model, whose contexts lost their beginnings
+    truncated: int  # contexts too long for the model, which lost their beginnings
     scores: dict[str, float]
     stderr: dict[str, float]
 
@@ -107,17 +129,25 @@ def evaluate_task(
     subject: LanguageModel, task: Task, *, bos: bool = False, batch_tokens: int = 8192, progress: bool = False
 ) -> TaskResult:
     """The scores of `subject` on `task`; every rank calls it and gets the same."""
-    pairs = [pair for item in task.items for pair in item.pairs]
-    found, truncated = likelihoods(
-        subject, pairs, bos=bos, batch_tokens=batch_tokens, what=task.name, progress=progress
-    )
+    options: Options = {"bos": bos, "batch_tokens": batch_tokens, "what": task.name, "progress": progress}
+    told, asked = ([item for item in task.items if bool(item.answers) == generated] for generated in (False, True))
+    found: list[Likelihood] = []
+    texts: list[str] = []
+    truncated = 0
+    if told:
+        found, truncated = likelihoods(subject, [pair for item in told for pair in item.pairs], **options)
+    if asked:
+        texts, truncated_too = greedy_texts(subject, [_wanted(item) for item in asked], **options)
+        truncated += truncated_too
     hits: dict[str, list[float]] = {}
     start = 0
-    for item in task.items:
+    for item in told:
         answers = found[start : start + len(item.pairs)]
         start += len(item.pairs)
         for metric, hit in _hits(item, answers).items():
             hits.setdefault(metric, []).append(hit)
+    if asked:
+        hits["exact_match"] = [float(is_right(item, text)) for item, text in zip(asked, texts, strict=True)]
     scores = {metric: sum(values) / len(values) for metric, values in hits.items()}
     return TaskResult(
         task.name,
@@ -127,6 +157,22 @@ def evaluate_task(
         scores=scores,
         stderr={metric: standard_error(values) for metric, values in hits.items()},
     )
+
+
+def is_right(item: Item, text: str) -> bool:
+    """Whether the generated `text` is one of the answers to the question `item`."""
+    if item.reasons:
+        _, found, text = text.partition(ANSWER_IS)
+        if not found:
+            return False
+    return normalized(text.strip().split("\n")[0]) in map(normalized, item.answers)
+
+
+def normalized(answer: str) -> str:
+    """Its words in lower case without articles, numbers without commas; if no word is left, the answer as it is."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", answer.lower().replace("_", " "))
+    words = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?|\w+", text)
+    return " ".join(word for word in words if word not in ARTICLES) or answer.strip()
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -185,23 +231,8 @@ def encode_pair(subject: LanguageModel, pair: Pair, *, bos: bool) -> tuple[list[
     # nothing is left of the pair where both melt into tokens of the context
     tail = subject.encode(stripped + continuation)[len(head) :] or subject.encode(continuation)
     if bos or not head:
-        first = subject.bos_id if subject.bos_id is not None else subject.eos_id
-        if first is None:
-            raise UserError(f"{subject.folder}: names no token to begin a text with (bos_token_id in its config.json)")
-        head = [first, *head]
+        head = [subject.begin_id, *head]
     return head, tail
-
-
-def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of the rows of every batch: longest rows first, each batch at most `batch_tokens` with its padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def _score(rows: Sequence[Row], subject: LanguageModel) -> Tensor:
@@ -222,6 +253,14 @@ def _score(rows: Sequence[Row], subject: LanguageModel) -> Tensor:
         nats.index_add_(0, which[part], log_p.double())
         misses.index_add_(0, which[part], (logits.argmax(-1) != targets[part]).double())
     return torch.stack((nats, (misses == 0).double()), dim=1)
+
+
+def _wanted(item: Item) -> Wanted:
+    """What is to be generated of a question. The space after "Answer:" belongs to the answer."""
+    context = item.pairs[0].context.rstrip()
+    if item.reasons:
+        return Wanted(context, REASONING_TOKENS, (FEWSHOT_DELIMITER, "Question:"))
+    return Wanted(context, ANSWER_TOKENS, ("\n",))
 
 
 def _hits(item: Item, answers: list[Likelihood]) -> dict[str, float]:
@@ -255,10 +294,22 @@ def _item(line: str, *, where: str) -> Item:
     if {"context", "continuation"} <= record.keys():
         context, continuation = _text(record, "context", where), _text(record, "continuation", where)
         return Item((Pair(context.strip() + " ", continuation),), None)
+    if {"context", "answer"} <= record.keys():
+        return _question(record, where)
     raise UserError(
         f"{where}: fields {sorted(record)}; a line has query, choices, gold, or context, continuation, or "
-        "context_options, continuation, gold (generated answers go through lm_eval)"
+        "context_options, continuation, gold, or context, answer"
     )
+
+
+def _question(record: dict[str, Any], where: str) -> Item:
+    context, answer = _text(record, "context", where).strip(), _text(record, "answer", where).strip()
+    aliases = _texts(record, "aliases", where, at_least=0) if "aliases" in record else []
+    reasons = "chain_of_thought" in record
+    shown = f"{_text(record, 'chain_of_thought', where).strip()}\n{ANSWER_IS} {answer}" if reasons else answer
+    context = context if "Question:" in context else f"Question: {context}"
+    pair = Pair(context + delimiter(context), shown)
+    return Item((pair,), None, answers=(answer, *aliases), reasons=reasons)
 
 
 def delimiter(query: str) -> str:
@@ -274,7 +325,8 @@ def _with_examples(item: Item, number: int, items: list[Item], *, num_fewshot: i
     others = draw.sample([other for i, other in enumerate(items) if i != number], num_fewshot)
     shots = [pair.context + pair.continuation for pair in (other.pairs[other.gold or 0] for other in others)]
     prefix = FEWSHOT_DELIMITER.join([*shots, ""])
-    return Item(tuple(Pair(prefix + pair.context, pair.continuation) for pair in item.pairs), item.gold)
+    pairs = tuple(Pair(prefix + pair.context, pair.continuation) for pair in item.pairs)
+    return dataclasses.replace(item, pairs=pairs)
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
@@ -284,10 +336,12 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _texts(record: dict[str, Any], key: str, where: str) -> list[str]:
+def _texts(record: dict[str, Any], key: str, where: str, *, at_least: int = 2) -> list[str]:
     values = record[key]
-    if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) and v.strip() for v in values):
-        raise UserError(f"{where}: {key}={values!r:.60}: must be a list of two texts or more, none of them empty")
+    texts = isinstance(values, list) and all(isinstance(value, str) and value.strip() for value in values)
+    if not texts or len(values) < at_least:
+        many = "two texts or more" if at_least else "texts"
+        raise UserError(f"{where}: {key}={values!r:.60}: must be a list of {many}, none of them empty")
     return values
 
 

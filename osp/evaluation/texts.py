@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from osp.checkpoint import Checkpoint, find
 from osp.config import SourceConfig, UserError, from_dict
-from osp.data import Shards, documents, prepare, token_bytes, tokenizer_hash
+from osp.data import Shards, documents, holds_documents, prepare, token_bytes, tokenizer_hash
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
 
@@ -23,8 +23,8 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
     """The text that `name` stands for, in the tokens of `subject`.
 
     `wikitext2`: the raw test split of the Hugging Face hub; `FILE.raw`: the same from a file; `held_out`: that of the
-    run that trained the subject; a run folder: its held-out split; otherwise a file or folder of documents, each
-    followed by the end-of-text token as in training. Raises `UserError` for what cannot be read.
+    run that trained the subject; a run folder: its held-out split; a file or folder of documents, each followed by the
+    end-of-text token as in training; any other file is one text. Raises `UserError` for what cannot be read.
     """
     if name == WIKITEXT2:
         return encode(WIKITEXT2, wikitext(_hub_rows()), subject)
@@ -41,6 +41,8 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
     if checkpoint is not None:
         config = from_dict(Checkpoint(checkpoint).manifest["config"])
         return held_out(f"{path.name}/{HELD_OUT}", prepare(config.data, config.tokenizer), subject.tokenizer)
+    if path.is_file() and not holds_documents(path):
+        return encode(path.name, [_utf8(path)], subject)
     source = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:
         texts = [text for text in documents(source) if text]
@@ -89,16 +91,23 @@ def _text(name: str, ids: np.ndarray[Any, Any], sha256: str, tokenizer: Tokenize
 
 def wikitext_rows(path: Path) -> list[str]:
     """The lines of a file, each with its line end."""
+    return [line + "\n" for line in _utf8(path).removesuffix("\n").split("\n")]
+
+
+def _utf8(path: Path) -> str:
     try:
-        text = path.read_bytes().decode()
+        return path.read_bytes().decode()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    return [line + "\n" for line in text.removesuffix("\n").split("\n")]
 
 
 def _hub_rows() -> list[str]:
     name, subset = HUB_WIKITEXT2
     hub = SourceConfig(source="hf", dataset=name, subset=subset, split="test")
-    return list(documents(hub))
+    try:
+        return list(documents(hub))
+    except UserError as error:  # names the key of a training
+        reason = str(error).removeprefix(f"data.dataset={name} ")
+        raise UserError(f"{WIKITEXT2}: {name} {reason}; name the file instead: texts=[wiki.test.raw]") from error

@@ -6,13 +6,14 @@ bundle is made (`Engine.gathered_parameters`); everything else comes from a `Rea
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from osp.config import Config
+from osp.growth import growth, since
 from osp.model import Linear, Transformer
 from osp.monitor.probe import Rows, SiteReading, row_norms
 from osp.optim import build_groups, build_schedule, collect_roles
@@ -41,27 +42,6 @@ def text_before(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> str:
     """The text up to and including the token that the outlier sits on."""
     tokens = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-
-
-def growth(history: Iterable[Mapping[str, Any]], name: str, channel: int) -> list[tuple[int, float | None]]:
-    """(step, max|x| of the channel) by the probes of a run; None where it was not among the largest of its site."""
-    return [
-        (int(probe["step"]), dict(map(tuple, probe["sites"][name]["channels"])).get(channel))
-        for probe in history
-        if name in probe["sites"]
-    ]
-
-
-def since(grown: Sequence[tuple[int, float | None]]) -> int | None:
-    """The step from whose probe on a channel has been at least half as large as it is at the end of its `growth`.
-
-    Not the step from which it is the largest: of several large channels the text decides which one that is.
-    """
-    start, last = None, grown[-1][1] if grown else None
-    for step, value in grown:
-        holds = last is not None and value is not None and value >= last / 2
-        start = (step if start is None else start) if holds else None
-    return start
 
 
 def bundle(
@@ -196,7 +176,8 @@ def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> 
             value: Place = (f"{attention}.v_proj.weight", "row", head * model.config.head_size + within)
             return [value, (f"{attention}.attention_gate.weight", "row", channel)], []
         case "down_proj_in":
-            return [(f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")], []
+            gain: Place = (f"{mlp}.ffn_norm.weight", "gain", channel)
+            return [*((f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")), gain], []
     raise AssertionError(kind)
 
 
@@ -219,7 +200,9 @@ def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, st
     factor = build_schedule(
         config.schedule, total_steps=config.train.steps, tokens_per_step=config.train.tokens_per_step
     )(max(step - 1, 0))
-    groups = build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    groups = build_groups(
+        collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer, model.parameter_heads()
+    )
     return [
         {
             "parameter": name,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from osp.checkpoint import Checkpoint, find, load_model
-from osp.config import Config, MonitorConfig, UserError, from_dict
+from osp.config import Config, MonitorConfig, UserError
 from osp.data import load_tokenizer, shard_folder
-from osp.monitor.forensics import bundle, growth, since, site_record, write_bundle
+from osp.growth import growth, since
+from osp.monitor.forensics import bundle, site_record, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_rows
 from osp.monitor.probe import Reading, Rows, probe
 from osp.run import read_lines
@@ -27,7 +28,7 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     if folder is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
-    config, run = from_dict(checkpoint.manifest["config"]), folder.parent.parent
+    config, run = checkpoint.config, folder.parent.parent
     rows, tokenizer_file = _rows(config, run, text)
     tokenizer = load_tokenizer(tokenizer_file)
     model = load_model(folder)
@@ -45,7 +46,11 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
         model=model,
         config=config,
     )
-    bundle_path = write_bundle(contents, out or run / FORENSICS)
+    place = out or run / FORENSICS
+    try:
+        bundle_path = write_bundle(contents, place)
+    except OSError as error:
+        raise UserError(f"{place}: cannot write there: {error.strerror}; name another folder with --out") from error
     return _table(order, reading, history, now["sites"], checkpoint.step), bundle_path
 
 

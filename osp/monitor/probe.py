@@ -195,7 +195,9 @@ class _Recorder:
             if f"{name}/{site}" in self.sites:
                 self._add_sample(f"{name}/{site}", x)
         if {"attn_logit_max", "attn_sink"} & self.statistics:
-            largest, sink, number = st.attention_statistics(query[0], key[0], self._mask)
+            largest, sink, number = st.attention_statistics(
+                query[0], key[0], self._mask, off_by_one=self.model.config.attention.off_by_one
+            )
             self._keep_maximum(f"attn_logit_max/{name}", largest)
             self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
 

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MASSIVE_SIGMAS = 6.0  # OSP counts what lies beyond so many standard deviations as a massive activation
@@ -237,14 +238,17 @@ def octaves(s: Sample) -> tuple[int, list[int]]:
     return _LOWEST_OCTAVE + filled[0], shown
 
 
-def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attention_statistics(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(largest logit, sum of sink probabilities, their number) of one row's attention, 0-dim fp64.
 
     The logit is q k^T / sqrt(K) over all pairs that see each other. The sink probability of a query is what it gives to
     the first token it sees (Gu et al. 2024, arXiv 2410.10781, for the first token); queries that see nothing but
     themselves have no choice and are left out. Strength of the sink = sum / number.
 
-    q: (T, H, K), k: (T, G, K) after RoPE; mask: (T, T) bool, None: causal. fp32, a few heads at a time.
+    q: (T, H, K), k: (T, G, K) after RoPE; mask: (T, T) bool, None: causal. off_by_one: as in
+    `osp.attention.causal_attention`. fp32, a few heads at a time.
     """
     length, num_heads, head_dim = q.shape
     if mask is None:
@@ -260,6 +264,8 @@ def attention_statistics(q: Tensor, k: Tensor, mask: Tensor | None = None) -> tu
         logits = q[:, heads].float().transpose(0, 1) @ keys[:, heads].permute(1, 2, 0) / math.sqrt(head_dim)
         logits = logits.masked_fill(~mask, -math.inf)
         largest = torch.maximum(largest, logits.max().double())
+        if off_by_one:
+            logits = F.pad(logits, (0, 1))  # behind the others, so that `first` stays where it is
         to_first = logits.softmax(-1).gather(-1, first.expand(len(logits), -1)[..., None])[..., 0]
         sink += to_first[:, choice].double().sum()
     return largest, sink, choice.sum().double() * num_heads

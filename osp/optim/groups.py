@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from osp.config import ROLES, OptimizerConfig, UserError
+from osp.config import ROLES, Heads, OptimizerConfig, UserError
 from osp.optim.muon import COEFFICIENTS
 
 Group = dict[str, Any]
@@ -31,9 +31,14 @@ def collect_roles(
     return [(name, parameter, roles.get(name)) for name, parameter in named]
 
 
-def build_groups(named_roles: Iterable[tuple[str, nn.Parameter, str | None]], config: OptimizerConfig) -> list[Group]:
+def build_groups(
+    named_roles: Iterable[tuple[str, nn.Parameter, str | None]],
+    config: OptimizerConfig,
+    heads: Mapping[str, Heads] | None = None,
+) -> list[Group]:
     """Parameter groups for `PartitionedOptimizer`: one per role and shape, for the rule adamw one per role.
 
+    heads: of the matrices that `optimizer.per_head` takes head by head, by name; they have groups of their own.
     Raises `UserError` unless every parameter is in exactly one group and its rule fits its shape.
     """
     groups: dict[tuple[Any, ...], Group] = {}
@@ -53,10 +58,10 @@ def build_groups(named_roles: Iterable[tuple[str, nn.Parameter, str | None]], co
             raise UserError(
                 f"optimizer.rules.{role}={rule}: the rule needs {expected}-D parameters, {name!r} is {shape}"
             )
-        key = (role,) if rule == "adamw" else (role, shape)
-        group = groups.setdefault(
-            key, {"role": role, "rule": rule, "names": [], "shapes": [], "params": [], **_OPTIONS[rule](config)}
-        )
+        split = (heads or {}).get(name) if config.per_head and rule == "muon" else None
+        key = (role,) if rule == "adamw" else (role, shape, split)
+        new: Group = {"role": role, "rule": rule, "heads": split, "names": [], "shapes": [], "params": []}
+        group = groups.setdefault(key, {**new, **_OPTIONS[rule](config)})
         group["names"].append(name)
         group["shapes"].append(shape)
         group["params"].append(parameter)
@@ -69,6 +74,8 @@ def describe_groups(groups: Sequence[Group]) -> str:
     for group in groups:
         shapes = sorted(set(group["shapes"]))
         shown = ", ".join("x".join(map(str, shape)) for shape in shapes[:3]) + (" ..." if len(shapes) > 3 else "")
+        if group["heads"]:
+            shown += f" in {group['heads'].count} heads"
         rate, scale, decay = f"{group['base_lr']:g}", _UPDATE_SCALES[group["rule"]], f"{group['weight_decay']:g}"
         rows.append((group["role"], str(len(group["shapes"])), shown, group["rule"], rate, scale, decay))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

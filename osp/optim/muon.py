@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osp.config import UserError
+from osp.config import Heads, UserError
 from osp.precision import native_bf16
 
 Triple = tuple[float, float, float]
@@ -91,9 +91,33 @@ def newton_schulz_dtype(
     return torch.float16 if method == "gram" else torch.bfloat16
 
 
+def newton_schulz_flops(shape: Sequence[int], steps: int = 5, method: str = "standard") -> int:
+    """Floating point operations of one matrix in `newton_schulz`, those of its matrix products."""
+    m, n = sorted(shape)
+    standard = steps * (4 * m * m * n + 2 * m**3)  # X X^T and B X; A^2
+    return min(standard, _gram_flops(m, n, steps)) if method == "gram" else standard
+
+
 def update_scale(shape: Sequence[int]) -> float:
     """0.2 sqrt(max(shape)): an orthogonal matrix, or a unit vector, so scaled has entries of RMS 0.2, as AdamW's."""
     return 0.2 * max(shape) ** 0.5
+
+
+def whole_shape(shape: Sequence[int], heads: Heads | None) -> tuple[int, ...]:
+    """The shape of what is orthogonalized as a whole: a parameter of this shape, or the part of it that is a head's."""
+    return tuple(
+        size // heads.count if heads is not None and dim == heads.dim else size for dim, size in enumerate(shape)
+    )
+
+
+def split_heads(stack: Tensor, heads: Heads) -> Tensor:
+    """(k, H, head_dim, n) or, where heads are columns, (k, H, m, head_dim): the matrices of heads. stack: (k, m, n)"""
+    return stack.unflatten(heads.dim + 1, (heads.count, -1)).movedim(heads.dim + 1, 1)
+
+
+def merge_heads(stack: Tensor, heads: Heads) -> Tensor:
+    """The inverse of `split_heads`."""
+    return stack.movedim(1, heads.dim + 1).flatten(heads.dim + 1, heads.dim + 2)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -120,12 +144,9 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     nearly square take `_iterate`, which then has fewer flops.
     """
     m, n = x.shape[-2:]
-    parts = [triples[i : i + _RESTART] for i in range(0, len(triples), _RESTART)]
-    # in m^3: a part costs X X^T and Q X, and A^2, Z A, (Z A) Z, Z Q except for what its first and last step can skip
-    gram_flops = sum(2 * n / m + 4 * len(part) - 3 for part in parts)
-    if gram_flops >= len(triples) * (2 * n / m + 1):
+    if _gram_flops(m, n, len(triples)) >= newton_schulz_flops((m, n), len(triples)):
         return _iterate(x, triples)
-    for part in parts:
+    for part in (triples[i : i + _RESTART] for i in range(0, len(triples), _RESTART)):
         gram = torch.bmm(x, x.mT)
         product = None
         for step, (a, b, c) in enumerate(part):
@@ -137,6 +158,12 @@ def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
         if product is not None:
             x = torch.bmm(product, x)
     return x
+
+
+def _gram_flops(m: int, n: int, steps: int) -> int:
+    """A part costs X X^T and Q X, and A^2, Z A, (Z A) Z, Z Q except for what its first and last step can skip."""
+    lengths = [min(_RESTART, steps - i) for i in range(0, steps, _RESTART)]
+    return sum(4 * m * m * n + 2 * m**3 * (4 * length - 3) for length in lengths)
 
 
 _METHODS = {"standard": _iterate, "gram": _iterate_gram}

@@ -14,10 +14,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from osp.optim.groups import Group
-from osp.optim.muon import newton_schulz, newton_schulz_dtype, unit_vectors, update_scale
-from osp.optim.zero import Batch, Interval, batches, flat_size, interval_table
+from osp.optim.muon import (
+    merge_heads,
+    newton_schulz,
+    newton_schulz_dtype,
+    split_heads,
+    unit_vectors,
+    update_scale,
+    whole_shape,
+)
+from osp.optim.zero import Batch, Interval, batches, flat_size, rank_intervals
 
-_STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+STATE_NAMES = {"muon": ("momentum",), "normalized": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,10 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             work = [] if group["rule"] == "adamw" else batches(numels[0], len(numels), rank=rank, **layout)
-            self._pieces.append(Piece(flat, interval_table(numels, **layout)[rank], work))
+            self._pieces.append(Piece(flat, rank_intervals(numels, rank=rank, **layout), work))
             self.state[flat] = {
                 name: torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-                for name in _STATE_NAMES[group["rule"]]
+                for name in STATE_NAMES[group["rule"]]
             }
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
@@ -144,7 +152,7 @@ def _structured_step(
     buf = g + momentum buf;  u = g + momentum buf (Nesterov's sum form) or buf;  p -= lr (scale direction(u) + decay p)
     """
     shape = group["shapes"][0]
-    rate, scale = group["lr"], update_scale(shape)
+    rate, scale = group["lr"], update_scale(whole_shape(shape, group["heads"]))
     squares = None
     for batch in piece.batches:
         g, buf, p = grad[batch.local], state["momentum"][batch.local], piece.flat[batch.local]
@@ -162,9 +170,11 @@ def _direction(stack: Tensor, group: Group) -> Tensor:
     """The update before scaling of a stack of whole parameters. stack: (k, *shape)"""
     if group["rule"] == "normalized":
         return unit_vectors(stack)
-    method = group["ns_method"]
+    method, heads = group["ns_method"], group["heads"]
     dtype = newton_schulz_dtype(stack.device, method=method, choice=group["ns_dtype"])
-    return newton_schulz(stack, group["ns_steps"], method, group["ns_coefficients"], dtype=dtype)
+    matrices = stack if heads is None else split_heads(stack, heads)
+    matrices = newton_schulz(matrices, group["ns_steps"], method, group["ns_coefficients"], dtype=dtype)
+    return matrices if heads is None else merge_heads(matrices, heads)
 
 
 def _adamw_step(

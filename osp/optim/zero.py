@@ -44,27 +44,32 @@ def flat_size(numels: Sequence[int], *, world_size: int, stage: int) -> int:
 
 
 def interval_table(numels: Sequence[int], *, world_size: int, stage: int) -> list[list[Interval]]:
-    """The intervals of each rank, in the order of its flat tensor; every element of every parameter occurs once.
+    """The intervals of each rank, in the order of its flat tensor; every element of every parameter occurs once."""
+    return [rank_intervals(numels, rank=rank, world_size=world_size, stage=stage) for rank in range(world_size)]
+
+
+def rank_intervals(numels: Sequence[int], *, rank: int, world_size: int, stage: int) -> list[Interval]:
+    """The intervals of one rank, in the order of its flat tensor.
 
     Stages 1 and 2: the group is concatenated, padded at its end, and cut into W equal pieces.
     Stage 3: every parameter is cut into W chunks of ceil(numel / W), the last ones short or empty; a rank's flat tensor
     holds its chunk of each parameter, short chunks padded.
     """
-    table: list[list[Interval]] = [[] for _ in range(world_size)]
     piece = flat_size(numels, world_size=world_size, stage=stage)
+    found = []
     begin = 0  # of the parameter: in the concatenation (stages 1, 2), in the flat tensor of each rank (stage 3)
     for index, numel in enumerate(numels):
-        chunk = -(-numel // world_size)
-        for rank in range(world_size):
-            if stage == 3:
-                start, stop, offset = rank * chunk, min((rank + 1) * chunk, numel), begin
-            else:
-                start = max(rank * piece - begin, 0)
-                stop, offset = min((rank + 1) * piece - begin, numel), begin + start - rank * piece
-            if start < stop:
-                table[rank].append(Interval(index, start, stop, offset))
-        begin += chunk if stage == 3 else numel
-    return table
+        if stage == 3:
+            chunk = -(-numel // world_size)
+            start, stop, offset = rank * chunk, min((rank + 1) * chunk, numel), begin
+            begin += chunk
+        else:
+            start = max(rank * piece - begin, 0)
+            stop, offset = min((rank + 1) * piece - begin, numel), begin + start - rank * piece
+            begin += numel
+        if start < stop:
+            found.append(Interval(index, start, stop, offset))
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,14 @@ class Batch:
 
     local: the range of this rank's flat tensor they lie in. held: its parts, by owner; places relative to `local`.
     owned: the parts that make up the parameters this rank owns, by sender; `index` counts owned parameters.
+    first: the first of these in the group; they follow one another.
     sends, receives: elements per rank; None where every rank holds whole parameters and nothing has to move.
     """
 
     local: slice
     held: tuple[Interval, ...]
     owned: tuple[Interval, ...]
+    first: int
     num_owned: int
     numel: int
     sends: list[int] | None
@@ -109,39 +116,75 @@ def batches(
 
     Where the pieces of ZeRO are whole parameters each rank works on its own, in views. Elsewhere parameter k of a batch
     of K belongs to rank k*W//K; all ranks then go through the same batches, because each is a collective.
+    Takes time in proportion to what the rank holds and owns, not to K W: every rank of a large job does this at start.
     """
-    table = interval_table([numel] * count, world_size=world_size, stage=stage)
-    if all(iv.size == numel for intervals in table for iv in intervals):
-        mine, size = table[rank], max(1, workspace // numel)
+    mine = rank_intervals([numel] * count, rank=rank, world_size=world_size, stage=stage)
+    cut = _Cut(numel, count, world_size=world_size, stage=stage)
+    if cut.is_whole:
+        size = max(1, workspace // numel)
         return [_whole_batch(mine[i : i + size], numel) for i in range(0, len(mine), size)]
     size = max(1, workspace // numel) * world_size
     return [
-        _exchange_batch(table, range(first, min(first + size, count)), numel, rank=rank)
-        for first in range(0, count, size)
+        _exchange_batch(cut, mine, range(first, min(first + size, count)), rank=rank) for first in range(0, count, size)
     ]
+
+
+class _Cut:
+    """How ZeRO cuts `count` parameters of `numel` elements, seen from one of them: which ranks hold what of it."""
+
+    def __init__(self, numel: int, count: int, *, world_size: int, stage: int):
+        self.numel, self.world_size = numel, world_size
+        piece = flat_size([numel] * count, world_size=world_size, stage=stage)
+        # elements from one cut to the next, and from one parameter to the next where cuts run through all of them
+        self.piece, self.stride = (piece // count, 0) if stage == 3 else (piece, numel)
+        self.is_whole = self.piece % numel == 0 or self.piece >= (numel if stage == 3 else numel * count)
+
+    def parts(self, index: int) -> list[tuple[int, int, int]]:
+        """(rank, start, stop) of every part of parameter `index`, in order."""
+        begin = index * self.stride
+        end = begin + self.numel
+        return [
+            (rank, max(rank * self.piece, begin) - begin, min((rank + 1) * self.piece, end) - begin)
+            for rank in range(begin // self.piece, -(-end // self.piece))
+        ]
 
 
 def _whole_batch(intervals: list[Interval], numel: int) -> Batch:
     first = intervals[0].offset
     local = slice(first, first + len(intervals) * numel)
-    return Batch(local, held=(), owned=(), num_owned=len(intervals), numel=numel, sends=None, receives=None)
+    return Batch(
+        local,
+        held=(),
+        owned=(),
+        first=intervals[0].index,
+        num_owned=len(intervals),
+        numel=numel,
+        sends=None,
+        receives=None,
+    )
 
 
-def _exchange_batch(table: list[list[Interval]], parameters: range, numel: int, *, rank: int) -> Batch:
-    world_size = len(table)
-    owners = {k: i * world_size // len(parameters) for i, k in enumerate(parameters)}
-    held = [iv for iv in table[rank] if iv.index in owners]
+def _exchange_batch(cut: _Cut, mine: list[Interval], parameters: range, *, rank: int) -> Batch:
+    count, world_size = len(parameters), cut.world_size
+    held = [iv for iv in mine if iv.index in parameters]
     begin, end = (held[0].place.start, held[-1].place.stop) if held else (0, 0)
-    mine = [k for k in parameters if owners[k] == rank]
-    owned = [[iv for iv in intervals if owners.get(iv.index) == rank] for intervals in table]
+    # the i-th of the batch belongs to rank i*W//K: rank r has those from ceil(r K / W) on
+    first, last = (-(-r * count // world_size) for r in (rank, rank + 1))
+    parts = sorted((r, k, a, b) for k in range(first, last) for r, a, b in cut.parts(parameters[k]))
+    sends, receives = [0] * world_size, [0] * world_size
+    for iv in held:
+        sends[(iv.index - parameters.start) * world_size // count] += iv.size
+    for sender, _, start, stop in parts:
+        receives[sender] += stop - start
     return Batch(
         local=slice(begin, end),
         held=tuple(iv._replace(offset=iv.offset - begin) for iv in held),
-        owned=tuple(iv._replace(index=iv.index - mine[0]) for intervals in owned for iv in intervals),
-        num_owned=len(mine),
-        numel=numel,
-        sends=[sum(iv.size for iv in held if owners[iv.index] == r) for r in range(world_size)],
-        receives=[sum(iv.size for iv in intervals) for intervals in owned],
+        owned=tuple(Interval(k - first, start, stop, 0) for _, k, start, stop in parts),
+        first=parameters.start + first,
+        num_owned=last - first,
+        numel=cut.numel,
+        sends=sends,
+        receives=receives,
     )
 
 

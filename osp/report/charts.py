@@ -6,12 +6,13 @@ site) and the histograms are grids of numbers that the page draws for the statis
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from osp.config import FREE, leaves
+from osp.growth import growth, since
 from osp.report.downsample import averaged, envelope, grid, rounded
 from osp.report.folder import Run, Series, Site, site_of
 
@@ -124,6 +125,12 @@ LINES = (
         "Dense probes at the start cost more; the share settles below one percent.",
     ),
 )  # fmt: skip
+
+CURVES = {  # whose metric's last part does not say it
+    "monitor/kurtosis/max": "worst site",
+    "monitor/kurtosis/mean": "mean of the sites",
+    "monitor/kurtosis/osp_script": "the paper's script",
+}
 
 STATISTICS = {
     "kurtosis": Statistic(
@@ -247,12 +254,17 @@ def lines_data(chart: Lines, runs: list[Run]) -> list[dict[str, Any]]:
             series = run.series.get(key)
             if series is None:
                 continue
-            about = {"run": index, "key": key, "name": key.rpartition("/")[2] if len(chart.keys) > 1 else ""}
+            about = {"run": index, "key": key, "name": curve_name(key) if len(chart.keys) > 1 else ""}
             noisy = len(series.steps) > 600 and key in ("train/loss", "train/grad_norm", "train/tokens_per_second")
             curves.append({**about, "faint": noisy, **_points(envelope(series, BUCKETS))})
             if noisy:
                 curves.append({**about, "mean": True, "faint": False, **_points(averaged(series, 150))})
     return curves
+
+
+def curve_name(key: str) -> str:
+    """What a curve is called among others of its chart."""
+    return CURVES.get(key) or key.rpartition("/")[2]
 
 
 def _points(series: Series) -> dict[str, list[Any]]:
@@ -321,17 +333,18 @@ def _spread(items: list[Any], count: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Outlier:
-    """The largest value of a site in the last probe, and for how long its channel has held that place."""
+    """The largest value of a site in the last probe, its channel, and since when that has been large (osp.growth)."""
 
     site: str
     value: float
     times_rms: float  # |value| over the RMS of the site; nan if that was not measured
     channel: int
-    share: float  # of the site's energy, in that channel
+    share: float  # of the site's energy, in its strongest channel
+    strongest: int  # which is that one; often, not always, that of the value
     kurtosis: float
     text: str
     position: int
-    since: int  # first step of the unbroken stretch of probes, up to the last, in which this channel was on top
+    since: int | None = None
 
 
 def outliers(run: Run) -> list[Outlier]:
@@ -340,7 +353,7 @@ def outliers(run: Run) -> list[Outlier]:
         return []
     found = []
     for name, site in run.probes[-1]["sites"].items():
-        value = _number(site.get("top_value"))
+        value, channel = _number(site.get("top_value")), site["channels"][0][0]
         rms = run.series[f"monitor/rms/{name}"].last if f"monitor/rms/{name}" in run.series else math.nan
         kurtosis = run.series.get(f"monitor/kurtosis/{name}")
         found.append(
@@ -348,28 +361,17 @@ def outliers(run: Run) -> list[Outlier]:
                 site=name,
                 value=value,
                 times_rms=abs(value) / rms if rms else math.nan,
-                channel=site.get("top_channel", -1),
+                channel=channel,
+                strongest=site.get("top_channel", -1),
                 share=_number(site.get("top_channel_share")),
                 kurtosis=kurtosis.last if kurtosis else math.nan,
                 text=str(site.get("top_text", "")),
                 position=site.get("top_position", -1),
-                since=_since(run.probes, name, site.get("top_channel")),
             )
         )
-    measured = [o for o in found if math.isfinite(o.times_rms)]
-    if len(measured) == len(found):
-        return sorted(found, key=lambda o: -o.times_rms)[:ROWS]
-    return sorted(found, key=lambda o: -abs(o.value))[:ROWS]
-
-
-def _since(probes: list[dict[str, Any]], name: str, channel: Any) -> int:
-    step = probes[-1]["step"]
-    for probe in reversed(probes):
-        if name in probe["sites"]:
-            if probe["sites"][name].get("top_channel") != channel:
-                break
-            step = probe["step"]
-    return step
+    relative = all(math.isfinite(o.times_rms) for o in found)
+    found.sort(key=lambda o: -o.times_rms if relative else -abs(o.value))
+    return [replace(o, since=since(growth(run.probes, o.site, o.channel))) for o in found[:ROWS]]
 
 
 def _number(value: Any) -> float:

@@ -175,8 +175,20 @@ def _in_order(steps: np.ndarray, values: np.ndarray) -> Series:
 
 def _probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """In order of the steps, the later line where a step was probed again."""
-    by_step = {probe["step"]: probe for probe in _json_lines(path, notes) if isinstance(probe.get("sites"), dict)}
+    by_step = {}
+    for probe in _json_lines(path, notes):
+        sites = probe.get("sites")
+        if isinstance(sites, dict):
+            by_step[probe["step"]] = {**probe, "sites": {name: s for name, s in sites.items() if _is_site(s)}}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_site(value: Any) -> bool:
+    """Whether a site of a probe holds what is read of it without asking: [channel, max|x|] of its largest ones."""
+    channels = value.get("channels") if isinstance(value, dict) else None
+    if not isinstance(channels, list) or not channels:
+        return False
+    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int) for pair in channels)
 
 
 def _read(path: Path, kind: type, notes: list[str]) -> Any:

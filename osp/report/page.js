@@ -43,6 +43,11 @@ function mix(ramp, share) {
 const steps = (from, to) => (from === to ? `step ${number(to)}` : `steps ${number(from)} to ${number(to)}`);
 const several = data.runs.length > 1;
 
+// What the axes are: written where no label of theirs stands.
+const named = (texts) => texts.map(([text, place]) => ({
+  type: "text", silent: true, ...place, style: { text, fill: colour("soft"), font: "11px system-ui, -apple-system, sans-serif" },
+}));
+
 // ---- curves -------------------------------------------------------------------------------------------------------
 
 function axes(log) {
@@ -50,6 +55,7 @@ function axes(log) {
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
+    graphic: named([["step", { right: 8, bottom: 4 }]]),
     grid: { left: 8, right: 14, top: 12, bottom: 6, containLabel: true },
     xAxis: {
       type: state.x === "log" ? "log" : "value", min: state.x === "log" ? Math.max(1, view.from) : view.from, max: "dataMax",
@@ -77,11 +83,12 @@ function series(curve, log, floor) {
   }
   return {
     type: "line", name: curve.name, data: points, color: curve.colour, symbol: "circle", symbolSize: 4,
-    showSymbol: points.length < 40, lineStyle: { width: curve.faint ? 1 : 1.8, opacity: curve.faint ? 0.35 : 1 }, silent: true,
+    showSymbol: points.length < 40, lineStyle: { width: curve.faint ? 1 : 1.8, opacity: curve.faint ? 0.35 : 1, type: curve.run >= PARTS.length ? [6, 4] : "solid" }, silent: true,
   };
 }
 // The library's own list leaves out curves without a point at exactly this step: here each shows its nearest one.
-function tooltip(curves) {
+function tooltip(curves, spec = {}) {
+  const name = spec.categories ? (x) => escape(spec.categories[x]) : (x) => `${escape(spec.x || "step")} ${spec.x ? short(x) : number(x)}`;
   return (items) => {
     const at = items[0].value[0];
     const rows = curves
@@ -93,8 +100,8 @@ function tooltip(curves) {
       `<div><span class="swatch" style="background:${row.curve.colour}"></span> ${escape(row.curve.name)}${row.curve.mean ? ", mean" : ""} ` +
       `<b>${number(row.value)}</b>${row.x === at ? "" : ` <span class="soft">at ${number(row.x)}</span>`}</div>`);
     const more = rows.length > 10 ? `<div class="soft">and ${rows.length - 10} lower</div>` : "";
-    const tokens = data.tokens_per_step ? ` <span class="soft">${short(at * data.tokens_per_step)} tokens</span>` : "";
-    return `<div class="values"><b>step ${number(at)}</b>${tokens}${shown.join("")}${more}</div>`;
+    const tokens = data.tokens_per_step && !spec.x ? ` <span class="soft">${short(at * data.tokens_per_step)} tokens</span>` : "";
+    return `<div class="values"><b>${name(at)}</b>${tokens}${shown.join("")}${more}</div>`;
   };
 }
 function nearest(x, at) {
@@ -115,7 +122,9 @@ function linesOption(figure) {
   }));
   const option = axes(spec.log);
   option.series = curves.map((curve) => series(curve, spec.log));
-  option.tooltip.formatter = tooltip(curves);
+  option.tooltip.formatter = tooltip(curves, spec);
+  if (spec.x) Object.assign(option.xAxis, { type: spec.logx ? "log" : "value", min: "dataMin" });
+  if (spec.categories) Object.assign(option.xAxis, { type: "category", data: spec.categories, min: null, max: null, axisLabel: { ...option.xAxis.axisLabel, formatter: null, showMaxLabel: true } });
   if (keys.length > 1) {
     option.grid.top = 30;
     option.legend = { top: 0, left: 0, icon: "roundRect", itemHeight: 4, itemWidth: 14, textStyle: { color: colour("soft"), fontSize: 11 }, data: [...new Set(curves.map((c) => c.name))] };
@@ -166,13 +175,14 @@ function siteCurvesOption(figure) {
   option.tooltip.formatter = tooltip(curves);
   return option;
 }
-function heatmap(x, y, values, low, high, label, tip) {
+function heatmap(what, x, y, values, low, high, label, tip) {
   const text = { color: colour("soft"), fontSize: 11 };
   const axis = { type: "category", axisTick: { show: false }, axisLine: { show: false }, axisLabel: { ...text, hideOverlap: true }, splitArea: { show: false } };
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
-    grid: { left: 8, right: 62, top: 12, bottom: 6, containLabel: true },
+    graphic: named([["step", { right: 30, bottom: 4 }], [what, { left: 8, top: 3 }]]),
+    grid: { left: 8, right: 62, top: 20, bottom: 6, containLabel: true },
     xAxis: { ...axis, data: x }, yAxis: { ...axis, data: y },
     visualMap: {
       type: "continuous", min: low, max: high, dimension: 2, right: 0, top: "middle", itemWidth: 9, itemHeight: 120, text: [label(high), label(low)],
@@ -191,7 +201,7 @@ function siteHeatOption(figure) {
   cell.v.forEach((row, layer) => row.forEach((value, i) => {
     if (value !== null && cell.x[i][1] >= view.from) values.push([i, layer, Math.log10(Math.max(value, spec.floor)), value]);
   }));
-  return heatmap(cell.x.map((pair) => short(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
+  return heatmap("layer", cell.x.map((pair) => short(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
     ({ value }) => `<div class="values"><b>${steps(...cell.x[value[0]])}</b><div>${layerName(cell.layers[value[1]])} <b>${number(value[3])}</b></div></div>`);
 }
 function histogramOption(figure) {
@@ -200,7 +210,7 @@ function histogramOption(figure) {
   const octaves = cell.v[0].map((_, i) => cell.first + i), values = [];
   cell.v.forEach((row, i) => row.forEach((share, octave) => share !== null && values.push([i, octave, share / 100])));
   const edge = (octave) => short(2 ** octave);
-  return heatmap(cell.x.map(short), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
+  return heatmap("|x|", cell.x.map(short), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
     ({ value }) => `<div class="values"><b>step ${number(cell.x[value[0]])}</b><div>|x| from ${edge(octaves[value[1]])} to ${edge(octaves[value[1]] + 1)}: <b>${number(100 * 10 ** value[2])}%</b> of the values</div></div>`);
 }
 
@@ -304,9 +314,10 @@ function describe() {
 }
 function rowsOf(figure) {
   if (figure.dataset.lines) {
-    const rows = data.lines[figure.dataset.lines].curves.filter((c) => !c.faint).flatMap((curve) =>
-      curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), number(x), number(curve.y[i])]));
-    return [["run", "step", "value"], rows];
+    const spec = data.lines[figure.dataset.lines], name = (x) => (spec.categories ? spec.categories[x] : number(x));
+    const rows = spec.curves.filter((c) => !c.faint).flatMap((curve) =>
+      curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), name(x), number(curve.y[i])]));
+    return [["run", spec.x || "step", "value"], rows];
   }
   if (figure.dataset.kind !== undefined) {
     const rows = cells(figure).runs.flatMap((cell, run) => (cell ? cell.v.flatMap((row, layer) =>

@@ -102,22 +102,31 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
         "outliers": _lines(payload, "outliers") + _outlier_table(runs, names),
     }
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    head = (HERE / "page.css").read_text(encoding="utf-8")
-    library = (HERE / "echarts.min.js").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
     sections = "".join(
         f'<section id="{name}"><h2>{heading}</h2><p class="intro">{INTRODUCTIONS.get(name, "")}</p>'
         f"{bodies[name]}</section>"
         for name, heading in SECTIONS.items()
     )
+    footer = f"Made from the run folder{'s' * (len(runs) > 1)} {_folders(runs)}."
+    return document(title, "run report", _bar(runs, labels, names), sections, footer, payload)
+
+
+def document(title: str, kind: str, bars: str, sections: str, footer: str, payload: dict[str, Any]) -> str:
+    """A self-contained HTML page: style, plotting library and page.js, which draws the charts of `payload`.
+
+    kind: what the page is. bars, sections, footer: HTML.
+    """
+    head = (HERE / "page.css").read_text(encoding="utf-8")
+    library = (HERE / "echarts.min.js").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{_text(title)} - osp report</title>
 <link rel="icon" href="data:,"><style>{head}</style></head>
-<body><header class="top"><p class="eyebrow">osp run report, {datetime.now(UTC):%d %B %Y, %H:%M} UTC</p>
+<body><header class="top"><p class="eyebrow">osp {kind}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC</p>
 <h1>{_text(title)}</h1></header>
-{_bar(runs, labels, names)}
-<main>{sections}<footer>Made from the run folder{"s" * (len(runs) > 1)} {_folders(runs)}.</footer></main>
+{bars}
+<main>{sections}<footer>{footer}</footer></main>
 <div id="announce" class="hidden" aria-live="polite"></div>
 <noscript><p class="note">The charts need JavaScript; the figures in words and the tables do not.</p></noscript>
 <script type="application/json" id="data">{_json(payload)}</script>
@@ -162,7 +171,7 @@ def _all_lines(runs: list[Run]) -> dict[str, Any]:
             if not curves and key is not None:
                 continue
             name = chart.name if key is None else f"{chart.name}_{key.rpartition('/')[2]}"
-            title = chart.title if key is None else f"{chart.title}: {key.rpartition('/')[2]}"
+            title = chart.title if key is None else f"{chart.title}: {charts.curve_name(key)}"
             drawn[name] = {
                 "chart": chart.name,
                 "title": title,
@@ -310,6 +319,7 @@ def _facts(run: Run) -> str:
     ]
     facts = {
         "State": f'<span class="pill {run.state}">{run.state}</span> {run.step:,}{total} steps, {run.tokens:,} tokens',
+        "Outliers": _outlier_words(run),
         "Model": _text(", ".join(filter(None, shape))),
         "Recipe": _text(", ".join(filter(None, recipe))),
         "Machine": _text(", ".join(filter(None, machine))),
@@ -320,6 +330,20 @@ def _facts(run: Run) -> str:
         "Folder": f"<code>{_text(run.folder)}</code>",
     }
     return '<dl class="facts">' + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in facts.items() if v) + "</dl>"
+
+
+def _outlier_words(run: Run) -> str:
+    """What the probes found, in one sentence."""
+    found = charts.outliers(run)
+    if not found:
+        return "not probed"
+    most, steps = found[0], [event["step"] for event in run.events if event.get("kind") == "alert"]
+    alerts = f"{len(steps)} alert{'s' * (len(steps) > 1)}, the first at step {min(steps):,}" if steps else "no alert"
+    times = f", {_number(most.times_rms)} times the RMS of that site" if math.isfinite(most.times_rms) else ""
+    return (
+        f"{alerts}; the most extreme value is {_number(most.value)} in channel {most.channel} of "
+        f"<code>{_text(most.site)}</code>{times}"
+    )
 
 
 def _lines(payload: dict[str, Any], section: str) -> str:
@@ -333,18 +357,28 @@ def _lines(payload: dict[str, Any], section: str) -> str:
         if not spec["curves"]:
             missing.append(chart.missing)
             continue
-        words = _line_words(spec, payload["runs"])
-        label = f"{spec['title']}: {words}"
-        wide = " wide" if name == "train_loss" else ""
-        figures.append(
-            f'<figure class="card{wide}" data-lines="{name}"><h3>{spec["title"]}{_unit(chart.unit)}</h3>'
-            f"{_plot('lines', label)}{_caption(chart.says, words)}</figure>"
-        )
+        figures.append(figure(name, spec, payload["runs"], unit=chart.unit, says=chart.says, wide=name == "train_loss"))
     if not figures and section == "outliers":
         return f'<p class="empty">{NO_PROBES}</p>'
     notes = "".join(f'<p class="soft">{_text(note)}</p>' for note in dict.fromkeys(filter(None, missing)))
     narrow = len(figures) - sum(" wide" in figure for figure in figures)
     return _grid("".join(figures), 3 if narrow == 3 or narrow > 4 else 2) + notes
+
+
+def figure(
+    name: str, spec: dict[str, Any], runs: list[str], *, unit: str = "", says: str = "", wide: bool = False
+) -> str:
+    """The figure of the chart `spec` that stands under `name` in the payload's `lines`.
+
+    spec: "title", "log" (y axis), "curves" (each {"run", "key", "name", "faint", "x", "y"}), "levels", "events"; and
+    where x is no step, "x" (what it is), "logx", "categories" (names of x = 0, 1, ...).
+    """
+    words = _line_words(spec, runs)
+    label = f"{spec['title']}: {words}"
+    return (
+        f'<figure class="card{" wide" if wide else ""}" data-lines="{name}"><h3>{spec["title"]}{_unit(unit)}</h3>'
+        f"{_plot('lines', label)}{_caption(says, words)}</figure>"
+    )
 
 
 def _outlier_table(runs: list[Run], names: list[str]) -> str:
@@ -357,17 +391,19 @@ def _outlier_table(runs: list[Run], names: list[str]) -> str:
                 f"<code>{_text(o.site)}</code>",
                 *(_number(v) for v in (o.value, o.times_rms, o.kurtosis)),
                 str(o.channel),
-                _percent(o.share),
-                f"{text} at {o.position}",
-                f"step {o.since:,}",
+                "?" if o.since is None else f"step {o.since:,}",
+                f"{text} at {_text(o.position)}",
+                _percent(o.share) if o.strongest == o.channel else f"{_percent(o.share)}, channel {_text(o.strongest)}",
             ]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells if cell is not None) + "</tr>")
     if not rows:
         return ""
-    head = ["site", "largest value", "times RMS", "kurtosis", "channel", "its energy", "text, up to the token", "since"]
+    head = ["site", "largest value", "times RMS", "kurtosis", "in channel", "large since", "text, up to the token"]
+    head.append("energy of the strongest channel")
     return (
         '<div class="card below"><h3>Where the largest values are</h3><p class="soft">The last probe, '
-        "the most extreme sites first. Since: the first step from which on every probe found this channel on top. "
+        "the most extreme sites first. Large since: from that probe on, the largest value of this channel has been at "
+        "least half of what it is now. "
         "A few times the RMS is ordinary; tens and more, in one channel for a long time, is an outlier. "
         "<code>scripts/inspect_outliers.py</code> tells more about one of them.</p>"
         f'<div class="scroll">{_table((["run"] if len(runs) > 1 else []) + head, rows)}</div></div>'
@@ -401,7 +437,7 @@ def _comparison_tables(compared: list[tuple[int, Comparison]], names: list[str])
     methods = dict.fromkeys(method for _, c in compared for method in c.methods)
     rows = [_row([_text(method), *(_text(c.methods.get(method, "")) for _, c in compared)]) for method in methods]
     head = ["at 4-4-4", *(f"{_swatch(i)} {_text(names[i])}" for i, _ in compared)]
-    by_method = _table(head, rows, caption="By method at 4-4-4", escape=False)
+    by_method = _table(head, rows, caption="By method at 4-4-4", escape=False) if rows else ""
     what = "; ".join(f"{names[i]}, step {c.step:,}: {c.what}" for i, c in compared)
     specs = {key: words for _, c in compared for key, words in c.specs.items()}
     hashes = _table(["hash", "quantization"], [_row([f"<code>{_text(k)}</code>", _text(v)]) for k, v in specs.items()])
@@ -583,7 +619,7 @@ def _line_words(spec: dict[str, Any], runs: list[str]) -> str:
             name = " ".join(([runs[run]] if len(runs) > 1 else []) + ([curve["name"]] if curve["name"] else []))
             alike.setdefault(words, []).append(name)
     parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
-    return "; ".join(parts)
+    return "; ".join([*parts, *(level["text"] for level in spec["levels"])])  # a level may lie outside the picture
 
 
 def _site_words(cells: list[Any], names: list[str]) -> str:

@@ -30,6 +30,7 @@ CURVES = {  # metric: its name here, and how its value is written
     "monitor/max_abs/max": ("largest |x|", "{:.4g}"),
     "monitor/R_L": ("4-bit error", "{:.4f}"),
 }
+USAGE = "usage: python scripts/watch.py RUN [every=SECONDS] [--once]; RUN is a folder such as runs/osp"
 WORST = 8  # sites in the table
 EVENTS = 5
 STYLES = {"alert": "bold red", "nonfinite": "bold red", "spike": "yellow", "skipped": "yellow", "stopped": "yellow"}
@@ -151,7 +152,7 @@ def _sites(run: Run) -> RenderableType:
             name,
             f"{kurtosis.last:.4g}" if kurtosis else "",
             f"{largest.last:.4g}" if largest else "",
-            str(sites.get(name, {}).get("top_channel", "")),
+            str(sites[name]["channels"][0][0]) if name in sites else "",
             Spark(run.series[f"monitor/{stat}/{name}"]),
         )
     return table
@@ -179,7 +180,7 @@ def parse(arguments: Sequence[str]) -> tuple[Path, float, bool]:
     every = [a.removeprefix("every=") for a in arguments if a.startswith("every=")]
     rest = [a for a in arguments if a != "--once" and not a.startswith("every=")]
     if len(rest) != 1 or rest[0].startswith("-"):
-        raise UserError("usage: python scripts/watch.py RUN [every=SECONDS] [--once]; RUN is a folder such as runs/osp")
+        raise UserError(USAGE)
     try:
         seconds = float(every[-1]) if every else 2.0
     except ValueError as error:

@@ -107,7 +107,8 @@ def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Col
             v_h = cache("v", v[:, kv * size : (kv + 1) * size])
             scores = np.where(np.tri(len(ids)) == 1, q_h @ k_h.T / math.sqrt(size), -np.inf)
             p = np.exp(scores - scores.max(-1, keepdims=True))
-            columns.append(p / p.sum(-1, keepdims=True) @ v_h)
+            more = np.exp(-scores.max(-1, keepdims=True)) if config.attention.off_by_one else 0
+            columns.append(p / (more + p.sum(-1, keepdims=True)) @ v_h)
         out = np.concatenate(columns, axis=1)
         if config.attention.gate:
             out = out / (1 + np.exp(-h @ weight(f"layers.{i}.self_attn.attention_gate").T))
@@ -116,6 +117,8 @@ def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Col
         h = activation("mlp_in", norm(f"layers.{i}.post_attention_layernorm", x))
         gate = h @ weight(f"layers.{i}.mlp.gate_proj").T
         f = gate / (1 + np.exp(-gate)) * (h @ weight(f"layers.{i}.mlp.up_proj").T)
+        if config.ffn_norm:
+            f = norm(f"layers.{i}.mlp.ffn_norm", f)
         f = activation("down_proj_in", f @ sylvester(config.intermediate_size) if ffn_rotated else f)
         x = x + f @ weight(f"layers.{i}.mlp.down_proj").T
     return activation("head_in", norm("norm", x)) @ weight("lm_head").T

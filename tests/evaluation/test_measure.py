@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from osp.config import UserError
-from osp.evaluation.compare import COLUMNS, compare_one, markdown, table_4_specs
+from osp.config import NormConfig, UserError
+from osp.evaluation.compare import COLUMNS, Score, compare_one, markdown, script_kurtosis, table_4_specs
 from osp.evaluation.config import CompareConfig, EvaluateConfig
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.measure import (
+    Ablation,
+    SiteCost,
     ablation_table,
     calibration_rows,
     evaluate,
@@ -30,8 +33,9 @@ from osp.evaluation.measure import (
 )
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.quantized import quantized
-from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec
+from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec, spec_from_dict
 from osp.evaluation.texts import encode, read_text
+from osp.model import build_model
 from tests.conftest import ROOT, made_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -106,6 +110,15 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
     assert len(record["ablation"]["sites"]) == len(names)
 
 
+def test_a_model_that_diverged_has_a_table_too() -> None:
+    """Where a perplexity is infinite, unquantized or not: infinite bars, none where there is nothing to compare."""
+    sites = (SiteCost("q_proj", math.inf, 3.0), SiteCost("k", 8.0, 2.0), SiteCost("v", 4.0, 2.0))
+    lines = ablation_table(Ablation("t", 2.0, math.inf, sites, (math.nan,), math.nan)).split("\n")
+    assert [line.count("#") for line in lines[2:5]] == [40, 40, 20]
+    lines = ablation_table(Ablation("t", math.inf, math.inf, sites, (), 0.0)).split("\n")
+    assert [line.count("#") for line in lines[2:5]] == [0, 0, 0]
+
+
 def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:
     text = encode("made", ["".join(made_text(1))], llama)
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
@@ -137,6 +150,37 @@ def test_calibration_is_never_the_text_that_is_measured(
         calibration_rows(llama, dataclasses.replace(gptq, calibration="train"), inputs)
 
 
+def test_kurtosis_is_that_of_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
+    """On hidden states of transformers, as the script does it: every token by itself, all but the last block's."""
+    config = CompareConfig(texts=(str(text_file),), seq_len=16, max_tokens=70)
+    inputs = read_inputs(llama, config)
+    with torch.no_grad():
+        states = transformers_llama(inputs.texts[0].tokens[:64, None], output_hidden_states=True).hidden_states
+    expected = [((h**4).mean(-1) / h.std(-1) ** 4 - 3).relu().mean().item() for h in states]
+    assert script_kurtosis(llama, config, inputs) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert script_kurtosis(llama, config, dataclasses.replace(inputs, texts=())) is None
+
+
+def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
+    """Its rows with a rotation stay empty; all others are there."""
+    (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
+    spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=64)
+    config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=64, quant=spec, progress=False)
+    shape = dataclasses.replace(llama.model.config, norm=NormConfig(name="layernorm"))
+    subject = dataclasses.replace(llama, model=build_model(shape, seed=0).eval())
+    found = compare_one(subject, dataclasses.replace(config, methods="all"))
+    assert list(found.bits) == ["", "+Had", "+GPTQ", "+QuaRot"]
+    empty = {bits: score.perplexity is None for bits, score in found.bits["+QuaRot"].items()}
+    assert empty == {bits: bits != "16-16-16" for bits in COLUMNS}
+    assert found.methods["+ QuaRot"] == Score(None, None)
+    assert all(score.perplexity for row in ("", "+Had", "+GPTQ") for score in found.bits[row].values())
+    assert found.bits["+GPTQ"]["4-4-4"] == found.methods["+ GPTQ"] != found.methods["+ FFN Had"]
+    (line,) = [line for line in markdown([found]).split("\n") if line.startswith("| + QuaRot")]
+    assert line == "| + QuaRot | - |"
+    with pytest.raises(UserError, match=r"quant.w_group_size=5 does not divide"):
+        compare_one(subject, dataclasses.replace(config, quant=dataclasses.replace(spec, w_group_size=5)))
+
+
 def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
     spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=128)
@@ -159,7 +203,10 @@ def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Pa
         f"| {llama.name} (2)",
         "| +Had",
     ]
-    assert lines[2].startswith(f"| {llama.name} (1) | - | {found.bits['']['16-16-16'].perplexity:.2f} | ")
+    assert found.kurtosis is not None
+    assert lines[2].startswith(
+        f"| {llama.name} (1) | {found.kurtosis:.2f} | {found.bits['']['16-16-16'].perplexity:.2f} | "
+    )
     assert sum(line.startswith("| + QuaRot | ") for line in lines) == 1
 
 
@@ -206,6 +253,13 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ),
         (["LLAMA", "texts=[t.txt]", "ablate=true"], r"ablate=true needs a text .* and a quantization"),
         (["LLAMA", "texts=[t.txt]", "seq_len=65"], r"seq_len=65: a window has 2 to 64 tokens"),
+        (["LLAMA", "texts=[t.txt]", "seq_len=0"], r"seq_len=0: must be at least 2"),
+        (["LLAMA", "texts=[t.txt]", "max_tokens=-5"], r"max_tokens=-5: must be at least 2"),
+        (["LLAMA", "texts=[t.txt]", "batch_tokens=0"], r"batch_tokens=0: must be at least 1"),
+        (["LLAMA", "tasks=[nowhere]", "limit=0"], r"limit=0: must be at least 1"),
+        (["LLAMA", "texts=t.txt"], r"texts='t.txt': expected a list of str; write texts=\[t.txt\]"),
+        (["LLAMA", "texts=[t.txt]", "out=t.txt/x.json"], r"out=t.txt/x.json: t.txt is no folder"),
+        (["LLAMA", "texts=[t.txt]", "out=."], r"out=.: is a folder; name a JSON file"),
         (["LLAMA", "texts=[t.txt]", "quant=gptq"], r"quant.calibration=train: .* is no run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -218,9 +272,10 @@ def test_mistake_on_the_command_line(
     assert re.search(message, found)
 
 
-def test_comparing_nothing(error_of: Callable[..., str]) -> None:
+def test_comparing_nothing(error_of: Callable[..., str], llama_folder: Path) -> None:
     assert "name the models to compare" in error_of("compare")
     assert "one/two: no model" in error_of("compare", "one/two", "three")
+    assert "one/two: no model" in error_of("compare", str(llama_folder), "one/two"), "before the first is measured"
 
 
 def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path) -> None:
@@ -234,20 +289,20 @@ def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path)
 def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """The real command below torchrun: the numbers of one process, once."""
     arguments = [str(llama_folder), f"texts=[{text_file}]", "seq_len=32", "quant=strict", "progress=false"]
-
-    def run(*launcher: str) -> str:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        result = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *arguments, "device=cpu", "threads=1"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=240,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert two.count("perplexity") == 1
-    assert two == run()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    two = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "scripts" / "evaluate.py"), *arguments, "device=cpu", "threads=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+    assert two.returncode == 0, two.stderr
+    torch.set_num_threads(1)
+    strict = spec_from_dict(yaml.safe_load((ROOT / "configs" / "quant" / "strict.yaml").read_text()))
+    subject = open_model(llama_folder)
+    config = EvaluateConfig(texts=(str(text_file),), seq_len=32, quant=strict, progress=False)
+    results, _, _ = evaluate(subject, config)
+    assert two.stdout == results_table(subject, strict, results) + "\n"

@@ -77,8 +77,9 @@ def test_batch_size_changes_nothing_but_rounding(llama: LanguageModel, text: Tex
     assert found == pytest.approx([found[0]] * 4, rel=1e-7)
 
 
-def _of_a_rank(folder: str) -> tuple[Perplexity, list[Any]]:
-    """In each rank: perplexity and the likelihoods of some pairs."""
+def _of_a_rank(folder: str) -> tuple[Perplexity, list[Any], list[str]]:
+    """In each rank: perplexity, the likelihoods of some pairs, and texts after some contexts."""
+    from osp.evaluation.greedy import Wanted, greedy_texts
     from osp.evaluation.language_model import open_model
     from osp.evaluation.tasks import Pair, likelihoods
 
@@ -88,6 +89,7 @@ def _of_a_rank(folder: str) -> tuple[Perplexity, list[Any]]:
     return (
         perplexity(subject.model, text, seq_len=32, batch_tokens=96),
         likelihoods(subject, pairs, batch_tokens=40)[0],
+        greedy_texts(subject, [Wanted(f"a{'b' * n}", 4 + n % 2) for n in range(5)], batch_tokens=20)[0],
     )
 
 
@@ -95,6 +97,7 @@ def test_number_of_ranks_changes_nothing(llama_folder: Path) -> None:
     torch.set_num_threads(1)
     alone = _of_a_rank(str(llama_folder))
     assert run_distributed(_of_a_rank, 2, str(llama_folder)) == [alone, alone]
+    assert len(set(alone[2])) > 2
 
 
 def test_infinite_loss_is_infinite_perplexity() -> None:
@@ -136,9 +139,16 @@ def test_documents_of_a_file_are_each_followed_by_the_end(llama: LanguageModel, 
     assert text.token_bytes.sum() == len(b"one thinganother")
 
 
+def test_any_other_file_is_one_text(llama: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "essay").write_text("one thing\nand another\n")
+    text = read_text(str(tmp_path / "essay"), llama)
+    assert (text.name, text.tokens.tolist()) == ("essay", llama.encode("one thing\nand another\n"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("picture.png", b"\x89PNG\r\n", r"cannot read \S*picture.png: 'utf-8' codec"),
         ("nowhere.raw", None, r"nowhere.raw does not exist"),
         ("nowhere.txt", None, r"^\S*nowhere.txt does not exist"),
         ("field.jsonl", b'{"body": "x"}', r"line 1: no field 'text'; set text_field to one of \['body'\]"),

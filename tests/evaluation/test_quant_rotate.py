@@ -47,6 +47,7 @@ STEPS: list[Callable[[Transformer], None]] = [absorb_projections, fold_norm_gain
         (NormConfig(name="ssnorm", placement="peri", lns=True), {"qk_norm": True}),
         (NormConfig(name="rmsnorm"), {"attention_bias": True, "mlp_bias": True}),
         (NormConfig(name="rmsnorm"), {"attention": AttentionConfig(gate=True), "attention_bias": True}),
+        (NormConfig(name="ssnorm"), {"attention": AttentionConfig(off_by_one=True), "ffn_norm": True}),
     ],
     ids=str,
 )

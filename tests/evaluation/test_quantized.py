@@ -68,7 +68,7 @@ def test_logits_of_the_naive_llama(name: str) -> None:
 
 @pytest.mark.parametrize("site", SITES)
 def test_each_site_alone(site: str) -> None:
-    model, ids = outlier_model(attention=AttentionConfig(gate=True)), some_tokens(1, 12)
+    model, ids = outlier_model(attention=AttentionConfig(gate=True, off_by_one=True), ffn_norm=True), some_tokens(1, 12)
     spec = dataclasses.replace(W4A4KV4, embedding_and_head=True, ffn_hadamard=True, w_clip=False)
     with quantized(model, spec, sites=[site]) as state:
         got = logits(model, ids)[0]

@@ -12,14 +12,16 @@ import torch
 from osp.config import UserError
 from osp.evaluation.harness import PAPER_TEN, HarnessModel, as_harness, evaluate_harness
 from osp.evaluation.language_model import LanguageModel
+from osp.evaluation.ranks import batches_by_tokens
 from osp.evaluation.tasks import (
+    Item,
     Likelihood,
     Pair,
     Row,
-    batches_by_tokens,
     delimiter,
     encode_pair,
     evaluate_task,
+    is_right,
     likelihoods,
     load_task,
     score_rows,
@@ -182,7 +184,9 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 0}\n'
         ('{"query": "q", "choices": ["a", "b"], "gold": "0"}', r"line 2: gold='0'"),
         ('{"query": 3, "choices": ["a", "b"], "gold": 0}', r"line 2: query=3: must be a text"),
         ('{"context": "c", "continuation": ""}', r"line 2: continuation='': must be a text that is not empty"),
-        ('{"context": "c", "answer": "a"}', r"line 2: fields \['answer', 'context'\]; a line has query, choices, gold"),
+        ('{"context": "c", "anser": "a"}', r"line 2: fields \['anser', 'context'\]; a line has query, choices, gold"),
+        ('{"context": "c", "answer": 18}', r"line 2: answer=18: must be a text"),
+        ('{"context": "c", "answer": "a", "aliases": "b"}', r"line 2: aliases='b': must be a list of texts"),
         ("caf\xe9", r"line 2: not UTF-8"),
     ],
 )
@@ -210,15 +214,69 @@ def test_task_that_cannot_be(tmp_path: Path, llama: LanguageModel) -> None:
 
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")
 def test_shared_task_files_are_read() -> None:
-    generated = {"gsm8k", "triviaqa_sm_sub"}
     for path in sorted((DATA / "tasks").glob("*.jsonl")):
-        if path.stem in generated:
-            with pytest.raises(UserError, match=r"line 1: fields .*generated answers go through lm_eval"):
-                load_task(path)
-        else:
-            task = load_task(path)
-            assert len(task.items) >= 100
-            assert all(item.gold is None or len(item.pairs) > item.gold for item in task.items)
+        task = load_task(path)
+        assert len(task.items) >= 100
+        generated = path.stem in ("gsm8k", "triviaqa_sm_sub")
+        for item in task.items:
+            assert bool(item.answers) == generated
+            assert item.gold is None or len(item.pairs) > item.gold
+            # what an example shows is a right answer
+            assert not generated or is_right(item, item.pairs[0].continuation), item
+
+
+def test_a_right_answer() -> None:
+    said = Item((), None, answers=("The Beatles", "1,080", "Spider-Man", "\U0001f40e"))
+    assert all(
+        is_right(said, text)
+        for text in (" beatles.", "the Beatles!\nQ", "$1080", '"1,080"', "spider man", "\U0001f40e")
+    )
+    assert not any(is_right(said, text) for text in ("", "the", "Beatles band", "\n\n10", "108", "-1080", "10.80"))
+    reasoned = Item((), None, answers=("18",), reasons=True)
+    assert is_right(reasoned, " 16 - 3 = 13\nThe answer is $18.")
+    assert not any(is_right(reasoned, text) for text in ("18", "The answer is 17. The answer is 18", "The answer is"))
+
+
+def test_answers_are_the_greedy_text_of_transformers(
+    llama: LanguageModel, transformers_llama: Any, tmp_path: Path
+) -> None:
+    """Each question by itself, uncached; ours in batches with a cache. Half of the questions are given their answer."""
+
+    def answer(context: str) -> str:
+        ids, start = llama.encode(context), len(llama.encode(context))
+        while len(ids) - start < 32 and "\n" not in llama.tokenizer.decode(ids[start:]):
+            ids.append(int(transformers_llama(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == 0:
+                ids.pop()
+                break
+        return llama.tokenizer.decode(ids[start:]).strip().split("\n")[0]
+
+    questions = [WORDS[n][: 1 + 2 * n] for n in range(4)]
+    given = [answer(f"Question: {question}\nAnswer:") for question in questions]
+    assert all(given[1::2])
+    records = [
+        {"context": question, "answer": found if n % 2 and found else "no", "aliases": []}
+        for n, (question, found) in enumerate(zip(questions, given, strict=True))
+    ]
+    task = load_task(write(tmp_path / "quiz.jsonl", *records))
+    expected = [float(record["answer"] != "no") for record in records]
+    for batch_tokens in (1, 200, 10**6):
+        found = evaluate_task(llama, task, batch_tokens=batch_tokens)
+        assert found.scores == {"exact_match": sum(expected) / 4}
+        assert found.stderr["exact_match"] == pytest.approx(standard_error(expected))
+        assert found.truncated == 0
+    (first, *_) = load_task(tmp_path / "quiz.jsonl", num_fewshot=2).items
+    assert first.pairs[0].context.count("Question:") == 3
+    assert evaluate_task(llama, load_task(tmp_path / "quiz.jsonl", num_fewshot=3)).truncated > 0
+
+
+def test_examples_of_reasoning_end_with_the_answer(tmp_path: Path) -> None:
+    record = {"context": "2 + 2?", "answer": "4", "chain_of_thought": "2 and 2 are 4."}
+    other = {**record, "context": "1 + 1?"}
+    (item, _) = load_task(write(tmp_path / "sums.jsonl", record, other), num_fewshot=1).items
+    assert item.pairs[0].context == (
+        "Question: 1 + 1?\nAnswer: 2 and 2 are 4.\nThe answer is 4\n\nQuestion: 2 + 2?\nAnswer: "
+    )
 
 
 def request(*args: Any) -> Any:
@@ -301,5 +359,5 @@ def test_harness_that_is_not_installed_names_the_extra(llama: LanguageModel, mon
 
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'osp\[lm-eval\]'"):
+    with pytest.raises(UserError, match=r"lm_eval: .*; pip install 'osp\[lm-eval\]'"):
         as_harness(HarnessModel(llama))

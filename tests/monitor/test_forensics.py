@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from osp.monitor.forensics import behind, growth, since
+from osp.growth import growth, since
+from osp.monitor.forensics import behind
 from tests.monitor import workers
 
 

@@ -89,9 +89,9 @@ def test_command_prints_the_table_and_leaves_no_deepspeed(spiky: Path, tmp_path:
 
 
 def test_mistakes_are_one_clear_line(spiky: Path, tmp_path: Path) -> None:
-    def line(*arguments: Path) -> str:
+    def line(path: Path, text: Path | None = None, out: Path | None = None) -> str:
         with pytest.raises(UserError) as caught:
-            inspect(*arguments)
+            inspect(path, text, out)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -101,6 +101,7 @@ def test_mistakes_are_one_clear_line(spiky: Path, tmp_path: Path) -> None:
     assert line(tmp_path) == f"{tmp_path}: neither a run folder with a checkpoint nor a checkpoint"
     assert line(spiky, empty) == f"--text {empty}: holds 0 tokens; moments over tokens need at least 2"
     assert line(spiky, binary).startswith(f"--text {binary}: cannot be read")
+    assert line(spiky, None, empty) == f"{empty}: cannot write there: File exists; name another folder with --out"
     assert line(spiky, tmp_path / "no.txt").startswith(f"--text {tmp_path / 'no.txt'}: cannot be read")
 
 
@@ -123,6 +124,20 @@ def test_script_ends_with_status_2_and_one_line(
         inspect_outliers.main()
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: neither a run folder with a checkpoint nor a checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "the following arguments are required: path"), (("run", "text=a.txt"), "unrecognized arguments: text=a.txt")],
+)
+def test_mistyped_command_is_one_line(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inspect_outliers.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        inspect_outliers.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}; see --help\n"
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,9 @@ def test_osp_script_is_the_papers_formula() -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("off_by_one", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: bool) -> None:
+def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: bool, off_by_one: bool) -> None:
     length, size = 13, 6
     draw = torch.Generator().manual_seed(1)
     q = torch.randn(length, heads, size, generator=draw) * 3
@@ -209,8 +210,8 @@ def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: b
             logits = [float(q[t, h].double() @ k[s, h * groups // heads].double()) / math.sqrt(size) for s in seen]
             largest = max(largest, *logits)
             if len(logits) > 1:
-                sink.append(math.exp(logits[0]) / sum(map(math.exp, logits)))
-    got = st.attention_statistics(q, k, mask)
+                sink.append(math.exp(logits[0]) / (off_by_one + sum(map(math.exp, logits))))
+    got = st.attention_statistics(q, k, mask, off_by_one=off_by_one)
     assert got[0].item() == pytest.approx(largest, rel=1e-5)
     assert got[1].item() == pytest.approx(sum(sink), rel=1e-5)
     assert got[2].item() == len(sink)

@@ -1,11 +1,13 @@
 """A small model with one parameter of every kind, and the paper's optimizer as a plain loop in one process.
 
-Written from papers.md section 1.4 without anything of `osp.optim`: an oracle for the partitioned optimizer.
+Written from the paper without anything of `osp.optim`: an oracle for the partitioned optimizer.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from osp.config import Heads
 
 VOCAB, HIDDEN, WIDE, ODD = 11, 8, 24, (5, 7)
 ROWS, TOKENS = 16, 6
@@ -54,6 +56,11 @@ class Model(nn.Module):
             for name, parameter in self.named_parameters()
         }
 
+    def parameter_heads(self) -> dict[str, Heads]:
+        """The square matrices write 2 heads, `gate` 6, and `down` reads 3."""
+        squares = {f"blocks.{i}.square.weight": Heads(2, 0) for i in range(5)}
+        return {**squares, "gate.weight": Heads(6, 0), "down.weight": Heads(3, 1)}
+
     def forward(self, ids: Tensor) -> Tensor:
         """Sum of the token losses; label -100 does not count. ids: (B, 2, T), inputs and labels"""
         x = self.embedding(ids[:, 0])
@@ -75,13 +82,15 @@ def factor(step: int) -> float:
     return 1.0 - 0.1 * step
 
 
-def train(*, steps: int, clip: float, lr: float, adam_lr: float, decay: float) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights by name and gradient norms after plain training."""
+def train(
+    *, steps: int, clip: float, lr: float, adam_lr: float, decay: float, per_head: bool = False
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights by name and gradient norms after plain training. per_head: a head's block is a matrix of its own."""
     model, norms = Model(), []
     state: dict[str, list[Tensor]] = {
         name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()
     }
-    roles = model.parameter_roles()
+    roles, heads = model.parameter_roles(), model.parameter_heads() if per_head else {}
     for step in range(steps):
         ids, count = batch(step)
         model.zero_grad()
@@ -93,7 +102,10 @@ def train(*, steps: int, clip: float, lr: float, adam_lr: float, decay: float) -
             for name, p in model.named_parameters():
                 g = grads[name] * shrink
                 if roles[name] in ("matrix", "gain"):
-                    p -= lr * factor(step) * (osp_direction(g, state[name][0]) + decay * p)
+                    count, dim = heads.get(name, (1, 0))
+                    blocks = zip(g.chunk(count, dim), state[name][0].chunk(count, dim), strict=True)
+                    direction = torch.cat([osp_direction(*block) for block in blocks], dim)
+                    p -= lr * factor(step) * (direction + decay * p)
                 else:
                     p -= adam_lr * factor(step) * (adam_direction(g, state[name], step + 1) + decay * p)
     return {name: p.detach().clone() for name, p in model.named_parameters()}, norms

@@ -99,6 +99,17 @@ def test_table_has_a_line_per_group_with_its_numbers() -> None:
     assert square[-1] == "0.1"
 
 
+def test_matrices_with_heads_are_groups_of_their_own_and_say_so() -> None:
+    heads, per_head = Model().parameter_heads(), replace(CONFIG, per_head=True)
+    groups = build_groups(named_roles(Model()), per_head, heads)
+    assert {name: group["heads"] for group in groups for name in group["names"] if group["heads"]} == heads
+    assert all(len({heads.get(name) for name in group["names"]}) == 1 for group in groups if group["rule"] == "muon")
+    assert "8x24 in 3 heads" in describe_groups(groups)
+    muon_of_none = replace(per_head, rules=CONFIG.rules | {"matrix": "adamw"})
+    for config, given in ((CONFIG, heads), (per_head, None), (muon_of_none, heads)):
+        assert not any(group["heads"] for group in build_groups(named_roles(Model()), config, given))
+
+
 def test_groups_do_not_depend_on_values() -> None:
     meta = Model().to("meta")
     assert describe_groups(build_groups(named_roles(meta), CONFIG)) == describe_groups(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from osp.config import UserError
 from osp.optim import COEFFICIENTS, newton_schulz, newton_schulz_dtype
-from osp.optim.muon import unit_vectors, update_scale
+from osp.optim.muon import newton_schulz_flops, unit_vectors, update_scale
 
 DTYPES: dict[typing.Literal["standard", "gram"], torch.dtype] = {"standard": torch.bfloat16, "gram": torch.float16}
 SHAPES = [(16, 16), (16, 48), (48, 16), (1, 7), (7, 1), (123, 5)]
@@ -74,6 +74,8 @@ def test_gram_takes_fewer_flops_on_wide_matrices_and_equals_standard_on_square_o
         flops.clear()
         for method in ("standard", "gram"):
             newton_schulz(random(2, 16, int(16 * ratio)), 5, method)
+            one = newton_schulz_flops((int(16 * ratio), 16), 5, method)
+            assert 2 * flops[method] == 2 * one, "a multiplication and an addition each, of two matrices"
         assert flops["gram"] < flops["standard"] if saves else flops["gram"] == flops["standard"], (ratio, flops)
 
 

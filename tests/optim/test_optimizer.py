@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import osp.optim.optimizer as module
-from osp.config import OptimizerConfig
+from osp.config import Heads, OptimizerConfig
 from osp.optim import PartitionedOptimizer, build_groups
 from tests.optim.reference import osp_direction
 
@@ -15,10 +15,10 @@ CONFIG = OptimizerConfig(lr=0.125, adam_lr=0.01, weight_decay=0.0, ns_dtype="fp3
 
 
 def build(
-    parameters: dict[str, nn.Parameter], role: str, config: OptimizerConfig
+    parameters: dict[str, nn.Parameter], role: str, config: OptimizerConfig, heads: dict[str, Heads] | None = None
 ) -> tuple[PartitionedOptimizer, list[Tensor]]:
     """An optimizer on flat copies of the parameters, as ZeRO would make them."""
-    groups = build_groups([(name, p, role) for name, p in parameters.items()], config)
+    groups = build_groups([(name, p, role) for name, p in parameters.items()], config, heads)
     flats = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
     flats = [torch.cat([flat, flat.new_zeros(flat.numel() % 2)]) for flat in flats]
     optimizer = PartitionedOptimizer(groups)
@@ -120,6 +120,25 @@ def test_rule_is_the_papers(shape: tuple[int, ...]) -> None:
             p -= CONFIG.lr * (osp_direction(grads[name], buffers[name]) + 0.2 * p)
     for name, value in weights(optimizer, parameters).items():
         torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((6, 8), Heads(3, 0)), ((8, 8), Heads(2, 1)), ((5, 12), Heads(2, 1))])
+def test_per_head_is_the_rule_of_each_head_alone(shape: tuple[int, int], heads: Heads) -> None:
+    """Two matrices with heads and two of the same shape without; updates of RMS 0.2, whatever the head's size."""
+    parameters = {name: nn.Parameter(torch.randn(shape)) for name in ("a", "b", "whole", "other")}
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    config = replace(CONFIG, per_head=True, ns_coefficients="cubic", ns_steps=60)
+    optimizer, flats = build(parameters, "matrix", config, {"a": heads, "b": heads})
+    assert [group["names"] for group in optimizer.param_groups] == [["a", "b"], ["whole", "other"]]
+    grads = {name: torch.randn(shape) for name in parameters}
+    step(optimizer, flats, grads, 1)
+    for name, value in weights(optimizer, parameters).items():
+        count, dim = heads if name in ("a", "b") else (1, 0)
+        update = (start[name] - value) / CONFIG.lr
+        for block, gradient in zip(update.chunk(count, dim), grads[name].chunk(count, dim), strict=True):
+            u, _, vt = torch.linalg.svd(gradient.double(), full_matrices=False)
+            torch.testing.assert_close(block.double(), 0.2 * max(block.shape) ** 0.5 * u @ vt, atol=1e-4, rtol=1e-4)
+            assert block.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
 
 
 def test_scalar_gain_moves_by_a_fifth_of_the_rate() -> None:

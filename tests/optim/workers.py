@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig, OptimizerConfig
+from osp.config import ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig
 from osp.engine import Engine, deepspeed_config, on_main
 from osp.model import build_model
 from tests.optim.reference import ROWS, Model, batch, factor
@@ -78,6 +78,7 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         results["train"][stage, accumulation] = {"norms": norms, "state": state(engine), "weights": weights(engine)}
         results["statistics"][stage, accumulation] = engine.optimizer_statistics()
         engine.close()
+    results["per head"] = {stage: per_head(stage, accumulation=4 // world_size) for stage in (1, 2, 3)}
     results["broadcast"] = broadcast()
     for stage in (1, 2, 3):
         accumulation = 4 if world_size == 1 else 2
@@ -88,8 +89,44 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         results[f"round trip {stage}"] = [round_trip(stage, 1), round_trip(stage, accumulation)]
         results[f"backward only {stage}"] = backward_only(stage, accumulation)
         results[f"not finite {stage}"] = not_finite(stage)
+    results["penalized"] = {stage: penalized(stage, world_size) for stage in (1, 2, 3)}
     results["bhyt"] = {stage: bhyt_constants(stage) for stage in (1, 3)}
     return results
+
+
+def per_head(stage: int, accumulation: int) -> dict[str, Tensor]:
+    """Weights after training whose matrices of attention are orthogonalized head by head."""
+    engine = build(stage, accumulation, config=dataclasses.replace(CONFIG, per_head=True))
+    run_steps(engine, range(STEPS))
+    engine.close()
+    return weights(engine)
+
+
+PENALIZED = ModelConfig(17, 16, 24, num_hidden_layers=2, num_attention_heads=4, ffn_norm=True)
+PENALTY = PenaltyConfig(weight=0.5, site="down_proj_in", scale="rms")
+PENALIZED_IDS = torch.randint(0, 17, (8, 9), generator=torch.Generator().manual_seed(0))
+
+
+def penalized(stage: int, world_size: int) -> dict[str, float]:
+    """Gradient norms of loss and penalty of one step over two micro batches; with checkpointing above stage 1."""
+    model = build_model(PENALIZED, seed=0)
+    model.activation_checkpointing = stage > 1
+    with patch("osp.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
+        engine = Engine(
+            model,
+            CONFIG,
+            zero_stage=stage,
+            micro_batch_size=len(PENALIZED_IDS) // world_size // 2,
+            gradient_accumulation_steps=2,
+            grad_clip=CLIP,
+            device=torch.device("cpu"),
+        )
+    for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
+        loss, penalty = engine(ids[:, :-1], ids[:, 1:], penalty=PENALTY)
+        engine.backward((loss + PENALTY.weight * penalty) / PENALIZED_IDS[:, 1:].numel())
+    names, norms = engine.gradient_norms()
+    engine.close()
+    return dict(zip(names, norms.tolist(), strict=True))
 
 
 BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, norm=NormConfig("bhyt", seq_len=8))

@@ -1,0 +1,121 @@
+"""Where the time and the memory of a training step go, for `train_step.py --profile`.
+
+Time. Every operation of one profiled step belongs to one part: kernels on a GPU, operations on a CPU. In this order:
+
+    optimizer      whatever runs inside an optimizer's step, gradient clipping of the peer not included
+    attention      fused attention kernels; on a CPU whatever runs inside the attention function
+    matmuls        matrix products, those of the head and the loss too
+    loss           what the cross-entropy does besides its products
+    norms          what modules called *Norm do, forward and backward; compiled: fused kernels that hold an rsqrt
+    other          rotary, SwiGLU, residuals, casts, gradient clipping, reductions over ranks
+    waiting        the step's wall time in which nothing of the above ran
+
+Memory. Weights, gradients and optimizer state are counted tensor by tensor; activations are the distinct storages that
+autograd keeps for backward; logits are those among them with the vocabulary as their last size, and for a loss in
+chunks what a chunk holds. The rest of the peak is allocator and library.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PARTS = ("matmuls", "attention", "norms", "loss", "optimizer", "other", "waiting")
+NORM = "osp::norm"
+MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|^aten::(mm|bmm|addmm|baddbmm|linear|matmul)$|mkldnn_linear", re.I)
+ATTENTION = re.compile(r"flash|fmha|attention|sdpa", re.I)
+LOSS = re.compile(r"LinearCrossEntropy|cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss", re.I)
+FUSED_NORM = re.compile(r"triton_.*rsqrt")
+
+
+def parts_of_time(step: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Seconds of each of PARTS in one call of `step`; seconds: what a step takes without the profiler."""
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, record_shapes=False) as profiler:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    events = profiler.events() or []
+    norms = {e.sequence_nr for e in events if e.sequence_nr >= 0 and any(p.name == NORM for p in _ancestors(e))}
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        work = [(k.name, k.duration) for k in event.kernels] if on_gpu else [(event.name, event.self_cpu_time_total)]
+        for name, microseconds in work:
+            found[_part(name, [event, *_ancestors(event)], norms)] += microseconds / 1e6
+    busy = sum(found.values())
+    if on_gpu:
+        found["waiting"] = max(0.0, seconds - busy)
+        return found
+    # the profiler itself slows operations down: shares of its step are shares of an ordinary one
+    return {name: value * seconds / busy for name, value in found.items()}
+
+
+def _part(name: str, events: list[Any], norms: set[int]) -> str:
+    names = [event.name for event in events]
+    if any("Optimizer.step" in n for n in names):
+        return "optimizer"
+    if ATTENTION.search(name) or any(ATTENTION.search(n) for n in names):
+        return "attention"
+    if MATMUL.search(name) or MATMUL.search(names[0]):
+        return "matmuls"
+    if any(LOSS.search(n) for n in names):
+        return "loss"
+    if NORM in names or FUSED_NORM.search(name) or any(e.sequence_nr in norms for e in events if e.sequence_nr >= 0):
+        return "norms"
+    return "other"
+
+
+def _ancestors(event: Any) -> Iterator[Any]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event
+
+
+def mark_norms(model: nn.Module) -> None:
+    """Make eager norms visible to the profiler. Not for compiled blocks, whose graphs the hooks would break."""
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "BHyT", "DyT", "Derf", "BHyTStar")):
+            regions: list[Any] = []
+
+            def enter(*_: Any, regions: list[Any] = regions) -> None:
+                regions.append(record_function(NORM))
+                regions[-1].__enter__()
+
+            def leave(*_: Any, regions: list[Any] = regions) -> None:
+                regions.pop().__exit__(None, None, None)
+
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+
+
+def parts_of_memory(
+    forward: Callable[[], object], model: nn.Module, state: Iterable[Tensor], *, logits: int
+) -> dict[str, float]:
+    """GiB by part. state: the optimizer's tensors. logits: bytes that a chunk of the loss holds; 0: all, as saved."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, bool]] = {}
+    vocabulary = max(p.shape[0] for p in model.parameters() if p.ndim == 2)
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), x.shape[-1:] == (vocabulary,)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        graph = forward()  # held until its storages are counted: an address may be given twice
+    del graph
+    saved_logits = sum(size for size, of_head in kept.values() if of_head)
+    found = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer state": sum(x.numel() * x.element_size() for x in state),
+        "activations": sum(size for size, _ in kept.values()) - saved_logits,
+        "logits": logits or saved_logits,
+    }
+    return {name: size / 2**30 for name, size in found.items()}

@@ -1,0 +1,148 @@
+"""What a run of 10,000 steps at the defaults spends beside its steps: waiting, validation, probes, saving.
+
+    python benchmarks/overhead.py --model nano --tokens-per-step 4096 --seq-len 256
+    python benchmarks/overhead.py --model osp_1b --tokens-per-step 16384 --seq-len 2048     # on a GPU
+
+One of each is measured, with the real trainer of OSP's model (median step, one validation of the whole held-out text,
+one probe, one save that is waited for). How many of each such a run takes follows from the default intervals:
+`validation_every`, `checkpoint.every`, and for probes `monitor.every=auto` played through with those times. A save is
+written while training goes on; `saving` counts the time until training goes on, `written` all of it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from osp.config import Config, from_dict
+from osp.monitor.monitor import MOST_PROBES, next_probe
+from osp.train import setup
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_STEPS = 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="nano", help="a choice of configs/model")
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two others")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    config = run_config(arguments)
+    seconds, every = measure(config, arguments)
+    counts = {
+        "validation": RUN_STEPS // every["validation"],
+        "probes": count_probes(seconds["step"], seconds["probe"], max_cost=config.monitor.max_cost),
+        "saving": RUN_STEPS // config.checkpoint.every,
+    }
+    train = RUN_STEPS * seconds["step"]
+    spent = {
+        "waiting for data": RUN_STEPS * seconds["wait"],
+        "validation": counts["validation"] * seconds["validation"],
+        "probes": counts["probes"] * seconds["probe"],
+        "saving": counts["saving"] * seconds["save"],
+    }
+    total = train + sum(spent.values()) - spent["waiting for data"]  # which the steps hold
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"\n{arguments.model}, {arguments.tokens_per_step} tokens a step, {place}; step {seconds['step']:.3f} s\n")
+    print("| | one, s | times | share of the run |\n|---|---|---|---|")
+    one = {"waiting for data": "wait", "validation": "validation", "probes": "probe", "saving": "save"}
+    for name, value in spent.items():
+        print(f"| {name} | {seconds[one[name]]:.4f} | {counts.get(name, RUN_STEPS):,} | {value / total:.3%} |")
+    together = sum(value for name, value in spent.items() if name != "waiting for data")
+    print(f"| validation, probes and saving together | | | {together / total:.3%} |")
+    print(f"\na save is written in {seconds['written']:.2f} s")
+    if arguments.out:
+        shares = {name: value / total for name, value in spent.items()}
+        found = {"device": place, "seconds": seconds, "counts": counts, "shares": shares}
+        arguments.out.write_text(json.dumps(found, indent=1))
+
+
+def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds of one of each, and steps between them."""
+    trainer = setup(config)
+    trainer.logger = None
+    monitor = trainer.build_monitor()
+    steps, waits = [], []
+    for number in range(2 + arguments.steps):
+        metrics = trainer.train_step(number, record=True)
+        assert metrics is not None
+        steps.append(metrics["train/step_seconds"])
+        waits.append(metrics["train/data_wait_seconds"])
+    trainer.step = 2 + arguments.steps
+    seconds = {"step": statistics.median(steps[2:]), "wait": statistics.median(waits[2:])}
+    seconds["validation"] = timed(trainer.validate)
+    monitor.probe(1, tokens=0, train_seconds=1.0)  # the first one allocates
+    seconds["probe"] = timed(lambda: monitor.probe(2, tokens=0, train_seconds=1.0))
+    began = clock()
+    trainer.save()
+    seconds["save"] = clock() - began
+    saved = trainer.saver.finish()
+    assert not saved.error, saved.error
+    seconds["written"] = saved.write_seconds
+    trainer.close()
+    return seconds, {"validation": trainer.validation_every}
+
+
+def count_probes(step_seconds: float, probe_seconds: float, *, max_cost: float) -> int:
+    """Probes of a run with `monitor.every=auto`, where every step and every probe takes the same time."""
+    step, count = 0, 0
+    interval = max(1, RUN_STEPS // MOST_PROBES)
+    while step < RUN_STEPS:
+        count += 1
+        step = next_probe(
+            step,
+            seconds=probe_seconds,
+            spent=count * probe_seconds,
+            train_seconds=step * step_seconds,
+            steps=step,
+            interval=interval,
+            max_cost=max_cost,
+        )
+    return count + 1  # and at the end
+
+
+def timed(action: Any) -> float:
+    began = clock()
+    action()
+    return clock() - began
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run_config(arguments: Any) -> Config:
+    def group(name: str, choice: str) -> dict[str, Any]:
+        return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
+
+    return from_dict(
+        {
+            "run": {"name": "overhead", "dir": tempfile.mkdtemp(prefix="osp-overhead-")},
+            "train": {
+                "steps": RUN_STEPS,
+                "seq_len": arguments.seq_len,
+                "tokens_per_step": arguments.tokens_per_step,
+            },
+            "model": {**group("model", arguments.model), "embed_proj": True},
+            "norm": group("norm", "ssnorm"),
+            "optimizer": {**group("optimizer", "muon"), "lr": 1e-3},
+            "engine": {"threads": arguments.threads},
+            "logger": {"wandb": "disabled", "progress": False},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""`scripts/ablation.py`: train, measure, and write the page, the table and the numbers."""
+
+import json
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from osp.ablation.config import AblationConfig, check_ablation
+from osp.ablation.execute import Execution, record_of, slots
+from osp.ablation.markdown import markdown
+from osp.ablation.page import page
+from osp.ablation.results import Results, as_json, collect
+from osp.ablation.runs import Compose, Planned, num_steps, plan
+from osp.checkpoint import write_text
+from osp.config import RunError, StoppedError, UserError
+from osp.model import count_parameters
+from osp.run import environment
+
+log = logging.getLogger(__name__)
+
+
+def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: Sequence[str]) -> Results:
+    """Everything that `config` asks for; what is there already is kept. compose: see `plan`. command: for the page
+
+    The page is written also when runs have failed or the ablation is stopped, with what is missing said on it. Raises
+    `RunError` if a run failed, after the others have ended.
+    """
+    check_ablation(config)
+    runs = plan(config, compose)
+    folder = Path(config.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"dir={folder}: cannot write there: {error.strerror}") from error
+    execution = Execution(config, runs, scripts=scripts)
+    log.info("%s", announcement(config, execution.runs))
+    try:
+        execution()
+    except StoppedError:
+        write(config, runs, execution, command)
+        raise
+    results = write(config, runs, execution, command)
+    if execution.failures:
+        label, why = next(iter(execution.failures.items()))
+        raise RunError(
+            f"{len(execution.failures)} of {len(execution.runs)} runs failed, {label}: {why}; the page says what is "
+            "missing, the same command tries them again"
+        )
+    return results
+
+
+def announcement(config: AblationConfig, runs: list[Planned]) -> str:
+    places = slots(config, runs)
+    threads = f"{places[0].threads} thread{'s' * (places[0].threads > 1)} per process"
+    where = f"GPUs {[slot.gpus for slot in places]}" if places[0].gpus else threads
+    total = sum(num_steps(run.config) * run.config.train.tokens_per_step for run in runs)
+    return f"{len(runs)} runs of {total / len(runs):,.0f} tokens in {config.dir}, {len(places)} at a time, {where}"
+
+
+def write(config: AblationConfig, runs: list[Planned], execution: Execution, command: Sequence[str]) -> Results:
+    """ablation.html, ablation.md and ablation.json in the folder of the ablation."""
+    found = {run.label: record_of(run, execution.wanted(run)) for run in runs if execution.trained(run)}
+    records = {label: record for label, record in found.items() if record is not None}
+    results = collect(runs, records, execution.failures)
+    folder, about = Path(config.dir), about_lines(runs, command)
+    write_text(folder / "ablation.json", json.dumps({"about": about, **as_json(results)}, indent=1) + "\n")
+    write_text(folder / "ablation.md", markdown(results, config, about))
+    write_text(folder / "ablation.html", page(results, config, about))
+    return results
+
+
+def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
+    """What was trained on what, by which command."""
+    config, machine = runs[0].config, environment()
+    model = config.model
+    parameters = count_parameters(model)["total"]
+    tokens = num_steps(config) * config.train.tokens_per_step
+    return [
+        f"ours: {parameters / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of {model.hidden_size}, "
+        f"{model.norm.name} in the first row), {tokens:,} tokens in steps of "
+        f"{config.train.tokens_per_step:,}, rows of {config.train.seq_len}",
+        f"data: {config.data.source}{''.join(f' {path}' for path in config.data.paths)}",
+        f"machine: {machine['cpus']} cores, torch {machine['torch']}, Python {machine['python']}",
+        f"command: python {shlex.join(command)}",
+        *(f"row {row.name}: {' '.join(row.overrides)}" for row in dict.fromkeys(run.row for run in runs)),
+    ]

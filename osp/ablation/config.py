@@ -1,0 +1,109 @@
+"""The configuration of `scripts/ablation.py`, and the rows it can train."""
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from osp.config import AT_LEAST_1, NAME, NOT_EMPTY, NOT_NEGATIVE, Count, FilePath, UserError, at_most, check_bounds
+
+PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Each row at several values of one key of the training, with the first seed: where an effect begins."""
+
+    key: str | None = None  # for example optimizer.lr
+    values: tuple[Any, ...] = ()
+    rows: tuple[str, ...] = ()  # names of rows, of which those in the table are trained; none: all of them
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Which runs are trained and what is measured of them. The presets are `configs/scale/`.
+
+    A row is the name of an experiment, or `NAME: OVERRIDE OVERRIDE ...`, for example
+    `gated: +experiment=osp attention.gate=true`.
+    """
+
+    dir: FilePath = "ablations/nano"
+    rows: tuple[str, ...] = PAPER_ROWS
+    seeds: tuple[Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)], ...] = (0,)
+    common: tuple[str, ...] = ()  # overrides of every training, the preset's
+    overrides: tuple[str, ...] = ()  # and the user's: keys of a training on the command line
+    # Named sets of overrides by row, see `settings_of`. `rates` says which of them are trained; `paper` stands for no
+    # overrides at all: what the experiments have.
+    settings: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    rates: tuple[str, ...] = ("paper",)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    ranks: Count = 1  # processes of each training
+    parallel: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # trainings at a time; None: what the machine has
+    texts: tuple[str, ...] = ()  # that perplexity is taken of; none: the held-out split
+    max_tokens: Count | None = None  # of each text
+    calibration_tokens: Count = 262_144  # of GPTQ
+    methods: Literal["ends", "all", "none"] = "ends"  # which rows are measured with GPTQ and QuaRot; ends: first, last
+    progress: bool = True
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a name, and the overrides that make a training it."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def parse_rows(config: AblationConfig) -> list[Row]:
+    """The rows of `config`; `UserError` for one that is none or stands twice."""
+    rows = []
+    for text in config.rows:
+        name, colon, rest = text.partition(":")
+        name = name.strip()
+        if not (NOT_EMPTY.holds(name) and NAME.holds(name)) or set(name) & set(" ,="):
+            raise UserError(f"rows: {text!r}; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'")
+        try:
+            overrides = tuple(shlex.split(rest)) if colon else (f"+experiment={name}",)
+        except ValueError as error:
+            raise UserError(f"rows: {text!r}: {error}") from error
+        if name in [row.name for row in rows]:
+            raise UserError(f"rows: {name!r} stands twice; give each row a name of its own")
+        rows.append(Row(name, overrides))
+    return rows
+
+
+def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The overrides that `settings` has for a row: under its name or that of its experiment, or the longest key that
+    such a name continues with an underscore (`osp` for `osp_gate`); none if there is no such key."""
+    experiments = [text.partition("=")[2] for text in row.overrides if text.lstrip("+").startswith("experiment=")]
+    for name in (row.name, *experiments):
+        for key in sorted(settings, key=len, reverse=True):
+            if name == key or name.startswith(f"{key}_"):
+                return settings[key]
+    return ()
+
+
+def check_ablation(config: AblationConfig) -> None:
+    """Raise `UserError` for values that are well-typed and make no ablation."""
+    check_bounds(config)
+    rows = [row.name for row in parse_rows(config)]
+    if not rows:
+        raise UserError(f"rows=[]: name at least one, for example rows=[{','.join(PAPER_ROWS)}]")
+    if not config.seeds:
+        raise UserError("seeds=[]: name at least one, for example seeds=[0,1,2]")
+    if repeated := [seed for seed in config.seeds if config.seeds.count(seed) > 1]:
+        raise UserError(f"seeds={list(config.seeds)}: {repeated[0]} stands twice and would be the same run")
+    for name in config.rates:
+        if name != "paper" and name not in config.settings:
+            raise UserError(f"rates={list(config.rates)}: {name!r}; choose from {['paper', *config.settings]}")
+    if len(set(config.rates)) < len(config.rates):
+        raise UserError(f"rates={list(config.rates)}: one stands twice")
+    sweep = config.sweep
+    if (sweep.key is None) != (not sweep.values):
+        raise UserError("a sweep needs both sweep.key=KEY and sweep.values=[VALUE,...]")
+    if len(set(map(str, sweep.values))) < len(sweep.values):
+        raise UserError(f"sweep.values={list(sweep.values)}: one stands twice")
+    if sweep.rows and not set(sweep.rows) & set(rows):
+        raise UserError(f"sweep.rows={list(sweep.rows)}: none of them is a row; choose from {rows}")
+    if not config.rates and sweep.key is None:
+        raise UserError("rates=[] and no sweep: nothing to train")

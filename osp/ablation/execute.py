@@ -1,0 +1,187 @@
+"""Trains and measures the runs of an ablation, each step in a process of its own, several beside each other."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from osp.ablation.config import AblationConfig, parse_rows
+from osp.ablation.runs import Planned, num_steps, quoted, with_threads
+from osp.config import COMPARISONS, EVALUATIONS, StoppedError
+from osp.launcher import Process, training_command
+from osp.preemption import StopRequest
+
+SECONDS_BETWEEN_LOOKS = 0.5
+MEASURING = 0.1  # of a training, in the bar and the time that is left
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one run at a time has to itself."""
+
+    threads: int
+    gpus: tuple[int, ...] = ()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))} if self.gpus else {}
+        return {"OMP_NUM_THREADS": str(self.threads), **visible}
+
+
+def slots(config: AblationConfig, runs: list[Planned]) -> list[Slot]:
+    """Places for runs beside each other: as many as there are GPUs or cores for `ranks` processes of each."""
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    on_gpu = gpus > 0 and all(run.config.engine.device != "cpu" for run in runs)
+    available = max(1, (gpus if on_gpu else cores) // config.ranks)
+    number = min(config.parallel or available, len(runs), available if on_gpu else cores)
+    threads = max(1, cores // (number * config.ranks))
+    each = range(config.ranks)
+    return [Slot(threads, tuple(i * config.ranks + r for r in each) if on_gpu else ()) for i in range(max(number, 1))]
+
+
+class Execution:
+    """The runs of an ablation on their way. `failures`: label -> why it ended; the others go on."""
+
+    def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
+        """scripts: the folder of train.py and compare.py."""
+        self.config, self.scripts = config, scripts
+        first: dict[str, Planned] = {}
+        for run in runs:
+            first.setdefault(run.label, run)
+        self.runs = list(first.values())
+        self.failures: dict[str, str] = {}
+        self._logs = Path(config.dir) / "logs"
+        rows = [row.name for row in parse_rows(config)]
+        self._with_methods = {"ends": {rows[0], rows[-1]}, "all": set(rows), "none": set[str]()}[config.methods]
+
+    def __call__(self) -> None:
+        """Train and measure whatever is missing. Raises `StoppedError` when asked to stop; the runs have saved then."""
+        waiting = [run for run in self.runs if not (self.trained(run) and self.measured(run))]
+        free, active = slots(self.config, self.runs), {}
+        if not waiting:
+            return
+        self._logs.mkdir(parents=True, exist_ok=True)
+        stop = StopRequest()
+        with stop.listen(), self._bar() as bar:
+            try:
+                while (waiting or active) and not stop:
+                    while waiting and free:
+                        run, slot = waiting.pop(0), free.pop(0)
+                        active[run.label] = (run, slot, self._next(run, slot))
+                    for label, (run, slot, process) in list(active.items()):
+                        if process.running:
+                            continue
+                        if error := process.error():
+                            self.failures[label] = str(error)
+                            bar.write(f"{label} failed: {error}", file=sys.stderr)
+                        elif not self.measured(run):
+                            active[label] = (run, slot, self._next(run, slot))
+                            continue
+                        del active[label]
+                        free.append(slot)
+                    self._show(bar, list(active))
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+            finally:
+                for _, _, process in active.values():  # all of them first: they save beside each other
+                    process.terminate()
+                for _, _, process in active.values():
+                    process.stop()
+        if stop.signal:
+            log.info("stopped; the same command continues where each run was")
+            raise StoppedError("the ablation was asked to stop", signal=stop.signal)
+
+    def trained(self, run: Planned) -> bool:
+        return (run.folder / "summary.json").exists()
+
+    def measured(self, run: Planned) -> bool:
+        return record_of(run, self.wanted(run)) is not None
+
+    def wanted(self, run: Planned) -> dict[str, Any]:
+        """Keys of scripts/compare.py that decide what is measured of a run."""
+        methods = "last" if run.row.name in self._with_methods and run.value is None else "none"
+        return {
+            "texts": list(self.config.texts),
+            "max_tokens": self.config.max_tokens,
+            "methods": methods,
+            "quant": {"calibration_tokens": self.config.calibration_tokens},
+        }
+
+    def _next(self, run: Planned, slot: Slot) -> Process:
+        """Start what the run needs next: its training or, when that is complete, its measurement."""
+        if not self.trained(run):
+            config = with_threads(run.config, slot.threads)
+            path, script = self._logs / f"{run.label}.yaml", self.scripts / "train.py"
+            command = training_command(config, script=script, ranks=self.config.ranks, path=path)
+            return Process(command, self._logs / f"{run.label}.train.log", environment=slot.environment)
+        wanted = self.wanted(run)
+        texts = ",".join(map(quoted, self.config.texts))
+        command = [
+            *(sys.executable, str(self.scripts / "compare.py"), str(run.folder), f"texts=[{texts}]"),
+            f"max_tokens={'null' if self.config.max_tokens is None else self.config.max_tokens}",
+            f"methods={wanted['methods']}",
+            f"quant.calibration_tokens={self.config.calibration_tokens}",
+            f"device={run.config.engine.device}",
+            *(f"threads={slot.threads}", "progress=false"),
+        ]
+        return Process(command, self._logs / f"{run.label}.compare.log", environment=slot.environment)
+
+    @contextmanager
+    def _bar(self) -> Iterator["tqdm[Any]"]:
+        """Progress over all runs, in trainings; it starts where the folder stands."""
+        done = sum(map(self._progress, self.runs))
+        total = (1 + MEASURING) * len(self.runs)
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
+        with tqdm(
+            total=total, initial=done, bar_format=shape, desc="ablation", disable=not self.config.progress
+        ) as bar:
+            yield bar
+
+    def _show(self, bar: "tqdm[Any]", active: list[str]) -> None:
+        over = sum((1 + MEASURING) - self._progress(run) for run in self.runs if run.label in self.failures)
+        finished = sum(self.trained(run) and self.measured(run) for run in self.runs)
+        bar.set_postfix_str(f"{finished} of {len(self.runs)} runs; {', '.join(active)}", refresh=False)
+        bar.update(sum(map(self._progress, self.runs)) + over - bar.n)
+
+    def _progress(self, run: Planned) -> float:
+        """Of one run: 1 for its training, and `MEASURING`."""
+        if self.trained(run):
+            return 1 + MEASURING * self.measured(run)
+        return last_step(run.folder / "metrics.jsonl") / num_steps(run.config)
+
+
+def record_of(run: Planned, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest record of scripts/compare.py about the end of a run that measured what is wanted."""
+    for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("*.json"), reverse=True):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # cut short
+            continue
+        config = record.get("config", {})
+        same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens"))
+        enough = wanted["methods"] in ("none", config.get("methods"))
+        if same and enough and config["quant"]["calibration_tokens"] == wanted["quant"]["calibration_tokens"]:
+            return record
+    return None
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole line of a metrics.jsonl; 0 before the first."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 2**16))
+            lines = file.read().split(b"\n")[1:-1]
+        return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
+    except (OSError, ValueError, KeyError):
+        return 0

@@ -1,0 +1,116 @@
+"""From the rows, rates and seeds of an ablation to the configurations of its runs, all checked before one starts."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osp.ablation.config import AblationConfig, Row, parse_rows, settings_of
+from osp.config import FREE, Config, RunConfig, UserError, from_dict, leaves, to_dict
+
+Compose = Callable[[Sequence[str]], dict[str, Any]]  # what `scripts/train.py OVERRIDES` would train
+
+# What all rows must have in common, or their numbers do not compare. A sweep may change its own key.
+SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "model.vocab_size")
+NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training of the ablation. rates: the name of the settings; a swept one has a `value` instead."""
+
+    row: Row
+    rates: str
+    seed: int
+    value: Any  # of the swept key; None: not of the sweep
+    order: tuple[int, int]  # of its line in the table
+    config: Config
+
+    @property
+    def label(self) -> str:
+        return self.config.run.name
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
+    """The runs of `config`, in the order they are trained: seed by seed, the first row and the last row first.
+
+    Raises `UserError` if a row cannot be composed, or if rows differ in what they must share.
+    """
+    rows, runs = parse_rows(config), []
+
+    def add(row: Row, rates: str, seed: int, value: Any, more: Sequence[str]) -> None:
+        settings = settings_of(row, config.settings.get(rates, {}))
+        overrides = [*config.common, *row.overrides, *settings, *config.overrides, *more, f"train.seed={seed}"]
+        try:
+            trained = named(from_dict(compose(overrides)), row.name, folder=Path(config.dir) / "runs")
+        except UserError as error:
+            raise UserError(f"row {row.name}: {error}") from error
+        order = (config.rates.index(rates) if rates in config.rates else len(config.rates), rows.index(row))
+        runs.append(Planned(row, rates, seed, value, order, trained))
+
+    ends_first = rows[:1] + rows[1:][-1:] + rows[1:-1]
+    for seed in config.seeds:
+        for rates in config.rates:
+            for row in ends_first:
+                add(row, rates, seed, None, ())
+    for value in config.sweep.values:
+        for row in ends_first:
+            if row.name in (config.sweep.rows or [r.name for r in rows]):
+                add(row, "sweep", config.seeds[0], value, (f"{config.sweep.key}={value}",))
+    _check_shared(runs, config.sweep.key)
+    return runs
+
+
+def named(config: Config, row: str, *, folder: Path) -> Config:
+    """`config` with a run folder below `folder` that is the same for the same training.
+
+    So what two places of the page need, at the paper's rates and in a sweep say, is trained once, and a run of another
+    configuration is never taken for it.
+    """
+    values = {key: value for key, value in leaves(to_dict(config)) if not key.startswith(FREE)}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    label = f"{row}-seed{config.train.seed}-{digest}"
+    return dataclasses.replace(config, run=RunConfig(name=label, dir=str(folder / label)))
+
+
+def _check_shared(runs: list[Planned], swept: str | None) -> None:
+    """Raise `UserError` where a row changes what all rows must have in common."""
+    first = dict(leaves(to_dict(runs[0].config)))
+    if runs[0].config.train.minutes is not None and runs[0].config.train.steps is None:
+        raise UserError("train.minutes gives every row another length; set train.steps or train.tokens")
+    for run in runs[1:]:
+        for key, value in leaves(to_dict(run.config)):
+            shared = key.startswith(SHARED) and not key.startswith(NOT_SHARED) and key != swept
+            if shared and value != first.get(key):
+                raise UserError(
+                    f"rows {runs[0].row.name} and {run.row.name} do not compare: {key}={first.get(key)} and {value}; "
+                    f"only what a row is about may differ. Give {key}=VALUE for all rows, beside rows=[...]"
+                )
+
+
+def num_steps(config: Config) -> int:
+    """Optimizer steps of a run whose length is known beforehand."""
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    assert train.tokens is not None, "plan() refuses train.minutes"
+    return -(-train.tokens // train.tokens_per_step)
+
+
+def quoted(text: str) -> str:
+    """A value for Hydra's grammar, whatever characters it has."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def with_threads(config: Config, threads: int) -> Config:
+    """`config` on so many CPU threads, if it does not say how many."""
+    if config.engine.threads is not None:
+        return config
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, threads=threads))

@@ -1,0 +1,37 @@
+"""Plan a training without starting it: `python scripts/plan.py +experiment=osp_1b world_size=256`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from entry import launch
+
+from osp.config import Config, PlanConfig, UserError, build, check_bounds, from_dict, to_dict
+
+OPTIONS = dataclasses.asdict(PlanConfig())
+DEFAULTS = to_dict(Config()) | OPTIONS
+
+
+def main(values: dict[str, Any]) -> None:
+    options = build(PlanConfig, {key: values.pop(key) for key in OPTIONS if key in values})
+    check_bounds(options)
+    config = from_dict(values)
+    # a constant that was typed is no longer what the file says of it
+    typed = {word.lstrip("+").split("=")[0].removeprefix("machine.") for word in sys.argv if "machine." in word}
+    sources = options.machine.sources | dict.fromkeys(typed, "the command line")
+    options = dataclasses.replace(options, machine=dataclasses.replace(options.machine, sources=sources))
+    from osp.plan import describe, make_plan, to_json
+
+    plan = make_plan(config, options)
+    if options.out is not None:
+        try:
+            Path(options.out).write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"out={options.out}: cannot write there: {error.strerror or error}") from error
+    print(describe(plan))
+
+
+if __name__ == "__main__":
+    launch(main, "plan", defaults=DEFAULTS)

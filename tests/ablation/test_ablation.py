@@ -1,0 +1,105 @@
+"""The whole of `scripts/ablation.py` on two tiny rows, stopped on the way; failures leave the others alone."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osp.ablation.ablation import ablate
+from osp.ablation.config import AblationConfig
+from osp.ablation.execute import last_step
+from osp.ablation.runs import plan
+from osp.config import Config, RunError, StoppedError, build, from_dict
+from osp.train import train
+from tests.conftest import ROOT, losses, overrides_of
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import entry
+
+Tiny = Callable[..., Config]
+
+
+def tiny_ablation(tiny: Tiny, folder: Path, **values: Any) -> AblationConfig:
+    skipped = ("run.", "train.precision", "model.embed_proj", "norm.", "optimizer.", "model.norm.")
+    common = [override for override in overrides_of(tiny("train.steps=60")) if not override.startswith(skipped)]
+    common += ["monitor.enabled=true", "monitor.every=0", "monitor.tokens=64", "optimizer.ns_dtype=fp32"]
+    whole = {"dir": str(folder), "common": common, "rows": ["adam", "osp"], "max_tokens": 256}
+    return build(AblationConfig, {**whole, "calibration_tokens": 256, "progress": False, **values})
+
+
+def run(config: AblationConfig) -> dict[str, Any]:
+    ablate(config, entry.compose, scripts=ROOT / "scripts", command=["scripts/ablation.py"])
+    return json.loads((Path(config.dir) / "ablation.json").read_text())
+
+
+def test_two_rows_stopped_and_started_again(tiny: Tiny, tmp_path: Path) -> None:
+    """The same losses as a run that nobody stopped; what is finished is not done again."""
+    config = tiny_ablation(tiny, tmp_path / "table")
+    (run_of_osp,) = [planned for planned in plan(config, entry.compose) if planned.row.name == "osp"]
+    metrics = run_of_osp.folder / "metrics.jsonl"
+
+    def stop() -> None:
+        while last_step(metrics) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(StoppedError):
+        run(config)
+    assert f"{run_of_osp.label}: not trained yet" in (tmp_path / "table" / "ablation.md").read_text()
+    assert last_step(metrics) < 60
+
+    found = run(config)
+    rows = {line["row"]: line["cells"] for line in found["rows"]}
+    assert list(rows) == ["adam", "osp"]
+    assert {"kurtosis", "osp_script", "R_L", "down_proj_max", "loss", "4-4-4", "4-4-4 +Had", "+ QuaRot"} <= set(
+        rows["osp"]
+    )
+    assert found["failures"] == {}
+    for page in ("ablation.md", "ablation.html"):
+        assert "not trained yet" not in (tmp_path / "table" / page).read_text()
+
+    alone = entry.compose([*config.common, "+experiment=osp", f"run.dir='{tmp_path / 'alone'}'"])
+    train(from_dict(alone))
+    assert losses(metrics.parent) == losses(tmp_path / "alone")
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "table" / "runs").rglob("*") if path.is_file()}
+    assert run(config)["rows"] == found["rows"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_row_that_fails_leaves_the_others_alone(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started here in place of a training: a script that fails for one row."""
+
+    class Failing:
+        def __init__(self, command: list[str], output: Path, **_: Any):
+            self.bad, self.running = "muon-" in output.name, False
+            started.append(output.name)
+
+        def error(self) -> RunError | None:
+            return RunError("no luck") if self.bad else None
+
+        def terminate(self) -> None: ...
+        def stop(self) -> None: ...
+
+    started: list[str] = []
+    monkeypatch.setattr("osp.ablation.execute.Process", Failing)
+    monkeypatch.setattr("osp.ablation.execute.SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr("osp.ablation.execute.Execution.trained", lambda self, run: bool(started))
+    monkeypatch.setattr(
+        "osp.ablation.execute.Execution.measured", lambda self, run: any(run.label in s for s in started)
+    )
+    sweep = {"key": "optimizer.lr", "values": [5e-3], "rows": ["adam"]}  # the run that is there at the paper's rate
+    config = tiny_ablation(tiny, tmp_path / "table", rows=["adam", "muon", "osp"], parallel=1, sweep=sweep)
+    with pytest.raises(RunError, match=r"1 of 3 runs failed, muon-seed0-\w+: no luck; the page says what is missing"):
+        run(config)
+    assert [name.split("-")[0] for name in started] == ["adam", "osp", "muon"]
+    assert re.search(r"muon-seed0-\w+: no luck", (tmp_path / "table" / "ablation.md").read_text())

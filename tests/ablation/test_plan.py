@@ -1,0 +1,155 @@
+"""From rows, rates and seeds to runs: what is trained, and every mistake in one line before anything starts."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osp.ablation.config import AblationConfig, check_ablation, parse_rows, settings_of
+from osp.ablation.execute import slots
+from osp.ablation.runs import plan
+from osp.config import UserError, build
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import entry
+
+SMALL = ("train.steps=4", "train.seq_len=32", "train.tokens_per_step=64", "engine.device=cpu")
+
+
+def config(folder: Path = Path("ablations/test"), **values: Any) -> AblationConfig:
+    return build(AblationConfig, {"dir": str(folder), "common": SMALL, "rows": ("adam", "osp"), **values})
+
+
+def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
+    """Seed by seed, first and last row first; later overrides win: common, row, rates, the user's, the sweep's."""
+    settings = {"tuned": {"adam": ("optimizer.lr=1e-3",)}}
+    sweep = {"key": "optimizer.lr", "values": [0.02, 0.5], "rows": ["osp"]}
+    runs = plan(
+        config(
+            tmp_path,
+            rows=["adam", "muon", "osp", "gated: +experiment=osp attention.gate=true"],
+            seeds=[3, 5], settings=settings, rates=["tuned", "paper"], overrides=["train.grad_clip=0.5"], sweep=sweep,
+        ),
+        entry.compose,
+    )  # fmt: skip
+    found = {(run.row.name, run.rates, run.seed, run.value): run.config for run in runs}
+    order = [(run.row.name, run.rates, run.seed, run.value) for run in runs]
+    assert order[:4] == [(row, "tuned", 3, None) for row in ("adam", "gated", "muon", "osp")]
+    assert order[4:6] == [("adam", "paper", 3, None), ("gated", "paper", 3, None)]
+    assert order[-2:] == [("osp", "sweep", 3, 0.02), ("osp", "sweep", 3, 0.5)]
+    assert len(order) == len(found) == 2 * 2 * 4 + 2
+    assert found["adam", "tuned", 5, None].optimizer.lr == 1e-3
+    assert found["adam", "paper", 5, None].optimizer.lr == 5e-3  # its experiment's
+    assert found["osp", "sweep", 3, 0.5].optimizer.lr == 0.5
+    assert found["gated", "tuned", 3, None].model.attention.gate
+    assert {c.train.grad_clip for c in found.values()} == {0.5}
+    assert found["muon", "paper", 5, None].train.seed == 5
+    assert [run.order for run in runs[:4]] == [(0, 0), (0, 3), (0, 1), (0, 2)]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": ["adam", "ospp"]}, r"row ospp: Could not find 'experiment/ospp'(?s:.)*adam"),
+        ({"rows": ["adam", "adam"]}, r"rows: 'adam' stands twice"),
+        ({"rows": []}, r"rows=\[\]: name at least one"),
+        ({"rows": ["a b"]}, r"rows: 'a b'; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'"),
+        ({"rows": ["x: 'y"]}, r"rows: \"x: 'y\": No closing quotation"),
+        ({"rows": ["x: optimizer.lrr=1"]}, r"row x: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'\?"),
+        ({"rows": ["x: optimizer.lr=-1"]}, r"row x: optimizer.lr=-1"),
+        ({"seeds": []}, r"seeds=\[\]: name at least one"),
+        ({"seeds": [1, 2, 1]}, r"seeds=\[1, 2, 1\]: 1 stands twice and would be the same run"),
+        ({"seeds": [-1]}, r"seeds\[0\]=-1: must be"),
+        ({"rates": ["best"]}, r"rates=\['best'\]: 'best'; choose from \['paper'\]"),
+        ({"rates": ["paper", "paper"]}, r"one stands twice"),
+        ({"rates": []}, r"nothing to train"),
+        ({"sweep": {"key": "optimizer.lr"}}, r"a sweep needs both"),
+        ({"sweep": {"values": [1]}}, r"a sweep needs both"),
+        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"one stands twice"),
+        (
+            {"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}},
+            r"sweep.rows=\['muon'\]: none of them is a row; choose from",
+        ),
+        ({"parallel": 0}, r"parallel=0: must be at least 1"),
+        ({"methods": "some"}, r"methods='some'; choose from ends, all, none"),
+        ({"scale": "nano"}, r"unknown key 'scale'"),
+        (
+            {"rows": ["adam", "longer: +experiment=osp train.steps=5"]},
+            r"rows adam and longer do not compare: train.steps=4 and 5; only what a row is about may differ",
+        ),
+        ({"rows": ["adam", "osp_1b"]}, r"rows adam and osp_1b do not compare: \S+="),
+        ({"overrides": ["train.steps=null", "train.minutes=1"]}, r"train.minutes gives every row another length"),
+    ],
+)
+def test_mistakes(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    def checked() -> None:
+        wanted = config(tmp_path, **values)
+        check_ablation(wanted)
+        plan(wanted, entry.compose)
+
+    with pytest.raises(UserError, match=message):
+        checked()
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_row() -> None:
+    settings = {"muon": ("a=1",), "muon_ssnorm": ("a=2",), "osp": ("a=3",)}
+    found = [settings_of(row, settings) for row in parse_rows(config(rows=[
+        "adam", "muon", "muon_all", "muon_ssnorm", "ospx", "osp_gate", "mine: +experiment=osp norm=bhyt", "osp: x=1",
+    ]))]  # fmt: skip
+    assert found == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
+
+
+def test_the_same_training_is_one_run(tmp_path: Path) -> None:
+    """Whatever it is trained for; another rate, seed or row is another run."""
+    settings = {"same": {"osp": ("optimizer.lr=5e-4",)}}
+    sweep = {"key": "optimizer.lr", "values": [5e-4, 1e-3], "rows": ["osp"]}
+    runs = plan(config(tmp_path, seeds=[0, 1], settings=settings, rates=["paper", "same"], sweep=sweep), entry.compose)
+    osp = [run.label for run in runs if run.row.name == "osp"]
+    assert len(osp) == 6
+    assert len(set(osp)) == 3
+    assert all(re.fullmatch(r"osp-seed[01]-[0-9a-f]{8}", label) for label in osp)
+    assert {run.folder for run in runs} == {tmp_path / "runs" / run.label for run in runs}
+    other = plan(config(tmp_path, overrides=["engine.zero_stage=2", "monitor.every=7"]), entry.compose)
+    assert {run.label for run in other} <= {run.label for run in runs}  # what changes no result changes no name
+    other = plan(config(tmp_path, overrides=["train.grad_clip=2"]), entry.compose)
+    assert not {run.label for run in other} & {run.label for run in runs}
+
+
+@pytest.mark.parametrize("scale", [path.stem for path in (ROOT / "configs" / "scale").iterdir()])
+def test_presets_compose(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every preset, with its experiments and the settings of its rows, is a set of runs."""
+    monkeypatch.setattr("sys.argv", ["ablation.py", f"scale={scale}", f"dir={tmp_path}"])
+    found: list[dict[str, Any]] = []
+    entry.run(found.append, "ablation", defaults=dataclasses.asdict(AblationConfig()))
+    wanted = build(
+        AblationConfig,
+        {**found[0], "overrides": ["data.paths=[corpus.jsonl]"], "rates": ["paper", *found[0]["settings"]]},
+    )
+    check_ablation(wanted)
+    runs = plan(wanted, entry.compose)
+    swept = len(wanted.sweep.rows) * len(wanted.sweep.values)
+    assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates) + swept
+    assert {"adam", "osp"} <= set(wanted.rows)
+
+
+def test_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As many runs beside each other as there are GPUs or cores for their ranks."""
+    monkeypatch.setattr("osp.ablation.execute.os.cpu_count", lambda: 8)
+    runs = plan(config(tmp_path, rows=["adam", "muon", "osp"], common=[*SMALL[:3]]), entry.compose)
+    assert [slot.threads for slot in slots(config(), runs)] == [2, 2, 2]
+    assert [slot.threads for slot in slots(config(ranks=4), runs)] == [1, 1]
+    assert [slot.threads for slot in slots(config(parallel=1), runs)] == [8]
+    monkeypatch.setattr("osp.ablation.execute.torch.cuda.device_count", lambda: 4)
+    assert [slot.gpus for slot in slots(config(), runs)] == [(0,), (1,), (2,)]
+    assert [slot.gpus for slot in slots(config(ranks=2), runs)] == [(0, 1), (2, 3)]
+    assert slots(config(ranks=2), runs)[1].environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert [slot.gpus for slot in slots(config(), plan(config(tmp_path), entry.compose))] == [
+        (),
+        (),
+    ]  # engine.device=cpu

@@ -1,0 +1,174 @@
+"""Numbers, tables and page of made-up runs: each number from where it was put, mean and spread by hand."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osp.ablation.config import AblationConfig
+from osp.ablation.markdown import markdown, number, verdict
+from osp.ablation.page import page
+from osp.ablation.paper import TABLE_2
+from osp.ablation.results import Cell, Line, Results, as_json, collect, difference, summary
+from osp.ablation.runs import Planned, plan
+from osp.evaluation.compare import COLUMNS
+from tests.ablation.test_plan import config
+from tests.browser import CHROMIUM, Browser
+from tests.conftest import ROOT
+from tests.made_run import made_run
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import entry
+
+PERPLEXITY = {"adam": (20.0, 80.0), "osp": (21.0, 22.0)}  # at 16-16-16 and at 4-4-4
+
+
+def made_record(row: str, seed: int) -> dict[str, Any]:
+    """What scripts/compare.py would leave; the second seed's perplexities are twice the first's."""
+    first, last = PERPLEXITY[row]
+
+    def score(value: float | None) -> dict[str, Any]:
+        return {"perplexity": None if value is None else value * (1 + seed), "accuracy": None}
+
+    cells = {bits: score(first if bits != "4-4-4" else last) for bits in COLUMNS}
+    hadamard = {**cells, "4-4-4": score(None if row == "adam" else last)}
+    return {
+        "commit": "0123abcd",
+        "models": [
+            {
+                "sha256": "f" * 64,
+                "bits": {"": cells, "+Had": hadamard},
+                "methods": {"RTN": score(last), "+ GPTQ": score(first)} if row == "osp" else {},
+                "specs": {"abc123": "4-4-4 rtn", "def456": "4-4-4 gptq"},
+                "hashes": {"4-4-4": "abc123", "+ GPTQ": "def456"},
+                "texts": {"held_out": "e" * 64},
+            }
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationConfig, list[Planned], Results]:
+    """Two rows and two seeds; osp's second seed has failed."""
+    folder = tmp_path_factory.mktemp("ablation")
+    sweep = {"key": "optimizer.lr", "values": [0.1, 0.01], "rows": ["adam"]}
+    wanted = config(folder, seeds=[0, 1], sweep=sweep)
+    runs, records = plan(wanted, entry.compose), {}
+    for run in runs:
+        if (run.row.name, run.seed) != ("osp", 1):
+            made_run(run.folder, steps=64, layers=2, outliers=run.row.name == "adam", seed=run.seed)
+            records[run.label] = made_record(run.row.name, run.seed)
+    (failed,) = [run.label for run in runs if run.label not in records]
+    return wanted, runs, collect(runs, records, {failed: "the disk is full"})
+
+
+def test_numbers_are_those_of_the_folders(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+    _, runs, results = ablation
+    events = [json.loads(line) for line in (runs[0].folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+    last: dict[str, float] = {}
+    for event in events:
+        last |= event
+    found = next(m for m in results.runs if m.planned.label == runs[0].label).numbers
+    layers = ("layer_00", "layer_01")
+    assert found["kurtosis"] == pytest.approx(sum(last[f"monitor/kurtosis/{x}/block_out"] for x in layers) / 2)
+    assert found["down_proj_max"] == max(last[f"monitor/max_abs/{x}/down_proj_in"] for x in layers)
+    assert found["osp_script"] == last["monitor/kurtosis/osp_script"]
+    assert found["R_L"] == last["monitor/R_L"]
+    assert found["loss"] == last["val/loss"]
+    assert found["4-4-4"] == 80.0
+    assert found["4-4-4 +Had"] == math.inf  # null in the record
+    assert found["cost"] == pytest.approx(math.log(4))
+
+
+def test_mean_and_spread_over_seeds(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+    _, _, results = ablation
+    adam, osp = results.lines
+    assert adam.cells["4-4-4"].mean == pytest.approx(120.0)  # of 80 and 160
+    assert adam.cells["4-4-4"].deviation == pytest.approx(80 / math.sqrt(2))
+    assert osp.cells["4-4-4"] == Cell(22.0, pytest.approx(math.nan, nan_ok=True), 1)  # type: ignore[arg-type]
+    assert [label.rpartition("-")[0] for label in osp.missing] == ["osp-seed1"]
+    assert list(results.sweep) == ["adam"]
+    assert [value for value, _ in results.sweep["adam"]] == [0.01, 0.1]
+    assert summary([{"a": 1.0}, {"a": math.inf}])["a"].mean == math.inf
+    assert difference(Cell(5.0, 3.0, 2), Cell(1.0, 4.0, 2)) == (4.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("adam", "osp", "says"),
+    [
+        (Cell(1.0, 0.1, 3), Cell(0.1, 0.1, 3), r"osp loses 0\.9000 less, 6\.4 times the spread over seeds"),
+        (Cell(0.1, 0.1, 3), Cell(0.2, 0.1, 3), r"no difference beyond twice the spread over seeds \(0\.1414\)"),
+        (Cell(0.1, math.nan, 1), Cell(0.4, math.nan, 1), r"osp loses 0\.3000 more; one seed, so the spread is unknown"),
+    ],
+)
+def test_verdict_holds_the_difference_against_the_spread(adam: Cell, osp: Cell, says: str) -> None:
+    lines = [Line("adam", "paper", {"cost": adam}, ()), Line("osp", "paper", {"cost": osp}, ())]
+    assert re.search(says, verdict(lines))
+
+
+def test_markdown(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+    wanted, _, results = ablation
+    text = markdown(results, wanted, ["trained here"])
+    assert "- trained here" in text
+    assert re.search(r"- osp-seed1-\w+: the disk is full", text)
+    assert "120.00 ± 56.57 (8e4)" in text  # the paper's beside ours
+    assert "| +Had | 30.00 ± 14.14 (11.40) |" in text
+    assert "max \\|x\\| at down_proj" in text
+    assert "| 4-4-4 | abc123 | 4-4-4 rtn |" in text
+    assert f"text held_out: SHA-256 `{'e' * 64}`" in text
+    assert "0123abcd" in text
+    assert text.count("## Over optimizer.lr") == 1
+    for line in text.split("\n"):  # every row of a table has as many cells as its heading
+        if line.startswith("| ---"):
+            cells = line.count("|")
+        elif line.startswith("|") and not line.startswith(("| row", "| method", "| column")):
+            assert len(re.findall(r"(?<!\\)\|", line)) == cells, line
+    assert [number(x) for x in (0.0404, 1.8, 24.15, 1818.56, 8e4, math.inf, math.nan)] == [
+        "0.0404", "1.800", "24.15", "1819", "8e4", "inf", "-",
+    ]  # fmt: skip
+
+
+def test_json_says_where_each_number_is_from(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+    _, _, results = ablation
+    values = json.loads(json.dumps(as_json(results), allow_nan=False))
+    cell = values["rows"][0]["cells"]["4-4-4"]
+    assert (cell["mean"], cell["count"], cell["quant"]) == (pytest.approx(120.0), 2, "abc123")
+    assert values["rows"][0]["cells"]["4-4-4 +Had"]["mean"] is None
+    assert {run["commit"] for run in values["runs"]} == {"0123abcd"}
+    assert values["data"] == {"held_out": "e" * 64}
+    assert list(values["failures"].values()) == ["the disk is full"]
+
+
+def test_papers_table() -> None:
+    """Every row has a number for every cell, and of the +Had rows of the paper only Adam stays without use."""
+    for row in TABLE_2.values():
+        assert set(row) == {"osp_script", *COLUMNS, *(f"{bits} +Had" for bits in COLUMNS)}
+    assert TABLE_2["osp"]["4-4-4"] == 19.6
+    assert TABLE_2["adam"]["4-4-4"] == 8e4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_page_in_a_browser(ablation: tuple[AblationConfig, list[Planned], Results], tmp_path: Path) -> None:
+    wanted, _, results = ablation
+    path = tmp_path / "ablation.html"
+    path.write_text(page(results, wanted, ["trained here"]))
+    browser = Browser()
+    try:
+        browser.open(path)
+        browser.run("document.querySelectorAll('.plot').forEach((plot) => draw(plot))")
+        assert browser.errors == []
+        names = browser.run("[...document.querySelectorAll('figure')].map((f) => f.dataset.lines)")
+        assert set(names) >= {"kurtosis-paper", "bits-paper", "sweep-cost", "sweep-loss"}
+        browser.hover("[data-lines=bits-paper] .plot")
+        shown = browser.wait(
+            lambda: browser.run("document.querySelector('[data-lines=bits-paper] .values')?.innerText")
+        )
+        assert any(bits in shown for bits in COLUMNS)
+        assert "adam" in shown
+        assert "the disk is full" in browser.run("document.querySelector('.note').innerText")
+    finally:
+        browser.close()

@@ -1,0 +1,135 @@
+"""Planned bytes against a running engine's tensors, and the counting of tensors against sums by hand."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytest
+import torch
+from torch import nn
+
+from osp.config import Config, MachineConfig, ModelConfig, OptimizerConfig, PlanConfig
+from osp.model import Transformer
+from osp.optim import PartitionedOptimizer, build_groups
+from osp.plan import Plan, make_plan
+from osp.plan.memory import Activations, activations, kept, peak, update_bytes
+from osp.trainer import meta_model
+from tests.distributed import run_distributed
+from tests.plan import workers
+
+# nano with fewer layers and tokens: 256 x 256 matrices, whose count 2 and 3 ranks do not always divide
+MODEL = ModelConfig(vocab_size=1024, num_hidden_layers=3, embed_proj=True)
+MACHINE = MachineConfig(device="cpu", bf16=False, peak_tflops=1.0, memory=1.0, reserved=0.0)
+
+
+def config(stage: int, **train: Any) -> Config:
+    base = Config(model=MODEL)
+    settings = {"steps": 10, "seq_len": 8, "tokens_per_step": 96, "micro_batch_size": 2, "precision": "fp32", **train}
+    engine = dataclasses.replace(base.engine, zero_stage=cast(Literal[1, 2, 3], stage), device="cpu")
+    return dataclasses.replace(base, engine=engine, train=dataclasses.replace(base.train, compile=False, **settings))
+
+
+def planned(stage: int, world_size: int, **train: Any) -> Plan:
+    return make_plan(config(stage, **train), PlanConfig(world_size=world_size, machine=MACHINE))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_plan_equals_what_an_engine_holds_sends_and_saves(world_size: int, tmp_path: Path) -> None:
+    """96 tokens are 12 rows: several micro batches of 2 on every rank."""
+    configs = [config(stage) for stage in (1, 2, 3)]
+    ranks = run_distributed(workers.held, world_size, configs, tmp_path)
+    for index, stage in enumerate((1, 2, 3)):
+        plan = planned(stage, world_size)
+        memory, found = plan.stages[stage], [rank[index] for rank in ranks]
+        most = {part: max(rank[part] for rank in found) for part in found[0]}
+        assert most["weights"] == memory.weights, stage
+        assert most["optimizer_state"] == memory.optimizer_state, stage
+        assert most["reduced_gradients"] == pytest.approx(memory.reduced_gradients, abs=1000), stage
+        # at stage 2 the plan has those of one micro batch more, which are there while they are added
+        accumulated = memory.gradients // 2 if stage == 2 else memory.gradients
+        assert most["accumulated"] == pytest.approx(accumulated, abs=1000), stage
+        sent = [sum(group.bytes_held[r] + group.bytes_owned[r] for group in plan.groups) for r in range(world_size)]
+        assert [rank["exchange"] for rank in found] == sent, stage
+        assert found[0]["checkpoint"] == pytest.approx(plan.checkpoint_bytes, rel=0.01)
+
+
+def test_update_of_one_batch_is_planned_as_it_is_allocated() -> None:
+    """`PartitionedOptimizer.step` on one rank, every tensor counted as it is made and freed."""
+    settings = OptimizerConfig(ns_dtype="bf16")
+    for shape in ((64, 64), (32, 96), (96, 32)):
+        parameters = [nn.Parameter(torch.randn(shape)) for _ in range(5)]
+        groups = build_groups([(str(i), p, "matrix") for i, p in enumerate(parameters)], settings)
+        optimizer = PartitionedOptimizer(groups)
+        values = torch.cat([p.detach().flatten() for p in parameters])
+        values.grad = torch.randn_like(values)
+        optimizer.param_groups[0]["params"] = [values]
+        optimizer.bind([values], stage=1)
+        optimizer.set_step(1, 1.0)
+        (batch,) = optimizer._pieces[0].batches
+        assert peak(optimizer.step) == pytest.approx(update_bytes(batch, shape, 2), rel=0.02), shape
+
+
+def test_kept_counts_each_storage_once_and_no_parameter() -> None:
+    layer, x = nn.Linear(8, 4), torch.randn(16, 8, requires_grad=True)
+    assert kept(layer, lambda: layer(x))[1] == 16 * 8 * 4  # the input, for the gradient of the weight
+    assert kept(layer, lambda: x * x)[1] == 16 * 8 * 4
+    assert kept(layer, lambda: x.exp().view(8, 16).exp())[1] == 2 * 16 * 8 * 4  # both results
+
+
+def test_peak_counts_what_is_alive_together() -> None:
+    def run() -> None:
+        a = torch.zeros(100)
+        a = a + torch.ones(100)  # the three together
+        torch.zeros(50)
+
+    assert peak(run) == 1200
+
+
+def model_of(settings: Config) -> Transformer:
+    model = meta_model(settings)
+    model.compute_dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
+    return model
+
+
+def both(settings: Config, *, compiled: bool = False) -> Activations:
+    return activations(settings, model_of(settings), micro_batch_size=4, compiled=compiled)
+
+
+def test_activations_of_a_cpu_are_those_that_autograd_keeps_there() -> None:
+    """The planned bytes against the same hooks on a real forward pass, with the CPU's own attention."""
+    from osp.model import build_model
+
+    settings = config(1, seq_len=64)
+    model, ids = build_model(MODEL, seed=0), torch.zeros(4, 64, dtype=torch.long)
+    real = kept(model, lambda: model.hidden_states(ids))[1]
+    assert both(settings).kept == pytest.approx(real, rel=0.01)
+
+
+def test_activations_grow_with_tokens_and_shrink_with_checkpointing_and_compilation() -> None:
+    plain, twice = both(config(1, seq_len=256)), both(config(1, seq_len=512))
+    assert twice.kept == pytest.approx(2 * plain.kept, rel=0.02)
+    checkpointed = both(config(1, seq_len=256, activation_checkpointing=True))
+    inputs = 3 * 4 * 256 * 256 * 4  # of 3 blocks, fp32
+    assert plain.kept / 3 < checkpointed.kept - inputs < plain.kept / 2, "one block and the embedding"
+    half = both(config(1, seq_len=256, precision="bf16"))
+    assert half.kept < plain.kept
+    assert both(config(1, seq_len=256, precision="bf16"), compiled=True).kept < half.kept
+
+
+def test_logits_of_a_chunk_bound_the_working_set() -> None:
+    """fp32 logits and log-probabilities of a chunk, those of the chunk before, weight gradients."""
+    small, large = (both(config(1, seq_len=256, loss_chunk_tokens=n)).working_set for n in (64, 512))
+    assert small < large
+    vocab = 1024
+    assert large == pytest.approx(4 * vocab * (3 * 512 + 256), rel=0.5)
+
+
+def test_stages_differ_as_zero_says() -> None:
+    stages = planned(1, 3).stages
+    numel = sum(p.numel() for p in meta_model(config(1)).parameters())
+    assert stages[1].weights == pytest.approx(4 * numel, rel=1e-3)
+    assert stages[1].gradients == 4 * numel
+    assert stages[3].gradients == pytest.approx(4 * numel / 3, rel=1e-3)
+    assert stages[3].gathered_weights == 4 * numel
+    assert len({memory.optimizer_state for memory in stages.values()}) <= 2
+    assert stages[2].reduced_gradients == stages[1].reduced_gradients < stages[1].gradients

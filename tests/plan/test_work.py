@@ -1,0 +1,213 @@
+"""Exchange plans of `osp_1b`'s real groups: every element held and owned once, what one sends the other receives."""
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from osp.config import Config, MachineConfig, ModelConfig, OptimizerConfig
+from osp.optim import build_groups, collect_roles
+from osp.optim.groups import Group
+from osp.optim.zero import Batch, batches, flat_size, interval_table
+from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
+from osp.trainer import meta_model
+from tests.conftest import ROOT
+
+SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the matrices of the blocks, and the gains
+
+
+@functools.cache
+def groups_of(model: str) -> list[Group]:
+    """The optimizer's groups of a model of configs/model with EmbProj, on tensors without memory."""
+    values = yaml.safe_load((ROOT / "configs" / "model" / f"{model}.yaml").read_text())
+    shapes = meta_model(Config(model=ModelConfig(**values, embed_proj=True)))
+    return build_groups(collect_roles(shapes.named_parameters(), shapes.parameter_roles()), OptimizerConfig())
+
+
+def structured(model: str = "osp_1b") -> list[Group]:
+    return [group for group in groups_of(model) if group["rule"] != "adamw"]
+
+
+def tiles(parts: Iterable[tuple[int, int]], size: int) -> bool:
+    """Whether intervals, in any order, cover [0, size) once."""
+    position = 0
+    for start, stop in sorted(parts):
+        if start != position:
+            return False
+        position = stop
+    return position == size
+
+
+def test_groups_are_those_of_the_paper_s_model() -> None:
+    found = [(group["role"], group["shapes"][0], len(group["shapes"])) for group in structured()]
+    assert sorted(found) == sorted([*(("matrix", s, n) for s, n in SHAPES.items() if len(s) == 2),
+                                    ("gain", (1,), 49), ("embed_proj", (2048, 2048), 2)])  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3, 8, 48, 512, 1024])
+def test_every_element_of_every_matrix_is_held_once_and_owned_once(world_size: int, stage: int) -> None:
+    """By the ends of intervals, for every rank; stage 2 cuts as stage 1 does."""
+    for group in structured():
+        numel, count = torch.Size(group["shapes"][0]).numel(), len(group["shapes"])
+        ranks = batches_of(group, world_size=world_size, stage=stage)
+        held: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        if (ranks[0] and ranks[0][0].sends is None) or not all(ranks):  # whole pieces: nothing moves
+            owned = sorted(b.first + i for work in ranks for b in work for i in range(b.num_owned))
+            assert owned == list(range(count))
+            table = interval_table([numel] * count, world_size=world_size, stage=stage)
+            assert all(iv.size == numel for intervals in table for iv in intervals)
+            continue
+        assert len({len(work) for work in ranks}) == 1, "a batch is a collective: all ranks take part"
+        for batch_of in zip(*ranks, strict=True):
+            check_batch(batch_of, numel, held)
+        assert sorted(held) == list(range(count))
+        assert all(tiles(parts, numel) for parts in held.values())
+
+
+def check_batch(work: Sequence[Batch], numel: int, held: dict[int, list[tuple[int, int]]]) -> None:
+    """One batch on all ranks: what each sends is what the other expects, and makes whole parameters."""
+    sends, receives = np.array([b.sends for b in work]), np.array([b.receives for b in work])
+    assert (sends == receives.T).all()
+    owner = {b.first + i: rank for rank, b in enumerate(work) for i in range(b.num_owned)}
+    assert len(owner) == sum(b.num_owned for b in work), "a parameter with two owners"
+    sent: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)  # (sender, owner) -> parts in order
+    for rank, batch in enumerate(work):
+        position = 0
+        for iv in batch.held:
+            assert position <= iv.offset, "parts are in the order of the flat tensor"
+            position = iv.place.stop
+            held[iv.index].append((iv.start, iv.stop))
+            sent[rank, owner[iv.index]].append((iv.index, iv.start, iv.stop))
+        assert position <= batch.local.stop - batch.local.start
+        assert [owner[iv.index] for iv in batch.held] == sorted(owner[iv.index] for iv in batch.held)
+    for rank, batch in enumerate(work):
+        parts = iter(batch.owned)
+        whole: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for sender in range(len(work)):
+            for part in sent.get((sender, rank), []):
+                iv = next(parts)
+                assert part == (batch.first + iv.index, iv.start, iv.stop)
+                whole[iv.index].append((iv.start, iv.stop))
+        assert next(parts, None) is None
+        assert sorted(whole) == list(range(batch.num_owned))
+        assert all(tiles(found, numel) for found in whole.values())
+
+
+class Wire:
+    """Stands in for the all-to-all of ranks that run one after the other: first all send, then all receive."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Tensor]] = []
+        self.rank: int | None = None
+
+    def __call__(self, values: Tensor, *, sends: list[int], receives: list[int]) -> Tensor:
+        if self.rank is None:
+            self.sent.append(list(values.split(sends)))
+            return values.new_zeros(sum(receives))
+        received = torch.cat([parts[self.rank] for parts in self.sent])
+        assert received.numel() == sum(receives)
+        return received
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_exchange_of_512_ranks_moves_every_number_to_its_place_and_back(stage: int) -> None:
+    """EmbProj's two matrices of 2048 x 2048, each element its own number, through the real packing on all 512 ranks."""
+    numel, count, world_size = 2048 * 2048, 2, 512
+    layout = {"world_size": world_size, "stage": stage}
+    whole = torch.arange(numel * count, dtype=torch.float32).view(count, numel)  # below 2^24: exact
+    table = interval_table([numel] * count, **layout)
+    flats = [torch.full((flat_size([numel] * count, **layout),), -1.0) for _ in table]
+    for flat, intervals in zip(flats, table, strict=True):
+        for iv in intervals:
+            flat[iv.place] = whole[iv.index, iv.start : iv.stop]
+    work = [batches(numel, count, rank=rank, **layout)[0] for rank in range(world_size)]
+    locals_ = [flat[batch.local] for flat, batch in zip(flats, work, strict=True)]
+    collected = through_wire([lambda b=b, x=x: b.collect(x) for b, x in zip(work, locals_, strict=True)])
+    assert torch.equal(torch.cat(collected), whole)
+    returned = through_wire([lambda b=b, x=x: b.distribute(x + 1) for b, x in zip(work, collected, strict=True)])
+    for local, update in zip(locals_, returned, strict=True):
+        assert torch.equal(update, local + 1)
+
+
+def through_wire(ranks: list) -> list[Tensor]:
+    wire, results = Wire(), []
+    with patch("osp.optim.zero._all_to_all", wire):
+        for act in ranks:
+            act()
+        for wire.rank, act in enumerate(ranks):
+            results.append(act())
+    return results
+
+
+def test_a_rank_of_1024_builds_its_plan_in_milliseconds() -> None:
+    for stage in (1, 3):
+        began = time.process_time()
+        for shape, count in SHAPES.items():
+            batches(torch.Size(shape).numel(), count, world_size=1024, rank=700, stage=stage)
+        assert time.process_time() - began < 0.2, "it grew with ranks times parameters: 0.5 to 1.4 s"
+
+
+def work_of(world_size: int, stage: int = 1) -> list[GroupWork]:
+    return [group_work(group, batches_of(group, world_size=world_size, stage=stage)) for group in structured()]
+
+
+@pytest.mark.parametrize(("world_size", "fullest"), [(1, 96), (8, 12), (48, 2), (256, 1), (1024, 1)])
+def test_matrices_are_shared_as_evenly_as_whole_ones_can_be(world_size: int, fullest: int) -> None:
+    square = next(group for group in work_of(world_size) if group.count == 96)
+    assert max(square.num_owned) == fullest == -(-96 // world_size)
+    assert sum(square.num_owned) == 96
+    assert square.num_idle == max(world_size - 96, 0)
+    assert square.imbalance == max(1, world_size / 96)
+    assert len(set(square.owners)) == 96
+    assert [list(square.owners.values()).count(rank) for rank in range(world_size)] == square.num_owned
+
+
+def test_critical_path_is_the_sum_over_groups_of_the_fullest_rank() -> None:
+    """5 steps of 4 m^2 n + 2 m^3; on one rank all matrices, on 256 one of each shape."""
+    square, wide = 5 * 6 * 2048**3, 5 * (4 * 2048**2 * 5504 + 2 * 2048**3)
+    assert sum(group.critical_flops for group in work_of(1)) == 98 * square + 72 * wide
+    assert sum(group.critical_flops for group in work_of(256)) == 2 * square + 2 * wide
+
+
+@pytest.mark.parametrize("world_size", [3, 48])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bytes_to_owners_are_the_bytes_of_matrices_they_do_not_hold(world_size: int, stage: int) -> None:
+    for group in work_of(world_size, stage):
+        assert sum(group.bytes_held) == sum(group.bytes_owned)
+        numels = [torch.Size(group.shape).numel()] * group.count
+        owners = list(group.owners.values())
+        own = sum(
+            iv.size
+            for rank, intervals in enumerate(interval_table(numels, world_size=world_size, stage=stage))
+            for iv in intervals
+            if owners[iv.index] == rank
+        )
+        assert sum(group.bytes_held) == 4 * (sum(numels) - own)
+
+
+def test_traffic_and_time_of_two_ranks_by_hand() -> None:
+    """nano on 2 ranks: every byte by the ring's formulas, every second by its constant."""
+    groups, total = groups_of("nano"), 4 * sum(p.numel() for group in groups_of("nano") for p in group["params"])
+    work = [group_work(g, batches_of(g, world_size=2, stage=1)) for g in structured("nano")]
+    padding = 8 * len(groups)
+    sent = {s: traffic(groups, work, world_size=2, stage=s, accumulation=3) for s in (1, 2, 3)}
+    for stage, gradients, weights in ((1, 1, 0.5), (2, 3, 0.5), (3, 1.5, 3)):
+        assert sent[stage].gradients == pytest.approx(total * gradients, abs=3 * padding)
+        assert sent[stage].weights == pytest.approx(total * weights, abs=3 * padding)
+    machine = MachineConfig(matmul_share=0.5, ns_share=0.25, network=1.0, host_network=10.0, network_share=0.5)
+    rates = {"flops": 1e12, "world_size": 2, "machine": machine, "peak_tflops": 100.0}
+    first = step_time(work, sent[1], stage=1, **rates)
+    assert first.passes == pytest.approx(1e12 / 50e12)
+    assert first.gradients == pytest.approx(sent[1].gradients / 5e9)
+    assert first.newton_schulz == pytest.approx(sum(g.critical_flops for g in work) / 25e12)
+    assert step_time(work, sent[3], stage=3, **rates).gradients == 0, "it travels while the passes compute"
+    far = step_time(work, sent[1], stage=1, **{**rates, "world_size": 16})
+    assert far.gradients == pytest.approx(first.gradients * 10 / 8), "through the 8 adapters of a host"

@@ -1,0 +1,86 @@
+"""What the ranks of `test_memory.py` do; in a module of its own so that spawned processes can import it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from osp.checkpoint import Saver
+from osp.config import Config
+from osp.engine import Engine, gather_objects
+from osp.train import build_engine
+from osp.trainer import micro_batch_size
+
+
+def num_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages of these tensors, each counted once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(found.values())
+
+
+def flat(values: Any) -> list[Tensor]:
+    """The tensors in a list or table of lists."""
+    if isinstance(values, dict):
+        return flat(list(values.values()))
+    return [t for value in values for t in flat(value)] if isinstance(values, list) else [values]
+
+
+def weights(engine: Engine, stage: int) -> int:
+    zero, parameters = engine._zero, cast(list[Any], list(engine.module.parameters()))
+    if stage < 3:
+        return num_bytes([*parameters, *zero.bit16_groups_flat, *zero.single_partition_of_fp32_groups])
+    parts = [p.ds_tensor for p in parameters]
+    return num_bytes([*parameters, *parts, *zero.fp16_partitioned_groups_flat, *zero.fp32_partitioned_groups_flat])
+
+
+def gradients(engine: Engine, stage: int) -> int:
+    zero = engine._zero
+    kept = [zero.averaged_gradients] if stage == 3 else [zero.averaged_gradients, zero.all_grad_tensors]
+    own = [p.grad for p in engine.module.parameters()]
+    if stage == 3:
+        kept.append(list(zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()))
+    return num_bytes([*own, *(t for t in flat(kept) if t is not None)])
+
+
+def held(configs: list[Config], folder: Path) -> list[dict[str, int]]:
+    """For each configuration: bytes by part of a real engine on this rank, exchanged bytes, and of a checkpoint."""
+    return [measure(config, folder / str(i)) for i, config in enumerate(configs)]
+
+
+def measure(config: Config, folder: Path) -> dict[str, int]:
+    stage, found = config.engine.zero_stage, {}
+    engine = build_engine(config, device=torch.device("cpu"), world_size=dist.get_world_size())
+    tokens = torch.zeros(micro_batch_size(config), config.train.seq_len, dtype=torch.long)
+    for _ in range(engine.gradient_accumulation_steps):
+        found["accumulated"] = gradients(engine, stage)  # by the micro batches before
+        engine.backward(engine(tokens, tokens) / config.train.tokens_per_step)
+    found["weights"] = weights(engine, stage)
+    found["reduced_gradients"] = gradients(engine, stage)
+    found["exchange"] = exchanged(engine)
+    found["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
+    saver = Saver(folder, keep_last=0, keep_every=0, token="t", rank=engine.rank, gather=gather_objects)
+    saver.begin(engine.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
+    saved = saver.finish()
+    assert saved.error is None
+    found["checkpoint"] = saved.num_bytes
+    saver.close()
+    engine.close()
+    return found
+
+
+def exchanged(engine: Engine) -> int:
+    """Bytes that this rank hands to torch's all-to-all for other ranks, in one optimizer step."""
+    sent, original = [0], dist.all_to_all_single
+
+    def count(received: Tensor, values: Tensor, *, output_split_sizes: list[int], input_split_sizes: list[int]) -> Any:
+        sent[0] += values.element_size() * (sum(input_split_sizes) - input_split_sizes[engine.rank])
+        return original(received, values, output_split_sizes=output_split_sizes, input_split_sizes=input_split_sizes)
+
+    dist.all_to_all_single = count
+    engine.set_step(1, 1.0)
+    assert engine.step()
+    dist.all_to_all_single = original
+    return sent[0]
