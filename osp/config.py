@@ -185,7 +185,8 @@ class PenaltyConfig:
 
     weight: NotNegative = 0.0  # 0: none
     site: Literal["block_out", "down_proj_in"] = "block_out"  # in every block; names of the monitor
-    scale: Annotated[float, POSITIVE] | Literal["rms"] = 3.0  # of x in (|x| / scale)^4; rms: that of the token itself
+    # Of x in (|x| / scale)^4; rms: that of the token itself.
+    scale: Annotated[float, Bound("between 1e-6 and 1e6", lambda x: 1e-6 <= x <= 1e6)] | Literal["rms"] = 3.0
 
 
 @dataclass(frozen=True)

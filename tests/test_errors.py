@@ -110,7 +110,7 @@ COMMAND_LINE = [
     ("optimizer.rules.matrix=sgd", r"optimizer.rules.matrix='sgd'; choose from muon, normalized, adamw"),
     ("optimizer.rules.matrix=normalized", r"optimizer.rules.matrix=normalized: the rule needs 1-D parameters"),
     ("optimizer=adamw optimizer.per_head=true", r"optimizer.per_head=true does nothing with .*rules.matrix=adamw"),
-    ("penalty.scale=0", r"penalty.scale=0.0: must be a finite number above 0"),
+    ("penalty.scale=0", r"penalty.scale=0.0: must be between 1e-6 and 1e6"),
     ("penalty.site=q", r"penalty.site='q'; choose from block_out, down_proj_in"),
     ("optimizer.rules=null", r"optimizer.rules=None: expected a table"),
     ("optimizer.ns_coefficients=foo", r"ns_coefficients.*foo.*keller_jordan"),
