@@ -143,8 +143,10 @@ def test_training_in_bf16_on_a_cpu_is_about_as_exact_as_torch(heads: int, groups
         return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        qkv = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
 
     exact, torch_bf16 = run(torch.float64, torchs), run(torch.bfloat16, torchs)
     for ours, theirs, truth in zip(run(torch.bfloat16, causal_attention), torch_bf16, exact, strict=True):

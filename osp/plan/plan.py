@@ -59,7 +59,8 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     accumulation = rows // size
     model = meta_model(config)
     model.compute_dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    groups = build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    roles = collect_roles(model.named_parameters(), model.parameter_roles())
+    groups = build_groups(roles, config.optimizer, model.parameter_heads())
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     parameters = count_parameters(config.model)
     states = sum(
