@@ -29,6 +29,7 @@ CHARTS_OF_SWEEP = {
     "kurtosis": ("Kurtosis of the residual stream", "", True),
     "down_proj_max": ("Largest value at down_proj", "|x|", True),
 }
+LOWEST_KURTOSIS = 0.01  # on a logarithmic axis
 BITS_SAY = (
     "Mean over seeds. Healthy: flat from left to right. Unhealthy: it rises where activations have 4 bits, for "
     "outliers take the levels."
@@ -145,8 +146,10 @@ def _kurtosis(runs: list[Measured], rows: list[str]) -> dict[str, Any]:
             x = (m.kurtosis.steps * per_step).tolist()
             y = rounded(m.kurtosis.values, 4)
             curves.append({"run": rows.index(row), "key": "", "name": "", "faint": False, "x": x, "y": y})
-    # a kurtosis below 0 has no place on a logarithmic axis
-    return _spec("Kurtosis of the residual stream over tokens", _spread(curves), curves, x="tokens")
+    log = _spread(curves)
+    if log:  # where a kurtosis below 0 has no place
+        curves = [{**c, "y": [None if y is None else max(y, LOWEST_KURTOSIS) for y in c["y"]]} for c in curves]
+    return _spec("Kurtosis of the residual stream over tokens", log, curves, x="tokens")
 
 
 def _bits(lines: list[Line], rows: list[str], suffix: str, title: str) -> dict[str, Any]:
