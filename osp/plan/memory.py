@@ -100,7 +100,8 @@ def memory(
     copied = max(bucket, largest)  # the collective works on a copy; a parameter beyond the bucket goes by itself
     persistent = sum(numel for numel in every if numel <= PERSISTENT)
     if stage == 3:
-        weights, gathered = flat + persistent, min(total, LIVE + PREFETCHED) if world_size > 1 else total
+        # a single rank's parts are the whole parameters
+        weights, gathered = (flat + persistent, min(total, LIVE + PREFETCHED)) if world_size > 1 else (flat, 0)
         gradients = reduced = flat
     else:
         weights, gathered = world_size * flat, 0

@@ -132,21 +132,22 @@ def _muon(plan: Plan) -> str:
 
 
 def owned(group: GroupWork) -> str:
-    """How many parameters which ranks update: `1 on 96 ranks, 0 on 160`."""
-    counts = sorted(group.num_owned, reverse=True)
-    found = [(number, len(list(ranks))) for number, ranks in groupby(counts)]
-    return ", ".join(f"{number} on {ranks}" + (" ranks" if i == 0 else "") for i, (number, ranks) in enumerate(found))
+    """How many parameters on how many ranks: `1 on 96 ranks, 0 on 160`."""
+    found = [(number, len(list(ranks))) for number, ranks in groupby(sorted(group.num_owned, reverse=True))]
+    (most, ranks), *others = found
+    return ", ".join([f"{most} on {ranks} rank{'s' if ranks > 1 else ''}", *(f"{n} on {r}" for n, r in others)])
 
 
 def _time(plan: Plan) -> str:
     step, train = plan.step, plan.config.train
     rows = [["of a step", "s"]]
+    stage = plan.config.engine.zero_stage
     rows += [
         [words, f"{seconds:.4f}"]
         for words, seconds in (
             ("forward and backward", step.passes),
-            ("gradient reduction", step.gradients),
-            ("weights", step.weights),
+            ("gradient reduction" + (", beside them" if stage > 1 else ""), step.gradients),
+            ("weights" + (", beside them" if stage > 2 else ""), step.weights),
             ("Newton-Schulz", step.newton_schulz),
             ("Muon's exchange", step.exchange),
             ("together", step.total),
@@ -157,7 +158,7 @@ def _time(plan: Plan) -> str:
         table(rows),
         f"expected {speed:,.0f} tokens/s, {speed / plan.world_size:,.0f} per rank, MFU {plan.mfu:.1%}"
         + ("" if plan.days is None else f"; the run {_days(plan.days)}, without validation and probes"),
-        f"a checkpoint is {plan.checkpoint_bytes / 1e9:,.2f} GB, written in {plan.save_seconds:,.1f} s while training "
+        f"a checkpoint is {plan.checkpoint_bytes / 1e9:,.2f} GB, written in {plan.save_seconds:.2g} s while training "
         "goes on",
     ]
     return "\n".join(lines)

@@ -50,7 +50,21 @@ def test_plan_equals_what_an_engine_holds_sends_and_saves(world_size: int, tmp_p
         assert most["accumulated"] == pytest.approx(accumulated, abs=1000), stage
         sent = [sum(group.bytes_held[r] + group.bytes_owned[r] for group in plan.groups) for r in range(world_size)]
         assert [rank["exchange"] for rank in found] == sent, stage
+        if world_size > 1:
+            check_traffic(plan, stage, found[0], others=(world_size - 1) / world_size)
         assert found[0]["checkpoint"] == pytest.approx(plan.checkpoint_bytes, rel=0.01)
+
+
+def check_traffic(plan: Plan, stage: int, found: dict[str, int], *, others: float) -> None:
+    """Which collectives DeepSpeed calls on how many bytes: an all-reduce sends all of them to the others twice."""
+    little = 20_000  # norms, flags, padding
+    reduced = found["reduce_scatter"] if stage == 3 else 2 * found["allreduce"]
+    assert reduced * others == pytest.approx(plan.traffic.gradients, abs=little), stage
+    gathered = found["allgather"] * others
+    if stage < 3:
+        assert gathered == pytest.approx(plan.traffic.weights, abs=little), stage
+    else:
+        assert 0 < gathered <= plan.traffic.weights + little
 
 
 def test_update_of_one_batch_is_planned_as_it_is_allocated() -> None:

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from osp.checkpoint import Saver
 from osp.config import Config
@@ -45,6 +47,21 @@ def gradients(engine: Engine, stage: int) -> int:
     return num_bytes([*own, *(t for t in flat(kept) if t is not None)])
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of the whole tensors that collectives work on, by the name of the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            whole = max(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
+            name = str(func).split(".")[1].strip("_")
+            self.counts[name] = self.counts.get(name, 0) + whole
+        return func(*args, **(kwargs or {}))
+
+
 def held(configs: list[Config], folder: Path) -> list[dict[str, int]]:
     """For each configuration: bytes by part of a real engine on this rank, exchanged bytes, and of a checkpoint."""
     return [measure(config, folder / str(i)) for i, config in enumerate(configs)]
@@ -54,12 +71,15 @@ def measure(config: Config, folder: Path) -> dict[str, int]:
     stage, found = config.engine.zero_stage, {}
     engine = build_engine(config, device=torch.device("cpu"), world_size=dist.get_world_size())
     tokens = torch.zeros(micro_batch_size(config), config.train.seq_len, dtype=torch.long)
-    for _ in range(engine.gradient_accumulation_steps):
-        found["accumulated"] = gradients(engine, stage)  # by the micro batches before
-        engine.backward(engine(tokens, tokens) / config.train.tokens_per_step)
-    found["weights"] = weights(engine, stage)
-    found["reduced_gradients"] = gradients(engine, stage)
-    found["exchange"] = exchanged(engine)
+    with Collectives() as collectives:
+        for _ in range(engine.gradient_accumulation_steps):
+            found["accumulated"] = gradients(engine, stage)  # by the micro batches before
+            engine.backward(engine(tokens, tokens) / config.train.tokens_per_step)
+        found["weights"] = weights(engine, stage)
+        found["reduced_gradients"] = gradients(engine, stage)
+        found["exchange"] = exchanged(engine)
+    for kind in ("allreduce", "reduce_scatter", "allgather"):
+        found[kind] = sum(count for name, count in collectives.counts.items() if kind in name)
     found["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
     saver = Saver(folder, keep_last=0, keep_every=0, token="t", rank=engine.rank, gather=gather_objects)
     saver.begin(engine.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
