@@ -66,7 +66,7 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
         f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {arguments.precision}, {device}, "
         f"torch {torch.__version__}; median of {arguments.rounds} rounds of {arguments.steps} steps\n"
     )
-    print("| monitor | tokens/s of the steps | ratio (per round) | probe s | in steps | interval at 1% |")
+    print("| monitor | tokens/s of the steps | ratio (per round) | probe s | in steps | interval at 0.5% |")
     print("|---|---|---|---|---|---|")
     base = [tokens_per_second(arguments, figures) for figures in results[arguments.modes[0]]]
     for mode, rounds in results.items():
@@ -77,7 +77,7 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
         probe = statistics.median(probes) if probes else 0.0
         print(
             f"| {mode} | {statistics.median(speeds):,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-            f"{max(ratios):.2f}) | {probe:.2f} | {probe / step:.2f} | {probe / step / 0.01:,.0f} steps |"
+            f"{max(ratios):.2f}) | {probe:.2f} | {probe / step:.2f} | {probe / step / 0.005:,.0f} steps |"
         )
     if arguments.out:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
