@@ -208,8 +208,9 @@ class _Share:
 class Saver:
     """Saves checkpoints into `folder`: copies the state to host memory, then writes while training goes on.
 
-    All ranks call `begin`, and once `written` holds everywhere, or to wait for it, `finish`. Between the two nothing is
-    exchanged. token: part of the temporary folder's name, the same on all ranks and no other process's.
+    All ranks call `begin`; once `through` holds everywhere `publish`, and once it does again `finish`, which also waits
+    for what is missing. Between these nothing is exchanged. token: part of the temporary folder's name, the same on all
+    ranks and no other process's.
     """
 
     def __init__(
@@ -227,18 +228,26 @@ class Saver:
         self._host: dict[str, Tensor] = {}  # kept from save to save: page-locked memory is slow to come by
         self._manifest: dict[str, Any] = {}
         self._thread = ThreadPoolExecutor(1, "osp-save")
-        self._future: Future[_Share] | None = None
+        self._writing: Future[_Share] | None = None
+        self._publishing: Future[str | None] | None = None  # after that; what went wrong, on the first rank
+        self._shares: list[_Share] = []  # of all ranks
         self._blocked = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether a save has begun that is not finished."""
-        return self._future is not None
+        return self._writing is not None
 
     @property
-    def written(self) -> bool:
-        """Whether this rank has written its share of the save in progress, or has failed to."""
-        return self._future is not None and self._future.done()
+    def through(self) -> bool:
+        """Whether a save is in progress, and what this rank last began to do for it in the background is over."""
+        future = self._publishing or self._writing
+        return future is not None and future.done()
+
+    @property
+    def published(self) -> bool:
+        """Whether `publish` has been called for the save in progress."""
+        return self._publishing is not None
 
     def begin(
         self, slices: Iterable[Slice], *, rng: dict[str, Tensor], buffers: dict[str, Tensor], manifest: dict[str, Any]
@@ -256,30 +265,34 @@ class Saver:
         if any(t.is_cuda for t in tensors.values()):
             torch.cuda.synchronize()
         self._manifest = manifest
-        self._future = self._thread.submit(self._write, files)
+        self._writing = self._thread.submit(self._write, files)
         self._blocked = time.perf_counter() - began
 
-    def finish(self) -> Saved:
-        """Wait until all ranks have written, and make the checkpoint known. Collective."""
-        assert self._future is not None, "nothing has begun"
+    def publish(self) -> None:
+        """Wait until all ranks have written, and have the first one make the checkpoint known. Collective."""
+        assert self._writing is not None, "nothing has begun"
+        assert self._publishing is None, "once is enough"
         began = time.perf_counter()
-        share = self._future.result()
-        self._future = None
-        shares = self._gather(share)
-        errors = [f"rank {rank}: {s.error}" for rank, s in enumerate(shares) if s.error]
-        files = {name: entry for s in shares for name, entry in s.files.items()}
-        error = errors[0] if errors else None
-        if self._rank == 0:
-            error = self._publish(files) if error is None else self._give_up(error)
-        blocked = self._blocked + time.perf_counter() - began
-        outcomes = self._gather((error, blocked))
+        self._shares = self._gather(self._writing.result())
+        self._publishing = self._thread.submit(self._publish if self._rank == 0 else _nothing)
+        self._blocked += time.perf_counter() - began
+
+    def finish(self) -> Saved:
+        """Wait until the checkpoint is known, or has failed. Collective."""
+        if self._publishing is None:
+            self.publish()
+        assert self._publishing is not None
+        began = time.perf_counter()
+        error = self._publishing.result()
+        self._writing = self._publishing = None
+        outcomes = self._gather((error, self._blocked + time.perf_counter() - began))
         return Saved(
             step=self._manifest["step"],
             folder=self._final,
             error=outcomes[0][0],
-            num_bytes=sum(entry["bytes"] for entry in files.values()),
+            num_bytes=sum(entry["bytes"] for share in self._shares for entry in share.files.values()),
             blocked_seconds=max(seconds for _, seconds in outcomes),
-            write_seconds=max(s.seconds for s in shares),
+            write_seconds=max(share.seconds for share in self._shares),
         )
 
     def close(self) -> None:
@@ -287,9 +300,10 @@ class Saver:
 
         Old checkpoints are removed when it returns.
         """
-        if self._future is not None:
-            wait([self._future], timeout=CLOSE_SECONDS)
-        self._thread.shutdown(wait=self._future is None or self._future.done())
+        future = self._publishing or self._writing
+        if future is not None:
+            wait([future], timeout=CLOSE_SECONDS)
+        self._thread.shutdown(wait=future is None or future.done())
 
     @property
     def _final(self) -> Path:
@@ -321,10 +335,14 @@ class Saver:
         share.seconds = time.perf_counter() - began
         return share
 
-    def _publish(self, files: dict[str, dict[str, Any]]) -> str | None:
-        """Rank 0: name what all have written; the error if that fails."""
+    def _publish(self) -> str | None:
+        """In the background, on rank 0: name what all have written; the error if that fails."""
+        errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(self._shares) if share.error]
+        if errors:
+            return self._give_up(errors[0])
+        files = {name: entry for share in self._shares for name, entry in share.files.items()}
+        manifest = {"format": FORMAT, **self._manifest, "files": files}
         try:
-            manifest = {"format": FORMAT, **self._manifest, "files": files}
             write_text(self._temporary / MANIFEST, json.dumps(manifest, indent=1))
             _flush(self._temporary)
             remove(self._final)
@@ -346,6 +364,10 @@ class Saver:
     def _give_up(self, error: str) -> str:
         shutil.rmtree(self._temporary, ignore_errors=True)
         return error
+
+
+def _nothing() -> None:
+    """What the other ranks do while the first one publishes."""
 
 
 def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> None:

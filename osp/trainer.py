@@ -344,14 +344,16 @@ class Trainer:
     def _wait_for_data(self, step: int) -> bool:
         """Wait until all ranks have the rows of `step`; False if one was asked to stop. Collective, once a step.
 
-        The same exchange tells that all ranks have written their share of a save.
+        The same exchange tells that all ranks are through with what they do for a save in the background.
         """
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
-            stop, has_data, written = self._count(bool(self.stop), ready, self.saver.written)
-            if written == world_size:
+            stop, has_data, through = self._count(bool(self.stop), ready, self.saver.through)
+            if through == world_size and self.saver.published:
                 self._finish_save()
+            elif through == world_size:
+                self.saver.publish()
             self.interrupted = stop > 0
             if self.interrupted or has_data == world_size:
                 return not self.interrupted
@@ -486,7 +488,7 @@ class Trainer:
             self.logger.event(kind, message, step=step, tokens=step * self.config.train.tokens_per_step)
 
     def _finish_save(self) -> None:
-        """Make the checkpoint that all ranks have written known, or wait until they have; a failure is only said."""
+        """Wait until the checkpoint is known, and log what it took; a failure is only said."""
         saved = self.saver.finish()
         if saved.error:
             self.saved = None
