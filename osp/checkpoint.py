@@ -241,8 +241,7 @@ class Saver:
     @property
     def through(self) -> bool:
         """Whether a save is in progress, and what this rank last began to do for it in the background is over."""
-        future = self._publishing or self._writing
-        return future is not None and future.done()
+        return self._background is not None and self._background.done()
 
     @property
     def published(self) -> bool:
@@ -300,10 +299,14 @@ class Saver:
 
         Old checkpoints are removed when it returns.
         """
-        future = self._publishing or self._writing
-        if future is not None:
-            wait([future], timeout=CLOSE_SECONDS)
-        self._thread.shutdown(wait=future is None or future.done())
+        if self._background is not None:
+            wait([self._background], timeout=CLOSE_SECONDS)
+        self._thread.shutdown(wait=self._background is None or self._background.done())
+
+    @property
+    def _background(self) -> Future[Any] | None:
+        """What is under way of the save in progress."""
+        return self._publishing or self._writing
 
     @property
     def _final(self) -> Path:
