@@ -16,7 +16,7 @@ from osp.ablation.paper import TABLE_2
 from osp.ablation.results import Cell, Line, Results, as_json, collect, difference, summary
 from osp.ablation.runs import Planned, plan
 from osp.evaluation.compare import COLUMNS
-from tests.ablation.test_plan import config
+from tests.ablation.test_ablation_runs import config
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
 from tests.made_run import made_run
