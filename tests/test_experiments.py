@@ -22,8 +22,9 @@ from osp.norms import NORMS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-# not groups of a training: `quant` is one of the evaluation (tests/evaluation), `machine` of a plan (tests/plan)
-OTHERS = ("quant", "machine")
+# not groups of a training: `quant` is one of the evaluation (tests/evaluation), `machine` of a plan (tests/plan),
+# `scale` of an ablation (tests/ablation)
+OTHERS = ("quant", "machine", "scale")
 CHOICES = [
     f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in OTHERS
 ]

@@ -226,7 +226,8 @@ def kept_compiled(block: nn.Module, inputs: tuple[Any, ...]) -> int:
         bw_compiler=lambda graph, _: graph.forward,
         partition_fn=min_cut_rematerialization_partition,
     )
-    torch.compile(block, backend=backend)(*inputs)
+    # after another plan of this process torch would take its sizes for symbols
+    torch.compile(block, backend=backend, dynamic=False)(*inputs)
     return sum(found.values())
 
 
