@@ -26,7 +26,7 @@ from osp.report.page import document, figure
 CHARTS_OF_SWEEP = {
     "loss": ("Validation loss, 16 bits", "nats per token", False),
     "cost": (f"What {LAST} costs", "nats per token", False),
-    "kurtosis": ("Kurtosis of the residual stream", "", True),
+    "kurtosis": ("Kurtosis of the residual stream", "", False),
     "down_proj_max": ("Largest value at down_proj", "|x|", True),
 }
 LOWEST_KURTOSIS = 0.01  # on a logarithmic axis
@@ -120,10 +120,11 @@ def _sweep(results: Results, config: AblationConfig, rows: list[str], payload: d
             x = [value if numeric else names.index(str(value)) for value, _ in points]
             y = [numbers[name] if math.isfinite(numbers[name]) else None for _, numbers in points]
             curves.append({"run": rows.index(row), "key": name, "name": "", "faint": False, "x": x, "y": y})
-        spec = _spec(title, log, curves, x=config.sweep.key or "")
+        key = config.sweep.key or ""
+        spec = _kurtosis_spec(title, curves, x=key) if name == "kurtosis" else _spec(title, log, curves, x=key)
         spec |= {"logx": True} if numeric else {"categories": names}
         payload["lines"][f"sweep-{name}"] = spec
-        figures.append(figure(f"sweep-{name}", spec, rows, unit=unit))
+        figures.append(figure(f"sweep-{name}", spec, rows, unit=f"{unit}{', ' * bool(unit)}over {key}"))
     charts = f'<div class="grid" style="--columns:2">{"".join(figures)}</div>'
     intro = f'<p class="intro">Every row at each value, all else equal, with seed {config.seeds[0]}.</p>'
     return intro + charts + _card("Numbers", sweep_rows(results, config), results)
@@ -146,10 +147,15 @@ def _kurtosis(runs: list[Measured], rows: list[str]) -> dict[str, Any]:
             x = (m.kurtosis.steps * per_step).tolist()
             y = rounded(m.kurtosis.values, 4)
             curves.append({"run": rows.index(row), "key": "", "name": "", "faint": False, "x": x, "y": y})
+    return _kurtosis_spec("Kurtosis of the residual stream over tokens", curves, x="tokens")
+
+
+def _kurtosis_spec(title: str, curves: list[dict[str, Any]], *, x: str) -> dict[str, Any]:
+    """A logarithmic axis if the values need it; there a kurtosis below 0 has no place."""
     log = _spread(curves)
-    if log:  # where a kurtosis below 0 has no place
+    if log:
         curves = [{**c, "y": [None if y is None else max(y, LOWEST_KURTOSIS) for y in c["y"]]} for c in curves]
-    return _spec("Kurtosis of the residual stream over tokens", log, curves, x="tokens")
+    return _spec(title, log, curves, x=x)
 
 
 def _bits(lines: list[Line], rows: list[str], suffix: str, title: str) -> dict[str, Any]:

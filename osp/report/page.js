@@ -123,6 +123,7 @@ function linesOption(figure) {
   const option = axes(spec.log);
   option.series = curves.map((curve) => series(curve, spec.log));
   option.tooltip.formatter = tooltip(curves, spec);
+  if (spec.x) option.graphic = []; // the heading of the chart says what x is
   if (spec.x) Object.assign(option.xAxis, { type: spec.logx ? "log" : "value", min: "dataMin" });
   if (spec.categories) Object.assign(option.xAxis, { type: "category", data: spec.categories, min: null, max: null, axisLabel: { ...option.xAxis.axisLabel, formatter: null, showMaxLabel: true } });
   if (keys.length > 1) {
