@@ -9,6 +9,7 @@ from osp.config import EVALUATIONS, Config, UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.model import count_parameters
 from osp.run import read_lines
+from osp.tables import markdown_table
 
 CURVE_ROWS = 10
 CURVES = {  # heading -> key of metrics.jsonl
@@ -53,7 +54,7 @@ def model_card(
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
     ]
     if trained_here:
-        sections.append(f"## Recipe\n\n{_table(['', ''], _recipe(subject, config, tokens=tokens))}")
+        sections.append(f"## Recipe\n\n{markdown_table(['', ''], _recipe(subject, config, tokens=tokens))}")
     if certificate is not None:
         sections.append(_conversion(certificate))
     curves = _curves(run, subject.step)
@@ -112,7 +113,7 @@ def _curves(run: Path, step: int | None) -> str:
     shown = {heading: key for heading, key in CURVES.items() if any(row.get(key) is not None for row in rows)}
     if not shown:
         return ""
-    return _table(
+    return markdown_table(
         ["step", "tokens", *shown],
         [
             [f"{row['step']:,}", f"{row['tokens']:,}", *(_number(row.get(key)) for key in shown.values())]
@@ -135,12 +136,7 @@ def _evaluations(run: Path) -> str:
                 rows.append([f"{step:,}", what, stored["quant"]["text"], value])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not what scripts/evaluate.py writes; remove it") from error
-    return _table(["step", "metric", "W-A-KV", "value"], rows) if rows else ""
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(["step", "metric", "W-A-KV", "value"], rows) if rows else ""
 
 
 def _number(value: Any) -> str:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a part imports parts of lower layers. Parts are the modules and packages directly in `osp`.
 LAYERS = (
     {"config"},
-    {"cpu", "growth", "precision", "preemption", "spikes"},
+    {"cpu", "growth", "precision", "preemption", "spikes", "tables"},
     {"attention", "loss", "norms", "panels", "penalty", "quantize"},
     {"model"},
     {"convert"},

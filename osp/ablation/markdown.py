@@ -7,6 +7,7 @@ from osp.ablation.config import AblationConfig
 from osp.ablation.paper import SCALE, TABLE_2, TEXT
 from osp.ablation.results import HADAMARD, LAST, QUANTITIES, Cell, Line, Results, difference
 from osp.evaluation.compare import COLUMNS
+from osp.tables import markdown_table
 
 FIRST = COLUMNS[0]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heading, rows
@@ -25,15 +26,22 @@ def markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> 
             f"## Rates: {rates}",
             verdict(lines),
             f"Ours: {seeds}. In brackets the paper's: {SCALE}, perplexity of {TEXT}.",
-            table(*outlier_rows(lines)),
+            markdown_table(*outlier_rows(lines)),
             f"Perplexity by bits of weights, activations and KV cache. Ours: {', '.join(results.texts) or 'no text'}; "
             f"in brackets the paper's, of {TEXT}.",
-            table(*bits_rows(lines)),
+            markdown_table(*bits_rows(lines)),
         ]
         if any(method in line.cells for line in lines for method in METHODS):
-            parts += [f"Perplexity at {LAST} by method, each with what stands above it.", table(*methods_rows(lines))]
+            parts += [
+                f"Perplexity at {LAST} by method, each with what stands above it.",
+                markdown_table(*methods_rows(lines)),
+            ]
     if results.sweep and config.seeds:
-        parts += [f"## Over {config.sweep.key}", f"With seed {config.seeds[0]}.", table(*sweep_rows(results, config))]
+        parts += [
+            f"## Over {config.sweep.key}",
+            f"With seed {config.seeds[0]}.",
+            markdown_table(*sweep_rows(results, config)),
+        ]
     parts += ["## Where the numbers are from", provenance(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,7 +112,7 @@ def provenance(results: Results) -> str:
     """Hashes of quantizations, data and code."""
     texts = [f"- text {name}: SHA-256 `{digest}`" for name, digest in results.texts.items()]
     commits = [f"- commit {', '.join(f'`{commit}`' for commit in results.commits) or 'unknown'}"]
-    return "\n".join([*texts, *commits]) + "\n\n" + table(*provenance_rows(results))
+    return "\n".join([*texts, *commits]) + "\n\n" + markdown_table(*provenance_rows(results))
 
 
 def provenance_rows(results: Results) -> Table:
@@ -139,8 +147,3 @@ def number(value: float) -> str:
     if size >= 1000:
         return f"{value:.0f}"
     return f"{value:.2f}" if size >= 10 else f"{value:.3f}" if size >= 1 else f"{value:.4f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [head, *rows]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(head), *lines[1:]])

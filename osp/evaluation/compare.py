@@ -28,6 +28,7 @@ from osp.evaluation.quantized import quantized
 from osp.evaluation.spec import QuantSpec, check_spec
 from osp.monitor.probe import Rows, probe
 from osp.run import environment
+from osp.tables import markdown_table
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +167,8 @@ def markdown(comparisons: list[Comparison]) -> str:
     table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods]
     return "\n\n".join(
         [
-            _table(["model", "ex. kurtosis", *COLUMNS], table_2),
-            *([_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
+            markdown_table(["model", "ex. kurtosis", *COLUMNS], table_2),
+            *([markdown_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
             f"Cells: {'mean accuracy in percent / perplexity' if _has_tasks(comparisons) else 'perplexity'}; "
             "columns are bits of weights, activations and KV cache. Excess kurtosis is that of the paper's script.",
             "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),
@@ -217,11 +218,6 @@ def _names(comparisons: list[Comparison]) -> list[str]:
     """Names of the models, numbered where they do not tell them apart."""
     names = [c.name for c in comparisons]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _short(value: float) -> str:

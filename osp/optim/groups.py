@@ -7,6 +7,7 @@ from torch import nn
 
 from osp.config import ROLES, Heads, OptimizerConfig, UserError
 from osp.optim.muon import COEFFICIENTS
+from osp.tables import text_table
 
 Group = dict[str, Any]
 
@@ -78,9 +79,7 @@ def describe_groups(groups: Sequence[Group]) -> str:
             shown += f" in {group['heads'].count} heads"
         rate, scale, decay = f"{group['base_lr']:g}", _UPDATE_SCALES[group["rule"]], f"{group['weight_decay']:g}"
         rows.append((group["role"], str(len(group["shapes"])), shown, group["rule"], rate, scale, decay))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return text_table(rows)
 
 
 def _muon_options(config: OptimizerConfig) -> Group:

@@ -1,13 +1,13 @@
 """A plan as a page of text and as JSON."""
 
 import dataclasses
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from osp.config import to_dict
 from osp.plan.plan import STAGES, Plan, fits
 from osp.plan.work import GroupWork
+from osp.tables import text_table
 from osp.trainer import micro_batch_size
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def _memory(plan: Plan) -> str:
     rows.append(["peak, reserved included", *(_gib(plan.peaks[s]) for s in STAGES)])
     verdicts = ("fits" if fits(plan, s) else "DOES NOT FIT" for s in STAGES)
     rows.append([f"of {plan.gpu_memory:g} GiB", *verdicts])
-    return table(rows)
+    return text_table(rows, left=1)
 
 
 MOMENTS = {
@@ -87,13 +87,14 @@ MOMENTS = {
 
 def _traffic(plan: Plan) -> str:
     sent = plan.traffic
-    return table(
+    return text_table(
         [
             ["sent per rank and step", "MB"],
             ["gradients", f"{sent.gradients / 1e6:,.1f}"],
             ["weights" + (", at most" if plan.config.engine.zero_stage == 3 else ""), f"{sent.weights / 1e6:,.1f}"],
             ["Muon's exchange, mean", f"{sent.exchange / 1e6:,.1f}"],
-        ]
+        ],
+        left=1,
     )
 
 
@@ -122,7 +123,7 @@ def _muon(plan: Plan) -> str:
     total = sum(group.flops * group.count for group in plan.groups)
     per_rank = [sum(g.flops * g.num_owned[rank] for g in plan.groups) for rank in range(plan.world_size)]
     lines = [
-        table(rows),
+        text_table(rows, left=1),
         "Groups follow one another, and the exchange of each waits for its fullest rank: the critical path is the sum",
         f"over groups of the most that a rank has, {critical / 1e9:,.0f} GFLOP. The rank with most in all has "
         f"{max(per_rank) / 1e9:,.0f};",
@@ -155,7 +156,7 @@ def _time(plan: Plan) -> str:
     ]
     speed = train.tokens_per_step / step.total
     lines = [
-        table(rows),
+        text_table(rows, left=1),
         f"expected {speed:,.0f} tokens/s, {speed / plan.world_size:,.0f} per rank, MFU {plan.mfu:.1%}"
         + ("" if plan.days is None else f"; the run {_days(plan.days)}, without validation and probes"),
         f"a checkpoint is {plan.checkpoint_bytes / 1e9:,.2f} GB, written in {plan.save_seconds:.2g} s while training "
@@ -169,7 +170,7 @@ def _machine(plan: Plan) -> str:
     values = {f.name: getattr(machine, f.name) for f in dataclasses.fields(machine)}
     rows = [["machine.", "", "from"]]
     rows += [[f"{key}={values[key]:g}", unit, machine.sources.get(key, "the default")] for key, unit in UNITS.items()]
-    return table(rows, left=3)
+    return text_table(rows, left=3)
 
 
 UNITS = {
@@ -183,16 +184,6 @@ UNITS = {
     "network_share": "of both",
     "disk": "GB/s per host",
 }
-
-
-def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Columns as wide as they need to be, the first `left` of them to the left; a line below the first row."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _gib(num_bytes: float) -> str:

@@ -1,0 +1,25 @@
+"""Rows of text as a table: in Markdown, and for a terminal."""
+
+from collections.abc import Sequence
+
+Rows = Sequence[Sequence[str]]
+
+
+def markdown_table(head: Sequence[str], rows: Rows) -> str:
+    """A Markdown table; a `|` inside a cell stays one."""
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [head, *rows]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(head), *lines[1:]])
+
+
+def text_table(rows: Rows, *, left: int | None = None) -> str:
+    """Columns as wide as they need to be, a line below the first row.
+
+    left: so many columns stand to the left, the others to the right; None: all.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = len(widths) if left is None else left
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
