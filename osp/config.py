@@ -150,6 +150,13 @@ class TrainConfig:
     max_skips: CountOrZero = 10  # updates of a run that may be left out for `on_nonfinite` and `spike` before it ends
     stop_at: Count | None = None  # end after this step with a checkpoint; the schedule stays that of the whole run
 
+    @property
+    def num_steps(self) -> int | None:
+        """Optimizer steps of the run: `steps`, or `tokens` in whole steps; None where `minutes` have to be measured."""
+        if self.steps is None and self.tokens is not None:
+            return math.ceil(self.tokens / self.tokens_per_step)
+        return self.steps
+
 
 @dataclass(frozen=True)
 class EvalQuantConfig:

@@ -15,15 +15,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore  # dist.HashStore, which torch's stubs leave out
 
-from osp.config import Heads, OptimizerConfig, UserError
-from osp.optim import PartitionedOptimizer, build_groups, collect_roles
+from osp.config import OptimizerConfig, UserError
+from osp.optim import PartitionedOptimizer, Trainable, groups_of
 
 # Gradients are copied through a buffer of this many elements on their way to the reduction; DeepSpeed's default is 7
 # times larger, and it allocates the buffer anew in every step
@@ -106,14 +106,6 @@ def deepspeed_config(
     }
 
 
-class Trainable(Protocol):
-    """What the engine needs of a module: roles of its parameters and heads of its matrices, which make its groups."""
-
-    def parameter_roles(self) -> Mapping[str, str]: ...
-    def parameter_heads(self) -> Mapping[str, Heads]: ...
-    def named_parameters(self, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
 class Engine:
     """A model and its optimizer on all ranks.
 
@@ -146,7 +138,7 @@ class Engine:
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.groups = build_groups(collect_roles(parameters, model.parameter_roles()), config, model.parameter_heads())
+        self.groups = groups_of(model, config)
         self.optimizer = PartitionedOptimizer(self.groups)
         self.deepspeed_config = deepspeed_config(
             zero_stage=zero_stage,

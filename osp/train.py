@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import statistics
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from osp.engine import Engine, Peers, gather_objects, init_distributed, is_conne
 from osp.logger import Logger, check_wandb
 from osp.model import build_model
 from osp.norms import bound_warning
-from osp.optim import build_groups, collect_roles
+from osp.optim import groups_of
 from osp.precision import native_bf16
 from osp.run import RunLock, begin, check_disk, open_run, with_initial_model, with_length_of_run
 from osp.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size, total_steps
@@ -55,9 +54,7 @@ def setup(config: Config) -> Trainer:
     config = with_initial_model(config)
     model = meta_model(config)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    build_groups(
-        collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer, model.parameter_heads()
-    )
+    groups_of(model, config.optimizer)  # raises if a rule does not fit
     device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())
@@ -199,10 +196,8 @@ def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool
             f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
             f"per step (train.tokens_per_step / train.seq_len / ranks)"
         )
-    if train.steps is None and train.tokens is not None:
-        train = dataclasses.replace(train, steps=math.ceil(train.tokens / train.tokens_per_step))
-    if train.steps is not None:
-        train = dataclasses.replace(train, tokens=None, minutes=None)
+    if train.num_steps is not None:
+        train = dataclasses.replace(train, steps=train.num_steps, tokens=None, minutes=None)
     train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
     return dataclasses.replace(config, train=train)
 

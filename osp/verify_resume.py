@@ -323,7 +323,7 @@ def shortened(config: Config, options: VerifyResumeConfig, *, max_ranks: int) ->
     """
     train, total = config.train, sum(options.steps)
     rows = options.rows or 2 * max_ranks
-    full = train.steps or (math.ceil(train.tokens / train.tokens_per_step) if train.tokens else total)
+    full = train.num_steps or total
     return dataclasses.replace(
         config,
         train=dataclasses.replace(

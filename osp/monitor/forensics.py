@@ -16,7 +16,7 @@ from osp.config import Config
 from osp.growth import growth, since
 from osp.model import Linear, Transformer
 from osp.monitor.probe import Rows, SiteReading, row_norms
-from osp.optim import build_groups, build_schedule, collect_roles
+from osp.optim import build_schedule, groups_of
 
 CONTEXT = 8  # tokens of text shown before the one that an outlier sits on
 SHOWN_WRITERS = 4  # of the matrices that write a channel of the residual stream
@@ -200,9 +200,7 @@ def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, st
     factor = build_schedule(
         config.schedule, total_steps=config.train.steps, tokens_per_step=config.train.tokens_per_step
     )(max(step - 1, 0))
-    groups = build_groups(
-        collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer, model.parameter_heads()
-    )
+    groups = groups_of(model, config.optimizer)
     return [
         {
             "parameter": name,

@@ -1,7 +1,7 @@
 """Parameter groups from roles: which parameters share a flat tensor, and the rule, rate and decay each role gets."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -67,6 +67,20 @@ def build_groups(
         group["shapes"].append(shape)
         group["params"].append(parameter)
     return list(groups.values())
+
+
+class Trainable(Protocol):
+    """What an optimizer needs of a model: roles of its parameters and heads of its matrices, which make its groups."""
+
+    def parameter_roles(self) -> Mapping[str, str]: ...
+    def parameter_heads(self) -> Mapping[str, Heads]: ...
+    def named_parameters(self, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def groups_of(model: Trainable, config: OptimizerConfig) -> list[Group]:
+    """The groups of a whole model; raises what `collect_roles` and `build_groups` raise."""
+    named = collect_roles(model.named_parameters(remove_duplicate=False), model.parameter_roles())
+    return build_groups(named, config, model.parameter_heads())
 
 
 def describe_groups(groups: Sequence[Group]) -> str:

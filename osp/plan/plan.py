@@ -9,7 +9,7 @@ import torch
 from osp.checkpoint import checkpoint_bytes
 from osp.config import Config, MachineConfig, PlanConfig, UserError
 from osp.model import count_parameters, flops_per_token
-from osp.optim import build_groups, collect_roles
+from osp.optim import groups_of
 from osp.optim.muon import newton_schulz_dtype
 from osp.optim.optimizer import STATE_NAMES
 from osp.plan.memory import Memory, activations, memory
@@ -59,8 +59,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     accumulation = rows // size
     model = meta_model(config)
     model.compute_dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    roles = collect_roles(model.named_parameters(), model.parameter_roles())
-    groups = build_groups(roles, config.optimizer, model.parameter_heads())
+    groups = groups_of(model, config.optimizer)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     parameters = count_parameters(config.model)
     states = sum(

@@ -9,8 +9,8 @@ from osp.config import MachineConfig
 from osp.optim.groups import Group
 from osp.optim.muon import newton_schulz_flops
 from osp.optim.zero import Batch, batches, flat_size
+from osp.plan.memory import FP32
 
-FP32 = 4  # bytes of all that travels
 GIGA = 1e9
 
 
