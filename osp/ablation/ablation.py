@@ -11,7 +11,7 @@ from osp.ablation.execute import Execution, record_of, slots
 from osp.ablation.markdown import markdown
 from osp.ablation.page import page
 from osp.ablation.results import Results, as_json, collect
-from osp.ablation.runs import Compose, Planned, num_steps, plan
+from osp.ablation.runs import Compose, Planned, plan
 from osp.checkpoint import write_text
 from osp.config import RunError, StoppedError, UserError
 from osp.model import count_parameters
@@ -54,7 +54,7 @@ def announcement(config: AblationConfig, runs: list[Planned]) -> str:
     places = slots(config, runs)
     threads = f"{places[0].threads} thread{'s' * (places[0].threads > 1)} per process"
     where = f"GPUs {[slot.gpus for slot in places]}" if places[0].gpus else threads
-    total = sum(num_steps(run.config) * run.config.train.tokens_per_step for run in runs)
+    total = sum(run.num_steps * run.config.train.tokens_per_step for run in runs)
     return f"{len(runs)} runs of {total / len(runs):,.0f} tokens in {config.dir}, {len(places)} at a time, {where}"
 
 
@@ -75,7 +75,7 @@ def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
     config, machine = runs[0].config, environment()
     model = config.model
     parameters = count_parameters(model)["total"]
-    tokens = num_steps(config) * config.train.tokens_per_step
+    tokens = runs[0].num_steps * config.train.tokens_per_step
     return [
         f"ours: {parameters / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of {model.hidden_size}, "
         f"{model.norm.name} in the first row), {tokens:,} tokens in steps of "

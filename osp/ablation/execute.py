@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from osp.ablation.config import AblationConfig, parse_rows
-from osp.ablation.runs import Planned, num_steps, quoted, with_threads
+from osp.ablation.runs import Planned, quoted, with_threads
 from osp.config import COMPARISONS, EVALUATIONS, StoppedError
 from osp.launcher import Process, training_command
 from osp.preemption import StopRequest
@@ -61,13 +61,15 @@ class Execution:
             first.setdefault(run.label, run)
         self.runs = list(first.values())
         self.failures: dict[str, str] = {}
+        self._finished: set[str] = set()  # labels; what tells is a file to read and parse, so not at every look
         self._logs = Path(config.dir) / "logs"
         rows = [row.name for row in parse_rows(config)]
         self._with_methods = {"ends": {rows[0], rows[-1]}, "all": set(rows), "none": set[str]()}[config.methods]
 
     def __call__(self) -> None:
         """Train and measure whatever is missing. Raises `StoppedError` when asked to stop; the runs have saved then."""
-        waiting = [run for run in self.runs if not (self.trained(run) and self.measured(run))]
+        self._finished = {run.label for run in self.runs if self.trained(run) and self.measured(run)}
+        waiting = [run for run in self.runs if run.label not in self._finished]
         free, active = slots(self.config, self.runs), {}
         if not waiting:
             return
@@ -88,6 +90,8 @@ class Execution:
                         elif not self.measured(run):
                             active[label] = (run, slot, self._next(run, slot))
                             continue
+                        else:
+                            self._finished.add(label)
                         del active[label]
                         free.append(slot)
                     self._show(bar, list(active))
@@ -108,13 +112,13 @@ class Execution:
         return record_of(run, self.wanted(run)) is not None
 
     def wanted(self, run: Planned) -> dict[str, Any]:
-        """Keys of scripts/compare.py that decide what is measured of a run."""
+        """Values of keys of scripts/compare.py that decide what is measured of a run."""
         methods = "last" if run.row.name in self._with_methods and run.value is None else "none"
         return {
             "texts": list(self.config.texts),
             "max_tokens": self.config.max_tokens,
             "methods": methods,
-            "quant": {"calibration_tokens": self.config.calibration_tokens},
+            "calibration_tokens": self.config.calibration_tokens,
         }
 
     def _next(self, run: Planned, slot: Slot) -> Process:
@@ -149,15 +153,14 @@ class Execution:
 
     def _show(self, bar: "tqdm[Any]", active: list[str]) -> None:
         over = sum((1 + MEASURING) - self._progress(run) for run in self.runs if run.label in self.failures)
-        finished = sum(self.trained(run) and self.measured(run) for run in self.runs)
-        bar.set_postfix_str(f"{finished} of {len(self.runs)} runs; {', '.join(active)}", refresh=False)
+        bar.set_postfix_str(f"{len(self._finished)} of {len(self.runs)} runs; {', '.join(active)}", refresh=False)
         bar.update(sum(map(self._progress, self.runs)) + over - bar.n)
 
     def _progress(self, run: Planned) -> float:
         """Of one run: 1 for its training, and `MEASURING`."""
         if self.trained(run):
-            return 1 + MEASURING * self.measured(run)
-        return last_step(run.folder / "metrics.jsonl") / num_steps(run.config)
+            return 1 + MEASURING * (run.label in self._finished)
+        return last_step(run.folder / "metrics.jsonl") / run.num_steps
 
 
 def record_of(run: Planned, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,7 +173,7 @@ def record_of(run: Planned, wanted: dict[str, Any]) -> dict[str, Any] | None:
         config = record.get("config", {})
         same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens"))
         enough = wanted["methods"] in ("none", config.get("methods"))
-        if same and enough and config["quant"]["calibration_tokens"] == wanted["quant"]["calibration_tokens"]:
+        if same and enough and config["quant"]["calibration_tokens"] == wanted["calibration_tokens"]:
             return record
     return None
 

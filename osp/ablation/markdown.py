@@ -19,13 +19,12 @@ def markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> 
     parts: list[str] = ["# What outliers cost, by recipe", "\n".join(f"- {line}" for line in about)]
     if missing := missing_lines(results):
         parts += ["**Missing from this table:**", "\n".join(f"- {line}" for line in missing)]
-    seeds = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
     for rates in dict.fromkeys(line.rates for line in results.lines):
         lines = [line for line in results.lines if line.rates == rates]
         parts += [
             f"## Rates: {rates}",
             verdict(lines),
-            f"Ours: {seeds}. In brackets the paper's: {SCALE}, perplexity of {TEXT}.",
+            f"Ours: {seeds_words(config)}. In brackets the paper's: {SCALE}, perplexity of {TEXT}.",
             markdown_table(*outlier_rows(lines)),
             f"Perplexity by bits of weights, activations and KV cache. Ours: {', '.join(results.texts) or 'no text'}; "
             f"in brackets the paper's, of {TEXT}.",
@@ -36,7 +35,7 @@ def markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> 
                 f"Perplexity at {LAST} by method, each with what stands above it.",
                 markdown_table(*methods_rows(lines)),
             ]
-    if results.sweep and config.seeds:
+    if results.sweep:
         parts += [
             f"## Over {config.sweep.key}",
             f"With seed {config.seeds[0]}.",
@@ -44,6 +43,12 @@ def markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> 
         ]
     parts += ["## Where the numbers are from", provenance(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def seeds_words(config: AblationConfig) -> str:
+    """What a cell holds of the seeds."""
+    number = len(config.seeds)
+    return f"mean ± standard deviation over {number} seeds" if number > 1 else "one seed"
 
 
 def missing_lines(results: Results) -> list[str]:

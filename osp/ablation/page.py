@@ -14,6 +14,7 @@ from osp.ablation.markdown import (
     missing_lines,
     outlier_rows,
     provenance_rows,
+    seeds_words,
     sweep_rows,
     verdict,
 )
@@ -21,7 +22,7 @@ from osp.ablation.paper import SCALE, TEXT
 from osp.ablation.results import HADAMARD, LAST, QUANTITIES, Line, Measured, Results
 from osp.evaluation.compare import COLUMNS
 from osp.report.downsample import rounded
-from osp.report.page import document, figure
+from osp.report.page import bars, document, figure, grid, html_row, html_table
 
 CHARTS_OF_SWEEP = {
     "loss": ("Validation loss, 16 bits", "nats per token", False),
@@ -58,7 +59,7 @@ def page(results: Results, config: AblationConfig, about: Sequence[str]) -> str:
     return document(
         "What outliers cost, by recipe",
         "ablation",
-        _bar(titles, rows),
+        bars(titles, [(row, "") for row in rows], shown="Rows shown"),
         f"{notes}{body}",
         f"Made from the runs in <code>{html.escape(config.dir)}/runs</code>.",
         payload,
@@ -69,8 +70,7 @@ def _rates(rates: str, results: Results, config: AblationConfig, rows: list[str]
     """Tables and charts of the rows at one set of rates."""
     lines = [line for line in results.lines if line.rates == rates]
     runs = [m for m in results.runs if m.planned.rates == rates and m.planned.value is None]
-    number = len(config.seeds)
-    seeds = f"mean ± standard deviation over {number} seeds" if number > 1 else "one seed"
+    seeds = seeds_words(config)
     charts = {
         f"kurtosis-{rates}": _kurtosis(runs, rows),
         f"bits-{rates}": _bits(lines, rows, "", "Perplexity from 16 to 4 bits"),
@@ -104,7 +104,7 @@ def _rates(rates: str, results: Results, config: AblationConfig, rows: list[str]
             "+Had: with an online Hadamard transform before down_proj.",
         )
         + methods
-        + f'<div class="grid below" style="--columns:2">{figures}</div>'
+        + f'<div class="below">{grid(figures, 2)}</div>'
     )
 
 
@@ -125,7 +125,7 @@ def _sweep(results: Results, config: AblationConfig, rows: list[str], payload: d
         spec |= {"logx": True} if numeric else {"categories": names}
         payload["lines"][f"sweep-{name}"] = spec
         figures.append(figure(f"sweep-{name}", spec, rows, unit=f"{unit}{', ' * bool(unit)}over {key}"))
-    charts = f'<div class="grid" style="--columns:2">{"".join(figures)}</div>'
+    charts = grid("".join(figures), 2)
     intro = f'<p class="intro">Every row at each value, all else equal, with seed {config.seeds[0]}.</p>'
     return intro + charts + _card("Numbers", sweep_rows(results, config), results)
 
@@ -179,31 +179,13 @@ def _spec(title: str, log: bool, curves: list[dict[str, Any]], *, x: str, unit: 
     return {"title": title, "log": log, "curves": curves, "levels": [], "events": [], "x": x, "unit": unit}
 
 
-def _bar(titles: dict[str, str], rows: list[str]) -> str:
-    """Links to the sections, and the legend, which hides and shows rows in all charts."""
-    links = "".join(f'<a href="#{name}">{html.escape(title)}</a>' for name, title in titles.items())
-    buttons = "".join(
-        f'<button type="button" aria-pressed="true"><span class="swatch" style="background:var(--run{i % 6})"></span>'
-        f"<b>{html.escape(row)}</b></button>"
-        for i, row in enumerate(rows)
-    )
-    return (
-        f'<div class="bar"><div><nav aria-label="Sections">{links}</nav></div></div><div class="bar second"><div '
-        f'class="tools"><div class="legend" role="group" aria-label="Rows shown">{buttons}</div></div></div>'
-    )
-
-
 def _card(title: str, table: Table, results: Results, *, says: str = "") -> str:
     """A table; a column of a quantization has its hash in the heading."""
     head, rows = table
-    cells = "".join(
-        f'<th scope="col">{html.escape(name)}'
-        + (f"<br><small><code>{results.columns[name]}</code></small>" if name in results.columns else "")
-        + "</th>"
-        for name in head
-    )
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    hashes = {name: f"<br><small><code>{key}</code></small>" for name, key in results.columns.items()}
+    headings = [html.escape(name) + hashes.get(name, "") for name in head]
+    body = [html_row([html.escape(cell) for cell in row]) for row in rows]
     return (
         f'<div class="card below"><h3>{html.escape(title)}</h3><p class="soft">{html.escape(says)}</p>'
-        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div></div>'
+        f'<div class="scroll">{html_table(headings, body, escape=False)}</div></div>'
     )

@@ -11,10 +11,10 @@ import numpy as np
 
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS
+from osp.evaluation.measure import finite
 from osp.report import Run, Series, read_run
 
 HADAMARD = " +Had"
-BITS = tuple(COLUMNS) + tuple(column + HADAMARD for column in COLUMNS)
 LAST = COLUMNS[-1]
 
 
@@ -28,7 +28,7 @@ class Quantity:
 
 
 def last(key: str) -> Callable[[Run], float]:
-    return lambda run: run.series[key].last if key in run.series else math.nan
+    return lambda run: run.last(key)
 
 
 def over_layers(stat: str, kind: str, reduce: Callable[[list[float]], float]) -> Callable[[Run], float]:
@@ -70,7 +70,7 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers of one run: `QUANTITIES`, perplexity at `BITS` and by method, and what 4-4-4 costs in nats."""
+    """The numbers of one run: `QUANTITIES`, perplexity by bits and by method, and what 4-4-4 costs in nats."""
 
     planned: Planned
     numbers: dict[str, float]
@@ -173,16 +173,15 @@ def residual_kurtosis(run: Run) -> Series | None:
 
 def as_json(results: Results) -> dict[str, Any]:
     """Everything as JSON: every number with the hashes of its quantization and data, and its commit."""
-    about = {"data": results.texts, "commits": list(results.commits)}
 
     def cells(line: Line) -> dict[str, Any]:
         return {
-            name: {**_plain(dataclasses.asdict(cell)), "quant": results.columns.get(name)}
-            for name, cell in line.cells.items()
+            name: {**dataclasses.asdict(cell), "quant": results.columns.get(name)} for name, cell in line.cells.items()
         }
 
-    return {
-        **about,
+    values = {
+        "data": results.texts,
+        "commits": list(results.commits),
         "specs": results.specs,
         "rows": [
             {"row": line.row, "rates": line.rates, "cells": cells(line), "missing": list(line.missing)}
@@ -198,12 +197,13 @@ def as_json(results: Results) -> dict[str, Any]:
                 "value": m.planned.value,
                 "model_sha256": m.record["models"][0]["sha256"],
                 "commit": m.record["commit"],
-                "numbers": _plain(m.numbers),
+                "numbers": m.numbers,
             }
             for m in results.runs
         ],
         "failures": results.failures,
     }
+    return finite(values)
 
 
 def _sweep(measured: list[Measured]) -> dict[str, list[tuple[float | str, dict[str, float]]]]:
@@ -223,8 +223,3 @@ def _in_order(runs: list[Planned]) -> list[Planned]:
 
 def _perplexity(score: dict[str, Any]) -> float:
     return math.inf if score["perplexity"] is None else float(score["perplexity"])
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Without numbers that JSON cannot hold."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -30,6 +30,12 @@ class Planned:
     config: Config
 
     @property
+    def num_steps(self) -> int:
+        steps = self.config.train.num_steps
+        assert steps is not None, "plan() refuses train.minutes"
+        return steps
+
+    @property
     def label(self) -> str:
         return self.config.run.name
 
@@ -93,15 +99,6 @@ def _check_shared(runs: list[Planned], swept: str | None) -> None:
                     f"rows {runs[0].row.name} and {run.row.name} do not compare: {key}={first.get(key)} and {value}; "
                     f"only what a row is about may differ. Give {key}=VALUE for all rows, beside rows=[...]"
                 )
-
-
-def num_steps(config: Config) -> int:
-    """Optimizer steps of a run whose length is known beforehand."""
-    train = config.train
-    if train.steps is not None:
-        return train.steps
-    assert train.tokens is not None, "plan() refuses train.minutes"
-    return -(-train.tokens // train.tokens_per_step)
 
 
 def quoted(text: str) -> str:

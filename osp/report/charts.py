@@ -354,8 +354,7 @@ def outliers(run: Run) -> list[Outlier]:
     found = []
     for name, site in run.probes[-1]["sites"].items():
         value, channel = _number(site.get("top_value")), site["channels"][0][0]
-        rms = run.series[f"monitor/rms/{name}"].last if f"monitor/rms/{name}" in run.series else math.nan
-        kurtosis = run.series.get(f"monitor/kurtosis/{name}")
+        rms = run.last(f"monitor/rms/{name}")
         found.append(
             Outlier(
                 site=name,
@@ -364,7 +363,7 @@ def outliers(run: Run) -> list[Outlier]:
                 channel=channel,
                 strongest=site.get("top_channel", -1),
                 share=_number(site.get("top_channel_share")),
-                kurtosis=kurtosis.last if kurtosis else math.nan,
+                kurtosis=run.last(f"monitor/kurtosis/{name}"),
                 text=str(site.get("top_text", "")),
                 position=site.get("top_position", -1),
             )

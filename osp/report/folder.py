@@ -58,6 +58,10 @@ class Run:
     evaluations: Evaluations = field(default_factory=Evaluations)
     notes: list[str] = field(default_factory=list)
 
+    def last(self, key: str) -> float:
+        """The newest finite value of a metric, nan if there is none."""
+        return self.series[key].last if key in self.series else math.nan
+
     @property
     def step(self) -> int:
         """The last optimizer step that anything was written about."""

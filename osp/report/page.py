@@ -9,7 +9,7 @@ import html
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -213,19 +213,29 @@ def _range(kinds: dict[str, list[Any]]) -> list[float]:
 
 def _bar(runs: list[Run], labels: list[str], names: list[str]) -> str:
     """Navigation, legend and what holds for all charts. The legend names what sets each run apart."""
-    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in SECTIONS.items())
-    buttons = "".join(
-        f'<button type="button" aria-pressed="true"><span class="swatch" style="background:var(--run{i % 6})"></span>'
-        f"<span><b>{_text(name)}</b> {_text(label) if label != name else ''}</span></button>"
-        for i, (label, name) in enumerate(zip(labels, names, strict=True))
-    )
     last = max(run.step for run in runs)
-    legend = f'<div class="legend" role="group" aria-label="Runs shown">{buttons}</div>' if len(runs) > 1 else ""
     ranges = {0: "all", last // 2: "last half", last - last // 10: "last tenth"}
     choices = _select("x", "Step axis", {"linear": "linear", "log": "logarithmic"}) + _select("from", "Steps", ranges)
+    apart = [(name, label if label != name else "") for label, name in zip(labels, names, strict=True)]
+    return bars(SECTIONS, apart if len(runs) > 1 else [], shown="Runs shown", choices=choices)
+
+
+def bars(sections: Mapping[str, str], legend: Sequence[tuple[str, str]], *, shown: str, choices: str = "") -> str:
+    """The bars on top of a page: links to its sections, and the legend, which hides and shows curves in all charts.
+
+    sections: id -> heading. legend: name of each of the payload's `runs`, and what sets it apart. shown: the legend for
+    those who cannot see it. choices: HTML.
+    """
+    links = "".join(f'<a href="#{name}">{_text(heading)}</a>' for name, heading in sections.items())
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true">{_swatch(i)}'
+        f"<span><b>{_text(name)}</b> {_text(label)}</span></button>"
+        for i, (name, label) in enumerate(legend)
+    )
+    shown_runs = f'<div class="legend" role="group" aria-label="{shown}">{buttons}</div>' if legend else ""
     return (
         f'<div class="bar"><div><nav aria-label="Sections">{links}</nav></div></div>'
-        f'<div class="bar second"><div class="tools">{legend}{choices}</div></div>'
+        f'<div class="bar second"><div class="tools">{shown_runs}{choices}</div></div>'
     )
 
 
@@ -245,20 +255,17 @@ def _summary(runs: list[Run], labels: list[str], names: list[str], left_out: Seq
             for value, where in _key_figures(run).values()
         )
         rows.append(f"<tr><td>{_swatch(i)} <b>{_text(name)}</b></td>{cells}</tr>")
-    table = _table(["run", *_key_figures(runs[0])], rows, caption="Closing figures of each run")
+    table = html_table(["run", *_key_figures(runs[0])], rows, caption="Closing figures of each run")
     facts = "".join(
         f'<div class="card"><h3>{_swatch(i)} {_text(names[i])}<span class="unit">{_text(labels[i])}</span></h3>'
         f"{_facts(run)}</div>"
         for i, run in enumerate(runs)
     )
-    return f'{callouts}<div class="card scroll">{table}</div>{_grid(facts, 2)}'
+    return f'{callouts}<div class="card scroll">{table}</div>{grid(facts, 2)}'
 
 
 def _key_figures(run: Run) -> dict[str, tuple[str, str]]:
     """name -> (value, where or what it means): what one wants to know of a run first."""
-
-    def last(key: str) -> float:
-        return run.series[key].last if key in run.series else math.nan
 
     def site(stat: str) -> tuple[str, str]:
         name, value = charts.worst(run, stat)
@@ -268,14 +275,14 @@ def _key_figures(run: Run) -> dict[str, tuple[str, str]]:
     gzip = run.summary.get("gzip_bits_per_byte")
     return {
         "Validation loss": (
-            _number(last("val/loss")),
+            _number(run.last("val/loss")),
             "nats per token" if "val/loss" in run.series else "no validation yet",
         ),
-        "Bits per byte": (_number(last("val/bits_per_byte")), f"gzip -9: {gzip:.3f}" if gzip else ""),
+        "Bits per byte": (_number(run.last("val/bits_per_byte")), f"gzip -9: {gzip:.3f}" if gzip else ""),
         "Largest kurtosis": site("kurtosis"),
         "Largest |x|": site("max_abs"),
         "4-bit error": (
-            _number(last("monitor/R_L")),
+            _number(run.last("monitor/R_L")),
             "of the last hidden state" if "monitor/R_L" in run.series else "not probed",
         ),
         "Alerts": (str(len(alerts)), f"first at step {alerts[0]['step']:,}" if alerts else ""),
@@ -362,7 +369,7 @@ def _lines(payload: dict[str, Any], section: str) -> str:
         return f'<p class="empty">{NO_PROBES}</p>'
     notes = "".join(f'<p class="soft">{_text(note)}</p>' for note in dict.fromkeys(filter(None, missing)))
     narrow = len(figures) - sum(" wide" in figure for figure in figures)
-    return _grid("".join(figures), 3 if narrow == 3 or narrow > 4 else 2) + notes
+    return grid("".join(figures), 3 if narrow == 3 or narrow > 4 else 2) + notes
 
 
 def figure(
@@ -406,7 +413,7 @@ def _outlier_table(runs: list[Run], names: list[str]) -> str:
         "least half of what it is now. "
         "A few times the RMS is ordinary; tens and more, in one channel for a long time, is an outlier. "
         "<code>scripts/inspect_outliers.py</code> tells more about one of them.</p>"
-        f'<div class="scroll">{_table((["run"] if len(runs) > 1 else []) + head, rows)}</div></div>'
+        f'<div class="scroll">{html_table((["run"] if len(runs) > 1 else []) + head, rows)}</div></div>'
     )
 
 
@@ -421,7 +428,7 @@ def _quantized(runs: list[Run], names: list[str]) -> str:
         for ablation in run.evaluations.ablations
     )
     cards = [_comparison_tables(compared, names) if compared else "", _results_table(runs, names)]
-    return _grid("".join(cards), 1) + (f'<div class="below">{_grid(ablations, 2)}</div>' if ablations else "")
+    return grid("".join(cards), 1) + (f'<div class="below">{grid(ablations, 2)}</div>' if ablations else "")
 
 
 def _comparison_tables(compared: list[tuple[int, Comparison]], names: list[str]) -> str:
@@ -432,15 +439,19 @@ def _comparison_tables(compared: list[tuple[int, Comparison]], names: list[str])
         for row, cells in c.bits.items():
             kurtosis = "&ndash;" if c.kurtosis is None else _number(c.kurtosis)
             head = [_text(row), ""] if row else [f"{_swatch(i)} {_text(names[i])}", kurtosis]
-            rows.append(_row([*head, *(_text(cells.get(bits, "")) for bits in columns)]))
-    by_bits = _table(["run", "excess kurtosis", *columns], rows, caption="By bits of weights, activations, KV cache")
+            rows.append(html_row([*head, *(_text(cells.get(bits, "")) for bits in columns)]))
+    by_bits = html_table(
+        ["run", "excess kurtosis", *columns], rows, caption="By bits of weights, activations, KV cache"
+    )
     methods = dict.fromkeys(method for _, c in compared for method in c.methods)
-    rows = [_row([_text(method), *(_text(c.methods.get(method, "")) for _, c in compared)]) for method in methods]
+    rows = [html_row([_text(method), *(_text(c.methods.get(method, "")) for _, c in compared)]) for method in methods]
     head = ["at 4-4-4", *(f"{_swatch(i)} {_text(names[i])}" for i, _ in compared)]
-    by_method = _table(head, rows, caption="By method at 4-4-4", escape=False) if rows else ""
+    by_method = html_table(head, rows, caption="By method at 4-4-4", escape=False) if rows else ""
     what = "; ".join(f"{names[i]}, step {c.step:,}: {c.what}" for i, c in compared)
     specs = {key: words for _, c in compared for key, words in c.specs.items()}
-    hashes = _table(["hash", "quantization"], [_row([f"<code>{_text(k)}</code>", _text(v)]) for k, v in specs.items()])
+    hashes = html_table(
+        ["hash", "quantization"], [html_row([f"<code>{_text(k)}</code>", _text(v)]) for k, v in specs.items()]
+    )
     return (
         '<div class="card"><h3>By bits, and by method</h3><p class="soft">The rows of the paper\'s tables 2 and 4. '
         "Columns are bits of weights, activations and KV cache; +Had: with an online Hadamard transform before "
@@ -459,11 +470,11 @@ def _results_table(runs: list[Run], names: list[str]) -> str:
             error = "" if r.stderr is None else f" &plusmn; {_number(r.stderr)}"
             who = [f"{_swatch(i)} {_text(names[i])}"] if len(runs) > 1 else []
             cells = [f"{r.step:,}", _text(r.quant), f"<code>{_text(r.hash)}</code>", _text(f"{r.what} {r.metric}")]
-            rows.append(_row([*who, *cells, f"<b>{value}</b>{error}"]))
+            rows.append(html_row([*who, *cells, f"<b>{value}</b>{error}"]))
     if not rows:
         return ""
     head = (["run"] if len(runs) > 1 else []) + ["step", "quantization", "hash", "measured", "value"]
-    return f'<div class="card"><h3>All that was measured</h3><div class="scroll">{_table(head, rows)}</div></div>'
+    return f'<div class="card"><h3>All that was measured</h3><div class="scroll">{html_table(head, rows)}</div></div>'
 
 
 def _ablation(ablation: Ablation, who: str) -> str:
@@ -478,7 +489,7 @@ def _ablation(ablation: Ablation, who: str) -> str:
         return f'<div class="nats"><i style="{style}"></i></div><small>{label}</small>'
 
     rows = [
-        _row([f"<code>{_text(s.site)}</code>", bar(s.alone_nats, "bad"), bar(s.saved_nats, "good"),
+        html_row([f"<code>{_text(s.site)}</code>", bar(s.alone_nats, "bad"), bar(s.saved_nats, "good"),
               *(_number(v) if math.isfinite(v) else "infinite" for v in (s.alone, s.left_out))])
         for s in sorted(ablation.sites, key=lambda s: -1.0 if math.isnan(s.alone_nats) else s.alone_nats, reverse=True)
     ]  # fmt: skip
@@ -488,11 +499,12 @@ def _ablation(ablation: Ablation, who: str) -> str:
         f'<div class="card"><h3>What each site costs<span class="unit">nats per token</span></h3><p class="soft">{who}'
         f"step {ablation.step:,}, {_text(ablation.quant)} <code>{_text(ablation.hash)}</code>, {_text(ablation.text)}: "
         f'perplexity {before} unquantized, {after} with all sites quantized.</p><div class="scroll bars">'
-        f"{_table(head, rows, caption='Cost of each quantized site')}</div></div>"
+        f"{html_table(head, rows, caption='Cost of each quantized site')}</div></div>"
     )
 
 
-def _row(cells: Sequence[str]) -> str:
+def html_row(cells: Sequence[str]) -> str:
+    """A row of a table. cells: HTML."""
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
@@ -514,7 +526,7 @@ def _sites(payload: dict[str, Any], names: list[str]) -> str:
         for kind, title in KINDS.items()
         if kind in kinds
     )
-    return f'<div class="tools">{controls}</div><p class="intro"><span id="says"></span> {what}</p>' + _grid(figures, 2)
+    return f'<div class="tools">{controls}</div><p class="intro"><span id="says"></span> {what}</p>' + grid(figures, 2)
 
 
 def _site_figures(payload: dict[str, Any], statistics_: dict[str, charts.Statistic]) -> str:
@@ -527,7 +539,7 @@ def _site_figures(payload: dict[str, Any], statistics_: dict[str, charts.Statist
             figures.append(
                 _site_figure(title, kind, payload["words"][stat][kind], layered=layered, stat=stat, says=about.says)
             )
-    return _grid("".join(figures), 3) if figures else f'<p class="empty">{NO_PROBES}</p>'
+    return grid("".join(figures), 3) if figures else f'<p class="empty">{NO_PROBES}</p>'
 
 
 def _site_figure(title: str, kind: str, words: str, *, layered: bool, stat: str = "", says: str = "") -> str:
@@ -556,7 +568,7 @@ def _histograms(payload: dict[str, Any], runs: list[Run], names: list[str]) -> s
         for i, name in enumerate(names)
         if any(cells[i] for cells in payload["histograms"].values())
     )
-    return f'<div class="tools">{choice}</div>{_grid(figures, 2)}'
+    return f'<div class="tools">{choice}</div>{grid(figures, 2)}'
 
 
 def _events(runs: list[Run], names: list[str]) -> str:
@@ -572,7 +584,7 @@ def _events(runs: list[Run], names: list[str]) -> str:
     if not rows:
         return '<p class="empty">No alerts, spikes, skipped steps or interruptions were recorded.</p>'
     head = (["run"] if len(runs) > 1 else []) + ["step", "what", "message", "time"]
-    return f'<div class="card scroll">{_table(head, rows)}</div>'
+    return f'<div class="card scroll">{html_table(head, rows)}</div>'
 
 
 def _config(runs: list[Run], names: list[str]) -> str:
@@ -589,7 +601,7 @@ def _config(runs: list[Run], names: list[str]) -> str:
         head = ["key", *(f"{_swatch(i)} {_text(name)}" for i, name in enumerate(names))]
         parts.append(
             '<div class="card"><h3>What differs</h3><p class="soft">Grey: changes neither the model nor what it learns.'
-            f'</p><div class="scroll">{_table(head, rows, escape=False)}</div></div>'
+            f'</p><div class="scroll">{html_table(head, rows, escape=False)}</div></div>'
             if rows
             else '<p class="empty">The configurations of these runs are the same.</p><br>'
         )
@@ -600,7 +612,7 @@ def _config(runs: list[Run], names: list[str]) -> str:
         ]
         parts.append(
             f"<details><summary>{_swatch(i) if len(runs) > 1 else ''} The whole configuration of {_text(names[i])}"
-            f'</summary><div class="card scroll">{_table(["key", "value"], rows)}</div></details>'
+            f'</summary><div class="card scroll">{html_table(["key", "value"], rows)}</div></details>'
         )
     return "".join(parts)
 
@@ -671,14 +683,15 @@ def _select(name: str, label: str, options: dict[Any, str], chosen: Any = None) 
     return f'<label class="choice">{label} <select id="{name}">{choices}</select></label>'
 
 
-def _table(head: Sequence[str], rows: Sequence[str], *, caption: str = "", escape: bool = True) -> str:
+def html_table(head: Sequence[str], rows: Sequence[str], *, caption: str = "", escape: bool = True) -> str:
+    """A table. head: text, or HTML if not `escape`. rows: `html_row`s. caption: for those who cannot see it."""
     show: Callable[[Any], str] = _text if escape else str
     cells = "".join(f'<th scope="col">{show(name)}</th>' for name in head)
     hidden = f'<caption class="hidden">{caption}</caption>' if caption else ""
     return f"<table>{hidden}<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _grid(figures: str, columns: int) -> str:
+def grid(figures: str, columns: int) -> str:
     """Cards side by side, as many as fit and at most `columns`."""
     return f'<div class="grid" style="--columns:{columns}">{figures}</div>'
 
