@@ -147,7 +147,12 @@ class Execution:
         total = (1 + MEASURING) * len(self.runs)
         shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
         with tqdm(
-            total=total, initial=done, bar_format=shape, desc="ablation", disable=not self.config.progress
+            total=total,
+            initial=done,
+            bar_format=shape,
+            desc="ablation",
+            disable=not self.config.progress,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         ) as bar:
             yield bar
 

@@ -18,6 +18,7 @@ from osp.config import Config
 from osp.engine import deepspeed_config
 from osp.model import Block, CausalAttention, Transformer
 from osp.optim.groups import Group
+from osp.optim.muon import whole_shape
 from osp.optim.optimizer import STATE_NAMES
 from osp.optim.zero import Batch, flat_size, rank_intervals
 
@@ -118,8 +119,7 @@ def memory(
         working_set=activations.working_set,
         reduced_gradients=FP32 * reduced,
         update=max(
-            FP32 * size
-            + max((update_bytes(b, group["shapes"][0], ns_bytes) for mine in ranks for b in mine), default=0)
+            FP32 * size + max((update_bytes(b, group, ns_bytes) for mine in ranks for b in mine), default=0)
             for size, group, ranks in zip(flats, groups, work, strict=True)
         ),
     )
@@ -134,20 +134,22 @@ def touched(numels: Sequence[Sequence[int]], rank: int, *, world_size: int, stag
     )
 
 
-def update_bytes(batch: Batch, shape: Sequence[int], ns_bytes: int) -> int:
-    """The most that `PartitionedOptimizer` makes on its way from a gradient to the update of one batch.
+def update_bytes(batch: Batch, group: Group, ns_bytes: int) -> int:
+    """The most that `PartitionedOptimizer` makes on its way from a gradient to the update of one batch of a group.
 
     The momentum's sum u and the whole matrices it is made into are fp32; Newton-Schulz has its input, X and the next X,
-    the Gram matrix and its square. At its end there are X and the fp32 update, which tall matrices, whose transpose was
-    at work, are copied into.
+    the Gram matrix and its square. At its end there are X and the fp32 update, which matrices that were transposed for
+    it, and heads that are columns, are copied into.
     """
     held, whole = batch.local.stop - batch.local.start, batch.num_owned * batch.numel
+    shape, heads = whole_shape(group["shapes"][0], group["heads"]), group["heads"]
     if len(shape) == 1:
         return FP32 * (held + 3 * whole)
-    grams = batch.num_owned * min(shape) ** 2
+    grams = batch.num_owned * (1 if heads is None else heads.count) * min(shape) ** 2
+    copied = shape[0] > shape[1] or (heads is not None and heads.dim == 1)
     moved = whole if batch.sends is not None else 0
     iterate = ns_bytes * (3 * whole + 2 * grams)
-    end = (2 * FP32 if shape[0] > shape[1] else FP32 + ns_bytes) * whole
+    end = (2 * FP32 if copied else FP32 + ns_bytes) * whole
     return FP32 * (held + moved) + max(iterate, end)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from osp.config import MachineConfig
 from osp.optim.groups import Group
-from osp.optim.muon import newton_schulz_flops
+from osp.optim.muon import newton_schulz_flops, whole_shape
 from osp.optim.zero import Batch, batches, flat_size
 from osp.plan.memory import FP32
 
@@ -26,7 +26,7 @@ class GroupWork:
     num_owned: list[int]  # by rank
     bytes_held: list[int]  # by rank: what it sends to the owners, and gets back as updates
     bytes_owned: list[int]  # by rank: what it gets from others for the parameters it owns, and sends back
-    flops: int  # of one Newton-Schulz
+    flops: int  # of the Newton-Schulz of one matrix, or of all its heads
     exchanges: int  # all-to-alls of a step
     critical_flops: int  # the batches one after another, each as long as its fullest rank
     critical_bytes: int
@@ -76,7 +76,10 @@ def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]
 def group_work(group: Group, ranks: Sequence[Sequence[Batch]]) -> GroupWork:
     """ranks: `batches_of` the group."""
     shape = tuple(group["shapes"][0])
-    flops = newton_schulz_flops(shape, group["ns_steps"], group["ns_method"]) if group["rule"] == "muon" else 0
+    flops, heads = 0, group["heads"]
+    if group["rule"] == "muon":
+        flops = newton_schulz_flops(whole_shape(shape, heads), group["ns_steps"], group["ns_method"])
+        flops *= 1 if heads is None else heads.count
     moved = [[_moved(batch, rank) for batch in work] for rank, work in enumerate(ranks)]
     rounds = max(map(len, ranks))
     return GroupWork(

@@ -1,6 +1,7 @@
 """Planned bytes against a running engine's tensors, and the counting of tensors against sums by hand."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from osp.config import Config, MachineConfig, ModelConfig, OptimizerConfig, PlanConfig
+from osp.config import Config, Heads, MachineConfig, ModelConfig, OptimizerConfig, PlanConfig
 from osp.model import Transformer
 from osp.optim import PartitionedOptimizer, build_groups
 from osp.plan import Plan, make_plan
@@ -69,18 +70,20 @@ def check_traffic(plan: Plan, stage: int, found: dict[str, int], *, others: floa
 
 def test_update_of_one_batch_is_planned_as_it_is_allocated() -> None:
     """`PartitionedOptimizer.step` on one rank, every tensor counted as it is made and freed."""
-    settings = OptimizerConfig(ns_dtype="bf16")
-    for shape in ((64, 64), (32, 96), (96, 32)):
-        parameters = [nn.Parameter(torch.randn(shape)) for _ in range(5)]
-        groups = build_groups([(str(i), p, "matrix") for i, p in enumerate(parameters)], settings)
+    settings = OptimizerConfig(ns_dtype="bf16", per_head=True)
+    splits = (None, Heads(2, dim=0), Heads(4, dim=0), Heads(4, dim=1), Heads(8, dim=1))
+    for shape, heads in itertools.product(((64, 64), (32, 96), (96, 32)), splits):
+        parameters = {str(i): nn.Parameter(torch.randn(shape)) for i in range(5)}
+        roles = [(name, parameter, "matrix") for name, parameter in parameters.items()]
+        groups = build_groups(roles, settings, {} if heads is None else dict.fromkeys(parameters, heads))
         optimizer = PartitionedOptimizer(groups)
-        values = torch.cat([p.detach().flatten() for p in parameters])
+        values = torch.cat([p.detach().flatten() for p in parameters.values()])
         values.grad = torch.randn_like(values)
         optimizer.param_groups[0]["params"] = [values]
         optimizer.bind([values], stage=1)
         optimizer.set_step(1, 1.0)
         (batch,) = optimizer._pieces[0].batches
-        assert peak(optimizer.step) == pytest.approx(update_bytes(batch, shape, 2), rel=0.02), shape
+        assert peak(optimizer.step) == pytest.approx(update_bytes(batch, groups[0], 2), rel=0.02), (shape, heads)
 
 
 def test_kept_counts_each_storage_once_and_no_parameter() -> None:

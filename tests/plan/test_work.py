@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from osp.config import Config, MachineConfig, ModelConfig, OptimizerConfig
-from osp.optim import build_groups, collect_roles
+from osp.config import Config, Heads, MachineConfig, ModelConfig, OptimizerConfig
+from osp.optim import build_groups, collect_roles, newton_schulz
 from osp.optim.groups import Group
 from osp.optim.zero import Batch, batches, flat_size, interval_table
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
@@ -175,6 +176,19 @@ def test_critical_path_is_the_sum_over_groups_of_the_fullest_rank() -> None:
     square, wide = 5 * 6 * 2048**3, 5 * (4 * 2048**2 * 5504 + 2 * 2048**3)
     assert sum(group.critical_flops for group in work_of(1)) == 98 * square + 72 * wide
     assert sum(group.critical_flops for group in work_of(256)) == 2 * square + 2 * wide
+
+
+@pytest.mark.parametrize(("heads", "matrix"), [(Heads(4, dim=0), (8, 48)), (Heads(4, dim=1), (32, 12))])
+def test_flops_of_heads_are_those_of_their_own_products(heads: Heads, matrix: tuple[int, int]) -> None:
+    """5 matrices of 4 heads; the optimizer's products beside the plan's."""
+    parameters = {str(i): nn.Parameter(torch.randn(32, 48)) for i in range(5)}
+    roles = [(name, parameter, "matrix") for name, parameter in parameters.items()]
+    (group,) = build_groups(roles, OptimizerConfig(per_head=True), dict.fromkeys(parameters, heads))
+    work = group_work(group, batches_of(group, world_size=1, stage=1))
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(5 * 4):
+            newton_schulz(torch.randn(matrix), dtype=torch.float32)
+    assert work.critical_flops == 5 * work.flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("world_size", [3, 48])
