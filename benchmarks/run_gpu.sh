@@ -58,6 +58,7 @@ gpu=(--seq-len 2048 --precision bf16)
 
 step data 60 scripts/prepare.py
 step train_osp_1b 170 benchmarks/train_step.py --model osp_1b --rows 8 "${gpu[@]}" --rounds 1 --steps 6 --profile --out "$out/train_osp_1b.json"
+step train_osp_1b_fp8 60 benchmarks/train_step.py --model osp_1b --rows 8 --seq-len 2048 --precision fp8 --rounds 1 --steps 6 --contenders "osp muon" --out "$out/train_osp_1b_fp8.json"
 step muon_osp_1b 60 benchmarks/muon_step.py --layers 12 --out "$out/muon_osp_1b.json"
 step overhead_osp_1b 90 benchmarks/overhead.py --model osp_1b --tokens-per-step 16384 --seq-len 2048 --out "$out/overhead_osp_1b.json"
 step train_374m 90 benchmarks/train_step.py --model 374m --rows 16 "${gpu[@]}" --rounds 1 --steps 6 --profile --contenders "osp muon" --out "$out/train_374m.json"

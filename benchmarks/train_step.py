@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", default="nano", help="a choice of configs/model")
     parser.add_argument("--rows", type=int, default=16, help="rows of one optimizer step and backward pass")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="fp32")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a round, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
@@ -237,7 +237,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         shards, rows = start(config.data, config.tokenizer, progress=False), arguments.rows
         self.loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=rows, micro_batch_size=rows)
-        self.bf16 = arguments.precision == "bf16"
+        self.bf16 = arguments.precision != "fp32"  # the peer has no fp8
 
     def forward(self, number: int = 0) -> Any:
         import torch

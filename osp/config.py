@@ -141,7 +141,8 @@ class TrainConfig:
     micro_batch_size: Count | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.train.resolve
     grad_clip: NotNegative = 1.0  # bound on the global norm of the raw gradient; 0 switches clipping off
     compile: bool | Literal["auto"] = "auto"  # torch.compile per block; auto: on for CUDA below ZeRO-3
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls and activations; auto: bf16 where it is native
+    # Of matmuls and activations; auto: bf16 where it is native; fp8: bf16, the blocks' products in 8 bits (osp.fp8)
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     activation_checkpointing: bool = False
     document_mask: bool = False  # a token attends only inside its own document
     loss_chunk_tokens: Count = 8192  # rows of the logits that exist at a time

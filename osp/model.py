@@ -28,8 +28,11 @@ from osp.penalty import activation_penalty
 __all__ = ["Linear", "ModelConfig", "Transformer", "count_parameters", "flops_per_token"]
 
 
+Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^T
+
+
 class Linear(nn.Module):
-    """y = x W^T + b, W (out, in) and b (out,) cast to the dtype of x.
+    """y = x W^T + b, W (out, in) and b (out,) cast to the dtype of x. In training mode by `training_product` if set.
 
     zero_mean: y has mean 0 over its channels, for W and b lose their mean over the outputs in every forward pass; their
     gradients are those of the layer followed by a subtraction of the mean (arXiv 2305.14858, section 3.3).
@@ -40,10 +43,15 @@ class Linear(nn.Module):
         self.zero_mean = zero_mean
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.training_product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.affine()
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        weight, bias = (None if p is None else p.to(x.dtype) for p in self.affine())
+        assert weight is not None
+        if self.training and self.training_product is not None:
+            y = self.training_product(x, weight)
+            return y if bias is None else y + bias
+        return F.linear(x, weight, bias)
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """W and b as they act: without their mean if `zero_mean`."""
@@ -305,6 +313,12 @@ class Transformer(nn.Module):
                 prices.append(price)
         x = self.head_proj(self.norm(x))
         return x if penalty is None else (x, torch.stack(prices).mean())
+
+    def use_in_blocks(self, product: Product) -> None:
+        """Let every matrix of the blocks multiply by `product` in training mode."""
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.training_product = product
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""

@@ -24,6 +24,11 @@ def native_bf16(device: torch.device | str) -> bool:
     return False
 
 
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of activations and of what is not in 8 bits, for a `train.precision` other than auto."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 # Dense bf16 TFLOP/s by vendor datasheet; the key is a part of the device's name. The first match counts.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0}
 

@@ -85,7 +85,7 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
         if changed:
             raise UserError(
                 f"run.dir={folder} holds a run with another configuration ({'; '.join(changed[:4])}); "
-                "choose another run.name, or continue it there with resume=" + str(folder)
+                f"choose another run.name; with resume={folder} that one begins where this one is"
             )
         if config.resume is False:
             raise UserError(

@@ -19,11 +19,12 @@ from osp.config import Config, LostRankError, RunError, UserError, to_dict
 from osp.cpu import prepare_cpu
 from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
 from osp.engine import Engine, Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
+from osp.fp8 import check_fp8, fp8_linear, native_fp8
 from osp.logger import Logger, check_wandb
 from osp.model import build_model
 from osp.norms import bound_warning
 from osp.optim import groups_of
-from osp.precision import native_bf16
+from osp.precision import compute_dtype, native_bf16
 from osp.run import RunLock, begin, check_disk, open_run, with_initial_model, with_length_of_run
 from osp.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size, total_steps
 
@@ -78,6 +79,8 @@ def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, 
     config = resolve(config, device=device, world_size=world_size)
     _check_same_config(config)
     config = on_main(lambda: with_length_of_run(config))
+    if config.train.precision == "fp8":
+        _check_fp8(config, shapes, device)
     if config.train.steps is not None:
         build_schedule_of(config)  # raises if its phases do not fit
     logger_config = on_main(lambda: check_wandb(config.logger))
@@ -116,6 +119,17 @@ def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, 
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
+
+
+def _check_fp8(config: Config, shapes: dict[str, list[int]], device: torch.device) -> None:
+    """Raise `UserError` without torchao, or for sizes that the hardware cannot multiply; warn where it has no fp8."""
+    matrices = {name: shape for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2}
+    native = native_fp8(device)
+    fp8_linear(emulate=not native)
+    if native:
+        check_fp8(matrices, micro_batch_size(config) * config.train.seq_len)
+    elif dist.get_rank() == 0:
+        log.warning("train.precision=fp8: %s has no fp8; it is emulated, for its rounding and not for speed", device)
 
 
 def first_whole(folders: list[Path]) -> Checkpoint | None:
@@ -222,7 +236,9 @@ def build_engine(config: Config, *, device: torch.device, world_size: int) -> En
     """The initialised model of `config` inside its engine. Collective."""
     train = config.train
     model = build_model(config.model, seed=train.seed, device=device)
-    model.compute_dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    model.compute_dtype = compute_dtype(train.precision)
+    if train.precision == "fp8":
+        model.use_in_blocks(fp8_linear(emulate=not native_fp8(device)))
     model.activation_checkpointing = train.activation_checkpointing
     if train.compile:
         for layer in model.layers:

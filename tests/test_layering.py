@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a part imports parts of lower layers. Parts are the modules and packages directly in `osp`.
 LAYERS = (
     {"config"},
-    {"cpu", "growth", "precision", "preemption", "spikes", "tables"},
+    {"cpu", "fp8", "growth", "precision", "preemption", "spikes", "tables"},
     {"attention", "loss", "norms", "panels", "penalty", "quantize"},
     {"model"},
     {"convert"},
@@ -32,6 +32,7 @@ FORBIDDEN = {("optim", "model"), ("optim", "norms"), ("data", "model"), ("logger
 ONLY_IN = {"deepspeed": {"osp/engine.py"}, "wandb": {"osp/logger.py"}, "hydra": {"scripts/entry.py"}}
 ONLY_IN["wandb_workspaces"] = {"osp/panels.py"}
 ONLY_IN["rich"] = {"osp/report/terminal.py", "scripts/watch.py"}
+ONLY_IN["torchao"] = {"osp/fp8.py"}
 ONLY_IN["omegaconf"] = ONLY_IN["hydra"]
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "core", "tools"}
 

@@ -14,7 +14,7 @@ from osp.optim.muon import newton_schulz_dtype
 from osp.optim.optimizer import STATE_NAMES
 from osp.plan.memory import Memory, activations, memory
 from osp.plan.work import GIGA, GroupWork, StepTime, Traffic, batches_of, group_work, step_time, traffic
-from osp.precision import peak_tflops_of
+from osp.precision import compute_dtype, peak_tflops_of
 from osp.train import SECONDS_TO_KILL, resolve
 from osp.trainer import meta_model, micro_batch_size
 
@@ -58,7 +58,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     rows = train.tokens_per_step // train.seq_len // world_size
     accumulation = rows // size
     model = meta_model(config)
-    model.compute_dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    model.compute_dtype = compute_dtype(train.precision)
     groups = groups_of(model, config.optimizer)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     parameters = count_parameters(config.model)
@@ -150,6 +150,8 @@ def _warnings(plan: Plan) -> list[str]:
     share = (plan.step.newton_schulz + plan.step.exchange) / plan.step.total
     if share > 0.05:
         found.append(f"Muon takes {share:.0%} of a step; fewer ranks or more tokens per step make it less")
+    if config.train.precision == "fp8":
+        found.append("train.precision=fp8: time and memory of the passes are planned as bf16's")
     if config.train.steps is None:
         found.append("train.minutes is turned into steps by a measurement at the start: no days are planned")
     return found
