@@ -26,6 +26,7 @@ def markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> 
             verdict(lines),
             f"Ours: {seeds_words(config)}. In brackets the paper's: {SCALE}, perplexity of {TEXT}.",
             markdown_table(*outlier_rows(lines)),
+            *([against_words(lines), markdown_table(*against_rows(lines))] if len(lines) > 1 else []),
             f"Perplexity by bits of weights, activations and KV cache. Ours: {', '.join(results.texts) or 'no text'}; "
             f"in brackets the paper's, of {TEXT}.",
             markdown_table(*bits_rows(lines)),
@@ -82,6 +83,37 @@ def outlier_rows(lines: Sequence[Line]) -> Table:
     titles = [*(quantity.title for quantity in QUANTITIES.values()), f"{LAST} costs, nats"]
     rows = [[line.row, *(with_paper(line, name) for name in names)] for line in lines]
     return ["row", *titles], rows
+
+
+def against_words(lines: Sequence[Line]) -> str:
+    """What `against_rows` shows."""
+    return (
+        f"Against {lines[0].row}, nats per token, ± the spread of seeds that a difference has to be held against. A "
+        f"row is better if it loses less at {LAST} and not more at {FIRST}, each by more than twice that spread."
+    )
+
+
+def against_rows(lines: Sequence[Line]) -> Table:
+    """Every row's loss at 16 and at 4 bits less that of the first row, and whether the row is better."""
+    rows = []
+    for line in lines[1:]:
+        if not {"nats_16", "nats_4"} <= lines[0].cells.keys() & line.cells.keys():
+            continue
+        (at_16, spread_16), (at_4, spread_4) = (
+            difference(line.cells[name], lines[0].cells[name]) for name in ("nats_16", "nats_4")
+        )
+        word = "yes" if at_4 < -2 * spread_4 and at_16 <= 2 * spread_16 else "no"
+        if not all(map(math.isfinite, (spread_16, spread_4))):
+            word = "one seed"
+        rows.append([line.row, signed(at_16, spread_16), signed(at_4, spread_4), word])
+    return ["row", f"at {FIRST}", f"at {LAST}", f"better than {lines[0].row}"], rows
+
+
+def signed(value: float, spread: float) -> str:
+    """A difference and its spread, nats."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:+.4f}" + (f" ± {spread:.4f}" if math.isfinite(spread) else "")
 
 
 def bits_rows(lines: Sequence[Line]) -> Table:

@@ -9,6 +9,8 @@ from osp.ablation.config import AblationConfig
 from osp.ablation.markdown import (
     METHODS,
     Table,
+    against_rows,
+    against_words,
     bits_rows,
     methods_rows,
     missing_lines,
@@ -95,6 +97,11 @@ def _rates(rates: str, results: Results, config: AblationConfig, rows: list[str]
             says=f"Ours: {seeds}. In brackets the paper's: {SCALE}. "
             + "; ".join(f"{quantity.title}: {quantity.says}" for quantity in QUANTITIES.values())
             + ".",
+        )
+        + (
+            _card(f"Against {lines[0].row}", against_rows(lines), results, says=against_words(lines))
+            if lines[1:]
+            else ""
         )
         + _card(
             "Perplexity by bits of weights, activations and KV cache",

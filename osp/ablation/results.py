@@ -139,12 +139,13 @@ def read(run: Planned, record: dict[str, Any]) -> Measured:
     # a method that cannot be applied to a model has no score
     possible = {method: s for method, s in model["methods"].items() if s["perplexity"] is not None}
     numbers |= {method: _perplexity(score) for method, score in possible.items()}
-    return Measured(run, numbers | {"cost": cost_of(numbers)}, residual_kurtosis(folder), record)
+    return Measured(run, numbers | in_nats(numbers), residual_kurtosis(folder), record)
 
 
-def cost_of(numbers: dict[str, float]) -> float:
-    """ln(perplexity at 4-4-4 / at 16-16-16), nats per token."""
-    return math.log(numbers[LAST]) - math.log(numbers[COLUMNS[0]])
+def in_nats(numbers: dict[str, float]) -> dict[str, float]:
+    """Logarithms of the perplexities at 16-16-16 and 4-4-4, and their difference, the cost; nats per token."""
+    first, last = (math.log(numbers[bits]) for bits in (COLUMNS[0], LAST))
+    return {"nats_16": first, "nats_4": last, "cost": last - first}
 
 
 def summary(numbers: list[dict[str, float]]) -> dict[str, Cell]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from osp.ablation.config import AblationConfig
-from osp.ablation.markdown import markdown, number, verdict
+from osp.ablation.markdown import against_rows, markdown, number, verdict
 from osp.ablation.page import page
 from osp.ablation.paper import TABLE_2
 from osp.ablation.results import Cell, Line, Results, as_json, collect, difference, summary
@@ -95,6 +95,23 @@ def test_mean_and_spread_over_seeds(ablation: tuple[AblationConfig, list[Planned
     assert [value for value, _ in results.sweep["adam"]] == [0.01, 0.1]
     assert summary([{"a": 1.0}, {"a": math.inf}])["a"].mean == math.inf
     assert difference(Cell(5.0, 3.0, 2), Cell(1.0, 4.0, 2)) == (4.0, 5.0)
+
+
+def test_rows_are_better_that_lose_less_at_4_bits_and_nothing_at_16() -> None:
+    def line(row: str, at_16: float, at_4: float, deviation: float = 0.03) -> Line:
+        values = {"nats_16": at_16, "nats_4": at_4}
+        return Line(row, "tuned", {name: Cell(value, deviation, 2) for name, value in values.items()}, ())
+
+    first = line("osp", 3.0, 3.5, deviation=0.04)  # with 0.03 the spread is 0.05
+    rows = [line("a", 3.05, 3.3), line("b", 3.2, 3.3), line("c", 2.9, 3.45), line("d", 2.0, 2.0, math.nan)]
+    head, found = against_rows([first, *rows, Line("e", "tuned", {}, ("e-seed0",))])
+    assert head == ["row", "at 16-16-16", "at 4-4-4", "better than osp"]
+    assert found == [
+        ["a", "+0.0500 ± 0.0500", "-0.2000 ± 0.0500", "yes"],
+        ["b", "+0.2000 ± 0.0500", "-0.2000 ± 0.0500", "no"],
+        ["c", "-0.1000 ± 0.0500", "-0.0500 ± 0.0500", "no"],
+        ["d", "-1.0000", "-1.5000", "one seed"],
+    ]
 
 
 @pytest.mark.parametrize(
