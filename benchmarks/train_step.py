@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = ("transformers", "osp adamw", "osp muon")
+COMPILED = "transformers compiled"  # its layers as ours are with --compile; not among the contenders by default
 
 
 def main() -> None:
@@ -41,10 +42,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="blocks of ours")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=(*CONTENDERS, COMPILED), default=list(CONTENDERS))
     parser.add_argument("--profile", action="store_true", help="time by part of the step, memory by part")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
-    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*CONTENDERS, COMPILED), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments)))
@@ -115,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     config = run_config(arguments)
-    contender = Peer(config, arguments) if arguments.child == "transformers" else Ours(config)
+    contender = Peer(config, arguments) if arguments.child.startswith("transformers") else Ours(config)
     clock = time.process_time if measures_cpu_time(arguments) else time.perf_counter
     seconds = []
     for number in range(arguments.warmup + arguments.steps):
@@ -171,7 +172,7 @@ def run_config(arguments: argparse.Namespace) -> Any:
     def group(name: str, choice: str) -> dict[str, Any]:
         return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
 
-    optimizer = (arguments.child or "muon").removeprefix("osp ").replace("transformers", "adamw")
+    optimizer = "adamw" if arguments.child in ("transformers", COMPILED) else (arguments.child or "osp muon")[4:]
     return from_dict(
         {
             "run": {"name": "benchmark", "dir": tempfile.mkdtemp(prefix="osp-benchmark-")},
@@ -223,8 +224,6 @@ class Ours:
 class Peer:
     """A plain loop around `LlamaForCausalLM` with `torch.optim.AdamW(fused=True)`."""
 
-    compiled = False
-
     def __init__(self, config: Any, arguments: argparse.Namespace):
         import torch
 
@@ -234,6 +233,10 @@ class Peer:
             torch.set_num_threads(arguments.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = peer_model(config.model).to(self.device)
+        self.compiled = arguments.child == COMPILED
+        if self.compiled:
+            for layer in self.model.model.layers:
+                layer.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         shards, rows = start(config.data, config.tokenizer, progress=False), arguments.rows
         self.loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=rows, micro_batch_size=rows)
