@@ -74,7 +74,8 @@ def parse_rows(config: AblationConfig) -> list[Row]:
 
 def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The overrides that `settings` has for a row: under its name or that of its experiment, or the longest key that
-    such a name continues with an underscore (`osp` for `osp_gate`); none if there is no such key."""
+    such a name continues with an underscore (`osp` for `osp_gate`); none if there is no such key. What a row says
+    itself wins over them."""
     experiments = [text.partition("=")[2] for text in row.overrides if text.lstrip("+").startswith("experiment=")]
     for name in (row.name, *experiments):
         for key in sorted(settings, key=len, reverse=True):

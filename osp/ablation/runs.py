@@ -53,7 +53,7 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
 
     def add(row: Row, rates: str, seed: int, value: Any, more: Sequence[str]) -> None:
         settings = settings_of(row, config.settings.get(rates, {}))
-        overrides = [*config.common, *row.overrides, *settings, *config.overrides, *more, f"train.seed={seed}"]
+        overrides = [*config.common, *settings, *row.overrides, *config.overrides, *more, f"train.seed={seed}"]
         try:
             trained = named(from_dict(compose(overrides)), row.name, folder=Path(config.dir) / "runs")
         except UserError as error:

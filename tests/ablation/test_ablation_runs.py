@@ -25,27 +25,27 @@ def config(folder: Path = Path("ablations/test"), **values: Any) -> AblationConf
 
 
 def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
-    """Seed by seed, first and last row first; later overrides win: common, row, rates, the user's, the sweep's."""
+    """Seed by seed, first and last row first; later overrides win: common, rates, row, the user's, the sweep's."""
     settings = {"tuned": {"adam": ("optimizer.lr=1e-3",)}}
     sweep = {"key": "optimizer.lr", "values": [0.02, 0.5], "rows": ["osp"]}
     runs = plan(
         config(
             tmp_path,
-            rows=["adam", "muon", "osp", "gated: +experiment=osp attention.gate=true"],
+            rows=["adam", "muon", "osp", "adam_fast: +experiment=adam optimizer.lr=7e-3 train.grad_clip=2"],
             seeds=[3, 5], settings=settings, rates=["tuned", "paper"], overrides=["train.grad_clip=0.5"], sweep=sweep,
         ),
         entry.compose,
     )  # fmt: skip
     found = {(run.row.name, run.rates, run.seed, run.value): run.config for run in runs}
     order = [(run.row.name, run.rates, run.seed, run.value) for run in runs]
-    assert order[:4] == [(row, "tuned", 3, None) for row in ("adam", "gated", "muon", "osp")]
-    assert order[4:6] == [("adam", "paper", 3, None), ("gated", "paper", 3, None)]
+    assert order[:4] == [(row, "tuned", 3, None) for row in ("adam", "adam_fast", "muon", "osp")]
+    assert order[4:6] == [("adam", "paper", 3, None), ("adam_fast", "paper", 3, None)]
     assert order[-2:] == [("osp", "sweep", 3, 0.02), ("osp", "sweep", 3, 0.5)]
     assert len(order) == len(found) == 2 * 2 * 4 + 2
     assert found["adam", "tuned", 5, None].optimizer.lr == 1e-3
     assert found["adam", "paper", 5, None].optimizer.lr == 5e-3  # its experiment's
     assert found["osp", "sweep", 3, 0.5].optimizer.lr == 0.5
-    assert found["gated", "tuned", 3, None].model.attention.gate
+    assert found["adam_fast", "tuned", 3, None].optimizer.lr == 7e-3  # a row that says its rate means it
     assert {c.train.grad_clip for c in found.values()} == {0.5}
     assert found["muon", "paper", 5, None].train.seed == 5
     assert [run.order for run in runs[:4]] == [(0, 0), (0, 3), (0, 1), (0, 2)]
