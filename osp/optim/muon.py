@@ -84,9 +84,10 @@ def newton_schulz_dtype(
     """The dtype of Newton-Schulz's matrix products: bf16 where it is native, else fp32.
 
     `gram` needs small eigenvalues of A to survive rounding: it takes fp16, with three more bits, wherever bf16 would be
-    used (entries stay below a thousand, far from fp16's limit).
+    used (entries stay below a thousand, far from fp16's limit); on a CPU, which emulates fp16, fp32.
     """
-    if choice == "fp32" or (choice == "auto" and not native_bf16(device)):
+    emulated = not native_bf16(device) or (method == "gram" and device.type == "cpu")
+    if choice == "fp32" or (choice == "auto" and emulated):
         return torch.float32
     return torch.float16 if method == "gram" else torch.bfloat16
 

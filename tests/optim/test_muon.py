@@ -129,6 +129,7 @@ def test_dtype_follows_choice_and_method() -> None:
     assert newton_schulz_dtype(cpu, choice="fp32") == torch.float32
     assert newton_schulz_dtype(cpu, choice="bf16") == torch.bfloat16
     assert newton_schulz_dtype(cpu, choice="bf16", method="gram") == torch.float16
+    assert newton_schulz_dtype(cpu, method="gram") == torch.float32, "a CPU emulates fp16"
 
 
 def test_scaled_updates_have_rms_of_adamw() -> None:
