@@ -75,6 +75,14 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     return place
 
 
+def reduces_to_owners(world_size: int) -> bool:
+    """Whether ZeRO-1 and -2 reduce each part of a bucket to the rank that owns it, rather than all of it to all.
+
+    It sends half the bytes. Each part is a collective of its own, whose latencies grow with the ranks: within a host.
+    """
+    return world_size <= 8
+
+
 def deepspeed_config(
     *,
     zero_stage: int,
@@ -100,6 +108,7 @@ def deepspeed_config(
             # a stream of its own for the reduction pays where there is something to send
             "overlap_comm": device.type == "cuda" and world_size > 1 and zero_stage > 1,
             "contiguous_gradients": True,
+            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world_size),
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,

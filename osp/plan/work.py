@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from osp.config import MachineConfig
+from osp.engine import reduces_to_owners
 from osp.optim.groups import Group
 from osp.optim.muon import newton_schulz_flops, whole_shape
 from osp.optim.zero import Batch, batches, flat_size
@@ -113,8 +114,9 @@ def _moved(batch: Batch, rank: int) -> tuple[int, int]:
 def traffic(
     groups: Sequence[Group], work: Sequence[GroupWork], *, world_size: int, stage: int, accumulation: int
 ) -> Traffic:
-    """Gradients: DeepSpeed all-reduces them at stages 1 (once a step) and 2 (every micro batch), and reduce-scatters
-    them at stage 3 (every micro batch). Weights: one all-gather a step; at stage 3 at most two for each micro batch.
+    """Gradients are reduced at stage 1 once a step, at stages 2 and 3 with every micro batch; at stages 1 and 2 by
+    all-reduces on more ranks than `reduces_to_owners`. Weights: one all-gather a step; at stage 3 at most two for each
+    micro batch.
     """
     others = (world_size - 1) / world_size
     flat = (
@@ -125,7 +127,7 @@ def traffic(
             for group in groups
         )
     )
-    reductions = {1: 2, 2: 2 * accumulation, 3: accumulation}[stage]
+    reductions = (1 if stage == 1 else accumulation) * (1 if stage == 3 or reduces_to_owners(world_size) else 2)
     gathers = 2 * accumulation if stage == 3 else 1
     exchange = sum(sum(group.bytes_held) + sum(group.bytes_owned) for group in work) / world_size
     return Traffic(int(flat * others * reductions), int(flat * others * gathers), int(exchange))

@@ -213,9 +213,11 @@ def test_traffic_and_time_of_two_ranks_by_hand() -> None:
     work = [group_work(g, batches_of(g, world_size=2, stage=1)) for g in structured("nano")]
     padding = 8 * len(groups)
     sent = {s: traffic(groups, work, world_size=2, stage=s, accumulation=3) for s in (1, 2, 3)}
-    for stage, gradients, weights in ((1, 1, 0.5), (2, 3, 0.5), (3, 1.5, 3)):
+    for stage, gradients, weights in ((1, 0.5, 0.5), (2, 1.5, 0.5), (3, 1.5, 3)):
         assert sent[stage].gradients == pytest.approx(total * gradients, abs=3 * padding)
         assert sent[stage].weights == pytest.approx(total * weights, abs=3 * padding)
+    eight, nine = (traffic(groups, work, world_size=n, stage=2, accumulation=3).gradients for n in (8, 9))
+    assert nine / eight == pytest.approx(2 * (8 / 9) / (7 / 8), rel=0.01), "to all and not to owners beyond a host"
     machine = MachineConfig(matmul_share=0.5, ns_share=0.25, network=1.0, host_network=10.0, network_share=0.5)
     rates = {"flops": 1e12, "world_size": 2, "machine": machine, "peak_tflops": 100.0}
     first = step_time(work, sent[1], stage=1, **rates)

@@ -80,6 +80,7 @@ def measure(config: Config, folder: Path) -> dict[str, int]:
         found["exchange"] = exchanged(engine)
     for kind in ("allreduce", "reduce_scatter", "allgather"):
         found[kind] = sum(count for name, count in collectives.counts.items() if kind in name)
+    found["reduce"] = collectives.counts.get("reduce", 0)
     found["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
     saver = Saver(folder, keep_last=0, keep_every=0, token="t", rank=engine.rank, gather=gather_objects)
     saver.begin(engine.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
