@@ -50,12 +50,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += torch.where(counted, log_sum - logits.gather(1, index)[:, 0], 0.0).sum()
             if grad_x is not None and grad_weight is not None:
                 p.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=p.dtype))
-                # d loss / d logits = softmax - one_hot, rounded as it is written
-                grad = torch.mul(p, counted[:, None], out=torch.empty_like(logits))
+                # d loss / d logits = softmax - one_hot, rounded as it is written over the logits
+                grad = torch.mul(p, counted[:, None], out=logits)
                 grad_x[rows] = grad @ cast
                 grad_weight += grad.T @ x[rows]
                 if grad_bias is not None:
                     grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+                del grad
+            del logits, p  # before the next chunk's are made
         if grad_x is not None and grad_weight is not None:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         return total

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from osp.loss import IGNORE, linear_cross_entropy
+from osp.plan.memory import peak
 
 N, D, V = 29, 8, 53
 
@@ -128,3 +129,16 @@ def test_logits_never_exist_whole() -> None:
     whole = largest(lambda x, w, t: F.cross_entropy(x @ w.T, t))
     assert whole == N * V, "the probe must see the logits of the plain loss"
     assert largest(lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=9)) == 9 * V
+
+
+def test_a_chunk_is_gone_before_the_next_one_is_made() -> None:
+    """The most bytes alive with 4 chunks, less what the whole has anyway, are those of one chunk alone."""
+    x, weight = torch.randn(256, 8, dtype=torch.bfloat16), torch.randn(1024, 8, requires_grad=True)
+    targets = torch.randint(0, 1024, (256,))
+
+    def most(rows: int) -> int:
+        part = x[:rows].requires_grad_()
+        return peak(lambda: linear_cross_entropy(part, weight, targets[:rows], chunk_tokens=64))
+
+    assert most(64) > 64 * 1024 * (2 + 4), "logits and probabilities"
+    assert most(256) - most(64) < 2 * x.numel() * x.element_size()
