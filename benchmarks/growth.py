@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
+from choices import group
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,7 +43,6 @@ from osp.config import Config, ModelConfig, from_dict
 from osp.model import count_parameters, flops_per_token
 from osp.report import page as report_page
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = {"layers": 4, "width": 256, "seq_len": 256, "micro_batch": 8}  # 8 rows a step
 POINTS = {
     "layers": [1, 2, 4, 8],
@@ -149,7 +148,7 @@ def config_of(
 def values_of(
     model: dict[str, Any], *, seq_len: int, tokens: int, micro_batch: int, threads: int | None, **engine: Any
 ) -> Config:
-    muon = yaml.safe_load((ROOT / "configs" / "optimizer" / "muon.yaml").read_text())
+    muon = group("optimizer", "muon")
     return from_dict(
         {
             "run": {"name": "growth", "dir": tempfile.mkdtemp(prefix="osp-growth-")},

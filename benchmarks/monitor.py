@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from choices import group
+
 MODES = ("off", "light", "full")
 
 
@@ -122,12 +123,7 @@ def synchronize() -> None:
 
 def run_config(arguments: argparse.Namespace) -> Any:
     """OSP's model and optimizer on the standard library's text."""
-    import yaml
-
     from osp.config import from_dict
-
-    def group(name: str, choice: str) -> dict[str, Any]:
-        return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
 
     return from_dict(
         {

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from choices import CONFIGS, group
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.cuda.is_available()
 AFTER_ATTENTION = "bhyt, after attention"
 PEERS: dict[str, Callable[[int], nn.Module]] = {"torch layer_norm": nn.LayerNorm, "torch rms_norm": nn.RMSNorm}
@@ -145,7 +145,7 @@ def clock() -> float:
 
 def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Every norm's rounds of training steps; prints the table."""
-    norms = arguments.norms or sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
+    norms = arguments.norms or sorted(path.stem for path in (CONFIGS / "norm").glob("*.yaml"))
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ["rmsnorm", *norms]}
     for _ in range(arguments.rounds):
         for name in results:
@@ -167,13 +167,8 @@ def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, An
 
 def training_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step of the real trainer with one norm, and the memory of this process."""
-    import yaml
-
     from osp.config import from_dict
     from osp.train import setup
-
-    def group(name: str, choice: str) -> dict[str, Any]:
-        return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
 
     config = from_dict(
         {

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from choices import group
 
 from osp.config import Config, from_dict
 from osp.monitor.monitor import MOST_PROBES, next_probe
 from osp.train import setup
 
-ROOT = Path(__file__).resolve().parents[1]
 RUN_STEPS = 10_000
 
 
@@ -124,9 +123,6 @@ def clock() -> float:
 
 
 def run_config(arguments: Any) -> Config:
-    def group(name: str, choice: str) -> dict[str, Any]:
-        return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
-
     return from_dict(
         {
             "run": {"name": "overhead", "dir": tempfile.mkdtemp(prefix="osp-overhead-")},

@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from choices import group
+
 CONTENDERS = ("transformers", "osp adamw", "osp muon")
 COMPILED = "transformers compiled"  # its layers as ours are with --compile; not among the contenders by default
 
@@ -165,12 +166,7 @@ def measures_cpu_time(arguments: argparse.Namespace) -> bool:
 
 def run_config(arguments: argparse.Namespace) -> Any:
     """The configuration of one step of `rows` rows, on the standard library's text."""
-    import yaml
-
     from osp.config import from_dict
-
-    def group(name: str, choice: str) -> dict[str, Any]:
-        return yaml.safe_load((ROOT / "configs" / name / f"{choice}.yaml").read_text()) or {}
 
     optimizer = "adamw" if arguments.child in ("transformers", COMPILED) else (arguments.child or "osp muon")[4:]
     return from_dict(
