@@ -212,6 +212,7 @@ PLUS: dict[str, list[str]] = {
     ],
     "osp_off_by_one": ["attention.off_by_one: False -> True"],
     "osp_penalty": ["penalty.weight: 0.0 -> 0.01"],
+    "osp_plus": ["penalty.weight: 0.0 -> 0.1"],
     "osp_per_head": ["optimizer.per_head: False -> True"],
     "osp_sigmoid": ["model.hidden_act: silu -> sigmoid"],
 }
