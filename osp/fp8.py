@@ -8,6 +8,7 @@ sums. Only training computes so. Validation, probes and what is stored see the m
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -52,11 +53,11 @@ def check_fp8(shapes: Mapping[str, Sequence[int]], tokens: int) -> None:
 @cache
 def _torchao(emulate: bool) -> tuple[Callable[..., Tensor], Any, Any]:
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-        from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+        public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
     except ImportError as error:
         raise UserError("train.precision=fp8 needs torchao: pip install 'osp[fp8]'") from error
-    config = Float8LinearConfig(emulate=emulate)
+    config = public.Float8LinearConfig(emulate=emulate)
     # its own layer has what its function needs, and the conversion mends torch.compile for it
-    layer = convert_to_float8_training(torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta"), config=config)
-    return matmul_with_hp_or_float8_args.apply, layer.linear_mm_config, config
+    plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")
+    layer = public.convert_to_float8_training(plain, config=config)
+    return linear.matmul_with_hp_or_float8_args.apply, layer.linear_mm_config, config

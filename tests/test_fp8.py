@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from osp.train import train
 from tests.conftest import losses, overrides_of, run_script
 
 Tiny = Callable[..., Config]
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: pip install 'osp[fp8]'")
 E4M3, E5M2 = (3, -6, 448.0), (2, -14, 57344.0)  # bits of mantissa, smallest exponent, largest value
 
 
@@ -34,6 +36,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+@needs_torchao
 def test_product_and_gradients_equal_float64_with_the_formats_rounding() -> None:
     x, weight, g = normal(3, 16, 64), normal(32, 64, seed=1), normal(3, 16, 32, seed=2)
     x.requires_grad_()
@@ -50,6 +53,7 @@ def test_product_and_gradients_equal_float64_with_the_formats_rounding() -> None
     assert (y.double() - plain).norm() / plain.norm() > 0.02, "three bits of mantissa are seen"
 
 
+@needs_torchao
 def test_one_outlier_beyond_the_range_of_the_format_takes_all_other_values() -> None:
     x, weight = torch.ones(16, 16), torch.eye(16)
     x[0, 0] = 2.0**19  # 448 is 2^18 times the smallest number of e4m3
@@ -60,6 +64,7 @@ def test_one_outlier_beyond_the_range_of_the_format_takes_all_other_values() -> 
     torch.testing.assert_close(fp8_linear(emulate=True)(x, weight)[1:], torch.ones(15, 16), rtol=0.2, atol=0.2)
 
 
+@needs_torchao
 def test_blocks_alone_and_training_alone_compute_in_8_bits() -> None:
     shape = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                         num_attention_heads=4, embed_proj=True)  # fmt: skip
@@ -91,6 +96,7 @@ def test_bias_and_zero_mean_are_those_of_the_layer() -> None:
     torch.testing.assert_close(layer(x), plain, rtol=2**-7, atol=2**-7)
 
 
+@needs_torchao
 @pytest.mark.parametrize("stage", [1, 3])
 def test_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
     """Against bf16 without 8 bits: other losses, and nearly the same."""
@@ -108,6 +114,7 @@ def test_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
     assert losses(Path(again.run.dir)) + losses(Path(more.run.dir)) == found
 
 
+@needs_torchao
 def test_two_ranks_train_in_8_bits_and_one_says_that_it_is_emulated(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("train.precision=fp8", "engine.zero_stage=2")
     result = run_script(*overrides_of(config), launcher=("torchrun", "--nproc-per-node", "2"), cwd=tmp_path)

@@ -32,7 +32,6 @@ FORBIDDEN = {("optim", "model"), ("optim", "norms"), ("data", "model"), ("logger
 ONLY_IN = {"deepspeed": {"osp/engine.py"}, "wandb": {"osp/logger.py"}, "hydra": {"scripts/entry.py"}}
 ONLY_IN["wandb_workspaces"] = {"osp/panels.py"}
 ONLY_IN["rich"] = {"osp/report/terminal.py", "scripts/watch.py"}
-ONLY_IN["torchao"] = {"osp/fp8.py"}
 ONLY_IN["omegaconf"] = ONLY_IN["hydra"]
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "core", "tools"}
 
