@@ -194,5 +194,5 @@ def _card(title: str, table: Table, results: Results, *, says: str = "") -> str:
     body = [html_row([html.escape(cell) for cell in row]) for row in rows]
     return (
         f'<div class="card below"><h3>{html.escape(title)}</h3><p class="soft">{html.escape(says)}</p>'
-        f'<div class="scroll">{html_table(headings, body, escape=False)}</div></div>'
+        f'<div class="scroll whole">{html_table(headings, body, escape=False)}</div></div>'
     )
