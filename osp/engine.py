@@ -78,7 +78,8 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
 def reduces_to_owners(world_size: int) -> bool:
     """Whether ZeRO-1 and -2 reduce each part of a bucket to the rank that owns it, rather than all of it to all.
 
-    It sends half the bytes. Each part is a collective of its own, whose latencies grow with the ranks: within a host.
+    It sends half the bytes. Each part is a collective of its own, whose latency grows with the ranks: so only on as
+    many as a host has.
     """
     return world_size <= 8
 

@@ -1,4 +1,4 @@
-"""`train.precision=fp8`: the matrix products of the blocks in 8-bit floats, by torchao.
+"""`train.precision=fp8`: the matrix products of the blocks in 8-bit floats, by torchao; on other devices emulated.
 
 In the three products of a linear layer x and W are e4m3 and the gradient of y is e5m2 (Micikevicius et al. 2022, arXiv
 2209.05433), each tensor divided by one scale that makes its largest value the format's largest: what one outlier takes
@@ -17,11 +17,6 @@ from torch import Tensor
 from osp.config import UserError
 
 MULTIPLE = 16  # of every side of a product, for the hardware's
-
-
-def native_fp8(device: torch.device | str) -> bool:
-    """Whether `device` multiplies 8-bit floats in hardware: CUDA from sm_89 on. Elsewhere they are emulated."""
-    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -46,8 +46,8 @@ class Linear(nn.Module):
         self.training_product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if p is None else p.to(x.dtype) for p in self.affine())
-        assert weight is not None
+        weight, bias = self.affine()
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if self.training and self.training_product is not None:
             y = self.training_product(x, weight)
             return y if bias is None else y + bias

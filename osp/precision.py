@@ -24,6 +24,11 @@ def native_bf16(device: torch.device | str) -> bool:
     return False
 
 
+def native_fp8(device: torch.device | str) -> bool:
+    """Whether `device` multiplies 8-bit floats in hardware: CUDA from sm_89 on."""
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of activations and of what is not in 8 bits, for a `train.precision` other than auto."""
     return torch.float32 if precision == "fp32" else torch.bfloat16

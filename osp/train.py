@@ -19,12 +19,12 @@ from osp.config import Config, LostRankError, RunError, UserError, to_dict
 from osp.cpu import prepare_cpu
 from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
 from osp.engine import Engine, Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
-from osp.fp8 import check_fp8, fp8_linear, native_fp8
+from osp.fp8 import check_fp8, fp8_linear
 from osp.logger import Logger, check_wandb
 from osp.model import build_model
 from osp.norms import bound_warning
 from osp.optim import groups_of
-from osp.precision import compute_dtype, native_bf16
+from osp.precision import compute_dtype, native_bf16, native_fp8
 from osp.run import RunLock, begin, check_disk, open_run, with_initial_model, with_length_of_run
 from osp.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size, total_steps
 
