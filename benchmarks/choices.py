@@ -11,3 +11,14 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def group(name: str, choice: str) -> dict[str, Any]:
     """The keys of configs/NAME/CHOICE.yaml."""
     return yaml.safe_load((CONFIGS / name / f"{choice}.yaml").read_text()) or {}
+
+
+def osp_values(model: str, *, threads: int | None) -> dict[str, Any]:
+    """OSP's recipe for a model of configs/model, with nothing logged: parts of a configuration."""
+    return {
+        "model": {**group("model", model), "embed_proj": True},
+        "norm": group("norm", "ssnorm"),
+        "optimizer": {**group("optimizer", "muon"), "lr": 1e-3},
+        "engine": {"threads": threads},
+        "logger": {"wandb": "disabled", "progress": False},
+    }

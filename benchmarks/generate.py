@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
+from choices import group
 from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig, build
@@ -27,7 +27,6 @@ from osp.export import write_llama
 from osp.generate import Decoder, Sampling, choose, prepare
 from osp.model import build_model
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 PEER = "transformers"
 
 
@@ -130,7 +129,7 @@ def main() -> None:
 
 def measured(batch: int, device: torch.device, arguments: Any) -> list[dict[str, Any]]:
     """Tokens per second of every contender at one batch size; ratios are medians of those of the rounds."""
-    shape = build(ModelConfig, yaml.safe_load((CONFIGS / f"{arguments.model}.yaml").read_text()), path="model")
+    shape = build(ModelConfig, group("model", arguments.model), path="model")
     values = {**vars(shape), "embed_proj": False}
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, shape.vocab_size, (batch, arguments.prompt_tokens), generator=generator).to(device)

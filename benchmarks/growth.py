@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from osp.config import Config, ModelConfig, from_dict
 from osp.model import count_parameters, flops_per_token
+from osp.optim.muon import newton_schulz_flops as flops_of_matrix
 from osp.report import page as report_page
 
 BASE = {"layers": 4, "width": 256, "seq_len": 256, "micro_batch": 8}  # 8 rows a step
@@ -116,14 +117,14 @@ def clock(threads: int | None) -> float:
 
 
 def newton_schulz_flops(config: Config) -> int:
-    """Of a step: 2 m^2 n for X X^T, 2 m^3 for its square, 2 m^2 n for the product with X, in each iteration."""
+    """Of a step: those of `osp.optim.muon`, of all its matrices."""
     with torch.device("meta"):
         from osp.model import Transformer
 
         model = Transformer(config.model)
     roles = model.parameter_roles()
-    shapes = [sorted(p.shape) for name, p in model.named_parameters() if roles[name] in ("matrix", "embed_proj")]
-    return config.optimizer.ns_steps * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
+    shapes = [p.shape for name, p in model.named_parameters() if roles[name] in ("matrix", "embed_proj")]
+    return sum(flops_of_matrix(shape, config.optimizer.ns_steps) for shape in shapes)
 
 
 def config_of(
@@ -148,7 +149,6 @@ def config_of(
 def values_of(
     model: dict[str, Any], *, seq_len: int, tokens: int, micro_batch: int, threads: int | None, **engine: Any
 ) -> Config:
-    muon = group("optimizer", "muon")
     return from_dict(
         {
             "run": {"name": "growth", "dir": tempfile.mkdtemp(prefix="osp-growth-")},
@@ -161,7 +161,7 @@ def values_of(
             },
             "model": model,
             "norm": {"name": "ssnorm"},
-            "optimizer": {**muon, "lr": 1e-3},
+            "optimizer": {**group("optimizer", "muon"), "lr": 1e-3},
             "engine": {"threads": threads, **engine},
             "monitor": {"enabled": False},
             "logger": {"wandb": "disabled", "progress": False},

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from choices import group
+from choices import group, osp_values
 
 MODES = ("off", "light", "full")
 
@@ -135,11 +135,7 @@ def run_config(arguments: argparse.Namespace) -> Any:
                 "micro_batch_size": arguments.rows,
                 "precision": arguments.precision,
             },
-            "model": {**group("model", arguments.model), "embed_proj": True},
-            "norm": group("norm", "ssnorm"),
-            "optimizer": {**group("optimizer", "muon"), "lr": 1e-3},
-            "engine": {"threads": arguments.threads},
-            "logger": {"wandb": "disabled", "progress": False},
+            **osp_values(arguments.model, threads=arguments.threads),
             "monitor": group("monitor", arguments.child),
         }
     )

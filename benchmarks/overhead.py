@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from choices import group
+from choices import osp_values
 
 from osp.config import Config, from_dict
 from osp.monitor.monitor import MOST_PROBES, next_probe
@@ -131,11 +131,7 @@ def run_config(arguments: Any) -> Config:
                 "seq_len": arguments.seq_len,
                 "tokens_per_step": arguments.tokens_per_step,
             },
-            "model": {**group("model", arguments.model), "embed_proj": True},
-            "norm": group("norm", "ssnorm"),
-            "optimizer": {**group("optimizer", "muon"), "lr": 1e-3},
-            "engine": {"threads": arguments.threads},
-            "logger": {"wandb": "disabled", "progress": False},
+            **osp_values(arguments.model, threads=arguments.threads),
         }
     )
 

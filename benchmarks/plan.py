@@ -27,7 +27,7 @@ from osp.optim import newton_schulz
 from osp.optim.muon import newton_schulz_flops
 from osp.plan import Plan, make_plan
 from osp.plan.memory import peak
-from osp.precision import choose_device, native_bf16
+from osp.precision import choose_device, compute_dtype, native_bf16
 from osp.train import resolve, setup
 
 
@@ -69,7 +69,7 @@ def config_of(arguments: argparse.Namespace, rows: int) -> Config:
 
 def measured(config: Config, device: torch.device, repeats: int) -> MachineConfig:
     """This machine, by its own measurements; one rank, so that nothing travels."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = compute_dtype(config.train.precision)
     square = torch.randn(2048, 2048, device=device).to(dtype)
     best = 2 * 2048**3 / seconds_of(lambda: square @ square, device, repeats)
     model = build_model(config.model, seed=0, device=device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from choices import group
 
 from osp.config import ModelConfig, NormConfig
 from osp.cpu import prepare_cpu
@@ -24,8 +24,6 @@ from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.quantized import draw_calibration, quantized
 from osp.evaluation.spec import QuantSpec, spec_from_dict
 from osp.model import Transformer, build_model
-
-PRESETS = Path(__file__).parents[1] / "configs" / "quant"
 
 
 def main() -> None:
@@ -77,8 +75,7 @@ def main() -> None:
 
 def preset(name: str, arguments: Any) -> QuantSpec:
     """The spec of a file of configs/quant, with this benchmark's amount of calibration text."""
-    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    return spec_from_dict({**values, "calibration_tokens": arguments.calibration_tokens})
+    return spec_from_dict({**group("quant", name), "calibration_tokens": arguments.calibration_tokens})
 
 
 def measured(model: Transformer, text: Text, spec: QuantSpec, arguments: Any) -> dict[str, float]:

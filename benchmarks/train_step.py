@@ -30,6 +30,7 @@ from choices import group
 
 CONTENDERS = ("transformers", "osp adamw", "osp muon")
 COMPILED = "transformers compiled"  # its layers as ours are with --compile; not among the contenders by default
+PEERS = ("transformers", COMPILED)
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     config = run_config(arguments)
-    contender = Peer(config, arguments) if arguments.child.startswith("transformers") else Ours(config)
+    contender = Peer(config, arguments) if arguments.child in PEERS else Ours(config)
     clock = time.process_time if measures_cpu_time(arguments) else time.perf_counter
     seconds = []
     for number in range(arguments.warmup + arguments.steps):
@@ -168,7 +169,7 @@ def run_config(arguments: argparse.Namespace) -> Any:
     """The configuration of one step of `rows` rows, on the standard library's text."""
     from osp.config import from_dict
 
-    optimizer = "adamw" if arguments.child in ("transformers", COMPILED) else (arguments.child or "osp muon")[4:]
+    optimizer = "adamw" if arguments.child in PEERS else (arguments.child or "osp muon")[4:]
     return from_dict(
         {
             "run": {"name": "benchmark", "dir": tempfile.mkdtemp(prefix="osp-benchmark-")},

@@ -14,6 +14,7 @@ from osp.model import Transformer
 from osp.optim import PartitionedOptimizer, build_groups
 from osp.plan import Plan, make_plan
 from osp.plan.memory import Activations, activations, kept, peak, update_bytes
+from osp.precision import compute_dtype
 from osp.trainer import meta_model
 from tests.distributed import run_distributed
 from tests.plan import workers
@@ -105,7 +106,7 @@ def test_peak_counts_what_is_alive_together() -> None:
 
 def model_of(settings: Config) -> Transformer:
     model = meta_model(settings)
-    model.compute_dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
+    model.compute_dtype = compute_dtype(settings.train.precision)
     return model
 
 

@@ -13,8 +13,9 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from osp import optim
 from osp.config import Config, Heads, MachineConfig, ModelConfig, OptimizerConfig
-from osp.optim import build_groups, collect_roles, newton_schulz
+from osp.optim import build_groups, newton_schulz
 from osp.optim.groups import Group
 from osp.optim.zero import Batch, batches, flat_size, interval_table
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
@@ -29,7 +30,7 @@ def groups_of(model: str) -> list[Group]:
     """The optimizer's groups of a model of configs/model with EmbProj, on tensors without memory."""
     values = yaml.safe_load((ROOT / "configs" / "model" / f"{model}.yaml").read_text())
     shapes = meta_model(Config(model=ModelConfig(**values, embed_proj=True)))
-    return build_groups(collect_roles(shapes.named_parameters(), shapes.parameter_roles()), OptimizerConfig())
+    return optim.groups_of(shapes, OptimizerConfig())
 
 
 def structured(model: str = "osp_1b") -> list[Group]:
