@@ -33,8 +33,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from osp.checkpoint import Checkpoint, candidates  # noqa: E402
-from osp.config import UserError  # noqa: E402
+from osp.errors import UserError  # noqa: E402
+from osp.run.checkpoint import Checkpoint, candidates  # noqa: E402
 
 SECONDS_TO_END = 60.0  # for the ranks that are left when one was killed
 SECONDS_OF_GRACE = 10.0  # for helpers to end once the life they belong to has

@@ -22,10 +22,10 @@ from choices import group
 from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig, build
-from osp.cpu import prepare_cpu
-from osp.export import write_llama
-from osp.generate import Decoder, Sampling, choose, prepare
-from osp.model import build_model
+from osp.convert.hf_export import write_llama
+from osp.device import prepare_cpu
+from osp.model.generate import Decoder, Sampling, choose, prepare
+from osp.model.transformer import build_model
 
 PEER = "transformers"
 

@@ -6,7 +6,7 @@
 
 Writes the figures and, beside them, a page with a chart for each curve: what was measured, and what the mathematics
 says from the first point on. A point of the first four curves is the median step of the real trainer (Muon, SSNorm,
-EmbProj). Mathematics is the flops of a step: those of the tokens (`osp.model.flops_per_token`) and of Newton-Schulz.
+EmbProj). Mathematics is the flops of a step: those of the tokens (`flops_per_token`) and of Newton-Schulz.
 
 The curves over ranks run 1, 2, 4 and 8 gloo processes on the CPU, each with the same number of rows, at every ZeRO
 stage. Bytes are what a rank sends in a step, counted from the collectives that it calls (whoever calls them) as ring
@@ -40,7 +40,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from osp.config import Config, ModelConfig, from_dict
-from osp.model import count_parameters, flops_per_token
+from osp.model.transformer import count_parameters, flops_per_token
 from osp.optim.muon import newton_schulz_flops as flops_of_matrix
 from osp.report import page as report_page
 
@@ -54,7 +54,12 @@ POINTS = {
 RANKS = (1, 2, 4, 8)
 STAGES = (1, 2, 3)
 # a server process imports these once and forks the ranks
-PRELOAD = ["osp.train", "torch.multiprocessing.spawn", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"]
+PRELOAD = [
+    "osp.train.setup",
+    "torch.multiprocessing.spawn",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 CURVES = (*POINTS, "ranks")
 ON_GPU = torch.cuda.is_available()
 
@@ -88,7 +93,7 @@ def main() -> None:
 
 def over_sizes(curve: str, arguments: argparse.Namespace) -> list[dict[str, float]]:
     """[{x, tokens_per_second, flops}] with one size varied and the others at BASE; flops: of a token, all told."""
-    from osp.train import setup
+    from osp.train.setup import setup
 
     points = []
     for x in POINTS[curve]:
@@ -119,7 +124,7 @@ def clock(threads: int | None) -> float:
 def newton_schulz_flops(config: Config) -> int:
     """Of a step: those of `osp.optim.muon`, of all its matrices."""
     with torch.device("meta"):
-        from osp.model import Transformer
+        from osp.model.transformer import Transformer
 
         model = Transformer(config.model)
     roles = model.parameter_roles()
@@ -201,7 +206,7 @@ def run_rank(rank: int, world_size: int, folder: str, steps: int) -> None:
 
 def exchange(stage: int, *, steps: int, folder: Path) -> dict[str, Any]:
     """CPU seconds, bytes sent in a step by kind, and what the mathematics says, of this rank at a ZeRO stage."""
-    from osp.train import setup
+    from osp.train.setup import setup
 
     world_size = dist.get_world_size()
     model = {

@@ -91,7 +91,7 @@ def tokens_per_second(arguments: argparse.Namespace, figures: dict[str, Any]) ->
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every measured step and of every probe in this process; both are taken twice before."""
-    from osp.train import setup
+    from osp.train.setup import setup
 
     trainer = setup(run_config(arguments))
     monitor = trainer.build_monitor()

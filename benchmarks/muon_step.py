@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import OptimizerConfig
-from osp.cpu import prepare_cpu
+from osp.device import prepare_cpu
 from osp.optim import PartitionedOptimizer, build_groups, newton_schulz_dtype
 
 

@@ -54,7 +54,7 @@ def main() -> None:
         print(json.dumps(training_steps(arguments)))
         return
     if not ON_GPU:
-        from osp.cpu import prepare_cpu
+        from osp.device import prepare_cpu
 
         prepare_cpu(arguments.threads)  # as training does: memory that is freed is kept, and not zeroed anew each time
     place = torch.cuda.get_device_name() if ON_GPU else f"{platform.processor()} CPU, {torch.get_num_threads()} threads"
@@ -100,7 +100,7 @@ def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...])
 
 
 def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
-    from osp.norms import NORMS, BHyT, Carry, build_norm
+    from osp.model.norms import NORMS, BHyT, Carry, build_norm
 
     class AfterAttention(nn.Module):
         """The second norm of a block: its statistic is there already."""
@@ -168,7 +168,7 @@ def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, An
 def training_steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step of the real trainer with one norm, and the memory of this process."""
     from osp.config import from_dict
-    from osp.train import setup
+    from osp.train.setup import setup
 
     config = from_dict(
         {

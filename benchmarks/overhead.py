@@ -22,7 +22,7 @@ from choices import osp_values
 
 from osp.config import Config, from_dict
 from osp.monitor.monitor import MOST_PROBES, next_probe
-from osp.train import setup
+from osp.train.setup import setup
 
 RUN_STEPS = 10_000
 

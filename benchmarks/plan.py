@@ -20,15 +20,14 @@ import torch
 from train_step import run_config
 
 from osp.config import Config, MachineConfig, PlanConfig
-from osp.cpu import prepare_cpu
-from osp.engine import shutdown
-from osp.model import build_model, flops_per_token
+from osp.device import choose_device, compute_dtype, native_bf16, prepare_cpu
+from osp.distributed import shutdown
+from osp.model.transformer import build_model, flops_per_token
 from osp.optim import newton_schulz
 from osp.optim.muon import newton_schulz_flops
 from osp.plan import Plan, make_plan
 from osp.plan.memory import peak
-from osp.precision import choose_device, compute_dtype, native_bf16
-from osp.train import resolve, setup
+from osp.train.setup import resolve, setup
 
 
 def main() -> None:

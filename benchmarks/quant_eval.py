@@ -19,11 +19,11 @@ import torch
 from choices import group
 
 from osp.config import ModelConfig, NormConfig
-from osp.cpu import prepare_cpu
+from osp.device import prepare_cpu
 from osp.evaluation.perplexity import Text, perplexity
-from osp.evaluation.quantized import draw_calibration, quantized
-from osp.evaluation.spec import QuantSpec, spec_from_dict
-from osp.model import Transformer, build_model
+from osp.model.transformer import Transformer, build_model
+from osp.quant.apply import draw_calibration, quantized
+from osp.quant.spec import QuantSpec, spec_from_dict
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ is its own, and the contenders take turns, so that a machine that drifts slows a
 with its data loader, DeepSpeed engine and loss check; the peer reads the same rows from memory. In bf16 the peer keeps
 its weights in fp32 and runs in `torch.autocast`, the usual form of it, which keeps the same master weights as ours.
 
-MFU counts 6 flops per token for each weight that multiplies, and causal attention (osp.model.flops_per_token), over the
-dense bf16 peak of the GPU (osp.precision.PEAK_TFLOPS: 989 TFLOP/s for an H100 and an H200). `--profile` adds where the
+MFU counts 6 flops per token for each weight that multiplies, and causal attention (flops_per_token), over the
+dense bf16 peak of the GPU (osp.device.PEAK_TFLOPS: 989 TFLOP/s for an H100 and an H200). `--profile` adds where the
 time and the memory of a step go (breakdown.py). With `--threads 1` on a CPU the time is the process's CPU time, in
 which other jobs of the machine do not count.
 """
@@ -133,8 +133,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    from osp.model import flops_per_token
-    from osp.precision import peak_tflops
+    from osp.device import peak_tflops
+    from osp.model.transformer import flops_per_token
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number, parts = arguments.warmup + arguments.steps, {}
@@ -194,7 +194,7 @@ class Ours:
     """The real trainer."""
 
     def __init__(self, config: Any):
-        from osp.train import setup
+        from osp.train.setup import setup
 
         self.trainer = setup(config)
         self.model = self.trainer.model

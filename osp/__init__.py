@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from osp.checkpoint import load_model
-    from osp.hf import load_hf
+    from osp.model.hf_llama import load_hf
+    from osp.run.checkpoint import load_model
 
 __all__ = ["load_hf", "load_model"]
 
@@ -12,11 +12,11 @@ __all__ = ["load_hf", "load_model"]
 def __getattr__(name: str) -> Any:
     """`osp.load_model` and `osp.load_hf`, imported when asked for: configuration checks need no torch."""
     if name == "load_model":
-        from osp.checkpoint import load_model
+        from osp.run.checkpoint import load_model
 
         return load_model
     if name == "load_hf":
-        from osp.hf import load_hf
+        from osp.model.hf_llama import load_hf
 
         return load_hf
     raise AttributeError(f"module 'osp' has no attribute {name!r}")

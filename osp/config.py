@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
+from osp.errors import UserError
+
 ROLES = ("matrix", "embed_proj", "gain", "embedding", "head")
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 Rule = Literal["muon", "normalized", "adamw"]
@@ -101,26 +103,6 @@ EVALUATIONS = "evaluation"  # folder of a run with the records of its evaluation
 COMPARISONS = "compare"  # and in it that with its rows of comparisons
 
 
-class UserError(ValueError):
-    """A mistake the user can mend. Entry points print it as one line and exit with status 2."""
-
-
-class RunError(RuntimeError):
-    """Why a run cannot go on although its configuration is right. One line, exit status 1."""
-
-
-class LostRankError(RunError):
-    """Another rank has died. Every rank that is left says so: which of them the user reads is not known."""
-
-
-class StoppedError(RunError):
-    """The run was asked to stop and has saved its state; the same command continues it. `signal` names who asked."""
-
-    def __init__(self, message: str, *, signal: str):
-        super().__init__(message)
-        self.signal = signal
-
-
 @dataclass(frozen=True)
 class RunConfig:
     name: Annotated[str, NOT_EMPTY, NAME] = "osp"
@@ -138,10 +120,10 @@ class TrainConfig:
     )
     seq_len: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048  # tokens a row predicts
     tokens_per_step: Annotated[int, AT_LEAST_1, at_most(2**30)] = 524_288  # tokens of one optimizer step over all ranks
-    micro_batch_size: Count | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.train.resolve
+    micro_batch_size: Count | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.train.setup
     grad_clip: NotNegative = 1.0  # bound on the global norm of the raw gradient; 0 switches clipping off
     compile: bool | Literal["auto"] = "auto"  # torch.compile per block; auto: on for CUDA below ZeRO-3
-    # Of matmuls and activations; auto: bf16 where it is native; fp8: bf16, the blocks' products in 8 bits (osp.fp8)
+    # Of matmuls and activations; auto: bf16 where it is native; fp8: bf16, blocks in 8 bits (osp.model.fp8)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     activation_checkpointing: bool = False
     document_mask: bool = False  # a token attends only inside its own document
@@ -180,7 +162,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """A loss or gradient norm far above those of the last steps; see osp.spikes."""
+    """A loss or gradient norm far above those of the last steps; see osp.train.guards."""
 
     action: Literal["off", "warn", "skip"] = "warn"  # skip: leave the update out
     threshold: Positive = 8.0  # robust z-score
@@ -189,7 +171,7 @@ class SpikeConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """A price on large activations, added to the loss of training; see osp.penalty."""
+    """A price on large activations, added to the loss of training; see osp.model.penalty."""
 
     weight: NotNegative = 0.0  # 0: none
     site: Literal["block_out", "down_proj_in"] = "block_out"  # in every block; names of the monitor
@@ -199,9 +181,9 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Which normalizer a model uses. `None` leaves an option at the default of the class in `osp.norms`."""
+    """Which normalizer a model uses. `None` leaves an option at the default of the class in `osp.model.norms`."""
 
-    name: str = "ssnorm"  # a key of osp.norms.NORMS
+    name: str = "ssnorm"  # a key of osp.model.norms.NORMS
     final: str | None = None  # normalizer before the head; None: the one that the source of `name` uses
     placement: Literal["pre", "peri"] = "pre"  # peri: a second norm after each sublayer, before the residual addition
     lns: bool = False  # scale the norms of layer l, counted from 1, by 1 / sqrt(l)
@@ -230,7 +212,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotation for longer contexts, as Hugging Face's `rope_scaling` says it; see `osp.attention.rotary_table`.
+    """Slower rotation for longer contexts, as Hugging Face's `rope_scaling` says it; see `rotary_table`.
 
     linear: every frequency by `factor`. llama3 (Llama 3.1): those that turn less than `low_freq_factor` times in
     `original_max_position_embeddings` tokens by `factor`, those that turn more than `high_freq_factor` times not at
@@ -443,7 +425,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class VerifyResumeConfig:
-    """The group `verify` of scripts/verify_resume.py, which says how to verify; see osp.verify_resume."""
+    """The group `verify` of scripts/verify_resume.py, which says how to verify; see osp.train.verify_resume."""
 
     steps: tuple[Count, Count] = (3, 3)  # before and after the interruption
     rows: Count | None = None  # of a step; None: two for every rank of the largest number of them
@@ -544,7 +526,7 @@ class ConvertConfig:
     """Keys of `scripts/convert.py`."""
 
     path: str = ""  # a run, a checkpoint or the folder of a Hugging Face Llama
-    to: str = ""  # a name of osp.convert.CONVERTIBLE
+    to: str = ""  # a name of osp.convert.change_norm.CONVERTIBLE
     out: str = ""  # the folder to write
     text: str = "held_out"  # the text that both models are compared on; see osp.evaluation.texts
     device: Literal["auto", "cpu", "cuda"] = "auto"

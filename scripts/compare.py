@@ -6,14 +6,15 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import UserError, build, check_bounds
+from osp.config import build, check_bounds
+from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
 
 
 def main(values: dict[str, Any]) -> None:
     config = build(CompareConfig, values, path="")
     check_bounds(config)
-    from osp.engine import is_main, shutdown
+    from osp.distributed import is_main, shutdown
     from osp.evaluation.compare import as_json, compare, markdown
 
     try:

@@ -5,15 +5,16 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import ConvertConfig, UserError, build
+from osp.config import ConvertConfig, build
+from osp.errors import UserError
 
 
 def main(values: dict[str, Any]) -> None:
     config = build(ConvertConfig, values, path="")
     if not config.path or not config.to or not config.out:
         raise UserError("name the model, its norm and the folder: python scripts/convert.py MODEL to=rmsnorm out=DIR")
-    from osp.conversion import convert_model
-    from osp.precision import choose_device
+    from osp.convert.convert_model import convert_model
+    from osp.device import choose_device
 
     device = choose_device(config.device)
     print(convert_model(config.path, config.out, to=config.to, text=config.text, device=device))

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from osp.config import Config, LostRankError, RunError, StoppedError, UserError, to_dict, unknown_key
+from osp.config import Config, to_dict, unknown_key
+from osp.errors import LostRankError, RunError, StoppedError, UserError
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import UserError, build, check_bounds
+from osp.config import build, check_bounds
+from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
 
 
@@ -14,8 +15,8 @@ def main(values: dict[str, Any]) -> None:
     check_bounds(config)
     if not config.path:
         raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
-    from osp.engine import is_main, shutdown
-    from osp.evaluation.measure import ablation_table, evaluate, record_name, results_table, start, write_record
+    from osp.distributed import is_main, shutdown
+    from osp.evaluation.evaluate import ablation_table, evaluate, record_name, results_table, start, write_record
 
     try:
         subject = start(config.path, config)

@@ -6,15 +6,16 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import ExportConfig, UserError, build
+from osp.config import ExportConfig, build
+from osp.errors import UserError
 
 
 def main(values: dict[str, Any]) -> None:
     config = build(ExportConfig, values, path="")
     if not config.path or not config.out:
         raise UserError("name the run and the folder to write: python scripts/export.py RUN out=DIR")
-    from osp.export import export
-    from osp.precision import choose_device
+    from osp.convert.hf_export import export
+    from osp.device import choose_device
 
     exported = export(
         config.path,

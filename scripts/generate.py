@@ -6,7 +6,8 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import GenerateConfig, UserError, build, check_bounds
+from osp.config import GenerateConfig, build, check_bounds
+from osp.errors import UserError
 
 
 def main(values: dict[str, Any]) -> None:
@@ -15,7 +16,7 @@ def main(values: dict[str, Any]) -> None:
     check_bounds(config)
     if not path or not (prompts or config.prompts):
         raise UserError('name the model and a prompt: python scripts/generate.py MODEL "Once upon a time"')
-    from osp.completion import complete
+    from osp.evaluation.completion import complete
 
     speed = complete(path, prompts, config, lambda piece: print(piece, end="", flush=True))
     print(speed, file=sys.stderr)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from osp.config import UserError
+from osp.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

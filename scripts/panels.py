@@ -2,8 +2,8 @@
 
 import sys
 
-from osp.config import UserError
-from osp.panels import create
+from osp.errors import UserError
+from osp.run.metrics import create
 
 
 def main(arguments: list[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import Config, PlanConfig, UserError, build, check_bounds, from_dict, to_dict
+from osp.config import Config, PlanConfig, build, check_bounds, from_dict, to_dict
+from osp.errors import UserError
 
 OPTIONS = dataclasses.asdict(PlanConfig())
 DEFAULTS = to_dict(Config()) | OPTIONS

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from osp.config import UserError
+from osp.errors import UserError
 from osp.report import write_report
 
 USAGE = "usage: python scripts/report.py RUN [RUN...] [out=FILE]; RUN is a folder such as runs/quickstart"

@@ -5,7 +5,8 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import AT_TOP, UserError, from_dict
+from osp.config import AT_TOP, from_dict
+from osp.errors import UserError
 
 OF_THE_MODEL = ("model", "tokenizer", *AT_TOP)
 
@@ -20,8 +21,8 @@ def main(values: dict[str, Any]) -> None:
                     "leave it out (scripts/convert.py changes the norm)"
                 )
     # torch after the checks: a typing mistake is reported at once
-    from osp.engine import shutdown
-    from osp.train import train
+    from osp.distributed import shutdown
+    from osp.train.setup import train
 
     try:
         train(config)

@@ -13,7 +13,7 @@ def main(values: dict[str, Any]) -> None:
     options = build(VerifyResumeConfig, values.pop("verify"), path="verify")
     check_bounds(options, "verify")
     config = from_dict(values)
-    from osp.verify_resume import verify
+    from osp.train.verify_resume import verify
 
     verify(config, options, script=Path(__file__).with_name("train.py"))
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from osp.config import UserError
+from osp.errors import UserError
 
 
 def main(arguments: list[str]) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from osp.config import Config, from_dict
 
+pytest_plugins = ["tests.evaluation_models"]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # They go first where processes share the files, so that no process is left alone with one at the end
@@ -88,7 +90,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def plain_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of that configuration, for tests to read and compare with."""
-    from osp.train import train
+    from osp.train.setup import train
 
     folder = tmp_path_factory.mktemp("plain") / "run"
     train(from_dict({**tiny_values, "run": {"name": "run", "dir": str(folder)}}))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from osp.engine import init_distributed
+from osp.distributed import init_distributed
 
 # A server process imports these once and forks the ranks: importing them in each rank would take most of a test's time
 _PRELOAD = ["torch.multiprocessing.spawn", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from osp.config import ModelConfig, NormConfig, VerifyResumeConfig, build, from_dict
-from osp.model import build_model
+from osp.model.transformer import build_model
 from tests.conftest import ROOT
 
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks")]

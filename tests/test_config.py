@@ -6,16 +6,8 @@ from typing import Any
 
 import pytest
 
-from osp.config import (
-    Config,
-    UserError,
-    check_model,
-    differences,
-    from_dict,
-    length_in_steps,
-    to_dict,
-    unknown_key,
-)
+from osp.config import Config, check_model, differences, from_dict, length_in_steps, to_dict, unknown_key
+from osp.errors import UserError
 
 
 def tree(**changes: Any) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from osp.config import Config, LostRankError, RunError, UserError
-from osp.engine import Peers
-from osp.train import train
-from osp.trainer import Trainer
+from osp.config import Config
+from osp.distributed import Peers
+from osp.errors import LostRankError, RunError, UserError
+from osp.train.setup import train
+from osp.train.trainer import Trainer
 from tests.conftest import ROOT
 
 Tiny = Callable[..., Config]
@@ -80,7 +81,7 @@ def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, mon
             raise error
 
     during: set[str] = set()
-    monkeypatch.setattr("osp.train.Peers", TwoRanks)
+    monkeypatch.setattr("osp.train.setup.Peers", TwoRanks)
     monkeypatch.setattr(Trainer, "_conclude", conclude)
     config = tiny("train.steps=2", "eval.every=0")
     if error:
@@ -111,8 +112,8 @@ def test_ranks_are_watched_while_the_text_is_prepared(
         during.update(ours())
         raise error
 
-    monkeypatch.setattr("osp.train.Peers", TwoRanks)
-    monkeypatch.setattr("osp.train.start", fail)
+    monkeypatch.setattr("osp.train.setup.Peers", TwoRanks)
+    monkeypatch.setattr("osp.train.setup.start", fail)
     with pytest.raises(LostRankError if isinstance(error, RuntimeError) else UserError, match=said):
         train(tiny())
     assert during == {"osp-peers"}

@@ -20,10 +20,11 @@ import torch
 import wandb
 import zstandard
 
-from osp.config import Config, UserError, to_dict
+from osp.config import Config, to_dict
 from osp.data import prepare
-from osp.train import train
-from osp.trainer import Trainer
+from osp.errors import UserError
+from osp.train.setup import train
+from osp.train.trainer import Trainer
 from tests.conftest import ROOT, overrides_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -50,7 +51,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     Checks that it is one, that training did not begin, and that no file was written, changed or removed.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("osp.engine.shutdown", lambda: None)  # one process group serves all tests of this process
+    monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # one process group serves all tests of this process
     monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("training began"))
 
     def run(*arguments: str, config: Config | None = None) -> str:
@@ -75,7 +76,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.fixture
 def error_of(started: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`started`, the data prepared in this process: a child takes seconds to import."""
-    monkeypatch.setattr("osp.train.start", prepare)
+    monkeypatch.setattr("osp.train.setup.start", prepare)
     return started
 
 

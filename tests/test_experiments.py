@@ -16,9 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from osp.config import Config, Rule, UserError, differences, from_dict, length_in_steps, to_dict
-from osp.model import build_model, count_parameters
-from osp.norms import NORMS
+from osp.config import Config, Rule, differences, from_dict, length_in_steps, to_dict
+from osp.errors import UserError
+from osp.model.norms import NORMS
+from osp.model.transformer import build_model, count_parameters
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -13,12 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from osp.config import Config, UserError, from_dict, to_dict
-from osp.engine import deepspeed_config
-from osp.model import flops_per_token
+from osp.config import Config, from_dict, to_dict
+from osp.errors import UserError
+from osp.model.transformer import flops_per_token
 from osp.optim import build_groups, collect_roles
-from osp.train import resolve
-from osp.trainer import build_schedule_of, meta_model
+from osp.train.engine import deepspeed_config
+from osp.train.setup import resolve
+from osp.train.trainer import build_schedule_of, meta_model
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -87,7 +88,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def build_shapes(config: Config, *, world_size: int = 2) -> None:
-    """What `osp.trainer.setup` does before it needs a process group, a disk or a text."""
+    """What `osp.train.trainer.setup` does before it needs a process group, a disk or a text."""
     model = meta_model(config)
     build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
     config = resolve(config, device=CPU, world_size=world_size)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from osp.config import Config, UserError
-from osp.norms import NORMS, build_norm
-from osp.train import train
+from osp.config import Config
+from osp.errors import UserError
+from osp.model.norms import NORMS, build_norm
+from osp.train.setup import train
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

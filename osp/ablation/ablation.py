@@ -12,10 +12,10 @@ from osp.ablation.markdown import markdown
 from osp.ablation.page import page
 from osp.ablation.results import Results, as_json, collect
 from osp.ablation.runs import Compose, Planned, plan
-from osp.checkpoint import write_text
-from osp.config import RunError, StoppedError, UserError
-from osp.model import count_parameters
-from osp.run import environment
+from osp.errors import RunError, StoppedError, UserError
+from osp.files import write_text
+from osp.model.transformer import count_parameters
+from osp.run.folder import environment
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from osp.config import AT_LEAST_1, NAME, NOT_EMPTY, NOT_NEGATIVE, Count, FilePath, UserError, at_most, check_bounds
+from osp.config import AT_LEAST_1, NAME, NOT_EMPTY, NOT_NEGATIVE, Count, FilePath, at_most, check_bounds
+from osp.errors import UserError
 
 PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
 

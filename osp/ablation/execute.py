@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from osp.ablation.config import AblationConfig, parse_rows
 from osp.ablation.runs import Planned, quoted, with_threads
-from osp.config import COMPARISONS, EVALUATIONS, StoppedError
-from osp.launcher import Process, training_command
-from osp.preemption import StopRequest
+from osp.config import COMPARISONS, EVALUATIONS
+from osp.errors import StoppedError
+from osp.train.launch import Process, training_command
+from osp.train.stop import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
 MEASURING = 0.1  # of a training, in the bar and the time that is left

@@ -11,7 +11,7 @@ import numpy as np
 
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS
-from osp.evaluation.measure import finite
+from osp.evaluation.evaluate import finite
 from osp.report import Run, Series, read_run
 
 HADAMARD = " +Had"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from osp.ablation.config import AblationConfig, Row, parse_rows, settings_of
-from osp.config import FREE, Config, RunConfig, UserError, from_dict, leaves, to_dict
+from osp.config import FREE, Config, RunConfig, from_dict, leaves, to_dict
+from osp.errors import UserError
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # what `scripts/train.py OVERRIDES` would train
 

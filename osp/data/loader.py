@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from osp.config import UserError
-from osp.data.manifest import SplitName, check_sizes, is_locked, load_manifest
+from osp.data.manifest import SplitName, check_sizes, load_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import spec_hash
+from osp.errors import UserError
+from osp.files import is_locked
 
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.5

@@ -8,24 +8,21 @@ lock                held by the process that prepares the folder
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from osp.config import Bound, Count, CountOrZero, UserError, build, check_bounds
+from osp.config import Bound, Count, CountOrZero, build, check_bounds
+from osp.errors import UserError
+from osp.files import write_atomically
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
-LOCK_NAME = "lock"
 
 SplitName = Literal["train", "val"]
 
@@ -132,59 +129,3 @@ def verify(folder: str | Path) -> None:
         with (folder / shard.file).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 raise UserError(f"shard {folder / shard.file} is damaged; delete {folder} and prepare it again")
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` so that a reader, or a crash, sees all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, creating the folder; waits while another process prepares it."""
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
-        try:
-            file = (folder / LOCK_NAME).open("w")
-        except FileNotFoundError:  # the holder before us gave up and removed the folder between the two lines
-            continue
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                current = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK_NAME))
-            except FileNotFoundError:
-                current = False
-            if current:  # else the holder before us removed the folder while we waited
-                yield
-                return
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of `folder`."""
-    try:
-        with (folder / LOCK_NAME).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

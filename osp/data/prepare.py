@@ -40,28 +40,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from osp.config import DataConfig, TokenizerConfig, UserError
+from osp.config import DataConfig, TokenizerConfig
 from osp.data import sources
-from osp.data.manifest import (
-    FILE_NAME,
-    FORMAT,
-    Manifest,
-    Shard,
-    check_sizes,
-    load_manifest,
-    lock,
-    save_manifest,
-    write_atomically,
-)
+from osp.data.manifest import FILE_NAME, FORMAT, Manifest, Shard, check_sizes, load_manifest, save_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from osp.data.tokenizer import (
-    eos_id,
-    existing_tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-    vocab_size,
-)
+from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, tokenizer_hash, train_tokenizer, vocab_size
+from osp.errors import UserError
+from osp.files import lock, write_atomically
 
 BATCH_BYTES = 1 << 20  # text per task of a worker
 BATCH_DOCUMENTS = 1024

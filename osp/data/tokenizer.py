@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from osp.config import TokenizerConfig, UserError
+from osp.config import TokenizerConfig
+from osp.errors import UserError
 
 FILE_NAME = "tokenizer.json"
 HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable

@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from osp.config import COMPARISONS, MonitorConfig, UserError
-from osp.engine import is_main
+from osp.config import COMPARISONS, MonitorConfig
+from osp.distributed import is_main
+from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
-from osp.evaluation.language_model import LanguageModel, find_model
-from osp.evaluation.measure import (
+from osp.evaluation.evaluate import (
     Inputs,
     Result,
     calibration_rows,
@@ -24,10 +24,11 @@ from osp.evaluation.measure import (
     start,
     write_record,
 )
-from osp.evaluation.quantized import quantized
-from osp.evaluation.spec import QuantSpec, check_spec
+from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import Rows, probe
-from osp.run import environment
+from osp.quant.apply import quantized
+from osp.quant.spec import QuantSpec, check_spec
+from osp.run.folder import environment
 from osp.tables import markdown_table
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from osp.config import AT_LEAST_1, AT_LEAST_2, Count, CountOrZero, at_most
-from osp.evaluation.spec import QuantSpec
+from osp.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from osp.distributed import add_up, batches_by_tokens, my_share
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.ranks import add_up, batches_by_tokens, my_share
-from osp.generate import stream
+from osp.model.generate import stream
 
 
 class Wanted(NamedTuple):

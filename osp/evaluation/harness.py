@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from osp.config import UserError
+from osp.errors import UserError
 from osp.evaluation.greedy import Wanted, greedy_texts
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.tasks import Pair, Row, TaskResult, likelihoods, score_rows

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from osp.checkpoint import Checkpoint, find, load_model
-from osp.config import Config, UserError, from_dict
+from osp.config import Config, from_dict
 from osp.data import load_tokenizer
 from osp.data.tokenizer import eos_id
-from osp.evaluation.ranks import device_of
-from osp.hf import check_vocabulary, is_hf, load_hf, load_hf_tokenizer
-from osp.model import Transformer
+from osp.distributed import device_of
+from osp.errors import UserError
+from osp.model.hf_llama import check_vocabulary, is_hf, load_hf, load_hf_tokenizer
+from osp.model.transformer import Transformer
+from osp.run.checkpoint import Checkpoint, find, load_model
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LanguageModel:
     config: Config | None = None  # of the run that trained it; None: a Hugging Face folder
     run: Path | None = None  # its folder
     step: int | None = None  # of the checkpoint
-    conversion: dict[str, Any] | None = None  # what osp.conversion wrote into the checkpoint; None: it did not make it
+    conversion: dict[str, Any] | None = None  # what scripts/convert.py wrote into the checkpoint
 
     @property
     def device(self) -> torch.device:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osp.config import UserError
-from osp.evaluation.ranks import add_up, device_of, my_share
-from osp.loss import IGNORE
-from osp.model import Transformer
+from osp.distributed import add_up, device_of, my_share
+from osp.errors import UserError
+from osp.model.loss import IGNORE
+from osp.model.transformer import Transformer
 
 
 @dataclass(frozen=True)

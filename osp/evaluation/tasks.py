@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osp.config import UserError
+from osp.distributed import add_up, batches_by_tokens, my_share
+from osp.errors import UserError
 from osp.evaluation.greedy import Wanted, greedy_texts
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.ranks import add_up, batches_by_tokens, my_share
 
 FEWSHOT_DELIMITER = "\n\n"
 ANSWER_TOKENS, REASONING_TOKENS = 32, 256  # that an answer may have, without and with a chain of thought

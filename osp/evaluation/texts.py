@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from osp.checkpoint import Checkpoint, find
-from osp.config import SourceConfig, UserError, from_dict
+from osp.config import SourceConfig, from_dict
 from osp.data import Shards, documents, holds_documents, prepare, token_bytes, tokenizer_hash
+from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
+from osp.run.checkpoint import Checkpoint, find
 
 WIKITEXT2 = "wikitext2"
 HELD_OUT = "held_out"

@@ -13,10 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from osp.config import Config
-from osp.growth import growth, since
-from osp.model import Linear, Transformer
+from osp.model.transformer import Linear, Transformer
 from osp.monitor.probe import Rows, SiteReading, row_norms
 from osp.optim import build_schedule, groups_of
+from osp.run.history import growth, since
 
 CONTEXT = 8  # tokens of text shown before the one that an outlier sits on
 SHOWN_WRITERS = 4  # of the matrices that write a channel of the residual stream

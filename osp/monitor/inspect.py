@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from osp.checkpoint import Checkpoint, find, load_model
-from osp.config import Config, MonitorConfig, UserError
+from osp.config import Config, MonitorConfig
 from osp.data import load_tokenizer, shard_folder
-from osp.growth import growth, since
+from osp.errors import UserError
+from osp.files import read_lines
 from osp.monitor.forensics import bundle, site_record, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_rows
 from osp.monitor.probe import Reading, Rows, probe
-from osp.run import read_lines
+from osp.run.checkpoint import Checkpoint, find, load_model
+from osp.run.history import growth, since
 
 SHOWN = 20  # sites of the table
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from osp.config import Config, UserError
+from osp.config import Config
 from osp.data import load_tokenizer, validation_batches
-from osp.engine import on_main
-from osp.logger import Lines, Logger, drop_after
-from osp.model import Transformer
+from osp.distributed import on_main
+from osp.errors import UserError
+from osp.files import read_lines
+from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
 from osp.monitor.forensics import bundle, site_record, write_bundle
 from osp.monitor.probe import Reading, Rows, probe
-from osp.run import read_lines
+from osp.run.logger import Lines, Logger, drop_after
 
 PROBES = "probes.jsonl"
 FORENSICS = "forensics"

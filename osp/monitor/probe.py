@@ -23,13 +23,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.attention import document_mask
 from osp.config import MonitorConfig, Site, Statistic
-from osp.model import Block, Linear, Transformer
+from osp.model.attention import document_mask
+from osp.model.norms import BHyT, Carry, Norm
+from osp.model.transformer import Block, Linear, Transformer
 from osp.monitor import statistics as st
 from osp.monitor.statistics import Sample
-from osp.norms import BHyT, Carry, Norm
-from osp.quantize import fake_quantize_activation, fake_quantize_weight
+from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
 
 BITS = 4  # of weights and activations in R_L
 VAR_ERROR = "bhyt/var_error"

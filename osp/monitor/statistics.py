@@ -248,7 +248,7 @@ def attention_statistics(
     themselves have no choice and are left out. Strength of the sink = sum / number.
 
     q: (T, H, K), k: (T, G, K) after RoPE; mask: (T, T) bool, None: causal. off_by_one: as in
-    `osp.attention.causal_attention`. fp32, a few heads at a time.
+    `osp.model.attention.causal_attention`. fp32, a few heads at a time.
     """
     length, num_heads, head_dim = q.shape
     if mask is None:

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from osp.config import ROLES, Heads, OptimizerConfig, UserError
+from osp.config import ROLES, Heads, OptimizerConfig
+from osp.errors import UserError
 from osp.optim.muon import COEFFICIENTS
 from osp.tables import text_table
 

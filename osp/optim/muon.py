@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osp.config import Heads, UserError
-from osp.precision import native_bf16
+from osp.config import Heads
+from osp.device import native_bf16
+from osp.errors import UserError
 
 Triple = tuple[float, float, float]
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable
 
-from osp.config import ScheduleConfig, UserError, length_in_steps
+from osp.config import ScheduleConfig, length_in_steps
+from osp.errors import UserError
 
 
 def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> Callable[[int], float]:

@@ -1,6 +1,6 @@
 """Bytes that one rank holds, part by part, from shapes alone: those of DeepSpeed, of our optimizer and of autograd.
 
-The parts are those of DeepSpeed 0.19 with fp32 weights and gradients, as `osp.engine` sets it up; tests hold them
+The parts are those of DeepSpeed 0.19 with fp32 weights and gradients, as `osp.train.engine` sets it up; tests hold them
 against the tensors of a running engine. B micro batch, T tokens of a row, D hidden, V vocabulary, W ranks.
 """
 
@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from osp.config import Config
-from osp.engine import deepspeed_config
-from osp.model import Block, CausalAttention, Transformer
+from osp.model.transformer import Block, CausalAttention, Transformer
 from osp.optim.groups import Group
 from osp.optim.muon import whole_shape
 from osp.optim.optimizer import STATE_NAMES
 from osp.optim.zero import Batch, flat_size, rank_intervals
+from osp.train.engine import deepspeed_config
 
 FP32 = 4  # bytes
 # DeepSpeed's stage3_param_persistence_threshold, _max_live_parameters and _prefetch_bucket_size, in elements

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from osp.checkpoint import checkpoint_bytes
-from osp.config import Config, MachineConfig, PlanConfig, UserError
-from osp.model import count_parameters, flops_per_token
+from osp.config import Config, MachineConfig, PlanConfig
+from osp.device import compute_dtype, peak_tflops_of
+from osp.errors import UserError
+from osp.model.transformer import count_parameters, flops_per_token
 from osp.optim import groups_of
 from osp.optim.muon import newton_schulz_dtype
 from osp.optim.optimizer import STATE_NAMES
 from osp.plan.memory import Memory, activations, memory
 from osp.plan.work import GIGA, GroupWork, StepTime, Traffic, batches_of, group_work, step_time, traffic
-from osp.precision import compute_dtype, peak_tflops_of
-from osp.train import SECONDS_TO_KILL, resolve
-from osp.trainer import meta_model, micro_batch_size
+from osp.run.checkpoint import checkpoint_bytes
+from osp.train.setup import SECONDS_TO_KILL, resolve
+from osp.train.trainer import meta_model, micro_batch_size
 
 STAGES = (1, 2, 3)
 

@@ -8,7 +8,7 @@ from osp.config import to_dict
 from osp.plan.plan import STAGES, Plan, fits
 from osp.plan.work import GroupWork
 from osp.tables import text_table
-from osp.trainer import micro_batch_size
+from osp.train.trainer import micro_batch_size
 
 GIB = 2**30
 PARTS = {

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from osp.config import FREE, leaves
-from osp.growth import growth, since
 from osp.report.downsample import averaged, envelope, grid, rounded
-from osp.report.folder import Run, Series, Site, site_of
+from osp.run.history import growth, since
+from osp.run.read import Run, Series, Site, site_of
 
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
 HISTOGRAMS = 40  # probes shown as histograms
@@ -215,7 +215,7 @@ def differences_between(runs: list[Run]) -> dict[str, list[Any]]:
 def labels(runs: list[Run]) -> list[str]:
     """The legend: for each run the configuration that sets it apart, `optimizer.lr=0.01, norm.name=ssnorm`.
 
-    What changes neither model nor learning (`osp.run.FREE`) is named only where nothing else differs, and the name of
+    What changes neither model nor learning (`FREE`) is named only where nothing else differs, and the name of
     the run where nothing differs at all.
     """
     if len(runs) == 1:
@@ -333,7 +333,7 @@ def _spread(items: list[Any], count: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Outlier:
-    """The largest value of a site in the last probe, its channel, and since when that has been large (osp.growth)."""
+    """The largest value of a site in the last probe, its channel, and since when that has been large."""
 
     site: str
     value: float

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from osp.report.folder import Series, Site
+from osp.run.read import Series, Site
 
 
 def envelope(series: Series, buckets: int) -> Series:

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from osp.config import FREE, UserError
+from osp.config import FREE
+from osp.errors import UserError
 from osp.report import charts
 from osp.report.charts import ATTENTION, KINDS, LINES, STATISTICS, WEIGHTS, Lines
-from osp.report.evaluations import Ablation, Comparison
-from osp.report.folder import Run, read_run
+from osp.run.evaluations import Ablation, Comparison
+from osp.run.read import Run, read_run
 
 HERE = Path(__file__).parent
 SECTIONS = {

@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from osp.config import UserError
+from osp.errors import UserError
 from osp.report.charts import worst
-from osp.report.folder import Run, Series, read_run
+from osp.run.read import Run, Series, read_run
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = {  # metric: its name here, and how its value is written

@@ -17,8 +17,9 @@ from osp.ablation.ablation import ablate
 from osp.ablation.config import AblationConfig
 from osp.ablation.execute import last_step
 from osp.ablation.runs import plan
-from osp.config import Config, RunError, StoppedError, build, from_dict
-from osp.train import train
+from osp.config import Config, build, from_dict
+from osp.errors import RunError, StoppedError
+from osp.train.setup import train
 from tests.conftest import ROOT, losses, overrides_of
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -11,7 +11,8 @@ import pytest
 from osp.ablation.config import AblationConfig, check_ablation, parse_rows, settings_of
 from osp.ablation.execute import slots
 from osp.ablation.runs import plan
-from osp.config import UserError, build
+from osp.config import build
+from osp.errors import UserError
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from osp.config import DataConfig, TokenizerConfig, UserError, from_dict
+from osp.config import DataConfig, TokenizerConfig, from_dict
+from osp.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 INCOMPLETE = {"data/text": "data.paths is empty", "data/hf": "data.dataset is not set", "tokenizer/file": "FILE"}

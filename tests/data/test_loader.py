@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from osp.config import UserError
 from osp.data import Batch, Loader, Shards, check_rows_per_step, load_manifest, loader, validation_batches
 from osp.data.loader import Rows, number_documents
-from osp.data.manifest import Manifest, lock, save_manifest
+from osp.data.manifest import Manifest, save_manifest
+from osp.errors import UserError
+from osp.files import lock
 
 SEQ_LEN = 37
 ROWS_PER_STEP = 24

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osp.config import DataConfig, TokenizerConfig, UserError
+from osp.config import DataConfig, TokenizerConfig
 from osp.data import Loader, load_manifest, load_tokenizer, prepare, shard_folder, start, tokenizer_hash, verify
-from osp.data.manifest import is_locked
+from osp.errors import UserError
+from osp.files import is_locked
 
 # the package exports the function of the same name
 prepare_module = importlib.import_module("osp.data.prepare")

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from osp.config import DataConfig, TokenizerConfig, UserError
+from osp.config import DataConfig, TokenizerConfig
 from osp.data import load_manifest, prepare, shard_folder, verify
-from osp.data.manifest import is_locked
+from osp.errors import UserError
+from osp.files import is_locked
 from tests.data.test_prepare import contents, long_corpus, with_text
 
 fork = multiprocessing.get_context("fork")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from osp.config import DataConfig, SourceConfig, UserError
+from osp.config import DataConfig, SourceConfig
 from osp.data import documents
 from osp.data.sources import fingerprint, interleave
+from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 

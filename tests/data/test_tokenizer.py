@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from osp.config import TokenizerConfig, UserError
+from osp.config import TokenizerConfig
 from osp.data import load_tokenizer, token_bytes, tokenizer_hash
 from osp.data.tokenizer import existing_tokenizer, spec_hash, train_tokenizer, vocab_size
+from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data/tokenizers"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")

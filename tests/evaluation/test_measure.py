@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from osp.config import NormConfig, UserError
+from osp.config import NormConfig
+from osp.errors import UserError
 from osp.evaluation.compare import COLUMNS, Score, compare_one, markdown, script_kurtosis, table_4_specs
 from osp.evaluation.config import CompareConfig, EvaluateConfig
-from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.measure import (
+from osp.evaluation.evaluate import (
     Ablation,
     SiteCost,
     ablation_table,
@@ -31,11 +31,12 @@ from osp.evaluation.measure import (
     results_table,
     write_record,
 )
+from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import perplexity
-from osp.evaluation.quantized import quantized
-from osp.evaluation.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec, spec_from_dict
 from osp.evaluation.texts import encode, read_text
-from osp.model import build_model
+from osp.model.transformer import build_model
+from osp.quant.apply import quantized
+from osp.quant.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec, spec_from_dict
 from tests.conftest import ROOT, made_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -223,7 +224,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             "compare": (compare.main, CompareConfig, "paths"),
         }[name]
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("osp.engine.shutdown", lambda: None)
+        monkeypatch.setattr("osp.distributed.shutdown", lambda: None)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         with pytest.raises(SystemExit) as stop:
             entry.run(main, name, defaults=dataclasses.asdict(kind()), positional=key)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from osp.config import UserError
 from osp.data import load_tokenizer
+from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Perplexity, Text, perplexity
 from osp.evaluation.texts import encode, read_text, wikitext, wikitext_rows

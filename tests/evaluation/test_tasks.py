@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from osp.config import UserError
+from osp.distributed import batches_by_tokens
+from osp.errors import UserError
 from osp.evaluation.harness import PAPER_TEN, HarnessModel, as_harness, evaluate_harness
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.ranks import batches_by_tokens
 from osp.evaluation.tasks import (
     Item,
     Likelihood,

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from osp.growth import growth, since
 from osp.monitor.forensics import behind
+from osp.run.history import growth, since
 from tests.monitor import workers
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from osp.config import Config, UserError, from_dict
-from osp.engine import Engine
+from osp.config import Config, from_dict
+from osp.errors import UserError
 from osp.monitor import inspect
-from osp.train import train
+from osp.train.engine import Engine
+from osp.train.setup import train
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))

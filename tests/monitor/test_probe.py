@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from osp.config import MonitorConfig
-from osp.model import Block, Transformer
+from osp.model.transformer import Block, Transformer
 from osp.monitor.probe import Reading, probe, site_names
-from osp.quantize import fake_quantize_activation, fake_quantize_weight
+from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
 from tests.distributed import run_distributed
 from tests.monitor import workers
 from tests.monitor.test_statistics import naive

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from osp.checkpoint import load_model
 from osp.config import Config, to_dict
 from osp.data import load_tokenizer, shard_folder
-from osp.model import build_model
+from osp.files import read_lines
+from osp.model.transformer import build_model
 from osp.monitor import probe
 from osp.monitor.monitor import held_out_rows
-from osp.run import read_lines
-from osp.train import train
+from osp.run.checkpoint import load_model
+from osp.train.setup import train
 from tests.conftest import losses, read_metrics
 from tests.distributed import run_distributed
 from tests.monitor import workers
-from tests.test_trainer import interrupt_after
+from tests.train.test_trainer import interrupt_after
 
 Tiny = Callable[..., Config]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from osp.config import AlertConfig, Config, ModelConfig, MonitorConfig, NormConfig, from_dict
-from osp.model import Block, Transformer, build_model
+from osp.model.transformer import Block, Transformer, build_model
 from osp.monitor.alerts import Alerts
 from osp.monitor.forensics import bundle
 from osp.monitor.probe import Reading, Rows, probe
-from osp.train import train
+from osp.train.setup import train
 
 FULL = MonitorConfig(sites="all", statistics="all")
 LAYER, MARKED = 1, 7  # the layer of the outlier, and the residual channel by which it knows its token

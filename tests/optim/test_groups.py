@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from osp.config import OptimizerConfig, UserError
+from osp.config import OptimizerConfig
+from osp.errors import UserError
 from osp.optim import build_groups, collect_roles, describe_groups
 from tests.optim.reference import Model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import UserError
+from osp.errors import UserError
 from osp.optim import COEFFICIENTS, newton_schulz, newton_schulz_dtype
 from osp.optim.muon import newton_schulz_flops, unit_vectors, update_scale
 

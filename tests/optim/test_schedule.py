@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from osp.config import ScheduleConfig, UserError
+from osp.config import ScheduleConfig
+from osp.errors import UserError
 from osp.optim import build_schedule
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig
-from osp.engine import Engine, deepspeed_config, on_main
-from osp.model import build_model
+from osp.distributed import on_main
+from osp.model.transformer import build_model
+from osp.train.engine import Engine, deepspeed_config
 from tests.optim.reference import ROWS, Model, batch, factor
 
 STEPS, CLIP, LR, ADAM_LR, DECAY = 5, 0.05, 0.02, 0.03, 0.1
@@ -26,7 +27,7 @@ def in_parts(**settings: Any) -> dict[str, Any]:
 def build(stage: int, accumulation: int, *, clip: float = CLIP, config: OptimizerConfig = CONFIG) -> Engine:
     """`Engine` of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
     rows = ROWS // accumulation // torch.distributed.get_world_size()
-    with patch("osp.engine.deepspeed_config", in_parts if stage == 3 and accumulation > 1 else deepspeed_config):
+    with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 and accumulation > 1 else deepspeed_config):
         return Engine(
             Model(),
             config,
@@ -111,7 +112,7 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
     """Gradient norms of loss and penalty of one step over two micro batches; with checkpointing above stage 1."""
     model = build_model(PENALIZED, seed=0)
     model.activation_checkpointing = stage > 1
-    with patch("osp.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
+    with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
         engine = Engine(
             model,
             CONFIG,
@@ -135,7 +136,7 @@ BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2,
 def bhyt_constants(stage: int) -> list[float]:
     """BHyT's constants after a refresh of forgotten ones; under ZeRO-3 every weight is in parts before."""
     model = build_model(dataclasses.replace(BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2), seed=0)
-    with patch("osp.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
+    with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
         engine = Engine(
             model,
             CONFIG,

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from osp.config import Config, Heads, MachineConfig, ModelConfig, OptimizerConfig, PlanConfig
-from osp.model import Transformer
+from osp.device import compute_dtype
+from osp.model.transformer import Transformer
 from osp.optim import PartitionedOptimizer, build_groups
 from osp.plan import Plan, make_plan
 from osp.plan.memory import Activations, activations, kept, peak, update_bytes
-from osp.precision import compute_dtype
-from osp.trainer import meta_model
+from osp.train.trainer import meta_model
 from tests.distributed import run_distributed
 from tests.plan import workers
 
@@ -116,7 +116,7 @@ def both(settings: Config, *, compiled: bool = False) -> Activations:
 
 def test_activations_of_a_cpu_are_those_that_autograd_keeps_there() -> None:
     """The planned bytes against the same hooks on a real forward pass, with the CPU's own attention."""
-    from osp.model import build_model
+    from osp.model.transformer import build_model
 
     settings = config(1, seq_len=64)
     model, ids = build_model(MODEL, seed=0), torch.zeros(4, 64, dtype=torch.long)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from osp.config import Config, MachineConfig, PlanConfig, UserError
+from osp.config import Config, MachineConfig, PlanConfig
+from osp.errors import UserError
 from osp.plan import make_plan
-from osp.train import resolve
+from osp.train.setup import resolve
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -145,7 +146,7 @@ def test_mistake_is_one_line(arguments: str, message: str, error_of: Callable[..
 
 def test_nothing_is_started(typed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """No process group, no data, no memory for a model."""
-    monkeypatch.setattr("osp.engine.init_distributed", lambda *_, **__: pytest.fail("a process group"))
-    monkeypatch.setattr("osp.model.Transformer.init_weights", lambda *_: pytest.fail("weights"))
-    monkeypatch.setattr("osp.train.start", lambda *_, **__: pytest.fail("data"))
+    monkeypatch.setattr("osp.distributed.init_distributed", lambda *_, **__: pytest.fail("a process group"))
+    monkeypatch.setattr("osp.model.transformer.Transformer.init_weights", lambda *_: pytest.fail("weights"))
+    monkeypatch.setattr("osp.train.setup.start", lambda *_, **__: pytest.fail("data"))
     assert "expected" in typed(*SMALL, "world_size=4")

@@ -19,7 +19,7 @@ from osp.optim import build_groups, newton_schulz
 from osp.optim.groups import Group
 from osp.optim.zero import Batch, batches, flat_size, interval_table
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
-from osp.trainer import meta_model
+from osp.train.trainer import meta_model
 from tests.conftest import ROOT
 
 SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the matrices of the blocks, and the gains

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from osp.checkpoint import Saver
 from osp.config import Config
-from osp.engine import Engine, gather_objects
-from osp.train import build_engine
-from osp.trainer import micro_batch_size
+from osp.distributed import gather_objects
+from osp.run.checkpoint import Saver
+from osp.train.engine import Engine
+from osp.train.setup import build_engine
+from osp.train.trainer import micro_batch_size
 
 
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -1,0 +1,213 @@
+"""The ranks of a run: starting them, talking to each other, noticing a dead one, sharing rows of an evaluation."""
+
+import logging
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore  # dist.HashStore, which torch's stubs leave out
+from tqdm import tqdm
+
+from osp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: float = 1800) -> torch.device:
+    """The device of this rank, after starting torch's process group (NCCL on CUDA, gloo on CPU) and DeepSpeed on it.
+
+    Ranks come from the launcher's RANK, WORLD_SIZE and LOCAL_RANK; without them this is the only process, which needs
+    no port that another job on the host could hold.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but torch finds no GPU here; set engine.device=cpu")
+    # the number the launcher started here, so that every rank refuses and none waits for the others
+    num_ranks = max(local_rank + 1, local_ranks())
+    if device == "cuda" and num_ranks > torch.cuda.device_count():
+        raise UserError(
+            f"{num_ranks} ranks on a host with {torch.cuda.device_count()} GPUs; start at most that many processes "
+            f"per host (deepspeed --num_gpus, torchrun --nproc-per-node), or set engine.device=cpu"
+        )
+    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
+    os.environ["DS_ACCELERATOR"] = device  # else DeepSpeed takes a GPU it finds, or warns that it finds none
+    import deepspeed
+
+    deepspeed_logger().setLevel(logging.WARNING)
+    # an optional shared-memory all-reduce for CPU ranks: building it takes a compiler and the better part of a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch renames collectives that DeepSpeed calls at every step
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    return place
+
+
+class Peers:
+    """The ranks of this run, watched from here so that none waits for a dead one for ever.
+
+    A rank on this host is dead when its process is gone. Of other hosts only the connection tells, at once on gloo,
+    after the process group's timeout on NCCL.
+    """
+
+    POLL_SECONDS = 2.0
+    GRACE_SECONDS = 10.0  # for the collective in progress to fail by itself, which says the same with less force
+
+    def __init__(self) -> None:
+        """Collective."""
+        self._all: list[tuple[str, int]] = gather_objects((socket.gethostname(), os.getpid()))
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="osp-peers")
+
+    def watch(self) -> None:
+        """End this process if a rank of this host dies before `dismiss`."""
+        if len(self._all) > 1:
+            self._thread.start()
+
+    def dismiss(self) -> None:
+        """From here on ranks end as they please. All ranks are through their last collective when they call it."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()  # which looks at processes and waits for the event, no more
+
+    def dead(self, *, seconds: float = 0.0) -> list[int]:
+        """Ranks of this host whose process is gone, looked for as long as `seconds` if there are none."""
+        until = time.monotonic() + seconds
+        while True:
+            here = socket.gethostname()
+            dead = [rank for rank, (host, pid) in enumerate(self._all) if host == here and not _alive(pid)]
+            if dead or time.monotonic() > until:
+                return dead
+            time.sleep(0.1)
+
+    def describe(self, ranks: list[int]) -> str:
+        """`rank 1 (process 4711 on node7) has died`, for several ranks too; or that one elsewhere must have."""
+        if not ranks:
+            return "the connection to another rank broke; the first error is in the log of the host where a rank died"
+        names = ", ".join(f"rank {r} (process {self._all[r][1]} on {self._all[r][0]})" for r in ranks)
+        return f"{names} {'has' if len(ranks) == 1 else 'have'} died"
+
+    def _watch(self) -> None:
+        while not self._end.wait(self.POLL_SECONDS):
+            if dead := self.dead():
+                if not self._end.wait(self.GRACE_SECONDS):
+                    log.error("error: %s; this rank ends too", self.describe(dead))
+                    os._exit(1)
+                return
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed because another rank did not answer."""
+    text = str(error)
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def local_ranks() -> int:
+    """Number of ranks the launcher started on this host: torchrun's or deepspeed's variable, 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def shutdown() -> None:
+    """End the process group: the last thing a process does, for DeepSpeed cannot begin a second one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """The result of `action`, run on rank 0 alone; its `UserError` is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in order, on every rank."""
+    values = [value]
+    if dist.get_world_size() > 1:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def deepspeed_logger() -> logging.Logger:
+    from deepspeed.utils import logger
+
+    return logger
+
+
+def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of the rows of every batch: longest rows first, each batch at most `batch_tokens` with its padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def my_share(batches: Sequence[T], *, what: str, progress: bool) -> Iterator[tuple[int, T]]:
+    """(number, batch) of this rank; with `progress`, rank 0 shows how far it is and the time left."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    numbers = range(rank, len(batches), world_size)
+    for number in tqdm(numbers, desc=what, unit="batch", leave=False, disable=not progress or rank > 0):
+        yield number, batches[number]
+
+
+def add_up(results: Tensor) -> Tensor:
+    """The sum over all ranks, on every rank; in place. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(results)
+    return results
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model computes."""
+    return next(model.parameters()).device

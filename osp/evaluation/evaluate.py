@@ -1,0 +1,364 @@
+"""`scripts/evaluate.py`: texts and tasks of one model under one quantization, as a table and as JSON."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from osp.config import EVALUATIONS
+from osp.device import choose_device, native_bf16, prepare_cpu
+from osp.distributed import init_distributed, is_main, local_ranks
+from osp.errors import UserError
+from osp.evaluation.config import EvaluateConfig, MeasureConfig
+from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_harness, require_harness
+from osp.evaluation.language_model import LanguageModel, open_model
+from osp.evaluation.perplexity import Perplexity, Text, perplexity
+from osp.evaluation.tasks import Task, TaskResult, evaluate_task, load_task
+from osp.evaluation.texts import HELD_OUT, read_text, training_text
+from osp.files import write_text
+from osp.model.transformer import Transformer
+from osp.quant.apply import draw_calibration, propagated_error, quantized
+from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
+from osp.run.folder import environment
+
+# OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are not among them
+PAPER_TASKS = {
+    "arc_easy": 0,
+    "arc_challenge": 0,
+    "commonsense_qa": 0,
+    "gsm8k": 8,
+    "openbook_qa": 0,
+    "piqa": 0,
+    "siqa": 0,
+    "triviaqa_sm_sub": 5,
+    "winogrande": 0,
+}
+LONGEST_WINDOW = 2048  # tokens; what papers take perplexity at
+LIVE_BITS = "4-4-4"
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table."""
+
+    what: str  # text or task, and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`
+    metric: str
+    value: float
+    stderr: float | None = None
+    truncated: int = 0  # contexts of a task that were too long for the model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is measured on, read before anything is computed."""
+
+    texts: tuple[Text, ...]
+    tasks: tuple[Task, ...]
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Perplexity with one site alone quantized, and with all but this one."""
+
+    site: str
+    alone: float
+    left_out: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What each site costs on one text, and how far hidden states move (R_L, see `osp.quant.apply`)."""
+
+    text: str
+    unquantized: float
+    quantized: float
+    sites: tuple[SiteCost, ...]
+    layer_errors: tuple[float, ...]
+    last_error: float
+
+
+def start(path: str, config: MeasureConfig) -> LanguageModel:
+    """The model at `path` on the device of this rank; joins the ranks that a launcher started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        device = init_distributed(config.device)
+    else:
+        device = choose_device(config.device)
+    if device.type == "cpu":
+        prepare_cpu(config.threads, local_ranks=local_ranks())
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and native_bf16(device))
+    return open_model(path, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def evaluate(subject: LanguageModel, config: EvaluateConfig) -> tuple[list[Result], Ablation | None, dict[str, Any]]:
+    """(results, the ablation if asked for, both and all they depend on as JSON); every rank calls it."""
+    check_spec(config.quant, subject.model.config)
+    prepare_out(config)
+    inputs = read_inputs(subject, config)
+    if config.ablate and (not inputs.texts or config.quant.is_identity):
+        raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
+    calibration = calibration_rows(subject, config.quant, inputs)
+    # hashed while the weights are those of the file
+    record = _record(subject, config, inputs)
+    with quantized(subject.model, config.quant, calibration=calibration, progress=config.progress and is_main()):
+        results = measure(subject, config, inputs)
+    ablation = ablate(subject, config, inputs, calibration) if config.ablate else None
+    record["results"] = [dataclasses.asdict(result) for result in results]
+    record["ablation"] = dataclasses.asdict(ablation) if ablation else None
+    return results, ablation, record
+
+
+def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
+    """Texts and tasks of `config`; a run measured on nothing else is measured on its held-out split."""
+    names = config.texts
+    if not (names or config.tasks or config.lm_eval):
+        if subject.config is None:
+            raise UserError("nothing to measure; name texts=[wikitext2] or files, tasks=[...] or lm_eval=[...]")
+        names = (HELD_OUT,)
+    for name in config.lm_eval:
+        if name == "paper" or name.endswith(".jsonl"):
+            raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
+    if config.lm_eval:
+        require_harness()
+    tasks = tuple(load_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config))
+    texts = tuple(read_text(name, subject, text_field=config.text_field) for name in names)
+    return Inputs(texts, tasks, seq_len=config.seq_len or window_length(subject))
+
+
+def window_length(subject: LanguageModel) -> int:
+    """Tokens of a window where none are asked for: what the model was trained at, `LONGEST_WINDOW` at most."""
+    trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
+    return min(LONGEST_WINDOW, trained)
+
+
+def calibration_rows(subject: LanguageModel, spec: QuantSpec, inputs: Inputs) -> Tensor | None:
+    """The calibration rows that `spec` asks for; None if it needs none. Never of a text that is measured."""
+    if not spec.needs_calibration:
+        return None
+    if spec.calibration == "train":
+        tokens = training_text(subject)
+    else:
+        text = read_text(spec.calibration, subject)
+        if any(text.sha256 == measured.sha256 for measured in inputs.texts):
+            raise UserError(f"quant.calibration={spec.calibration} is a text that is measured; name another one")
+        tokens = text.tokens
+    return draw_calibration(tokens, spec, seq_len=inputs.seq_len).to(subject.device)
+
+
+def measure(subject: LanguageModel, config: MeasureConfig, inputs: Inputs) -> list[Result]:
+    """All texts and tasks of the model as it is now, quantized or not."""
+    results: list[Result] = []
+    for text in inputs.texts:
+        found = text_perplexity(subject, config, inputs, text)
+        results += [
+            Result(found.name, "perplexity", found.perplexity),
+            Result(found.name, "bits per byte", found.bits_per_byte),
+        ]
+    scored = [
+        evaluate_task(subject, task, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
+        for task in inputs.tasks
+    ]
+    if config.lm_eval:
+        harness = HarnessModel(subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
+        tasks = {}
+        for name in config.lm_eval:
+            tasks |= PAPER_TEN if name == "paper_ten" else {name: config.num_fewshot}
+        scored += evaluate_harness(harness, tasks, limit=config.limit, include_path=config.lm_eval_dir)
+    return results + [line for result in scored for line in _lines(result)]
+
+
+def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Inputs, text: Text) -> Perplexity:
+    bos_id = subject.bos_id if config.bos else None
+    if config.bos and bos_id is None:
+        raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
+    return perplexity(
+        subject.model,
+        text,
+        seq_len=inputs.seq_len,
+        overlap=config.overlap,
+        bos_id=bos_id,
+        max_tokens=config.max_tokens,
+        batch_tokens=config.batch_tokens,
+        progress=config.progress,
+    )
+
+
+def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None) -> Ablation:
+    """Perplexity of the first text with each site of `config.quant` alone and without it; R_L on its first windows."""
+    spec, text = config.quant, inputs.texts[0]
+    active = active_sites(spec, subject.model.config)
+
+    quiet = dataclasses.replace(config, progress=False)
+
+    def at(sites: Collection[str]) -> float:
+        with quantized(subject.model, spec, calibration=calibration, sites=sites):
+            return text_perplexity(subject, quiet, inputs, text).perplexity
+
+    sites = [site for site in SITES if site in active]
+    shown = tqdm(sites, desc="sites", unit="site", leave=False, disable=not (config.progress and is_main()))
+    costs = tuple(SiteCost(site, alone=at({site}), left_out=at(active - {site})) for site in shown)
+    number = max(1, config.batch_tokens // inputs.seq_len)
+    windows = text.tokens[: len(text.tokens) // inputs.seq_len * inputs.seq_len].view(-1, inputs.seq_len)[:number]
+    windows = windows if len(windows) else text.tokens[None]
+    error = propagated_error(subject.model, spec, windows, calibration=calibration)
+    return Ablation(text.name, at(()), at(active), costs, tuple(error.layers), error.last)
+
+
+def live_perplexity(
+    model: Transformer, text: Text, *, seq_len: int, spec: QuantSpec | None = None, batch_tokens: int = 8192
+) -> dict[str, float]:
+    """`quant/perplexity/16-16-16` and the same of `spec` (OSP's 4-4-4), of a model in training on a fixed text.
+
+    Every rank calls it with the whole model (under ZeRO-3 inside `gathered_parameters`); weights are the same bits
+    afterwards.
+    """
+    spec = spec or QuantSpec().at(LIVE_BITS)
+    was_training = model.training
+    model.eval()
+    try:
+        found = {}
+        for each in (QuantSpec(), spec):
+            with quantized(model, each):
+                value = perplexity(model, text, seq_len=seq_len, batch_tokens=batch_tokens).perplexity
+            found[f"quant/perplexity/{each.bits}"] = value
+        return found
+    finally:
+        model.train(was_training)
+
+
+def record_name(record: dict[str, Any]) -> str:
+    """The name of a record: its step, quantization, and a hash of what was measured on what, so that others stay."""
+    measured = [[result["what"], result["metric"]] for result in record["results"]]
+    subject = [measured, record["texts"], record["tasks"], bool(record["ablation"])]
+    digest = hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:8]
+    return f"step_{record['model']['step'] or 0:08d}-{record['quant']['hash']}-{digest}"
+
+
+def prepare_out(config: MeasureConfig) -> None:
+    """Make the folder of `out`; `UserError` if nothing can be written there, which is better known before the work."""
+    if config.out is None:
+        return
+    path = Path(config.out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"out={path}: {path.parent} is no folder; name a JSON file") from error
+    except OSError as error:
+        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"out={path}: {'is a folder' if path.is_dir() else 'cannot write there'}; name a JSON file")
+
+
+def write_record(subject: LanguageModel, config: MeasureConfig, record: dict[str, Any], name: str) -> Path | None:
+    """Write the JSON where `out` says, or into the run under `name`; the file, None if there is no place for it.
+
+    Rank 0 alone writes.
+    """
+    if config.out is None and subject.run is None:
+        return None
+    path = Path(config.out) if config.out else Path(subject.run or "") / EVALUATIONS / f"{name}.json"
+    if is_main():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # `evaluation` of a run
+            write_text(path, json.dumps(finite(record), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+    return path
+
+
+def results_table(subject: LanguageModel, spec: QuantSpec, results: list[Result]) -> str:
+    """Text: one line a result, the model and the quantization on top."""
+    names = [f"{result.what} {result.metric}" for result in results]
+    width = max(map(len, names))
+    lines = [
+        f"{name:<{width}}  {_number(result.value):>10}"
+        + ("" if result.stderr is None else f" ± {_number(result.stderr)}")
+        + (f"  ({result.truncated} contexts cut)" if result.truncated else "")
+        for name, result in zip(names, results, strict=True)
+    ]
+    return "\n".join([f"{subject.name}, {spec} [{spec.hash}]", *lines])
+
+
+def ablation_table(ablation: Ablation) -> str:
+    """Text: perplexities by site with a bar of the loss each one costs alone, and R_L by layer."""
+    costs = {cost.site: math.log(cost.alone) - math.log(ablation.unquantized) for cost in ablation.sites}
+    largest = max([1e-9, *filter(math.isfinite, costs.values())])
+    lines = [
+        f"perplexity of {ablation.text}: {_number(ablation.unquantized)} unquantized, "
+        f"{_number(ablation.quantized)} quantized",
+        f"{'site':<14}{'alone':>10}{'left out':>10}  nats per token that it costs alone",
+    ]
+    for cost in ablation.sites:
+        nats = costs[cost.site]
+        share = nats / largest if math.isfinite(nats) else float(nats == math.inf)
+        bar = "#" * max(0, round(BAR_WIDTH * share))
+        lines.append(f"{cost.site:<14}{_number(cost.alone):>10}{_number(cost.left_out):>10}  {bar} {nats:+.4f}")
+    lines.append("R_L, relative error of the residual stream after each block, and of the last norm")
+    for layer, error in enumerate(ablation.layer_errors):
+        lines.append(f"layer {layer:02d}  {error:.4f}")
+    lines.append(f"last norm {ablation.last_error:.4f}")
+    return "\n".join(lines)
+
+
+def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
+    """The files that `tasks` names and their numbers of examples; `paper` means those of OSP's ten in tasks_dir."""
+    folder = Path(config.tasks_dir)
+    files = []
+    for name in config.tasks:
+        if name == "paper":
+            paths = {folder / f"{task}.jsonl": shots for task, shots in PAPER_TASKS.items()}
+            found = [(path, shots) for path, shots in paths.items() if path.exists()]
+            if not found:
+                raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
+            files += found
+        else:
+            path = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
+            files.append((path, config.num_fewshot))
+    return files
+
+
+def _lines(result: TaskResult) -> list[Result]:
+    return [
+        Result(result.name, metric, value, result.stderr.get(metric), result.truncated)
+        for metric, value in result.scores.items()
+    ]
+
+
+def _record(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
+    """All that the numbers depend on."""
+    spec, machine = config.quant, environment()
+    return {
+        "model": {"name": subject.name, "path": str(subject.folder), "sha256": subject.sha256(), "step": subject.step},
+        "quant": {"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
+        "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in inputs.texts],
+        "tasks": [{"name": t.name, "sha256": t.sha256, "num_fewshot": t.num_fewshot} for t in inputs.tasks],
+        "config": {key: value for key, value in dataclasses.asdict(config).items() if key != "quant"},
+        "device": str(subject.device),
+        "dtype": str(subject.model.compute_dtype).removeprefix("torch."),
+        "commit": machine.pop("git"),
+        "environment": machine,
+    }
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"

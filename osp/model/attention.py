@@ -1,0 +1,131 @@
+"""Rotary positions, causal attention and its cache.
+
+B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osp.config import RopeScaling
+from osp.model.attention_cpu import BlockwiseAttention
+
+
+def rotary_table(
+    head_dim: int, length: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (length, head_dim / 2) fp32: pair i at position t turns by t * theta^(-2 i / head_dim).
+
+    scaling: slows some or all pairs down.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling is not None:
+        frequency = frequency * _slowing(frequency, scaling)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
+    return angle.cos(), angle.sin()
+
+
+def _slowing(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """What each frequency (head_dim / 2,) is multiplied by: 1 / factor, and up to 1 for fast ones with llama3."""
+    if scaling.rope_type == "linear":
+        return torch.full_like(frequency, 1 / scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) / scaling.factor + kept
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (B, T, H, K) rotated by position; pairs are (i, i + K/2), Hugging Face's half-split layout.
+
+    cos, sin: (T, K/2), or (B, T, K/2) where rows stand at different positions.
+    """
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # (..., T, 1, K/2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """(B, 1, T, T) bool, True where query t may see key s: s <= t and both in the same document.
+
+    document_ids: (B, T).
+    """
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
+) -> Tensor:
+    """(B, T, H, K) softmax(q k^T / sqrt(K)) v over the tokens that each query may see.
+
+    q: (B, T, H, K), k and v: (B, T, G, K) with H a multiple of G; mask as `document_mask` makes it, None: causal.
+    off_by_one: exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax, which lets a head attend to nothing without a token
+    as its sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
+    """
+    if off_by_one:
+        # The 1 is exp(0) of a key of zeros, whose value is zeros, before the first token. A query of zeros stands
+        # there too, whose output is dropped: SDPA's fast causal kernels want as many queries as keys.
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
+        mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        return causal_attention(q, k, v, mask)[:, 1:]
+    if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+        return BlockwiseAttention.apply(q, k, v)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+class LayerCache(NamedTuple):
+    """The part of a `KVCache` that one layer writes and reads."""
+
+    keys: Tensor  # (B, S, G, K)
+    values: Tensor  # (B, S, G, K)
+    rows: Tensor  # (B, 1) 0 to B - 1
+    positions: Tensor | None  # (B, T) of the new tokens; None: 0 to T - 1
+    width: int
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, G, K) of the new tokens; returns what their queries attend to."""
+        if self.positions is None:
+            self.keys[:, : k.shape[1]] = k
+            self.values[:, : v.shape[1]] = v
+            return k, v
+        self.keys[self.rows, self.positions] = k
+        self.values[self.rows, self.positions] = v
+        return self.keys[:, : self.width], self.values[:, : self.width]
+
+
+class KVCache:
+    """Keys and values (L, B, S, G, K) of the tokens that a model has read; slot s holds position s.
+
+    Allocated once, so that a pass of one token has the same shapes and addresses every time, as CUDA graphs need. The
+    first pass (`positions` None) reads prompts that all begin in slot 0. What follows a shorter one of them is
+    overwritten, slot by slot, as its row goes on, and until then lies behind every query of the row: unequal prompts
+    need neither padding masks nor shifted positions.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, device: torch.device):
+        # zeros: attention gives slots not yet written the weight 0, and 0 times whatever memory held may be nan
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(shape[1], device=device)[:, None]
+        self.positions: Tensor | None = None  # (B, T) of the tokens of the next pass; None: 0 to T - 1
+        self.width = shape[2]  # slots that the next pass reads: all, or as many as its largest position needs
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self.keys[index], self.values[index], self.rows, self.positions, self.width)
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """(B, 1, T, width) bool, True where the query at a position (B, T) may see a slot."""
+        return (torch.arange(self.width, device=self.keys.device) <= positions[..., None])[:, None]

@@ -1,0 +1,95 @@
+"""Conversions in place that leave the function of a model as it is."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from osp.model.norms import Norm, RMSNorm, SSNorm
+from osp.model.transformer import Block, Embedding, Linear, Transformer
+
+
+def fold_into_weights(model: Transformer) -> None:
+    """Move what a plain Llama has no place for into the weights: recentring, projections, scale of the embedding."""
+    bake_recentring(model)
+    absorb_projections(model)
+    fold_embedding_scale(model)
+
+
+@torch.no_grad()
+def absorb_projections(model: Transformer) -> None:
+    """Fold `embed_proj` into the embedding and `head_proj` into the head: E' = E W1^T and H' = H W2, products in fp64.
+
+    What is left is a plain Llama (OSP, arXiv 2506.19697, section 3); `model.config` says so too.
+    """
+    if isinstance(model.embed_proj, nn.Identity):
+        return
+    assert isinstance(model.embed_proj.weight, Tensor)
+    assert isinstance(model.head_proj.weight, Tensor)
+    embedding, head = model.embed_tokens.weight, model.lm_head.weight
+    embedding.data = (embedding.double() @ model.embed_proj.weight.double().T).to(embedding.dtype)
+    head.data = (head.double() @ model.head_proj.weight.double()).to(head.dtype)
+    model.embed_proj = model.head_proj = nn.Identity()
+    model.config = dataclasses.replace(model.config, embed_proj=False)
+
+
+@torch.no_grad()
+def bake_recentring(model: Transformer) -> None:
+    """Give the weights of a model with `recentre` the zero mean that its forward pass gives them."""
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding) and module.zero_mean:
+            weight, channels = module.weight, 0 if isinstance(module, Linear) else 1
+            weight.data = (weight.double() - weight.double().mean(channels, keepdim=True)).to(weight.dtype)
+            if isinstance(module, Linear) and module.bias is not None:
+                module.bias.data = (module.bias.double() - module.bias.double().mean()).to(module.bias.dtype)
+            module.zero_mean = False
+    model.config = dataclasses.replace(model.config, recentre=False)
+
+
+@torch.no_grad()
+def fold_embedding_scale(model: Transformer) -> None:
+    """Multiply the embedding by its learned scale (`norm.embed_scale`)."""
+    embedding = model.embed_tokens
+    if embedding.scale is None:
+        return
+    embedding.weight.data = (embedding.weight.double() * embedding.scale.double()).to(embedding.weight.dtype)
+    embedding.scale = None
+    norm = dataclasses.replace(model.config.norm, embed_scale=False)
+    model.config = dataclasses.replace(model.config, norm=norm)
+
+
+@torch.no_grad()
+def fold_norm_gains(model: Transformer) -> None:
+    """Fold the gains of RMSNorms and SSNorms into the matrices that read them, W' = W diag(g), and set them to 1.
+
+    The projections must have been absorbed: the head reads the last norm.
+    """
+    assert isinstance(model.head_proj, nn.Identity)
+    modules = dict(model.named_modules())
+    for _, norm, readers in residual_norms(model):
+        assert isinstance(norm, RMSNorm | SSNorm)
+        if norm.weight is None:
+            continue
+        for weight in (modules[name].weight for name in readers):
+            assert isinstance(weight, nn.Parameter)
+            weight.data = (weight.double() * norm.weight.double()).to(weight.dtype)
+        norm.weight.data = torch.ones_like(norm.weight)
+
+
+def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
+    """(D,) fp64: what a norm multiplies each channel by after its division, `norm.lns` included."""
+    weight = torch.ones(1) if norm.weight is None else norm.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().double().expand(hidden_size) * norm.output_scale
+
+
+def residual_norms(model: Transformer) -> Iterator[tuple[str, Norm, list[str]]]:
+    """Every norm of the residual stream: its name, itself, and the names of the matrices that read it."""
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer, Block)
+        attention = [f"layers.{i}.self_attn.{name}" for name in layer.self_attn.readers()]
+        mlp = [f"layers.{i}.mlp.{name}" for name in layer.mlp.readers()]
+        yield f"layers.{i}.input_layernorm", layer.input_layernorm, attention
+        yield f"layers.{i}.post_attention_layernorm", layer.post_attention_layernorm, mlp
+    yield "norm", model.norm, ["lm_head"]

@@ -1,0 +1,58 @@
+"""`train.precision=fp8`: the matrix products of the blocks in 8-bit floats, by torchao; on other devices emulated.
+
+In the three products of a linear layer x and W are e4m3 and the gradient of y is e5m2 (Micikevicius et al. 2022, arXiv
+2209.05433), each tensor divided by one scale that makes its largest value the format's largest: what one outlier takes
+from all others. Everything else is bf16 as with `precision=bf16`: embedding, projections of it, head, norms, attention,
+sums. Only training computes so. Validation, probes and what is stored see the model itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osp.errors import UserError
+
+MULTIPLE = 16  # of every side of a product, for the hardware's
+
+
+def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """x W^T with gradients, as a function of x (..., in) and W (out, in) of one dtype, which the result has too."""
+    product, mm, config = _torchao(emulate)
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        return product(x, weight.t(), mm, config)
+
+    return multiply
+
+
+def check_fp8(shapes: Mapping[str, Sequence[int]], tokens: int) -> None:
+    """Raise `UserError` unless the hardware can multiply these matrices with a micro batch of `tokens`."""
+    if tokens % MULTIPLE:
+        raise UserError(
+            f"train.precision=fp8 needs micro batches of a multiple of {MULTIPLE} tokens; train.micro_batch_size times "
+            f"train.seq_len is {tokens}"
+        )
+    for name, shape in shapes.items():
+        if any(size % MULTIPLE for size in shape):
+            raise UserError(
+                f"train.precision=fp8 needs matrices with sides of a multiple of {MULTIPLE}; {name} is "
+                f"{'x'.join(map(str, shape))}: change model.hidden_size or model.intermediate_size, or take "
+                "train.precision=bf16"
+            )
+
+
+@cache
+def _torchao(emulate: bool) -> tuple[Callable[..., Tensor], Any, Any]:
+    try:
+        public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
+    except ImportError as error:
+        raise UserError("train.precision=fp8 needs torchao: pip install 'osp[fp8]'") from error
+    config = public.Float8LinearConfig(emulate=emulate)
+    # its own layer has what its function needs, and the conversion mends torch.compile for it
+    plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")
+    layer = public.convert_to_float8_training(plain, config=config)
+    return linear.matmul_with_hp_or_float8_args.apply, layer.linear_mm_config, config

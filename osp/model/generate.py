@@ -1,0 +1,210 @@
+"""Text from a model: a static cache, one token per pass, and the choice of the next token.
+
+    for tokens in stream(model, [[1, 5, 7], [1, 9]], 100, sampling=Sampling(temperature=0.8)):
+        ...  # one token of each row, None where a row has ended
+
+A model that only generates is made ready by `prepare`; one in training generates as it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from osp.errors import UserError
+from osp.model.attention import KVCache
+from osp.model.fold import absorb_projections
+from osp.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: from softmax(logits / temperature) over the tokens that `top_k` and `top_p` leave."""
+
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int | None = None  # of the k most likely tokens
+    top_p: float = 1.0  # of the fewest most likely tokens whose probabilities, after top_k, sum to this or more
+    seed: int = 0
+
+
+@torch.no_grad()
+def prepare(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """`model` made ready, in place, to generate in `dtype`: all that does not depend on the text is done once.
+
+    Recentred weights, the embedding's scale and the norms' constants are folded (the same bits), the projections
+    absorbed (exact up to rounding), and weights, biases and gains cast. The scalars of norms stay as they are: their
+    arithmetic is fp32.
+    """
+    model.eval().fold_for_inference()
+    absorb_projections(model)
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+                parameter.data = parameter.to(dtype)
+    model.compute_dtype = dtype
+    return model
+
+
+class Decoder:
+    """A model with the cache of `batch_size` rows of at most `max_length` tokens, which are read one pass at a time.
+
+    compile: passes of one token run as one CUDA graph (on a CPU: as compiled code). The first of them compiles.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int, max_length: int, *, compile: bool = False):
+        config, weight = model.config, model.embed_tokens.weight
+        self.model, self.compiled = model, compile
+        shape = (config.num_hidden_layers, batch_size, max_length, config.kv_heads, config.head_size)
+        self.cache = KVCache(shape, dtype=model.compute_dtype, device=weight.device)
+        self._pass = self._next
+        if compile:
+            for tensor in (self.cache.keys, self.cache.values):
+                # a graph may write only into memory that it knows to stay where it is
+                torch._dynamo.mark_static_address(tensor)
+            model.rotary(max_length, weight.device)  # outside of the graph: it is kept
+            self._pass = torch.compile(self._next, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read `prompts` from the beginning; (B, V) logits of the token after each."""
+        device = self.cache.keys.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.longest = max(map(len, prompts))
+        ids = torch.tensor([[*prompt, *[0] * (self.longest - len(prompt))] for prompt in prompts], device=device)
+        self.positions = lengths[:, None]
+        self.cache.positions = None
+        return self.model(ids, cache=self.cache, wanted=lengths - 1)[:, 0]
+
+    @torch.no_grad()
+    def read_next(self, tokens: Tensor) -> Tensor:
+        """Read one more token (B,) of each row; (B, V) logits of the one after it, valid until the next call."""
+        self.longest += 1
+        if not self.compiled:
+            self.cache.width = self.longest
+        else:
+            torch.compiler.cudagraph_mark_step_begin()
+        logits = self._pass(tokens[:, None], self.positions)
+        self.positions = self.positions + 1
+        return logits
+
+    def _next(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.cache.positions = positions
+        return self.model(tokens, cache=self.cache)[:, 0]
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    eos_id: int | None = None,
+    compile: bool = False,
+) -> Iterator[list[int | None]]:
+    """The next token of every row, one list per pass, until all rows have ended or have `max_new_tokens`.
+
+    A row ends with `eos_id`, which is yielded, and is None from then on. Every row draws with the same random numbers,
+    from the CPU: its text depends on the seed and its prompt, not on its place, on the other rows (beyond rounding) or
+    on the device, and all ranks of a sharded model choose the same tokens.
+
+    Raises `UserError` for an empty prompt and for a text longer than the model has positions.
+    """
+    check_lengths(model, prompts, max_new_tokens)
+    sampling = sampling or Sampling()
+    generator = torch.Generator().manual_seed(sampling.seed)
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens, compile=compile)
+    ended = [False] * len(prompts)
+    logits = decoder.read(prompts) if max_new_tokens else None
+    for remaining in reversed(range(max_new_tokens)):
+        assert logits is not None
+        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        tokens = choose(logits, sampling, uniform)
+        chosen = tokens.tolist()
+        yield [None if done else token for done, token in zip(ended, chosen, strict=True)]
+        ended = [done or token == eos_id for done, token in zip(ended, chosen, strict=True)]
+        if all(ended):
+            break
+        if remaining:
+            logits = decoder.read_next(tokens)
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    eos_id: int | None = None,
+    compile: bool = False,
+) -> list[list[int]]:
+    """All that `stream` yields, row by row: the tokens after each prompt, up to and with `eos_id`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, sampling=sampling, eos_id=eos_id, compile=compile):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise `UserError` for an empty prompt and where prompt and text need more positions than the model has."""
+    positions = model.config.max_position_embeddings
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompt {number} is empty; give it some text")
+        if len(prompt) >= positions:
+            raise UserError(
+                f"prompt {number} is {len(prompt)} tokens long and the model has {positions} positions, which leaves "
+                "none for an answer; shorten it"
+            )
+        if len(prompt) + max_new_tokens > positions:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} after the {len(prompt)} tokens of prompt {number} is more than the "
+                f"model's {positions} positions; set max_new_tokens={positions - len(prompt)} or less"
+            )
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
+    """(B,) int64: one token of each row of logits (B, V).
+
+    The token at the quantile `uniform`, from [0, 1), of the distribution that `sampling` describes; its tokens are
+    sorted by falling probability where `top_k` or `top_p` cuts it, else by id.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scores, order = logits.double(), None
+    if sampling.top_k is not None or sampling.top_p < 1:
+        scores, order = scores.topk(min(sampling.top_k or scores.shape[-1], scores.shape[-1]))
+    # the maximum first, for a low temperature would overflow the others
+    cumulative = ((scores - scores.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1).cumsum(-1)
+    # where the sum of probabilities first reaches top_p is the last token that is kept
+    last = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    index = (cumulative <= uniform * cumulative.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
+    return (index if order is None else order.gather(-1, index))[:, 0]
+
+
+class TextStream:
+    """The text of tokens that come one by one, in pieces that are whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        """prompt: what the tokens follow; its text is not returned, but spaces and characters go on from it."""
+        self.tokenizer, self.ids = tokenizer, list(prompt)
+        self.begin, self.end = 0, len(self.ids)  # the tokens of the last piece: context of the next one
+
+    def push(self, token: int) -> str:
+        """The text that is complete with `token`; empty where it ends inside a character."""
+        self.ids.append(token)
+        text, known = self._text(self.begin, len(self.ids)), self._text(self.begin, self.end)
+        if text.endswith("\ufffd") or len(text) <= len(known):
+            return ""
+        self.begin, self.end = self.end, len(self.ids)
+        return text[len(known) :]
+
+    def finish(self) -> str:
+        """What is left: the beginning of a character that never came, as replacement characters."""
+        return self._text(self.begin, len(self.ids))[len(self._text(self.begin, self.end)) :]
+
+    def _text(self, begin: int, end: int) -> str:
+        return self.tokenizer.decode(self.ids[begin:end])

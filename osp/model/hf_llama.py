@@ -1,0 +1,206 @@
+"""Hugging Face Llama folders, read without `transformers`: `load_hf(folder)` is the way back from export.
+
+Our model has Hugging Face's names and layout, so a folder is read as it is; what our model cannot express (another
+architecture or kind of RoPE, quantized weights) is refused with the reason. Weights come from safetensors alone:
+pickled ones could hold code.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from osp.config import ModelConfig, NormConfig, RopeScaling
+from osp.data import load_tokenizer, vocab_size
+from osp.errors import UserError
+from osp.model.transformer import Transformer
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BODY = "model."  # what Hugging Face puts before the names of all parameters but the head's
+HEAD = "lm_head.weight"
+ROTARY_TABLE = "rotary_emb.inv_freq"  # a buffer that old versions stored
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that begin and end a text; None where the folder names none."""
+
+    bos_id: int | None
+    eos_id: int | None
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether `folder` looks like a Hugging Face model."""
+    return (folder / CONFIG).is_file()
+
+
+def load_hf(folder: str | Path) -> Transformer:
+    """The Llama in a Hugging Face folder, fp32 on the CPU, in eval mode; a tied head becomes a copy of the embedding.
+
+    Raises `UserError` for what our model cannot express and for weights that are missing, damaged or too many.
+    """
+    folder = Path(folder)
+    values = _read_json(folder / CONFIG)
+    with torch.device("meta"):
+        model = Transformer(_model_config(folder / CONFIG, values))
+    model.to_empty(device="cpu")
+    missing = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in _tensors(folder):
+            ours = name if name == HEAD else name.removeprefix(BODY)
+            if name.endswith(ROTARY_TABLE):
+                continue
+            if ours not in missing:
+                raise UserError(f"{folder}: the weights hold {name}, which the model of {CONFIG} does not have")
+            parameter = missing.pop(ours)
+            if parameter.shape != tensor.shape:
+                raise UserError(
+                    f"{folder}: {name} has the shape {list(tensor.shape)} where {CONFIG} says {list(parameter.shape)}"
+                )
+            if not tensor.is_floating_point():
+                raise UserError(f"{folder}: {name} is {tensor.dtype}; quantized weights cannot be read")
+            parameter.copy_(tensor)
+        if HEAD in missing and values.get("tie_word_embeddings") and "embed_tokens.weight" not in missing:
+            missing.pop(HEAD)
+            model.lm_head.weight.copy_(model.embed_tokens.weight)
+    if missing:
+        raise UserError(f"{folder}: the weights lack {next(iter(missing))} and {len(missing) - 1} more")
+    return model.eval()
+
+
+def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
+    """The tokenizer of a Hugging Face folder and its special tokens; `UserError` if the model has fewer embeddings."""
+    folder = Path(folder)
+    config = _read_json(folder / CONFIG)
+    if not (folder / TOKENIZER).is_file():
+        raise UserError(f"{folder}: {TOKENIZER} is missing; save the tokenizer there in the fast format")
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    check_vocabulary(folder / TOKENIZER, tokenizer, rows=_integer(folder / CONFIG, config, "vocab_size"))
+    return tokenizer, SpecialTokens(_token_id(config, "bos_token_id"), _token_id(config, "eos_token_id"))
+
+
+def check_vocabulary(path: Path, tokenizer: Tokenizer, *, rows: int) -> None:
+    """Raise `UserError` if `tokenizer` has tokens that a model with `rows` embeddings does not know."""
+    if vocab_size(tokenizer) > rows:
+        raise UserError(
+            f"{path}: the tokenizer of another vocabulary, its ids go up to {vocab_size(tokenizer) - 1} and the model "
+            f"has {rows} embeddings"
+        )
+
+
+def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
+    """Our configuration of the model that `config.json` describes; `UserError` with the reason where there is none."""
+    if values.get("model_type") != "llama":
+        raise UserError(f"{path}: model_type={values.get('model_type')!r}; only models of type 'llama' can be read")
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act={values['hidden_act']!r}, and our model has silu alone")
+    if values.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantized (quantization_config); take the unquantized model")
+    # transformers 5 keeps theta and scaling in rope_parameters, older versions in two keys
+    rope = values.get("rope_parameters") or {}
+    return ModelConfig(
+        vocab_size=_integer(path, values, "vocab_size"),
+        hidden_size=_integer(path, values, "hidden_size"),
+        intermediate_size=_integer(path, values, "intermediate_size"),
+        num_hidden_layers=_integer(path, values, "num_hidden_layers"),
+        num_attention_heads=_integer(path, values, "num_attention_heads"),
+        num_key_value_heads=_integer(path, values, "num_key_value_heads", values.get("num_attention_heads")),
+        max_position_embeddings=_integer(path, values, "max_position_embeddings", 2048),
+        rope_theta=_number(path, "rope_theta", rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
+        rope_scaling=_rope_scaling(path, values.get("rope_scaling") or rope),
+        head_dim=None if values.get("head_dim") is None else _integer(path, values, "head_dim"),
+        attention_bias=bool(values.get("attention_bias")),
+        mlp_bias=bool(values.get("mlp_bias")),
+        norm=NormConfig(name="rmsnorm", eps=_number(path, "rms_norm_eps", values.get("rms_norm_eps", 1e-6))),
+    )
+
+
+def _rope_scaling(path: Path, values: Any) -> RopeScaling | None:
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: rope_scaling={values!r}: expected a JSON object")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ("default", "linear", "llama3") or values.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: RoPE of the type {kind!r}, and our model has plain, linear and llama3 RoPE alone")
+    if kind == "default":
+        return None
+    factor = _number(path, "rope_scaling.factor", values.get("factor"))
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    low, high = (
+        _number(path, f"rope_scaling.{key}", values.get(key)) for key in ("low_freq_factor", "high_freq_factor")
+    )
+    return RopeScaling("llama3", factor, low, high, _integer(path, values, "original_max_position_embeddings"))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every stored tensor, one in memory at a time."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()  # a list: safe_open is no mapping
+                yield from ((name, file.get_tensor(name)) for name in names)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: missing or no whole safetensors file: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model: one, or the shards that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = _read_json(folder / INDEX).get("weight_map")
+        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+        if not names:
+            raise UserError(f"{folder / INDEX}: weight_map names no files")
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{folder / INDEX}: names the file {name!r} outside of its folder")
+        return [folder / name for name in names]
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
+        raise UserError(f"{folder}: only pickled weights, which could hold code; convert them to safetensors")
+    raise UserError(f"{folder}: no weights, neither {WEIGHTS} nor {INDEX}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: no Hugging Face model, {path.name} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: malformed JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _integer(path: Path, values: dict[str, Any], key: str, default: Any = None) -> int:
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key}={value!r}: must be a whole number above 0")
+    return value
+
+
+def _number(path: Path, key: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise UserError(f"{path}: {key}={value!r}: must be a number above 0")
+    return float(value)
+
+
+def _token_id(config: dict[str, Any], key: str) -> int | None:
+    """A special token's id; of several the first."""
+    value = config.get(key)
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, int) else None

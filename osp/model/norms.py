@@ -1,0 +1,513 @@
+"""Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT, Derf, and how a model builds them from its config.
+
+Shapes: x (..., D) -> (..., D), in the dtype of x. What is divided by a statistic, or multiplied by a slope, is fp32
+(fp64 of fp64) and is rounded to the dtype of x before tanh and gain are applied: Hugging Face's order. (LayerNorm is
+torch's, which rounds once, at the end.) LayerNorm, RMSNorm and SSNorm keep x alone for backward, BHyT its tanh too. A
+norm is an ordinary module, `y = norm(x)`. Two norms of one block may share a statistic (BHyT does):
+`y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other norms carry nothing. To add a norm: one class
+with its NORMS entry, one YAML in `configs/norm`, one test.
+
+Where the norms of a block stand is configuration too:
+- `norm.placement=peri` (Peri-LN, arXiv 2502.02732): x + norm_out(f(norm_in(x))), so that the residual stream grows
+  linearly with depth. The optional norm of the embedding in that paper is left out.
+- `norm.lns=true` (LayerNorm scaling, arXiv 2502.05795): what the norms before and after a sublayer of layer l return is
+  scaled by 1 / sqrt(l), l from 1; not the norm before the head. No parameter; learning rates stay.
+- `qk_norm=true`: queries and keys of every head are normalized over the head's channels before RoPE, with one gain that
+  all heads share; SSNorm in a model of SSNorms, RMSNorm else (as in Qwen3 and OLMo 2). It bounds attention logits by
+  g_q g_k sqrt(K), so larger learning rates stay stable.
+- `ffn_norm=true`: what down_proj reads is normalized over its channels, by the same choice of norm (Magneto's Sub-LN,
+  arXiv 2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS that a model of initial deviation
+  1/sqrt(hidden_size) has there without it, so that training starts from blocks of the same strength.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osp.config import ModelConfig, NormConfig
+from osp.errors import UserError
+from osp.model.norm_function import Divided, upcast
+
+
+class Carry(NamedTuple):
+    """What BHyT's first norm of a block hands to the second: fp32, no gradient through `scale`."""
+
+    variance: Tensor  # (..., 1) mean square of the block's input
+    scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm, and its output scale squared
+    gain_square: Tensor  # (1,) mean square of the gain of the first norm
+
+
+class Norm(nn.Module):
+    """Base of the norms: subclasses give `normalize`, and `final`, the key of the norm that goes before the head."""
+
+    final: str | None = None  # None: the norm itself
+    output_scale: float = 1.0  # of LayerNorm scaling
+
+    def normalize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
+        """y, or (y, carry) when `return_carry`."""
+        y = self._scaled(self.normalize(x))
+        return (y, None) if return_carry else y
+
+    def fold(self, first: "Norm | None" = None) -> None:
+        """Compute once, for inference, what follows from parameters alone. first: the other norm of the block."""
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.output_scale == 1.0 else y * self.output_scale
+
+
+class LayerNorm(Norm):
+    """y = g * (x - mean) / sqrt(mean((x - mean)^2) + eps) + b; b only with `bias`, g and b only with `affine`.
+
+    Ba et al. 2016 (arXiv 1607.06450); gain starts at `init`, bias at 0. eps is torch's default.
+    """
+
+    def __init__(
+        self, hidden_size: int, *, eps: float = 1e-5, init: float = 1.0, affine: bool = True, bias: bool = False
+    ):
+        super().__init__()
+        if bias and not affine:
+            raise UserError("norm.bias=true needs norm.affine=true")
+        self.eps, self.init = eps, init
+        self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
+        self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.init)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        # torch's own is fused on every device, and keeps its input alone for backward
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+
+class RMSNorm(Norm):
+    """y = g * x / sqrt(mean(x^2) + eps), one gain per channel (none without `affine`), gains start at `init`.
+
+    Zhang & Sennrich 2019 (arXiv 1910.07467), as in Hugging Face's LlamaRMSNorm.
+    """
+
+    def __init__(self, hidden_size: int, *, eps: float = 1e-6, init: float = 1.0, affine: bool = True):
+        super().__init__()
+        self.eps, self.init = eps, init
+        self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.init)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return Divided.apply(x, None, None, self.weight, self.eps)[0]
+
+
+class SSNorm(Norm):
+    """Single-Scale RMSNorm: y = g * x / sqrt(mean(x^2) + eps) with ONE scalar gain g.
+
+    OSP (arXiv 2506.19697, eq. 3) writes gamma * x / ||x||_2; g = gamma / sqrt(D), and g starts at 1 as in the authors'
+    code. Without a gain per channel no channel is privileged by the norm. Under Muon the scalar takes the rule
+    `normalized`: a step of +-0.2 times the learning rate.
+    """
+
+    def __init__(self, hidden_size: int, *, eps: float = 1e-6, init: float = 1.0):
+        super().__init__()
+        self.eps, self.init = eps, init
+        self.weight = nn.Parameter(torch.empty(1))  # not 0-dim: DeepSpeed cannot broadcast a 0-dim parameter
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.init)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return Divided.apply(x, None, None, self.weight, self.eps)[0]
+
+
+class CRMSNorm(Norm):
+    """Compressed RMSNorm: y = x / sqrt((sum(x^2) + sum(x)^2) / (D + 1) + eps), optionally times a gain per channel.
+
+    The RMSNorm of the zero-mean vector (x, -sum(x)) in D + 1 channels whose last channel is left out, hence equal to
+    LayerNorm in D + 1 (Jiang et al. 2023, arXiv 2305.14858, eq. 5). For training the authors advise to keep the
+    hidden size D, which then equals a Pre-LN model of D + 1. No gain by default, as in the paper.
+    """
+
+    def __init__(self, hidden_size: int, *, eps: float = 1e-5, init: float = 1.0, affine: bool = False):
+        super().__init__()
+        self.eps, self.init = eps, init
+        self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.init)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        energy = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
+        y = (wide * torch.rsqrt(energy / (x.shape[-1] + 1) + self.eps)).to(x.dtype)
+        return y if self.weight is None else y * self.weight.to(x.dtype)
+
+
+class DyT(Norm):
+    """Dynamic tanh: y = g * tanh(alpha * x) + b; gain and bias per channel, alpha one learnable scalar.
+
+    Zhu et al. 2025 (arXiv 2503.10622); g starts at `init`, b at 0, alpha at `alpha`. In Llamas the authors start the
+    norms before attention at a larger alpha than the others (7B: 0.8 and 0.2; `alpha_attention` and `alpha`) and put a
+    learnable scalar sqrt(D) after the embedding (`norm.embed_scale`). No statistic holds the scale of x: others report
+    that it needs a lower learning rate than RMSNorm does (arXiv 2601.22966: 5e-4 at 2B).
+    """
+
+    shifts = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        init: float = 1.0,
+        alpha: float = 0.5,
+        alpha_attention: float | None = None,
+        before_attention: bool = False,
+    ):
+        super().__init__()
+        self.init = init
+        self.initial_alpha = alpha_attention if before_attention and alpha_attention is not None else alpha
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.shift = nn.Parameter(torch.empty(1)) if self.shifts else None
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.alpha, self.initial_alpha)
+        nn.init.constant_(self.weight, self.init)
+        nn.init.zeros_(self.bias)
+        if self.shift is not None:
+            nn.init.zeros_(self.shift)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return self.squash(self._argument(x).to(x.dtype)) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+
+    def squash(self, argument: Tensor) -> Tensor:
+        return torch.tanh(argument)
+
+    def _argument(self, x: Tensor) -> Tensor:
+        argument = self.alpha * upcast(x)
+        return argument if self.shift is None else argument + self.shift
+
+
+class Derf(DyT):
+    """Dynamic erf: y = g * erf(alpha * x + s) + b; the shift s is a learnable scalar that starts at 0.
+
+    arXiv 2512.10938, whose language models are GPT-2 only; what `DyT` says of alpha and learning rates holds here.
+    """
+
+    shifts = True
+
+    def squash(self, argument: Tensor) -> Tensor:
+        return torch.erf(argument)
+
+
+# kappa of layer l, counted from 1, over norm.kappa
+KAPPA_SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda layer: 1.0,
+    "decay": lambda layer: layer**-0.5,
+    "grow": lambda layer: layer**0.5,
+    "mild_grow": lambda layer: layer**0.25,
+}
+# the learnable scalars of BHyT's approximations
+LEARNED: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "beta": ("beta",),
+    "eta": ("eta",),
+    "residual_aware": ("beta", "eta"),
+}
+
+
+class BHyTStar(Norm):
+    """Bounded hyperbolic tanh, exact: y = g * tanh(lambda * x / (kappa * s)), s^2 = mean(x^2) + eps at every norm.
+
+    BHyT* of arXiv 2601.09719 as its code has it (`bhytstar`; the mean is taken for 0): one learnable scalar lambda per
+    norm, gain per channel starting at `init`, no bias. By Chebyshev the argument stays in [-lambda, lambda] with
+    probability 1 - kappa^-2. kappa of layer l, counted from 1, is `kappa` (constant), / sqrt(l) (decay), * sqrt(l)
+    (grow) or * l^(1/4) (mild_grow).
+
+    The output starts with an RMS near lambda / kappa, several times below RMSNorm's: learning rates and initial values
+    tuned for RMSNorm do not carry over. With `learnable_lambda=False` lambda is a buffer: stored, never trained.
+    """
+
+    final = "rmsnorm"  # the authors' pretraining scripts (last_layer_lam = 0.0)
+    lam: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float = 1e-6,
+        init: float = 1.0,
+        lam: float = 1.0,
+        kappa: float = 10.0,
+        kappa_schedule: str = "constant",
+        learnable_lambda: bool = True,
+        layer: int = 1,
+    ):
+        super().__init__()
+        if not (lam > 0 and kappa > 0):
+            raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
+        self.eps, self.init, self.initial_lam = eps, init, lam
+        self.kappa = kappa * KAPPA_SCHEDULES[kappa_schedule](layer)
+        self.slope: Tensor | None = None  # lambda / kappa, once folded
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        if learnable_lambda:
+            self.lam = nn.Parameter(torch.empty(1))
+        else:
+            self.register_buffer("lam", torch.empty(1))
+        BHyTStar.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.init)
+        with torch.no_grad():
+            self.lam.fill_(self.initial_lam)
+
+    def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        """(..., 1) the mean square of x (..., D), fp32 (fp64 of fp64), measured or approximated."""
+        approximated = self.approximated(carry)
+        return upcast(x).square().mean(-1, keepdim=True) if approximated is None else approximated
+
+    def approximated(self, carry: Carry | None) -> Tensor | None:
+        """(..., 1) the mean square that follows from the first norm of the block; None where it is measured."""
+        return None
+
+    def carry(self, variance: Tensor) -> Carry | None:
+        """What the second norm of the block needs of this one."""
+        return None
+
+    def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
+        slope = self.lam / self.kappa if self.slope is None else self.slope
+        argument, variance = Divided.apply(x, self.approximated(carry), slope, None, self.eps)
+        y = self._scaled(torch.tanh(argument) * self.weight.to(x.dtype))
+        return (y, self.carry(variance)) if return_carry else y
+
+    def fold(self, first: Norm | None = None) -> None:
+        """lambda / kappa as one scalar: the same bits as before, for the parameters as they are now."""
+        self.slope = (self.lam / self.kappa).detach()
+
+
+class BHyT(BHyTStar):
+    """`BHyTStar` whose norm after attention approximates the variance instead of measuring it (arXiv 2601.09719).
+
+    The first norm of a block hands on v, its mean square. The second adds what uniform attention over `seq_len` tokens
+    contributes, a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D):
+
+        approximation   variance after attention
+        baseline        v + a
+        beta            v + beta * a                        beta starts at 1
+        eta             v * (1 + eta)                       eta starts at 0
+        residual_aware  v * (1 + eta) + beta * a            for what the stream and attention have in common
+
+    beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
+    LayerNorm scaling divides it by the layer. c is the buffer `attention_gain`, which `refresh` recomputes from the
+    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and the 1 of
+    `attention.off_by_one`, and takes a gate (`attention.gate`) for open. In `exact_layers` (from 1), without a carry,
+    and before the head the norm measures.
+    """
+
+    attention_gain: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float = 1e-6,
+        init: float = 1.0,
+        lam: float = 1.0,
+        kappa: float = 10.0,
+        kappa_schedule: str = "constant",
+        learnable_lambda: bool = True,
+        approximation: str = "baseline",
+        gain_variance: bool = False,
+        exact_layers: Sequence[int] = (),
+        seq_len: int | None = None,
+        layer: int = 1,
+        after_attention: bool = False,
+    ):
+        """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
+        super().__init__(
+            hidden_size,
+            eps=eps,
+            init=init,
+            lam=lam,
+            kappa=kappa,
+            kappa_schedule=kappa_schedule,
+            learnable_lambda=learnable_lambda,
+            layer=layer,
+        )
+        if gain_variance and approximation == "eta":
+            raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
+        self.approximates = after_attention and layer not in exact_layers
+        self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
+        self.terms: tuple[Tensor | None, Tensor | None] | None = None  # of the approximation, once folded
+        self.approximation, self.gain_variance, self.seq_len = approximation, gain_variance, seq_len
+        learned = LEARNED[approximation] if self.approximates else ()
+        self.beta = nn.Parameter(torch.empty(1)) if "beta" in learned else None
+        self.eta = nn.Parameter(torch.empty(1)) if "eta" in learned else None
+        if self.approximates:
+            self.register_buffer("attention_gain", torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.beta is not None:
+            nn.init.ones_(self.beta)
+        if self.eta is not None:
+            nn.init.zeros_(self.eta)
+        if self.approximates:
+            self.attention_gain.zero_()
+
+    def approximated(self, carry: Carry | None) -> Tensor | None:
+        if carry is None or not self.approximates:
+            return None
+        factor, added = self._terms(carry.scale, carry.gain_square) if self.terms is None else self.terms
+        variance = carry.variance if factor is None else carry.variance * factor
+        return variance if added is None else variance + added
+
+    def _terms(self, scale: Tensor, gain_square: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(1 + eta, beta * a), each (1,) or None where the approximation has no such term."""
+        factor = None if self.eta is None else 1 + self.eta
+        if self.approximation == "eta":
+            return factor, None
+        added = self.attention_gain * scale
+        if self.gain_variance:
+            added = added * gain_square
+        return factor, added if self.beta is None else self.beta * added
+
+    def carry(self, variance: Tensor) -> Carry:
+        return Carry(variance, *(self._constants() if self.constants is None else self.constants))
+
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        scale = (self.lam.detach() * (self.output_scale / self.kappa)).square()
+        return scale, self.weight.detach().square().mean(-1, keepdim=True)
+
+    @torch.no_grad()
+    def fold(self, first: Norm | None = None) -> None:
+        """c * (lambda_first / kappa)^2 and what the approximation makes of it too, as scalars: the same bits."""
+        super().fold()
+        self.constants = self._constants()
+        if self.approximates and isinstance(first, BHyT):
+            self.terms = self._terms(*first._constants())
+
+    @torch.no_grad()
+    def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:
+        """Recompute `attention_gain` of the norm that follows this attention.
+
+        v_weight: (kv_heads * head_dim, D), o_weight: (D, heads * head_dim). A value head that several query heads
+        share counts once for each of them.
+        """
+        assert self.seq_len is not None, "BHyT needs the sequence length it is trained for"
+        hidden_size, value_size = o_weight.shape
+        heads_per_value_head = value_size // v_weight.shape[0]
+        v = v_weight.float().unflatten(0, (-1, head_dim)).repeat_interleave(heads_per_value_head, 0).flatten(0, 1)
+        energy = (o_weight.float() @ v).square().sum()
+        self.attention_gain.fill_(energy / (self.seq_len * hidden_size))
+
+
+NORMS: dict[str, type[Norm]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "ssnorm": SSNorm,
+    "crmsnorm": CRMSNorm,
+    "bhyt": BHyT,
+    "bhyt_star": BHyTStar,
+    "dyt": DyT,
+    "derf": Derf,
+}
+# Keywords that say where a norm stands. The model sets them; they are no options.
+PLACE = ("layer", "before_attention", "after_attention")
+
+
+def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
+    """The normalizer `name` over `hidden_size` channels; `options` are the keywords of its class.
+
+    Raises `UserError` for an unknown name or an option that this normalizer does not have.
+    """
+    if name not in NORMS:
+        raise UserError(f"unknown norm {name!r}; choose from {sorted(NORMS)}")
+    keywords = _keywords(NORMS[name])
+    for key in sorted(options.keys() - {*PLACE, *keywords}):
+        valid = sorted(keywords - {*PLACE})
+        raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
+    return NORMS[name](hidden_size, **{key: value for key, value in options.items() if key in keywords})
+
+
+def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
+    """One norm of block `layer`, counted from 1. place: `before_attention` or `after_attention`, for the norm there."""
+    norm = build_norm(config.norm.name, config.hidden_size, **_given(config.norm), layer=layer, **place)
+    if config.norm.lns:
+        norm.output_scale = layer**-0.5
+    return norm
+
+
+def final_norm(config: ModelConfig) -> Norm:
+    """The norm before the head: `norm.final`, or the one that the source of `norm.name` uses there."""
+    name = config.norm.final or NORMS[config.norm.name].final or config.norm.name
+    if name not in NORMS:
+        raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
+    given = {key: value for key, value in _given(config.norm).items() if key in _keywords(NORMS[name])}
+    return build_norm(name, config.hidden_size, **given)
+
+
+def head_norm(config: ModelConfig) -> Norm:
+    """The norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block's norms."""
+    return _inner_norm(config, config.head_size)
+
+
+def ffn_norm(config: ModelConfig, *, init: float) -> Norm:
+    """The norm of what down_proj reads (`ffn_norm`); its gain starts at `init`."""
+    return _inner_norm(config, config.intermediate_size, init=init)
+
+
+def bound_warning(config: ModelConfig) -> str | None:
+    """A sentence when BHyT's bound lambda / kappa < 1 / sqrt(num_hidden_layers) does not hold at the start, else None.
+
+    Below the bound the output variance of every layer stays under that of LayerNorm scaling (arXiv 2601.09719).
+    """
+    norms = [block_norm(config, layer=layer) for layer in (1, config.num_hidden_layers)]
+    bound = 1 / math.sqrt(config.num_hidden_layers)
+    ratio = max((norm.initial_lam / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
+    if ratio < bound:
+        return None
+    return (
+        f"norm.lam / norm.kappa = {ratio:.3g} is not below 1 / sqrt(num_hidden_layers) = {bound:.3g}: "
+        "BHyT's variance bound does not hold at this depth"
+    )
+
+
+def _inner_norm(config: ModelConfig, size: int, **options: float) -> Norm:
+    """A norm of `size` channels inside a sublayer, with the eps of the block's norms."""
+    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
+    given = {} if config.norm.eps is None else {"eps": config.norm.eps}
+    return build_norm(name, size, **given, **options)
+
+
+def _keywords(norm: type[Norm]) -> set[str]:
+    return {p.name for p in inspect.signature(norm).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _given(config: NormConfig) -> dict[str, Any]:
+    """The options of the normalizer that the user set."""
+    of_model = ("name", "final", "placement", "lns", "embed_scale")
+    values = dataclasses.asdict(config)
+    return {key: value for key, value in values.items() if key not in of_model and value is not None}

@@ -1,0 +1,451 @@
+"""The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, untied head, no biases by default.
+
+Names of modules and config keys are Hugging Face's, so that export renames nothing; `embed_proj` and `head_proj` are
+OSP's learnable projections and are absorbed at export.
+
+Weights stay fp32. Each layer casts its weight to the dtype of its input at the matmul, and the embedding sets that
+dtype (`Transformer.compute_dtype`), so bf16 training needs neither autocast nor a second copy of the weights.
+
+B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
+from osp.model.attention import KVCache, LayerCache, apply_rotary, causal_attention, document_mask, rotary_table
+from osp.model.loss import linear_cross_entropy
+from osp.model.norms import BHyT, Norm, block_norm, ffn_norm, final_norm, head_norm
+from osp.model.penalty import activation_penalty
+
+__all__ = ["Linear", "ModelConfig", "Transformer", "count_parameters", "flops_per_token"]
+
+
+Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^T
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, W (out, in) and b (out,) cast to the dtype of x. In training mode by `training_product` if set.
+
+    zero_mean: y has mean 0 over its channels, for W and b lose their mean over the outputs in every forward pass; their
+    gradients are those of the layer followed by a subtraction of the mean (arXiv 2305.14858, section 3.3).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, zero_mean: bool = False):
+        super().__init__()
+        self.zero_mean = zero_mean
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.training_product: Product | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.affine()
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if self.training and self.training_product is not None:
+            y = self.training_product(x, weight)
+            return y if bias is None else y + bias
+        return F.linear(x, weight, bias)
+
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """W and b as they act: without their mean if `zero_mean`."""
+        if not self.zero_mean:
+            return self.weight, self.bias
+        return self.weight - self.weight.mean(0), None if self.bias is None else self.bias - self.bias.mean()
+
+    def fold(self) -> None:
+        """Make W and b what `affine` says, once, for inference."""
+        weight, bias = self.affine()
+        self.weight.data = weight
+        if self.bias is not None and bias is not None:
+            self.bias.data = bias
+        self.zero_mean = False
+
+
+class CausalAttention(nn.Module):
+    """`causal_attention` as a module: where hooks see q, k and v as attention does, after RoPE."""
+
+    def __init__(self, *, off_by_one: bool = False):
+        super().__init__()
+        self.off_by_one = off_by_one
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return causal_attention(q, k, v, mask, off_by_one=self.off_by_one)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; with `attention.gate` o_proj reads out * sigmoid(gate(x)), element by element.
+
+    The gate (arXiv 2505.06708, its best position: after attention, from what attention reads) takes away the need for
+    attention sinks. It adds a matrix like o_proj's, which Muon trains like the others, and starts near 1/2.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden_size, bias, zero_mean = config.hidden_size, config.attention_bias, config.recentre
+        self.head_dim = config.head_size
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q_proj = Linear(hidden_size, query_size, bias=bias)
+        self.k_proj = Linear(hidden_size, key_size, bias=bias)
+        self.v_proj = Linear(hidden_size, key_size, bias=bias)
+        self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=zero_mean)
+        self.q_norm, self.k_norm = (head_norm(config), head_norm(config)) if config.qk_norm else (None, None)
+        self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
+        self.attend = CausalAttention(off_by_one=config.attention.off_by_one)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = self.attend(q, k, v, mask).flatten(2)
+        if self.attention_gate is not None:
+            out = out * torch.sigmoid(self.attention_gate(x))
+        return self.o_proj(out)
+
+    def readers(self) -> dict[str, Linear]:
+        """The matrices that read the residual stream after `input_layernorm`, by name."""
+        gate = {} if self.attention_gate is None else {"attention_gate": self.attention_gate}
+        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj, **gate}
+
+
+class Activation(NamedTuple):
+    """f, and the RMS of f(z) u for independent standard normal z and u: sqrt(E[f(z)^2])."""
+
+    function: Callable[[Tensor], Tensor]
+    rms: float
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# of a gated MLP (Shazeer 2020, arXiv 2002.05202), by Hugging Face's names; sigmoid is the first GLU's
+ACTIVATIONS = {
+    "silu": Activation(F.silu, 0.5965),
+    "gelu": Activation(F.gelu, 0.6521),
+    "relu2": Activation(_relu2, 1.2247),
+    "sigmoid": Activation(torch.sigmoid, 0.5416),
+}
+
+
+class MLP(nn.Module):
+    """down(norm(act(gate(x)) * up(x))): SwiGLU by default; the norm only with `ffn_norm`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden_size, ffn_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.act = ACTIVATIONS[config.hidden_act].function
+        self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
+        self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
+        self.ffn_norm = ffn_norm(config, init=ACTIVATIONS[config.hidden_act].rms) if config.ffn_norm else None
+        self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
+
+    def forward(self, x: Tensor, penalty: PenaltyConfig | None = None) -> Any:
+        """y, or with `penalty` (y, the penalty of what down_proj reads)."""
+        hidden = self.act(self.gate_proj(x)) * self.up_proj(x)
+        if self.ffn_norm is not None:
+            hidden = self.ffn_norm(hidden)
+        y = self.down_proj(hidden)
+        return y if penalty is None else (y, activation_penalty(hidden, penalty))
+
+    def readers(self) -> dict[str, Linear]:
+        """The matrices that read the residual stream after `post_attention_layernorm`, by name."""
+        return {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the two norms may share a statistic (see osp.model.norms).
+
+    With `norm.placement=peri` what attention and mlp return passes a norm of its own before it is added.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        """layer: counted from 1."""
+        super().__init__()
+        self.input_layernorm = block_norm(config, layer=layer, before_attention=True)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = block_norm(config, layer=layer, after_attention=True)
+        self.mlp = MLP(config)
+        peri = config.norm.placement == "peri"
+        self.attention_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
+        self.mlp_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        penalty: PenaltyConfig | None = None,
+    ) -> Any:
+        """The residual stream (B, T, D), or with `penalty` (it, the penalty of this block)."""
+        h, carry = self.input_layernorm(x, return_carry=True)
+        x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask, cache))
+        h = self.post_attention_layernorm(x, carry)
+        if penalty is not None and penalty.site == "down_proj_in":
+            h, price = self.mlp(h, penalty)
+            return x + self.mlp_output_layernorm(h), price
+        x = x + self.mlp_output_layernorm(self.mlp(h))
+        return x if penalty is None else (x, activation_penalty(x, penalty))
+
+
+class Embedding(nn.Module):
+    """Rows of W (V, D), times a learnable scalar that starts at sqrt(D) if `scaled`; all in the dtype of W.
+
+    zero_mean: every row loses its mean, in every forward pass.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, scaled: bool = False, zero_mean: bool = False):
+        super().__init__()
+        self.zero_mean = zero_mean
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.scale = nn.Parameter(torch.empty(1)) if scaled else None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = F.embedding(input_ids, self.weight)
+        if self.zero_mean:
+            rows = rows - rows.mean(-1, keepdim=True)
+        return rows if self.scale is None else rows * self.scale
+
+    def fold(self) -> None:
+        """Make W the rows that `forward` returns, once, for inference."""
+        self.weight.data = self(torch.arange(len(self.weight), device=self.weight.device))
+        self.zero_mean, self.scale = False, None
+
+
+class Head(Linear):
+    """The unembedding; with targets it returns the summed loss and the logits never exist whole."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(
+            x.flatten(0, -2), self.weight, targets.flatten(), bias=self.bias, chunk_tokens=chunk_tokens
+        )
+
+
+class Transformer(nn.Module):
+    """`forward(input_ids) -> logits`, or with `targets` the summed cross-entropy in nats, and the penalty if asked."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        check_model(config)
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.activation_checkpointing = False
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            scaled=config.norm.embed_scale,
+            zero_mean=config.recentre and not config.embed_proj,
+        )
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(1, config.num_hidden_layers + 1))
+        self.norm = final_norm(config)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        if config.embed_proj:
+            self.embed_proj = Linear(config.hidden_size, config.hidden_size, zero_mean=config.recentre)
+            self.head_proj = Linear(config.hidden_size, config.hidden_size)
+        else:
+            self.embed_proj = self.head_proj = nn.Identity()
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        chunk_tokens: int = 8192,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
+        penalty: PenaltyConfig | None = None,
+    ) -> Any:
+        """Logits (B, T, V) in the compute dtype; with `targets` (B, T) the sum of their losses, fp32, 0-dim.
+
+        input_ids: (B, T). Targets equal to `IGNORE` count nothing. document_ids (B, T): a token attends only
+        inside its own document. chunk_tokens: rows of the logits that exist at a time. cache: what the tokens follow,
+        and where they are added. wanted (B,): the one token of each row whose logits (B, 1, V) are returned. penalty:
+        the result is (logits or loss, the sum over tokens of their mean penalty over layers before its weight).
+        """
+        hidden = self.hidden_states(input_ids, document_ids=document_ids, cache=cache, penalty=penalty)
+        x, price = (hidden, None) if penalty is None else hidden
+        if wanted is not None:
+            x = x[torch.arange(len(x), device=x.device), wanted][:, None]
+        y = self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
+        return y if price is None else (y, price)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        penalty: PenaltyConfig | None = None,
+    ) -> Any:
+        """(B, T, D) what the head reads: for who wants the logits of a few tokens alone; and the penalty if asked."""
+        mask = None if document_ids is None else document_mask(document_ids)
+        if cache is None or cache.positions is None:
+            cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
+        else:
+            mask = cache.mask(cache.positions)
+            cos, sin = (table[cache.positions] for table in self.rotary(cache.width, input_ids.device))
+        x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
+        prices: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, None, penalty, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, None if cache is None else cache.layer(i), penalty)
+            if penalty is not None:
+                x, price = x
+                prices.append(price)
+        x = self.head_proj(self.norm(x))
+        return x if penalty is None else (x, torch.stack(prices).mean())
+
+    def use_in_blocks(self, product: Product) -> None:
+        """Let every matrix of the blocks multiply by `product` in training mode."""
+        for module in self.layers.modules():
+            if isinstance(module, Linear):
+                module.training_product = product
+
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""
+        if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
+            positions = max(length, self.config.max_position_embeddings)
+            self._rotary = rotary_table(
+                self.config.head_size, positions, self.config.rope_theta, device, self.config.rope_scaling
+            )
+        cos, sin = self._rotary
+        return cos[:length], sin[:length]
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """The role of every parameter by name; the optimizer's groups and rules follow from it."""
+        modules: dict[str, Role] = {
+            "embed_tokens": "embedding",
+            "lm_head": "head",
+            "embed_proj": "embed_proj",
+            "head_proj": "embed_proj",
+        }
+        return {
+            name: modules.get(name.split(".")[0], "matrix") if parameter.ndim == 2 else "gain"
+            for name, parameter in self.named_parameters()
+        }
+
+    def parameter_heads(self) -> dict[str, Heads]:
+        """How the matrices of attention consist of those of heads, by name: for `optimizer.per_head`."""
+        heads, groups = self.config.num_attention_heads, self.config.kv_heads
+        kinds = {
+            "q_proj": Heads(heads, 0),
+            "k_proj": Heads(groups, 0),
+            "v_proj": Heads(groups, 0),
+            "o_proj": Heads(heads, 1),
+            "attention_gate": Heads(heads, 0),
+        }
+        return {
+            name: kinds[name.split(".")[-2]]
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 2 and name.split(".")[-2] in kinds
+        }
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialise every parameter and buffer: the only place that does.
+
+        Matrices, embedding and head are normal with standard deviation `initializer_range` (1/sqrt(D) by default);
+        EmbProj matrices are orthogonal; biases are 0; norms reset themselves. The values depend on the seed and the
+        shapes alone: they are drawn on the CPU, so every device and rank starts from the same model.
+        """
+        config = self.config
+        std = config.initializer_range or 1 / math.sqrt(config.hidden_size)
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | Embedding):
+                values = torch.empty(module.weight.shape)
+                if name in ("embed_proj", "head_proj"):
+                    nn.init.orthogonal_(values, generator=generator)
+                else:
+                    residual_output = config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
+                    scale = 1 / math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0
+                    values.normal_(0.0, std * scale, generator=generator)
+                module.weight.copy_(values)
+                if isinstance(module, Linear) and module.bias is not None:
+                    module.bias.zero_()
+                if isinstance(module, Embedding) and module.scale is not None:
+                    module.scale.fill_(math.sqrt(config.hidden_size))
+            elif isinstance(module, Norm):
+                module.reset_parameters()
+        self.refresh_norms()
+
+    @torch.no_grad()
+    def refresh_norms(self) -> None:
+        """Recompute what norms derive from weights (BHyT's attention gain). Needs whole weights: gather them first."""
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            norm, attention = layer.post_attention_layernorm, layer.self_attn
+            if isinstance(norm, BHyT) and norm.approximates:
+                norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=attention.head_dim)
+
+    @torch.no_grad()
+    def fold_for_inference(self) -> None:
+        """Compute once what every forward pass would compute from the weights alone; the same bits come out.
+
+        That is the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear | Embedding | Norm):
+                module.fold()
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.post_attention_layernorm.fold(layer.input_layernorm)
+        self.config = dataclasses.replace(
+            self.config, recentre=False, norm=dataclasses.replace(self.config.norm, embed_scale=False)
+        )
+
+    @property
+    def has_norm_statistics(self) -> bool:
+        """Whether `refresh_norms` has anything to do."""
+        return any(isinstance(module, BHyT) and module.approximates for module in self.layers.modules())
+
+
+def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """An initialised `Transformer` on `device`; the memory is allocated once, there."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    return model
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by role, and their `total`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts: dict[str, int] = {}
+    roles = model.parameter_roles()
+    for name, parameter in model.named_parameters():
+        counts[roles[name]] = counts.get(roles[name], 0) + parameter.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating point operations of one training token, forward and backward: 6 N + 6 L T H K.
+
+    N counts the weights that multiply (all matrices and the head, not the embedding lookup nor gains); the second term
+    is causal attention: two products of T/2 keys on average in H heads of size K, counted 2 flops and three times.
+    """
+    counts = count_parameters(config)
+    weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", "head"))
+    attention = config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_size
+    return 6 * weights + 6 * attention

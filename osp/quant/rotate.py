@@ -1,0 +1,90 @@
+"""Rotations of a Llama that leave its function as it is (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+
+R1 (D, D) turns the residual stream, h -> h R1: what writes into it is multiplied by R1 and what reads from it by R1^T,
+and the norms between see vectors of the same length. R2 (K, K), one per layer, turns every value head, v -> v R2, and
+o_proj turns back. Both vanish into the weights. Norm gains are folded and projections absorbed before. Where a gate
+multiplies what o_proj reads, element by element, there is no R2: it would not pass through.
+
+Two Hadamard transforms cannot be fused and run online: of the input of down_proj, whose weight takes the inverse, and
+of queries and keys after RoPE, whose inverses meet in their product.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp.model.transformer import Attention, Block, Transformer
+from osp.quant.hadamard import hadamard_transform, random_hadamard
+
+
+def random_rotations(model: Transformer, *, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """QuaRot's (R1, [R2 of each layer], or [] behind a gate): Hadamard with random signs, float64 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    residual = random_hadamard(config.hidden_size, generator=generator)
+    turned = [] if config.attention.gate else model.layers
+    return residual, [random_hadamard(config.head_size, generator=generator) for _ in turned]
+
+
+def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Every weight and bias that R1 = `residual` and R2 = `values` change, by parameter name and in the dtype of R1.
+
+    Differentiable in the rotations. W (out, in) acts as x W^T + b: a reader becomes W R1, a writer R1^T W with b R1.
+    values: one R2 per layer, or none.
+    """
+    dtype = residual.dtype
+    new = {
+        "embed_tokens.weight": model.embed_tokens.weight.to(dtype) @ residual,
+        "lm_head.weight": model.lm_head.weight.to(dtype) @ residual,
+    }
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Block)
+        attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
+        of_layer: dict[str, Tensor] = {}
+        for part, module in (("self_attn", attention), ("mlp", mlp)):
+            for name, reader in module.readers().items():
+                of_layer[f"{part}.{name}.weight"] = reader.weight.to(dtype) @ residual
+        for name, writer in (("self_attn.o_proj", attention.o_proj), ("mlp.down_proj", mlp.down_proj)):
+            of_layer[f"{name}.weight"] = residual.T @ writer.weight.to(dtype)
+            if writer.bias is not None:
+                of_layer[f"{name}.bias"] = writer.bias.to(dtype) @ residual
+        if values:
+            value, v, o = values[index], of_layer["self_attn.v_proj.weight"], of_layer["self_attn.o_proj.weight"]
+            of_layer["self_attn.v_proj.weight"] = (value.T @ v.unflatten(0, (-1, size))).flatten(0, 1)
+            of_layer["self_attn.o_proj.weight"] = (o.unflatten(1, (-1, size)) @ value).flatten(1)
+            if attention.v_proj.bias is not None:
+                bias = attention.v_proj.bias.to(dtype).unflatten(0, (-1, size))
+                of_layer["self_attn.v_proj.bias"] = (bias @ value).flatten()
+        new |= {f"layers.{index}.{name}": weight for name, weight in of_layer.items()}
+    return new
+
+
+@torch.no_grad()
+def fuse_rotations(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> None:
+    """Put the rotations into the weights. Tensors are replaced, none is written into."""
+    parameters = dict(model.named_parameters())
+    device = model.embed_tokens.weight.device
+    rotated = rotated_weights(model, residual.to(device), [value.to(device) for value in values])
+    for name, weight in rotated.items():
+        parameters[name].data = weight.to(parameters[name].dtype)
+
+
+@torch.no_grad()
+def rotate_ffn_online(down_proj: nn.Module) -> Any:
+    """Transform the input of down_proj at every call and its weight once; returns the handle that ends the former."""
+    assert isinstance(down_proj.weight, nn.Parameter)
+    weight = down_proj.weight
+    weight.data = hadamard_transform(weight.double()).to(weight.dtype)
+    return down_proj.register_forward_pre_hook(lambda _, arguments: (hadamard_transform(arguments[0]),))
+
+
+def rotate_qk_online(attention: Attention) -> Any:
+    """Transform queries and keys after RoPE at every call; returns the handle that ends it."""
+
+    def transform(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        q, k, *rest = arguments
+        return (hadamard_transform(q), hadamard_transform(k), *rest)
+
+    return attention.attend.register_forward_pre_hook(transform)

@@ -1,0 +1,101 @@
+"""SpinQuant (Liu et al. 2024, arXiv 2405.16406): rotations learned on the loss of the fake-quantized model.
+
+Starting from QuaRot's random Hadamard matrices, R1 and each layer's R2 move on the Stiefel manifold by Cayley SGD (Li
+et al. 2020, arXiv 2002.01113; the step is Wen and Yin's, 2013): with the Euclidean gradient G the skew matrix
+A = G R^T - R G^T is the direction, and R' = (I + a/2 A)^-1 (I - a/2 A) R is orthogonal exactly. Gradients pass straight
+through every rounding, and scales count as constants.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from tqdm import tqdm
+
+from osp.model.transformer import Transformer
+from osp.quant.grid import fake_quantize_weight
+from osp.quant.rotate import rotated_weights
+from osp.quant.spec import QuantSpec
+
+TOKENS_PER_STEP = 16_384  # of calibration text: 8 rows of 2048, as in the authors' code
+TOKENS_AT_ONCE = 4096  # whose activations are kept for one backward pass
+
+
+class StraightThrough(torch.autograd.Function):
+    """The rounded x forward, the gradient of x backward."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def cayley_step(rotation: Tensor, gradient: Tensor, *, lr: float) -> Tensor:
+    """The orthogonal matrix that descent along `gradient` leads to; both (n, n), the result in the dtype of R.
+
+    The step a is `lr`, but at most 1 / ||A||: beyond it the Cayley transform no longer follows the gradient.
+    """
+    product = gradient.to(rotation.dtype) @ rotation.T
+    skew = product - product.T
+    length = min(lr, 1 / max(float(torch.linalg.matrix_norm(skew)), 1e-30))
+    identity = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
+    half = skew * (length / 2)
+    return torch.linalg.solve(identity + half, (identity - half) @ rotation)
+
+
+def learn_rotations(
+    model: Transformer,
+    spec: QuantSpec,
+    start: tuple[Tensor, Sequence[Tensor]],
+    calibration: Tensor,
+    *,
+    sites: frozenset[str],
+    progress: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """(R1, [R2 of each layer]) after `spec.rotation_steps` steps from `start`, float64 on the model's device.
+
+    model: prepared for rotation, its activations quantized by hooks. calibration: (N, T) token ids. Weights are rounded
+    without clip search here, which would cost more than the step; and not at all before GPTQ, which makes up for their
+    rounding itself (SpinQuant, section 4).
+    """
+    device = model.embed_tokens.weight.device
+    rotations = [rotation.to(device) for rotation in (start[0], *start[1])]
+    rounded = sites if spec.method == "rtn" else frozenset()
+    num_rows = min(len(calibration), -(-TOKENS_PER_STEP // calibration.shape[1]))
+    with torch.enable_grad():
+        steps = range(spec.rotation_steps)
+        for step in tqdm(steps, desc="learning rotations", unit="step", leave=False, disable=not progress):
+            rows = calibration[torch.arange(step * num_rows, (step + 1) * num_rows) % len(calibration)].to(device)
+            gradients = _gradients(model, spec, [rotation.float() for rotation in rotations], rows, rounded)
+            lr = spec.rotation_lr * (1 - step / spec.rotation_steps)
+            rotations = [
+                cayley_step(rotation, gradient, lr=lr) for rotation, gradient in zip(rotations, gradients, strict=True)
+            ]
+    return rotations[0], rotations[1:]
+
+
+def _gradients(
+    model: Transformer, spec: QuantSpec, rotations: list[Tensor], rows: Tensor, rounded: frozenset[str]
+) -> list[Tensor]:
+    """Gradient of each rotation of the mean cross-entropy of the next tokens of `rows` (N, T)."""
+    rotations = [rotation.requires_grad_() for rotation in rotations]
+    weights = rotated_weights(model, rotations[0], rotations[1:])
+    for name, weight in weights.items():
+        if name.endswith(".weight") and name.split(".")[-2] in rounded:
+            nearest = fake_quantize_weight(
+                weight.detach(), bits=spec.w_bits, group_size=spec.w_group_size, symmetric=spec.w_symmetric
+            )
+            weights[name] = StraightThrough.apply(weight, nearest)
+    # first to the weights, part by part, then once from the weights to the rotations
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    totals = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    for part in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
+        inputs, targets = part[:, :-1], part[:, 1:].contiguous()
+        loss = functional_call(model, leaves, (inputs, targets)) / rows[:, 1:].numel()
+        for total, gradient in zip(totals, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            total += gradient
+    return list(torch.autograd.grad(list(weights.values()), rotations, totals))

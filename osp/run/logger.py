@@ -1,0 +1,257 @@
+"""Where the numbers of a run go: one dict of floats per event to `metrics.jsonl` (always), a progress bar and W&B.
+
+Only rank 0 has a logger that writes. W&B is an addition: whatever fails there is said once and never stops training,
+nor does a disk that is full.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from osp.config import LoggerConfig
+from osp.errors import UserError
+from osp.run.metrics import create, layer_grids
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_FINISH = 20.0  # for W&B to take what it has not taken yet, when a run ends
+
+AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap")}
+
+
+class Logger:
+    """`log(metrics, step=..., tokens=...)` appends one line to `metrics.jsonl` and sends the same numbers to W&B."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LoggerConfig,
+        *,
+        run_name: str,
+        run_config: dict[str, Any],
+        step: int,
+        total_steps: int,
+    ):
+        """Continue (or begin) the files of `folder` at `step`: lines of later steps are dropped."""
+        self._config = config
+        metrics = folder / "metrics.jsonl"
+        drop_after(metrics, step)
+        self._metrics, self._events = Lines(metrics), Lines(folder / "events.jsonl")
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            desc=run_name,
+            unit="step",
+            disable=not config.progress,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            smoothing=0.05,
+        )
+        self._wandb = WandB(folder, config, run_name=run_name, run_config=run_config, resumed=step > 0)
+
+    def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
+        """Record one event after optimizer step `step` and `tokens` training tokens. Not-a-number becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._metrics.write({"step": step, "tokens": tokens, **finite})
+        self._wandb.log({"step": step, "tokens": tokens, **metrics})
+
+    def event(self, kind: str, message: str, *, step: int, tokens: int, **details: Any) -> None:
+        """Record in `events.jsonl` that something happened after `step`, and say it; an `alert` also goes to W&B.
+
+        Unlike metrics, events of steps that are taken again after a restart stay: they did happen.
+        """
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        event = {"time": time, "step": step, "tokens": tokens, "kind": kind, "message": message, **details}
+        self._events.write(event)
+        self.say(message)
+        if kind == "alert":
+            self._wandb.alert(message)
+
+    def advance(self, *, loss: float, tokens_per_second: float) -> None:
+        """One more step on the progress bar."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s", refresh=False)
+        self._bar.update()
+
+    def end_progress(self) -> None:
+        """Leave the bar as it is: what is said from here on stands below it."""
+        self._bar.close()
+
+    def say(self, message: str) -> None:
+        """One line above the progress bar."""
+        if self._config.progress:
+            tqdm.write(message, file=sys.stderr)
+        else:
+            log.info(message)
+
+    def close(self, *, exit_code: int = 0) -> None:
+        self._bar.close()
+        self._metrics.close()
+        self._events.close()
+        self._wandb.close(exit_code)
+
+
+class Lines:
+    """Appends JSON objects to a file, a line each and each at once; a disk that takes no more is said once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._whole = True  # the last line was written to its end
+        self._said = False
+
+    def write(self, values: dict[str, Any]) -> None:
+        line = ("" if self._whole else "\n") + json.dumps(values) + "\n"
+        try:
+            self._whole = self._file.write(line.encode()) == len(line.encode())
+        except OSError as error:
+            self._whole = False
+            if not self._said:
+                log.warning("%s: %s; lines are lost until there is room again", self._path, error.strerror)
+            self._said = True
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandB:
+    """A W&B run, or nothing. Its id is kept in the run folder, so that a resumed run continues the same W&B run."""
+
+    def __init__(self, folder: Path, config: LoggerConfig, *, run_name: str, run_config: dict[str, Any], resumed: bool):
+        self._run: Any = None
+        if config.wandb != "disabled":
+            self._guard(lambda: self._start(folder, config, run_name, run_config, resumed))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.log(metrics | _heatmaps(metrics)))
+
+    def alert(self, message: str) -> None:
+        if self._run is not None:
+            self._guard(lambda: self._run.alert(title=message.split(":")[0], text=message, level="WARN"))
+
+    def close(self, exit_code: int) -> None:
+        """End the W&B run; what a server that has gone away does not take is left to `wandb sync`."""
+        run = self._run
+        if run is None:
+            return
+        problems: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                run.finish(exit_code=exit_code)
+            except Exception as error:  # see _guard
+                problems.append(error)
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_FINISH)  # by itself it would wait for such a server without end
+        if problems:
+            log.warning("W&B: %s: %s", type(problems[0]).__name__, problems[0])
+        elif thread.is_alive():
+            log.warning(
+                "W&B has not taken everything within %.0f s; `wandb sync %s` sends it later",
+                SECONDS_TO_FINISH,
+                Path(run.dir).parent,
+            )
+
+    def _start(
+        self, folder: Path, config: LoggerConfig, run_name: str, run_config: dict[str, Any], resumed: bool
+    ) -> None:
+        import wandb
+
+        id_file = folder / "wandb_run_id"
+        known = id_file.read_text().strip() if resumed and id_file.exists() else ""
+        run_id = known or secrets.token_hex(4)
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run_name,
+            id=run_id,
+            resume="allow",
+            mode=config.wandb if config.wandb != "disabled" else None,
+            dir=str(folder),
+            config=run_config,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
+        id_file.write_text(run_id + "\n")
+        for pattern, axis in AXES.items():
+            self._run.define_metric(pattern, step_metric=axis)
+        if config.wandb == "online" and not resumed:
+            _add_panels(self._run)
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """Run `call`; whatever W&B raises ends logging to W&B, is said once, and goes no further."""
+        try:
+            call()
+        except Exception as error:  # W&B raises its own, the network's and the file system's errors alike
+            log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
+            self._run = None
+
+
+def _heatmaps(metrics: dict[str, float]) -> dict[str, Any]:
+    """One histogram per statistic and kind of site, a bin for each layer: W&B draws them over steps as a heatmap."""
+    grids = layer_grids(metrics)
+    if not grids:
+        return {}
+    import wandb
+
+    return {
+        name: wandb.Histogram(np_histogram=(np.array(values), np.arange(len(values) + 1)))
+        for name, values in grids.items()
+    }
+
+
+def _add_panels(run: Any) -> None:
+    """Give a project its workspace with its first run; without it the run is logged all the same."""
+    import wandb
+
+    try:
+        if len(wandb.Api().runs(f"{run.entity}/{run.project}", per_page=2)) <= 1:
+            log.info("W&B panels: %s", create(run.entity, run.project))
+    except Exception as error:  # the package may be missing, the network down, the key without that right
+        log.info("no W&B panels (%s); make them with scripts/panels.py %s/%s", error, run.entity, run.project)
+
+
+def check_wandb(config: LoggerConfig) -> LoggerConfig:
+    """`config`, offline where W&B does not answer; raises `UserError` if it is to be online without a key."""
+    if config.wandb != "online":
+        return config
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("logger.wandb=online but wandb is not installed; pip install wandb") from error
+    try:
+        has_key = wandb.login(prompt=False)
+    except wandb.Error as error:  # not reached, or the key is refused: training matters more
+        log.warning("W&B does not answer (%s); this run is logged offline, `wandb sync` sends it later", error)
+        return dataclasses.replace(config, wandb="offline")
+    if not has_key:
+        raise UserError("logger.wandb=online but there is no W&B key; run `wandb login` or use logger.wandb=offline")
+    return config
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of `path` that are later than `step`, or not whole: a run resumed at `step` writes them anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the last line of a run that was killed while writing it
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,217 @@
+"""What a run folder holds, read back: curves, probes, events and what the run is. Reads files only, needs no torch.
+
+Whatever is missing or broken is said in `Run.notes` and the rest is read: a run may have been killed, may still be
+writing, or may never have been validated or probed.
+"""
+
+import json
+import math
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from osp.errors import UserError
+from osp.run.evaluations import Evaluations, read_evaluations
+
+QUIET_SECONDS = 600  # a run without a closing summary that has written nothing for so long is called interrupted
+
+
+class Series(NamedTuple):
+    """One metric over the run: `steps` (n,) increasing, `values` (n,) with nan where the number was not finite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float:
+        """The newest finite value, nan if there is none."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(finite[-1]) if len(finite) else math.nan
+
+
+class Site(NamedTuple):
+    """A key of the monitor taken apart: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
+
+    stat: str
+    layer: int | None
+    kind: str
+
+
+@dataclass
+class Run:
+    """A run folder, read. `probes` and `events` are the lines of probes.jsonl and events.jsonl."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+    summary: dict[str, Any]
+    series: dict[str, Series]
+    probes: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    notes: list[str] = field(default_factory=list)
+
+    def last(self, key: str) -> float:
+        """The newest finite value of a metric, nan if there is none."""
+        return self.series[key].last if key in self.series else math.nan
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that anything was written about."""
+        return max((int(series.steps[-1]) for series in self.series.values()), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.config.get("train", {}).get("steps")
+
+    @property
+    def tokens(self) -> int:
+        return int(self.series["tokens"].last) if "tokens" in self.series else 0
+
+    @property
+    def state(self) -> str:
+        """`complete`, `running` or `interrupted`."""
+        if self.summary:
+            return "complete"
+        quiet = time.time() - (self.folder / "metrics.jsonl").stat().st_mtime
+        return "running" if quiet < QUIET_SECONDS else "interrupted"
+
+    def num_parameters(self) -> int | None:
+        """From the manifest of a checkpoint; None before the first one."""
+        for manifest in sorted(self.folder.glob("checkpoints/step_*/manifest.json")):
+            try:
+                shapes = json.loads(manifest.read_text(encoding="utf-8"))["shapes"]
+            except (OSError, ValueError, KeyError):
+                continue
+            return sum(math.prod(shape) for shape in shapes.values())
+        return None
+
+    def sites(self) -> dict[Site, Series]:
+        """Every monitored quantity that belongs to a site, a norm or a weight."""
+        return {site: series for key, series in self.series.items() if (site := site_of(key))}
+
+
+def site_of(key: str) -> Site | None:
+    """The parts of a key of the monitor; None for a key that is no monitor's or describes the whole model."""
+    prefix, _, rest = key.partition("/")
+    stat, _, name = rest.partition("/")
+    if prefix not in ("monitor", "bhyt") or name in ("", "max", "mean", "osp_script"):
+        return None
+    first, _, kind = name.partition("/")
+    if first.startswith("layer_") and first[6:].isdigit():
+        return Site(stat, int(first[6:]), kind)
+    return Site(stat, None, name)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`; `UserError` if there is nothing to draw."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder{_runs_near(folder)}")
+    notes: list[str] = []
+    series = _columns(_json_lines(folder / "metrics.jsonl", notes))
+    if not series:
+        why = "is empty" if (folder / "metrics.jsonl").exists() else "is missing"
+        raise UserError(f"{folder}: metrics.jsonl {why}, nothing to draw{_runs_near(folder)}")
+    config = _read(folder / "config.yaml", dict, notes)
+    starts = _read(folder / "environment.json", list, notes)
+    summary = _read(folder / "summary.json", dict, notes) if (folder / "summary.json").exists() else {}
+    return Run(
+        folder=folder,
+        name=str(config.get("run", {}).get("name") or folder.resolve().name),
+        config=config,
+        starts=[start for start in starts if isinstance(start, dict)],
+        summary=summary,
+        series=series,
+        probes=_probes(folder / "probes.jsonl", notes),
+        events=list(_json_lines(folder / "events.jsonl", notes)),
+        evaluations=read_evaluations(folder, notes),
+        notes=notes,
+    )
+
+
+def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file that have a step; others are counted in `notes`. A missing file is empty."""
+    if not path.exists():
+        return
+    broken = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):  # it is being written this moment
+                break
+            try:
+                value = json.loads(line)
+                if not isinstance(value["step"], int):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                broken.append(number)
+                continue
+            yield value
+    if broken:
+        numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
+        notes.append(f"{path.name}: {len(broken)} unreadable line{'s' * (len(broken) > 1)} skipped (line {numbers})")
+
+
+def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
+    """Key -> series. Of two values for one step the later line counts: a resumed run took that step again."""
+    columns: dict[str, tuple[array, array]] = {}  # a long run has millions of values
+    for line in lines:
+        step = line["step"]
+        for key, value in line.items():
+            if key != "step" and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+                steps, values = columns.setdefault(key, (array("q"), array("d")))
+                steps.append(step)
+                values.append(math.nan if value is None else value)
+    return {key: _in_order(np.array(steps), np.array(values)) for key, (steps, values) in columns.items()}
+
+
+def _in_order(steps: np.ndarray, values: np.ndarray) -> Series:
+    """The last value of every step, by step."""
+    unique, last = np.unique(steps[::-1], return_index=True)
+    return Series(unique, values[::-1][last])
+
+
+def _probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """In order of the steps, the later line where a step was probed again."""
+    by_step = {}
+    for probe in _json_lines(path, notes):
+        sites = probe.get("sites")
+        if isinstance(sites, dict):
+            by_step[probe["step"]] = {**probe, "sites": {name: s for name, s in sites.items() if _is_site(s)}}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_site(value: Any) -> bool:
+    """Whether a site of a probe holds what is read of it without asking: [channel, max|x|] of its largest ones."""
+    channels = value.get("channels") if isinstance(value, dict) else None
+    if not isinstance(channels, list) or not channels:
+        return False
+    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int) for pair in channels)
+
+
+def _read(path: Path, kind: type, notes: list[str]) -> Any:
+    """The YAML or JSON file's content, an empty `kind` with a note where that cannot be."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(value, kind):
+            return value
+        notes.append(f"{path.name}: not what a run writes there; left out")
+    except FileNotFoundError:
+        notes.append(f"{path.name} is missing")
+    except (OSError, ValueError, yaml.YAMLError):
+        notes.append(f"{path.name} cannot be read; left out")
+    return kind()
+
+
+def _runs_near(folder: Path) -> str:
+    """`; runs here: ...`, the run folders below or beside a path that is none."""
+    for place in (folder, folder.parent, Path("runs")):
+        if names := sorted(str(path.parent) for path in place.glob("*/metrics.jsonl"))[:6]:
+            return f"; runs here: {', '.join(names)}"
+    return "; a run folder is what scripts/train.py writes, runs/NAME"

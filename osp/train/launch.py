@@ -1,0 +1,89 @@
+"""Scripts of the project in processes of their own, started as a user starts them."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from osp.config import Config, to_dict
+from osp.errors import RunError, UserError
+
+SECONDS_TO_END = 60.0  # for a process that is told to end because this one does
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # variables that would make a start a rank
+_HYDRA = {
+    "defaults": [
+        "defaults",
+        "_self_",
+        {"override hydra/job_logging": "none"},
+        {"override hydra/hydra_logging": "none"},
+    ],
+    "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
+}
+
+
+def training_command(config: Config, *, script: Path, ranks: int, path: Path) -> list[str]:
+    """The command that trains exactly `config`, which is written to the YAML file `path`.
+
+    script: scripts/train.py. One rank is plain python, several are torchrun's.
+    """
+    path.write_text(yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [
+        sys.executable, *launcher, str(script), "--config-path", str(path.parent.resolve()), "--config-name", path.stem
+    ]  # fmt: skip
+
+
+class Process:
+    """A script that runs beside this process and writes all it says into the file `output`.
+
+    A signal of the terminal does not reach it: Ctrl-C is for this process, which calls `stop`.
+    """
+
+    def __init__(self, command: Sequence[str], output: Path, *, environment: Mapping[str, str] | None = None):
+        self.output = output
+        inherited = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
+        with output.open("w", encoding="utf-8") as file:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=inherited | dict(environment or {}),
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def terminate(self) -> None:
+        """Send SIGTERM, on which a training saves its state and ends."""
+        self._process.terminate()
+
+    def stop(self) -> None:
+        """End it, if it runs, and wait for that."""
+        if self.running:
+            self.terminate()
+            self._process.wait(SECONDS_TO_END)
+
+    def error(self, *, hint: str = "") -> UserError | RunError | None:
+        """What ended it, in the words it printed: a mistake, or a failure; None after success."""
+        status = self._process.returncode
+        return failure(self.output, status, hint=hint) if status else None
+
+
+def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunError:
+    """The error that a script printed into `output`, as its exit status says. hint: said behind the name of the file"""
+    text = output.read_text(encoding="utf-8", errors="replace")
+    errors = re.findall(r"^error: (.*)$", text, flags=re.MULTILINE)
+    if not errors:
+        last = "; ".join(text.strip().split("\n")[-3:])
+        return RunError(f"a process ended with exit status {status}, see {output}{hint}: {last}")
+    # torchrun's own status is 1; its report holds that of the ranks
+    mistake = status == 2 or re.search(r"exitcode\s*: 2\b", text)
+    return UserError(errors[0]) if mistake else RunError(errors[0])

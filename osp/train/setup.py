@@ -1,0 +1,349 @@
+"""From a checked configuration to a trainer in its run folder; `train` is what `scripts/train.py` calls.
+
+What can be wrong with a configuration, its data, its machine or its folder is found here, before the first step.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from osp.config import Config, to_dict
+from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
+from osp.device import compute_dtype, native_bf16, native_fp8, prepare_cpu
+from osp.distributed import Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
+from osp.errors import LostRankError, RunError, UserError
+from osp.model.fp8 import check_fp8, fp8_linear
+from osp.model.norms import bound_warning
+from osp.model.transformer import build_model
+from osp.optim import groups_of
+from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
+from osp.run.folder import RunLock, begin, check_disk, open_run, with_initial_model, with_length_of_run
+from osp.run.logger import Logger, check_wandb
+from osp.train.engine import Engine
+from osp.train.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size, total_steps
+
+log = logging.getLogger(__name__)
+
+MEASURED_STEPS = 6  # at most as many steps tell how many fit into `train.minutes`
+MEASURED_SECONDS = 3.0  # no further one after this time, if there are three
+SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
+
+
+def train(config: Config) -> None:
+    """Run the training that `config` describes, or continue it; every rank calls it.
+
+    Raises `UserError` before the first step for whatever the user can mend, `RunError` if the run cannot go on, and its
+    `StoppedError` if it was asked to stop and has saved its state.
+    """
+    trainer = setup(config)
+    # until all is closed: a launcher passes a signal on after the ranks have heard it, perhaps when they are through
+    with trainer.stop.listen():
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
+
+
+def setup(config: Config) -> Trainer:
+    """The trainer of `config`, everything checked and its run folder begun or continued. Collective."""
+    config = with_initial_model(config)
+    model = meta_model(config)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    groups_of(model, config.optimizer)  # raises if a rule does not fit
+    device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
+    if device.type == "cpu":
+        prepare_cpu(config.engine.threads, local_ranks=local_ranks())
+    peers = Peers()
+    peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
+    try:
+        return _set_up(config, shapes, device, peers)
+    except BaseException as error:
+        try:
+            if not isinstance(error, RunError) and is_connection_error(error):
+                dead = peers.describe(peers.dead(seconds=3))
+                raise LostRankError(f"before the first step: {dead}; start all of them again") from error
+            raise
+        finally:
+            peers.dismiss()
+
+
+def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, peers: Peers) -> Trainer:
+    """What `setup` does once the ranks can talk. Collective."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    config = resolve(config, device=device, world_size=world_size)
+    _check_same_config(config)
+    config = on_main(lambda: with_length_of_run(config))
+    if config.train.precision == "fp8":
+        _check_fp8(config, shapes, device)
+    if config.train.steps is not None:
+        build_schedule_of(config)  # raises if its phases do not fit
+    logger_config = on_main(lambda: check_wandb(config.logger))
+    folder, resumable = on_main(lambda: open_run(config))
+    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
+    checkpoint = first_whole(resumable)
+    if checkpoint:
+        check_continues(config, checkpoint, shapes)
+    if rank == 0 and (warning := bound_warning(config.model)):
+        log.warning(warning)
+    if not config.tokenizer.train:  # known before any text is read
+        on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
+    shards = on_main(lambda: start(config.data, config.tokenizer, progress=config.logger.progress))
+    _check_vocabulary(config, load_manifest(shards).vocab_size)
+    loader = build_loader(config, shards, rank=rank, world_size=world_size)
+    engine = build_engine(config, device=device, world_size=world_size)
+    if checkpoint is None and config.checkpoint.init_from is not None:
+        load_initial_weights(config.checkpoint.init_from, engine)
+    if config.train.steps is None:
+        config = with_measured_length(config, engine, loader, peers)
+    locks: list[RunLock] = []  # rank 0 has one; a file is nothing to send to other ranks
+    token = on_main(lambda: _begin(folder, config, checkpoint, shards, locks, device=str(device)))
+    _warn_of_slow_saves(folder, engine)
+    logger = None
+    if rank == 0:
+        logger = Logger(
+            folder,
+            logger_config,
+            run_name=config.run.name,
+            run_config=to_dict(config),
+            step=checkpoint.step if checkpoint else 0,
+            total_steps=total_steps(config),
+        )
+    lock = locks[0] if locks else None
+    trainer = Trainer(config, engine, loader, folder, logger, peers=peers, lock=lock, token=token)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    return trainer
+
+
+def _check_fp8(config: Config, shapes: dict[str, list[int]], device: torch.device) -> None:
+    """Raise `UserError` without torchao, or for sizes that the hardware cannot multiply; warn where it has no fp8."""
+    matrices = {name: shape for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2}
+    native = native_fp8(device)
+    fp8_linear(emulate=not native)
+    if native:
+        check_fp8(matrices, micro_batch_size(config) * config.train.seq_len)
+    elif dist.get_rank() == 0:
+        log.warning("train.precision=fp8: %s has no fp8; it is emulated, for its rounding and not for speed", device)
+
+
+def first_whole(folders: list[Path]) -> Checkpoint | None:
+    """The first of the checkpoints that is undamaged, None if there are none at all. Collective.
+
+    Every rank reads a share of each checkpoint's files; damage is said by name. Raises `UserError` if none is whole:
+    to start anew over a run that was there is not ours to decide.
+    """
+    error = None
+    for folder in folders:
+        try:
+            checkpoint = Checkpoint(folder)
+            checkpoint.verify(rank=dist.get_rank(), world_size=dist.get_world_size())
+            mine = None
+        except UserError as damage:
+            checkpoint, mine = None, str(damage)
+        errors = [text for text in gather_objects(mine) if text]
+        if not errors:
+            return checkpoint
+        error = errors[0]
+        if folder != folders[-1] and dist.get_rank() == 0:
+            log.warning("%s: trying the one before", error.removesuffix("; take an older checkpoint"))
+    if error is not None:
+        raise UserError(error)
+    return None
+
+
+def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
+    """Raise `UserError` unless `config` can go on from `checkpoint`."""
+    if checkpoint.manifest.get("conversion") is not None:
+        raise UserError(
+            f"{checkpoint.folder}: a converted model, without the state of an optimizer; start from it with "
+            "checkpoint.init_from"
+        )
+    if checkpoint.shapes != shapes:
+        raise UserError(f"{checkpoint.folder}: its model has other parameters than this configuration's")
+    if config.train.steps is not None and checkpoint.step > config.train.steps:
+        raise UserError(
+            f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={config.train.steps}; raise that"
+        )
+    before = checkpoint.config.data.skip_steps
+    position = data_step(checkpoint.step, before)
+    read = [[pair for pair in sorted(pairs) if pair[0] <= position] for pairs in (before, config.data.skip_steps)]
+    if read[0] != read[1]:
+        raise UserError(
+            f"data.skip_steps={[list(pair) for pair in config.data.skip_steps]} changes what was read before step "
+            f"{checkpoint.step}, where {checkpoint.folder} continues; go back with resume=CHECKPOINT to one before it"
+        )
+
+
+def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool | None = None) -> Config:
+    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks.
+
+    bf16: whether the device multiplies it natively; None: ask the one that is here.
+    """
+    train = config.train
+    native = native_bf16(device) if bf16 is None else bf16
+    precision = ("bf16" if native else "fp32") if train.precision == "auto" else train.precision
+    compiled = train.compile
+    if compiled == "auto":
+        compiled = device.type == "cuda" and config.engine.zero_stage < 3
+    elif compiled and config.engine.zero_stage == 3:
+        raise UserError("train.compile=true does not work with engine.zero_stage=3 (its hooks break every graph)")
+    rows = train.tokens_per_step // train.seq_len
+    if rows % world_size:
+        nearest = max(1, round(rows / world_size)) * world_size * train.seq_len
+        raise UserError(
+            f"train.tokens_per_step={train.tokens_per_step} is {rows} rows of train.seq_len={train.seq_len}, which "
+            f"{world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
+        )
+    per_rank = rows // world_size
+    size = train.micro_batch_size
+    if size == "auto":
+        limit = max(1, (16384 if device.type == "cuda" else 4096) // train.seq_len)
+        size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
+    elif per_rank % size:
+        raise UserError(
+            f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
+            f"per step (train.tokens_per_step / train.seq_len / ranks)"
+        )
+    if train.num_steps is not None:
+        train = dataclasses.replace(train, steps=train.num_steps, tokens=None, minutes=None)
+    train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
+    return dataclasses.replace(config, train=train)
+
+
+def build_loader(config: Config, shards: Path, *, rank: int, world_size: int) -> Loader:
+    """This rank's rows of every step."""
+    train = config.train
+    return Loader(
+        shards,
+        seq_len=train.seq_len,
+        rows_per_step=train.tokens_per_step // train.seq_len,
+        micro_batch_size=micro_batch_size(config),
+        rank=rank,
+        world_size=world_size,
+        seed=train.seed,
+        document_ids=train.document_mask,
+        skip_steps=config.data.skip_steps,
+    )
+
+
+def build_engine(config: Config, *, device: torch.device, world_size: int) -> Engine:
+    """The initialised model of `config` inside its engine. Collective."""
+    train = config.train
+    model = build_model(config.model, seed=train.seed, device=device)
+    model.compute_dtype = compute_dtype(train.precision)
+    if train.precision == "fp8":
+        model.use_in_blocks(fp8_linear(emulate=not native_fp8(device)))
+    model.activation_checkpointing = train.activation_checkpointing
+    if train.compile:
+        for layer in model.layers:
+            layer.compile()
+    size = micro_batch_size(config)
+    return Engine(
+        model,
+        config.optimizer,
+        zero_stage=config.engine.zero_stage,
+        micro_batch_size=size,
+        gradient_accumulation_steps=train.tokens_per_step // train.seq_len // world_size // size,
+        grad_clip=train.grad_clip,
+        device=device,
+    )
+
+
+def load_initial_weights(path: str, engine: Engine) -> None:
+    """Give the engine's model the weights and norm statistics of `checkpoint.init_from`. Collective."""
+    checkpoint = first_whole(candidates(Path(path)))
+    if checkpoint is None:
+        raise UserError(f"checkpoint.init_from={path}: no model there")
+    slices = ((name, start, stop, {"weight": states["weight"]}) for name, start, stop, states in engine.local_state())
+    load(checkpoint, slices, engine.module)
+    engine.sync_weights_from_master()
+    if engine.rank == 0:
+        norm = checkpoint.model_config.norm.name
+        log.info("starting from %s, norm=%s; the model and the tokenizer are its own", checkpoint.folder, norm)
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """`config` with the length of the run decided."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, tokens=None, minutes=None))
+
+
+def with_measured_length(config: Config, engine: Engine, loader: Loader, peers: Peers) -> Config:
+    """`config` with as many steps as fit into `train.minutes`. Takes a few steps, and takes them back. Collective."""
+    assert config.train.minutes is not None
+    state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
+    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None, peers=peers)
+    seconds = []
+    for step in range(MEASURED_STEPS):
+        began = time.perf_counter()
+        if trial.train_step(step, record=True) is None:
+            raise RunError(trial.failure)
+        seconds.append(time.perf_counter() - began)
+        if on_main(lambda: len(seconds) >= 3 and sum(seconds) > MEASURED_SECONDS):
+            break
+    for tensor, before in state:
+        tensor.copy_(before)
+    engine.sync_weights_from_master()
+    # the first steps compile, allocate and read cold memory
+    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[len(seconds) // 2 :])))
+    return with_steps(config, on_main(lambda: steps))
+
+
+def _begin(
+    folder: Path, config: Config, checkpoint: Checkpoint | None, shards: Path, locks: list[RunLock], *, device: str
+) -> str:
+    """Rank 0: begin the run folder and keep its lock in `locks`; the token of this training."""
+    resumed = checkpoint.folder if checkpoint else None
+    tokenizer = shards / "tokenizer.json"
+    world_size = dist.get_world_size()
+    try:
+        lock = begin(folder, config, checkpoint=resumed, tokenizer=tokenizer, world_size=world_size, device=device)
+    except OSError as error:
+        raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}") from error
+    locks.append(lock)
+    return lock.token
+
+
+def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
+    """Say so if a save will not be through between SIGTERM and SIGKILL, from a measured write. Collective."""
+    num_bytes = 4 * sum(values.numel() for *_, states in engine.local_state() for values in states.values())
+    try:
+        seconds, error = seconds_to_write(folder, num_bytes), None
+    except OSError as problem:
+        seconds, error = 0.0, f"run.dir={folder}: cannot write there: {problem}"
+    measured = gather_objects((seconds, num_bytes, error))
+    if errors := [text for *_, text in measured if text]:
+        raise UserError(errors[0])
+    longest, total = max(seconds for seconds, *_ in measured), sum(size for _, size, _ in measured)
+    if longest > SECONDS_TO_KILL and engine.rank == 0:
+        log.warning(
+            "a checkpoint of %.2f GB takes %.0f s to write to %s, and a launcher kills a run %.0f s after SIGTERM: the "
+            "last checkpoint will be that of checkpoint.every; use a faster disk, more ranks, or an earlier signal "
+            "(scripts/slurm.sh)",
+            total / 1e9,
+            longest,
+            folder,
+            SECONDS_TO_KILL,
+        )
+
+
+def _check_same_config(config: Config) -> None:
+    """Raise `UserError` unless all ranks have composed the same configuration."""
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    if len(set(gather_objects(digest))) > 1:
+        raise UserError("the ranks have different configurations; start all of them with the same command and files")
+
+
+def _check_vocabulary(config: Config, num_tokens: int) -> None:
+    """Raise `UserError` if the tokenizer has tokens that the model has no embedding for."""
+    if num_tokens > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {num_tokens}; "
+            f"set model.vocab_size={num_tokens} or more"
+        )

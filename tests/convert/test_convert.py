@@ -1,0 +1,229 @@
+"""Exchanging norms leaves a model's function as it is: pairs, round trips and refusals, in float64."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from osp.config import AttentionConfig, ModelConfig, NormConfig
+from osp.convert.change_norm import CONVERTIBLE, conversion_steps, convert, converted_config
+from osp.errors import UserError
+from osp.model.fold import fold_into_weights
+from osp.model.norms import Norm
+from osp.model.transformer import Block, Transformer, build_model
+
+IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def random_model(norm: dict[str, Any], **shape: Any) -> Transformer:
+    """A float64 model all of whose gains, biases and scales are random, for ones and zeros hide mistakes."""
+    model = build_model(ModelConfig(**{**SHAPE, **shape}, norm=NormConfig(**norm)), seed=1).double()
+    model.compute_dtype = torch.float64
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            else:  # EmbProj no longer orthogonal
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Transformer) -> Tensor:
+    return model(IDS)
+
+
+def assert_same_function(found: Transformer, expected: Transformer, atol: float = 1e-12) -> None:
+    reference = logits(expected)
+    assert reference.abs().max() > 0.5, "a model that says nothing would prove nothing"
+    torch.testing.assert_close(logits(found), reference, rtol=0, atol=atol * reference.abs().max().item())
+
+
+EVERYWHERE = CONVERTIBLE
+NOT_CENTRED = ("rmsnorm", "ssnorm")
+SOURCES: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
+    ({"name": "layernorm"}, {}, EVERYWHERE),
+    ({"name": "layernorm", "affine": False, "eps": 1e-3}, {"embed_proj": True}, EVERYWHERE),
+    ({"name": "layernorm", "bias": True}, {"embed_proj": True}, EVERYWHERE),
+    ({"name": "layernorm", "bias": True, "lns": True}, {"attention_bias": True, "mlp_bias": True}, EVERYWHERE),
+    ({"name": "layernorm"}, {"attention": AttentionConfig(gate=True)}, EVERYWHERE),
+    ({"name": "layernorm", "eps": 1e-4}, {"qk_norm": True}, ("layernorm", "rmsnorm", "crmsnorm")),
+    ({"name": "rmsnorm"}, {}, NOT_CENTRED),
+    ({"name": "rmsnorm", "final": "ssnorm", "lns": True}, {"attention_bias": True}, NOT_CENTRED),
+    ({"name": "rmsnorm"}, {"recentre": True, "embed_proj": True}, EVERYWHERE),
+    ({"name": "rmsnorm", "embed_scale": True}, {"recentre": True, "mlp_bias": True, "head_bias": True}, EVERYWHERE),
+    ({"name": "ssnorm", "lns": True}, {"embed_proj": True}, NOT_CENTRED),
+    ({"name": "ssnorm"}, {"qk_norm": True}, NOT_CENTRED),
+    ({"name": "ssnorm"}, {"ffn_norm": True, "attention": AttentionConfig(off_by_one=True)}, NOT_CENTRED),
+    ({"name": "layernorm", "eps": 1e-4}, {"ffn_norm": True, "hidden_act": "relu2"}, ("layernorm", "rmsnorm")),
+    ({"name": "crmsnorm"}, {"hidden_size": 23, "head_dim": 6}, EVERYWHERE),
+    ({"name": "crmsnorm", "affine": True}, {"attention": AttentionConfig(gate=True), "embed_proj": True}, EVERYWHERE),
+]
+
+
+@pytest.mark.parametrize(("norm", "shape", "targets"), SOURCES, ids=str)
+def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, Any], targets: tuple[str, ...]) -> None:
+    model = random_model(norm, **shape)
+    before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    for to in targets:
+        found = convert(model, to)
+        assert_same_function(found, model)
+        names = {type(m).__name__.lower() for n, m in found.named_modules() if isinstance(m, Norm) and "_norm" not in n}
+        assert names == {to}
+        assert found.config == converted_config(model.config, to)
+        assert (found.config.embed_proj, found.config.recentre, found.config.norm.lns) == (False, False, False)
+        for name, parameter in model.named_parameters():  # not one bit of the source
+            assert parameter.data is not None
+            assert parameter.data_ptr() == before[name][0].data_ptr()
+            assert torch.equal(parameter, before[name][1])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_there_and_back(bias: bool) -> None:
+    """LayerNorm -> RMSNorm -> CRMSNorm (d - 1) -> RMSNorm -> LayerNorm -> CRMSNorm: the same weights again."""
+    model = random_model({"name": "layernorm", "bias": bias})
+    rms = convert(model, "rmsnorm")
+    crms = convert(rms, "crmsnorm")
+    assert (crms.config.hidden_size, crms.config.head_dim) == (23, 6)
+    assert crms.embed_tokens.weight.shape == (50, 23)
+    back = convert(crms, "rmsnorm")
+    assert (back.config.hidden_size, back.config.head_dim) == (24, None)
+    torch.testing.assert_close(back.embed_tokens.weight, rms.embed_tokens.weight, rtol=0, atol=1e-14)
+    ln = convert(back, "layernorm")
+    again = convert(ln, "crmsnorm")
+    for name, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter, dict(crms.named_parameters())[name], rtol=0, atol=1e-13)
+    for each in (rms, crms, back, ln, again):
+        assert_same_function(each, model)
+
+
+@torch.no_grad()
+def test_layernorm_by_torch_is_the_oracle() -> None:
+    """One norm and the matrix that reads it, by torch's layer_norm, against the converted model's CRMSNorm."""
+    model = random_model({"name": "layernorm", "bias": True, "eps": 1e-2})
+    x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    weights = dict(model.named_parameters())
+    gain, bias = (weights[f"layers.1.post_attention_layernorm.{kind}"] for kind in ("weight", "bias"))
+    expected = nn.functional.layer_norm(x, (24,), gain, bias, eps=1e-2) @ weights["layers.1.mlp.up_proj.weight"].T
+    layer = convert(model, "crmsnorm").layers[1]
+    assert isinstance(layer, Block)
+    shorter = (x - x.mean(-1, keepdim=True))[:, :-1]
+    torch.testing.assert_close(layer.mlp.up_proj(layer.post_attention_layernorm(shorter)), expected, rtol=0, atol=1e-12)
+
+
+def test_gains_stay_where_the_norm_has_one_per_channel() -> None:
+    def gains(model: Transformer) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if "norm" in name}
+
+    model, name = random_model({"name": "layernorm", "lns": True}), "layers.2.input_layernorm.weight"
+    expected = gains(model)[name] / 3**0.5
+    torch.testing.assert_close(gains(convert(model, "rmsnorm"))[name], expected, rtol=0, atol=1e-15)
+    assert {gain.item() for gain in gains(convert(model, "ssnorm")).values()} == {1.0}
+    ssnorm = random_model({"name": "ssnorm"})
+    per_channel = gains(convert(ssnorm, "rmsnorm"))["norm.weight"]
+    assert torch.equal(per_channel, gains(ssnorm)["norm.weight"].expand(24))
+    assert torch.equal(gains(convert(ssnorm, "ssnorm"))["norm.weight"], gains(ssnorm)["norm.weight"])
+
+
+def test_without_biases_there_are_none_afterwards() -> None:
+    for to in CONVERTIBLE:
+        assert not [n for n, _ in convert(random_model({"name": "layernorm"}), to).named_parameters() if "bias" in n]
+    names = {n for n, _ in convert(random_model({"name": "layernorm", "bias": True}), "rmsnorm").named_parameters()}
+    assert {"lm_head.bias", "layers.0.self_attn.o_proj.bias", "layers.0.mlp.up_proj.bias"} <= names
+
+
+def test_recentring_before_the_rounding_to_fp32_is_recognized_after_it() -> None:
+    """What an earlier conversion has stored in fp32 has a mean of its rounding; the conversion of it goes on."""
+    model = random_model({"name": "layernorm"})
+    stored = convert(convert(model, "rmsnorm").float(), "crmsnorm")
+    assert_same_function(stored, model, atol=1e-5)
+
+
+def test_an_epsilon_that_matters_carries_over() -> None:
+    """eps of the size of the variance: what is added under the root is the same number in every norm."""
+    model = random_model({"name": "layernorm", "eps": 1.0})
+    for to in CONVERTIBLE:
+        assert_same_function(convert(model, to), model)
+        assert convert(model, to).config.norm.eps == 1.0
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "to", "message"),
+    [
+        ({"name": "rmsnorm"}, {}, "batchnorm", r"to=batchnorm: choose from layernorm, rmsnorm, ssnorm, crmsnorm"),
+        ({"name": "rmsnorm"}, {}, "crmsnorm", r"the residual stream has a mean \(embed_tokens.weight: "),
+        ({"name": "ssnorm"}, {}, "layernorm", r"only a model that was a LayerNorm's or trained with recentre=true"),
+        ({"name": "dyt"}, {}, "rmsnorm", r"norm.name=dyt cannot be converted: it is a bounded function"),
+        ({"name": "derf"}, {}, "ssnorm", r"norm.name=derf cannot be converted"),
+        ({"name": "bhyt", "seq_len": 8}, {}, "ssnorm", r"norm.name=bhyt cannot be converted"),
+        ({"name": "bhyt_star"}, {}, "ssnorm", r"norm.name=bhyt_star cannot be converted"),
+        ({"name": "rmsnorm", "placement": "peri"}, {}, "ssnorm", r"norm.placement=peri cannot be converted: its norms"),
+        (
+            {"name": "rmsnorm", "final": "layernorm"},
+            {},
+            "ssnorm",
+            r"layernorm subtracts the mean and the other does not",
+        ),
+        ({"name": "layernorm", "final": "crmsnorm"}, {}, "rmsnorm", r"crmsnorm counts a channel that is not stored"),
+        ({"name": "rmsnorm", "final": "dyt"}, {}, "ssnorm", r"dyt is a bounded function and the other does not"),
+        (
+            {"name": "layernorm", "bias": True},
+            {"attention": AttentionConfig(gate=True)},
+            "rmsnorm",
+            r"norm.bias=true with attention.gate=true cannot be converted: the gate has no bias",
+        ),
+        ({"name": "rmsnorm"}, {"qk_norm": True}, "ssnorm", r"q_norm.weight: its gains differ, and to=ssnorm has one"),
+        (
+            {"name": "layernorm"},
+            {"qk_norm": True},
+            "rmsnorm",
+            r"qk_norm=true has eps=1e-06 and the other norms eps=1e-05",
+        ),
+        ({"name": "layernorm"}, {"ffn_norm": True}, "rmsnorm", r"ffn_norm=true has eps=1e-06 and the other norms eps"),
+        ({"name": "rmsnorm"}, {"ffn_norm": True}, "ssnorm", r"mlp.ffn_norm.weight: its gains differ, and to=ssnorm"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted_says_why(norm: dict[str, Any], shape: dict[str, Any], to: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        convert(random_model(norm, **shape), to)
+    assert "\n" not in str(error.value)
+
+
+def test_steps_are_said_in_words() -> None:
+    config = random_model({"name": "layernorm", "bias": True, "lns": True, "embed_scale": True}, embed_proj=True).config
+    assert conversion_steps(config, "crmsnorm") == [
+        "embedding projections absorbed",
+        "scale of the embedding folded",
+        "LayerNorm scaling folded",
+        "biases of norms folded",
+        "gains of norms folded",
+        "residual stream recentred",
+        "last channel dropped",
+        "layernorm -> crmsnorm",
+    ]
+    plain = dataclasses.replace(config, embed_proj=False, norm=NormConfig(name="rmsnorm"))
+    assert conversion_steps(plain, "rmsnorm") == ["rmsnorm -> rmsnorm"]
+
+
+def test_folding_leaves_a_plain_model_of_the_same_norm() -> None:
+    model = random_model({"name": "rmsnorm", "embed_scale": True}, embed_proj=True, recentre=True, attention_bias=True)
+    expected = logits(model)
+    fold_into_weights(model)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-12)
+    assert (model.config.embed_proj, model.config.recentre, model.config.norm.embed_scale) == (False, False, False)
+    assert model.embed_tokens.weight.mean(1).abs().max() < 1e-15
+    plain = Transformer(model.config)
+    assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}

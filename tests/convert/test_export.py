@@ -1,0 +1,292 @@
+"""Exported models in `transformers`, as anybody loads them: the same logits, perplexity and tokens as our own."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+import osp.convert.hf_export
+from osp.config import Config, from_dict
+from osp.convert.hf_export import export, size_in_bytes, write_llama
+from osp.data import load_tokenizer
+from osp.errors import UserError
+from osp.evaluation.config import EvaluateConfig
+from osp.evaluation.evaluate import calibration_rows, evaluate, read_inputs, write_record
+from osp.evaluation.language_model import open_model
+from osp.evaluation.perplexity import perplexity
+from osp.evaluation.texts import read_text
+from osp.model.generate import generate, prepare
+from osp.model.hf_llama import load_hf
+from osp.quant.apply import quantized
+from osp.quant.spec import QuantSpec
+from osp.run.checkpoint import load_model
+from osp.train.setup import train
+from tests.conftest import ROOT, made_text
+from tests.hf_models import STORIES, write_stories260k
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import entry
+
+Tiny = Callable[..., Config]
+IDS = torch.randint(0, 320, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(from_dict({**tiny_values, "run": {"name": "run", "dir": str(folder)}}))
+    return folder
+
+
+def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert type(model) is LlamaForCausalLM
+    return model.eval()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def test_exported_run_is_the_trained_model_in_transformers(run: Path, tmp_path: Path) -> None:
+    """A run of the whole method: SSNorm and projections. Same logits, same perplexity of the held-out text."""
+    exported = export(run, tmp_path / "new" / "out", max_shard_size="30KB")
+    assert exported.folder == tmp_path / "new" / "out"
+    assert len(list(exported.folder.glob("model-*.safetensors"))) > 2
+    assert max(p.stat().st_size for p in exported.folder.glob("*.safetensors")) < 45_000  # the largest tensor: 41 kB
+    theirs, ours = load_in_transformers(exported.folder), load_model(run)
+    assert relative_error(theirs(IDS).logits, ours(IDS)) < 1e-5
+    subject = open_model(run)
+    text = read_text("held_out", subject)
+    found = perplexity(subject.model, text, seq_len=64)
+    rows = text.tokens[: len(text.tokens) // 64 * 64].view(-1, 64)
+    nats = sum(F.cross_entropy(theirs(row[None]).logits[0, :-1], row[1:], reduction="sum").item() for row in rows)
+    assert found.perplexity == pytest.approx(math.exp(nats / (len(rows) * 63)), rel=1e-4)
+    assert exported.perplexity == pytest.approx(exported.exported_perplexity, rel=1e-4)
+    assert [path.name for path in exported.folder.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overrides", [["norm.name=rmsnorm"], ["norm.name=rmsnorm", "norm.affine=false"]], ids=str)
+def test_norms_and_head_of_other_recipes(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=2", "model.embed_proj=false", "norm.eps=1e-4", "model.rope_theta=500", *overrides))
+    export(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "out")
+    with torch.no_grad():
+        theirs, ours = load_in_transformers(tmp_path / "out")(IDS).logits, load_model(tmp_path / "run")(IDS)
+    assert relative_error(theirs, ours) < 1e-5
+
+
+@torch.no_grad()
+def test_round_trip(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    ours = load_hf(tmp_path / "out")
+    assert ours.config.norm.name == "rmsnorm"
+    assert not ours.config.embed_proj
+    assert relative_error(ours(IDS), load_model(run)(IDS)) < 1e-5
+    gains = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    assert gains.shape == (32,)
+    assert gains.unique().numel() == 1
+    with pytest.raises(UserError, match=r"is a Hugging Face folder already"):
+        export(tmp_path / "out", tmp_path / "again")
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the shared checkpoint is not here")
+@torch.no_grad()
+def test_round_trip_of_a_public_model(tmp_path: Path) -> None:
+    """Tied head, 8 query heads on 4 of keys: read, written and read again it is the same bits, here and there."""
+    write_stories260k(tmp_path / "first")
+    ours = load_hf(tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, eps=1e-5, bos_id=1, eos_id=2)
+    assert torch.equal(load_hf(tmp_path / "second")(IDS), ours(IDS))
+    theirs = [load_in_transformers(tmp_path / name)(IDS).logits for name in ("first", "second")]
+    assert torch.equal(*theirs)
+    assert relative_error(ours(IDS), theirs[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_bf16(run: Path, tmp_path: Path) -> None:
+    exported = export(run, tmp_path / "out", dtype="bf16")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    theirs = load_in_transformers(tmp_path / "out")
+    assert 1e-5 < relative_error(theirs(IDS).logits, load_model(run)(IDS)) < 2e-2
+    assert exported.logit_error < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_tokenizer_is_the_runs(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    export(run, tmp_path / "out")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(run / "tokenizer.json")
+    for text in (*made_text(2), "caf\xe9 \u2028  two  spaces \n", " .", "don't !"):
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.token_to_id("<|endoftext|>")
+    assert theirs.model_max_length == 64
+
+
+def test_transformers_generates_and_stops_at_the_end(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    model = load_in_transformers(tmp_path / "out")
+    assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 0
+    found = model.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert generate(prepare(load_model(run), torch.float32), IDS[:1, :5].tolist(), 6) == found[:, 5:].tolist()
+
+
+def test_card_tells_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "copy")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "tokens": 768, "quant/perplexity/4-4-4": 321.5}) + "\n")
+    (run / "evaluation").mkdir()
+    result = {"what": "wikitext2", "metric": "perplexity", "value": 19.6, "stderr": None}
+    stored = {"model": {"step": 6}, "quant": {"text": "4-4-4 rtn"}, "results": [result]}
+    (run / "evaluation" / "a.json").write_text(json.dumps(stored))
+    export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| training tokens | 1,536 in 6 steps of 256 |" in card
+    assert "| norm | ssnorm |" in card
+    assert "\n| step | tokens | validation loss | bits per byte | at 4-4-4 |\n" in card
+    assert re.search(r"^\| 3 \| 768 \| 5\.\d+ \| \d\.\d+ \| 321.5 \|$", card, flags=re.MULTILINE)
+    exported, text = load_hf(tmp_path / "out"), read_text("held_out", open_model(run))
+    with quantized(exported, QuantSpec().at("4-4-4")):
+        four_bits = perplexity(exported, text, seq_len=64).perplexity
+    assert f", {four_bits:.4f} fake-quantized to 4-4-4 rtn, W sym/channel clip" in card
+    assert "| 6 | wikitext2 perplexity | 4-4-4 rtn | 19.6 |" in card
+    (run / "evaluation" / "a.json").write_text("[]")
+    with pytest.raises(UserError, match=r"a.json: not what scripts/evaluate.py writes"):
+        export(run, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["norm.name=bhyt"], r"norm.name=bhyt: a stock Llama has no such norm, .* norm=ssnorm and norm=rmsnorm export"),
+        (["norm.name=dyt"], r"norm.name=dyt: .* it is a tanh"),
+        (["norm.name=ssnorm", "norm.final=layernorm"], r"norm.final=layernorm: .* it subtracts the mean"),
+        (["norm.name=crmsnorm"], r"norm.name=crmsnorm"),
+    ],
+)
+def test_norms_without_an_equal_are_refused(overrides: list[str], message: str, tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=1", "eval.sample_tokens=0", *overrides))
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong between training and file, the check on the way back sees it."""
+    before = {path.name for path in tmp_path.iterdir()}
+    absorb = osp.convert.hf_export.fold_into_weights
+
+    def absorb_wrongly(model: Any) -> None:
+        absorb(model)
+        model.lm_head.weight.data[3] *= 1.01
+
+    monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", absorb_wrongly)
+    with pytest.raises(UserError, match=r"folding projections and scales changes the logits by \S+ of the largest"):
+        export(run, tmp_path / "out")
+    monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", absorb)
+    tensors = osp.convert.hf_export._hf_tensors
+    monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", lambda model: ((n, t * 1.001) for n, t in tensors(model)))
+    with pytest.raises(UserError, match=r"reading back what was written changes the logits"):
+        export(run, tmp_path / "out")
+    monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", tensors)
+    numbers = iter((20.0, 20.1))
+    monkeypatch.setattr(osp.convert.hf_export, "_perplexity", lambda *_: next(numbers))
+    with pytest.raises(UserError, match=r"perplexity of held_out is 20.10000 as exported and 20.00000 as trained"):
+        export(run, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"name the run and the folder to write"),
+        (["nowhere", "out=x"], r"nowhere: no model; name a run with a checkpoint"),
+        (["one", "two", "out=x"], r"one path at a time, not 2: one two"),
+        (["it's (a) run", "out=x"], r"it's \(a\) run: no model"),
+        (["nowhere", "ouf=x"], r"unknown key 'ouf'; did you mean 'out'\?"),
+        (["nowhere", "out=x", "dtype=fp16"], r"dtype='fp16'; choose from fp32, bf16"),
+        (["nowhere", "out=."], r"out=. exists; name a folder that does not"),
+        (["nowhere", "out=x", "max_shard_size=5"], r"max_shard_size=5: expected str|max_shard_size='5'"),
+        (["nowhere", "out=x", "max_shard_size=fiveGB"], r"max_shard_size='fiveGB': write a size such as 5GB"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_on_the_command_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    from osp.config import ExportConfig
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+    main = load_script("export").main
+    with pytest.raises(SystemExit) as stop:
+        entry.run(main, "export", defaults=dataclasses.asdict(ExportConfig()), positional="path")
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.split("\n") if line]
+    assert re.search(message, line)
+    assert not list(tmp_path.iterdir())
+
+
+def load_script(name: str) -> Any:
+    """A script as a module: `export` would be looked for among installed ones first."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_held_out_split_of_another_tokenizer(run: Path) -> None:
+    subject = open_model(run)
+    assert read_text(str(run), subject).sha256 == read_text("held_out", subject).sha256
+    spec = json.loads(subject.tokenizer.to_str())
+    spec["model"]["merges"] = spec["model"]["merges"][:-1]
+    other = dataclasses.replace(subject, tokenizer=Tokenizer.from_str(json.dumps(spec)))
+    for name in ("held_out", str(run)):
+        with pytest.raises(UserError, match=r"held_out: .* holds the tokens of another tokenizer than the model's"):
+            read_text(name, other)
+
+
+def test_run_is_evaluated_on_its_held_out_split_and_calibrated_on_what_it_trained_on(run: Path) -> None:
+    subject = open_model(run)
+    spec = QuantSpec(w_bits=4, method="gptq", calibration_tokens=256)
+    config = EvaluateConfig(quant=spec, max_tokens=128, progress=False)
+    results, _, record = evaluate(subject, config)
+    assert results[0].what == "held_out[len=32,overlap=0,bos=no,first=128]"
+    assert record["model"]["step"] == 6
+    rows = calibration_rows(subject, spec, read_inputs(subject, config))
+    assert rows is not None
+    assert rows.shape == (8, 32)
+    path = write_record(subject, config, record, "name")
+    assert path == run.resolve() / "evaluation" / "name.json"
+    (run / "evaluation" / "name.json").unlink()
+
+
+def test_sizes() -> None:
+    assert [size_in_bytes(s) for s in ("5GB", "1.5 MB", "20kb", "7B")] == [5 * 10**9, 1_500_000, 20_000, 7]

@@ -1,0 +1,185 @@
+"""`python scripts/generate.py`: what it writes, where, and what it says to a mistake."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from osp.config import GenerateConfig, ModelConfig, NormConfig
+from osp.convert.hf_export import write_llama
+from osp.evaluation.completion import Texts, choose_dtype
+from osp.model.generate import TextStream, generate
+from osp.model.hf_llama import load_hf
+from osp.model.transformer import build_model
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import entry
+
+Outcome = tuple[int, str, str]  # exit status, stdout, stderr
+
+
+def tokenizer() -> Tokenizer:
+    """Every byte is a token; 0 ends a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({"<eos>": 0} | {letter: i for i, letter in enumerate(letters, start=1)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<eos>"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Hugging Face Llama of bytes."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = ModelConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        initializer_range=0.5,
+        norm=NormConfig(name="rmsnorm"),
+    )
+    write_llama(build_model(config, seed=1), folder, dtype="fp32", shard_bytes=10**9, eps=1e-6, bos_id=0, eos_id=0)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Outcome]:
+    """`python scripts/generate.py ARGUMENTS` on one thread of the CPU."""
+    import generate as module
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+        status = 0
+        try:
+            entry.run(
+                module.main,
+                "generate",
+                defaults={**dataclasses.asdict(GenerateConfig()), "arguments": []},
+                positional="arguments",
+            )
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_text_on_a_cpu_is_exact_by_default() -> None:
+    """bf16 would round differently for one prompt and for several, and a seed would not mean a text."""
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+CPU = ("device=cpu", "dtype=fp32", "threads=1")
+
+
+def expected_text(llama: Path, prompt: str, num_tokens: int) -> str:
+    """The prompt and its greedy continuation, up to the end of the text."""
+    ids = [0, *tokenizer().encode(prompt).ids]
+    (new,) = generate(load_hf(llama), [ids], num_tokens, eos_id=0)
+    return tokenizer().decode([*ids, *new])
+
+
+def test_stdout_is_the_text_alone(script: Callable[..., Outcome], llama: Path) -> None:
+    status, out, err = script(str(llama), "so = it's \\ {${x}}\n-", "max_new_tokens=12", "temperature=0", *CPU)
+    assert status == 0, err
+    assert out == expected_text(llama, "so = it's \\ {${x}}\n-", 12) + "\n"
+    assert len(out) > 20
+    (line,) = err.strip().split("\n")
+    assert "21 tokens read in" in line
+    assert "tokens/s" in line
+
+
+def test_prompts_of_arguments_and_file(script: Callable[..., Outcome], llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("x = 1\n\nna\u00efve\n", encoding="utf-8")
+    status, out, _ = script(
+        str(llama), "A long prompt", "b", "prompts=prompts.txt", "max_new_tokens=9", "temperature=0", *CPU
+    )
+    assert status == 0
+    texts = [expected_text(llama, prompt, 9) for prompt in ("A long prompt", "b", "x = 1", "na\u00efve")]
+    assert out == "\n\n".join(texts) + "\n"
+
+
+def test_without_a_length_it_fills_the_positions(script: Callable[..., Outcome], llama: Path) -> None:
+    _, out, _ = script(str(llama), "abc", "temperature=0", "bos=false", *CPU)
+    (new,) = generate(load_hf(llama), [tokenizer().encode("abc").ids], 37, eos_id=0)
+    assert out == "abc" + tokenizer().decode(new) + "\n"
+
+
+def test_seed_and_sampling_reach_the_model(script: Callable[..., Outcome], llama: Path) -> None:
+    def text(*overrides: str) -> str:
+        status, out, err = script(str(llama), "abc", "max_new_tokens=20", *CPU, *overrides)
+        assert status == 0, err
+        return out
+
+    assert text("seed=1") == text("seed=1") != text("seed=2")
+    greedy = text("temperature=0")
+    assert text("top_k=1") == text("top_p=1e-9") == text("temperature=1e-9") == greedy != text("temperature=1.5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], 'name the model and a prompt: python scripts/generate.py MODEL "Once upon a time"'),
+        (["LLAMA"], "name the model and a prompt"),
+        (["nowhere", "a"], "nowhere: no model; name a run with a checkpoint"),
+        (["LLAMA", ""], "prompt 1 is empty; give it some text"),
+        (["LLAMA", "a", ""], "prompt 2 is empty"),
+        (["LLAMA", "\udcff"], "prompt 1 is not UTF-8 text"),
+        (["LLAMA", "a" * 39], "prompt 1 is 40 tokens long and the model has 40 positions"),
+        (
+            ["LLAMA", "a", "max_new_tokens=39"],
+            "39 after the 2 tokens of prompt 1 .* 40 positions; set max_new_tokens=38",
+        ),
+        (["LLAMA", "a", "max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
+        (["LLAMA", "a", "top_p=0"], r"top_p=0.0: must be in \(0, 1\]"),
+        (["LLAMA", "a", "top_p=1.5"], r"top_p=1.5: must be in \(0, 1\]"),
+        (["LLAMA", "a", "top_k=0"], "top_k=0: must be at least 1"),
+        (["LLAMA", "a", "temperature=-1"], "temperature=-1.0: must be a finite number, 0 or more"),
+        (["LLAMA", "a", "temperatur=1"], "unknown key 'temperatur'; did you mean 'temperature'"),
+        (["LLAMA", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot read it"),
+        (["LLAMA", "prompts=empty.txt"], "prompts=empty.txt holds no prompt; write one in each line"),
+        (["LLAMA", "a", "device=tpu"], "device='tpu'; choose from auto, cpu, cuda"),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode()[:40] if isinstance(value, list) else "",
+)
+def test_mistake_is_one_line(
+    arguments: list[str], message: str, script: Callable[..., Outcome], llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    status, out, err = script(*(str(llama) if argument == "LLAMA" else argument for argument in arguments))
+    assert (status, out) == (2, "")
+    (line,) = err.strip().split("\n")
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+
+
+def test_texts_are_written_in_their_order_as_soon_as_they_can_be() -> None:
+    pieces: list[str] = []
+    ids = tokenizer().encode("abcd\u20ac").ids
+    a, b, c, d, *euro = ids
+    texts = Texts(["<", "[", "("], [TextStream(tokenizer()) for _ in range(3)], 0, pieces.append)
+    texts.push([a, c, euro[0]])
+    assert pieces == ["<a"]
+    texts.push([b, 0, euro[1]])
+    texts.push([0, None, euro[2]])
+    assert pieces == ["<a", "b", "\n\n", "[c\n\n", "(\u20ac"]
+    texts.push([None, None, d])
+    texts.push([None, None, euro[0]])
+    texts.finish()
+    assert "".join(pieces) == "<ab\n\n[c\n\n(\u20acd\ufffd\n"

@@ -1,0 +1,156 @@
+"""Rotary positions and causal attention against complex numbers, transformers and a loop in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from osp.model.attention import apply_rotary, causal_attention, document_mask, rotary_table
+
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, *, off_by_one: bool = False
+) -> Tensor:
+    """(B, T, H, K) in float64, one softmax at a time."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[2] // k.shape[2]
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
+            for h in range(q.shape[2]):
+                scores = [float(q[b, t, h] @ k[b, s, h // group]) / math.sqrt(q.shape[3]) for s in seen]
+                weights = [math.exp(score - max(scores)) for score in scores]
+                total = sum(weights) + (math.exp(-max(scores)) if off_by_one else 0)
+                for s, weight in zip(seen, weights, strict=True):
+                    out[b, t, h] += weight / total * v[b, s, h // group]
+    return out
+
+
+def test_rotary_is_multiplication_by_a_complex_phase() -> None:
+    """Channels i and i + K/2 are real and imaginary part; position t turns them by t theta^(-2 i / K)."""
+    length, head_dim, theta = 50, 12, 1000.0
+    x = normal(2, length, 3, head_dim)
+    y = apply_rotary(x, *rotary_table(head_dim, length, theta, "cpu")).double()
+    for t in (0, 1, 17, 49):
+        for i in range(head_dim // 2):
+            phase = complex(math.cos(t * theta ** (-2 * i / head_dim)), math.sin(t * theta ** (-2 * i / head_dim)))
+            z = torch.complex(x[:, t, :, i].double(), x[:, t, :, i + head_dim // 2].double()) * phase
+            torch.testing.assert_close(y[:, t, :, i], z.real, **CLOSE)
+            torch.testing.assert_close(y[:, t, :, i + head_dim // 2], z.imag, **CLOSE)
+
+
+def test_rotary_equals_transformers() -> None:
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+    q, k = normal(2, 33, 4, 16), normal(2, 33, 2, 16, seed=1)
+    cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(33)[None])
+    expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    table = rotary_table(16, 33, 500.0, "cpu")
+    torch.testing.assert_close(apply_rotary(q, *table), expected[0].transpose(1, 2), **CLOSE)
+    torch.testing.assert_close(apply_rotary(k, *table), expected[1].transpose(1, 2), **CLOSE)
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
+    cos, sin = rotary_table(16, 64, 10_000.0, "cpu")
+
+    def score(t: int, s: int) -> float:
+        return float((apply_rotary(q, cos[t, None], sin[t, None]) * apply_rotary(k, cos[s, None], sin[s, None])).sum())
+
+    for shift in (1, 13, 40):
+        assert score(10 + shift, 3 + shift) == pytest.approx(score(10, 3), abs=1e-4)
+    assert abs(score(10, 3) - score(11, 3)) > 1e-2
+
+
+def test_rotary_keeps_bf16() -> None:
+    x = normal(1, 5, 2, 8).bfloat16()
+    table = rotary_table(8, 5, 10_000.0, "cpu")
+    y = apply_rotary(x, *table)
+    assert y.dtype == torch.bfloat16
+    assert table[0].dtype == torch.float32
+    torch.testing.assert_close(y.float(), apply_rotary(x.float(), *table), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("off_by_one", [False, True])
+@pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
+def test_causal_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool) -> None:
+    q, k, v = 2 * normal(2, 11, 6, 4), normal(2, 11, kv_heads, 4, seed=1), normal(2, 11, kv_heads, 4, seed=2)
+    got = causal_attention(q, k, v, off_by_one=off_by_one)
+    torch.testing.assert_close(got.double(), naive_attention(q, k, v, off_by_one=off_by_one), **CLOSE)
+
+
+@pytest.mark.parametrize("off_by_one", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_masked_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool) -> None:
+    """Documents of length 1, and a different packing in each row; ids need not be sorted or start at 0."""
+    documents = torch.tensor([[7, 7, 7, 2, 2, 2, 2, 5], [0, 1, 1, 1, 1, 1, 3, 3]])
+    q, k, v = 2 * normal(2, 8, 4, 6), normal(2, 8, kv_heads, 6, seed=1), normal(2, 8, kv_heads, 6, seed=2)
+    got = causal_attention(q, k, v, document_mask(documents), off_by_one=off_by_one)
+    torch.testing.assert_close(got.double(), naive_attention(q, k, v, documents, off_by_one=off_by_one), **CLOSE)
+
+
+def test_document_mask_by_hand() -> None:
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    mask = document_mask(torch.tensor([[0, 0, 1, 1, 4]]))
+    assert mask.dtype == torch.bool
+    assert mask.shape == (1, 1, 5, 5)
+    assert mask[0, 0].int().tolist() == expected
+
+
+def test_mask_of_one_document_equals_no_mask() -> None:
+    q, k, v = normal(2, 16, 4, 8), normal(2, 16, 2, 8, seed=1), normal(2, 16, 2, 8, seed=2)
+    mask = document_mask(torch.full((2, 16), 3))
+    torch.testing.assert_close(causal_attention(q, k, v, mask), causal_attention(q, k, v), rtol=1e-6, atol=1e-6)
+
+
+def test_packed_documents_equal_each_document_alone() -> None:
+    """Rotated at their packed positions: only distances matter."""
+    lengths, table = (5, 1, 10), rotary_table(8, 16, 10_000.0, "cpu")
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    q, k, v = normal(1, 16, 4, 8), normal(1, 16, 2, 8, seed=1), normal(1, 16, 2, 8, seed=2)
+    packed = causal_attention(apply_rotary(q, *table), apply_rotary(k, *table), v, document_mask(ids))
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        alone = rotary_table(8, length, 10_000.0, "cpu")
+        expected = causal_attention(apply_rotary(q[:, rows], *alone), apply_rotary(k[:, rows], *alone), v[:, rows])
+        torch.testing.assert_close(packed[:, rows], expected, **CLOSE)
+        start += length
+
+
+@pytest.mark.parametrize(("heads", "groups", "length"), [(4, 4, 150), (6, 2, 64), (2, 1, 37)])
+def test_training_in_bf16_on_a_cpu_is_about_as_exact_as_torch(heads: int, groups: int, length: int) -> None:
+    """Output and gradients against float64, beside `scaled_dot_product_attention` in bf16; odd lengths and blocks."""
+    shapes = [(2, length, n, 16) for n in (heads, groups, groups)]
+    inputs = [(3 * normal(*shape, seed=i)).bfloat16() for i, shape in enumerate(shapes)]
+    grad = normal(2, length, heads, 16, seed=9).bfloat16()
+
+    def run(dtype: torch.dtype, attention: Any) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
+
+    exact, torch_bf16 = run(torch.float64, torchs), run(torch.bfloat16, torchs)
+    for ours, theirs, truth in zip(run(torch.bfloat16, causal_attention), torch_bf16, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert ours.shape == truth.shape
+        # probabilities are rounded once more than in torch, as in transformers' eager attention
+        assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm()

@@ -1,0 +1,215 @@
+"""Reading Hugging Face folders: `transformers` is the oracle, and what cannot be read says why in one line."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import osp
+from osp.convert.hf_export import write_llama
+from osp.errors import UserError
+from osp.model.generate import generate
+from osp.model.hf_llama import load_hf, load_hf_tokenizer
+from tests.hf_models import BOS, STORIES, STORIES_TEXT, edit_json, random_llama, write_stories260k
+
+IDS = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_logits(theirs: Any, folder: Path, ids: torch.Tensor = IDS) -> None:
+    ours = load_hf(folder)
+    assert not ours.training
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, ours(ids)
+    scale = expected.abs().max()
+    assert scale > 0.5, "a model that says nothing would prove nothing"
+    assert (found - expected).abs().max() <= 1e-5 * scale, (found - expected).abs().max() / scale
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 16},
+        {"hidden_size": 36, "head_dim": 6, "attention_bias": True, "mlp_bias": True},
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    assert_same_logits(random_llama(tmp_path, **config), tmp_path)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+
+
+@pytest.mark.parametrize(
+    "scaling", [LLAMA3, {"rope_type": "linear", "factor": 3.0}], ids=lambda scaling: scaling["rope_type"]
+)
+def test_scaled_positions(scaling: dict[str, Any], tmp_path: Path) -> None:
+    """As both layouts of the configuration say it, and as we write it."""
+    from transformers import LlamaForCausalLM
+
+    theirs = random_llama(tmp_path / "5", head_dim=16, rope_parameters={"rope_theta": 5000.0, **scaling})
+    assert_same_logits(theirs, tmp_path / "5")
+    ours = load_hf(tmp_path / "5")
+    plain = load_hf(tmp_path / "5")
+    plain.config = dataclasses.replace(ours.config, rope_scaling=None)
+    plain._rotary = None
+    with torch.no_grad():
+        assert (plain(IDS) - ours(IDS)).abs().max() > 0.1
+    (tmp_path / "ours").mkdir()
+    write_llama(ours, tmp_path / "ours", dtype="fp32", shard_bytes=10**9, eps=1e-5, bos_id=0, eos_id=0)
+    shutil.copytree(tmp_path / "5", tmp_path / "4")
+    edit_json(tmp_path / "4" / "config.json", rope_parameters=None, rope_theta=5000.0, rope_scaling=scaling)
+    for name in ("ours", "4"):
+        assert load_hf(tmp_path / name).config == ours.config
+        assert_same_logits(LlamaForCausalLM.from_pretrained(tmp_path / name).eval(), tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(load_hf(tmp_path / name)(IDS), ours(IDS))
+
+
+def test_tied_head_becomes_a_copy(tmp_path: Path) -> None:
+    theirs = random_llama(tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert_same_logits(theirs, tmp_path)
+    ours = load_hf(tmp_path)
+    assert ours.lm_head.weight.data_ptr() != ours.embed_tokens.weight.data_ptr()
+
+
+def test_shards_are_read_as_one(tmp_path: Path) -> None:
+    theirs = random_llama(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_bf16_weights_become_fp32(tmp_path: Path) -> None:
+    theirs = random_llama(tmp_path, dtype=torch.bfloat16)
+    assert_same_logits(theirs, tmp_path)
+    assert {p.dtype for p in load_hf(tmp_path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}, "rope_theta": None},
+        {"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": None},
+        {"rope_parameters": None, "rope_theta": 5000.0, "head_dim": None, "attention_bias": None, "mlp_bias": None},
+    ],
+    ids=["transformers 5", "transformers 4", "before head_dim"],
+)
+def test_layouts_of_the_configuration(layout: dict[str, Any], tmp_path: Path) -> None:
+    theirs = random_llama(tmp_path)
+    edit_json(tmp_path / "config.json", **layout)
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_rotary_table_of_old_folders_is_ignored(tmp_path: Path) -> None:
+    theirs = random_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same_logits(theirs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, r"model_type='mistral'; only models of type 'llama'"),
+        ({"attention_bias": True}, r"the weights lack layers.0.self_attn.q_proj.bias and 11 more"),
+        ({"mlp_bias": True}, r"the weights lack layers.0.mlp.gate_proj.bias and 8 more"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
+        ({"head_dim": 16}, r"k_proj.weight has the shape \[16, 32\] where config.json says \[32, 32\]"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8}}, r"RoPE of the type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, r"RoPE of the type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope_scaling.factor=None: must be a number above 0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, r"rope_scaling.low_freq_factor=4.0 must be below"),
+        ({"rope_scaling": "linear"}, r"rope_scaling='linear': expected a JSON object"),
+        ({"quantization_config": {"bits": 4}}, r"the weights are quantized"),
+        ({"hidden_size": "32"}, r"hidden_size='32': must be a whole number"),
+        ({"hidden_size": 34, "head_dim": None}, r"model.hidden_size=34 is not divisible"),
+        ({"intermediate_size": 50}, r"_proj.weight has the shape .*52.* where config.json says .*50"),
+        ({"num_hidden_layers": 4}, r"the weights lack layers.3"),
+        ({"num_hidden_layers": 2}, r"the weights hold model.layers.2"),
+        ({"rms_norm_eps": -1}, r"rms_norm_eps=-1: must be a number above 0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_read_says_why(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    random_llama(tmp_path)
+    edit_json(tmp_path / "config.json", **change)
+    with pytest.raises(UserError, match=message) as error:
+        load_hf(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no Hugging Face model, config.json cannot be read"):
+        load_hf(tmp_path / "nowhere")
+    random_llama(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"model.safetensors: missing or no whole safetensors file"):
+        load_hf(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no weights, neither"):
+        load_hf(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"code")
+    with pytest.raises(UserError, match=r"only pickled weights, which could hold code"):
+        load_hf(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../outside.safetensors"}}))
+    with pytest.raises(UserError, match=r"names the file '../outside.safetensors' outside of its folder"):
+        load_hf(tmp_path)
+    index.write_text("{")
+    with pytest.raises(UserError, match=r"index.json: malformed JSON"):
+        load_hf(tmp_path)
+
+
+needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the shared checkpoint is not here")
+
+
+@needs_stories
+def test_stories260k_says_its_text(tmp_path: Path) -> None:
+    write_stories260k(tmp_path)
+    model = osp.load_hf(tmp_path)
+    tokenizer, special = load_hf_tokenizer(tmp_path)
+    assert special.bos_id == BOS
+    (ids,) = generate(model, [[BOS]], 120)
+    assert tokenizer.decode(ids).startswith(STORIES_TEXT)
+
+
+@needs_stories
+def test_stories260k_has_the_logits_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_stories260k(tmp_path)
+    tokenizer, _ = load_hf_tokenizer(tmp_path)
+    ids = tokenizer.encode(STORIES_TEXT, add_special_tokens=False).ids
+    assert re.sub(r"\s", "", tokenizer.decode(ids)) == re.sub(r"\s", "", STORIES_TEXT)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same_logits(theirs, tmp_path, torch.tensor([[BOS, *ids]]))
+
+
+@needs_stories
+def test_tokenizer_of_another_vocabulary(tmp_path: Path) -> None:
+    random_llama(tmp_path / "small")
+    write_stories260k(tmp_path / "stories")
+    (tmp_path / "small" / "tokenizer.json").write_bytes((tmp_path / "stories" / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match=r"tokenizer of another vocabulary, its ids go up to 511 and the model has 97"):
+        load_hf_tokenizer(tmp_path / "small")

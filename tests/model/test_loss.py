@@ -1,0 +1,144 @@
+"""The chunked cross-entropy against torch's, value and gradient, and the memory it must not use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from osp.model.loss import IGNORE, linear_cross_entropy
+from osp.plan.memory import peak
+
+N, D, V = 29, 8, 53
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def problem(dtype: torch.dtype = torch.float32, ignored: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(N, D, generator=generator)).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[list(ignored)] = IGNORE
+    return x, weight, targets
+
+
+def reference(x: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, d loss / d x, d loss / d weight) by torch in float64."""
+    x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    loss = scale * F.cross_entropy(x64 @ weight64.T, targets, reduction="sum", ignore_index=-100)
+    loss.backward()
+    assert x64.grad is not None
+    assert weight64.grad is not None
+    return loss.detach(), x64.grad, weight64.grad
+
+
+def assert_gradients(x: Tensor, weight: Tensor, expected: tuple[Tensor, Tensor, Tensor], tolerance: float) -> None:
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(x.grad.double(), expected[1], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weight.grad.double(), expected[2], rtol=tolerance, atol=tolerance * N)
+
+
+@pytest.mark.parametrize("ignored", [(), (0, 7, 28), tuple(range(14))], ids=["none", "some", "whole-chunks"])
+@pytest.mark.parametrize("chunk", [1, 7, 10, N - 1, N, 4 * N])
+def test_loss_and_gradients_equal_cross_entropy(chunk: int, ignored: tuple[int, ...]) -> None:
+    x, weight, targets = problem(ignored=ignored)
+    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=chunk)
+    (0.37 * loss).backward()
+    expected = reference(x, weight, targets, 0.37)
+    assert loss.dtype == torch.float32
+    assert loss.ndim == 0
+    torch.testing.assert_close(0.37 * loss.double(), expected[0], rtol=1e-6, atol=1e-5)
+    assert_gradients(x, weight, expected, 1e-5)
+
+
+def test_ignored_rows_get_no_gradient() -> None:
+    x, weight, targets = problem(ignored=(3, 4))
+    linear_cross_entropy(x, weight, targets, chunk_tokens=5).backward()
+    assert x.grad is not None
+    assert [i for i in range(N) if not x.grad[i].any()] == [3, 4]
+
+
+def test_all_targets_ignored_is_zero() -> None:
+    x, weight, targets = problem(ignored=tuple(range(N)))
+    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    x, weight, targets = problem()
+    with torch.no_grad():
+        x.mul_(1000)
+    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    torch.testing.assert_close(loss.double(), reference(x, weight, targets)[0], rtol=1e-5, atol=1e-2)
+
+
+def test_without_gradient_the_value_is_the_same() -> None:
+    x, weight, targets = problem(ignored=(5,))
+    with torch.no_grad():
+        value = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    assert not value.requires_grad
+    assert torch.equal(value, linear_cross_entropy(x, weight, targets, chunk_tokens=10).detach())
+
+
+def test_bf16_input_keeps_fp32_loss_and_weight_gradient() -> None:
+    """Only the products are bf16: the loss is that of bf16 logits in fp32, the gradients are within bf16 rounding."""
+    x, weight, targets = problem(torch.bfloat16, ignored=(5,))
+    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    loss.backward()
+    logits = (x.detach() @ weight.detach().bfloat16().T).double()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-4)
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+    _, grad_x, grad_weight = reference(x, weight.bfloat16(), targets)
+    assert float((x.grad.double() - grad_x).norm() / grad_x.norm()) < 0.02
+    assert float((weight.grad.double() - grad_weight).norm() / grad_weight.norm()) < 0.02
+
+
+def test_logits_never_exist_whole() -> None:
+    def largest(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
+        x, weight, targets = problem()
+        with LargestTensor() as probe:
+            loss(x, weight, targets).backward()
+        return probe.numel
+
+    whole = largest(lambda x, w, t: F.cross_entropy(x @ w.T, t))
+    assert whole == N * V, "the probe must see the logits of the plain loss"
+    assert largest(lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=9)) == 9 * V
+
+
+def test_a_chunk_is_gone_before_the_next_one_is_made() -> None:
+    """The most bytes alive with 4 chunks, less what the whole has anyway, are those of one chunk alone."""
+    x, weight = torch.randn(256, 8, dtype=torch.bfloat16), torch.randn(1024, 8, requires_grad=True)
+    targets = torch.randint(0, 1024, (256,))
+
+    def most(rows: int) -> int:
+        part = x[:rows].requires_grad_()
+        return peak(lambda: linear_cross_entropy(part, weight, targets[:rows], chunk_tokens=64))
+
+    assert most(64) > 64 * 1024 * (2 + 4), "logits and probabilities"
+    assert most(256) - most(64) < 2 * x.numel() * x.element_size()

@@ -1,0 +1,147 @@
+"""GPTQ against optimal brain quantization written down, and against round-to-nearest on its objective."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from osp.model.transformer import Linear, Transformer
+from osp.quant.gptq import gptq, quantize_weights_gptq
+from osp.quant.grid import fake_quantize_weight
+from osp.quant.spec import WEIGHT_SITES, QuantSpec
+from tests.quant.quant_oracle import naive_levels, outlier_model, some_tokens
+
+
+def correlated(rows: int, channels: int, *, seed: int = 0) -> Tensor:
+    """Inputs as models have them: correlated channels of very different size."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=draw) / channels**0.5 + torch.eye(channels)
+    return torch.randn(rows, channels, generator=draw) @ mixing * torch.logspace(-1, 1, channels)
+
+
+def weight_and_hessian(rows: int, channels: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x = correlated(4 * channels, channels, seed=seed)
+    return torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed + 1)), x.T @ x
+
+
+def objective(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    error = (weight - quantized).double()
+    return float((error @ hessian.double() * error).sum())
+
+
+def naive_gptq(
+    weight: np.ndarray, hessian: np.ndarray, bits: int, group_size: int, symmetric: bool, clip: bool, act_order: bool
+) -> list[list[int]]:
+    """Integers by the formula of optimal brain surgery: after each channel H of the rest is inverted anew."""
+    channels = weight.shape[1]
+    h = hessian + 0.01 * np.diag(hessian).mean() * np.eye(channels)
+    order = sorted(range(channels), key=lambda c: -hessian[c, c]) if act_order else list(range(channels))
+    out = []
+    for row in weight:
+        grids = [
+            naive_levels(row[c : c + group_size].tolist(), bits, symmetric, clip)[1:]
+            for c in range(0, channels, group_size)
+        ]
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+        w, levels = row.copy(), [0] * channels
+        for position, c in enumerate(order):
+            rest = order[position:]
+            inverse = np.linalg.inv(h[np.ix_(rest, rest)])
+            scale, zero = grids[c // group_size]
+            levels[c] = min(max(round(w[c] / scale) + zero, low), high)
+            w[rest] -= (w[c] - scale * (levels[c] - zero)) / inverse[0, 0] * inverse[0]
+        out.append(levels)
+    return out
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("symmetric", "clip", "group_size"), [(True, True, 24), (False, False, 8)])
+def test_integers_are_those_of_optimal_brain_surgery(
+    symmetric: bool, clip: bool, group_size: int, act_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osp.quant.gptq.COLUMNS", 7)  # blocks that divide neither channels nor groups
+    weight, hessian = weight_and_hessian(5, 24)
+    got = gptq(
+        weight, hessian, bits=4, group_size=group_size, symmetric=symmetric, clip_search=clip, act_order=act_order
+    )
+    expected = naive_gptq(weight.double().numpy(), hessian.double().numpy(), 4, group_size, symmetric, clip, act_order)
+    for row, values, levels in zip(weight.tolist(), got.tolist(), expected, strict=True):
+        for c in range(0, 24, group_size):
+            _, scale, zero = naive_levels(row[c : c + group_size], 4, symmetric, clip)
+            assert [round(v / scale) + zero for v in values[c : c + group_size]] == levels[c : c + group_size]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_identity_hessian_is_round_to_nearest_bit_for_bit(clip: bool, act_order: bool) -> None:
+    weight, _ = weight_and_hessian(6, 300)
+    for symmetric in (True, False):
+        for group_size in (None, 20):
+            options = {"bits": 3, "group_size": group_size, "symmetric": symmetric, "clip_search": clip}
+            for scale in (1.0, 37.0):
+                got = gptq(weight, scale * torch.eye(300), act_order=act_order, **options)
+                assert torch.equal(got, fake_quantize_weight(weight, **options))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_beats_round_to_nearest_beyond_one_block_of_columns(seed: int, act_order: bool) -> None:
+    weight, hessian = weight_and_hessian(16, 300, seed=seed)
+    for bits in (3, 4, 8):
+        nearest = objective(weight, fake_quantize_weight(weight, bits=bits), hessian)
+        assert (
+            objective(weight, gptq(weight, hessian, bits=bits, act_order=act_order), hessian)
+            < (0.7 if act_order else 0.95) * nearest
+        )
+
+
+def test_a_channel_that_never_fires_is_rounded_to_nearest() -> None:
+    weight, hessian = weight_and_hessian(4, 24)
+    hessian[5] = hessian[:, 5] = 0.0
+    got = gptq(weight, hessian, bits=4)
+    assert torch.equal(got[:, 5], fake_quantize_weight(weight, bits=4)[:, 5])
+    assert got.isfinite().all()
+
+
+@torch.no_grad()
+def test_beats_round_to_nearest_on_every_matrix_of_a_model() -> None:
+    """On the inputs that each matrix sees in the model before it, quantized."""
+    model, rows = outlier_model(), some_tokens(24, 16)
+    before = {name: m.weight.data for name, m in linears(model).items()}
+    quantize_weights_gptq(model, QuantSpec(w_bits=4), rows, sites=WEIGHT_SITES)
+    inputs = seen_inputs(model, rows)
+    assert len(inputs) == 14
+    for name, x in inputs.items():
+        hessian, weight = x.T @ x, before[name]
+        nearest = fake_quantize_weight(weight, bits=4, clip_search=True)
+        ours = linears(model)[name].weight
+        assert objective(weight, ours, hessian) < 0.95 * objective(weight, nearest, hessian), name
+
+
+@torch.no_grad()
+def test_sites_that_are_not_asked_for_stay() -> None:
+    model, rows = outlier_model(), some_tokens(4, 16)
+    before = {name: m.weight.data for name, m in linears(model).items()}
+    quantize_weights_gptq(model, QuantSpec(w_bits=4), rows, sites=["k_proj", "down_proj"])
+    changed = {name.split(".")[-1] for name, m in linears(model).items() if not torch.equal(m.weight, before[name])}
+    assert changed == {"k_proj", "down_proj"}
+
+
+def linears(model: Transformer) -> dict[str, Linear]:
+    return {name: module for name, module in model.layers.named_modules() if isinstance(module, Linear)}
+
+
+def seen_inputs(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
+    """Input (tokens, channels) of every matrix of the blocks."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, arguments: seen.update({name: arguments[0].flatten(0, 1)})
+
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in linears(model).items()]
+    model(rows)
+    for handle in handles:
+        handle.remove()
+    return seen

@@ -1,0 +1,54 @@
+"""Integers, scales and the clip search against the oracle."""
+
+import pytest
+import torch
+
+from osp.quant.grid import clipped_grid, fake_quantize_activation, fake_quantize_weight, full_grid, grouped
+from tests.quant.quant_oracle import naive_levels, naive_quantize
+
+
+def values() -> torch.Tensor:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 32, generator=draw) * torch.logspace(-2, 2, 6)[:, None]
+    x[1] = x[1].abs() + 2.0  # all on one side of zero
+    x[2, 7] = 900.0  # an outlier: the clip search has something to do
+    x[3] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_integers_are_those_of_the_oracle(group_size: int | None, symmetric: bool, clip: bool) -> None:
+    for bits in (2, 3, 4, 8):  # tests/test_quantize.py has all of them, in fp32 like the code
+        groups = grouped(values(), bits=bits, group_size=group_size)
+        grid = (clipped_grid if clip else full_grid)(groups, bits=bits, symmetric=symmetric)
+        levels = grid.levels(groups).flatten(0, 1)
+        for row, scale, zero, x in zip(
+            levels.tolist(), grid.scale.flatten(), grid.zero.flatten(), groups.flatten(0, 1).tolist(), strict=True
+        ):
+            expected, expected_scale, expected_zero = naive_levels(x, bits, symmetric, clip)
+            assert row == expected, (bits, x)
+            assert float(scale) == pytest.approx(expected_scale, rel=1e-6)
+            assert int(zero) == expected_zero
+
+
+def test_functions_are_the_grids() -> None:
+    x = values().double()
+    for symmetric in (False, True):
+        for clip in (False, True):
+            got = fake_quantize_weight(x, bits=4, group_size=8, symmetric=symmetric, clip_search=clip)
+            expected = naive_quantize(x.numpy(), 4, symmetric=symmetric, group_size=8, clip=clip)
+            torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
+        got = fake_quantize_activation(x, bits=4, symmetric=symmetric)
+        expected = naive_quantize(x.numpy(), 4, symmetric=symmetric)
+        torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
+
+
+def test_clip_search_gives_up_the_outlier() -> None:
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
+    x[0, 7] = 6.0
+    full, clipped = (f(x, bits=4, symmetric=True) for f in (full_grid, clipped_grid))
+    assert clipped.scale < 0.95 * full.scale
+    errors = [float((grid.nearest(x) - x).abs().pow(2.4).sum()) for grid in (clipped, full)]
+    assert errors[0] < 0.8 * errors[1]

@@ -1,0 +1,243 @@
+"""A model under `quantized`: the logits of an independent Llama, and afterwards the model as it was."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from osp.config import AttentionConfig, NormConfig
+from osp.errors import UserError
+from osp.model.fold import absorb_projections
+from osp.model.transformer import Transformer
+from osp.quant.apply import draw_calibration, propagated_error, quantized
+from osp.quant.spec import SITES, QuantSpec
+from tests.quant.quant_oracle import naive_logits, outlier_model, some_tokens
+
+W4A4KV4 = QuantSpec(4, 4, 4)
+SPECS = {
+    "osp_paper": W4A4KV4,
+    "strict": QuantSpec(
+        4, 4, 4, w_clip=False, o_proj_by_head=False, qk_hadamard=False, embedding_and_head=True
+    ),
+    "hadamard": dataclasses.replace(W4A4KV4, ffn_hadamard=True),
+    "other_grids": QuantSpec(
+        3, 6, 5, w_symmetric=False, w_group_size=8, a_symmetric=True, a_group_size=16,
+        kv_symmetric=True, kv_group_size=4,
+    ),
+    "weights_only": QuantSpec(4, 16, 16),
+    "cache_only": QuantSpec(16, 16, 4),
+}  # fmt: skip
+
+
+def logits(model: Transformer, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids)
+
+
+def snapshot(model: Transformer) -> dict[str, Any]:
+    """Everything that has to be the same afterwards: bits, storage, modules, hooks."""
+    return {
+        "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "storage": {name: p.data_ptr() for name, p in model.named_parameters()},
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "hooks": sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()),
+        "config": model.config,
+    }
+
+
+def assert_untouched(model: Transformer, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    for name, bits in before.pop("bits").items():
+        assert torch.equal(bits, after["bits"][name]), name
+    after.pop("bits")
+    assert after == before
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_of_the_naive_llama(name: str) -> None:
+    model, ids = outlier_model(), some_tokens(2, 12)
+    spec = SPECS[name]
+    with quantized(model, spec) as state:
+        got = logits(model, ids)
+    for row, ids_of_row in zip(got, ids.tolist(), strict=True):
+        expected = torch.from_numpy(naive_logits(model, ids_of_row, spec, state.sites))
+        torch.testing.assert_close(row, expected, rtol=0, atol=2e-5)
+    assert (got - logits(model, ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_each_site_alone(site: str) -> None:
+    model, ids = outlier_model(attention=AttentionConfig(gate=True, off_by_one=True), ffn_norm=True), some_tokens(1, 12)
+    spec = dataclasses.replace(W4A4KV4, embedding_and_head=True, ffn_hadamard=True, w_clip=False)
+    with quantized(model, spec, sites=[site]) as state:
+        got = logits(model, ids)[0]
+    assert state.sites == {site}
+    expected = torch.from_numpy(naive_logits(model, ids[0].tolist(), spec, [site]))
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert (got - logits(model, ids)[0]).abs().max() > 1e-3
+
+
+def test_ends_are_those_of_the_exported_model() -> None:
+    """With projections: the head's input is what the absorbed head reads."""
+    model, ids = outlier_model(embed_proj=True), some_tokens(1, 12)
+    exported = outlier_model(embed_proj=True)
+    absorb_projections(exported)
+    spec = dataclasses.replace(W4A4KV4, embedding_and_head=True, w_clip=False)
+    for site in ("embed_tokens", "lm_head", "head_in"):
+        with quantized(model, spec, sites=[site]), quantized(exported, spec, sites=[site]):
+            torch.testing.assert_close(logits(model, ids), logits(exported, ids), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "ssnorm", "layernorm", "dyt", "bhyt"])
+def test_16_bits_are_the_model_bit_for_bit(norm: str) -> None:
+    seq_len = 12 if norm == "bhyt" else None
+    model = outlier_model(norm=NormConfig(name=norm, seq_len=seq_len), embed_proj=True).float()
+    model.compute_dtype = torch.float32
+    ids = some_tokens(2, 12)
+    clean, before = logits(model, ids), snapshot(model)
+    for spec in (QuantSpec(), QuantSpec(ffn_hadamard=True, embedding_and_head=True, rotation="quarot", method="gptq")):
+        with quantized(model, spec) as state:
+            assert state.sites == frozenset()
+            assert torch.equal(logits(model, ids), clean)
+            assert snapshot(model)["hooks"] == before["hooks"]
+    with quantized(model, dataclasses.replace(W4A4KV4, ffn_hadamard=True), sites=()):
+        assert torch.equal(logits(model, ids), clean)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        W4A4KV4,
+        dataclasses.replace(W4A4KV4, ffn_hadamard=True, embedding_and_head=True),
+        dataclasses.replace(W4A4KV4, ffn_hadamard=True, method="gptq", rotation="quarot"),
+        dataclasses.replace(W4A4KV4, ffn_hadamard=True, rotation="spinquant", rotation_steps=2),
+    ],
+    ids=str,
+)
+def test_model_is_put_back_bit_for_bit(spec: QuantSpec) -> None:
+    model, ids = outlier_model(norm=NormConfig(name="ssnorm"), embed_proj=True).float(), some_tokens(2, 12)
+    model.compute_dtype = torch.float32
+    clean, before = logits(model, ids), snapshot(model)
+    with quantized(model, spec, calibration=some_tokens(8, 12)):
+        assert not torch.equal(logits(model, ids), clean)
+    assert torch.equal(logits(model, ids), clean)
+    assert_untouched(model, before)
+
+
+def test_model_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = outlier_model(embed_proj=True)
+    before = snapshot(model)
+    spec = dataclasses.replace(W4A4KV4, rotation="quarot", ffn_hadamard=True)
+    with pytest.raises(KeyError), quantized(model, spec):
+        raise KeyError("in the body")
+    assert_untouched(model, before)
+
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise MemoryError
+
+    before = snapshot(model)
+    monkeypatch.setattr("osp.quant.apply.fake_quantize_weight", fails)  # after rotation and online hooks
+    with pytest.raises(MemoryError), quantized(model, spec):
+        pass
+    assert_untouched(model, before)
+
+
+def test_training_goes_on_as_if_nothing_had_been() -> None:
+    def train(*, evaluate: bool) -> list[Tensor]:
+        model, ids = outlier_model(norm=NormConfig(name="ssnorm"), embed_proj=True), some_tokens(2, 12)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids[:, :-1], ids[:, 1:].contiguous()).backward()
+            if evaluate:  # between backward and step: gradients stay too
+                with quantized(model, dataclasses.replace(W4A4KV4, ffn_hadamard=True)), torch.no_grad():
+                    model(ids)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for plain, evaluated in zip(train(evaluate=False), train(evaluate=True), strict=True):
+        assert torch.equal(plain, evaluated)
+
+
+def test_compiled_blocks_are_quantized_too() -> None:
+    """A hook on code that was compiled before is passed by in silence."""
+    model, ids = outlier_model(), some_tokens(1, 12)
+    with quantized(model, W4A4KV4):
+        expected = logits(model, ids)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    clean = logits(model, ids)  # compiles
+    with quantized(model, W4A4KV4):
+        assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(model, ids), clean)
+
+
+def test_bf16_compute() -> None:
+    model, ids = outlier_model().float(), some_tokens(2, 12)
+    model.compute_dtype = torch.bfloat16
+    with quantized(model, QuantSpec(8, 8, 8, ffn_hadamard=True)):
+        got = logits(model, ids)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), logits(model, ids).float(), rtol=0, atol=0.3)
+
+
+def test_mistakes() -> None:
+    model = outlier_model()
+    with (
+        pytest.raises(UserError, match="unknown site 'qproj'; choose from q_proj, "),
+        quantized(model, W4A4KV4, sites=["qproj"]),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match=r"quant\.method=gptq .* needs calibration text"),
+        quantized(model, dataclasses.replace(W4A4KV4, method="gptq")),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="w_group_size=24 does not divide"),
+        quantized(model, dataclasses.replace(W4A4KV4, w_group_size=24)),
+    ):
+        pass
+
+
+def test_calibration_rows_are_windows_of_the_text() -> None:
+    tokens = torch.arange(1000)
+    spec = QuantSpec(calibration_tokens=90, calibration="a.txt")
+    rows = draw_calibration(tokens, spec, seq_len=20)
+    assert rows.shape == (5, 20)
+    assert torch.equal(rows, rows[:, :1] + torch.arange(20))
+    assert torch.equal(rows, draw_calibration(tokens, spec, seq_len=20))
+    assert not torch.equal(rows, draw_calibration(tokens, dataclasses.replace(spec, seed=1), seq_len=20))
+    with pytest.raises(UserError, match=r"quant\.calibration=a\.txt: 80 tokens are too few .*calibration_tokens=90"):
+        draw_calibration(tokens[:80], spec, seq_len=20)
+
+
+@pytest.mark.parametrize("rotation", ["none", "quarot"])
+def test_propagated_error_is_that_of_the_definition(rotation: Any) -> None:
+    """R_L over all tokens; for a rotated model in the basis of the plain one."""
+    model, rows = outlier_model(), some_tokens(4, 12)
+    spec = dataclasses.replace(W4A4KV4, rotation=rotation, ffn_hadamard=True)
+    clean, noisy = [], []
+
+    def hidden(into: list[Tensor]) -> None:
+        handles = [m.register_forward_hook(lambda *a: into.append(a[2].double())) for m in (*model.layers, model.norm)]
+        logits(model, rows)
+        for handle in handles:
+            handle.remove()
+
+    hidden(clean)
+    with quantized(model, spec) as state:
+        hidden(noisy)
+    if rotation == "quarot":
+        assert state.basis is not None
+        noisy = [h @ state.basis.T for h in noisy]
+        norm = model.norm
+        assert isinstance(norm.weight, nn.Parameter)
+        noisy[-1] = noisy[-1] * norm.weight.detach()
+    expected = [float(((q - h) ** 2).sum() / (h**2).sum()) for q, h in zip(noisy, clean, strict=True)]
+    error = propagated_error(model, spec, rows, rows_per_batch=3)
+    assert [*error.layers, error.last] == pytest.approx(expected, rel=1e-6)
+    assert 0.001 < error.layers[0] < 1
+    assert propagated_error(model, QuantSpec(), rows) == ([0.0, 0.0], 0.0)

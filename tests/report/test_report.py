@@ -1,0 +1,697 @@
+"""The report, the terminal view and the W&B panels: the numbers of a run folder arrive, and bad folders are said so."""
+
+import dataclasses
+import html
+import json
+import math
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from osp.errors import UserError
+from osp.report import Series, read_run, write_report
+from osp.report.charts import LINES, STATISTICS, differences_between, histogram_data, labels, outliers, site_data
+from osp.report.downsample import averaged, envelope, grid
+from osp.run import metrics as panels
+from osp.run.read import Site, site_of
+from tests.browser import CHROMIUM, Browser
+from tests.conftest import ROOT
+from tests.made_run import made_run
+
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """10,000 steps and 12 layers, once with outliers and once without."""
+    folder = tmp_path_factory.mktemp("runs")
+    return made_run(folder / "adam"), made_run(folder / "osp", outliers=False, seed=1)
+
+
+def write_lines(path: Path, *lines: dict[str, Any] | str) -> None:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def small_run(folder: Path, **config: Any) -> Path:
+    """Four steps of loss, nothing else."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": folder.name}, **config}))
+    (folder / "environment.json").write_text("[]")
+    write_lines(folder / "metrics.jsonl", *({"step": s, "tokens": 10 * s, "train/loss": 5.0 - s} for s in (1, 2, 3, 4)))
+    return folder
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """The numbers inside a written page."""
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), flags=re.DOTALL)
+    assert match
+    return json.loads(match[1])
+
+
+def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_series_are_the_numbers_of_the_lines(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+    write_lines(
+        folder / "metrics.jsonl",
+        {"step": 1, "tokens": 10, "train/loss": 4.0},
+        {"step": 2, "tokens": 20, "train/loss": None},
+        {"step": 2, "tokens": 20, "val/loss": 3.5},
+        {"step": 3, "tokens": 30, "train/loss": 2.0},
+        {"step": 3, "tokens": 30, "train/loss": 1.5},  # a resumed run took the step again
+    )
+    run = read_run(folder)
+    assert run.series["train/loss"].steps.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(run.series["train/loss"].values, [4.0, math.nan, 1.5])
+    assert run.series["val/loss"].steps.tolist() == [2]
+    assert (run.step, run.tokens) == (3, 30)
+
+
+@pytest.mark.parametrize(
+    ("key", "site"),
+    [
+        ("monitor/kurtosis/layer_03/attn_in", Site("kurtosis", 3, "attn_in")),
+        ("monitor/max_abs/embed_out", Site("max_abs", None, "embed_out")),
+        ("monitor/attn_sink/layer_11", Site("attn_sink", 11, "")),
+        ("monitor/R_L/layer_00", Site("R_L", 0, "")),
+        ("monitor/gain_max/norm", Site("gain_max", None, "norm")),
+        ("monitor/weight_row_max/layer_00/down_proj", Site("weight_row_max", 0, "down_proj")),
+        ("monitor/R_L", None),
+        ("monitor/kurtosis/osp_script", None),
+        ("monitor/cost", None),
+        ("train/loss", None),
+    ],
+)
+def test_keys_of_the_monitor_are_taken_apart(key: str, site: Site | None) -> None:
+    assert site_of(key) == site
+
+
+def test_broken_lines_are_skipped_and_said(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 5, "train/loss"\n[1, 2]\n{"train/loss": 3}\n{"step": 6, "tokens": 60, "train/loss": 0.5}\n'
+        )
+        file.write('{"step": 7, "tokens": 70, "train/lo')  # being written: no word about it
+    write_lines(folder / "probes.jsonl", "not json")
+    run = read_run(folder)
+    assert run.series["train/loss"].steps.tolist() == [1, 2, 3, 4, 6]
+    assert run.notes == [
+        "metrics.jsonl: 3 unreadable lines skipped (line 5, 6, 7)",
+        "probes.jsonl: 1 unreadable line skipped (line 1)",
+    ]
+    write_report([folder], tmp_path / "report.html")
+    assert "3 unreadable lines skipped (line 5, 6, 7)" in (tmp_path / "report.html").read_text()
+
+
+def test_state_of_a_run(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", train={"steps": 8})
+    assert read_run(folder).state == "running"
+    os.utime(folder / "metrics.jsonl", (0, 0))
+    assert read_run(folder).state == "interrupted"
+    (folder / "summary.json").write_text('{"steps": 8}')
+    assert read_run(folder).state == "complete"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, r"nothing: no such run folder; runs here: .*fine"),
+        (lambda folder: folder.mkdir(), r"nothing: metrics.jsonl is missing, nothing to draw; runs here: .*fine"),
+        (lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").touch()), r"metrics.jsonl is empty, nothing to"),
+        (lambda folder: (folder.mkdir(), (folder / "metrics.jsonl").write_text("x\n")), r"metrics.jsonl is empty"),
+        (lambda folder: folder.write_text("a file"), r"nothing: no such run folder"),
+    ],
+)
+def test_folder_without_a_run_gets_one_line(prepare: Any, message: str, tmp_path: Path) -> None:
+    fine = small_run(tmp_path / "fine")
+    prepare(tmp_path / "nothing")
+    with pytest.raises(UserError, match=message) as error:
+        write_report([tmp_path / "nothing"], tmp_path / "report.html")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+    left_out = write_report([fine, tmp_path / "nothing"], tmp_path / "report.html")  # the other run is drawn
+    assert len(left_out) == 1
+    assert data_of(tmp_path / "report.html")["runs"] == ["fine"]
+
+
+def test_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    for name, arguments, message in (
+        ("report.py", (), "error: usage: python scripts/report.py RUN"),
+        ("report.py", (str(tmp_path / "no"),), f"error: {tmp_path / 'no'}: no such run folder"),
+        ("watch.py", (), "error: usage: python scripts/watch.py RUN"),
+        ("watch.py", (str(tmp_path / "no"), "--once"), f"error: {tmp_path / 'no'}: no such run folder"),
+        ("watch.py", ("run", "every=soon"), "error: every=soon: must be a number of seconds"),
+        ("panels.py", ("project",), "error: usage: python scripts/panels.py ENTITY/PROJECT"),
+    ):
+        result = script(name, *arguments, cwd=tmp_path)
+        assert result.returncode == 2, (name, result)
+        assert result.stderr.startswith(message), result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
+    for name in ("report.py", "watch.py"):
+        result = script(name, "--help", cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"usage: python scripts/{name} RUN")
+
+
+def test_report_needs_no_torch_to_start(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+    code = f"import sys; sys.argv = ['report.py', {str(folder)!r}]; sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+    code += "import report; report.main(sys.argv[1:]); assert not {'torch', 'deepspeed', 'wandb'} & set(sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert (folder / "report.html").exists()
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_envelope_keeps_every_extreme_and_few_points() -> None:
+    draw = np.random.default_rng(0)
+    values = draw.standard_normal(10_000)
+    values[[1234, 7777]] = [50.0, -50.0]  # one step wide
+    values[5000] = math.nan
+    thin = envelope(Series(np.arange(1, 10_001), values), 400)
+    assert len(thin.steps) <= 2 * 400 + 3
+    assert np.all(np.diff(thin.steps) > 0)
+    assert {1, 1235, 7778, 5001, 10_000} <= set(thin.steps.tolist())
+    np.testing.assert_array_equal(thin.values, values[thin.steps - 1])  # no value is made up
+    for stretch in np.array_split(np.arange(10_000), 400):  # every stretch covers the same pixels as before
+        mine = thin.values[np.isin(thin.steps, stretch + 1)]
+        assert (np.nanmin(mine), np.nanmax(mine)) == (np.nanmin(values[stretch]), np.nanmax(values[stretch]))
+
+
+def test_short_series_are_left_as_they_are() -> None:
+    series = Series(np.arange(5), np.array([1.0, 2.0, math.nan, 4.0, 5.0]))
+    assert envelope(series, 400) is series
+    assert averaged(series, 2).values.tolist() == [1.5, 4.5]
+
+
+def test_grid_has_a_row_per_layer_and_keeps_the_largest_of_a_column() -> None:
+    sites = {
+        Site("kurtosis", 1, "q"): Series(np.array([1, 2, 4, 8]), np.array([1.0, 9.0, 2.0, 3.0])),
+        Site("kurtosis", 0, "q"): Series(np.array([2, 8]), np.array([-1.0, math.nan])),
+    }
+    columns, layers, values = grid(sites, 2)
+    assert columns == [[1, 2], [4, 8]]
+    assert layers == [0, 1]
+    np.testing.assert_array_equal(values, [[-1.0, math.nan], [9.0, 3.0]])
+
+
+def test_site_data_is_the_probe_of_the_run(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", steps=40, layers=3, probe_every=10)
+    cell = site_data([read_run(folder)])["max_abs"]["down_proj_in"][0]
+    assert [pair[1] for pair in cell["x"]] == [1, 2, 4, 8, 10, 16, 20, 30, 32, 40]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    probes = [line for line in lines if "monitor/cost" in line]
+    for layer in range(3):
+        expected = [probe[f"monitor/max_abs/layer_{layer:02d}/down_proj_in"] for probe in probes]
+        assert cell["v"][layer] == pytest.approx(expected, rel=5e-3)
+
+
+def test_histograms_of_several_runs_have_the_same_octaves(tmp_path: Path) -> None:
+    runs = []
+    for name, first, counts in (("a", -1, [10, 90]), ("b", 0, [1, 0, 999])):
+        folder = small_run(tmp_path / name)
+        histogram = {"edges_log2": [first, first + len(counts)], "counts": counts}
+        site = {"histogram": histogram, "channels": [[0, 1.0]]}
+        write_lines(folder / "probes.jsonl", {"step": 4, "sites": {"embed_out": site}})
+        runs.append(read_run(folder))
+    a, b = histogram_data(runs)["embed_out"]
+    assert (a["x"], a["first"], a["v"]) == ([4], -1, [[-100, -5, None, None]])  # 10% and 90% between 1/2 and 2
+    assert (b["first"], b["v"]) == (-1, [[None, -300, None, 0]])
+
+
+def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+
+    def probe(step: int, channel: int, value: float) -> dict[str, Any]:
+        quiet = {"top_channel": 5, "top_channel_share": 0.1, "top_value": 3.0, "top_text": "a", "top_position": 9}
+        quiet["channels"] = [[6, 3.0], [5, 2.9]]
+        loud = {
+            "top_channel": channel,
+            "top_channel_share": 0.8,
+            "top_value": value,
+            "top_text": "<b>",
+            "top_position": 0,
+            "channels": [[channel, abs(value)], [11, 1.0]],
+        }
+        return {"step": step, "tokens": step, "seconds": 1.0, "sites": {"embed_out": quiet, "layer_01/mlp_in": loud}}
+
+    write_lines(folder / "probes.jsonl", probe(1, 3, 9.0), probe(2, 7, 30.0), probe(3, 7, 40.0), probe(4, 7, -80.0))
+    with (folder / "metrics.jsonl").open("a") as file:
+        keys = {
+            "monitor/rms/layer_01/mlp_in": 2.0,
+            "monitor/kurtosis/layer_01/mlp_in": 99.0,
+            "monitor/rms/embed_out": 1.0,
+        }
+        file.write(json.dumps({"step": 4, "tokens": 40, **keys}) + "\n")
+    first, second = outliers(read_run(folder))
+    assert (first.site, first.channel, first.value, first.times_rms, first.since) == ("layer_01/mlp_in", 7, -80, 40, 3)
+    assert (first.share, first.kurtosis, first.text, first.position) == (0.8, 99.0, "<b>", 0)
+    # the largest value lies in another channel than most of the energy
+    assert (second.site, second.channel, second.strongest) == ("embed_out", 6, 5)
+    assert (second.times_rms, second.since) == (3.0, 1)
+    assert math.isnan(second.kurtosis)
+    write_report([folder], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    row = re.search(r"<tr><td><code>layer_01/mlp_in</code>.*?</tr>", page)
+    assert row
+    assert [re.sub("<[^>]*>", "", cell) for cell in re.findall("<td>(.*?)</td>", row[0])] == [
+        "layer_01/mlp_in", "-80", "40", "99", "7", "step 3", "&lt;b&gt; at 0", "80%",
+    ]  # fmt: skip
+
+
+def test_legend_names_what_differs_and_not_the_paths(tmp_path: Path) -> None:
+    a = small_run(tmp_path / "a", norm={"name": "ssnorm"}, optimizer={"lr": 0.01}, engine={"zero_stage": 1})
+    b = small_run(tmp_path / "b", norm={"name": "rmsnorm"}, optimizer={"lr": 0.01}, engine={"zero_stage": 3})
+    c = small_run(tmp_path / "c", norm={"name": "rmsnorm"}, optimizer={"lr": 0.02}, engine={"zero_stage": 3})
+    runs = [read_run(folder) for folder in (a, b, c)]
+    assert labels(runs) == [
+        "norm.name=ssnorm, optimizer.lr=0.01",
+        "norm.name=rmsnorm, optimizer.lr=0.01",
+        "norm.name=rmsnorm, optimizer.lr=0.02",
+    ]
+    assert differences_between(runs)["engine.zero_stage"] == [1, 3, 3]
+    assert labels(runs[1:]) == ["optimizer.lr=0.01", "optimizer.lr=0.02"]
+    twin = small_run(tmp_path / "d", norm={"name": "rmsnorm"}, optimizer={"lr": 0.02}, engine={"zero_stage": 1})
+    assert labels([runs[2], read_run(twin)]) == ["engine.zero_stage=3", "engine.zero_stage=1"]  # nothing else does
+    assert labels(runs[:1]) == ["a"]
+    write_report([a, b, c], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    legend = re.search(r'<div class="legend".*?</div>', page)
+    assert legend
+    assert all(label in legend[0] for label in labels(runs))
+
+
+def test_missing_parts_say_why_and_what_to_set(tmp_path: Path) -> None:
+    write_report([small_run(tmp_path / "run")], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Set <code>monitor=light</code>" in page
+    assert "No validation yet: it runs every eval.every steps" in page
+    assert data_of(tmp_path / "report.html")["lines"]["train_loss"]["curves"][0]["y"] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_text_of_a_run_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    folder = small_run(tmp_path / "run", note=evil)
+    write_lines(folder / "events.jsonl", {"step": 1, "kind": "alert", "message": evil})
+    site = {"top_value": 9.0, "top_text": evil, "histogram": {"edges_log2": [0, 2], "counts": [1, 1]}}
+    site |= {"channels": [[1, 9.0]], "top_position": evil, "top_channel": evil}
+    write_lines(folder / "probes.jsonl", {"step": 1, "sites": {evil: site}})
+    write_report([folder], tmp_path / "report.html")
+    assert evil not in (tmp_path / "report.html").read_text()
+
+
+def test_library_is_the_released_one() -> None:
+    """The file of the npm package echarts 6.1.0, byte for byte."""
+    import hashlib
+
+    digest = hashlib.sha256((ROOT / "osp" / "report" / "echarts.min.js").read_bytes()).hexdigest()
+    assert digest == "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
+
+
+# ---- evaluations -----------------------------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, worst: float = 8.0) -> Path:
+    """Records of one evaluation with its ablation and of one comparison, through the functions that write them."""
+    from osp.evaluation.compare import COLUMNS, Comparison, Score, as_record
+    from osp.evaluation.config import EvaluateConfig
+    from osp.evaluation.evaluate import Ablation, Result, SiteCost, write_record
+    from osp.quant.spec import WEIGHT_SITES, QuantSpec
+
+    subject: Any = SimpleNamespace(run=folder)
+    spec, config = QuantSpec().at("4-4-4"), EvaluateConfig()
+    costs = [SiteCost(site, alone=4 * worst ** (i / 6), left_out=64 / (i + 1)) for i, site in enumerate(WEIGHT_SITES)]
+    ablation = Ablation("held_out[len=32]", 4.0, 64.0, (*costs, SiteCost("k", math.inf, 3.0)), (0.1,), 0.2)
+    results = [Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125)]
+    record = {
+        "model": {"step": 1200},
+        "quant": {"text": str(spec), "hash": spec.hash},
+        "results": [dataclasses.asdict(result) for result in results],
+        "ablation": dataclasses.asdict(ablation),
+    }
+    write_record(subject, config, record, f"step_00001200-{spec.hash}")
+    cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
+    methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
+    bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
+    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs, {}, {})
+    write_record(subject, config, {"step": 1200, **as_record([comparison])}, "compare/step_00001200")
+    return folder
+
+
+def section_of(page: Path, name: str) -> list[list[str]]:
+    """The rows of the tables of a section, as text."""
+    match = re.search(f'<section id="{name}">.*?</section>', page.read_text(), flags=re.DOTALL)
+    assert match
+    rows = re.findall("<tr>(.*?)</tr>", match[0], flags=re.DOTALL)
+    return [[re.sub("<[^>]*>", "", cell).strip() for cell in re.findall("<td>(.*?)</td>", row)] for row in rows]
+
+
+def test_records_of_evaluations_are_shown(tmp_path: Path) -> None:
+    from osp.quant.spec import QuantSpec
+
+    spec = QuantSpec().at("4-4-4")
+    a, b = evaluated(small_run(tmp_path / "a")), small_run(tmp_path / "b", norm={"name": "ssnorm"})
+    write_report([a, b], tmp_path / "report.html")
+    rows = section_of(tmp_path / "report.html", "quantized")
+    assert ["a", "0.04", "12.35", "50.0/123.45", "1234.50", "1.2e+04", "1.2e+05"] in rows
+    assert ["+Had", "", "12.35", "50.0/123.45", "1234.50", "1.2e+04", "1.2e+05"] in rows
+    assert ["RTN", "9.9e+04"] in rows
+    assert ["+ QuaRot", "13.50"] in rows
+    words = [html.escape(str(spec)), spec.hash]
+    assert ["a", "1,200", *words, "held_out[len=32] perplexity", "infinite"] in rows
+    assert ["a", "1,200", *words, "tasks &lt;piqa&gt; acc", "0.625 &plusmn; 0.0125"] in rows
+    sites = {row[0]: row[1:] for row in rows if len(row) == 5 and row[0] in ("k", "q_proj", "down_proj")}
+    assert list(sites) == ["k", "down_proj", "q_proj"]  # most costly first
+    assert sites["q_proj"] == ["+0.0000", "+0.0000", "4", "64"]
+    assert sites["down_proj"] == [f"{math.log(8):+.4f}", f"{math.log(7):+.4f}", "32", "9.143"]
+    assert sites["k"] == ["infinite", f"{math.log(64 / 3):+.4f}", "infinite", "3"]
+    page = (tmp_path / "report.html").read_text()
+    assert f"width:{100 * math.log(8) / math.log(64 / 3):.1f}%" in page  # of the longest bar
+    assert "perplexity 4 unquantized, 64 with all sites quantized" in page
+
+
+def test_comparing_leaves_rows_that_the_report_shows(tiny: Any, tmp_path: Path) -> None:
+    from osp.evaluation.compare import COLUMNS, compare
+    from osp.evaluation.config import CompareConfig
+    from osp.quant.spec import QuantSpec
+    from osp.train.setup import train
+
+    train(tiny("train.steps=1", "eval.sample_tokens=0"))
+    run = tmp_path / "run"
+    config = CompareConfig(
+        paths=(str(run),), quant=QuantSpec(calibration_tokens=64), max_tokens=64, device="cpu", progress=False
+    )
+    (made,) = compare(config)
+    assert [str(path.relative_to(run)) for path in run.glob("evaluation/**/*.json")] == [
+        "evaluation/compare/step_00000001.json"
+    ]
+    write_report([run], tmp_path / "report.html")
+    rows = section_of(tmp_path / "report.html", "quantized")
+    assert made.kurtosis is not None
+    assert ["run", f"{made.kurtosis:.4g}", *(str(made.bits[""][bits]) for bits in COLUMNS)] in rows
+    assert all([method, str(score)] in rows for method, score in made.methods.items())
+
+
+def test_runs_without_evaluations_say_how_to_get_them(tmp_path: Path) -> None:
+    write_report([small_run(tmp_path / "run")], tmp_path / "report.html")
+    assert section_of(tmp_path / "report.html", "quantized") == []
+    assert "No evaluation of these runs yet" in (tmp_path / "report.html").read_text()
+
+
+def test_records_that_are_none_are_left_out_and_said(tmp_path: Path) -> None:
+    folder = evaluated(small_run(tmp_path / "run"))
+    for name in ("broken.json", "compare/other.json"):
+        (folder / "evaluation" / name).write_text('{"model": 3}')
+    run = read_run(folder)
+    assert run.notes == [
+        "evaluation/broken.json: not a record of an evaluation; left out",
+        "compare/other.json: not a record of an evaluation; left out",
+    ]
+    assert len(run.evaluations.results) == 2
+    assert run.evaluations.comparison is not None
+
+
+# ---- in a real browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    browser = Browser()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(long_runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The report of one long run, and of two."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_report(long_runs[:1], folder / "one.html")
+    write_report(long_runs, folder / "two.html")
+    return folder / "one.html", folder / "two.html"
+
+
+def tip(browser: Browser, selector: str) -> str:
+    """What hovering the middle of a chart says."""
+    browser.hover(selector)
+    return browser.wait(lambda: browser.run(f"document.querySelector('{selector} .values')?.innerText"))
+
+
+def test_page_of_a_long_run_opens_at_once_and_without_errors(pages: tuple[Path, Path], browser: Browser) -> None:
+    for page in pages:
+        assert page.stat().st_size < 5e6
+        # the best of some: other jobs may use this machine
+        assert any(browser.open(page) < 2.0 for _ in range(10))
+        assert browser.errors == []
+        drawn = browser.run("[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('canvas')).length")
+        assert drawn > 0
+        # the whole page, chart after chart
+        browser.run("document.querySelectorAll('.plot').forEach((p) => { if (p.style.display !== 'none') draw(p); })")
+        assert browser.run("document.querySelectorAll('.plot canvas').length") > 30
+        assert browser.errors == []
+
+
+def test_hovering_a_curve_shows_its_values(
+    pages: tuple[Path, Path], long_runs: tuple[Path, Path], browser: Browser
+) -> None:
+    browser.open(pages[1])
+    text = tip(browser, "[data-lines=bits_per_byte] .plot")
+    match = re.match(r"step ([\d,]+).*\n?.*adam ([\d.]+)", text.replace("\n", " "))
+    assert match, text
+    step, value = int(match[1].replace(",", "")), float(match[2])
+    series = read_run(long_runs[0]).series["val/bits_per_byte"]
+    assert value == pytest.approx(series.values[series.steps.tolist().index(step)], rel=1e-3)
+    assert "osp" in text
+    text = tip(browser, "[data-lines=train_loss] .plot").replace("\n", " ")  # curves without common steps
+    assert re.search(r"step [\d,]+.* adam [\d.]+.* adam, mean [\d.]+", text) or re.search(
+        "adam, mean .* adam ", text
+    ), text
+    assert "osp, mean" in text
+    heat = tip(browser, "[data-kind=block_out] [data-plot=heat]")
+    assert re.search(r"steps? [\d,]+.*layer \d+ [\d.]+", heat.replace("\n", " ")), heat
+    assert browser.errors == []
+
+
+def test_keyboard_reaches_the_values(pages: tuple[Path, Path], browser: Browser) -> None:
+    browser.open(pages[0])
+    browser.run("document.querySelector('[data-lines=val_loss] .plot').focus()")
+    browser.wait(lambda: browser.run("document.querySelector('[data-lines=val_loss] canvas') !== null"))
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    browser.wait(lambda: "step 500" in browser.run("announce.textContent"))  # the second validation
+
+
+def test_page_fits_a_phone_and_follows_dark_mode(pages: tuple[Path, Path], browser: Browser) -> None:
+    for page in pages:
+        browser.open(page, width=390, height=844, dark=True)
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(19, 20, 23)"
+        assert browser.errors == []
+    browser.open(pages[0], width=390, height=844)
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(247, 247, 245)"
+
+
+def test_every_picture_has_words_and_a_table(pages: tuple[Path, Path], browser: Browser) -> None:
+    browser.open(pages[0])
+    assert browser.run("[...document.querySelectorAll('.plot')].every((p) => /\\d/.test(p.ariaLabel))")
+    browser.run("document.querySelectorAll('figure details').forEach((d) => (d.open = true))")
+    browser.wait(
+        lambda: browser.run("[...document.querySelectorAll('figure .scroll')].every((d) => d.querySelector('td'))")
+    )
+
+
+def test_choosing_another_statistic_changes_pictures_and_words(pages: tuple[Path, Path], browser: Browser) -> None:
+    browser.open(pages[0])
+    words = "document.querySelector('[data-kind=block_out] .numbers').textContent"
+    assert "2,4" in browser.run(words)  # the largest kurtosis
+    browser.run("stat.value = 'top_channel_share'; stat.dispatchEvent(new Event('change'))")
+    assert re.match(r"Last 0\.90\d in layer 11", browser.run(words)), browser.run(words)
+    assert browser.errors == []
+
+
+# ---- in the terminal -------------------------------------------------------------------------------------------------
+
+
+def test_terminal_view_prints_once_when_there_is_no_terminal(long_runs: tuple[Path, Path]) -> None:
+    result = script("watch.py", str(long_runs[0]))
+    assert result.returncode == 0, result.stderr
+    for text in ("complete, step 10,000 of 10,000", "training loss", "layer_11/", "alert", "bits per byte"):
+        assert text in result.stdout, text
+
+
+def test_terminal_view_of_a_running_run_refreshes_and_ctrl_c_leaves(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run", train={"steps": 1000})
+    # a job in the background is started with SIGINT ignored, and hands that on
+    listens = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); del sys.argv[0]; "
+    listens += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    terminal, inside = pty.openpty()
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", listens, str(ROOT / "scripts" / "watch.py"), str(folder), "every=0.1"],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        start_new_session=True,
+    )
+    os.close(inside)
+    seen = ""
+
+    def read_until(text: str) -> None:
+        nonlocal seen
+        until = time.monotonic() + 120
+        while text not in COLOUR.sub("", seen):
+            assert time.monotonic() < until, COLOUR.sub("", seen)[-2000:]
+            if select.select([terminal], [], [], 0.1)[0]:
+                try:
+                    seen += os.read(terminal, 1 << 16).decode(errors="replace")
+                except OSError:  # the other side has closed
+                    return
+
+    try:
+        read_until("running, step 4 of 1,000")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "tokens": 50, "train/loss": 0.25, "train/step_seconds": 2.0}\n')
+        read_until("step 5 of 1,000, 50 tokens, 33 min 10 s left")  # 995 steps of 2 s
+        watcher.send_signal(signal.SIGINT)
+        seen = ""
+        read_until("nothing more will come")
+        assert watcher.wait(120) == 0
+    finally:
+        watcher.kill()
+        os.close(terminal)
+    assert "Traceback" not in seen
+    assert "\x1b[?1049l" in seen  # the terminal is as it was
+
+
+# ---- W&B -------------------------------------------------------------------------------------------------------------
+
+
+def undocumented(metrics: set[str]) -> list[str]:
+    """Those that docs/metrics.md has no row for."""
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
+    known = [re.sub(r"<\w+>", r"[\\w/]+", re.escape(row).replace(r"\<", "<").replace(r"\>", ">")) for row in rows]
+    return sorted(m for m in metrics - {"tokens"} if not any(re.fullmatch(pattern, m) for pattern in known))
+
+
+def test_panels_draw_metrics_that_exist(tmp_path: Path) -> None:
+    """Every key and pattern of the panels finds a metric of a run, and docs/metrics.md has a row for it."""
+    folder = made_run(tmp_path / "run", steps=60, layers=2)
+    metrics = set(read_run(folder).series) | {"monitor/alerts"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics |= set(panels.layer_grids(next(line for line in lines if "monitor/cost" in line)))
+    for panel in panels.PANELS:
+        assert bool(panel.keys) != bool(panel.regex), panel
+        found = [m for m in metrics if m in panel.keys or (panel.regex and re.match(panel.regex, m))]
+        assert len(found) >= max(len(panel.keys), 1), (panel, found)
+    assert not undocumented(metrics)
+    for chart in LINES:
+        assert all(key in metrics for key in chart.keys), chart
+    assert set(STATISTICS) <= {site.stat for site in read_run(folder).sites()}
+
+
+def test_workspace_is_built_from_the_panels() -> None:
+    pytest.importorskip("wandb_workspaces")
+    workspace = panels.workspace("entity", "project")
+    spec = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    sections = spec["section"]["panelBankConfig"]["sections"]
+    plots = [panel["config"] for section in sections for panel in section["panels"]]
+    assert [plot["chartTitle"] for plot in plots] == [panel.title for panel in panels.PANELS]
+    assert [plot.get("metricRegex", "") for plot in plots] == [panel.regex for panel in panels.PANELS]
+    assert [tuple(plot["metrics"]) for plot in plots] == [panel.keys for panel in panels.PANELS]
+    assert {plot["xAxis"] for plot in plots} == {"step"}
+
+
+def test_layers_of_a_probe_become_one_heatmap_column() -> None:
+    metrics = {
+        "monitor/kurtosis/layer_01/q": 999.0,
+        "monitor/kurtosis/layer_00/q": -1.0,
+        "monitor/top_channel_share/layer_00/q": 0.25,
+        "monitor/rms/layer_00/q": 2.0,
+        "monitor/kurtosis/embed_out": 1.0,
+        "train/loss": 3.0,
+    }
+    assert panels.layer_grids(metrics) == {"heatmap/kurtosis/q": [0.0, 3.0], "heatmap/top_channel_share/q": [0.25]}
+
+
+def test_panels_that_cannot_be_made_leave_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    from osp.config import LoggerConfig
+    from osp.run.logger import Logger
+
+    logged = []
+
+    class Run:
+        entity, project = "me", "osp"
+
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def finish(self, exit_code: int) -> None: ...
+        def log(self, metrics: dict[str, Any]) -> None:
+            logged.append(metrics)
+
+    def unreachable() -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr(wandb, "Api", unreachable)
+    caplog.set_level("INFO")
+    config = LoggerConfig(wandb="online", progress=False)
+    logger = Logger(tmp_path, config, run_name="run", run_config={}, step=0, total_steps=2)
+    logger.log({"monitor/kurtosis/layer_00/q": 9.0, "monitor/kurtosis/layer_01/q": 99.0}, step=1, tokens=1)
+    logger.close()
+    assert "no W&B panels (no route); make them with scripts/panels.py me/osp" in caplog.text
+    assert logged[0]["heatmap/kurtosis/q"].histogram == pytest.approx([1.0, 2.0])
+    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(line) == {"step", "tokens", "monitor/kurtosis/layer_00/q", "monitor/kurtosis/layer_01/q"}
+
+
+def test_training_ends_by_writing_the_report_and_survives_its_failure(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from osp.train.setup import train
+
+    caplog.set_level("INFO")
+    everything = ("monitor.enabled=true", "monitor.sites=all", "monitor.statistics=all", "eval.quant.every=2")
+    train(tiny("train.steps=2", "eval.quant.tokens=64", *everything, name="run"))
+    assert not undocumented(set(read_run(tmp_path / "run").series))
+    kurtosis = data_of(tmp_path / "run" / "report.html")["lines"]["kurtosis"]["curves"]
+    assert [curve["name"] for curve in kurtosis] == ["worst site", "mean of the sites", "the paper's script"]
+    assert f"report              {tmp_path / 'run' / 'report.html'}" in caplog.text
+    curve = data_of(tmp_path / "run" / "report.html")["lines"]["train_loss"]["curves"][0]
+    assert curve["x"] == [1, 2]
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("osp.train.trainer.write_report", full)
+    train(tiny("train.steps=2", name="run"))  # complete already: only its summary is written again
+    assert "report              not written, OSError: no space left" in caplog.text

@@ -1,0 +1,366 @@
+"""Checkpoints by parameter name: any cut into slices reads back as the whole, damage is named, `latest` is safe."""
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from osp.config import Config, TrainConfig, from_dict, to_dict
+from osp.errors import UserError
+from osp.model.transformer import Transformer, build_model
+from osp.run import checkpoint as checkpoint_module
+from osp.run.checkpoint import (
+    Checkpoint,
+    Saved,
+    Saver,
+    Slice,
+    candidates,
+    find,
+    load_model,
+    prune,
+    remove_unfinished,
+    seconds_to_write,
+)
+from osp.train.guards import SpikeDetector
+from osp.train.setup import check_continues
+
+CONFIG = to_dict(Config(train=TrainConfig(steps=1, seq_len=8, tokens_per_step=8)))
+CONFIG["model"] |= {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+CONFIG["model"] |= {"num_attention_heads": 2, "max_position_embeddings": 8}
+CONFIG["tokenizer"]["vocab_size"] = 11
+
+
+def model() -> Transformer:
+    return build_model(from_dict(CONFIG).model, seed=3)
+
+
+def cut(source: Transformer, ranks: int) -> list[list[Slice]]:
+    """Every parameter in `ranks` uneven slices, the last ones possibly empty; momentum is the weight plus one."""
+    shares: list[list[Slice]] = [[] for _ in range(ranks)]
+    for name, parameter in source.named_parameters():
+        flat = parameter.detach().flatten()
+        bounds = [round(flat.numel() * (rank / ranks) ** 1.5) for rank in range(ranks + 1)]
+        for rank, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if start < stop:
+                shares[rank].append((name, start, stop, {"weight": flat[start:stop], "momentum": flat[start:stop] + 1}))
+    return shares
+
+
+def write(folder: Path, source: Transformer, *, ranks: int = 1, step: int = 5, **options: Any) -> Path:
+    """A checkpoint as `ranks` ranks save it together, here one after the other."""
+    return save(savers(folder, source, ranks=ranks, step=step, **options)).folder
+
+
+def savers(
+    folder: Path,
+    source: Transformer,
+    *,
+    ranks: int = 1,
+    step: int = 5,
+    keep_last: int = 0,
+    keep_every: int = 0,
+    **more: Any,
+) -> list[Saver]:
+    """One `Saver` per rank, each with a save under way. more: keys of the manifest."""
+    manifest = {"step": step, "tokens": 40, "config": CONFIG, **more}
+    manifest["shapes"] = {name: list(p.shape) for name, p in source.named_parameters()}
+    gather, started = threads_gather(ranks), []
+    for rank, share in enumerate(cut(source, ranks)):
+        saver = Saver(
+            folder, keep_last=keep_last, keep_every=keep_every, token="host-1", rank=rank, gather=partial(gather, rank)
+        )
+        saver.begin(share, rng={"cpu": torch.full((5,), rank, dtype=torch.uint8)}, buffers={}, manifest=manifest)
+        started.append(saver)
+    return started
+
+
+def threads_gather(ranks: int) -> Callable[[int, Any], list[Any]]:
+    """What all ranks, each a thread, hand in; returned to all of them when the last one has."""
+    barrier, values = threading.Barrier(ranks, timeout=120), [None] * ranks
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        values[rank] = value
+        barrier.wait()
+        result = list(values)
+        barrier.wait()
+        return result
+
+    return gather
+
+
+def save(savers: list[Saver]) -> Saved:
+    """What all of them finish with."""
+    with ThreadPoolExecutor(len(savers)) as ranks:
+        outcomes = list(ranks.map(lambda saver: saver.finish(), savers))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    for saver in savers:
+        saver.close()
+    return outcomes[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_any_cut_reads_back_as_the_whole(ranks: int, tmp_path: Path) -> None:
+    source = model()
+    checkpoint = Checkpoint(write(tmp_path, source, ranks=ranks))
+    for name, parameter in source.named_parameters():
+        flat = parameter.detach().flatten()
+        assert torch.equal(checkpoint.read("weight", name, 0, flat.numel()), flat), name
+        middle = slice(flat.numel() // 3, flat.numel() - flat.numel() // 4)
+        assert torch.equal(checkpoint.read("momentum", name, middle.start, middle.stop), flat[middle] + 1), name
+    loaded = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
+
+
+def test_state_that_was_not_written_is_missed(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path, model()))
+    with pytest.raises(UserError, match=r"exp_avg of lm_head.weight covers 0 of the 88 values wanted"):
+        checkpoint.read("exp_avg", "lm_head.weight", 0, 88)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not a manifest"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 99}'), "checkpoint format 99"),
+        (
+            lambda f: (f / "rank_00000.safetensors").unlink(),
+            "rank_00000.safetensors: named by manifest.json but missing",
+        ),
+        (lambda f: (f / "rank_00000.safetensors").write_bytes(b"abc"), "rank_00000.safetensors: damaged"),
+    ],
+)
+def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, model())
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        Checkpoint(folder).verify()
+
+
+FOREIGN = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 10**12), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=5), inner, max_size=2)),
+    max_leaves=4,
+)
+
+
+@settings(
+    max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(data=st.data())
+def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path) -> None:
+    """One value of any other type, or none, anywhere in it: what a start reads is there and of its type, or refused."""
+    path = written / "manifest.json"
+    original = path.read_text()
+    manifest = json.loads(original)
+    table, key = data.draw(st.sampled_from(list(places(manifest))))
+    if data.draw(st.booleans()):
+        table[key] = data.draw(FOREIGN)
+    else:
+        del table[key]
+    path.write_text(json.dumps(manifest))
+    said = ""
+    try:
+        read_as_a_start_does(written)
+    except UserError as error:
+        said = str(error)
+    finally:
+        path.write_text(original)
+    assert not said or (str(written) in said and "\n" not in said)
+
+
+def read_as_a_start_does(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    check_continues(checkpoint.config, checkpoint, checkpoint.shapes)
+    for values in checkpoint.manifest.get("spikes", {}).values():
+        SpikeDetector(8, values).score(1.0)
+    assert checkpoint.manifest.get("skipped", 0) >= 0
+
+
+def places(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every table of a JSON tree with each of its keys."""
+    for key, value in tree.items():
+        yield tree, key
+        if isinstance(value, dict):
+            yield from places(value)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two ranks, to be left as it is."""
+    spikes = {"loss": [1.0, 2.0, 1.5], "grad_norm": [0.1, 0.1, 0.2]}
+    return write(tmp_path_factory.mktemp("written"), model(), ranks=2, skipped=1, spikes=spikes)
+
+
+@pytest.mark.parametrize("key", ["weight/lm_head.weight", "lm_head.weight@0", "weight/lm_head.weight@first"])
+def test_file_of_other_tensors_is_refused(key: str, tmp_path: Path) -> None:
+    """Weights of another program below the name of ours, checksum and all."""
+    folder = write(tmp_path, model())
+    file = folder / "rank_00000.safetensors"
+    save_file({key: torch.zeros(88)}, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"rank_00000.safetensors: '{key}' is no slice of a checkpoint"):
+        load_model(tmp_path)
+
+
+def test_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", model())
+    (tmp_path / "secret").write_bytes(b"x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest.json: names the file '../../secret' outside of its folder"):
+        Checkpoint(folder)
+
+
+def test_latest_names_the_newest_and_survives_pruning(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, model(), step=step)
+    (tmp_path / ".step_00000009.tmp").mkdir()  # an unfinished write is no checkpoint
+    assert find(tmp_path) == tmp_path / "step_00000004"
+    (tmp_path / "latest").write_text("step_00000001\n")
+    prune(tmp_path, keep_last=2)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000001", "step_00000003", "step_00000004"]
+    assert find(tmp_path / "nowhere") is None
+
+
+def test_loaded_model_needs_neither_deepspeed_nor_hydra(tmp_path: Path) -> None:
+    write(tmp_path, model())
+    code = (
+        f"import sys, osp; m = osp.load_model({str(tmp_path)!r}); "
+        "assert not {'deepspeed', 'hydra', 'wandb', 'datasets'} & set(sys.modules), sys.modules.keys(); "
+        "print(sum(p.numel() for p in m.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(p.numel() for p in model().parameters())
+
+
+def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`begin` returns before anything is on disk, and what is written is the state at that moment."""
+    gate, source = threading.Event(), model()
+    write_tensors = checkpoint_module._write_tensors
+
+    def slowly(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        assert gate.wait(timeout=120)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", slowly)
+    (saver,) = savers(tmp_path, source)
+    before = source.lm_head.weight.detach().clone()
+    assert saver.busy
+    assert not saver.through
+    assert find(tmp_path) is None
+    with torch.no_grad():
+        source.lm_head.weight.add_(1.0)  # training goes on
+    gate.set()
+    saved = saver.finish()
+    assert (saved.error, saver.busy) == (None, False)
+    assert torch.equal(load_model(tmp_path).lm_head.weight, before)
+    assert saved.num_bytes == sum(p.stat().st_size for p in saved.folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("Io error (os error 28)")])
+def test_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_old_one(
+    rank: int, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, model(), ranks=2, step=1)
+    write_tensors = checkpoint_module._write_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        if path.name == f"rank_{rank:05d}.safetensors":
+            raise error
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", full)
+    saved = save(savers(tmp_path, model(), ranks=2, step=2))
+    assert saved.error is not None
+    assert saved.error.startswith(f"rank {rank}: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    assert find(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_manifest_that_cannot_be_written_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, model(), step=1)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint_module, "write_text", full)
+    saved = save(savers(tmp_path, model(), step=2))
+    assert saved.error is not None
+    assert "No space left on device" in saved.error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, model(), ranks=2)
+    other = model()
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    write(tmp_path, other)
+    assert torch.equal(load_model(tmp_path).lm_head.weight, other.lm_head.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000005"]
+
+
+def test_retention_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        write(tmp_path, model(), step=step, keep_last=2, keep_every=3)
+    (tmp_path / "step_00000002").mkdir()  # no manifest: somebody is copying it there
+    write(tmp_path, model(), step=8, keep_last=2, keep_every=3)
+    kept = sorted(p.name for p in tmp_path.glob("step_*"))
+    assert kept == [f"step_0000000{n}" for n in (2, 3, 6, 7, 8)]
+
+
+def test_candidates_go_back_from_the_one_that_latest_names(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, model(), step=step)
+    (tmp_path / "latest").write_text("step_00000002\n")
+    assert [p.name for p in candidates(tmp_path)] == ["step_00000002", "step_00000001"]
+    (tmp_path / "latest").unlink()
+    assert [p.name for p in candidates(tmp_path)] == [f"step_0000000{n}" for n in (3, 2, 1)]
+    for damage, named in ((b"../../elsewhere\n", "elsewhere"), (b"\xff\xfe", "\ufffd\ufffd")):
+        (tmp_path / "latest").write_bytes(damage)
+        assert [p.name for p in candidates(tmp_path)] == [named, "step_00000003", "step_00000002", "step_00000001"]
+    (tmp_path / "latest").write_text("\n")
+    assert candidates(tmp_path)[0].name == "step_00000003"
+
+
+def test_leftovers_of_a_dead_process_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    write(tmp_path, model())
+    for name in (".step_00000007.host-1.tmp", ".step_00000007.host-2.tmp", ".step_00000003.removed.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank_00000.safetensors").write_bytes(b"half")
+    remove_unfinished(tmp_path, "host-1")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [".step_00000007.host-2.tmp", "latest", "step_00000005"]
+
+
+def test_random_state_of_each_rank_comes_back(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path, model(), ranks=3))
+    for rank in range(3):
+        assert checkpoint.rng(rank)["cpu"].tolist() == [rank] * 5
+    assert checkpoint.rng(3) == {}
+
+
+def test_write_test_leaves_nothing(tmp_path: Path) -> None:
+    assert seconds_to_write(tmp_path, 10**6, sample=10**5) > 0
+    assert list(tmp_path.iterdir()) == []

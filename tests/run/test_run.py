@@ -1,0 +1,231 @@
+"""The run folder between two starts: who may write there, what is continued, what is said when something is damaged."""
+
+import fcntl
+import json
+import shutil
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osp.config import Config
+from osp.errors import RunError, UserError
+from osp.run import checkpoint as checkpoint_module
+from osp.run.folder import RunLock, check_disk
+from osp.train.setup import train
+from tests.conftest import losses, read_metrics
+from tests.train.test_trainer import assert_same_weights
+
+Tiny = Callable[..., Config]
+
+
+def marker(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "stopped.json").read_text())
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_two_trainings_cannot_share_a_folder(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.stop_at=2"))
+    with (tmp_path / "run" / ".lock").open("a") as other:  # another process holds it like this
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"run.dir=.*run: another training \(.+-\d+\) is writing there"):
+            train(tiny())
+    train(tiny())
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_lock_tells_whose_leftovers_may_go(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("node7-4711")
+    for token in ("node7-4711", "node8-1"):
+        (tmp_path / "checkpoints" / f".step_00000003.{token}.tmp").mkdir(parents=True)
+    lock = RunLock(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [".step_00000003.node8-1.tmp"]
+    assert (tmp_path / ".lock").read_text() == lock.token
+    lock.release()
+
+
+def test_stop_at_ends_with_a_checkpoint_on_the_schedule_of_the_whole_run(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(name="straight"))
+    train(tiny("train.stop_at=2", "checkpoint.every=0"))
+    assert marker(tmp_path / "run")["reason"] == "train.stop_at"
+    assert marker(tmp_path / "run")["checkpoint"].endswith("step_00000002")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(tiny("checkpoint.every=0"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert marker(tmp_path / "run")["reason"] == "complete"
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
+def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    damage: str, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tiny(name="straight"))
+    train(tiny("train.stop_at=4", "checkpoint.every=2"))
+    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    file = newest / "rank_00000.safetensors"
+    if damage == "flip":
+        flip_last_byte(file)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (newest / "manifest.json").write_text('{"format": 1, "st')
+    train(tiny("checkpoint.every=2"))
+    name = "manifest.json" if damage == "manifest" else "rank_00000.safetensors"
+    assert any(f"step_00000004/{name}" in r.message and "the one before" in r.message for r in caplog.records)
+    assert events(tmp_path / "run", "resumed")[-1]["step"] == 2
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.stop_at=4", "checkpoint.every=2"))
+    for file in (tmp_path / "run" / "checkpoints").glob("step_*/rank_00000.safetensors"):
+        flip_last_byte(file)
+    with pytest.raises(UserError, match=r"step_00000002/rank_00000.safetensors: damaged"):
+        train(tiny())
+
+
+def test_going_back_to_an_own_checkpoint_gives_up_what_came_after(tiny: Tiny, tmp_path: Path) -> None:
+    """And the same command given again, by a scheduler say, continues instead of going back once more."""
+    train(tiny("checkpoint.every=1", name="straight"))
+    train(tiny("train.stop_at=4", "checkpoint.every=1"))
+    back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
+    skip = "data.skip_steps=[[3, 3]]"
+    train(tiny(back, skip, "train.stop_at=3", "checkpoint.every=1"))
+    assert [e["step"] for e in read_metrics(tmp_path / "run") if "train/loss" in e] == [1, 2, 3]
+    train(tiny(back, skip, "checkpoint.every=1"))
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 3]
+    rows, straight = (
+        [e["train/rows_checksum"] for e in read_metrics(tmp_path / name) if "train/rows_checksum" in e]
+        for name in ("run", "straight")
+    )
+    assert rows[:5] == [straight[0], straight[1], straight[3], straight[4], straight[5]]
+
+
+def test_going_back_holds_though_nothing_was_saved_since(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.stop_at=4", "checkpoint.every=1"))
+    back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
+    train(tiny(back, "train.stop_at=2"))  # as if killed before the first save
+    train(tiny(back, "train.stop_at=2"))
+    assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 2]
+
+
+def test_disk_that_fills_up_costs_a_checkpoint_not_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tensors = checkpoint_module._write_tensors
+
+    def full(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+        if ".step_00000002." in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", full)
+    train(tiny("checkpoint.every=1"))
+    (event,) = events(tmp_path / "run", "checkpoint_failed")
+    assert "checkpoint of step 2 not written: rank 0: " in event["message"]
+    assert "No space left on device" in event["message"]
+    written = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert written == [f"step_0000000{n}" for n in (1, 3, 4, 5, 6)]
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_run_whose_last_checkpoint_cannot_be_written_is_not_complete(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        write_tensors = checkpoint_module._write_tensors
+
+        def full(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+            if ".step_00000006." in str(path):
+                raise OSError(28, "No space left on device", str(path))
+            return write_tensors(path, tensors)
+
+        patch.setattr(checkpoint_module, "_write_tensors", full)
+        with pytest.raises(RunError, match=r"step 6: the last checkpoint could not be written to .*make room there"):
+            train(tiny())
+    assert marker(tmp_path / "run")["checkpoint"].endswith("step_00000003")
+    train(tiny())
+    assert marker(tmp_path / "run")["reason"] == "complete"
+
+
+def test_saves_are_measured(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny())
+    saves = [event for event in read_metrics(tmp_path / "run") if "checkpoint/bytes" in event]
+    assert len(saves) == 2
+    folder = tmp_path / "run" / "checkpoints" / "step_00000006"
+    assert saves[-1]["checkpoint/bytes"] == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    assert all(0 < event["checkpoint/blocked_seconds"] < 5 for event in saves)
+    assert all(event["checkpoint/write_seconds"] > 0 for event in saves)
+
+
+def test_room_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run has on disk when it is begun again is not asked for a second time, the next checkpoint is."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 750, 250))
+    with pytest.raises(UserError, match=r"3 more checkpoints of .* do not fit"):  # two are kept, a third is written
+        check_disk(tmp_path, 100, keep_last=2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_0000000{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_0000000{step}" / "manifest.json").write_text("{}")
+    check_disk(tmp_path, 100, keep_last=2)
+    with pytest.raises(UserError, match=r"1 more checkpoint of .* do not fit"):
+        check_disk(tmp_path, 300, keep_last=2)
+
+
+def test_nothing_of_a_save_but_the_copy_stops_training(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing, naming and removing, all of which may take long on some file systems, are done in the background."""
+    done: list[tuple[str, threading.Thread]] = []
+
+    def noted(name: str) -> None:
+        original = getattr(checkpoint_module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if "checkpoints" in str(arguments[0]):
+                done.append((name, threading.current_thread()))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(checkpoint_module, name, call)
+
+    config = tiny("checkpoint.every=2", "checkpoint.keep_last=1", "eval.every=0", "eval.sample_tokens=0")
+    for name in ("_sha256", "_flush", "remove", "prune"):
+        noted(name)
+    train(config)
+    assert {name for name, _ in done} == {"_sha256", "_flush", "remove", "prune"}
+    assert threading.main_thread() not in [thread for _, thread in done]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000006"]
+    saves = [event for event in read_metrics(tmp_path / "run") if "checkpoint/bytes" in event]
+    assert all(event["checkpoint/blocked_seconds"] > 0 for event in saves)
+    assert len(saves) == 3
+
+
+def test_save_that_takes_longer_than_a_launcher_waits_is_announced(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osp.train.setup.seconds_to_write", lambda folder, num_bytes: 45.0)
+    train(tiny("train.steps=1"))
+    assert any("takes 45 s to write to" in record.message for record in caplog.records)
+
+
+def test_validation_is_not_repeated_after_resuming(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.stop_at=3"))
+    train(tiny())
+    assert [e["step"] for e in read_metrics(tmp_path / "run") if "val/loss" in e] == [3, 6]

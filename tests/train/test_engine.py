@@ -1,0 +1,254 @@
+"""ZeRO 1, 2, 3 x ranks x accumulation against the plain loop of `tests.optim.reference`."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from osp.distributed import init_distributed
+from osp.errors import UserError
+from osp.model.transformer import build_model
+from osp.train.engine import deepspeed_config
+from tests.distributed import run_distributed
+from tests.optim import workers
+from tests.optim.reference import Model, train
+
+GRID = [(stage, accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)]
+SETTINGS: dict[str, Any] = {"lr": workers.LR, "adam_lr": workers.ADAM_LR, "decay": workers.DECAY}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_distributed(workers.everything, request.param, request.param, GRID)
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[dict[str, Tensor], list[float]]:
+    return train(steps=workers.STEPS, clip=workers.CLIP, **SETTINGS)
+
+
+def update_error(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Per parameter |update - reference update| / |reference update|, from the common start."""
+    start = dict(Model().named_parameters())
+    assert weights.keys() == reference.keys()
+    return {n: float((weights[n] - w).norm() / (w - start[n].detach()).norm()) for n, w in reference.items()}
+
+
+def test_training_equals_single_process_reference(ranks, reference) -> None:
+    weights, norms = reference
+    assert min(norms) > 2 * workers.CLIP, "clipping must be active for the test to mean anything"
+    for result in ranks:
+        for setting, run in result["train"].items():
+            errors = update_error(run["weights"], weights)
+            assert max(errors.values()) < 1e-4, (setting, errors)
+            assert run["norms"] == pytest.approx(norms, rel=1e-4), setting
+
+
+def test_per_head_equals_a_reference_that_cuts_matrices_into_heads(ranks, reference) -> None:
+    """Rows of heads (square and wide matrices) and columns of heads, on every stage, also where ranks hold parts."""
+    weights, _ = train(steps=workers.STEPS, clip=workers.CLIP, per_head=True, **SETTINGS)
+    cut = Model().parameter_heads()
+    different = update_error(weights, reference[0])
+    assert min(different[name] for name in cut) > 0.1, "the reference must be another one"
+    for result in ranks:
+        for stage, found in result["per head"].items():
+            errors = update_error(found, weights)
+            assert max(errors.values()) < 1e-4, (stage, errors)
+
+
+def test_gradient_of_a_penalty_is_that_of_one_process(ranks) -> None:
+    """On every stage, over ranks, micro batches and checkpointed blocks; and the penalty is a part of it."""
+    ids, norms = workers.PENALIZED_IDS, {}
+    for weight in (0.0, workers.PENALTY.weight):
+        model = build_model(workers.PENALIZED, seed=0)
+        loss, penalty = model(ids[:, :-1], ids[:, 1:], penalty=workers.PENALTY)
+        ((loss + weight * penalty) / ids[:, 1:].numel()).backward()
+        norms[weight] = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    without, expected = norms.values()
+    assert expected["layers.0.mlp.up_proj.weight"] > 1.1 * without["layers.0.mlp.up_proj.weight"]
+    for result in ranks:
+        for stage, found in result["penalized"].items():
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), stage
+
+
+def test_grad_clip_zero_means_off(ranks) -> None:
+    weights, norms = train(steps=workers.STEPS, clip=0.0, **SETTINGS)
+    for result in ranks:
+        for stage, run in result["unclipped"].items():
+            errors = update_error(run["weights"], weights)
+            assert max(errors.values()) < 1e-4, (stage, errors)
+            assert run["norms"] == pytest.approx(norms, rel=1e-4), stage
+
+
+def test_bhyt_constants_are_the_same_on_every_rank_world_size_and_stage(ranks) -> None:
+    config = dataclasses.replace(workers.BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2)
+    alone = [float(b) for name, b in build_model(config, seed=0).named_buffers() if name.endswith("attention_gain")]
+    assert len(alone) == 2
+    assert min(alone) > 0
+    for result in ranks:
+        assert result["bhyt"] == {1: alone, 3: alone}
+
+
+def assemble(ranks: list[dict[str, Any]], setting: tuple[int, int], key: str) -> dict[str, Tensor]:
+    """The tensor `key` of every parameter out of all ranks' intervals, which must not overlap or leave a gap."""
+    result = {name: torch.full((p.numel(),), torch.nan) for name, p in Model().named_parameters()}
+    for rank in ranks:
+        for name, start, stop, tensors in rank["train"][setting]["state"]:
+            if key in tensors:
+                assert tensors[key].shape == (stop - start,)
+                assert tensors[key].dtype == torch.float32
+                assert result[name][start:stop].isnan().all(), f"{name}[{start}:{stop}] is on two ranks"
+                result[name][start:stop] = tensors[key]
+    return result
+
+
+def test_local_state_covers_every_element_once_with_the_model_s_weights(ranks) -> None:
+    for setting in GRID:
+        masters = assemble(ranks, setting, "weight")
+        for rank in ranks:
+            for name, weight in rank["train"][setting]["weights"].items():
+                torch.testing.assert_close(masters[name], weight.flatten(), rtol=0, atol=0)
+
+
+def test_optimizer_state_is_the_same_by_name_on_every_stage(ranks) -> None:
+    roles = Model().parameter_roles()
+    for key, kinds in (("momentum", ("matrix", "gain")), ("exp_avg", ("embedding", "head"))):
+        expected = assemble(ranks, (1, 1), key)
+        for setting in GRID:
+            for name, value in assemble(ranks, setting, key).items():
+                if roles[name] in kinds:
+                    assert value.isfinite().all(), (setting, name)
+                    assert value.abs().max() > 0, (setting, name)
+                    torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
+                else:
+                    assert value.isnan().all(), (setting, name)
+
+
+def test_optimizer_state_is_divided_among_the_ranks(ranks) -> None:
+    roles, model = Model().parameter_roles(), Model()
+    total = sum(p.numel() for n, p in model.named_parameters() if roles[n] in ("matrix", "gain"))
+    for setting in GRID:
+        held = [
+            sum(t["momentum"].numel() for _, _, _, t in rank["train"][setting]["state"] if "momentum" in t)
+            for rank in ranks
+        ]
+        assert sum(held) == total
+        assert max(held) <= total / len(ranks) + 40, held  # padding of the small groups
+
+
+def test_statistics_agree_between_settings_and_with_the_weights(ranks) -> None:
+    expected = ranks[0]["statistics"][1, 1]
+    weights = ranks[0]["train"][1, 1]["weights"]
+    norm = torch.stack([w.double().square().sum() for w in weights.values()]).sum().sqrt()
+    assert expected["param_norm"] == pytest.approx(float(norm), rel=1e-5)
+    rate = workers.LR * 0.6  # factor of the last step
+    assert expected["lr/matrix"] == pytest.approx(rate)
+    assert expected["update_rms/gain"] == pytest.approx(0.2 * rate, rel=1e-4)
+    assert 0.1 * rate < expected["update_rms/matrix"] < 0.25 * rate
+    assert 0 < expected["update_rms/head"] < 2 * workers.ADAM_LR
+    for rank in ranks:
+        for setting, statistics in rank["statistics"].items():
+            assert statistics == pytest.approx(expected, rel=1e-3), setting
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_discarded_gradients_leave_no_trace(ranks, reference, stage: int) -> None:
+    for result in ranks:
+        errors = update_error(result[f"discard {stage}"], reference[0])
+        assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_written_back_by_name_continues_the_run(ranks, reference, stage: int) -> None:
+    for run in [run for result in ranks for run in result[f"round trip {stage}"]]:
+        for name, value in run["before"].items():
+            torch.testing.assert_close(run["after"][name], value, rtol=0, atol=0)
+        errors = update_error(run["end"], reference[0])
+        assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_do_not_change_before_step(ranks, stage: int) -> None:
+    assert [result[f"backward only {stage}"] for result in ranks] == [0.0] * len(ranks)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_non_finite_gradient_is_not_applied_and_leaves_no_trace(ranks, stage: int) -> None:
+    assert [result[f"not finite {stage}"] for result in ranks] == [(False, 0.0, 0.0)] * len(ranks)
+
+
+def test_broadcast_and_sum(ranks) -> None:
+    for result in ranks:
+        value, total, world_size = result["broadcast"]
+        assert (value, world_size) == ({"from": 0}, len(ranks))
+        assert total == sum(range(1, world_size + 1))
+
+
+def test_more_local_ranks_than_gpus_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"4 ranks on a host with 2 GPUs"):
+        init_distributed("cuda")
+
+
+def test_cuda_without_a_gpu_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"set engine.device=cpu"):
+        init_distributed("cuda")
+
+
+def start_alone(folder: str) -> dict[str, Any]:
+    """Plain python without a launcher: no RANK, no port, no op built, nothing below a warning logged."""
+    import os
+    import sys
+
+    import torch.distributed as dist
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    device = init_distributed("auto" if not torch.cuda.is_available() else "cpu")
+    engine = workers.build(1, 1)
+    workers.run_steps(engine, range(1))
+    from deepspeed.utils import logger
+
+    result = {
+        "device": str(device),
+        "group": (dist.get_backend(), dist.get_rank(), dist.get_world_size()),
+        "port": os.environ.get("MASTER_PORT"),
+        "level": logger.level,
+        "built": [name for name in sys.modules if name.startswith("deepspeed_")],
+    }
+    engine.close()
+    return result
+
+
+def test_starts_without_a_launcher_and_compiles_nothing(tmp_path: Path) -> None:
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        result = pool.apply(start_alone, (str(tmp_path),))
+    assert result["device"] == "cpu"
+    assert result["group"] == ("gloo", 0, 1)
+    assert result["port"] is None
+    assert result["level"] == logging.WARNING
+    assert result["built"] == []
+    assert not any(tmp_path.iterdir())
+
+
+def test_deepspeed_config_has_one_source_for_each_quantity() -> None:
+    config = deepspeed_config(
+        zero_stage=2,
+        micro_batch_size=3,
+        gradient_accumulation_steps=5,
+        grad_clip=1.5,
+        world_size=2,
+        num_parameters=1000,
+        device=torch.device("cpu"),
+    )
+    assert config["train_batch_size"] == 30
+    assert config["gradient_clipping"] == 1.5
+    assert not {"scheduler", "optimizer", "bf16", "fp16", "torch_autocast"} & config.keys()

@@ -1,0 +1,195 @@
+"""Numbers that go wrong: what is not finite, what leaves its usual range, and the rows that are left out for it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from osp.config import Config
+from osp.data.loader import data_step
+from osp.errors import RunError, UserError
+from osp.run.checkpoint import load_model
+from osp.train.guards import SpikeDetector
+from osp.train.setup import train
+from osp.train.trainer import Trainer
+from tests.conftest import losses, read_metrics
+
+Tiny = Callable[..., Config]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def checksums(folder: Path) -> list[float]:
+    return [event["train/rows_checksum"] for event in read_metrics(folder) if "train/rows_checksum" in event]
+
+
+@pytest.fixture
+def scaled_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
+    """`scaled_loss({n: factor})`: the n-th loss of a run, from 1, times that factor: value, gradient and all."""
+
+    def install(factors: dict[int, float]) -> None:
+        original, calls = Trainer._loss, [0]
+
+        def scaled(self: Trainer, batch: Any) -> torch.Tensor:
+            calls[0] += torch.is_grad_enabled()
+            loss = original(self, batch)
+            return loss * factors.get(calls[0], 1.0) if torch.is_grad_enabled() else loss
+
+        monkeypatch.setattr(Trainer, "_loss", scaled)
+
+    return install
+
+
+ONE_BATCH = ("train.micro_batch_size=8", "eval.every=0")  # one loss per step
+
+
+def test_score_of_a_known_window() -> None:
+    """Median 3, median absolute deviation 1: 10 is 7 / 1.4826 deviations above."""
+    detector = SpikeDetector(8, [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert detector.score(10.0) == pytest.approx(7 / 1.4826)
+    assert detector.score(3.0) == 0.0
+    assert detector.score(-4.0) == pytest.approx(-7 / 1.4826)
+
+
+def test_one_outlier_does_not_hide_the_next() -> None:
+    """What a mean and a standard deviation would do: after 1000 they take another 1000 for usual."""
+    detector = SpikeDetector(16, [1.0, 1.1, 0.9, 1.05, 0.95, 1000.0])
+    assert detector.score(1000.0) > 1000
+
+
+def test_no_opinion_before_a_quarter_of_the_window() -> None:
+    detector = SpikeDetector(16, [1.0, 1.1, 0.9])
+    assert detector.score(1e6) == 0.0
+    detector.add(1.0)
+    assert detector.score(1e6) > 0
+
+
+def test_constant_values_have_room_of_a_hundredth() -> None:
+    detector = SpikeDetector(4, [2.0, 2.0, 2.0, 2.0])
+    assert detector.score(2.02) == pytest.approx(1.0)
+
+
+def test_window_forgets_and_ignores_what_is_not_finite() -> None:
+    detector = SpikeDetector(3)
+    for value in (1.0, math.nan, 2.0, math.inf, 3.0, 4.0):
+        detector.add(value)
+    assert list(detector.values) == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradient_that_is_not_finite_is_left_out_and_named(
+    stage: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is fine, the gradient is not: the update of that step is as if its rate had been zero."""
+    original, calls = Trainer._loss, [0]
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] * (math.inf if calls[0] == 3 else 1.0)
+
+    def poisoned(self: Trainer, batch: Any) -> torch.Tensor:
+        calls[0] += torch.is_grad_enabled()
+        loss = original(self, batch)
+        return cast(torch.Tensor, Poison.apply(loss)) if torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    config = tiny("train.on_nonfinite=skip", f"engine.zero_stage={stage}", "checkpoint.every=1", *ONE_BATCH)
+    train(config)
+    (event,) = events(tmp_path / "run", "nonfinite")
+    assert event["step"] == 3
+    assert "the gradient is not finite though the loss is" in event["message"]
+    assert "this update is left out (1 of at most 10)" in event["message"]
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 6
+    assert all(math.isfinite(value) for value in curve)
+    before, after = (load_model(tmp_path / "run" / "checkpoints" / f"step_0000000{n}").state_dict() for n in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert curve[3] != curve[2]  # other rows: the step is gone, its rows with it
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert report["rows"] == []
+    assert {"inf", "nan"} & set(report["gradients"].values())
+
+
+def test_more_skips_than_allowed_end_the_run_with_a_checkpoint(
+    tiny: Tiny, tmp_path: Path, scaled_loss: Callable[..., None]
+) -> None:
+    scaled_loss({2: math.nan, 4: math.nan})
+    config = tiny("train.on_nonfinite=skip", "train.max_skips=1", "checkpoint.every=0", *ONE_BATCH)
+    with pytest.raises(RunError, match=r"step 4: the loss is not finite; .* train.max_skips=1 updates are left out"):
+        train(config)
+    marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert marker["step"] == 3
+    assert marker["checkpoint"].endswith("step_00000003")
+    assert "not finite" in marker["reason"]
+
+
+def test_stopping_on_nan_loses_no_step_and_skipping_its_rows_goes_on(
+    tiny: Tiny, tmp_path: Path, scaled_loss: Callable[..., None]
+) -> None:
+    """What the message says to do works: leave the rows of the step out and start again."""
+    scaled_loss({4: math.nan})
+    with pytest.raises(RunError, match=r"step 4: the loss is not finite.*no weight was changed"):
+        train(tiny("checkpoint.every=0", *ONE_BATCH))
+    train(tiny("checkpoint.every=0", "data.skip_steps=[[4, 4]]", *ONE_BATCH))
+    train(tiny("train.steps=8", "checkpoint.every=0", *ONE_BATCH, name="straight"))
+    straight = checksums(tmp_path / "straight")
+    assert checksums(tmp_path / "run") == [*straight[:3], *straight[4:7]]
+
+
+@pytest.mark.parametrize(("action", "applied"), [("warn", True), ("skip", False)])
+def test_spike_is_reported_with_its_rows(
+    action: str, applied: bool, tiny: Tiny, tmp_path: Path, scaled_loss: Callable[..., None]
+) -> None:
+    scaled_loss({5: 30.0})
+    train(tiny(f"spike.action={action}", "spike.window=8", "checkpoint.every=1", *ONE_BATCH))
+    (event,) = events(tmp_path / "run", "spike")
+    assert event["step"] == 5
+    assert "loss" in event["message"]
+    assert "grad_norm" in event["message"]
+    assert "data.skip_steps=[[5,5]]" in event["message"]
+    before, after = (load_model(tmp_path / "run" / "checkpoints" / f"step_0000000{n}").state_dict() for n in (4, 5))
+    assert any(not torch.equal(before[name], after[name]) for name in before) == applied
+
+
+def test_usual_training_has_no_spikes(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=40", "spike.window=16", "eval.every=0", "checkpoint.every=0"))
+    assert events(tmp_path / "run", "spike") == []
+
+
+@pytest.mark.parametrize(
+    ("skip", "read"),
+    [
+        ([], [0, 1, 2, 3, 4, 5]),
+        ([(1, 2)], [2, 3, 4, 5, 6, 7]),
+        ([(3, 3)], [0, 1, 3, 4, 5, 6]),
+        ([(5, 6), (2, 3)], [0, 3, 6, 7, 8, 9]),  # given in any order
+        ([(2, 2), (3, 3)], [0, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_rows_of_skipped_steps_are_not_read(skip: list[tuple[int, int]], read: list[int]) -> None:
+    assert [data_step(step, skip) for step in range(6)] == read
+
+
+def test_skipping_rows_that_were_read_already_is_refused(tiny: Tiny) -> None:
+    train(tiny("train.stop_at=4"))
+    with pytest.raises(UserError, match=r"data.skip_steps=\[\[2, 2\]\] changes what was read before step 4"):
+        train(tiny("data.skip_steps=[[2, 2]]"))
+    train(tiny("data.skip_steps=[[5, 5]]"))
+
+
+@pytest.mark.parametrize("skip", ["[[3, 2]]", "[[0, 1]]", "[[1, 3], [3, 4]]"])
+def test_malformed_skip_is_refused(skip: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"data.skip_steps=.*write \[\[first, last\], ...\]"):
+        tiny(f"data.skip_steps={skip}")

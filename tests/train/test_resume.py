@@ -1,0 +1,210 @@
+"""Stopped and resumed equals not stopped, bit for bit: rows, losses, rates, weights and all optimizer state."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from osp.config import Config
+from osp.errors import StoppedError, UserError
+from osp.run.checkpoint import Checkpoint, find
+from osp.train.guards import SpikeDetector
+from osp.train.setup import train
+from osp.train.trainer import Trainer
+from tests.conftest import read_metrics
+
+Tiny = Callable[..., Config]
+Change = Callable[[Trainer, int, torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture
+def tiny(tiny: Tiny) -> Tiny:
+    """The small configuration without what only takes time here."""
+    return partial(tiny, "eval.every=0", "eval.tokens=64", "eval.sample_tokens=0")
+
+
+def steps_of(folder: Path) -> dict[int, dict[str, float]]:
+    """What decides whether two runs are the same run, by step: rows, loss, gradient norm and rates."""
+    steps = {}
+    for event in read_metrics(folder):
+        if "train/loss" in event:
+            assert event["step"] not in steps, f"step {event['step']} is there twice"
+            keys = ("train/loss", "train/grad_norm", "train/rows_checksum")
+            steps[event["step"]] = {k: v for k, v in event.items() if k in keys or k.startswith("train/lr/")}
+    return steps
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, momentum, Adam's moments and buffers of a run's newest checkpoint."""
+    path = find(folder)
+    assert path is not None
+    checkpoint = Checkpoint(path)
+    state = {
+        f"{kind}/{name}": checkpoint.read(kind, name, 0, math.prod(shape))
+        for name, shape in checkpoint.shapes.items()
+        for kind in checkpoint.kinds(name)
+    }
+    return state | {f"buffer/{name}": values for name, values in checkpoint.buffers().items()}
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert steps_of(first) == steps_of(second)
+    a, b = state_of(first), state_of(second)
+    assert a.keys() == b.keys()
+    assert {key.split("/")[0] for key in a} >= {"weight", "momentum", "exp_avg", "exp_avg_sq"}
+    for name in a:
+        assert torch.equal(a[name], b[name]), (name, (a[name] - b[name]).abs().max())
+
+
+def train_in_pieces(tiny: Tiny, *overrides: str, stops: tuple[int, ...], name: str) -> None:
+    """The run of `overrides`, begun again after each of `stops` steps."""
+    for stop in stops:
+        train(tiny(*overrides, f"train.stop_at={stop}", name=name))
+    train(tiny(*overrides, name=name))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("logger.every=3",),
+        ("train.precision=bf16", "optimizer.ns_dtype=bf16"),
+        ("norm.name=bhyt", "train.norm_refresh_every=4"),
+        ("data.skip_steps=[[2,3],[6,6]]",),
+        ("engine.zero_stage=3",),
+        ("train.document_mask=true", "train.activation_checkpointing=true", "checkpoint.every=1"),
+    ],
+    ids=" ".join,
+)
+def test_interrupted_twice(overrides: tuple[str, ...], tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(*overrides, name="straight"))
+    train_in_pieces(tiny, *overrides, stops=(2, 5), name="pieces")
+    assert_same_run(tmp_path / "straight", tmp_path / "pieces")
+
+
+def test_steps_left_out_are_those_rows(tiny: Tiny, tmp_path: Path) -> None:
+    """data.skip_steps=[[2,3]] reads steps 1, 4, 5, ... of the run without it."""
+    train(tiny("train.steps=8", name="all"))
+    train(tiny("data.skip_steps=[[2,3]]", name="some"))
+    rows = {name: [s["train/rows_checksum"] for s in steps_of(tmp_path / name).values()] for name in ("all", "some")}
+    assert len(set(rows["all"])) == 8
+    assert rows["some"] == [rows["all"][i] for i in (0, 3, 4, 5, 6, 7)]
+
+
+def test_steps_can_be_left_out_from_a_checkpoint_on_but_not_before(tiny: Tiny, tmp_path: Path) -> None:
+    """As after a spike at step 5: back to the checkpoint of step 3, without the rows of steps 5 and 6."""
+    train(tiny("data.skip_steps=[[5,6]]", name="straight"))
+    train(tiny(name="run"))
+    back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000003'}"
+    train(tiny("data.skip_steps=[[5,6]]", back, name="run"))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    with pytest.raises(UserError, match=r"data.skip_steps=\[\[2, 2\]\] changes what was read before step 6"):
+        train(tiny("data.skip_steps=[[2,2]]", name="run"))
+
+
+def test_partial_gradient_of_an_interrupted_step_is_forgotten(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal after the third of eight micro batches of step 4: its gradients count for nothing."""
+    overrides = ("train.micro_batch_size=1", "checkpoint.every=0")
+    train(tiny(*overrides, name="straight"))
+    calls = []
+
+    def ask(trainer: Trainer, step: int, loss: torch.Tensor) -> torch.Tensor:
+        calls.append(step)
+        trainer._check_every = 1  # as where a micro batch takes seconds
+        if len(calls) == 3 * 8 + 3:
+            trainer.stop.signal = "SIGTERM"
+        return loss
+
+    change_loss(monkeypatch, ask)
+    with pytest.raises(StoppedError, match="SIGTERM on rank 0: stopped after step 3 of 6 with a checkpoint"):
+        train(tiny(*overrides, name="pieces"))
+    assert len(calls) == 3 * 8 + 3  # it did not go on to the end of the step
+    marker = json.loads((tmp_path / "pieces" / "stopped.json").read_text())
+    assert (marker["reason"], marker["step"]) == ("SIGTERM", 3)
+    monkeypatch.undo()
+    train(tiny(*overrides, name="pieces"))
+    assert_same_run(tmp_path / "straight", tmp_path / "pieces")
+
+
+def test_spike_windows_and_skipped_updates_continue(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts as a spike depends on the steps before: also on those before the interruption."""
+    overrides = ("train.steps=12", "spike.action=skip", "spike.window=8", "train.max_skips=2", "spike.threshold=20")
+    spiky = {4, 8}  # steps, from 0, whose loss is far off
+
+    def spike(trainer: Trainer, step: int, loss: torch.Tensor) -> torch.Tensor:
+        return loss * (30.0 if step in spiky else 1.0)
+
+    change_loss(monkeypatch, spike)
+    train(tiny(*overrides, name="straight"))
+    train_in_pieces(tiny, *overrides, stops=(6, 7), name="pieces")
+    assert_same_run(tmp_path / "straight", tmp_path / "pieces")
+    manifests = [manifest_of(tmp_path / name) for name in ("straight", "pieces")]
+    assert [m["skipped"] for m in manifests] == [2, 2]
+    assert manifests[0]["spikes"] == manifests[1]["spikes"]
+    loss_of = [step["train/loss"] for step in steps_of(tmp_path / "straight").values()]
+    assert manifests[1]["spikes"]["loss"] == loss_of[-8:]
+    # the bound on skips is that of the run, not of one start
+    spiky.add(10)
+    with pytest.raises(RuntimeError, match=r"train.max_skips=2 updates are left out already"):
+        train_in_pieces(tiny, *overrides, stops=(6, 9), name="once_more")
+
+
+def test_weights_stay_where_an_update_is_left_out(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poison(trainer: Trainer, step: int, loss: torch.Tensor) -> torch.Tensor:
+        return loss * (math.nan if step == 3 else 1.0)
+
+    change_loss(monkeypatch, poison)
+    train(tiny("train.on_nonfinite=skip", "checkpoint.every=1"))
+    before, after = (
+        Checkpoint(tmp_path / "run" / "checkpoints" / f"step_0000000{step}").read(
+            "weight", "lm_head.weight", 0, 320 * 32
+        )
+        for step in (3, 4)
+    )
+    assert torch.equal(before, after)
+    assert manifest_of(tmp_path / "run")["skipped"] == 1
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(e["kind"], e["step"]) for e in events] == [("nonfinite", 4)]
+
+
+def test_windows_come_back_as_they_were(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[dict[str, list[float]]] = []
+    original = Trainer.restore
+
+    def remember(self: Trainer, checkpoint: Checkpoint) -> None:
+        original(self, checkpoint)
+        restored.append({key: list(detector.values) for key, detector in self.spikes.items()})
+
+    monkeypatch.setattr(Trainer, "restore", remember)
+    train_in_pieces(tiny, "spike.window=3", stops=(5,), name="run")
+    steps = steps_of(tmp_path / "run")
+    assert restored == [
+        {key: [steps[step][f"train/{key}"] for step in (3, 4, 5)] for key in ("loss", "grad_norm")},
+    ]
+    assert SpikeDetector(3, restored[0]["loss"]).score(100.0) > 20
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    path = find(folder)
+    assert path is not None
+    return json.loads((path / "manifest.json").read_text())
+
+
+def change_loss(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    """Let `change(trainer, step, loss)` have its way with the loss of every training batch."""
+    original = Trainer._loss
+
+    def changed(self: Trainer, batch: Any) -> torch.Tensor:
+        loss = original(self, batch)
+        return change(self, self.step, loss) if self.model.training else loss
+
+    monkeypatch.setattr(Trainer, "_loss", changed)

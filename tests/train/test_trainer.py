@@ -1,0 +1,430 @@
+"""Whole runs on a small model: what they write, that they learn, and that nothing but the mathematics decides."""
+
+import dataclasses
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from osp.config import Config, LoggerConfig, from_dict
+from osp.data import Shards, load_tokenizer
+from osp.errors import RunError, UserError
+from osp.model.norms import BHyT
+from osp.model.transformer import Block, Transformer
+from osp.run.checkpoint import load_model
+from osp.run.logger import Logger
+from osp.train.setup import train
+from osp.train.trainer import Trainer, validation_every
+from tests.conftest import losses, overrides_of, read_metrics, run_script
+
+Tiny = Callable[..., Config]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), (name, (a[name] - b[name]).abs().max())
+
+
+def test_run_folder_holds_what_comparing_two_runs_needs(tiny: Tiny, plain_run: Path) -> None:
+    folder, config = plain_run, tiny(f"run.dir={plain_run}")
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    assert from_dict(stored) == config
+    (start,) = json.loads((folder / "environment.json").read_text())
+    assert {"git", "torch", "deepspeed", "command", "world_size"} <= start.keys()
+    assert (folder / "tokenizer.json").exists()
+    events = read_metrics(folder)
+    assert all({"step", "tokens"} <= event.keys() for event in events)
+    assert all(event["tokens"] == 256 * event["step"] for event in events)
+    assert [e["step"] for e in events if "train/loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events if "val/loss" in e] == [3, 6]
+    step = next(e for e in events if "train/loss" in e)
+    for key in ("grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds", "memory_gib", "param_norm"):
+        assert step[f"train/{key}"] is not None, key
+    for role in ("matrix", "embed_proj", "gain", "embedding", "head"):
+        assert f"train/lr/{role}" in step
+        assert step[f"train/update_rms/{role}"] > 0
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == ["step_00000003", "step_00000006"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["sample"]
+
+
+def test_update_rms_of_muon_is_a_fifth_of_its_rate(tiny: Tiny, tmp_path: Path) -> None:
+    """0.2 sqrt(max(m, n)) times a matrix of singular values near 1 has RMS 0.2 sqrt(rank / min(m, n))."""
+    train(tiny("train.steps=2", "schedule.name=constant", "schedule.warmup=0"))
+    step = read_metrics(tmp_path / "run")[0]
+    assert step["train/lr/matrix"] == 0.01
+    assert step["train/update_rms/matrix"] == pytest.approx(0.2 * 0.01, rel=0.2)  # NS5 ends in [0.7, 1.2]
+    assert step["train/update_rms/gain"] == pytest.approx(0.2 * 0.01, rel=1e-4)
+
+
+def test_length_of_a_run_is_the_first_of_steps_tokens_and_minutes(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=null", "train.tokens=600", "train.minutes=1000", name="tokens"))
+    assert [e["step"] for e in read_metrics(tmp_path / "tokens") if "train/loss" in e] == [1, 2, 3]  # 600 / 256
+    stored = yaml.safe_load((tmp_path / "tokens" / "config.yaml").read_text())["train"]
+    assert (stored["steps"], stored["tokens"], stored["minutes"]) == (3, None, None)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_measuring_the_steps_of_some_minutes_leaves_no_trace(stage: int, tiny: Tiny, tmp_path: Path) -> None:
+    """Nor does the next start measure again: the same command continues the run it began."""
+    overrides = ["train.steps=null", "train.minutes=0.01", f"engine.zero_stage={stage}"]
+    timed = tiny(*overrides, "eval.every=0", "checkpoint.every=0", name="timed")
+    train(timed)
+    steps = yaml.safe_load((tmp_path / "timed" / "config.yaml").read_text())["train"]["steps"]
+    assert len(losses(tmp_path / "timed")) == steps
+    train(tiny(f"train.steps={steps}", f"engine.zero_stage={stage}", "eval.every=0", name="fixed"))
+    assert losses(tmp_path / "timed") == losses(tmp_path / "fixed")
+    assert_same_weights(tmp_path / "timed", tmp_path / "fixed")
+    train(timed)
+    assert len(losses(tmp_path / "timed")) == steps
+
+
+def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=60", "eval.every=0", "checkpoint.every=0"))
+    curve = losses(tmp_path / "run")
+    assert curve[0] == pytest.approx(math.log(320), rel=0.1)  # an untrained model knows nothing
+    assert curve[-1] < 0.75 * curve[0], curve
+
+
+def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, plain_run: Path) -> None:
+    model = load_model(plain_run).double()
+    model.compute_dtype = torch.float64
+    shard_folder = next(Path(tiny().data.cache_dir).iterdir())
+    tokens = torch.from_numpy(Shards(shard_folder, "val")[0].astype("int64"))
+    tokenizer = load_tokenizer(plain_run / "tokenizer.json")
+    nats, count, text = 0.0, 0, b""
+    for row in range(min(1024, len(tokens) - 1) // 32):
+        window = tokens[row * 32 : row * 32 + 33]
+        with torch.no_grad():
+            nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
+        count += 32
+        text += b"".join(_bytes(tokenizer, token) for token in window[1:].tolist())
+    last = [event for event in read_metrics(plain_run) if "val/loss" in event][-1]
+    assert last["val/loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert last["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
+def test_quantized_perplexity_on_the_way_leaves_training_as_it_is(
+    stage: int, precision: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    same = (f"engine.zero_stage={stage}", f"train.precision={precision}")
+    train(tiny(*same, name="plain"))
+    train(tiny(*same, "eval.quant.every=2", "eval.quant.tokens=512", name="measured"))
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        plain, measured = ([e[key] for e in read_metrics(tmp_path / n) if key in e] for n in ("plain", "measured"))
+        assert plain == measured, key
+    assert_same_weights(tmp_path / "plain", tmp_path / "measured")
+    events = [event for event in read_metrics(tmp_path / "measured") if "quant/seconds" in event]
+    assert [event["step"] for event in events] == [2, 4, 6]
+    assert not any("quant/seconds" in event for event in read_metrics(tmp_path / "plain"))
+    assert all(event["quant/perplexity/4-4-4"] != event["quant/perplexity/16-16-16"] for event in events)
+
+
+def test_quantized_perplexity_of_a_run_is_that_of_its_last_weights(tiny: Tiny, tmp_path: Path) -> None:
+    """Against a plain loop over the same windows; measured at the end whatever the period, and once though resumed."""
+    config = tiny("eval.quant.every=4", "eval.quant.tokens=128", "checkpoint.every=4")
+    interrupt_after(3, config)
+    train(config)
+    events = [event for event in read_metrics(tmp_path / "run") if "quant/seconds" in event]
+    assert [event["step"] for event in events] == [4, 6]
+    model = load_model(tmp_path / "run").double()
+    model.compute_dtype = torch.float64
+    shard_folder = next(Path(config.data.cache_dir).iterdir())
+    windows = torch.from_numpy(Shards(shard_folder, "val")[0][:128].astype("int64")).view(4, 32)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_quantized_perplexity_refuses_weights_in_parts(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"eval.quant.every=2 does not work with engine.zero_stage=3") as error:
+        tiny("eval.quant.every=2", "engine.zero_stage=3")
+    assert "\n" not in str(error.value)
+
+
+def _bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of one token through the public byte-level alphabet of GPT-2, built here independently."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    text = tokenizer.id_to_token(token)
+    return b"" if text == "<|endoftext|>" else bytes(table[c] for c in text)
+
+
+def test_resuming_equals_not_stopping_bit_for_bit(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    stopped = tiny(name="stopped")
+    interrupt_after(3, stopped)
+    assert losses(tmp_path / "stopped") == losses(plain_run)[:4]
+    train(stopped)  # the same command: resume=auto; the fourth step is taken and written once
+    assert losses(tmp_path / "stopped") == losses(plain_run)
+    assert_same_weights(tmp_path / "stopped", plain_run)
+
+
+def interrupt_after(step: int, config: Config) -> None:
+    """Run `config` and fail while step `step` + 2 begins, as if the machine had: step + 1 is logged, not saved."""
+
+    class KilledError(Exception):
+        pass
+
+    original = Trainer.train_step
+
+    def step_or_die(self: Trainer, number: int, *, record: bool) -> dict[str, float] | None:
+        if number == step + 1:
+            if self.saver.busy:  # the save of the boundary before has had its time
+                self._finish_save()
+            raise KilledError
+        return original(self, number, record=record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_or_die)
+        with pytest.raises(KilledError):
+            train(config)
+
+
+def test_a_finished_run_is_reported_again_without_training(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny()
+    train(config)
+    before = losses(tmp_path / "run"), weights(tmp_path / "run")
+    train(config)
+    assert losses(tmp_path / "run") == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in weights(tmp_path / "run").items())
+
+
+def test_resuming_from_another_run_starts_at_its_step(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(name="first"))
+    other = tiny("train.steps=8", f"resume={tmp_path / 'first'}", name="second")
+    train(other)
+    assert [e["step"] for e in read_metrics(tmp_path / "second") if "train/loss" in e] == [7, 8]
+
+
+def test_micro_batch_size_changes_only_rounding(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.micro_batch_size=1", name="one"))
+    train(tiny("train.micro_batch_size=8", name="eight"))
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "eight")), atol=0, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    train(tiny(f"engine.zero_stage={stage}", name="other"))
+    torch.testing.assert_close(
+        torch.tensor(losses(plain_run)), torch.tensor(losses(tmp_path / "other")), atol=0, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stage"),
+    [
+        (("torchrun", "--standalone", "--nproc-per-node", "2"), 3),
+        (("deepspeed", "--num_gpus", "4"), 2),
+    ],
+)
+@pytest.mark.timeout(900)
+def test_ranks_change_only_rounding(
+    launcher: tuple[str, ...], stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
+) -> None:
+    """The same rows, losses and validation on 2 and 4 ranks through the real launchers as in one process."""
+    config = tiny(f"engine.zero_stage={stage}", name="many")
+    result = run_script(*overrides_of(config), launcher=launcher, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for key in ("train/loss", "val/loss", "val/bits_per_byte", "train/grad_norm", "train/param_norm"):
+        one, many = (
+            torch.tensor([e[key] for e in read_metrics(folder) if key in e])
+            for folder in (plain_run, tmp_path / "many")
+        )
+        torch.testing.assert_close(one, many, atol=0, rtol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
+    a, b = weights(plain_run), weights(tmp_path / "many")
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights_change(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer._loss
+    calls = []
+
+    def poisoned(self: Trainer, batch: Any) -> torch.Tensor:
+        calls.append(batch)
+        return original(self, batch) * (math.nan if len(calls) == 7 else 1.0)  # step 2, third micro batch of four
+
+    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    with pytest.raises(RunError, match=r"step 2: the loss is not finite; rows 12 to 13 of"):
+        train(tiny("checkpoint.every=1", "eval.every=0"))
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert (report["step"], report["rows"]) == (2, [[12, 14]])
+    assert set(report["gradients"].values()) == {"nan"}
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bhyt_constants_come_from_the_weights_and_live_in_the_checkpoint(
+    stage: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    norm = ("norm.name=bhyt", "norm.lam=1.5", "norm.learnable_lambda=false", "train.norm_refresh_every=2")
+    train(tiny(*norm, f"engine.zero_stage={stage}", "train.steps=3", "monitor.enabled=true"))
+    model = load_model(tmp_path / "run")
+    assert model.config.norm.seq_len == 32
+    fixed = {name: buffer.tolist() for name, buffer in model.named_buffers() if name.endswith("lam")}
+    assert list(fixed.values()) == [[1.5]] * 4, "lambda that is not learnable is not trained"
+    probes = [event for event in read_metrics(tmp_path / "run") if "monitor/cost" in event]
+    assert len(probes) == 4
+    for event in probes:
+        assert 0 < event["bhyt/var_error/layer_00"] < 1
+        assert "bhyt/var_error/layer_01" in event
+    # the refresh before step 3 saw the weights after step 2, so the constants are near, not equal, those of the end
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        assert isinstance(layer.post_attention_layernorm, BHyT)
+        v, o = layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight
+        repeated = v.view(2, 1, 8, 32).expand(2, 2, 8, 32).reshape(32, 32)
+        expected = (o @ repeated).square().sum() / (32 * 32)
+        gain = layer.post_attention_layernorm.attention_gain
+        assert gain.item() == pytest.approx(expected.item(), rel=0.1)
+        assert gain.item() != expected.item()
+
+
+def test_document_mask_hides_other_documents(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    train(tiny("train.document_mask=true", name="masked"))
+    packed, masked = losses(plain_run), losses(tmp_path / "masked")
+    assert packed != masked
+    assert packed == pytest.approx(masked, rel=0.02)
+
+
+def test_activation_checkpointing_changes_nothing(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    train(tiny("train.activation_checkpointing=true", name="recomputed"))
+    assert losses(plain_run) == losses(tmp_path / "recomputed")
+
+
+def test_bf16_compute_keeps_fp32_weights_and_follows_fp32(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    train(tiny("train.precision=bf16", name="bf16"))
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bf16").values())
+    torch.testing.assert_close(
+        torch.tensor(losses(plain_run)), torch.tensor(losses(tmp_path / "bf16")), atol=0, rtol=5e-3
+    )
+    assert losses(plain_run) != losses(tmp_path / "bf16")
+
+
+def test_compiled_blocks_change_only_rounding(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=3", name="eager"))
+    train(tiny("train.steps=3", "train.compile=true", name="compiled"))
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "eager")), torch.tensor(losses(tmp_path / "compiled")), atol=0, rtol=1e-4
+    )
+
+
+def test_wandb_failing_does_not_stop_training(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    class Run:
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+
+        def log(self, metrics: dict[str, float]) -> None:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    train(tiny("logger.wandb=offline"))
+    assert len(losses(tmp_path / "run")) == 6
+    assert "W&B is off from here on" in caplog.text
+
+
+def test_wandb_that_has_gone_away_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its server unreachable, W&B's own `finish` returns after hours, if ever."""
+    import wandb
+
+    released = threading.Event()
+
+    class Run:
+        dir = str(tmp_path / "wandb" / "run-1" / "files")
+
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def log(self, metrics: dict[str, float]) -> None: ...
+        def finish(self, exit_code: int) -> None:
+            released.wait(60)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr("osp.run.logger.SECONDS_TO_FINISH", 0.05)
+    config = LoggerConfig(wandb="offline", progress=False)
+    Logger(tmp_path, config, run_name="run", run_config={}, step=0, total_steps=2).close()
+    released.set()
+    assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}` sends it later" in caplog.text
+
+
+def test_resumed_run_continues_the_same_wandb_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    ids = []
+
+    class Run:
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def log(self, metrics: dict[str, float]) -> None: ...
+        def finish(self, exit_code: int) -> None: ...
+
+    def init(**options: Any) -> Run:
+        ids.append(options["id"])
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = tiny("logger.wandb=offline")
+    interrupt_after(3, config)
+    train(config)
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step_00000006" / "manifest.json").read_text())
+    assert manifest["wandb_run_id"] == ids[0]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny())
+    with pytest.raises(
+        UserError, match=r"another configuration \(optimizer.lr: 0.01 -> 0.02\); choose another run.name"
+    ):
+        train(tiny("optimizer.lr=0.02"))
+    with pytest.raises(UserError, match="resume=false would overwrite it"):
+        train(tiny("resume=false"))
+
+
+def test_load_model_is_the_trained_model(plain_run: Path) -> None:
+    model = load_model(plain_run)
+    assert isinstance(model, Transformer)
+    assert model(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 320)
+    from osp import load_model as public
+
+    assert torch.equal(public(plain_run).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_step", "val_tokens", "every"),
+    [
+        (4_096, 90_112, 367),  # 22 steps' tokens forwards are the work of 7 1/3 steps, a fiftieth of 366.7
+        (4_096, 10**9, 4_070),  # eval.tokens bounds it: 10^6 / 4096 / 3 * 50
+        (4_194_304, 10**9, 250),
+    ],
+)
+def test_validation_takes_a_fiftieth_of_the_work_by_default(tokens_per_step: int, val_tokens: int, every: int) -> None:
+    config = from_dict({"train": {"steps": 10_000, "tokens_per_step": tokens_per_step}})
+    assert validation_every(config, val_tokens) == every
+    fixed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=7))
+    assert validation_every(fixed, val_tokens) == 7
