@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from train_step import run_config
 
-from osp.config import Config, MachineConfig, PlanConfig
+from osp.config import Config
 from osp.device import choose_device, compute_dtype, native_bf16, prepare_cpu
 from osp.distributed import shutdown
 from osp.model.transformer import build_model, flops_per_token
 from osp.optim import newton_schulz
 from osp.optim.muon import newton_schulz_flops
-from osp.plan import Plan, make_plan
+from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import peak
+from osp.plan.plan import Plan, make_plan
 from osp.train.setup import resolve, setup
 
 

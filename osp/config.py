@@ -439,36 +439,6 @@ class VerifyResumeConfig:
 
 
 @dataclass(frozen=True)
-class MachineConfig:
-    """What one rank of a planned run has: a choice of configs/machine. Bandwidths in GB/s, both ways at once."""
-
-    name: Text = "unnamed"
-    device: Literal["cuda", "cpu"] = "cuda"
-    bf16: bool = True  # multiplies bf16 natively
-    ranks_per_host: Count = 8
-    memory: Positive = 80.0  # GiB
-    reserved: NotNegative = 2.0  # GiB of it that a process has before the first tensor, and loses to fragmentation
-    peak_tflops: Positive | None = None  # of matrix products; None: the table of known GPUs, by `name`
-    matmul_share: PositiveFraction = 0.5  # of that peak: forward and backward pass
-    ns_share: PositiveFraction = 0.5  # of that peak: Newton-Schulz
-    network: Positive = 50.0  # GB/s of a rank to ranks of other hosts
-    host_network: Positive = 450.0  # GB/s of a rank to ranks of its host
-    network_share: PositiveFraction = 0.7  # of these: what collectives reach
-    disk: Positive = 2.0  # GB/s that the ranks of a host write together
-    sources: dict[str, str] = field(default_factory=dict)  # where the figure of a key is from
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Keys of scripts/plan.py beside those of a training; see osp.plan."""
-
-    world_size: Annotated[int, AT_LEAST_1, at_most(4096)] = 8
-    gpu_memory: Positive | None = None  # GiB; None: the machine's
-    machine: MachineConfig = field(default_factory=MachineConfig)
-    out: FilePath | None = None  # JSON file for the figures
-
-
-@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -489,19 +459,6 @@ class Config:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """Keys of `scripts/export.py`."""
-
-    path: str = ""  # a run or a checkpoint
-    out: str = ""  # the folder to write
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    max_shard_size: str = "5GB"
-    text: str = "held_out"  # the text that the exported model is checked on; see osp.evaluation.texts
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    debug: bool = False
-
-
-@dataclass(frozen=True)
 class GenerateConfig:
     """Keys of `scripts/generate.py`, beside the model and the prompts, which come first."""
 
@@ -518,18 +475,6 @@ class GenerateConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations, cache; auto: bf16 on a GPU that has it
     compile: bool | Literal["auto"] = "auto"  # one token as one CUDA graph; auto: on a GPU
     threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # of the CPU; None: all cores
-    debug: bool = False
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Keys of `scripts/convert.py`."""
-
-    path: str = ""  # a run, a checkpoint or the folder of a Hugging Face Llama
-    to: str = ""  # a name of osp.convert.change_norm.CONVERTIBLE
-    out: str = ""  # the folder to write
-    text: str = "held_out"  # the text that both models are compared on; see osp.evaluation.texts
-    device: Literal["auto", "cpu", "cuda"] = "auto"
     debug: bool = False
 
 

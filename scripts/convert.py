@@ -5,7 +5,8 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import ConvertConfig, build
+from osp.config import build
+from osp.convert.config import ConvertConfig
 from osp.errors import UserError
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import ExportConfig, build
+from osp.config import build
+from osp.convert.config import ExportConfig
 from osp.errors import UserError
 
 

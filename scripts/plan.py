@@ -8,8 +8,9 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import Config, PlanConfig, build, check_bounds, from_dict, to_dict
+from osp.config import Config, build, check_bounds, from_dict, to_dict
 from osp.errors import UserError
+from osp.plan.config import PlanConfig
 
 OPTIONS = dataclasses.asdict(PlanConfig())
 DEFAULTS = to_dict(Config()) | OPTIONS
@@ -23,7 +24,8 @@ def main(values: dict[str, Any]) -> None:
     typed = {word.lstrip("+").split("=")[0].removeprefix("machine.") for word in sys.argv if "machine." in word}
     sources = options.machine.sources | dict.fromkeys(typed, "the command line")
     options = dataclasses.replace(options, machine=dataclasses.replace(options.machine, sources=sources))
-    from osp.plan import describe, make_plan, to_json
+    from osp.plan.plan import make_plan
+    from osp.plan.text import describe, to_json
 
     plan = make_plan(config, options)
     if options.out is not None:

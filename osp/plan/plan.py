@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from osp.config import Config, MachineConfig, PlanConfig
+from osp.config import Config
 from osp.device import compute_dtype, peak_tflops_of
 from osp.errors import UserError
 from osp.model.transformer import count_parameters, flops_per_token
 from osp.optim import groups_of
 from osp.optim.muon import newton_schulz_dtype
 from osp.optim.optimizer import STATE_NAMES
+from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import Memory, activations, memory
 from osp.plan.work import GIGA, GroupWork, StepTime, Traffic, batches_of, group_work, step_time, traffic
 from osp.run.checkpoint import checkpoint_bytes

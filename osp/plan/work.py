@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from osp.config import MachineConfig
 from osp.optim.groups import Group
 from osp.optim.muon import newton_schulz_flops, whole_shape
 from osp.optim.zero import Batch, batches, flat_size
+from osp.plan.config import MachineConfig
 from osp.plan.memory import FP32
 from osp.train.engine import reduces_to_owners
 

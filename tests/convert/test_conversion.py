@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import osp.convert.convert_model
-from osp.config import AttentionConfig, Config, ConvertConfig, ModelConfig, NormConfig, from_dict
+from osp.config import AttentionConfig, Config, ModelConfig, NormConfig, from_dict
+from osp.convert.config import ConvertConfig
 from osp.convert.convert_model import convert_model
 from osp.convert.hf_export import check_exportable, export
 from osp.convert.same_function import read_certificate

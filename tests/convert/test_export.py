@@ -237,7 +237,7 @@ def test_mistake_on_the_command_line(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    from osp.config import ExportConfig
+    from osp.convert.config import ExportConfig
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments])

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from osp.config import Config, Heads, MachineConfig, ModelConfig, OptimizerConfig, PlanConfig
+from osp.config import Config, Heads, ModelConfig, OptimizerConfig
 from osp.device import compute_dtype
 from osp.model.transformer import Transformer
 from osp.optim import PartitionedOptimizer, build_groups
-from osp.plan import Plan, make_plan
+from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import Activations, activations, kept, peak, update_bytes
+from osp.plan.plan import Plan, make_plan
 from osp.train.trainer import meta_model
 from tests.distributed import run_distributed
 from tests.plan import workers

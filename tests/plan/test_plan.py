@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from osp.config import Config, MachineConfig, PlanConfig
+from osp.config import Config
 from osp.errors import UserError
-from osp.plan import make_plan
+from osp.plan.config import MachineConfig, PlanConfig
+from osp.plan.plan import make_plan
 from osp.train.setup import resolve
 from tests.conftest import ROOT
 
