@@ -25,7 +25,7 @@ PROGRAM = """
 import atexit, os, signal, sys, threading
 import torch
 import entry
-from osp.config import RunError, StoppedError, UserError
+from osp.errors import RunError, StoppedError, UserError
 
 def busy():
     torch.set_num_threads(1)
