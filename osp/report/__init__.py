@@ -1,4 +1,4 @@
-"""Looking at runs: a run folder as one self-contained HTML page, or live in a terminal."""
+"""Write run folders as one self-contained HTML page."""
 
 from osp.report.page import write_report
 from osp.run.read import Run, Series, read_run

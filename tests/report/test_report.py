@@ -1,17 +1,13 @@
-"""The report, the terminal view and the W&B panels: the numbers of a run folder arrive, and bad folders are said so."""
+"""The report and the W&B panels show the numbers of a run folder; a bad folder is one line."""
 
 import dataclasses
 import html
 import json
 import math
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +26,6 @@ from osp.run.read import Site, site_of
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
 from tests.made_run import made_run
-
-COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 @pytest.fixture(scope="module")
@@ -160,19 +154,15 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     for name, arguments, message in (
         ("report.py", (), "error: usage: python scripts/report.py RUN"),
         ("report.py", (str(tmp_path / "no"),), f"error: {tmp_path / 'no'}: no such run folder"),
-        ("watch.py", (), "error: usage: python scripts/watch.py RUN"),
-        ("watch.py", (str(tmp_path / "no"), "--once"), f"error: {tmp_path / 'no'}: no such run folder"),
-        ("watch.py", ("run", "every=soon"), "error: every=soon: must be a number of seconds"),
         ("panels.py", ("project",), "error: usage: python scripts/panels.py ENTITY/PROJECT"),
     ):
         result = script(name, *arguments, cwd=tmp_path)
         assert result.returncode == 2, (name, result)
         assert result.stderr.startswith(message), result.stderr
         assert result.stderr.count("\n") == 1, result.stderr
-    for name in ("report.py", "watch.py"):
-        result = script(name, "--help", cwd=tmp_path)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout.startswith(f"usage: python scripts/{name} RUN")
+    result = script("report.py", "--help", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: python scripts/report.py RUN")
 
 
 def test_report_needs_no_torch_to_start(tmp_path: Path) -> None:
@@ -534,60 +524,6 @@ def test_choosing_another_statistic_changes_pictures_and_words(pages: tuple[Path
     browser.run("stat.value = 'top_channel_share'; stat.dispatchEvent(new Event('change'))")
     assert re.match(r"Last 0\.90\d in layer 11", browser.run(words)), browser.run(words)
     assert browser.errors == []
-
-
-# ---- in the terminal -------------------------------------------------------------------------------------------------
-
-
-def test_terminal_view_prints_once_when_there_is_no_terminal(long_runs: tuple[Path, Path]) -> None:
-    result = script("watch.py", str(long_runs[0]))
-    assert result.returncode == 0, result.stderr
-    for text in ("complete, step 10,000 of 10,000", "training loss", "layer_11/", "alert", "bits per byte"):
-        assert text in result.stdout, text
-
-
-def test_terminal_view_of_a_running_run_refreshes_and_ctrl_c_leaves(tmp_path: Path) -> None:
-    folder = small_run(tmp_path / "run", train={"steps": 1000})
-    # a job in the background is started with SIGINT ignored, and hands that on
-    listens = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); del sys.argv[0]; "
-    listens += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    terminal, inside = pty.openpty()
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", listens, str(ROOT / "scripts" / "watch.py"), str(folder), "every=0.1"],
-        stdin=inside,
-        stdout=inside,
-        stderr=inside,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
-        start_new_session=True,
-    )
-    os.close(inside)
-    seen = ""
-
-    def read_until(text: str) -> None:
-        nonlocal seen
-        until = time.monotonic() + 120
-        while text not in COLOUR.sub("", seen):
-            assert time.monotonic() < until, COLOUR.sub("", seen)[-2000:]
-            if select.select([terminal], [], [], 0.1)[0]:
-                try:
-                    seen += os.read(terminal, 1 << 16).decode(errors="replace")
-                except OSError:  # the other side has closed
-                    return
-
-    try:
-        read_until("running, step 4 of 1,000")
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 5, "tokens": 50, "train/loss": 0.25, "train/step_seconds": 2.0}\n')
-        read_until("step 5 of 1,000, 50 tokens, 33 min 10 s left")  # 995 steps of 2 s
-        watcher.send_signal(signal.SIGINT)
-        seen = ""
-        read_until("nothing more will come")
-        assert watcher.wait(120) == 0
-    finally:
-        watcher.kill()
-        os.close(terminal)
-    assert "Traceback" not in seen
-    assert "\x1b[?1049l" in seen  # the terminal is as it was
 
 
 # ---- W&B -------------------------------------------------------------------------------------------------------------
