@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from osp.config import build
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
-from osp.model.transformer import Block, Transformer
+from osp.model.sites import observe_site, site_names
+from osp.model.transformer import Transformer
 from osp.run.folder import environment
 
 FILE_NAME = "certificate.json"
@@ -164,13 +165,9 @@ def _observe(model: Transformer, ids: Tensor, dtype: torch.dtype) -> dict[str, T
     `layer_00/down_proj_in`, ..., `logits`. The arithmetic is that of `dtype`."""
     seen: dict[str, Tensor] = {}
     handles = []
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, Block)
-        sites: dict[str, nn.Module] = {"o_proj_in": layer.self_attn.o_proj, "down_proj_in": layer.mlp.down_proj}
-        for name, module in sites.items():
-            key = f"layer_{index:02d}/{name}"
-            hook = lambda _, arguments, key=key: seen.update({key: arguments[0].double().cpu()})  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
+    for name in site_names(len(model.layers), ("o_proj_in", "down_proj_in")):
+        keep = lambda x, name=name: seen.update({name: x.double().cpu()})  # noqa: E731
+        handles.append(observe_site(model, name, keep))
     before = model.compute_dtype
     model.compute_dtype = dtype
     try:

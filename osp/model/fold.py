@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from osp.model.norms import Norm, RMSNorm, SSNorm
-from osp.model.transformer import Block, Embedding, Linear, Transformer
+from osp.model.sites import SITES
+from osp.model.transformer import Embedding, Linear, Transformer
 
 
 def fold_into_weights(model: Transformer) -> None:
@@ -85,11 +86,16 @@ def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
 
 
 def residual_norms(model: Transformer) -> Iterator[tuple[str, Norm, list[str]]]:
-    """Every norm of the residual stream: its name, itself, and the names of the matrices that read it."""
-    for i, layer in enumerate(model.layers):
-        assert isinstance(layer, Block)
-        attention = [f"layers.{i}.self_attn.{name}" for name in layer.self_attn.readers()]
-        mlp = [f"layers.{i}.mlp.{name}" for name in layer.mlp.readers()]
-        yield f"layers.{i}.input_layernorm", layer.input_layernorm, attention
-        yield f"layers.{i}.post_attention_layernorm", layer.post_attention_layernorm, mlp
+    """Yield (name, module, names of the matrices that read it) for every norm of the residual stream.
+
+    The head reads the last norm once the projections are absorbed.
+    """
+    modules = dict(model.named_modules())
+    for i in range(len(model.layers)):
+        for site in (SITES["attn_in"], SITES["mlp_in"]):
+            (name,) = (f"layers.{i}.{path}" for path in site.writers)
+            norm = modules[name]
+            assert isinstance(norm, Norm)
+            readers = [f"layers.{i}.{path}" for path in site.readers]
+            yield name, norm, [reader for reader in readers if reader in modules]
     yield "norm", model.norm, ["lm_head"]

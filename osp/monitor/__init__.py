@@ -2,6 +2,6 @@
 
 from osp.monitor.inspect import inspect
 from osp.monitor.monitor import Monitor
-from osp.monitor.probe import Reading, Rows, probe, site_names
+from osp.monitor.probe import Reading, Rows, probe
 
-__all__ = ["Monitor", "Reading", "Rows", "inspect", "probe", "site_names"]
+__all__ = ["Monitor", "Reading", "Rows", "inspect", "probe"]

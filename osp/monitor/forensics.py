@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from osp.config import Config
+from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
 from osp.monitor.probe import Rows, SiteReading, row_norms
 from osp.optim import build_schedule, groups_of
@@ -57,14 +58,14 @@ def bundle(
     alerts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """All there is to know about the outlier of one site, ready for JSON."""
-    layer, _, kind = name.rpartition("/")
-    weights = behind(kind, int(layer.removeprefix("layer_")) if layer else None, site.channel, model)
+    layer, kind = split_site(name)
+    weights = behind(kind, layer, site.channel, model)
     grown = growth(history, name, site.channel)
     return {
         "step": step,
         "tokens": step * config.train.tokens_per_step,
         "site": name,
-        "layer": int(layer.removeprefix("layer_")) if layer else None,
+        "layer": layer,
         "channel": site.channel,
         "value": _finite(site.value),
         "row": site.row,
@@ -130,60 +131,49 @@ def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> li
 
     Every attention and MLP output adds to the residual stream; the rows and gains that stand out most are given.
     """
-    own, written = _writers(kind, layer, channel, model)
-    parameters = {name for name, _ in model.named_parameters()}  # not every model has every norm, gain and gate
-    alone, added = (
-        [_standing(model, *place) for place in places if place[0] in parameters] for places in (own, written)
-    )
-    return alone + sorted(added, key=lambda w: w["ratio"], reverse=True)[:SHOWN_WRITERS]
+    site, parameters = SITES[kind], {name for name, _ in model.named_parameters()}
+    block = "" if layer is None else f"layers.{layer}."
+    direct = [
+        (f"{block}{module}.weight", index)
+        for module in site.writers
+        for index in _indices(kind, module, channel, model)
+    ]
+    stream = [(f"{module}.weight", channel) for module in _stream_writers(kind, layer, model)]
+    # not every model has every norm, gain and gate
+    own = [_standing(model, *place) for place in direct if place[0] in parameters]
+    added = [_standing(model, *place) for place in stream if place[0] in parameters]
+    return own + sorted(added, key=lambda w: w["ratio"], reverse=True)[:SHOWN_WRITERS]
 
 
-Place = tuple[str, str, int]  # parameter, "row", "column" or "gain", index
+def _stream_writers(kind: str, layer: int | None, model: Transformer) -> list[str]:
+    """Modules that add to the residual stream before a site, in order; none for a site inside a sublayer."""
+    sublayers = SITES[kind].sublayers
+    if sublayers is None:
+        return []
+    last = len(model.layers) if kind == "final_norm_out" else layer or 0
+    modules = ["embed_proj" if isinstance(model.embed_proj, Linear) else "embed_tokens"]
+    for i in range(2 * last + sublayers):
+        modules += [f"layers.{i // 2}.{module}" for module in SUBLAYER_WRITERS[i % 2]]
+    return modules
 
 
-def _writers(kind: str, layer: int | None, channel: int, model: Transformer) -> tuple[list[Place], list[Place]]:
-    """(the weights that alone make this channel, those that add to it through the residual stream)."""
-    embedding = "embed_proj.weight" if isinstance(model.embed_proj, Linear) else "embed_tokens.weight"
-    into_stream: list[Place] = [(embedding, "row" if embedding == "embed_proj.weight" else "column", channel)]
-    last = {"embed_out": 0, "final_norm_out": len(model.layers)}.get(kind, layer or 0)
-    for i in range(last + (kind in ("block_out", "mlp_in"))):
-        into_stream.append((f"layers.{i}.self_attn.o_proj.weight", "row", channel))
-        into_stream.append((f"layers.{i}.attention_output_layernorm.weight", "gain", channel))
-        if i < last or kind == "block_out":
-            into_stream.append((f"layers.{i}.mlp.down_proj.weight", "row", channel))
-            into_stream.append((f"layers.{i}.mlp_output_layernorm.weight", "gain", channel))
-    attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
-    match kind:
-        case "embed_out" | "block_out":
-            return [], into_stream
-        case "attn_in":
-            return [(f"layers.{layer}.input_layernorm.weight", "gain", channel)], into_stream
-        case "mlp_in":
-            return [(f"layers.{layer}.post_attention_layernorm.weight", "gain", channel)], into_stream
-        case "final_norm_out":
-            return [("norm.weight", "gain", channel)], into_stream
-        case "q" | "k":  # RoPE turns a channel with its partner half a head away
-            size = model.config.head_size
-            partner = channel - channel % size + (channel % size + size // 2) % size
-            rows: list[Place] = [(f"{attention}.{kind}_proj.weight", "row", c) for c in (channel, partner)]
-            gains: list[Place] = [(f"{attention}.{kind}_norm.weight", "gain", c % size) for c in (channel, partner)]
-            return rows + gains, []
-        case "v":
-            return [(f"{attention}.v_proj.weight", "row", channel)], []
-        case "o_proj_in":  # several query heads may read one value head
-            head, within = divmod(channel, model.config.head_size)
-            head //= model.config.num_attention_heads // model.config.kv_heads
-            value: Place = (f"{attention}.v_proj.weight", "row", head * model.config.head_size + within)
-            return [value, (f"{attention}.attention_gate.weight", "row", channel)], []
-        case "down_proj_in":
-            gain: Place = (f"{mlp}.ffn_norm.weight", "gain", channel)
-            return [*((f"{mlp}.{part}_proj.weight", "row", channel) for part in ("gate", "up")), gain], []
-    raise AssertionError(kind)
+def _indices(kind: str, module: str, channel: int, model: Transformer) -> list[int]:
+    """Rows or gains of the module `module` that write `channel` of a site."""
+    size = model.config.head_size
+    head, within = divmod(channel, size)
+    if kind in ("q", "k"):  # RoPE rotates a channel with its partner half a head away
+        partner = (within + size // 2) % size
+        return [within, partner] if module.endswith("_norm") else [channel, head * size + partner]
+    if kind == "o_proj_in" and module.endswith("v_proj"):  # several query heads may read one value head
+        queries_per_value = model.config.num_attention_heads // model.config.kv_heads
+        return [head // queries_per_value * size + within]
+    return [channel]
 
 
-def _standing(model: Transformer, parameter: str, axis: str, index: int) -> dict[str, Any]:
-    """The norm of a row, column or gain beside the median one of its parameter."""
+def _standing(model: Transformer, parameter: str, index: int) -> dict[str, Any]:
+    """Return the norm of a row, column or gain and the median one of its parameter."""
     weight = model.get_parameter(parameter).detach()
+    axis = "gain" if weight.ndim == 1 else "column" if parameter == "embed_tokens.weight" else "row"
     if axis == "gain":
         norms = weight.float().abs()
         index = index if norms.numel() > 1 else 0  # SSNorm has one for all channels

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from osp.config import MonitorConfig, Site, Statistic
 from osp.model.attention import document_mask
 from osp.model.norms import BHyT, Carry, Norm
+from osp.model.sites import layer_name, observe_site, site_names
 from osp.model.transformer import Block, Linear, Transformer
 from osp.monitor import statistics as st
 from osp.monitor.statistics import Sample
@@ -33,8 +34,6 @@ from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
 
 BITS = 4  # of weights and activations in R_L
 VAR_ERROR = "bhyt/var_error"
-
-Hook = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,6 @@ def probe(model: Transformer, rows: Rows, config: MonitorConfig) -> Reading:
     return recorder.reading(rows)
 
 
-def site_names(config: MonitorConfig, num_layers: int) -> list[str]:
-    """The names of the sites that `config` asks for: `embed_out`, `layer_03/attn_in`, ..."""
-    wanted = chosen_sites(config)
-    in_layers = [site for site in get_args(Site) if site in wanted and site not in ("embed_out", "final_norm_out")]
-    return [
-        *(["embed_out"] if "embed_out" in wanted else []),
-        *(f"layer_{layer:02d}/{site}" for layer in range(num_layers) for site in in_layers),
-        *(["final_norm_out"] if "final_norm_out" in wanted else []),
-    ]
-
-
 def chosen_sites(config: MonitorConfig) -> tuple[str, ...]:
     return get_args(Site) if config.sites == "all" else config.sites
 
@@ -112,7 +100,7 @@ class _Recorder:
 
     def __init__(self, model: Transformer, config: MonitorConfig):
         self.model = model
-        self.sites = set(site_names(config, len(model.layers)))
+        self.sites = site_names(len(model.layers), chosen_sites(config))
         self.statistics = set(chosen_statistics(config))
         self.samples: dict[str, Sample] = {}
         self.sums: dict[str, Tensor] = {}
@@ -131,8 +119,7 @@ class _Recorder:
         self._mask = None if ids is None else document_mask(ids)[0, 0]
         with_error = "R_L" in self.statistics
         with ExitStack() as stack:
-            for module, where, hook in self._hooks():
-                stack.enter_context(_hooked(module, where, hook))
+            self._hook(stack)
             if with_error:
                 for module in self.model.layers.modules():
                     if isinstance(module, Linear):
@@ -141,45 +128,33 @@ class _Recorder:
             self.model(tokens.repeat(times, 1), document_ids=None if ids is None else ids.repeat(times, 1))
         if "osp_script" in self.statistics:
             with ExitStack() as stack:
-                for module, where in self._hidden_states():
-                    stack.enter_context(_hooked(module, where, self._add_osp_script))
+                for name in _hidden_states(len(self.model.layers)):
+                    stack.callback(observe_site(self.model, name, self._add_osp_script).remove)
                 self.model(tokens.T)  # every token a sequence of its own
 
-    def _hooks(self) -> Iterator[tuple[nn.Module, str, Hook]]:
-        """(module, "input", "inputs" or "output", hook) of a pass over a row of text."""
+    def _hook(self, stack: ExitStack) -> None:
+        """Observe a forward pass over a sequence of text until `stack` ends."""
         model = self.model
-        places: list[tuple[str, nn.Module, str]] = [("embed_out", model.layers[0], "input")]
+        for name in self.sites:
+            stack.callback(observe_site(model, name, functools.partial(self._add_sample, name)).remove)
+        if "R_L" in self.statistics:
+            for name in site_names(len(model.layers), ("block_out", "final_norm_out")):
+                key = "/".join(["R_L", *name.split("/")[:-1]])  # R_L/layer_03, and R_L of the whole model
+                stack.callback(observe_site(model, name, functools.partial(self._add_error, key)).remove)
+
+        def hook(module: nn.Module, function: Callable[..., None], *arguments: Any) -> None:
+            handle = module.register_forward_pre_hook(lambda _, inputs: function(*arguments, *inputs))
+            stack.callback(handle.remove)
+
         for name, layer in _blocks(model):
-            attention, mlp = layer.self_attn, layer.mlp
-            places += [
-                (f"{name}/attn_in", attention, "input"),
-                (f"{name}/v", attention.v_proj, "output"),
-                (f"{name}/o_proj_in", attention.o_proj, "input"),
-                (f"{name}/mlp_in", mlp, "input"),
-                (f"{name}/down_proj_in", mlp.down_proj, "input"),
-                (f"{name}/block_out", layer, "output"),
-            ]
-            yield attention.attend, "inputs", functools.partial(self._add_attention, name)
+            if {"attn_logit_max", "attn_sink"} & self.statistics:
+                hook(layer.self_attn.attend, self._add_attention, name)
             norm = layer.post_attention_layernorm
             if "var_error" in self.statistics and isinstance(norm, BHyT) and norm.approximates:
-                yield norm, "inputs", functools.partial(self._add_variance_error, f"{VAR_ERROR}/{name}", norm)
-            if "R_L" in self.statistics:
-                yield layer, "output", functools.partial(self._add_error, f"R_L/{name}")
-        places.append(("final_norm_out", model.norm, "output"))
-        if "R_L" in self.statistics:
-            yield model.norm, "output", functools.partial(self._add_error, "R_L")
-        for name, module, where in places:
-            if name in self.sites:
-                yield module, where, functools.partial(self._add_sample, name)
+                hook(norm, self._add_variance_error, f"{VAR_ERROR}/{name}", norm)
         for name, module in _weighted(model):
-            statistic = name.split("/")[0]
-            if statistic in self.statistics and name not in self.weights:
-                yield module, "input", functools.partial(self._add_weight, name, module)
-
-    def _hidden_states(self) -> list[tuple[nn.Module, str]]:
-        """Hugging Face's `hidden_states`: embedding output, every block but the last, and the final norm instead."""
-        layers = self.model.layers
-        return [(layers[0], "input"), *((layer, "output") for layer in list(layers)[:-1]), (self.model.norm, "output")]
+            if name.split("/")[0] in self.statistics and name not in self.weights:
+                hook(module, self._add_weight, name, module)
 
     def _add_sample(self, name: str, x: Tensor) -> None:
         values = x[0].flatten(1)  # (T, D) of the copy that is not quantized
@@ -191,15 +166,11 @@ class _Recorder:
 
     def _add_attention(self, name: str, query: Tensor, key: Tensor, *_: Any) -> None:
         """Queries (copies, T, H, K) and keys (copies, T, G, K) as attention sees them, after RoPE."""
-        for site, x in (("q", query), ("k", key)):
-            if f"{name}/{site}" in self.sites:
-                self._add_sample(f"{name}/{site}", x)
-        if {"attn_logit_max", "attn_sink"} & self.statistics:
-            largest, sink, number = st.attention_statistics(
-                query[0], key[0], self._mask, off_by_one=self.model.config.attention.off_by_one
-            )
-            self._keep_maximum(f"attn_logit_max/{name}", largest)
-            self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
+        largest, sink, number = st.attention_statistics(
+            query[0], key[0], self._mask, off_by_one=self.model.config.attention.off_by_one
+        )
+        self._keep_maximum(f"attn_logit_max/{name}", largest)
+        self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
 
     def _add_variance_error(self, name: str, norm: BHyT, x: Tensor, carry: Carry) -> None:
         error = st.variance_error(norm.variance(x, carry)[0], x[0])
@@ -213,7 +184,7 @@ class _Recorder:
         values = st.osp_script_kurtosis(x)
         self._add_sum("kurtosis/osp_script", torch.stack((values.sum(), values.new_tensor(values.numel()))))
 
-    def _add_weight(self, name: str, module: nn.Module, _: Tensor) -> None:
+    def _add_weight(self, name: str, module: nn.Module, *_: Any) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         self.weights[name] = (row_norms(weight) if weight.ndim == 2 else weight.float().abs()).max()
@@ -235,8 +206,7 @@ class _Recorder:
             self.maxima = dict(zip(self.maxima, _all_reduce(list(self.maxima.values()), "max"), strict=True))
 
     def reading(self, rows: Rows) -> Reading:
-        order = sorted(self.samples, key=_site_order)
-        sites = {name: _site_reading(self.samples[name], rows) for name in order}
+        sites = {name: _site_reading(self.samples[name], rows) for name in self.sites}
         metrics = {
             f"monitor/{statistic}/{name}": value
             for name, site in sites.items()
@@ -303,21 +273,6 @@ def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[Non
             module.forward = before
 
 
-@contextmanager
-def _hooked(module: nn.Module, where: str, hook: Hook) -> Iterator[None]:
-    """Call `hook` with the first input ("input"), all inputs ("inputs") or the output of `module`."""
-    if where == "input":
-        handle = module.register_forward_pre_hook(lambda _, arguments: hook(arguments[0]))
-    elif where == "inputs":
-        handle = module.register_forward_pre_hook(lambda _, arguments: hook(*arguments))
-    else:
-        handle = module.register_forward_hook(lambda *seen: hook(seen[2]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
     """x (2, ..., in) through the layer: the first copy as always, the second one with x and W quantized."""
     weight, bias = module.affine()
@@ -330,7 +285,14 @@ def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
 def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
-        yield f"layer_{index:02d}", layer
+        yield layer_name(index), layer
+
+
+def _hidden_states(num_layers: int) -> list[str]:
+    """Sites of Hugging Face's `hidden_states`: embedding, every block but the last, and the final norm instead."""
+    last = f"{layer_name(num_layers - 1)}/block_out"
+    names = site_names(num_layers, ("embed_out", "block_out", "final_norm_out"))
+    return [name for name in names if name != last]
 
 
 def _weighted(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
@@ -419,10 +381,3 @@ def _site_reading(sample: Sample, rows: Rows) -> SiteReading:
         channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
         octaves=st.octaves(sample),
     )
-
-
-def _site_order(name: str) -> tuple[int, str, int]:
-    """In the order of the forward pass."""
-    layer, _, site = name.rpartition("/")
-    outside = {"embed_out": 0, "final_norm_out": 2}
-    return outside.get(name, 1), layer, get_args(Site).index(site)

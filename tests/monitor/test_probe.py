@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osp.config import MonitorConfig
+from osp.config import MonitorConfig, Site
+from osp.model.sites import site_names
 from osp.model.transformer import Block, Transformer
-from osp.monitor.probe import Reading, probe, site_names
+from osp.monitor.probe import Reading, probe
 from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
 from tests.distributed import run_distributed
 from tests.monitor import workers
@@ -175,7 +176,7 @@ def spelled_out() -> tuple[Reading, dict[str, Tensor], dict[str, Tensor], float]
 
 def test_every_site_shows_what_the_model_computes(spelled_out: Any) -> None:
     reading, sites, _, _ = spelled_out
-    assert set(reading.sites) == set(sites) == set(site_names(FULL, 2))
+    assert set(reading.sites) == set(sites) == set(site_names(2, get_args(Site)))
     for name, values in sites.items():
         expected = naive(values)
         # medians and counts are of values rounded to bf16: one that lies at an edge may fall on either side
