@@ -7,7 +7,6 @@ from typing import Any
 from entry import launch
 
 from osp.config import build, check_bounds
-from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
 
 
@@ -15,17 +14,15 @@ def main(values: dict[str, Any]) -> None:
     config = build(CompareConfig, values, path="")
     check_bounds(config)
     from osp.distributed import is_main, shutdown
-    from osp.evaluation.compare import as_json, compare, markdown
+    from osp.evaluation.compare import compare, comparison_record, markdown
+    from osp.run.evaluations import write_record
 
     try:
         comparisons = compare(config)
         if is_main():
             print(markdown(comparisons))
             if config.out:
-                try:
-                    Path(config.out).write_text(as_json(comparisons), encoding="utf-8")
-                except OSError as error:
-                    raise UserError(f"out={config.out}: cannot write there: {error.strerror}") from error
+                write_record(Path(config.out), comparison_record(config, comparisons))
     finally:
         shutdown()
 

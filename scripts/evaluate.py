@@ -16,16 +16,16 @@ def main(values: dict[str, Any]) -> None:
     if not config.path:
         raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
     from osp.distributed import is_main, shutdown
-    from osp.evaluation.evaluate import ablation_table, evaluate, record_name, results_table, start, write_record
+    from osp.evaluation.evaluate import ablation_table, evaluate, results_table, start, store_record
 
     try:
         subject = start(config.path, config)
-        results, ablation, record = evaluate(subject, config)
-        path = write_record(subject, config, record, record_name(record))
+        record = evaluate(subject, config)
+        path = store_record(subject, config, record, record.name)
         if is_main():
-            print(results_table(subject, config.quant, results))
-            if ablation:
-                print(ablation_table(ablation))
+            print(results_table(record))
+            if record.ablation:
+                print(ablation_table(record.ablation))
             if path:
                 print(path)
     finally:

@@ -95,11 +95,13 @@ def test_old_run_is_reported_with_its_evaluations(home: Path, script: Callable[.
     assert not run.notes
     assert run.state == "complete"
     assert {e["kind"] for e in run.events} == {"alert"}
-    measured = {(m.what.split("[")[0], m.metric) for m in run.evaluations.results}
+    measured = {(m.what.split("[")[0], m.metric) for _, m in run.evaluations.results()}
     assert {("held_out", "perplexity"), ("essay.txt", "perplexity"), ("quiz", "acc"), ("answers", "exact_match")} <= (
         measured
     )
-    assert len(run.evaluations.ablations[0].sites) > 5
+    (record,) = run.evaluations.records
+    assert record.ablation is not None
+    assert len(record.ablation.sites) > 5
     assert run.evaluations.comparison is not None
     script("report", "runs/finished", "out=page.html")
     page = (home / "page.html").read_text()

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from osp.ablation.config import AblationConfig, parse_rows
 from osp.ablation.runs import Planned, quoted, with_threads
 from osp.config import COMPARISONS, EVALUATIONS
-from osp.errors import StoppedError
+from osp.errors import StoppedError, UserError
+from osp.run.evaluations import ComparisonRecord, read_comparison
 from osp.train.launch import Process, training_command
 from osp.train.stop import StopRequest
 
@@ -169,14 +170,14 @@ class Execution:
         return last_step(run.folder / "metrics.jsonl") / run.num_steps
 
 
-def record_of(run: Planned, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def record_of(run: Planned, wanted: dict[str, Any]) -> ComparisonRecord | None:
     """The newest record of scripts/compare.py about the end of a run that measured what is wanted."""
     for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("*.json"), reverse=True):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # cut short
+            record = read_comparison(path)
+        except UserError:  # cut short
             continue
-        config = record.get("config", {})
+        config = record.config
         same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens"))
         enough = wanted["methods"] in ("none", config.get("methods"))
         if same and enough and config["quant"]["calibration_tokens"] == wanted["calibration_tokens"]:

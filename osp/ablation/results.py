@@ -11,8 +11,8 @@ import numpy as np
 
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS
-from osp.evaluation.evaluate import finite
 from osp.report import Run, Series, read_run
+from osp.run.evaluations import ComparisonRecord, Score, replace_nonfinite
 
 HADAMARD = " +Had"
 LAST = COLUMNS[-1]
@@ -75,7 +75,7 @@ class Measured:
     planned: Planned
     numbers: dict[str, float]
     kurtosis: Series | None  # of the residual stream over tokens
-    record: dict[str, Any]  # of scripts/compare.py
+    record: ComparisonRecord
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Results:
     commits: tuple[str, ...] = ()
 
 
-def collect(runs: list[Planned], records: dict[str, dict[str, Any]], failures: dict[str, str]) -> Results:
+def collect(runs: list[Planned], records: dict[str, ComparisonRecord], failures: dict[str, str]) -> Results:
     """Everything that the finished runs have shown. records: label -> record of scripts/compare.py."""
     measured = [read(run, records[run.label]) for run in runs if run.label in records]
     lines = []
@@ -122,22 +122,22 @@ def collect(runs: list[Planned], records: dict[str, dict[str, Any]], failures: d
         lines.append(Line(row, rates, summary([m.numbers for m in mine]), missing))
     results = Results(lines, measured, _sweep(measured), failures)
     for m in measured:
-        (model,) = m.record["models"]
-        results.specs |= model["specs"]
-        results.texts |= model["texts"]
-        results.columns |= model["hashes"]
-    results.commits = tuple(dict.fromkeys(str(m.record["commit"]) for m in measured))
+        (model,) = m.record.models
+        results.specs |= model.specs
+        results.texts |= model.texts
+        results.columns |= model.hashes
+    results.commits = tuple(dict.fromkeys(str(m.record.commit) for m in measured))
     return results
 
 
-def read(run: Planned, record: dict[str, Any]) -> Measured:
+def read(run: Planned, record: ComparisonRecord) -> Measured:
     """The numbers of one finished run."""
-    folder, (model,) = read_run(run.folder), record["models"]
+    folder, (model,) = read_run(run.folder), record.models
     numbers = {name: quantity.read(folder) for name, quantity in QUANTITIES.items()}
-    for row, cells in model["bits"].items():
+    for row, cells in model.bits.items():
         numbers |= {bits + HADAMARD * bool(row): _perplexity(score) for bits, score in cells.items()}
     # a method that cannot be applied to a model has no score
-    possible = {method: s for method, s in model["methods"].items() if s["perplexity"] is not None}
+    possible = {method: s for method, s in model.methods.items() if s.perplexity is not None}
     numbers |= {method: _perplexity(score) for method, score in possible.items()}
     return Measured(run, numbers | in_nats(numbers), residual_kurtosis(folder), record)
 
@@ -196,15 +196,15 @@ def as_json(results: Results) -> dict[str, Any]:
                 "rates": m.planned.rates,
                 "seed": m.planned.seed,
                 "value": m.planned.value,
-                "model_sha256": m.record["models"][0]["sha256"],
-                "commit": m.record["commit"],
+                "model_sha256": m.record.models[0].sha256,
+                "commit": m.record.commit,
                 "numbers": m.numbers,
             }
             for m in results.runs
         ],
         "failures": results.failures,
     }
-    return finite(values)
+    return replace_nonfinite(values)
 
 
 def _sweep(measured: list[Measured]) -> dict[str, list[tuple[float | str, dict[str, float]]]]:
@@ -222,5 +222,5 @@ def _in_order(runs: list[Planned]) -> list[Planned]:
     return sorted(runs, key=lambda run: run.order)
 
 
-def _perplexity(score: dict[str, Any]) -> float:
-    return math.inf if score["perplexity"] is None else float(score["perplexity"])
+def _perplexity(score: Score) -> float:
+    return math.inf if score.perplexity is None else score.perplexity

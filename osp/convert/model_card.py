@@ -1,15 +1,14 @@
 """The README.md of an exported model: recipe, curves and evaluations of the run that trained it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from osp.config import EVALUATIONS, Config
 from osp.convert.same_function import Certificate
-from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.files import read_lines
 from osp.model.transformer import count_parameters
+from osp.run.evaluations import read_evaluation
 from osp.tables import markdown_table
 
 CURVE_ROWS = 10
@@ -127,16 +126,11 @@ def _evaluations(run: Path) -> str:
     """The results that `scripts/evaluate.py` has left in the run."""
     rows = []
     for path in sorted((run / EVALUATIONS).glob("*.json")):
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            step = stored["model"]["step"]
-            for result in stored["results"]:
-                error = result["stderr"]
-                value = _number(result["value"]) + ("" if error is None else f" ± {_number(error)}")
-                what = f"{result['what']} {result['metric']}"
-                rows.append([f"{step:,}", what, stored["quant"]["text"], value])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not what scripts/evaluate.py writes; remove it") from error
+        record = read_evaluation(path)
+        for result in record.results:
+            error = "" if result.stderr is None else f" ± {_number(result.stderr)}"
+            value = _number(result.value) + error
+            rows.append([f"{record.step:,}", f"{result.what} {result.metric}", record.quant["text"], value])
     return markdown_table(["step", "metric", "W-A-KV", "value"], rows) if rows else ""
 
 

@@ -1,11 +1,8 @@
 """`scripts/compare.py`: the rows of OSP's tables 2 and 4 (arXiv 2506.19697) for models of ours."""
 
 import dataclasses
-import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,19 +12,18 @@ from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
 from osp.evaluation.evaluate import (
     Inputs,
-    Result,
     calibration_rows,
-    finite,
     measure,
     prepare_out,
     read_inputs,
     start,
-    write_record,
+    store_record,
 )
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import Rows, probe
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec, check_spec
+from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short
 from osp.run.folder import environment
 from osp.tables import markdown_table
 
@@ -37,35 +33,6 @@ COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 
 LAST_BITS = "4-4-4"  # of table 4
 ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with written answers
 KURTOSIS_TOKENS = 16_384  # of the text, at most
-
-
-@dataclass(frozen=True)
-class Score:
-    """One cell: perplexity of the first text, and the mean accuracy of all tasks."""
-
-    perplexity: float | None
-    accuracy: float | None
-
-    def __str__(self) -> str:
-        """Accuracy in percent / perplexity, as the paper writes it."""
-        accuracy = [] if self.accuracy is None else [f"{100 * self.accuracy:.1f}"]
-        perplexity = [] if self.perplexity is None else [_short(self.perplexity)]
-        return "/".join(accuracy + perplexity) or "-"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The tables of one model."""
-
-    name: str
-    sha256: str
-    kurtosis: float | None  # the paper's script on the first text, see `script_kurtosis`
-    what: str  # the text and tasks of every cell
-    bits: dict[str, dict[str, Score]]  # table 2: "", "+Had", "+GPTQ", "+QuaRot" -> W-A-KV -> score
-    methods: dict[str, Score]  # table 4: method -> score
-    specs: dict[str, str]  # hash -> the quantization in words
-    hashes: dict[str, str]  # "4-4-4", "4-4-4 +Had", method -> hash of its quantization
-    texts: dict[str, str]  # name -> SHA-256
 
 
 def table_2_specs(spec: QuantSpec, *, all_methods: bool = False) -> dict[str, dict[str, QuantSpec]]:
@@ -110,8 +77,8 @@ def compare(config: CompareConfig) -> list[Comparison]:
         subject = start(path, config)
         comparisons.append(compare_one(subject, config))
         if config.out is None:
-            record = {"step": subject.step, "config": dataclasses.asdict(config), **as_record(comparisons[-1:])}
-            write_record(subject, config, record, f"{COMPARISONS}/step_{subject.step or 0:08d}")
+            record = comparison_record(config, comparisons[-1:])
+            store_record(subject, config, record, f"{COMPARISONS}/step_{subject.step or 0:08d}")
     return comparisons
 
 
@@ -140,6 +107,7 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
         hashes={f"{bits} {row}".strip(): spec.hash for row, specs in rows.items() for bits, spec in specs.items()}
         | {method: spec.hash for method, spec in methods.items()},
         texts={text.name: text.sha256 for text in inputs.texts},
+        step=subject.step or 0,
     )
 
 
@@ -162,7 +130,7 @@ def markdown(comparisons: list[Comparison]) -> str:
     names = _names(comparisons)
     table_2 = []
     for c, name in zip(comparisons, names, strict=True):
-        first = [name, "-" if c.kurtosis is None else _short(c.kurtosis)]
+        first = [name, "-" if c.kurtosis is None else format_short(c.kurtosis)]
         for row, cells in c.bits.items():
             table_2.append([*([row, ""] if row else first), *(str(cells[bits]) for bits in COLUMNS)])
     table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods]
@@ -177,15 +145,16 @@ def markdown(comparisons: list[Comparison]) -> str:
     )
 
 
-def as_record(comparisons: list[Comparison]) -> dict[str, Any]:
-    """All cells and what they were measured with."""
+def comparison_record(config: CompareConfig, comparisons: list[Comparison]) -> ComparisonRecord:
+    """Return all cells and what they depend on; the step belongs to a record of one model."""
     machine = environment()
-    values: dict[str, Any] = {"commit": machine.pop("git"), "environment": machine}
-    return values | {"models": [dataclasses.asdict(c) for c in comparisons]}
-
-
-def as_json(comparisons: list[Comparison]) -> str:
-    return json.dumps(finite(as_record(comparisons)), indent=1) + "\n"
+    return ComparisonRecord(
+        step=comparisons[0].step if len(comparisons) == 1 else None,
+        config=dataclasses.asdict(config),
+        commit=machine.pop("git"),
+        environment=machine,
+        models=tuple(comparisons),
+    )
 
 
 def _measure(subject: LanguageModel, config: CompareConfig, inputs: Inputs, spec: QuantSpec) -> list[Result]:
@@ -219,8 +188,3 @@ def _names(comparisons: list[Comparison]) -> list[str]:
     """Names of the models, numbered where they do not tell them apart."""
     names = [c.name for c in comparisons]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
-
-
-def _short(value: float) -> str:
-    """11.4, 934.3, 1.2e+04, 0.04."""
-    return f"{value:.1e}" if value >= 1e4 else f"{value:.2f}"

@@ -1,14 +1,11 @@
 """`scripts/evaluate.py`: texts and tasks of one model under one quantization, as a table and as JSON."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +22,10 @@ from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import Perplexity, Text, perplexity
 from osp.evaluation.tasks import Task, TaskResult, evaluate_task, load_task
 from osp.evaluation.texts import HELD_OUT, read_text, training_text
-from osp.files import write_text
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
+from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_record
 from osp.run.folder import environment
 
 # OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are not among them
@@ -49,44 +46,12 @@ BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
-class Result:
-    """One line of the table."""
-
-    what: str  # text or task, and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`
-    metric: str
-    value: float
-    stderr: float | None = None
-    truncated: int = 0  # contexts of a task that were too long for the model
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What a model is measured on, read before anything is computed."""
 
     texts: tuple[Text, ...]
     tasks: tuple[Task, ...]
     seq_len: int
-
-
-@dataclass(frozen=True)
-class SiteCost:
-    """Perplexity with one site alone quantized, and with all but this one."""
-
-    site: str
-    alone: float
-    left_out: float
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What each site costs on one text, and how far hidden states move (R_L, see `osp.quant.apply`)."""
-
-    text: str
-    unquantized: float
-    quantized: float
-    sites: tuple[SiteCost, ...]
-    layer_errors: tuple[float, ...]
-    last_error: float
 
 
 def start(path: str, config: MeasureConfig) -> LanguageModel:
@@ -101,22 +66,31 @@ def start(path: str, config: MeasureConfig) -> LanguageModel:
     return open_model(path, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
-def evaluate(subject: LanguageModel, config: EvaluateConfig) -> tuple[list[Result], Ablation | None, dict[str, Any]]:
-    """(results, the ablation if asked for, both and all they depend on as JSON); every rank calls it."""
-    check_spec(config.quant, subject.model.config)
+def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
+    """Return the results, the ablation if asked for, and all that both depend on. Collective: every rank calls it."""
+    spec, machine = config.quant, environment()
+    check_spec(spec, subject.model.config)
     prepare_out(config)
     inputs = read_inputs(subject, config)
-    if config.ablate and (not inputs.texts or config.quant.is_identity):
+    if config.ablate and (not inputs.texts or spec.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
-    calibration = calibration_rows(subject, config.quant, inputs)
-    # hashed while the weights are those of the file
-    record = _record(subject, config, inputs)
-    with quantized(subject.model, config.quant, calibration=calibration, progress=config.progress and is_main()):
+    calibration = calibration_rows(subject, spec, inputs)
+    sha256 = subject.sha256()  # of the weights in the file, before they are quantized
+    with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
         results = measure(subject, config, inputs)
-    ablation = ablate(subject, config, inputs, calibration) if config.ablate else None
-    record["results"] = [dataclasses.asdict(result) for result in results]
-    record["ablation"] = dataclasses.asdict(ablation) if ablation else None
-    return results, ablation, record
+    return Evaluation(
+        model={"name": subject.name, "path": str(subject.folder), "sha256": sha256, "step": subject.step},
+        quant={"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
+        texts=[{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in inputs.texts],
+        tasks=[{"name": t.name, "sha256": t.sha256, "num_fewshot": t.num_fewshot} for t in inputs.tasks],
+        config={key: value for key, value in dataclasses.asdict(config).items() if key != "quant"},
+        device=str(subject.device),
+        dtype=str(subject.model.compute_dtype).removeprefix("torch."),
+        commit=machine.pop("git"),
+        environment=machine,
+        results=tuple(results),
+        ablation=ablate(subject, config, inputs, calibration) if config.ablate else None,
+    )
 
 
 def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
@@ -194,7 +168,7 @@ def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Input
     )
 
 
-def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None) -> Ablation:
+def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None) -> SiteAblation:
     """Perplexity of the first text with each site of `config.quant` alone and without it; R_L on its first windows."""
     spec, text = config.quant, inputs.texts[0]
     active = active_sites(spec, subject.model.config)
@@ -212,7 +186,7 @@ def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calib
     windows = text.tokens[: len(text.tokens) // inputs.seq_len * inputs.seq_len].view(-1, inputs.seq_len)[:number]
     windows = windows if len(windows) else text.tokens[None]
     error = propagated_error(subject.model, spec, windows, calibration=calibration)
-    return Ablation(text.name, at(()), at(active), costs, tuple(error.layers), error.last)
+    return SiteAblation(text.name, at(()), at(active), costs, tuple(error.layers), error.last)
 
 
 def live_perplexity(
@@ -237,14 +211,6 @@ def live_perplexity(
         model.train(was_training)
 
 
-def record_name(record: dict[str, Any]) -> str:
-    """The name of a record: its step, quantization, and a hash of what was measured on what, so that others stay."""
-    measured = [[result["what"], result["metric"]] for result in record["results"]]
-    subject = [measured, record["texts"], record["tasks"], bool(record["ablation"])]
-    digest = hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:8]
-    return f"step_{record['model']['step'] or 0:08d}-{record['quant']['hash']}-{digest}"
-
-
 def prepare_out(config: MeasureConfig) -> None:
     """Make the folder of `out`; `UserError` if nothing can be written there, which is better known before the work."""
     if config.out is None:
@@ -260,39 +226,34 @@ def prepare_out(config: MeasureConfig) -> None:
         raise UserError(f"out={path}: {'is a folder' if path.is_dir() else 'cannot write there'}; name a JSON file")
 
 
-def write_record(subject: LanguageModel, config: MeasureConfig, record: dict[str, Any], name: str) -> Path | None:
-    """Write the JSON where `out` says, or into the run under `name`; the file, None if there is no place for it.
-
-    Rank 0 alone writes.
-    """
+def store_record(
+    subject: LanguageModel, config: MeasureConfig, record: Evaluation | ComparisonRecord, name: str
+) -> Path | None:
+    """Write the record on rank 0 where `out` says, or into the run as `name`; return the file, None without either."""
     if config.out is None and subject.run is None:
         return None
     path = Path(config.out) if config.out else Path(subject.run or "") / EVALUATIONS / f"{name}.json"
     if is_main():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # `evaluation` of a run
-            write_text(path, json.dumps(finite(record), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+        write_record(path, record)
     return path
 
 
-def results_table(subject: LanguageModel, spec: QuantSpec, results: list[Result]) -> str:
-    """Text: one line a result, the model and the quantization on top."""
-    names = [f"{result.what} {result.metric}" for result in results]
+def results_table(record: Evaluation) -> str:
+    """Return one line of text per result below the model and its quantization."""
+    names = [f"{result.what} {result.metric}" for result in record.results]
     width = max(map(len, names))
     lines = [
         f"{name:<{width}}  {_number(result.value):>10}"
         + ("" if result.stderr is None else f" ± {_number(result.stderr)}")
         + (f"  ({result.truncated} contexts cut)" if result.truncated else "")
-        for name, result in zip(names, results, strict=True)
+        for name, result in zip(names, record.results, strict=True)
     ]
-    return "\n".join([f"{subject.name}, {spec} [{spec.hash}]", *lines])
+    return "\n".join([f"{record.model['name']}, {record.quant['text']} [{record.quant['hash']}]", *lines])
 
 
-def ablation_table(ablation: Ablation) -> str:
+def ablation_table(ablation: SiteAblation) -> str:
     """Text: perplexities by site with a bar of the loss each one costs alone, and R_L by layer."""
-    costs = {cost.site: math.log(cost.alone) - math.log(ablation.unquantized) for cost in ablation.sites}
+    costs = {site.site: ablation.cost_alone(site) for site in ablation.sites}
     largest = max([1e-9, *filter(math.isfinite, costs.values())])
     lines = [
         f"perplexity of {ablation.text}: {_number(ablation.unquantized)} unquantized, "
@@ -333,31 +294,6 @@ def _lines(result: TaskResult) -> list[Result]:
         Result(result.name, metric, value, result.stderr.get(metric), result.truncated)
         for metric, value in result.scores.items()
     ]
-
-
-def _record(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
-    """All that the numbers depend on."""
-    spec, machine = config.quant, environment()
-    return {
-        "model": {"name": subject.name, "path": str(subject.folder), "sha256": subject.sha256(), "step": subject.step},
-        "quant": {"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
-        "texts": [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in inputs.texts],
-        "tasks": [{"name": t.name, "sha256": t.sha256, "num_fewshot": t.num_fewshot} for t in inputs.tasks],
-        "config": {key: value for key, value in dataclasses.asdict(config).items() if key != "quant"},
-        "device": str(subject.device),
-        "dtype": str(subject.model.compute_dtype).removeprefix("torch."),
-        "commit": machine.pop("git"),
-        "environment": machine,
-    }
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float) -> str:

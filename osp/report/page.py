@@ -20,7 +20,7 @@ from osp.config import FREE
 from osp.errors import UserError
 from osp.report import charts
 from osp.report.charts import ATTENTION, KINDS, LINES, STATISTICS, WEIGHTS, Lines
-from osp.run.evaluations import Ablation, Comparison
+from osp.run.evaluations import Comparison, Evaluation, SiteAblation
 from osp.run.read import Run, read_run
 
 HERE = Path(__file__).parent
@@ -424,9 +424,10 @@ def _quantized(runs: list[Run], names: list[str]) -> str:
         return f'<p class="empty">{NO_EVALUATIONS}</p>'
     compared = [(i, run.evaluations.comparison) for i, run in enumerate(runs) if run.evaluations.comparison]
     ablations = "".join(
-        _ablation(ablation, f"{_swatch(i)} {_text(names[i])}, " if len(runs) > 1 else "")
+        _ablation(record, record.ablation, f"{_swatch(i)} {_text(names[i])}, " if len(runs) > 1 else "")
         for i, run in enumerate(runs)
-        for ablation in run.evaluations.ablations
+        for record in run.evaluations.records
+        if record.ablation
     )
     cards = [_comparison_tables(compared, names) if compared else "", _results_table(runs, names)]
     return grid("".join(cards), 1) + (f'<div class="below">{grid(ablations, 2)}</div>' if ablations else "")
@@ -440,12 +441,14 @@ def _comparison_tables(compared: list[tuple[int, Comparison]], names: list[str])
         for row, cells in c.bits.items():
             kurtosis = "&ndash;" if c.kurtosis is None else _number(c.kurtosis)
             head = [_text(row), ""] if row else [f"{_swatch(i)} {_text(names[i])}", kurtosis]
-            rows.append(html_row([*head, *(_text(cells.get(bits, "")) for bits in columns)]))
+            rows.append(html_row([*head, *(_text(str(cells.get(bits, ""))) for bits in columns)]))
     by_bits = html_table(
         ["run", "excess kurtosis", *columns], rows, caption="By bits of weights, activations, KV cache"
     )
     methods = dict.fromkeys(method for _, c in compared for method in c.methods)
-    rows = [html_row([_text(method), *(_text(c.methods.get(method, "")) for _, c in compared)]) for method in methods]
+    rows = [
+        html_row([_text(method), *(_text(str(c.methods.get(method, ""))) for _, c in compared)]) for method in methods
+    ]
     head = ["at 4-4-4", *(f"{_swatch(i)} {_text(names[i])}" for i, _ in compared)]
     by_method = html_table(head, rows, caption="By method at 4-4-4", escape=False) if rows else ""
     what = "; ".join(f"{names[i]}, step {c.step:,}: {c.what}" for i, c in compared)
@@ -466,11 +469,12 @@ def _results_table(runs: list[Run], names: list[str]) -> str:
     """Every number of the records of `scripts/evaluate.py`."""
     rows = []
     for i, run in enumerate(runs):
-        for r in run.evaluations.results:
+        for record, r in run.evaluations.results():
             value = _number(r.value) if math.isfinite(r.value) else "infinite"
             error = "" if r.stderr is None else f" &plusmn; {_number(r.stderr)}"
             who = [f"{_swatch(i)} {_text(names[i])}"] if len(runs) > 1 else []
-            cells = [f"{r.step:,}", _text(r.quant), f"<code>{_text(r.hash)}</code>", _text(f"{r.what} {r.metric}")]
+            quant = [_text(record.quant["text"]), f"<code>{_text(record.quant['hash'])}</code>"]
+            cells = [f"{record.step:,}", *quant, _text(f"{r.what} {r.metric}")]
             rows.append(html_row([*who, *cells, f"<b>{value}</b>{error}"]))
     if not rows:
         return ""
@@ -478,10 +482,10 @@ def _results_table(runs: list[Run], names: list[str]) -> str:
     return f'<div class="card"><h3>All that was measured</h3><div class="scroll">{html_table(head, rows)}</div></div>'
 
 
-def _ablation(ablation: Ablation, who: str) -> str:
+def _ablation(record: Evaluation, ablation: SiteAblation, who: str) -> str:
     """A bar chart of sites in a table: what each costs alone, and what leaving it out saves. Most costly first."""
-    every = [nats for s in ablation.sites for nats in (s.alone_nats, s.saved_nats) if math.isfinite(nats)]
-    largest = max([*every, 1e-9])
+    costs = {s.site: (ablation.cost_alone(s), ablation.saving_left_out(s)) for s in ablation.sites}
+    largest = max([*(nats for pair in costs.values() for nats in pair if math.isfinite(nats)), 1e-9])
 
     def bar(nats: float, colour: str) -> str:
         width = 100 * max(nats, 0.0) / largest if math.isfinite(nats) else 100 * (nats == math.inf)
@@ -490,15 +494,18 @@ def _ablation(ablation: Ablation, who: str) -> str:
         return f'<div class="nats"><i style="{style}"></i></div><small>{label}</small>'
 
     rows = [
-        html_row([f"<code>{_text(s.site)}</code>", bar(s.alone_nats, "bad"), bar(s.saved_nats, "good"),
+        html_row([f"<code>{_text(s.site)}</code>", bar(costs[s.site][0], "bad"), bar(costs[s.site][1], "good"),
               *(_number(v) if math.isfinite(v) else "infinite" for v in (s.alone, s.left_out))])
-        for s in sorted(ablation.sites, key=lambda s: -1.0 if math.isnan(s.alone_nats) else s.alone_nats, reverse=True)
+        for s in sorted(
+            ablation.sites, key=lambda s: -1.0 if math.isnan(costs[s.site][0]) else costs[s.site][0], reverse=True
+        )
     ]  # fmt: skip
     before, after = (_number(v) if math.isfinite(v) else "infinite" for v in (ablation.unquantized, ablation.quantized))
     head = ["site", "costs alone", "saved if left out", "perplexity alone", "left out"]
     return (
         f'<div class="card"><h3>What each site costs<span class="unit">nats per token</span></h3><p class="soft">{who}'
-        f"step {ablation.step:,}, {_text(ablation.quant)} <code>{_text(ablation.hash)}</code>, {_text(ablation.text)}: "
+        f"step {record.step:,}, {_text(record.quant['text'])} <code>{_text(record.quant['hash'])}</code>, "
+        f"{_text(ablation.text)}: "
         f'perplexity {before} unquantized, {after} with all sites quantized.</p><div class="scroll bars">'
         f"{html_table(head, rows, caption='Cost of each quantized site')}</div></div>"
     )

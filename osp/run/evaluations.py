@@ -1,148 +1,245 @@
-"""What `scripts/evaluate.py` and `scripts/compare.py` have left in a run folder, read back. Needs no torch."""
+"""Records of `scripts/evaluate.py` and `scripts/compare.py`: their dataclasses, written and read here. Needs no torch.
 
+A record is one JSON file below `evaluation/` of a run, or the file that `out=` names. JSON has no infinity: a number
+that is not finite is stored as null and read back as infinity.
+"""
+
+import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from osp.config import COMPARISONS, EVALUATIONS
+from osp.errors import UserError
+from osp.files import write_text
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One number: of which step, under which quantization, on what."""
+class Result:
+    """One number of an evaluation."""
 
-    step: int
-    quant: str  # in words
-    hash: str  # of the quantization
-    what: str  # text or task, and how it was read
+    what: str  # text or task, and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`
     metric: str
-    value: float  # infinite where the record has null
-    stderr: float | None
+    value: float
+    stderr: float | None = None
+    truncated: int = 0  # contexts of a task that were too long for the model
 
 
 @dataclass(frozen=True)
 class SiteCost:
-    """Nats per token that a site costs when it alone is quantized, and that leaving it alone out saves."""
+    """Perplexity with only this site quantized, and with every site but this one."""
 
     site: str
-    alone: float  # perplexity
-    alone_nats: float  # ln(alone / unquantized)
-    left_out: float  # perplexity
-    saved_nats: float  # ln(quantized / left_out)
+    alone: float
+    left_out: float
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """What each site costs under one quantization."""
+class SiteAblation:
+    """The cost of each quantized site on one text, and the error R_L of the hidden states (see `osp.quant.apply`)."""
 
-    step: int
-    quant: str
-    hash: str
     text: str
     unquantized: float  # perplexity
     quantized: float
     sites: tuple[SiteCost, ...]
+    layer_errors: tuple[float, ...] = ()
+    last_error: float = math.nan
+
+    def cost_alone(self, site: SiteCost) -> float:
+        """Return the nats per token that quantizing only `site` costs; nan if both perplexities are infinite."""
+        return math.log(site.alone) - math.log(self.unquantized)
+
+    def saving_left_out(self, site: SiteCost) -> float:
+        """Return the nats per token that leaving out `site` saves; nan if both perplexities are infinite."""
+        return math.log(self.quantized) - math.log(site.left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The record of `scripts/evaluate.py`: the results of one model and everything they depend on."""
+
+    model: dict[str, Any]  # name, path, sha256, step
+    quant: dict[str, Any]  # the fields of QuantSpec, and its text, hash and bits
+    texts: list[dict[str, Any]] = field(default_factory=list)  # name, sha256, tokens
+    tasks: list[dict[str, Any]] = field(default_factory=list)  # name, sha256, num_fewshot
+    config: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    dtype: str = ""
+    commit: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    results: tuple[Result, ...]
+    ablation: SiteAblation | None = None
+
+    @property
+    def step(self) -> int:
+        return self.model["step"] or 0
+
+    @property
+    def name(self) -> str:
+        """The file name: step, quantization and a hash of what was measured, so that other evaluations are kept."""
+        measured = [[result.what, result.metric] for result in self.results]
+        subject = [measured, self.texts, self.tasks, bool(self.ablation)]
+        digest = hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:8]
+        return f"step_{self.step:08d}-{self.quant['hash']}-{digest}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of a comparison: perplexity of the first text and mean accuracy of all tasks; None: not measured."""
+
+    perplexity: float | None
+    accuracy: float | None
+
+    def __str__(self) -> str:
+        """Return accuracy in percent / perplexity, as the paper writes it: `31.2/12.41`."""
+        accuracy = [] if self.accuracy is None else [f"{100 * self.accuracy:.1f}"]
+        perplexity = [] if self.perplexity is None else [format_short(self.perplexity)]
+        return "/".join(accuracy + perplexity) or "-"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of one model in the tables of `scripts/compare.py`; a cell is written as the paper does."""
+    """The tables of one model in the record of `scripts/compare.py`."""
 
-    step: int
-    what: str
-    kurtosis: float | None
-    bits: dict[str, dict[str, str]]  # table 2: "" or "+Had" -> W-A-KV -> cell
-    methods: dict[str, str]  # table 4: method -> cell
+    name: str
+    sha256: str
+    kurtosis: float | None  # of the residual stream on the first text, by the paper's script
+    what: str  # the text and tasks of every cell
+    bits: dict[str, dict[str, Score]]  # table 2: "", "+Had", "+GPTQ", "+QuaRot" -> W-A-KV -> score
+    methods: dict[str, Score]  # table 4: method -> score
     specs: dict[str, str]  # hash -> the quantization in words
+    hashes: dict[str, str] = field(default_factory=dict)  # "4-4-4", "4-4-4 +Had", method -> hash of its quantization
+    texts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
+    step: int = 0  # of the checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecord:
+    """The record of `scripts/compare.py`: the tables of one or more models and everything they depend on."""
+
+    step: int | None = None  # of the checkpoint, in the record that is kept in a run
+    config: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    models: tuple[Comparison, ...]
 
 
 @dataclass
 class Evaluations:
-    """All of a run; `comparison` is that of the latest step."""
+    """All records of a run by step; `comparison` is the newest."""
 
-    results: list[Measured] = field(default_factory=list)
-    ablations: list[Ablation] = field(default_factory=list)
+    records: list[Evaluation] = field(default_factory=list)
     comparison: Comparison | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.results or self.ablations or self.comparison)
+        return bool(self.records or self.comparison)
+
+    def results(self) -> list[tuple[Evaluation, Result]]:
+        """Return every result with the record that holds it."""
+        return [(record, result) for record in self.records for result in record.results]
+
+
+def write_record(path: Path, record: Evaluation | ComparisonRecord) -> None:
+    """Write `record` as JSON; raise `UserError` if the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(replace_nonfinite(dataclasses.asdict(record)), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
 
 
 def read_evaluations(run: Path, notes: list[str]) -> Evaluations:
-    """The records of a run folder, by step; one that cannot be read is said in `notes` and left out."""
-    found = Evaluations()
+    """Return the records of a run folder by step; a file that is not a record is named in `notes` and left out."""
+    evaluations = Evaluations()
     folder = run / EVALUATIONS
-    for results, ablation in _records(folder, _evaluation, notes):
-        found.results += results
-        found.ablations += [ablation] if ablation else []
-    for comparison in _records(folder / COMPARISONS, _comparison, notes):
-        found.comparison = comparison
-    return found
-
-
-def _records(folder: Path, parse: Callable[[dict[str, Any]], T], notes: list[str]) -> Iterator[T]:
     for path in sorted(folder.glob("*.json")):  # their names begin with the step
         try:
-            yield parse(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            notes.append(f"{path.relative_to(folder.parent)}: not a record of an evaluation; left out")
+            evaluations.records.append(read_evaluation(path))
+        except UserError:
+            notes.append(f"{path.relative_to(run)}: not a record of an evaluation; left out")
+    for path in sorted((folder / COMPARISONS).glob("*.json")):
+        try:
+            (evaluations.comparison,) = read_comparison(path).models
+        except (UserError, ValueError):
+            notes.append(f"{path.relative_to(folder)}: not a record of an evaluation; left out")
+    return evaluations
 
 
-def _evaluation(record: dict[str, Any]) -> tuple[list[Measured], Ablation | None]:
-    about = {
-        "step": record["model"]["step"] or 0,
-        "quant": str(record["quant"]["text"]),
-        "hash": str(record["quant"]["hash"]),
-    }
-    results = [
-        Measured(
-            **about, what=str(r["what"]), metric=str(r["metric"]), value=_finite_or_inf(r["value"]), stderr=r["stderr"]
-        )
-        for r in record["results"]
-    ]
-    stored = record.get("ablation")
-    if not stored:
-        return results, None
-    clean, quantized = _finite_or_inf(stored["unquantized"]), _finite_or_inf(stored["quantized"])
-    sites = []
-    for cost in stored["sites"]:
-        alone, left_out = _finite_or_inf(cost["alone"]), _finite_or_inf(cost["left_out"])
-        sites.append(SiteCost(str(cost["site"]), alone, _nats(alone, clean), left_out, _nats(quantized, left_out)))
-    return results, Ablation(
-        **about, text=str(stored["text"]), unquantized=clean, quantized=quantized, sites=tuple(sites)
+def read_evaluation(path: Path) -> Evaluation:
+    """Return the record of `scripts/evaluate.py` at `path`, or raise `UserError`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        ablation = values.get("ablation")
+        results = tuple(_result(result) for result in values["results"])
+        record = _make(Evaluation, values, results=results, ablation=_ablation(ablation) if ablation else None)
+        _ = (record.step, record.quant["text"])  # an older record may lack anything else
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a record of scripts/evaluate.py; remove it") from error
+    return record
+
+
+def read_comparison(path: Path) -> ComparisonRecord:
+    """Return the record of `scripts/compare.py` at `path`, or raise `UserError`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        models = tuple(_comparison(model, values.get("step") or 0) for model in values["models"])
+        return _make(ComparisonRecord, values, models=models)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a record of scripts/compare.py; remove it") from error
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """Return `value` with None in place of numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: replace_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_short(value: float) -> str:
+    """Return a perplexity or kurtosis for a table: 11.40, 934.30, 1.2e+04."""
+    return f"{value:.1e}" if value >= 1e4 else f"{value:.2f}"
+
+
+def _make(kind: type[T], values: dict[str, Any], **parsed: Any) -> T:
+    """Return the dataclass `kind` of the items of `values`, those in `parsed` replaced.
+
+    Keys that are not fields are left out: records of other versions have them.
+    """
+    names = {item.name for item in dataclasses.fields(cast(Any, kind))}
+    return kind(**{key: value for key, value in values.items() if key in names} | parsed)
+
+
+def _result(values: dict[str, Any]) -> Result:
+    return _make(Result, values, value=_finite_or_inf(values["value"]))
+
+
+def _ablation(values: dict[str, Any]) -> SiteAblation:
+    sites = tuple(
+        SiteCost(site["site"], _finite_or_inf(site["alone"]), _finite_or_inf(site["left_out"]))
+        for site in values["sites"]
+    )
+    return SiteAblation(
+        values["text"],
+        _finite_or_inf(values["unquantized"]),
+        _finite_or_inf(values["quantized"]),
+        sites,
+        tuple(map(_finite_or_inf, values.get("layer_errors", ()))),
+        _finite_or_inf(values.get("last_error")),
     )
 
 
-def _comparison(record: dict[str, Any]) -> Comparison:
-    (model,) = record["models"]
-    return Comparison(
-        step=record["step"] or 0,
-        what=str(model["what"]),
-        kurtosis=model["kurtosis"],
-        bits={str(row): {bits: _cell(c) for bits, c in cells.items()} for row, cells in model["bits"].items()},
-        methods={str(method): _cell(cell) for method, cell in model["methods"].items()},
-        specs={str(key): str(words) for key, words in model["specs"].items()},
-    )
-
-
-def _cell(score: dict[str, Any]) -> str:
-    """`31.2/12.41`: accuracy in percent, perplexity; either alone where the other was not measured."""
-    accuracy, perplexity = score["accuracy"], score["perplexity"]
-    parts = [] if accuracy is None else [f"{100 * accuracy:.1f}"]
-    if perplexity is not None:
-        parts.append(f"{perplexity:.1e}" if perplexity >= 1e4 else f"{perplexity:.2f}")
-    return "/".join(parts)
+def _comparison(values: dict[str, Any], step: int) -> Comparison:
+    bits = {row: {key: Score(**score) for key, score in cells.items()} for row, cells in values["bits"].items()}
+    methods = {method: Score(**score) for method, score in values["methods"].items()}
+    return _make(Comparison, {"step": step, **values}, bits=bits, methods=methods)
 
 
 def _finite_or_inf(value: float | None) -> float:
     return math.inf if value is None else float(value)
-
-
-def _nats(high: float, low: float) -> float:
-    """ln(high / low); nan where both are infinite."""
-    return math.nan if math.isinf(high) and math.isinf(low) else math.log(high) - math.log(low)

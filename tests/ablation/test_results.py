@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from osp.ablation.paper import TABLE_2
 from osp.ablation.results import Cell, Line, Results, as_json, collect, difference, summary
 from osp.ablation.runs import Planned, plan
 from osp.evaluation.compare import COLUMNS
+from osp.run.evaluations import Comparison, ComparisonRecord, Score
 from tests.ablation.test_ablation_runs import config
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
@@ -27,28 +27,27 @@ import entry
 PERPLEXITY = {"adam": (20.0, 80.0), "osp": (21.0, 22.0)}  # at 16-16-16 and at 4-4-4
 
 
-def made_record(row: str, seed: int) -> dict[str, Any]:
+def made_record(row: str, seed: int) -> ComparisonRecord:
     """What scripts/compare.py would leave; the second seed's perplexities are twice the first's."""
     first, last = PERPLEXITY[row]
 
-    def score(value: float | None) -> dict[str, Any]:
-        return {"perplexity": None if value is None else value * (1 + seed), "accuracy": None}
+    def score(value: float | None) -> Score:
+        return Score(None if value is None else value * (1 + seed), None)
 
     cells = {bits: score(first if bits != "4-4-4" else last) for bits in COLUMNS}
     hadamard = {**cells, "4-4-4": score(None if row == "adam" else last)}
-    return {
-        "commit": "0123abcd",
-        "models": [
-            {
-                "sha256": "f" * 64,
-                "bits": {"": cells, "+Had": hadamard},
-                "methods": {"RTN": score(last), "+ GPTQ": score(first)} if row == "osp" else {},
-                "specs": {"abc123": "4-4-4 rtn", "def456": "4-4-4 gptq"},
-                "hashes": {"4-4-4": "abc123", "+ GPTQ": "def456"},
-                "texts": {"held_out": "e" * 64},
-            }
-        ],
-    }
+    comparison = Comparison(
+        row,
+        "f" * 64,
+        kurtosis=None,
+        what="held_out",
+        bits={"": cells, "+Had": hadamard},
+        methods={"RTN": score(last), "+ GPTQ": score(first)} if row == "osp" else {},
+        specs={"abc123": "4-4-4 rtn", "def456": "4-4-4 gptq"},
+        hashes={"4-4-4": "abc123", "+ GPTQ": "def456"},
+        texts={"held_out": "e" * 64},
+    )
+    return ComparisonRecord(commit="0123abcd", models=(comparison,))
 
 
 @pytest.fixture(scope="module")

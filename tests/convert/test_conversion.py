@@ -113,7 +113,7 @@ def test_conversions_follow_each_other(run: Path, tmp_path: Path) -> None:
     for to in ("crmsnorm", "layernorm"):
         assert relative_error(load_model(tmp_path / to), ours) < 1e-5
     found = [
-        evaluate(open_model(path), EvaluateConfig(max_tokens=128, progress=False))[0][0].value
+        evaluate(open_model(path), EvaluateConfig(max_tokens=128, progress=False)).results[0].value
         for path in (run, tmp_path / "crmsnorm")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -22,7 +22,7 @@ from osp.convert.hf_export import export, size_in_bytes, write_llama
 from osp.data import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
-from osp.evaluation.evaluate import calibration_rows, evaluate, read_inputs, write_record
+from osp.evaluation.evaluate import calibration_rows, evaluate, read_inputs, store_record
 from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
@@ -169,7 +169,7 @@ def test_card_tells_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> 
     assert f", {four_bits:.4f} fake-quantized to 4-4-4 rtn, W sym/channel clip" in card
     assert "| 6 | wikitext2 perplexity | 4-4-4 rtn | 19.6 |" in card
     (run / "evaluation" / "a.json").write_text("[]")
-    with pytest.raises(UserError, match=r"a.json: not what scripts/evaluate.py writes"):
+    with pytest.raises(UserError, match=r"a.json: not a record of scripts/evaluate.py"):
         export(run, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -277,13 +277,13 @@ def test_run_is_evaluated_on_its_held_out_split_and_calibrated_on_what_it_traine
     subject = open_model(run)
     spec = QuantSpec(w_bits=4, method="gptq", calibration_tokens=256)
     config = EvaluateConfig(quant=spec, max_tokens=128, progress=False)
-    results, _, record = evaluate(subject, config)
-    assert results[0].what == "held_out[len=32,overlap=0,bos=no,first=128]"
-    assert record["model"]["step"] == 6
+    record = evaluate(subject, config)
+    assert record.results[0].what == "held_out[len=32,overlap=0,bos=no,first=128]"
+    assert record.step == 6
     rows = calibration_rows(subject, spec, read_inputs(subject, config))
     assert rows is not None
     assert rows.shape == (8, 32)
-    path = write_record(subject, config, record, "name")
+    path = store_record(subject, config, record, "name")
     assert path == run.resolve() / "evaluation" / "name.json"
     (run / "evaluation" / "name.json").unlink()
 

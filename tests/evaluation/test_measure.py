@@ -17,19 +17,16 @@ import yaml
 
 from osp.config import NormConfig
 from osp.errors import UserError
-from osp.evaluation.compare import COLUMNS, Score, compare_one, markdown, script_kurtosis, table_4_specs
+from osp.evaluation.compare import COLUMNS, compare_one, markdown, script_kurtosis, table_4_specs
 from osp.evaluation.config import CompareConfig, EvaluateConfig
 from osp.evaluation.evaluate import (
-    Ablation,
-    SiteCost,
     ablation_table,
     calibration_rows,
     evaluate,
     live_perplexity,
     read_inputs,
-    record_name,
     results_table,
-    write_record,
+    store_record,
 )
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import perplexity
@@ -37,6 +34,7 @@ from osp.evaluation.texts import encode, read_text
 from osp.model.transformer import build_model
 from osp.quant.apply import quantized
 from osp.quant.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec, spec_from_dict
+from osp.run.evaluations import Score, SiteAblation, SiteCost, read_evaluation, read_evaluations
 from tests.conftest import ROOT, made_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -61,26 +59,28 @@ def test_results_are_those_of_the_parts(llama: LanguageModel, config: EvaluateCo
     text = read_text(config.texts[0], llama)
     with quantized(llama.model, FOUR):
         expected = perplexity(llama.model, text, seq_len=32, max_tokens=256)
-    results, ablation, record = evaluate(llama, dataclasses.replace(config, quant=FOUR))
-    assert [(r.what, r.metric, r.value) for r in results] == [
+    record = evaluate(llama, dataclasses.replace(config, quant=FOUR))
+    assert [(r.what, r.metric, r.value) for r in record.results] == [
         ("text.txt[len=32,overlap=0,bos=no,first=256]", "perplexity", expected.perplexity),
         ("text.txt[len=32,overlap=0,bos=no,first=256]", "bits per byte", expected.bits_per_byte),
     ]
-    assert ablation is None
-    plain, _, other = evaluate(llama, config)
-    assert plain[0].value == perplexity(llama.model, text, seq_len=32, max_tokens=256).perplexity != results[0].value
-    assert record["model"]["sha256"] == other["model"]["sha256"] == llama.sha256(), "of the file, quantized or not"
-    assert record["quant"]["hash"] == FOUR.hash != other["quant"]["hash"]
-    assert record["texts"] == [{"name": "text.txt", "sha256": text.sha256, "tokens": len(text.tokens)}]
-    table = results_table(llama, FOUR, results)
+    assert record.ablation is None
+    plain = evaluate(llama, config)
+    unquantized = perplexity(llama.model, text, seq_len=32, max_tokens=256).perplexity
+    assert plain.results[0].value == unquantized != record.results[0].value
+    assert record.model["sha256"] == plain.model["sha256"] == llama.sha256(), "of the file, quantized or not"
+    assert record.quant["hash"] == FOUR.hash != plain.quant["hash"]
+    assert record.texts == [{"name": "text.txt", "sha256": text.sha256, "tokens": len(text.tokens)}]
+    table = results_table(record)
     assert str(FOUR) in table
     assert FOUR.hash in table
-    path = write_record(llama, dataclasses.replace(config, out=str(tmp_path / "new" / "a.json")), record, "name")
+    path = store_record(llama, dataclasses.replace(config, out=str(tmp_path / "new" / "a.json")), record, "name")
     assert path is not None
-    assert json.loads(path.read_text())["results"][0]["value"] == results[0].value
-    assert write_record(llama, config, record, "name") is None
-    names = {record_name(record), record_name(other), record_name({**record, "texts": []})}
-    assert len(names) == 3  # an evaluation on other text or at other bits does not take the place of this one
+    assert json.loads(path.read_text())["results"][0]["value"] == record.results[0].value
+    assert read_evaluation(path).results == record.results
+    assert store_record(llama, config, record, "name") is None
+    names = {record.name, plain.name, dataclasses.replace(record, texts=[]).name}
+    assert len(names) == 3  # an evaluation on other text or at other bits does not replace this one
 
 
 def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageModel, config: EvaluateConfig) -> None:
@@ -91,7 +91,7 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
             return perplexity(llama.model, text, seq_len=32, max_tokens=64).perplexity
 
     asked = dataclasses.replace(config, quant=FOUR, ablate=True, max_tokens=64)
-    _, ablation, record = evaluate(llama, asked)
+    ablation = evaluate(llama, asked).ablation
     assert ablation is not None
     names = [*WEIGHT_SITES, *ACTIVATION_SITES, *CACHE_SITES]
     assert [cost.site for cost in ablation.sites] == names
@@ -108,16 +108,46 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
     (line,) = [line for line in lines if line.startswith(worst.site + " ")]
     assert line.count("#") == max(other.count("#") for other in lines) == 40
     assert f"{math.log(worst.alone / ablation.unquantized):+.4f}" in line
-    assert len(record["ablation"]["sites"]) == len(names)
 
 
 def test_a_model_that_diverged_has_a_table_too() -> None:
     """Where a perplexity is infinite, unquantized or not: infinite bars, none where there is nothing to compare."""
     sites = (SiteCost("q_proj", math.inf, 3.0), SiteCost("k", 8.0, 2.0), SiteCost("v", 4.0, 2.0))
-    lines = ablation_table(Ablation("t", 2.0, math.inf, sites, (math.nan,), math.nan)).split("\n")
+    lines = ablation_table(SiteAblation("t", 2.0, math.inf, sites, (math.nan,), math.nan)).split("\n")
     assert [line.count("#") for line in lines[2:5]] == [40, 40, 20]
-    lines = ablation_table(Ablation("t", math.inf, math.inf, sites, (), 0.0)).split("\n")
+    lines = ablation_table(SiteAblation("t", math.inf, math.inf, sites, (), 0.0)).split("\n")
     assert [line.count("#") for line in lines[2:5]] == [0, 0, 0]
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """A record of an evaluation and one of a comparison as the first versions wrote them; null is infinity."""
+    (tmp_path / "evaluation" / "compare").mkdir(parents=True)
+    result = {"what": "wikitext2[len=64]", "metric": "perplexity", "value": None, "stderr": None, "truncated": 0}
+    ablation = {"text": "t", "unquantized": 2.0, "quantized": 8.0, "layer_errors": [0.1], "last_error": 0.2}
+    site = {"site": "k", "alone": None, "left_out": 4.0}
+    evaluation = {
+        "model": {"name": "m", "path": "p", "sha256": "0", "step": 7},
+        "quant": {"text": "4-4-4 rtn", "hash": "abc", "w_bits": 4},
+        "results": [result],
+        "ablation": {**ablation, "sites": [site]},
+    }
+    cell = {"perplexity": 12.5, "accuracy": 0.25}
+    model = {"name": "m", "sha256": "0", "kurtosis": 0.5, "what": "t", "specs": {}, "hashes": {}, "texts": {}}
+    comparison = {"step": 7, "config": {}, "commit": None, "environment": {}}
+    comparison["models"] = [{**model, "bits": {"": {"4-4-4": cell}}, "methods": {"RTN": cell}}]
+    (tmp_path / "evaluation" / "step_00000007-abc-0.json").write_text(json.dumps(evaluation))
+    (tmp_path / "evaluation" / "compare" / "step_00000007.json").write_text(json.dumps(comparison))
+    notes: list[str] = []
+    found = read_evaluations(tmp_path, notes)
+    assert notes == []
+    (record,) = found.records
+    assert (record.step, record.results[0].value, record.quant["hash"]) == (7, math.inf, "abc")
+    assert record.ablation is not None
+    (cost,) = record.ablation.sites
+    assert record.ablation.cost_alone(cost) == math.inf
+    assert record.ablation.saving_left_out(cost) == pytest.approx(math.log(2))
+    assert found.comparison is not None
+    assert (found.comparison.step, str(found.comparison.methods["RTN"])) == (7, "25.0/12.50")
 
 
 def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:
@@ -305,5 +335,4 @@ def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: 
     strict = spec_from_dict(yaml.safe_load((ROOT / "configs" / "quant" / "strict.yaml").read_text()))
     subject = open_model(llama_folder)
     config = EvaluateConfig(texts=(str(text_file),), seq_len=32, quant=strict, progress=False)
-    results, _, _ = evaluate(subject, config)
-    assert two.stdout == results_table(subject, strict, results) + "\n"
+    assert two.stdout == results_table(evaluate(subject, config)) + "\n"

@@ -1,6 +1,5 @@
 """The report and the W&B panels show the numbers of a run folder; a bad folder is one line."""
 
-import dataclasses
 import html
 import json
 import math
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,16 @@ from osp.report import Series, read_run, write_report
 from osp.report.charts import LINES, STATISTICS, differences_between, histogram_data, labels, outliers, site_data
 from osp.report.downsample import averaged, envelope, grid
 from osp.run import metrics as panels
+from osp.run.evaluations import (
+    Comparison,
+    ComparisonRecord,
+    Evaluation,
+    Result,
+    Score,
+    SiteAblation,
+    SiteCost,
+    write_record,
+)
 from osp.run.read import Site, site_of
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
@@ -329,28 +337,23 @@ def test_library_is_the_released_one() -> None:
 
 def evaluated(folder: Path, worst: float = 8.0) -> Path:
     """Records of one evaluation with its ablation and of one comparison, through the functions that write them."""
-    from osp.evaluation.compare import COLUMNS, Comparison, Score, as_record
-    from osp.evaluation.config import EvaluateConfig
-    from osp.evaluation.evaluate import Ablation, Result, SiteCost, write_record
+    from osp.evaluation.compare import COLUMNS
     from osp.quant.spec import WEIGHT_SITES, QuantSpec
 
-    subject: Any = SimpleNamespace(run=folder)
-    spec, config = QuantSpec().at("4-4-4"), EvaluateConfig()
+    spec = QuantSpec().at("4-4-4")
     costs = [SiteCost(site, alone=4 * worst ** (i / 6), left_out=64 / (i + 1)) for i, site in enumerate(WEIGHT_SITES)]
-    ablation = Ablation("held_out[len=32]", 4.0, 64.0, (*costs, SiteCost("k", math.inf, 3.0)), (0.1,), 0.2)
-    results = [Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125)]
-    record = {
-        "model": {"step": 1200},
-        "quant": {"text": str(spec), "hash": spec.hash},
-        "results": [dataclasses.asdict(result) for result in results],
-        "ablation": dataclasses.asdict(ablation),
-    }
-    write_record(subject, config, record, f"step_00001200-{spec.hash}")
+    ablation = SiteAblation("held_out[len=32]", 4.0, 64.0, (*costs, SiteCost("k", math.inf, 3.0)), (0.1,), 0.2)
+    results = (Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125))
+    quant = {"text": str(spec), "hash": spec.hash}
+    record = Evaluation(model={"step": 1200}, quant=quant, results=results, ablation=ablation)
+    write_record(folder / "evaluation" / f"{record.name}.json", record)
     cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
     methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
     bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
-    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs, {}, {})
-    write_record(subject, config, {"step": 1200, **as_record([comparison])}, "compare/step_00001200")
+    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs)
+    write_record(
+        folder / "evaluation" / "compare" / "step_00001200.json", ComparisonRecord(step=1200, models=(comparison,))
+    )
     return folder
 
 
@@ -423,7 +426,7 @@ def test_records_that_are_none_are_left_out_and_said(tmp_path: Path) -> None:
         "evaluation/broken.json: not a record of an evaluation; left out",
         "compare/other.json: not a record of an evaluation; left out",
     ]
-    assert len(run.evaluations.results) == 2
+    assert [len(record.results) for record in run.evaluations.records] == [2]
     assert run.evaluations.comparison is not None
 
 
