@@ -20,7 +20,7 @@ from osp.errors import UserError
 
 ROLES = ("matrix", "embed_proj", "gain", "embedding", "head")
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
-Rule = Literal["muon", "normalized", "adamw"]
+Rule = str  # a key of osp.optim.rules.RULES; checked when parameter groups are built
 
 
 class Heads(NamedTuple):

@@ -145,7 +145,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"engine__device": "tpu"}, ("engine.device='tpu'", "cpu", "cuda")),
     ({"schedule__name": "linear"}, ("schedule.name='linear'", "trapezoid, cosine, constant")),
     ({"optimizer__ns_method": "fast"}, ("optimizer.ns_method='fast'", "standard, gram")),
-    ({"optimizer__rules": {"matrix": "sgd"}}, ("optimizer.rules.matrix='sgd'", "muon, normalized, adamw")),
     ({"optimizer__rules": {"bias": "muon"}}, ("optimizer.rules", "'bias'", "matrix, embed_proj, gain")),
     ({"data__source": "csv"}, ("data.source='csv'", "python_stdlib, text, hf, mixture")),
     ({"logger__wandb": "on"}, ("logger.wandb='on'", "online, offline, disabled")),

@@ -108,7 +108,7 @@ COMMAND_LINE = [
     ("norm=ssnorm norm.kappa=3", r"norm.kappa=3.0: ssnorm has no such option; it has \['eps', 'init'\]"),
     ("norm.final=foo", r"norm.final='foo'; choose from"),
     ("optimizer=sgd", r"Could not find 'optimizer/sgd' Available options in 'optimizer': adamw muon muon_all"),
-    ("optimizer.rules.matrix=sgd", r"optimizer.rules.matrix='sgd'; choose from muon, normalized, adamw"),
+    ("optimizer.rules.matrix=sgd", r"optimizer.rules.matrix='sgd': unknown rule; choose from adamw, muon, normalized"),
     ("optimizer.rules.matrix=normalized", r"optimizer.rules.matrix=normalized: the rule needs 1-D parameters"),
     ("optimizer=adamw optimizer.per_head=true", r"optimizer.per_head=true does nothing with .*rules.matrix=adamw"),
     ("penalty.scale=0", r"penalty.scale=0.0: must be between 1e-6 and 1e6"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import flops_per_token
-from osp.optim import build_groups, collect_roles
+from osp.optim import groups_of
 from osp.train.engine import deepspeed_config
 from osp.train.setup import resolve
 from osp.train.trainer import build_schedule_of, meta_model
@@ -90,7 +90,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 def build_shapes(config: Config, *, world_size: int = 2) -> None:
     """What `osp.train.trainer.setup` does before it needs a process group, a disk or a text."""
     model = meta_model(config)
-    build_groups(collect_roles(model.named_parameters(), model.parameter_roles()), config.optimizer)
+    groups_of(model, config.optimizer)
     config = resolve(config, device=CPU, world_size=world_size)
     if config.train.steps is not None:
         factor = build_schedule_of(config)

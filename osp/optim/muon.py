@@ -1,6 +1,15 @@
-"""The mathematics of the update rules, free of optimizers and ranks.
+"""The mathematics of Muon: replace each update matrix by the nearest one whose singular values are all about 1.
 
-X: (..., m, n) matrices, m <= n after transposing.  S: singular values.  A = X X^T: (..., m, m), the Gram matrix.
+For a weight matrix W (m, n) with gradient G, momentum mu, learning rate lr and weight decay wd:
+
+    M <- G + mu M                               momentum, a sum and not a mean
+    U  = G + mu M                               Nesterov; without it U = M
+    W <- (1 - lr wd) W - lr 0.2 sqrt(max(m, n)) newton_schulz(U)
+
+Source: Jordan et al. 2024; the scale is Moonlight's (Liu et al. 2025, arXiv 2502.16982), as in OSP (arXiv 2506.19697).
+These functions know nothing of optimizers and ranks; `osp.optim.rules` applies them to parameter groups.
+
+X: (..., m, n) matrices, transposed so that m <= n.  S: singular values.  A = X X^T: (..., m, m), the Gram matrix.
 """
 
 from collections.abc import Sequence
@@ -19,7 +28,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Polynomials s -> a s + b s^3 + c s^5, one per step, the last one repeated; X starts as X / (margin |X| + eps)."""
+    """Polynomials s -> a s + b s^3 + c s^5, one per step, the last one repeated. X starts as X / (margin |X| + eps)."""
 
     triples: tuple[Triple, ...]
     margin: float
@@ -54,19 +63,24 @@ def newton_schulz(
     x: Tensor,
     steps: int = 5,
     method: Literal["standard", "gram"] = "standard",
-    coefficients: str | Sequence[Triple] = "keller_jordan",
+    coefficients: str = "keller_jordan",
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """U p(S) V^T for x = U S V^T, in x.dtype: every singular value moves towards 1. x: (..., m, n)
+    """Return U p(S) V^T for x = U S V^T: every singular value moves towards 1.
 
-    p is the composition of `steps` polynomials (`COEFFICIENTS`, or explicit triples) after a division by the Frobenius
-    norm. `gram` gives the same result through (m, m) matrices only; see `_iterate_gram`.
-    dtype: of the matrix products; None: `newton_schulz_dtype` of x's device.
+    Args:
+        x: (..., m, n); the result has its shape and dtype.
+        steps: number of polynomials whose composition is p, after a division by the Frobenius norm.
+        method: `gram` computes the same through (m, m) matrices only; see `_iterate_gram`.
+        coefficients: a key of `COEFFICIENTS`.
+        dtype: of the matrix products; None: `newton_schulz_dtype` of x's device.
     """
-    chosen = _coefficients(coefficients)
+    if coefficients not in COEFFICIENTS:
+        raise UserError(f"unknown Newton-Schulz coefficients {coefficients!r}; choose from {sorted(COEFFICIENTS)}")
     if method not in _METHODS:
         raise UserError(f"unknown Newton-Schulz method {method!r}; choose from {sorted(_METHODS)}")
+    chosen = COEFFICIENTS[coefficients]
     dtype = dtype or newton_schulz_dtype(x.device, method=method)
     y = x.mT if x.shape[-2] > x.shape[-1] else x
     if y.numel() == 0:
@@ -82,10 +96,10 @@ def newton_schulz(
 def newton_schulz_dtype(
     device: torch.device, *, method: str = "standard", choice: Literal["auto", "bf16", "fp32"] = "auto"
 ) -> torch.dtype:
-    """The dtype of Newton-Schulz's matrix products: bf16 where it is native, else fp32.
+    """Return the dtype of the matrix products: bf16 where it is native, else fp32.
 
-    `gram` needs small eigenvalues of A to survive rounding: it takes fp16, with three more bits, wherever bf16 would be
-    used (entries stay below a thousand, far from fp16's limit); on a CPU, which emulates fp16, fp32.
+    `gram` needs the small eigenvalues of A to survive rounding, so it uses fp16, which has three more bits, in place of
+    bf16: entries stay below a thousand, far from fp16's limit. A CPU emulates fp16 and gets fp32.
     """
     emulated = not native_bf16(device) or (method == "gram" and device.type == "cpu")
     if choice == "fp32" or (choice == "auto" and emulated):
@@ -93,38 +107,33 @@ def newton_schulz_dtype(
     return torch.float16 if method == "gram" else torch.bfloat16
 
 
-def newton_schulz_flops(shape: Sequence[int], steps: int = 5, method: str = "standard") -> int:
-    """Floating point operations of one matrix in `newton_schulz`, those of its matrix products."""
-    m, n = sorted(shape)
-    standard = steps * (4 * m * m * n + 2 * m**3)  # X X^T and B X; A^2
-    return min(standard, _gram_flops(m, n, steps)) if method == "gram" else standard
-
-
 def update_scale(shape: Sequence[int]) -> float:
-    """0.2 sqrt(max(shape)): an orthogonal matrix, or a unit vector, so scaled has entries of RMS 0.2, as AdamW's."""
+    """Return 0.2 sqrt(max(shape)): an orthogonal matrix or a unit vector so scaled has entries of RMS 0.2, as AdamW."""
     return 0.2 * max(shape) ** 0.5
 
 
 def whole_shape(shape: Sequence[int], heads: Heads | None) -> tuple[int, ...]:
-    """The shape of what is orthogonalized as a whole: a parameter of this shape, or the part of it that is a head's."""
+    """Return the shape that is orthogonalized as a whole: the parameter's, or with `heads` the shape of one head."""
     return tuple(
         size // heads.count if heads is not None and dim == heads.dim else size for dim, size in enumerate(shape)
     )
 
 
 def split_heads(stack: Tensor, heads: Heads) -> Tensor:
-    """(k, H, head_dim, n) or, where heads are columns, (k, H, m, head_dim): the matrices of heads. stack: (k, m, n)"""
+    """Return the matrices of the heads, (k, H, head_dim, n) or (k, H, m, head_dim). stack: (k, m, n)"""
     return stack.unflatten(heads.dim + 1, (heads.count, -1)).movedim(heads.dim + 1, 1)
 
 
 def merge_heads(stack: Tensor, heads: Heads) -> Tensor:
-    """The inverse of `split_heads`."""
+    """Invert `split_heads`."""
     return stack.movedim(1, heads.dim + 1).flatten(heads.dim + 1, heads.dim + 2)
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """x / (|x| + 1e-8) over the last axis: OSP's rule for 1-D parameters. x: (..., d)"""
-    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-8)
+def newton_schulz_flops(shape: Sequence[int], steps: int = 5, method: str = "standard") -> int:
+    """Return the floating point operations of the matrix products of `newton_schulz` on one matrix."""
+    m, n = sorted(shape)
+    standard = steps * (4 * m * m * n + 2 * m**3)  # X X^T and B X; A^2
+    return min(standard, _gram_flops(m, n, steps)) if method == "gram" else standard
 
 
 def _iterate(x: Tensor, triples: Sequence[Triple]) -> Tensor:
@@ -139,11 +148,11 @@ _RESTART = 3  # steps between fresh Gram matrices
 
 
 def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """The same as `_iterate` with products of (m, m) matrices: Z = a I + b A + c A^2, Q <- Z Q, A <- Z A Z, X <- Q X.
+    """Compute `_iterate` from (m, m) products: Z = a I + b A + c A^2, Q <- Z Q, A <- Z A Z; at the end X <- Q X.
 
-    Rounding gives A negative eigenvalues that the iteration would amplify, so A is computed afresh from Q X every
-    `_RESTART` steps (Gram Newton-Schulz, Dao et al. 2026). Each restart costs two products with X, so matrices that are
-    nearly square take `_iterate`, which then has fewer flops.
+    Rounding gives A negative eigenvalues that the iteration would amplify, so A is recomputed from Q X every `_RESTART`
+    steps (Gram Newton-Schulz, Dao et al. 2026). A restart costs two products with X, so for nearly square matrices
+    `_iterate` has fewer flops and is used instead.
     """
     m, n = x.shape[-2:]
     if _gram_flops(m, n, len(triples)) >= newton_schulz_flops((m, n), len(triples)):
@@ -169,11 +178,3 @@ def _gram_flops(m: int, n: int, steps: int) -> int:
 
 
 _METHODS = {"standard": _iterate, "gram": _iterate_gram}
-
-
-def _coefficients(choice: str | Sequence[Triple]) -> Coefficients:
-    if not isinstance(choice, str):
-        return Coefficients(tuple(choice), margin=1.0, eps=1e-8, source="the caller")
-    if choice not in COEFFICIENTS:
-        raise UserError(f"unknown Newton-Schulz coefficients {choice!r}; choose from {sorted(COEFFICIENTS)}")
-    return COEFFICIENTS[choice]

@@ -109,6 +109,15 @@ class Batch:
         return _unpack(received, self.held, [iv.offset for iv in self.held], size)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of a parameter group."""
+
+    flat: Tensor
+    intervals: list[Interval]
+    batches: list[Batch]  # empty for a rule that works elementwise
+
+
 def batches(
     numel: int, count: int, *, world_size: int, rank: int, stage: int, workspace: int = WORKSPACE
 ) -> list[Batch]:

@@ -16,13 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from osp.config import Config
 from osp.model.transformer import Block, CausalAttention, Transformer
-from osp.optim.groups import Group
-from osp.optim.muon import whole_shape
-from osp.optim.optimizer import STATE_NAMES
+from osp.optim.rules import FP32, Group
 from osp.optim.zero import Batch, flat_size, rank_intervals
 from osp.train.engine import deepspeed_config
 
-FP32 = 4  # bytes
 # DeepSpeed's stage3_param_persistence_threshold, _max_live_parameters and _prefetch_bucket_size, in elements
 PERSISTENT, LIVE, PREFETCHED = 100_000, 10**9, 50_000_000
 
@@ -80,14 +77,14 @@ def memory(
     world_size: int,
     stage: int,
     accumulation: int,
-    ns_bytes: int,
+    native_bf16: bool,
 ) -> Memory:
-    """`work`: the batches of every rank, by group and rank. ns_bytes: of a number in Newton-Schulz."""
+    """`work`: the batches of every rank, by group and rank. native_bf16: whether the planned device has it."""
     numels = [[torch.Size(shape).numel() for shape in group["shapes"]] for group in groups]
     flats = [flat_size(sizes, world_size=world_size, stage=stage) for sizes in numels]
     every = [numel for sizes in numels for numel in sizes]
     flat, total, largest = sum(flats), sum(every), max(every)
-    state = sum(size * len(STATE_NAMES[group["rule"]]) for size, group in zip(flats, groups, strict=True))
+    state = sum(size * len(group["update_rule"].STATE_NAMES) for size, group in zip(flats, groups, strict=True))
     settings: dict[str, Any] = deepspeed_config(
         zero_stage=stage,
         micro_batch_size=1,
@@ -119,7 +116,11 @@ def memory(
         working_set=activations.working_set,
         reduced_gradients=FP32 * reduced,
         update=max(
-            FP32 * size + max((update_bytes(b, group, ns_bytes) for mine in ranks for b in mine), default=0)
+            FP32 * size
+            + max(
+                group["update_rule"].workspace_bytes(group, size, batches, native_bf16=native_bf16)
+                for batches in ranks or [[]]
+            )
             for size, group, ranks in zip(flats, groups, work, strict=True)
         ),
     )
@@ -132,25 +133,6 @@ def touched(numels: Sequence[Sequence[int]], rank: int, *, world_size: int, stag
         for sizes in numels
         for index in {iv.index for iv in rank_intervals(sizes, rank=rank, world_size=world_size, stage=stage)}
     )
-
-
-def update_bytes(batch: Batch, group: Group, ns_bytes: int) -> int:
-    """The most that `PartitionedOptimizer` makes on its way from a gradient to the update of one batch of a group.
-
-    The momentum's sum u and the whole matrices it is made into are fp32; Newton-Schulz has its input, X and the next X,
-    the Gram matrix and its square. At its end there are X and the fp32 update, which matrices that were transposed for
-    it, and heads that are columns, are copied into.
-    """
-    held, whole = batch.local.stop - batch.local.start, batch.num_owned * batch.numel
-    shape, heads = whole_shape(group["shapes"][0], group["heads"]), group["heads"]
-    if len(shape) == 1:
-        return FP32 * (held + 3 * whole)
-    grams = batch.num_owned * (1 if heads is None else heads.count) * min(shape) ** 2
-    copied = shape[0] > shape[1] or (heads is not None and heads.dim == 1)
-    moved = whole if batch.sends is not None else 0
-    iterate = ns_bytes * (3 * whole + 2 * grams)
-    end = (2 * FP32 if copied else FP32 + ns_bytes) * whole
-    return FP32 * (held + moved) + max(iterate, end)
 
 
 def activations(config: Config, model: Transformer, *, micro_batch_size: int, compiled: bool) -> Activations:

@@ -11,8 +11,6 @@ from osp.device import compute_dtype, peak_tflops_of
 from osp.errors import UserError
 from osp.model.transformer import count_parameters, flops_per_token
 from osp.optim import groups_of
-from osp.optim.muon import newton_schulz_dtype
-from osp.optim.optimizer import STATE_NAMES
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import Memory, activations, memory
 from osp.plan.work import GIGA, GroupWork, StepTime, Traffic, batches_of, group_work, step_time, traffic
@@ -65,7 +63,9 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     parameters = count_parameters(config.model)
     states = sum(
-        torch.Size(shape).numel() * len(STATE_NAMES[group["rule"]]) for group in groups for shape in group["shapes"]
+        torch.Size(shape).numel() * len(group["update_rule"].STATE_NAMES)
+        for group in groups
+        for shape in group["shapes"]
     )
     compiled = {each: _is_compiled(asked, each, device=device) for each in STAGES}
     kept = {way: activations(config, model, micro_batch_size=size, compiled=way) for way in set(compiled.values())}
@@ -75,9 +75,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
         if each == stage:
             work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
         layout = {"world_size": world_size, "stage": each, "accumulation": accumulation}
-        stages[each] = memory(
-            config, groups, ranks, kept[compiled[each]], ns_bytes=_ns_bytes(config, machine), **layout
-        )
+        stages[each] = memory(config, groups, ranks, kept[compiled[each]], native_bf16=machine.bf16, **layout)
     sent = traffic(groups, work, world_size=world_size, stage=stage, accumulation=accumulation)
     per_token = flops_per_token(config.model, train.seq_len)
     computed = per_token * (4 / 3 if train.activation_checkpointing else 1)  # the forward pass a second time
@@ -125,14 +123,6 @@ def _is_compiled(config: Config, stage: int, *, device: torch.device) -> bool:
     train = dataclasses.replace(config.train, compile=False if stage == 3 else compile_)
     resolved = resolve(dataclasses.replace(config, train=train, engine=engine), device=device, world_size=1, bf16=True)
     return bool(resolved.train.compile)
-
-
-def _ns_bytes(config: Config, machine: MachineConfig) -> int:
-    """Of a number in Newton-Schulz: `newton_schulz_dtype` of the planned machine."""
-    choice = config.optimizer.ns_dtype
-    if choice == "auto":
-        choice = "bf16" if machine.bf16 else "fp32"
-    return newton_schulz_dtype(torch.device("meta"), method=config.optimizer.ns_method, choice=choice).itemsize
 
 
 def _warnings(plan: Plan) -> list[str]:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from osp.optim.groups import Group
-from osp.optim.muon import newton_schulz_flops, whole_shape
+from osp.optim.rules import FP32, Group, WholeRule
 from osp.optim.zero import Batch, batches, flat_size
 from osp.plan.config import MachineConfig
-from osp.plan.memory import FP32
 from osp.train.engine import reduces_to_owners
 
 GIGA = 1e9
@@ -67,8 +65,8 @@ class StepTime:
 
 
 def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]]:
-    """The batches of every rank, as `PartitionedOptimizer` builds them; none of the rule adamw."""
-    if group["rule"] == "adamw":
+    """The batches of every rank, as `PartitionedOptimizer` builds them; none for an elementwise rule."""
+    if not isinstance(group["update_rule"], WholeRule):
         return []
     numel, count = torch.Size(group["shapes"][0]).numel(), len(group["shapes"])
     return [batches(numel, count, world_size=world_size, rank=rank, stage=stage) for rank in range(world_size)]
@@ -77,10 +75,7 @@ def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]
 def group_work(group: Group, ranks: Sequence[Sequence[Batch]]) -> GroupWork:
     """ranks: `batches_of` the group."""
     shape = tuple(group["shapes"][0])
-    flops, heads = 0, group["heads"]
-    if group["rule"] == "muon":
-        flops = newton_schulz_flops(whole_shape(shape, heads), group["ns_steps"], group["ns_method"])
-        flops *= 1 if heads is None else heads.count
+    flops = group["update_rule"].flops(group)
     moved = [[_moved(batch, rank) for batch in work] for rank, work in enumerate(ranks)]
     rounds = max(map(len, ranks))
     return GroupWork(

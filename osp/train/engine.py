@@ -203,7 +203,7 @@ class Engine:
 
         The update is what was subtracted for the gradient's sake: with rate and scale, without weight decay.
         """
-        numels, rates = self.optimizer.numels(), self.optimizer.rates()
+        numels, rates = self.optimizer.numels(), self.optimizer.learning_rates()
         updates, parameters = self.optimizer.update_squares(), self.optimizer.parameter_squares()
         zero = torch.zeros((), device=self.device)
         # a rank may hold nothing of a role, yet all must reduce the same vector

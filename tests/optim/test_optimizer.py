@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import osp.optim.optimizer as module
 from osp.config import Heads, OptimizerConfig
-from osp.optim import PartitionedOptimizer, build_groups
+from osp.optim import RULES, PartitionedOptimizer, WholeRule, build_groups
+from osp.optim.rules import Group
 from tests.optim.reference import osp_direction
 
 CONFIG = OptimizerConfig(lr=0.125, adam_lr=0.01, weight_decay=0.0, ns_dtype="fp32")
@@ -51,8 +51,14 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_without_orthogonalization_the_rule_is_sgd_bit_for_bit(nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_direction", lambda stack, group: stack)
-    monkeypatch.setattr(module, "update_scale", lambda shape: 1.0)
+    class Sgd(WholeRule):
+        def direction(self, stack: Tensor, group: Group) -> Tensor:
+            return stack
+
+        def scale(self, group: Group) -> float:
+            return 1.0
+
+    monkeypatch.setitem(RULES, "muon", Sgd)
     parameters = {f"p{i}": nn.Parameter(integers(4, 5, seed=i)) for i in range(3)}
     twins = [nn.Parameter(p.detach().clone()) for p in parameters.values()]
     optimizer, flats = build(parameters, "matrix", replace(CONFIG, nesterov=nesterov))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from osp import optim
 from osp.config import Config, Heads, ModelConfig, OptimizerConfig
 from osp.optim import build_groups, newton_schulz
-from osp.optim.groups import Group
+from osp.optim.rules import Group
 from osp.optim.zero import Batch, batches, flat_size, interval_table
 from osp.plan.config import MachineConfig
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic

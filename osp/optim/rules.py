@@ -1,0 +1,220 @@
+"""Update rules: one class per rule, registered in `RULES` under the name that `optimizer.rules.ROLE` uses.
+
+To add a rule, subclass `UpdateRule` (it works elementwise on flat slices) or `WholeRule` (it needs whole parameters,
+which ZeRO's ranks exchange) and add the class to `RULES`. Groups, optimizer state, checkpoints, the table printed at
+start and the plan ask the class for everything else.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from osp.config import OptimizerConfig
+from osp.errors import UserError
+from osp.optim.muon import (
+    COEFFICIENTS,
+    merge_heads,
+    newton_schulz,
+    newton_schulz_dtype,
+    newton_schulz_flops,
+    split_heads,
+    update_scale,
+    whole_shape,
+)
+from osp.optim.zero import Batch, Piece
+
+Group = dict[str, Any]  # a parameter group; its keys are listed at `osp.optim.groups.build_groups`
+FP32 = 4  # bytes
+
+
+class UpdateRule(ABC):
+    """Turn gradients into updates of the parameters of a group; elementwise unless it is a `WholeRule`."""
+
+    STATE_NAMES: tuple[str, ...]  # fp32 tensors of the parameters' shapes, named as in checkpoints
+    UPDATE_RMS: str  # RMS of an update divided by the learning rate, for the table printed at start
+    NDIM: int | None = None  # dimensions a parameter must have; None: any
+    TAKES_HEADS = False  # `optimizer.per_head` applies
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        """Raises `UserError` for an option that the rule does not have."""
+        self.config = config
+
+    @property
+    def base_lr(self) -> float:
+        """Peak learning rate."""
+        return self.config.lr
+
+    @abstractmethod
+    def step(
+        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
+    ) -> Tensor | None:
+        """Update this rank's part of a group in place; `grad` is not changed.
+
+        Args:
+            piece: the flat master weights and where parameters lie in them.
+            grad: the flat gradient.
+            state: the flat tensors of `STATE_NAMES`, zero before the first step.
+            group: `lr` is the learning rate of this step.
+            number: of the step, from 1.
+            record: return the sum of squares of the update: learning rate and scale included, weight decay excluded.
+        """
+
+    def flops(self, group: Group) -> int:
+        """Return the floating point operations of one parameter's matrix products."""
+        return 0
+
+    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[Batch], *, native_bf16: bool) -> int:
+        """Return the most bytes that `step` allocates at a time: here one update of the size of the flat tensor.
+
+        Args:
+            group: one of `build_groups`.
+            numel: elements of the flat tensor.
+            batches: the rank's batches, empty for an elementwise rule.
+            native_bf16: whether the planned device multiplies bf16 natively.
+        """
+        return FP32 * numel
+
+
+class WholeRule(UpdateRule):
+    """OSP's rule for parameters that are updated as a whole; all parameters of a group have one shape.
+
+    buf = g + momentum buf;  u = g + momentum buf (Nesterov's sum form) or buf;  p -= lr (scale direction(u) + decay p)
+    """
+
+    STATE_NAMES = ("momentum",)
+
+    @abstractmethod
+    def direction(self, stack: Tensor, group: Group) -> Tensor:
+        """Return the update before scaling of a stack of whole parameters. stack: (k, *shape)"""
+
+    def scale(self, group: Group) -> float:
+        """Return the factor of `direction`."""
+        return update_scale(whole_shape(group["shapes"][0], group["heads"]))
+
+    def step(
+        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
+    ) -> Tensor | None:
+        momentum, lr, scale = self.config.momentum, group["lr"], self.scale(group)
+        squares = None
+        for batch in piece.batches:
+            g, buf, p = grad[batch.local], state["momentum"][batch.local], piece.flat[batch.local]
+            buf.mul_(momentum).add_(g)
+            u = torch.add(g, buf, alpha=momentum) if self.config.nesterov else buf
+            whole = batch.collect(u).view(-1, *group["shapes"][0])
+            update = batch.distribute(self.direction(whole, group).flatten(1))
+            p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
+            if record:
+                total = torch.linalg.vector_norm(update, dtype=torch.float32).square() * (lr * scale) ** 2
+                squares = total if squares is None else squares + total
+        return squares
+
+    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[Batch], *, native_bf16: bool) -> int:
+        return max((self.batch_bytes(group, batch, native_bf16=native_bf16) for batch in batches), default=0)
+
+    def batch_bytes(self, group: Group, batch: Batch, *, native_bf16: bool) -> int:
+        """Return the bytes of u, of the whole parameters collected from it, and of two tensors in `direction`."""
+        return FP32 * (batch.local.stop - batch.local.start + 3 * batch.num_owned * batch.numel)
+
+
+class Muon(WholeRule):
+    """Orthogonalized momentum; see `osp.optim.muon`."""
+
+    UPDATE_RMS = "0.2 (full rank)"  # 0.2 sqrt(max(m, n)) times an orthogonal matrix of RMS 1/sqrt(max(m, n))
+    NDIM = 2
+    TAKES_HEADS = True
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        super().__init__(config)
+        if config.ns_coefficients not in COEFFICIENTS:
+            raise UserError(
+                f"optimizer.ns_coefficients={config.ns_coefficients!r}: choose from {', '.join(COEFFICIENTS)}"
+            )
+
+    def direction(self, stack: Tensor, group: Group) -> Tensor:
+        config, heads = self.config, group["heads"]
+        dtype = newton_schulz_dtype(stack.device, method=config.ns_method, choice=config.ns_dtype)
+        matrices = stack if heads is None else split_heads(stack, heads)
+        matrices = newton_schulz(matrices, config.ns_steps, config.ns_method, config.ns_coefficients, dtype=dtype)
+        return matrices if heads is None else merge_heads(matrices, heads)
+
+    def flops(self, group: Group) -> int:
+        heads = group["heads"]
+        count = 1 if heads is None else heads.count
+        shape = whole_shape(group["shapes"][0], heads)
+        return count * newton_schulz_flops(shape, self.config.ns_steps, self.config.ns_method)
+
+    def batch_bytes(self, group: Group, batch: Batch, *, native_bf16: bool) -> int:
+        """Return the bytes of u, of the whole matrices, and of Newton-Schulz: input, X, next X, A and A^2.
+
+        The result is fp32. Matrices that were transposed, and heads that are columns, are copied once more.
+        """
+        config, heads = self.config, group["heads"]
+        shape = whole_shape(group["shapes"][0], heads)
+        choice = config.ns_dtype
+        if choice == "auto":
+            choice = "bf16" if native_bf16 else "fp32"
+        size = newton_schulz_dtype(torch.device("meta"), method=config.ns_method, choice=choice).itemsize
+        held, whole = batch.local.stop - batch.local.start, batch.num_owned * batch.numel
+        moved = whole if batch.sends is not None else 0
+        grams = batch.num_owned * (1 if heads is None else heads.count) * min(shape) ** 2
+        copied = shape[0] > shape[1] or (heads is not None and heads.dim == 1)
+        end = (2 * FP32 if copied else FP32 + size) * whole
+        return FP32 * (held + moved) + max(size * (3 * whole + 2 * grams), end)
+
+
+class Normalized(WholeRule):
+    """Momentum divided by its norm: OSP's rule for 1-D parameters."""
+
+    UPDATE_RMS = "0.2"  # 0.2 sqrt(d) times a unit vector
+    NDIM = 1
+
+    def direction(self, stack: Tensor, group: Group) -> Tensor:
+        return stack / (torch.linalg.vector_norm(stack, dim=-1, keepdim=True) + 1e-8)
+
+
+class AdamW(UpdateRule):
+    """`torch.optim.AdamW`, fused, on the flat tensor."""
+
+    STATE_NAMES = ("exp_avg", "exp_avg_sq")
+    UPDATE_RMS = "<= ~1"
+
+    @property
+    def base_lr(self) -> float:
+        return self.config.lr if self.config.adam_lr is None else self.config.adam_lr
+
+    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[Batch], *, native_bf16: bool) -> int:
+        return 0  # the fused kernel updates in place
+
+    def step(
+        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
+    ) -> Tensor | None:
+        (beta1, beta2), lr, eps = self.config.adam_betas, group["lr"], self.config.adam_eps
+        count = torch.full((), number - 1, dtype=torch.float32, device=grad.device)  # the kernel adds the 1
+        adamw(
+            [piece.flat],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [count],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=eps,
+            maximize=False,
+        )
+        if not record:
+            return None
+        # the fused kernel does not return the update, so it is computed a second time
+        denominator = (state["exp_avg_sq"] / (1 - beta2**number)).sqrt_().add_(eps)
+        return torch.linalg.vector_norm(state["exp_avg"] / denominator).square() * (lr / (1 - beta1**number)) ** 2
+
+
+RULES: dict[str, type[UpdateRule]] = {"muon": Muon, "normalized": Normalized, "adamw": AdamW}
