@@ -303,7 +303,7 @@ class ScheduleConfig:
 class SourceConfig:
     """One source of documents inside a mixture; the meaning of the fields is that of `DataConfig`."""
 
-    source: Literal["python_stdlib", "text", "hf"] = "text"
+    source: str = "text"
     paths: tuple[FilePath, ...] = ()
     text_field: Text = "text"
     dataset: FilePath | None = None
@@ -314,8 +314,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # none: of a model that was converted from a Hugging Face folder; what it was trained on is not here
-    source: Literal["python_stdlib", "text", "hf", "mixture", "none"] = "python_stdlib"
+    source: str = "python_stdlib"  # a key of osp.data.sources.SOURCES, or none: a converted model has no text here
     paths: tuple[FilePath, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
     text_field: Text = "text"  # text, hf: the field of a record that holds the document
     dataset: FilePath | None = None  # hf: name of the data set
@@ -562,7 +561,6 @@ def check(config: Config) -> None:
     check_model(config.model)
     check_rows(config.train, config.model, config.data)
     check_tokenizer(config.tokenizer, config.model)
-    check_sources(config.data)
     check_skip_steps(config.data)
     check_live_quantization(config)
     check_optimizer(config.optimizer)
@@ -696,17 +694,6 @@ def check_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
         raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
     if tokenizer.train and (tokenizer.path or tokenizer.hub):
         raise UserError("tokenizer.path or tokenizer.hub is set but tokenizer.train=true; set tokenizer.train=false")
-
-
-def check_sources(data: DataConfig) -> None:
-    """Raise `UserError` for a source that names nothing to read."""
-    for source, path in [(data, "data"), *_numbered(data.mixture, "data.mixture")]:
-        if source.source == "text" and not source.paths:
-            raise UserError(f"{path}.paths is empty; name files or folders, for example {path}.paths=[corpus.jsonl]")
-        if source.source == "hf" and not source.dataset:
-            raise UserError(f"{path}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
-    if data.source == "mixture" and not data.mixture:
-        raise UserError("data.source=mixture but data.mixture is empty; list at least one source")
 
 
 def unknown_key(path: str, tree: Any = None) -> str:

@@ -146,7 +146,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"schedule__name": "linear"}, ("schedule.name='linear'", "trapezoid, cosine, constant")),
     ({"optimizer__ns_method": "fast"}, ("optimizer.ns_method='fast'", "standard, gram")),
     ({"optimizer__rules": {"bias": "muon"}}, ("optimizer.rules", "'bias'", "matrix, embed_proj, gain")),
-    ({"data__source": "csv"}, ("data.source='csv'", "python_stdlib, text, hf, mixture")),
     ({"logger__wandb": "on"}, ("logger.wandb='on'", "online, offline, disabled")),
     # ranges
     *(
@@ -219,11 +218,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tokenizer": {"train": False, "path": "a", "hub": "b"}}, ("exactly one", "tokenizer.path", "tokenizer.hub")),
     ({"tokenizer__path": "a.json"}, ("tokenizer.path", "tokenizer.train=false")),
     ({"tokenizer__hub": "a/b"}, ("tokenizer.hub", "tokenizer.train=false")),
-    ({"data__source": "text"}, ("data.paths is empty", "data.paths=[corpus.jsonl]")),
-    ({"data__source": "hf"}, ("data.dataset is not set", "allenai/c4")),
-    ({"data__source": "mixture"}, ("data.source=mixture", "data.mixture is empty", "at least one")),
-    ({"data": {"source": "mixture", "mixture": [{"source": "text"}]}}, ("data.mixture[0].paths is empty",)),
-    ({"data": {"source": "mixture", "mixture": [{"source": "hf"}]}}, ("data.mixture[0].dataset is not set",)),
     (
         {"data": {"source": "mixture", "mixture": [{"source": "python_stdlib", "weight": 0}]}},
         ("data.mixture[0].weight=0.0", "above 0"),

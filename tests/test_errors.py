@@ -185,7 +185,10 @@ COMMAND_LINE = [
     ("data=text", r"data.paths is empty; name files or folders"),
     ("data=hf", r"data.dataset is not set; name a Hugging Face data set"),
     ("tokenizer=file", r"tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME"),
-    ("data.source=mixture data.mixture=[{source:mixture}]", r"data.mixture\[0\].source='mixture'; choose from"),
+    (
+        "data.source=mixture data.mixture=[{source:mixture}]",
+        r"data.mixture\[0\].source='mixture': unknown source; choose from",
+    ),
     ("data.source=mixture data.mixture=[5]", r"data.mixture\[0\]=5: expected keys"),
     # names and places
     ("run.name=../../x", r"run.name='../../x': must be a name of at most 200 characters without slashes"),

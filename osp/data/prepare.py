@@ -94,7 +94,7 @@ def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True
     assert child.stdin is not None
     assert child.stdout is not None
     with child.stdin:
-        child.stdin.write(pickle.dumps((data, tokenizer, progress, os.getpid())))
+        child.stdin.write(pickle.dumps((sources.SOURCES, data, tokenizer, progress, os.getpid())))
     while child.poll() is None and not _can_start(folder):
         time.sleep(POLL_SECONDS)
     if child.returncode == 2:
@@ -110,15 +110,10 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     for key in ("cache_dir", "num_workers"):  # like skip_steps they do not change a byte
         del settings[key]
     spec = hashlib.sha256(_read_bytes(tokenizer.path)).hexdigest() if tokenizer.path else None
-    identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, sources.fingerprint(data)]
+    source = sources.make_source(data)
+    identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, source.fingerprint()]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    names = {
-        "python_stdlib": f"python_stdlib-{sys.version_info.major}.{sys.version_info.minor}",
-        "text": Path(data.paths[0]).name.split(".")[0] if data.paths else "",
-        "hf": f"{data.dataset}-{data.subset}" if data.subset else str(data.dataset),
-        "mixture": "mixture",
-    }
-    name = re.sub(r"[^A-Za-z0-9._]+", "_", names[data.source])[:100]  # a file name has at most 255 bytes
+    name = re.sub(r"[^A-Za-z0-9._]+", "_", source.label)[:100]  # a file name has at most 255 bytes
     return Path(data.cache_dir) / f"{name}-{digest}"
 
 
@@ -455,7 +450,8 @@ def _read_bytes(path: str) -> bytes:
 def _background() -> None:
     """The child process of `start`: its message, if the user has to mend something, goes to standard output."""
     _ignore_requests_to_stop()
-    data, tokenizer, progress, parent = pickle.load(sys.stdin.buffer)
+    registered, data, tokenizer, progress, parent = pickle.load(sys.stdin.buffer)
+    sources.SOURCES.update(registered)
     _end_with(parent)
     reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
     try:

@@ -1,11 +1,7 @@
-"""Where documents come from: `documents(source)` yields the texts of one source, always in the same order.
+"""Sources of documents: one class per source, registered in `SOURCES` under the name that `data.source` uses.
 
-1. `python_stdlib`: one document per module of the running interpreter's standard library.
-2. `text`: local files; a .txt, .md or .py file is one document, a record of .jsonl or .parquet is one document.
-3. `hf`: a Hugging Face data set, streamed.
-4. `mixture`: several of the above, interleaved so that their shares of the bytes follow their weights.
-
-A document may be empty; what reads documents here leaves empty ones out.
+To add a source, subclass `Source` and add the class to `SOURCES`; preparation, shard folders and mixtures ask the class
+for everything they need. A document may be empty: preparation leaves empty documents out.
 """
 
 import contextlib
@@ -17,6 +13,7 @@ import lzma
 import sys
 import sysconfig
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,30 +28,167 @@ HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachab
 logger = logging.getLogger(__name__)
 
 
-def documents(source: DataConfig | SourceConfig) -> Iterator[str]:
-    """The documents of `source`, in an order that depends on nothing but the source."""
-    if isinstance(source, DataConfig) and source.source == "mixture":
-        names = [_name(part) for part in source.mixture]
-        return interleave([documents(part) for part in source.mixture], [p.weight for p in source.mixture], names=names)
-    if source.source == "python_stdlib":
-        return _stdlib_documents()
-    if source.source == "text":
-        return itertools.chain.from_iterable(_read(path, source.text_field) for path in list_files(source.paths))
-    return _hub_documents(source)
+class Source(ABC):
+    """A stream of documents whose order depends on its configuration alone."""
+
+    IN_MIXTURE = True  # may be a part of a mixture
+
+    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+        """Check the configuration.
+
+        Args:
+            config: the whole `data`, or one part of `data.mixture`.
+            key: the name of `config` in messages.
+
+        Raises:
+            UserError: `config` lacks something that the source needs.
+        """
+        self.config, self.key = config, key
+
+    @property
+    def label(self) -> str:
+        """First part of the name of the folder with the shards."""
+        return self.config.source
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """Yield the texts of the source."""
+
+    @abstractmethod
+    def fingerprint(self) -> Any:
+        """Return JSON that identifies the content without reading it: changed files give another value."""
 
 
-def fingerprint(source: DataConfig | SourceConfig) -> Any:
-    """What identifies the content of `source` without reading it, as JSON: changed files give another value."""
-    if source.source == "none":
-        raise UserError("data.source=none: this model was converted, not trained here, and has no text; name one")
-    if isinstance(source, DataConfig) and source.source == "mixture":
-        return [fingerprint(part) for part in source.mixture]
-    if source.source == "python_stdlib":
+class PythonStdlib(Source):
+    """The running interpreter's standard library: one document per module, sorted by path."""
+
+    @property
+    def label(self) -> str:
+        return f"python_stdlib-{sys.version_info.major}.{sys.version_info.minor}"
+
+    def documents(self) -> Iterator[str]:
+        root = Path(sysconfig.get_path("stdlib"))
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+        for name in names:
+            if {"site-packages", "dist-packages", "__pycache__"}.isdisjoint(name.split("/")):
+                # a few test modules are written in other encodings
+                with contextlib.suppress(UnicodeDecodeError):
+                    yield (root / name).read_bytes().decode()
+
+    def fingerprint(self) -> Any:
         return [sys.version, sysconfig.get_path("stdlib")]
-    if source.source == "text":
-        stats = [(path, path.stat()) for path in list_files(source.paths)]
+
+
+class TextFiles(Source):
+    """Local files: a .txt, .md or .py file is one document, a record of .jsonl or .parquet is one document."""
+
+    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+        super().__init__(config, key)
+        if not config.paths:
+            raise UserError(f"{key}.paths is empty; name files or folders, for example {key}.paths=[corpus.jsonl]")
+
+    @property
+    def label(self) -> str:
+        return Path(self.config.paths[0]).name.split(".")[0]
+
+    def documents(self) -> Iterator[str]:
+        files = list_files(self.config.paths)
+        return itertools.chain.from_iterable(_read(path, self.config.text_field) for path in files)
+
+    def fingerprint(self) -> Any:
+        stats = [(path, path.stat()) for path in list_files(self.config.paths)]
         return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    return None
+
+
+class HubDataset(Source):
+    """A Hugging Face data set, streamed; a null is an empty document."""
+
+    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+        super().__init__(config, key)
+        if not config.dataset:
+            raise UserError(f"{key}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.dataset}-{self.config.subset}" if self.config.subset else str(self.config.dataset)
+
+    def documents(self) -> Iterator[str]:
+        import datasets
+        from datasets.exceptions import DatasetsError
+
+        config = self.config
+        assert config.dataset is not None
+        name = f"data.dataset={config.dataset}" + (f" (subset {config.subset})" if config.subset else "")
+        number = 0
+        try:
+            if not Path(config.dataset).is_dir():
+                _ask_hub(config.dataset)
+            stream = datasets.load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
+            for number, record in enumerate(stream, start=1):
+                if config.text_field not in record:
+                    choices = sorted(record)
+                    raise UserError(f"{name}: no field {config.text_field!r}; set data.text_field to one of {choices}")
+                text = record[config.text_field]
+                if text is not None and not isinstance(text, str):
+                    kind = type(text).__name__
+                    raise UserError(f"{name}, record {number}: field {config.text_field!r} holds {kind}")
+                yield text or ""
+        except UserError:
+            raise
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name}, split {config.split}: cannot be read after record {number}: {reason}") from error
+
+    def fingerprint(self) -> Any:
+        return None  # the hub's content is taken to be constant
+
+
+class Mixture(Source):
+    """Several sources, interleaved so that their shares of the bytes follow their weights."""
+
+    IN_MIXTURE = False
+
+    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+        super().__init__(config, key)
+        assert isinstance(config, DataConfig)
+        if not config.mixture:
+            raise UserError(f"{key}.source=mixture but {key}.mixture is empty; list at least one source")
+        self.weights = [part.weight for part in config.mixture]
+        self.parts = [make_source(part, f"{key}.mixture[{i}]") for i, part in enumerate(config.mixture)]
+
+    def documents(self) -> Iterator[str]:
+        names = []
+        for part in self.parts:
+            config = part.config
+            names.append(" ".join([config.source, *filter(None, [config.dataset, config.subset]), *config.paths]))
+        return interleave([part.documents() for part in self.parts], self.weights, names=names)
+
+    def fingerprint(self) -> Any:
+        return [part.fingerprint() for part in self.parts]
+
+
+SOURCES: dict[str, type[Source]] = {
+    "python_stdlib": PythonStdlib,
+    "text": TextFiles,
+    "hf": HubDataset,
+    "mixture": Mixture,
+}
+NO_TEXT = "none"  # source of a model that was converted from a Hugging Face folder: its text is not here
+
+
+def make_source(config: DataConfig | SourceConfig, key: str = "data") -> Source:
+    """Return the source that `config` names; `UserError` if there is none or its configuration is incomplete."""
+    if config.source == NO_TEXT:
+        raise UserError(f"{key}.source=none: this model was converted and has no training text; name a source")
+    choices = [name for name, kind in SOURCES.items() if kind.IN_MIXTURE or isinstance(config, DataConfig)]
+    if config.source not in choices:
+        raise UserError(f"{key}.source={config.source!r}: unknown source; choose from {', '.join(choices)}")
+    return SOURCES[config.source](config, key)
+
+
+def documents(config: DataConfig | SourceConfig) -> Iterator[str]:
+    """Yield the documents of the source that `config` names."""
+    return make_source(config).documents()
 
 
 def interleave(streams: list[Iterator[str]], weights: list[float], *, names: list[str]) -> Iterator[str]:
@@ -77,7 +211,7 @@ def interleave(streams: list[Iterator[str]], weights: list[float], *, names: lis
 
 
 def holds_documents(path: Path) -> bool:
-    """Whether the name of a file tells how documents lie in it."""
+    """Return whether the format of the documents in a file is known from its name."""
     return _suffix(path) is not None
 
 
@@ -197,49 +331,8 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _stdlib_documents() -> Iterator[str]:
-    """The standard library's modules, sorted by path; a few test modules are written in other encodings: left out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    for name in names:
-        if {"site-packages", "dist-packages", "__pycache__"}.isdisjoint(name.split("/")):
-            with contextlib.suppress(UnicodeDecodeError):
-                yield (root / name).read_bytes().decode()
-
-
-def _hub_documents(source: DataConfig | SourceConfig) -> Iterator[str]:
-    """The records of a streamed Hugging Face data set; a null is an empty document.
-
-    `datasets` retries a dead connection for many seconds, so the hub is asked once, with a time limit, first.
-    """
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    assert source.dataset is not None
-    name = f"data.dataset={source.dataset}" + (f" (subset {source.subset})" if source.subset else "")
-    number = 0
-    try:
-        if not Path(source.dataset).is_dir():
-            _ask_hub(source.dataset)
-        stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, streaming=True)
-        for number, record in enumerate(stream, start=1):
-            if source.text_field not in record:
-                raise UserError(
-                    f"{name}: no field {source.text_field!r}; set data.text_field to one of {sorted(record)}"
-                )
-            text = record[source.text_field]
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{name}, record {number}: field {source.text_field!r} holds {type(text).__name__}")
-            yield text or ""
-    except UserError:
-        raise
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name}, split {source.split}: cannot be read after record {number}: {reason}") from error
-
-
 def _ask_hub(dataset: str) -> None:
-    """Raise `UserError` unless the hub answers that it has `dataset`."""
+    """Raise `UserError` unless the hub has `dataset`: `datasets` itself would retry a dead connection for minutes."""
     import huggingface_hub
 
     try:
@@ -266,8 +359,3 @@ def _suffix(path: Path) -> str | None:
 
 def _all_suffixes() -> str:
     return ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
-
-
-def _name(source: SourceConfig) -> str:
-    """`source` as a message names it."""
-    return " ".join([source.source, *filter(None, [source.dataset, source.subset]), *source.paths])

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from osp.config import Config, to_dict
-from osp.data import Loader, data_step, existing_tokenizer, load_manifest, start, vocab_size
+from osp.data import Loader, data_step, existing_tokenizer, load_manifest, make_source, start, vocab_size
 from osp.device import compute_dtype, native_bf16, native_fp8, prepare_cpu
 from osp.distributed import Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
 from osp.errors import LostRankError, RunError, UserError
@@ -57,6 +57,7 @@ def setup(config: Config) -> Trainer:
     model = meta_model(config)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     groups_of(model, config.optimizer)  # raises if a rule does not fit
+    make_source(config.data)  # raises if it is unknown or names nothing to read
     device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from osp.config import DataConfig, TokenizerConfig, from_dict
+from osp.data import make_source
 from osp.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -20,9 +21,9 @@ def test_yaml_builds(path: Path) -> None:
     whole = {"train": {"steps": 1}, "model": {"vocab_size": 49152}, group: values}
     if name in INCOMPLETE:
         with pytest.raises(UserError, match=INCOMPLETE[name]):
-            from_dict(whole)
+            make_source(from_dict(whole).data)
     else:
-        from_dict(whole)
+        make_source(from_dict(whole).data)
 
 
 def test_defaults_are_those_of_the_dataclass() -> None:

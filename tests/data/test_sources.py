@@ -8,12 +8,13 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from osp.config import DataConfig, SourceConfig
+from osp.config import DataConfig, SourceConfig, from_dict
 from osp.data import documents
-from osp.data.sources import fingerprint, interleave
+from osp.data.sources import interleave, make_source
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -172,16 +173,44 @@ def test_mixture_of_sources(tmp_path: Path) -> None:
     parts = tuple(SourceConfig(paths=(str(tmp_path / f"{name}.jsonl"),), weight=w) for name, w in [("a", 1), ("b", 3)])
     config = DataConfig(source="mixture", mixture=parts)
     assert list(documents(config)) == ["a" * 10, "b" * 10]
-    assert fingerprint(config) == [fingerprint(part) for part in parts]
+    assert make_source(config).fingerprint() == [make_source(part).fingerprint() for part in parts]
 
 
 def test_fingerprint_sees_a_changed_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     config = DataConfig(source="text", paths=(str(tmp_path),))
-    before = fingerprint(config)
-    assert fingerprint(config) == before
+    before = make_source(config).fingerprint()
+    assert make_source(config).fingerprint() == before
     (tmp_path / "a.txt").write_text("other")
-    assert fingerprint(config) != before
+    assert make_source(config).fingerprint() != before
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        {"source": "csv"},
+        r"^data.source='csv': unknown source; choose from python_stdlib, text, hf, mixture$",
+    ),
+    "no text": ({"source": "none"}, r"^data.source=none: this model was converted and has no training text"),
+    "no paths": ({"source": "text"}, r"^data.paths is empty; .*data.paths=\[corpus.jsonl\]$"),
+    "no data set": ({"source": "hf"}, r"^data.dataset is not set; .*allenai/c4$"),
+    "empty mixture": ({"source": "mixture"}, r"^data.source=mixture but data.mixture is empty; list at least one"),
+    "part without paths": ({"source": "mixture", "mixture": [{}]}, r"^data.mixture\[0\].paths is empty"),
+    "part without data set": (
+        {"source": "mixture", "mixture": [{"paths": ["a"]}, {"source": "hf"}]},
+        r"^data.mixture\[1\].dataset is not set",
+    ),
+    "mixture in a mixture": (
+        {"source": "mixture", "mixture": [{"source": "mixture"}]},
+        r"^data.mixture\[0\].source='mixture': unknown source; choose from python_stdlib, text, hf$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_unfit_source_is_refused_in_one_line(case: str) -> None:
+    values, message = UNFIT[case]
+    with pytest.raises(UserError, match=message):
+        make_source(from_dict({"train": {"steps": 1}, "data": values}).data)
 
 
 def test_hub_source_streams_a_local_data_set(texts: list[str], tmp_path: Path) -> None:
