@@ -14,11 +14,11 @@ def main(values: dict[str, Any]) -> None:
     config = build(ConvertConfig, values, path="")
     if not config.path or not config.to or not config.out:
         raise UserError("name the model, its norm and the folder: python scripts/convert.py MODEL to=rmsnorm out=DIR")
-    from osp.convert.convert_model import convert_model
+    from osp.convert.change_norm import convert_folder
     from osp.device import choose_device
 
     device = choose_device(config.device)
-    print(convert_model(config.path, config.out, to=config.to, text=config.text, device=device))
+    print(convert_folder(config.path, config.out, to=config.to, text=config.text, device=device))
     print(config.out)
 
 

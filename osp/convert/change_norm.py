@@ -1,45 +1,90 @@
-"""Conversions that leave the function of a model as it is.
+"""`scripts/convert.py`: the same function with another norm, in a folder that every other script reads.
 
-Those that work in place replace tensors and never write into one, so that who holds the old ones can put them back.
-`convert` exchanges the norms (arXiv 2305.14858). With d channels, mean mu of x and s = mean(x^2) - mu^2,
+    OUT/config.yaml       the configuration of the run with the new model
+        tokenizer.json
+        checkpoints/      one checkpoint of weights alone: training starts from it with checkpoint.init_from=OUT
+        certificate.json  see osp.convert.same_function
+
+Conversions (arXiv 2305.14858). With d channels, mean mu of x and s = mean(x^2) - mu^2,
 
     LayerNorm    (x - mu) / sqrt(s + eps)
     RMSNorm      x / sqrt(s + mu^2 + eps)                                   the same if mu = 0
     CRMSNorm     x' / sqrt((sum(x'^2) + sum(x')^2) / d + eps)               x' = x without its last channel, mu = 0
 
-so eps carries over unchanged: under it stands the same number each time. A LayerNorm does not see mu, hence what
-writes into the residual stream may lose its mean over the channels, which makes mu = 0: W - mean_out(W). A reader of a
-stream with mu = 0 needs d - 1 channels, for x_d = -sum(x'): W x = (W[:, :-1] - W[:, -1:]) x'.
+so eps carries over unchanged: it is added to the same number each time. A LayerNorm ignores mu, hence the weights that
+write into the residual stream may lose their mean over the channels, which makes mu = 0: W - mean_out(W). A reader of a
+stream with mu = 0 needs d - 1 channels, since x_d = -sum(x'): W x = (W[:, :-1] - W[:, -1:]) x'.
 """
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig
+from osp.config import Config, DataConfig, ModelConfig, NormConfig, RunConfig, TokenizerConfig, TrainConfig, to_dict
+from osp.convert.same_function import FILE_NAME, Certificate, certify, read_certificate
 from osp.errors import UserError
+from osp.evaluation.language_model import LanguageModel, open_model
+from osp.evaluation.texts import read_text
+from osp.files import new_folder, write_text
 from osp.model.fold import fold_into_weights, norm_gain, residual_norms
+from osp.model.hf_llama import TOKENIZER
 from osp.model.norms import CRMSNorm, LayerNorm, Norm, SSNorm, block_norm, final_norm, head_norm
+from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
+from osp.run.checkpoint import Saver, whole_parameters
 
 CONVERTIBLE = ("layernorm", "rmsnorm", "ssnorm", "crmsnorm")
-# what they take for the mean of the residual stream: norms of one kind can be converted together
+# How a norm treats the mean of the residual stream: the norms of a model can be converted if all treat it alike.
 KINDS = {"layernorm": "subtracts the mean", "crmsnorm": "counts a channel that is not stored"}
-# of the largest weight: the means of a matrix that was recentred and then rounded to fp32 are smaller
+# Largest mean of a writer, relative to its largest weight, that counts as zero: that of a recentred matrix in fp32.
 ZERO_MEAN = 1e-6
 
 
-def convert(model: Transformer, to: str) -> Transformer:
-    """A float64 model with the norms `to` (a name of `CONVERTIBLE`) that computes what `model` computes.
+def convert_folder(
+    path: str | Path, out: str | Path, *, to: str, text: str = "held_out", device: torch.device | str = "cpu"
+) -> Certificate:
+    """Write the model at `path` with the norm `to` to the new folder `out` and return the certificate.
+
+    Raises `UserError` and leaves no folder if there is no such model or the conversion is not exact enough.
+
+    Args:
+        path: a run, a checkpoint or a Hugging Face folder.
+        to: a name of `CONVERTIBLE`.
+        text: name of the text that both models are compared on (`osp.evaluation.texts`).
+    """
+    out = Path(out)
+    with new_folder(out) as folder:
+        subject = open_model(path, device=device)
+        steps = conversion_steps(subject.model.config, to)  # refuses a model before a text is read
+        if subject.conversion is not None:
+            read_certificate(subject)
+        if subject.eos_id is None or subject.tokenizer.id_to_token(subject.eos_id) is None:
+            raise UserError(f"{path}: config.json has no eos_token_id that the tokenizer knows; add it there")
+        tokens = read_text(text, subject)
+        exact = change_norms(subject.model, to)
+        stored = copy.deepcopy(exact).float()
+        stored.compute_dtype = torch.float32
+        certificate = certify(subject, exact, stored, tokens, steps=steps, path=out)
+        _write(folder, subject, stored, _run_config(subject, stored.config, out), steps)
+        write_text(folder / FILE_NAME, json.dumps(dataclasses.asdict(certificate), indent=1) + "\n")
+    return certificate
+
+
+def change_norms(model: Transformer, to: str) -> Transformer:
+    """Return a fp64 model with the norms `to` (a name of `CONVERTIBLE`) that computes the same as `model`.
 
     Projections, the scale of the embedding, recentring, the scales of `norm.lns` and the biases of norms move into the
-    weights first. Gains stay where both norms have one per channel, else they move too. crmsnorm has one channel less.
-    Raises `UserError` with the reason where there is no such model.
+    weights first. Gains stay if both norms have one per channel and move otherwise. crmsnorm has one channel less.
+    Raises `UserError` with the reason if there is no such model.
     """
-    config = converted_config(model.config, to)
+    config = change_config(model.config, to)
     source = copy.deepcopy(model).double()
     fold_into_weights(source)
     source_name = source.config.norm.name
@@ -54,11 +99,11 @@ def convert(model: Transformer, to: str) -> Transformer:
         _append_channel(tensors, source)
     elif to == "crmsnorm" and source_name != "crmsnorm":
         _drop_channel(tensors, source)
-    return _filled(config, tensors)
+    return _build(config, tensors)
 
 
-def converted_config(config: ModelConfig, to: str) -> ModelConfig:
-    """The configuration of what `convert` makes of such a model; `UserError` where there is no such model."""
+def change_config(config: ModelConfig, to: str) -> ModelConfig:
+    """Return the configuration of the model that `change_norms` returns; `UserError` if there is no such model."""
     if to not in CONVERTIBLE:
         raise UserError(f"to={to}: choose from {', '.join(CONVERTIBLE)}")
     block, final = block_norm(config), final_norm(config)
@@ -107,8 +152,8 @@ def converted_config(config: ModelConfig, to: str) -> ModelConfig:
 
 
 def conversion_steps(config: ModelConfig, to: str) -> list[str]:
-    """What `convert` does to a model of this configuration, in its order, in words."""
-    after, norms = converted_config(config, to), (block_norm(config), final_norm(config))
+    """Return the steps of `change_norms` for a model of this configuration, in order and in words."""
+    after, norms = change_config(config, to), (block_norm(config), final_norm(config))
     done = {
         "recentring made part of the weights": config.recentre,
         "embedding projections absorbed": config.embed_proj,
@@ -124,14 +169,8 @@ def conversion_steps(config: ModelConfig, to: str) -> list[str]:
     return [step for step, applies in done.items() if applies]
 
 
-# --- in place -----------------------------------------------------------------------------------------------------
-
-
-# --- parts of the model -------------------------------------------------------------------------------------------
-
-
 def _keeps_gain(norm: Norm, to: str) -> bool:
-    """Whether a norm of the kind `to` can have the gain of this one."""
+    """Return whether a norm of the kind `to` can hold the gain of `norm`."""
     if to == "ssnorm":
         return isinstance(norm, SSNorm)
     return to in ("rmsnorm", "layernorm") and not isinstance(norm, CRMSNorm)
@@ -141,18 +180,19 @@ def _has_bias(norm: Norm) -> bool:
     return isinstance(norm, LayerNorm) and norm.bias is not None
 
 
-def _writers(tensors: Iterable[str]) -> dict[str, int]:
-    """Names of the tensors that write into the residual stream, and their dimension of its channels."""
-    outputs = {f"{module}.{kind}" for module in ("o_proj", "down_proj") for kind in ("weight", "bias")}
-    writers = {name: 0 for name in tensors if ".".join(name.split(".")[-2:]) in outputs}
+def _stream_writers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return the names of the tensors that write into the residual stream, each with its dimension of channels."""
+    matrices = tuple(matrix for matrix, _ in SUBLAYER_WRITERS)
+    writers = {name: 0 for name in tensors if name.rpartition(".")[0].endswith(matrices)}
     return {"embed_tokens.weight": 1, **writers}
 
 
-# --- steps of `convert`, on fp64 tensors by name ------------------------------------------------------------------
+def _stream_readers(model: Transformer) -> list[str]:
+    return [f"{reader}.weight" for _, _, readers in residual_norms(model) for reader in readers]
 
 
 def _fold_norms(tensors: dict[str, Tensor], model: Transformer, to: str) -> None:
-    """Move biases, and gains that the norm `to` cannot have, into the readers; a norm without a tensor has gain 1."""
+    """Move the biases of norms, and gains that the norm `to` cannot hold, into the matrices that read them."""
     for name, norm, readers in residual_norms(model):
         gain = norm_gain(norm, model.config.hidden_size).to(model.lm_head.weight.device)
         bias = tensors.pop(f"{name}.bias", None)
@@ -169,41 +209,39 @@ def _fold_norms(tensors: dict[str, Tensor], model: Transformer, to: str) -> None
 
 
 def _recentre(tensors: dict[str, Tensor]) -> None:
-    for name, channels in _writers(tensors).items():
+    for name, channels in _stream_writers(tensors).items():
         tensors[name] = tensors[name] - tensors[name].mean(channels, keepdim=True)
 
 
 def _drop_channel(tensors: dict[str, Tensor], model: Transformer) -> None:
-    for name, channels in _writers(tensors).items():
+    for name, channels in _stream_writers(tensors).items():
         tensors[name] = tensors[name].narrow(channels, 0, tensors[name].shape[channels] - 1)
-    for _, _, readers in residual_norms(model):
-        for name in (f"{reader}.weight" for reader in readers):
-            tensors[name] = tensors[name][:, :-1] - tensors[name][:, -1:]
+    for name in _stream_readers(model):
+        tensors[name] = tensors[name][:, :-1] - tensors[name][:, -1:]
 
 
 def _append_channel(tensors: dict[str, Tensor], model: Transformer) -> None:
-    for name, channels in _writers(tensors).items():
+    for name, channels in _stream_writers(tensors).items():
         last = -tensors[name].sum(channels, keepdim=True)
         tensors[name] = torch.cat((tensors[name], last), channels)
-    for _, _, readers in residual_norms(model):
-        for name in (f"{reader}.weight" for reader in readers):
-            tensors[name] = torch.cat((tensors[name], torch.zeros_like(tensors[name][:, :1])), 1)
+    for name in _stream_readers(model):
+        tensors[name] = torch.cat((tensors[name], torch.zeros_like(tensors[name][:, :1])), 1)
 
 
 def _check_zero_mean(tensors: dict[str, Tensor], model: Transformer, to: str) -> None:
-    for name, channels in _writers(tensors).items():
+    for name, channels in _stream_writers(tensors).items():
         share = (tensors[name].mean(channels).abs().max() / tensors[name].abs().max()).item()
         if share > ZERO_MEAN:
             raise UserError(
                 f"norm.name={model.config.norm.name} to={to}: the residual stream has a mean ({name}: {share:.1e} of "
-                f"its largest weight), which {to} does not see; only a model that was a LayerNorm's or trained with "
-                "recentre=true has none"
+                f"its largest weight), which {to} ignores; only models converted from layernorm or trained with "
+                "recentre=true have none"
             )
 
 
 @torch.no_grad()
-def _filled(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
-    """The fp64 model of `config` with these tensors; gains without one are 1, biases that came with others 0."""
+def _build(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
+    """Return the fp64 model of `config` with these tensors; gains that are missing are 1, biases 0."""
     with torch.device("meta"):
         model = Transformer(config).double()
     model.to_empty(device=tensors["lm_head.weight"].device)
@@ -216,10 +254,45 @@ def _filled(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
         if value is None:
             assert name.endswith((".bias", "norm.weight")), name
             value = torch.zeros_like(parameter) if name.endswith(".bias") else parameter.detach()
-        elif value.numel() > parameter.numel():  # a gain per channel where there is one for all
+        elif value.numel() > parameter.numel():  # a gain per channel for a norm with a single one
             if (value != value[0]).any():
                 raise UserError(f"{name}: its gains differ, and to={config.norm.name} has one for all channels")
             value = value[:1]
         parameter.copy_(value)
     assert not tensors, list(tensors)
     return model.eval()
+
+
+def _write(folder: Path, subject: LanguageModel, model: Transformer, config: Config, steps: list[str]) -> None:
+    source = subject.run or subject.folder
+    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+    step = subject.step or 0
+    manifest: dict[str, Any] = {
+        "step": step,
+        "tokens": step * config.train.tokens_per_step,
+        "config": to_dict(config),
+        "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "conversion": {"steps": steps, "bos_id": subject.bos_id},
+    }
+    saver = Saver(folder / "checkpoints", keep_last=0, keep_every=0, token="convert", rank=0, gather=lambda x: [x])
+    saver.begin(whole_parameters(model), rng={}, buffers=dict(model.named_buffers()), manifest=manifest)
+    if error := saver.finish().error:
+        raise OSError(error)
+
+
+def _run_config(subject: LanguageModel, model: ModelConfig, out: Path) -> Config:
+    """Return the configuration of the run that trained the model, or one without data for a Hugging Face model."""
+    run = RunConfig(name=out.name, dir=str(out))
+    if subject.config is not None:
+        return dataclasses.replace(subject.config, run=run, model=model)
+    eos_token = subject.tokenizer.id_to_token(subject.eos_id or 0)
+    assert eos_token is not None
+    seq_len = min(2048, model.max_position_embeddings)
+    return Config(
+        run=run,
+        model=model,
+        train=TrainConfig(steps=1, seq_len=seq_len, tokens_per_step=seq_len),
+        data=DataConfig(source="none"),
+        tokenizer=TokenizerConfig(train=False, path=str(out / TOKENIZER), eos_token=eos_token),
+    )

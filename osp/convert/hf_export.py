@@ -1,8 +1,8 @@
-"""A trained model as a stock Hugging Face Llama: `transformers`, vLLM and llama.cpp load it without code of ours.
+"""Export a trained model as a stock Hugging Face Llama: `transformers`, vLLM and llama.cpp load it without our code.
 
-The projections are absorbed (the head is untied from the embedding then), so are recentring and scales, an SSNorm
-becomes an RMSNorm whose gains are all the same, and nothing else changes, as names and layout are Hugging Face's
-already. What was written is read back and compared with the model that was trained before the folder gets its name.
+Projections (the head is untied from the embedding then), recentring and scales are folded into the weights, and an
+SSNorm becomes an RMSNorm with equal gains. Nothing else changes, since names and layout are Hugging Face's already. The
+folder gets its name after the files were read back and compared with the trained model.
 """
 
 import dataclasses
@@ -10,37 +10,35 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from osp.config import ModelConfig
-from osp.convert.change_norm import converted_config
-from osp.convert.model_card import model_card
-from osp.convert.same_function import Certificate, read_certificate
+from osp.convert.change_norm import change_config
+from osp.convert.model_card import FOUR_BITS, Exported, model_card
+from osp.convert.same_function import (
+    FP32_TOLERANCE,
+    check_same_function,
+    check_same_perplexity,
+    compared_perplexity,
+    observe_function,
+    read_certificate,
+)
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.fold import fold_into_weights, norm_gain
-from osp.model.hf_llama import BODY, CONFIG, HEAD, INDEX, TOKENIZER, WEIGHTS, load_hf
+from osp.model.hf_llama import BODY, CONFIG, HEAD, TOKENIZER, load_hf
 from osp.model.norms import NORMS, Norm, RMSNorm, SSNorm
 from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.apply import quantized
-from osp.quant.spec import QuantSpec
 
-Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOGIT_TOLERANCE = 1e-5  # of the largest logit
-# of the perplexity; of bf16 the weights' rounding, 2^-9 each, is all there is
-PERPLEXITY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-CHECKED_TOKENS = 16_384
-FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest: what the model card says that 4 bits cost
 
 WHY_NOT = {
     "bhyt": "it bounds activations with a tanh and shares a statistic between two norms",
@@ -52,62 +50,73 @@ WHY_NOT = {
 }
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written, and how it compares."""
-
-    folder: Path
-    logit_error: float  # largest difference over largest logit, fp32, before the weights are rounded to their dtype
-    perplexity: float  # of the trained model
-    exported_perplexity: float
-
-
 def export(
     run: str | Path,
     out: str | Path,
     *,
-    dtype: Dtype = "fp32",
+    dtype: str = "fp32",
     max_shard_size: str = "5GB",
     text: str = "held_out",
     device: torch.device | str = "cpu",
 ) -> Exported:
-    """Write the model of a run or checkpoint to the folder `out`, which does not exist yet.
+    """Write the model of a run or checkpoint to the new folder `out`.
 
-    text: the name of the text that both models are compared on. Raises `UserError` for a model that no stock Llama
-    equals, and if what was written does not compute what was trained; then nothing is left behind.
+    Raises `UserError` and leaves no folder if no stock Llama computes the same, or if the files do not.
+
+    Args:
+        dtype: of the stored weights, a key of `DTYPES`.
+        max_shard_size: of one file of weights, such as `5GB`.
+        text: name of the text that both models are compared on (`osp.evaluation.texts`).
     """
-    out = Path(out)
-    shard_bytes = size_in_bytes(max_shard_size)
+    out, shard_bytes = Path(out), size_in_bytes(max_shard_size)
     with new_folder(out) as folder:
         subject = open_model(run, device=device)
         if subject.run is None:
             raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
-        check_exportable(subject.model.config, path=run)
-        eps = _shared_eps(subject.model)
+        model = subject.model
+        check_exportable(model.config, path=run)
+        eps = _shared_eps(model)
         certificate = None if subject.conversion is None else read_certificate(subject)
         tokens = read_text(text, subject)
-        exported = _write(
-            subject, folder, tokens, dtype=dtype, shard_bytes=shard_bytes, eps=eps, certificate=certificate
+        trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
+        fold_into_weights(model)
+        folded = check_same_function("folding projections and scales", trained, observe_function(model), FP32_TOLERANCE)
+        special = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
+        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, eps=eps, **special)
+        _write_tokenizer(subject, folder)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype]).float()
+        loaded = load_hf(folder).to(device)
+        check_same_function("reading back the files", observe_function(model), observe_function(loaded), FP32_TOLERANCE)
+        exported_perplexity = compared_perplexity(loaded, tokens)
+        check_same_perplexity(tokens, perplexity, exported_perplexity, dtype=dtype)
+        with quantized(loaded, FOUR_BITS):
+            quantized_perplexity = compared_perplexity(loaded, tokens)
+        exported = Exported(
+            out, dtype, tokens.name, folded.relative, perplexity, exported_perplexity, quantized_perplexity
         )
-    return Exported(out, **exported)
+        write_text(folder / "README.md", model_card(subject, exported, certificate))
+    return exported
 
 
 def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
-    """Raise `UserError` with the reason, and a way out where there is one, if no stock Llama equals such a model.
+    """Raise `UserError` with the reason, and a fix if there is one, if no stock Llama computes the same as a model.
 
-    path: what the user named.
+    path: the argument of the user, for the message.
     """
     final = config.norm.final or NORMS[config.norm.name].final or config.norm.name
     for key, name in (("norm.name", config.norm.name), ("norm.final", final)):
         if name not in ("rmsnorm", "ssnorm"):
-            raise UserError(f"{key}={name}: a stock Llama has no such norm, {WHY_NOT[name]}; {_way_out(config, path)}")
+            raise UserError(
+                f"{key}={name}: a stock Llama has no such norm, {WHY_NOT[name]}; {_suggest_conversion(config, path)}"
+            )
     for key, holds, what in (
         ("norm.placement=peri", config.norm.placement == "peri", "norm after a sublayer"),
         ("qk_norm=true", config.qk_norm, "norm of queries and keys"),
         ("ffn_norm=true", config.ffn_norm, "norm inside its MLP"),
         ("attention.gate=true", config.attention.gate, "gate after attention"),
         ("attention.off_by_one=true", config.attention.off_by_one, "1 in the denominator of its softmax"),
-        (f"model.hidden_act={config.hidden_act}", config.hidden_act != "silu", "activation but silu in its MLP"),
+        (f"model.hidden_act={config.hidden_act}", config.hidden_act != "silu", "other activation than silu in its MLP"),
         ("model.head_bias=true", config.head_bias, "bias of the head (here that of the last LayerNorm, folded)"),
     ):
         if holds:
@@ -115,14 +124,22 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"model.hidden_size={config.hidden_size} is no multiple of model.num_attention_heads="
-            f"{config.num_attention_heads}, which transformers demands of a Llama, whatever its head_dim"
+            f"{config.num_attention_heads}, which transformers requires of a Llama with any head_dim"
         )
 
 
-def hf_config(
-    model: Transformer, *, dtype: Dtype, eps: float, bos_id: int | None, eos_id: int | None
-) -> dict[str, Any]:
-    """`config.json` of a model whose projections are absorbed, in the layout that all versions read."""
+def _suggest_conversion(config: ModelConfig, path: str | Path) -> str:
+    """Return the fix for a norm that a stock Llama does not have."""
+    try:
+        check_exportable(change_config(config, "rmsnorm"), path=path)
+    except UserError as error:
+        reason = f" ({error})" if config.norm.name in ("layernorm", "crmsnorm") else ""
+        return f"runs with norm=ssnorm and norm=rmsnorm export{reason}"
+    return f"convert it first: python scripts/convert.py {path} to=rmsnorm out=DIR"
+
+
+def hf_config(model: Transformer, *, dtype: str, eps: float, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """Return `config.json` of a model without projections, in the layout that all versions of transformers read."""
     config = model.config
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -149,7 +166,7 @@ def hf_config(
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    """What `config.json` says of it; linear scaling knows its factor alone."""
+    """Return RoPE scaling for `config.json`; linear scaling has a factor only."""
     if config.rope_scaling is None:
         return None
     values = dataclasses.asdict(config.rope_scaling)
@@ -157,101 +174,36 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def size_in_bytes(size: str) -> int:
-    """Bytes of a size such as `5GB` or `500MB`."""
+    """Return the bytes of a size such as `5GB` or `500MB`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip().upper())
     if not match or float(match[1]) <= 0:
         raise UserError(f"max_shard_size={size!r}: write a size such as 5GB or 500MB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
-def _way_out(config: ModelConfig, path: str | Path) -> str:
-    """What to do about a norm that a stock Llama does not have."""
-    try:
-        check_exportable(converted_config(config, "rmsnorm"), path=path)
-    except UserError as error:
-        reason = f" ({error})" if config.norm.name in ("layernorm", "crmsnorm") else ""
-        return f"runs with norm=ssnorm and norm=rmsnorm export{reason}"
-    return f"convert it first: python scripts/convert.py {path} to=rmsnorm out=DIR"
-
-
-def _write(
-    subject: LanguageModel,
-    folder: Path,
-    text: Text,
-    *,
-    dtype: Dtype,
-    shard_bytes: int,
-    eps: float,
-    certificate: Certificate | None,
-) -> dict[str, float]:
-    """Fill `folder`, and compare it with the model; `subject`'s model is another one afterwards."""
-    model, device = subject.model, subject.device
-    trained_logits, trained = _logits(model), _perplexity(model, text)
-    fold_into_weights(model)
-    logit_error = _compare("folding projections and scales", trained_logits, _logits(model))
-    write_llama(
-        model, folder, dtype=dtype, shard_bytes=shard_bytes, eps=eps, bos_id=subject.bos_id, eos_id=subject.eos_id
-    )
-    _write_tokenizer(subject, folder)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype]).float()
-    loaded = load_hf(folder).to(device)
-    _compare("reading back what was written", _logits(model), _logits(loaded))
-    exported = _perplexity(loaded, text)
-    if not abs(exported - trained) <= PERPLEXITY_TOLERANCE[dtype] * trained:
-        raise UserError(
-            f"perplexity of {text.name} is {exported:.5f} as exported and {trained:.5f} as trained; not written"
-        )
-    with quantized(loaded, FOUR_BITS):
-        four_bits = (str(FOUR_BITS), FOUR_BITS.hash, _perplexity(loaded, text))
-    figures = {"logit_error": logit_error, "perplexity": trained, "exported_perplexity": exported}
-    assert subject.run is not None
-    card = model_card(
-        subject,
-        subject.run,
-        text=text.name,
-        dtype=dtype,
-        four_bits=four_bits,
-        certificate=certificate,
-        **figures,
-    )
-    write_text(folder / "README.md", card)
-    return figures
-
-
 def write_llama(
     model: Transformer,
     folder: Path,
     *,
-    dtype: Dtype,
+    dtype: str,
     shard_bytes: int,
     eps: float,
     bos_id: int | None,
     eos_id: int | None,
 ) -> None:
-    """`config.json` and weights of a model whose projections are absorbed.
+    """Write `config.json` and the weights of a model without projections.
 
-    Safetensors of at most `shard_bytes` each (a tensor is never cut), and their index if there are several.
+    The weights are safetensors of at most `shard_bytes` each (no tensor is cut), and an index if there are several.
     """
     _write_json(folder / CONFIG, hf_config(model, dtype=dtype, eps=eps, bos_id=bos_id, eos_id=eos_id))
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in _hf_tensors(model):
-        value = tensor.to(DTYPES[dtype]).cpu().contiguous()
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + value.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = value
-    stem, suffix = WEIGHTS.split(".")
-    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.{suffix}" for i in range(1, len(shards) + 1)]
-    for name, shard in zip([WEIGHTS] if len(shards) == 1 else names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    tensors = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in _hf_tensors(model)}
+    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
+    for path in folder.glob("*.safetensors"):  # created for the owner alone; as readable as the other files
+        path.chmod((folder / CONFIG).stat().st_mode)
 
 
 def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its Hugging Face name, norms as one gain per channel."""
+    """Yield every weight with its Hugging Face name, norms as one gain per channel."""
     hidden_size = model.config.hidden_size
     for name, module in model.named_modules():
         if isinstance(module, Norm):
@@ -264,7 +216,7 @@ def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
-    """The run's tokenizer.json, and what `transformers` has to know besides."""
+    """Write the run's tokenizer.json and the settings of `transformers`."""
     assert subject.run is not None
     shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
     settings = {
@@ -285,35 +237,11 @@ def _token(subject: LanguageModel, token_id: int | None) -> str | None:
 
 
 def _shared_eps(model: Transformer) -> float:
-    """The eps of all norms; `UserError` if they have several: a stock Llama has one."""
-    found = {module.eps for module in model.modules() if isinstance(module, RMSNorm | SSNorm)}
-    if len(found) > 1:
-        raise UserError(f"the norms have several eps, {sorted(found)}; a stock Llama has one for all")
-    return found.pop()
-
-
-@torch.no_grad()
-def _logits(model: Transformer) -> Tensor:
-    """(2, T, V) fp32 of random tokens, the same in every call."""
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (2, min(64, config.max_position_embeddings)), generator=generator)
-    return model(ids.to(model.embed_tokens.weight.device)).float()
-
-
-def _perplexity(model: Transformer, text: Text) -> float:
-    seq_len = min(2048, model.config.max_position_embeddings)
-    return perplexity(model, text, seq_len=seq_len, max_tokens=CHECKED_TOKENS).perplexity
-
-
-def _compare(what: str, expected: Tensor, found: Tensor) -> float:
-    """The largest difference over the largest logit; `UserError` if that is too much."""
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not error <= LOGIT_TOLERANCE:  # nan as well
-        raise UserError(
-            f"{what} changes the logits by {error:.1e} of the largest, above {LOGIT_TOLERANCE}; not written"
-        )
-    return error
+    """Return the eps of all norms; `UserError` if they differ, because a stock Llama has one."""
+    values = {module.eps for module in model.modules() if isinstance(module, RMSNorm | SSNorm)}
+    if len(values) > 1:
+        raise UserError(f"the norms have several eps, {sorted(values)}; a stock Llama has one for all")
+    return values.pop()
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

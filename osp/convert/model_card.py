@@ -1,5 +1,7 @@
 """The README.md of an exported model: recipe, curves and evaluations of the run that trained it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,29 @@ from osp.convert.same_function import Certificate
 from osp.evaluation.language_model import LanguageModel
 from osp.files import read_lines
 from osp.model.transformer import count_parameters
+from osp.quant.spec import QuantSpec
 from osp.run.evaluations import read_evaluation
 from osp.tables import markdown_table
 
+FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest
+TITLE = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model{trained} exported by `osp` as a stock Llama.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
 CURVE_ROWS = 10
+Events = Sequence[dict[str, Any]]  # of metrics.jsonl
 CURVES = {  # heading -> key of metrics.jsonl
     "validation loss": "val/loss",
     "bits per byte": "val/bits_per_byte",
@@ -23,56 +44,52 @@ CURVES = {  # heading -> key of metrics.jsonl
 }
 
 
-def model_card(
-    subject: LanguageModel,
-    run: Path,
-    *,
-    text: str,
-    dtype: str,
-    logit_error: float,
-    perplexity: float,
-    exported_perplexity: float,
-    four_bits: tuple[str, str, float],
-    certificate: Certificate | None = None,
-) -> str:
-    """Markdown. text: name of the text that the perplexities are of; the rest: see `osp.convert.hf_export.Exported`.
+@dataclass(frozen=True)
+class Exported:
+    """The result of an export; the perplexities are of the first tokens of `text`."""
 
-    four_bits: a quantization in words, its hash, and the exported model's perplexity under it. certificate: of a model
-    that was converted.
+    folder: Path
+    dtype: str  # of the stored weights
+    text: str
+    logit_error: float  # largest difference over largest logit, fp32, before the weights are rounded to `dtype`
+    perplexity: float  # of the trained model
+    exported_perplexity: float
+    quantized_perplexity: float  # of the exported model under `FOUR_BITS`
+
+
+def model_card(subject: LanguageModel, exported: Exported, certificate: Certificate | None = None) -> str:
+    """Return the Markdown of an exported model.
+
+    Args:
+        subject: the model of a run.
+        certificate: of the conversion of its norms, if there was one.
     """
-    config, (words, spec_hash, quantized_perplexity) = subject.config, four_bits
+    config, run = subject.config, subject.run
     assert config is not None
-    end = [event for event in read_lines(run / "metrics.jsonl") if event.get("step") == subject.step]
-    tokens = end[-1]["tokens"] if end else (subject.step or 0) * config.train.tokens_per_step
+    assert run is not None
+    events = read_lines(run / "metrics.jsonl")
     trained_here = config.data.source != "none"
     trained = " trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697)," if trained_here else ","
-    sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {config.run.name}\n\nA language model{trained} exported by `osp` as a stock Llama.",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```',
-    ]
-    if trained_here:
-        sections.append(f"## Recipe\n\n{markdown_table(['', ''], _recipe(subject, config, tokens=tokens))}")
-    if certificate is not None:
-        sections.append(_conversion(certificate))
-    curves = _curves(run, subject.step)
-    if curves:
-        sections.append(f"## Curves\n\n{curves}")
-    evaluations = _evaluations(run)
-    if evaluations:
-        sections.append(f"## Evaluation\n\n{evaluations}")
-    sections.append(
-        f"## Export\n\nWeights are {dtype}. Absorbing projections and scales moved the logits by {logit_error:.1e} "
-        f"of the largest. Perplexity of the first tokens of `{text}`: {perplexity:.4f} as trained, "
-        f"{exported_perplexity:.4f} as exported, {quantized_perplexity:.4f} fake-quantized to {words} [{spec_hash}]."
-    )
-    return "\n\n".join(sections) + "\n"
+    sections = {
+        "Recipe": markdown_table(["", ""], _recipe(subject, config, events)) if trained_here else "",
+        "Conversion": "" if certificate is None else _conversion(certificate),
+        "Curves": _curves(events, subject.step),
+        "Evaluation": _evaluations(run),
+        "Export": (
+            f"Weights are {exported.dtype}. Absorbing projections and scales moved the logits by "
+            f"{exported.logit_error:.1e} of the largest. Perplexity of the first tokens of `{exported.text}`: "
+            f"{exported.perplexity:.4f} as trained, {exported.exported_perplexity:.4f} as exported, "
+            f"{exported.quantized_perplexity:.4f} fake-quantized to {FOUR_BITS} [{FOUR_BITS.hash}]."
+        ),
+    }
+    title = TITLE.format(name=config.run.name, trained=trained)
+    return title + "".join(f"\n## {heading}\n\n{text}\n" for heading, text in sections.items() if text)
 
 
-def _recipe(subject: LanguageModel, config: Config, *, tokens: int) -> list[list[str]]:
+def _recipe(subject: LanguageModel, config: Config, events: Events) -> list[list[str]]:
     optimizer, schedule, train, data = config.optimizer, config.schedule, config.train, config.data
+    at_end = [event["tokens"] for event in events if event.get("step") == subject.step]
+    tokens = at_end[-1] if at_end else (subject.step or 0) * train.tokens_per_step
     source = ", ".join([data.source, *filter(None, [data.dataset, data.subset]), *data.paths])
     rules = ", ".join(f"{role} {rule}" for role, rule in optimizer.rules.items())
     return [
@@ -94,17 +111,17 @@ def _recipe(subject: LanguageModel, config: Config, *, tokens: int) -> list[list
 def _conversion(certificate: Certificate) -> str:
     perplexity = certificate.perplexity
     return (
-        f"## Conversion\n\nConverted from {certificate.before.norm} ({certificate.before.hidden_size} channels) to "
+        f"Converted from {certificate.before.norm} ({certificate.before.hidden_size} channels) to "
         f"{certificate.after.norm} ({certificate.after.hidden_size} channels): {', '.join(certificate.steps)}. That "
         f"moved the logits by {certificate.stored.relative:.1e} of the largest, and the perplexity of "
         f"`{perplexity.text}` from {perplexity.before:.5f} to {perplexity.after:.5f}."
     )
 
 
-def _curves(run: Path, step: int | None) -> str:
-    """What was measured on the way to `step`, at most `CURVE_ROWS` of the steps with a validation, evenly chosen."""
+def _curves(events: Events, step: int | None) -> str:
+    """Return a table of at most `CURVE_ROWS` evenly spaced measurements up to `step`."""
     steps: dict[int, dict[str, Any]] = {}
-    for event in read_lines(run / "metrics.jsonl"):
+    for event in events:
         if step is None or event["step"] <= step:
             steps.setdefault(event["step"], {}).update(event)
     rows = [event for event in steps.values() if any(event.get(key) is not None for key in CURVES.values())]
@@ -123,7 +140,7 @@ def _curves(run: Path, step: int | None) -> str:
 
 
 def _evaluations(run: Path) -> str:
-    """The results that `scripts/evaluate.py` has left in the run."""
+    """Return a table of the results that `scripts/evaluate.py` stored in the run."""
     rows = []
     for path in sorted((run / EVALUATIONS).glob("*.json")):
         record = read_evaluation(path)

@@ -63,7 +63,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """Of a checkpoint that osp.convert.convert_model wrote: weights alone, and no text that it was trained on here."""
+    """Of a checkpoint that osp.convert.change_norm wrote: weights alone, and no text that it was trained on here."""
 
     steps: tuple[str, ...]  # what was done, in words
     bos_id: CountOrZero | None  # the token that a text begins with, where it is another than the one that ends it

@@ -67,6 +67,7 @@ def test_exported_run_is_the_trained_model_in_transformers(run: Path, tmp_path: 
     exported = export(run, tmp_path / "new" / "out", max_shard_size="30KB")
     assert exported.folder == tmp_path / "new" / "out"
     assert len(list(exported.folder.glob("model-*.safetensors"))) > 2
+    assert {path.stat().st_mode for path in exported.folder.iterdir()} == {(run / "config.yaml").stat().st_mode}
     assert max(p.stat().st_size for p in exported.folder.glob("*.safetensors")) < 45_000  # the largest tensor: 41 kB
     theirs, ours = load_in_transformers(exported.folder), load_model(run)
     assert relative_error(theirs(IDS).logits, ours(IDS)) < 1e-5
@@ -205,12 +206,12 @@ def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", absorb)
     tensors = osp.convert.hf_export._hf_tensors
     monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", lambda model: ((n, t * 1.001) for n, t in tensors(model)))
-    with pytest.raises(UserError, match=r"reading back what was written changes the logits"):
+    with pytest.raises(UserError, match=r"reading back the files changes the logits"):
         export(run, tmp_path / "out")
     monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", tensors)
     numbers = iter((20.0, 20.1))
-    monkeypatch.setattr(osp.convert.hf_export, "_perplexity", lambda *_: next(numbers))
-    with pytest.raises(UserError, match=r"perplexity of held_out is 20.10000 as exported and 20.00000 as trained"):
+    monkeypatch.setattr(osp.convert.hf_export, "compared_perplexity", lambda *_: next(numbers))
+    with pytest.raises(UserError, match=r"perplexity of held_out is 20.00000 before and 20.10000 after; not written"):
         export(run, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == before
 

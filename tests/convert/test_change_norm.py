@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import AttentionConfig, ModelConfig, NormConfig
-from osp.convert.change_norm import CONVERTIBLE, conversion_steps, convert, converted_config
+from osp.convert.change_norm import CONVERTIBLE, change_config, change_norms, conversion_steps
 from osp.errors import UserError
 from osp.model.fold import fold_into_weights
 from osp.model.norms import Norm
@@ -78,11 +78,11 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
     model = random_model(norm, **shape)
     before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
     for to in targets:
-        found = convert(model, to)
+        found = change_norms(model, to)
         assert_same_function(found, model)
         names = {type(m).__name__.lower() for n, m in found.named_modules() if isinstance(m, Norm) and "_norm" not in n}
         assert names == {to}
-        assert found.config == converted_config(model.config, to)
+        assert found.config == change_config(model.config, to)
         assert (found.config.embed_proj, found.config.recentre, found.config.norm.lns) == (False, False, False)
         for name, parameter in model.named_parameters():  # not one bit of the source
             assert parameter.data is not None
@@ -94,15 +94,15 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
 def test_there_and_back(bias: bool) -> None:
     """LayerNorm -> RMSNorm -> CRMSNorm (d - 1) -> RMSNorm -> LayerNorm -> CRMSNorm: the same weights again."""
     model = random_model({"name": "layernorm", "bias": bias})
-    rms = convert(model, "rmsnorm")
-    crms = convert(rms, "crmsnorm")
+    rms = change_norms(model, "rmsnorm")
+    crms = change_norms(rms, "crmsnorm")
     assert (crms.config.hidden_size, crms.config.head_dim) == (23, 6)
     assert crms.embed_tokens.weight.shape == (50, 23)
-    back = convert(crms, "rmsnorm")
+    back = change_norms(crms, "rmsnorm")
     assert (back.config.hidden_size, back.config.head_dim) == (24, None)
     torch.testing.assert_close(back.embed_tokens.weight, rms.embed_tokens.weight, rtol=0, atol=1e-14)
-    ln = convert(back, "layernorm")
-    again = convert(ln, "crmsnorm")
+    ln = change_norms(back, "layernorm")
+    again = change_norms(ln, "crmsnorm")
     for name, parameter in again.named_parameters():
         torch.testing.assert_close(parameter, dict(crms.named_parameters())[name], rtol=0, atol=1e-13)
     for each in (rms, crms, back, ln, again):
@@ -117,7 +117,7 @@ def test_layernorm_by_torch_is_the_oracle() -> None:
     weights = dict(model.named_parameters())
     gain, bias = (weights[f"layers.1.post_attention_layernorm.{kind}"] for kind in ("weight", "bias"))
     expected = nn.functional.layer_norm(x, (24,), gain, bias, eps=1e-2) @ weights["layers.1.mlp.up_proj.weight"].T
-    layer = convert(model, "crmsnorm").layers[1]
+    layer = change_norms(model, "crmsnorm").layers[1]
     assert isinstance(layer, Block)
     shorter = (x - x.mean(-1, keepdim=True))[:, :-1]
     torch.testing.assert_close(layer.mlp.up_proj(layer.post_attention_layernorm(shorter)), expected, rtol=0, atol=1e-12)
@@ -129,25 +129,30 @@ def test_gains_stay_where_the_norm_has_one_per_channel() -> None:
 
     model, name = random_model({"name": "layernorm", "lns": True}), "layers.2.input_layernorm.weight"
     expected = gains(model)[name] / 3**0.5
-    torch.testing.assert_close(gains(convert(model, "rmsnorm"))[name], expected, rtol=0, atol=1e-15)
-    assert {gain.item() for gain in gains(convert(model, "ssnorm")).values()} == {1.0}
+    torch.testing.assert_close(gains(change_norms(model, "rmsnorm"))[name], expected, rtol=0, atol=1e-15)
+    assert {gain.item() for gain in gains(change_norms(model, "ssnorm")).values()} == {1.0}
     ssnorm = random_model({"name": "ssnorm"})
-    per_channel = gains(convert(ssnorm, "rmsnorm"))["norm.weight"]
+    per_channel = gains(change_norms(ssnorm, "rmsnorm"))["norm.weight"]
     assert torch.equal(per_channel, gains(ssnorm)["norm.weight"].expand(24))
-    assert torch.equal(gains(convert(ssnorm, "ssnorm"))["norm.weight"], gains(ssnorm)["norm.weight"])
+    assert torch.equal(gains(change_norms(ssnorm, "ssnorm"))["norm.weight"], gains(ssnorm)["norm.weight"])
 
 
-def test_without_biases_there_are_none_afterwards() -> None:
+def parameter_names(model: Transformer) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+def test_model_without_biases_has_none_after_conversion() -> None:
     for to in CONVERTIBLE:
-        assert not [n for n, _ in convert(random_model({"name": "layernorm"}), to).named_parameters() if "bias" in n]
-    names = {n for n, _ in convert(random_model({"name": "layernorm", "bias": True}), "rmsnorm").named_parameters()}
+        names = parameter_names(change_norms(random_model({"name": "layernorm"}), to))
+        assert not [name for name in names if "bias" in name]
+    names = parameter_names(change_norms(random_model({"name": "layernorm", "bias": True}), "rmsnorm"))
     assert {"lm_head.bias", "layers.0.self_attn.o_proj.bias", "layers.0.mlp.up_proj.bias"} <= names
 
 
 def test_recentring_before_the_rounding_to_fp32_is_recognized_after_it() -> None:
     """What an earlier conversion has stored in fp32 has a mean of its rounding; the conversion of it goes on."""
     model = random_model({"name": "layernorm"})
-    stored = convert(convert(model, "rmsnorm").float(), "crmsnorm")
+    stored = change_norms(change_norms(model, "rmsnorm").float(), "crmsnorm")
     assert_same_function(stored, model, atol=1e-5)
 
 
@@ -155,8 +160,8 @@ def test_an_epsilon_that_matters_carries_over() -> None:
     """eps of the size of the variance: what is added under the root is the same number in every norm."""
     model = random_model({"name": "layernorm", "eps": 1.0})
     for to in CONVERTIBLE:
-        assert_same_function(convert(model, to), model)
-        assert convert(model, to).config.norm.eps == 1.0
+        assert_same_function(change_norms(model, to), model)
+        assert change_norms(model, to).config.norm.eps == 1.0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_an_epsilon_that_matters_carries_over() -> None:
     [
         ({"name": "rmsnorm"}, {}, "batchnorm", r"to=batchnorm: choose from layernorm, rmsnorm, ssnorm, crmsnorm"),
         ({"name": "rmsnorm"}, {}, "crmsnorm", r"the residual stream has a mean \(embed_tokens.weight: "),
-        ({"name": "ssnorm"}, {}, "layernorm", r"only a model that was a LayerNorm's or trained with recentre=true"),
+        ({"name": "ssnorm"}, {}, "layernorm", r"only models converted from layernorm or trained with recentre=true"),
         ({"name": "dyt"}, {}, "rmsnorm", r"norm.name=dyt cannot be converted: it is a bounded function"),
         ({"name": "derf"}, {}, "ssnorm", r"norm.name=derf cannot be converted"),
         ({"name": "bhyt", "seq_len": 8}, {}, "ssnorm", r"norm.name=bhyt cannot be converted"),
@@ -198,7 +203,7 @@ def test_an_epsilon_that_matters_carries_over() -> None:
 )
 def test_what_cannot_be_converted_says_why(norm: dict[str, Any], shape: dict[str, Any], to: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        convert(random_model(norm, **shape), to)
+        change_norms(random_model(norm, **shape), to)
     assert "\n" not in str(error.value)
 
 

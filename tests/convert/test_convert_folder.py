@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-import osp.convert.convert_model
+import osp.convert.change_norm
 from osp.config import AttentionConfig, Config, ModelConfig, NormConfig, from_dict
+from osp.convert.change_norm import convert_folder
 from osp.convert.config import ConvertConfig
-from osp.convert.convert_model import convert_model
 from osp.convert.hf_export import check_exportable, export
 from osp.convert.same_function import read_certificate
 from osp.errors import UserError
@@ -55,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted_llama(llama_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out"
-    convert_model(llama_folder, out, to="ssnorm", text=str(text))
+    convert_folder(llama_folder, out, to="ssnorm", text=str(text))
     return out
 
 
@@ -68,7 +68,7 @@ def test_layernorm_run_reaches_transformers(run: Path, tmp_path: Path) -> None:
     """LayerNorm -> RMSNorm -> stock Llama: the same logits, and the card tells the way."""
     from transformers import LlamaForCausalLM
 
-    certificate = convert_model(run, tmp_path / "rms", to="rmsnorm")
+    certificate = convert_folder(run, tmp_path / "rms", to="rmsnorm")
     ours = load_model(run)
     assert relative_error(load_model(tmp_path / "rms"), ours) < 1e-5
     exported = export(tmp_path / "rms", tmp_path / "out")
@@ -81,7 +81,7 @@ def test_layernorm_run_reaches_transformers(run: Path, tmp_path: Path) -> None:
 
 
 def test_certificate_says_what_was_measured(run: Path, tmp_path: Path) -> None:
-    certificate = convert_model(run, tmp_path / "rms", to="rmsnorm")
+    certificate = convert_folder(run, tmp_path / "rms", to="rmsnorm")
     subject = open_model(tmp_path / "rms")
     assert certificate.before.sha256 == open_model(run).sha256()
     assert certificate.after.sha256 == subject.sha256()
@@ -104,7 +104,7 @@ def test_certificate_says_what_was_measured(run: Path, tmp_path: Path) -> None:
 def test_conversions_follow_each_other(run: Path, tmp_path: Path) -> None:
     """RMSNorm as stored in fp32 -> CRMSNorm on 31 channels -> LayerNorm: measurable, evaluated as any model."""
     for source, to in (("run", "rmsnorm"), ("rmsnorm", "crmsnorm"), ("crmsnorm", "layernorm")):
-        certificate = convert_model(run if source == "run" else tmp_path / source, tmp_path / to, to=to)
+        certificate = convert_folder(run if source == "run" else tmp_path / source, tmp_path / to, to=to)
     assert certificate.earlier is not None
     assert certificate.earlier["earlier"]["before"]["norm"] == "layernorm"
     ours = load_model(run)
@@ -155,7 +155,7 @@ def test_begin_of_text_is_the_llamas(
     folder = shutil.copytree(llama_folder, tmp_path / "llama")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "bos_token_id": bos_id}))
-    convert_model(folder, tmp_path / "out", to="rmsnorm", text=str(text))
+    convert_folder(folder, tmp_path / "out", to="rmsnorm", text=str(text))
     assert (open_model(tmp_path / "out").bos_id, open_model(tmp_path / "out").eos_id) == (bos_id, 0)
     export(tmp_path / "out", tmp_path / "hf", text=str(text))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["bos_token_id"] == bos_id
@@ -223,7 +223,7 @@ def test_there_is_no_held_out_text(converted_llama: Path) -> None:
 
 
 def test_export_wants_the_certificate(run: Path, tmp_path: Path) -> None:
-    convert_model(run, tmp_path / "rms", to="rmsnorm")
+    convert_folder(run, tmp_path / "rms", to="rmsnorm")
     path = tmp_path / "rms" / "certificate.json"
     certificate = json.loads(path.read_text())
     for content, message in (
@@ -232,7 +232,7 @@ def test_export_wants_the_certificate(run: Path, tmp_path: Path) -> None:
         (json.dumps({"after": 1}), r"certificate.json: not a certificate"),
         (
             json.dumps({**certificate, "after": {**certificate["after"], "sha256": "0"}}),
-            r"certificate.json: is of other weights than those in",
+            r"certificate.json: belongs to other weights than",
         ),
     ):
         path.unlink(missing_ok=True)
@@ -246,11 +246,11 @@ def test_export_wants_the_certificate(run: Path, tmp_path: Path) -> None:
 
 def damaged(name: str, change: float) -> Callable[..., Transformer]:
     def convert_wrongly(model: Transformer, to: str) -> Transformer:
-        found = convert(model, to)
+        found = change_norms(model, to)
         dict(found.named_parameters())[name].data[0] *= 1 + change
         return found
 
-    convert = osp.convert.convert_model.convert
+    change_norms = osp.convert.change_norm.change_norms
     return convert_wrongly
 
 
@@ -260,19 +260,19 @@ def damaged(name: str, change: float) -> Callable[..., Transformer]:
         (
             "embed_tokens.weight",
             1e-2,
-            r"the converted model differs by \S+ of the largest logit, .*, first in layer_00/o_",
+            r"converting layernorm to rmsnorm changes the logits by \S+ of the largest, .*, first in layer_00/o_",
         ),
-        ("layers.0.mlp.up_proj.weight", 1e-2, r"differs .*first in layer_00/down_proj_in; not written"),
-        ("layers.1.self_attn.v_proj.weight", 1e-5, r"differs .*first in layer_01/o_proj_in; not written"),
-        ("lm_head.weight", float("nan"), r"differs by nan .*first in logits; not written"),
+        ("layers.0.mlp.up_proj.weight", 1e-2, r"changes .*first in layer_00/down_proj_in; not written"),
+        ("layers.1.self_attn.v_proj.weight", 1e-5, r"changes .*first in layer_01/o_proj_in; not written"),
+        ("lm_head.weight", float("nan"), r"changes the logits by nan .*first in logits; not written"),
     ],
 )
 def test_inexact_conversion_writes_nothing(
     name: str, change: float, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(osp.convert.convert_model, "convert", damaged(name, change))
+    monkeypatch.setattr(osp.convert.change_norm, "change_norms", damaged(name, change))
     with pytest.raises(UserError, match=message):
-        convert_model(run, tmp_path / "new" / "out", to="rmsnorm")
+        convert_folder(run, tmp_path / "new" / "out", to="rmsnorm")
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -280,9 +280,9 @@ def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monke
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(osp.convert.convert_model.shutil, "copyfile", full)
+    monkeypatch.setattr(osp.convert.change_norm.shutil, "copyfile", full)
     with pytest.raises(UserError, match=r"out=\S+: cannot write there: No space left on device"):
-        convert_model(run, tmp_path / "out", to="rmsnorm")
+        convert_folder(run, tmp_path / "out", to="rmsnorm")
     assert not list(tmp_path.iterdir())
 
 
@@ -315,7 +315,7 @@ def test_mistake_on_the_command_line(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    from tests.convert.test_export import load_script
+    from tests.convert.test_hf_export import load_script
 
     monkeypatch.chdir(tmp_path)
     words = [word.replace("LLAMA", str(llama_folder)).replace("TEXT", str(text)) for word in arguments]
@@ -331,7 +331,7 @@ def test_mistake_on_the_command_line(
 
 @pytest.mark.parametrize("argument", ["norm=bhyt", "model.hidden_size=64", "tokenizer.vocab_size=300", "+model.x=1"])
 def test_model_keys_beside_init_from_are_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.convert.test_export import load_script
+    from tests.convert.test_hf_export import load_script
 
     values = {"train": {"steps": 1}, "checkpoint": {"init_from": "somewhere"}}
     monkeypatch.setattr(sys, "argv", ["train.py", "checkpoint.init_from=somewhere", argument])
@@ -345,8 +345,8 @@ def test_llama_without_an_end_of_text(llama_folder: Path, text: Path, tmp_path: 
     values = json.loads((folder / "config.json").read_text())
     for end in (None, 299_999):
         (folder / "config.json").write_text(json.dumps({**values, "eos_token_id": end}))
-        with pytest.raises(UserError, match=r"config.json names no eos_token_id, or not one of the tokenizer's"):
-            convert_model(folder, tmp_path / "out", to="ssnorm", text=str(text))
+        with pytest.raises(UserError, match=r"config.json has no eos_token_id that the tokenizer knows"):
+            convert_folder(folder, tmp_path / "out", to="ssnorm", text=str(text))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_llama_without_an_end_of_text(llama_folder: Path, text: Path, tmp_path: 
         ),
         (
             {"norm": NormConfig(name="crmsnorm")},
-            r"model.hidden_size=257 is no multiple of model.num_attention_heads=4, which transformers demands",
+            r"model.hidden_size=257 is no multiple of model.num_attention_heads=4, which transformers requires",
         ),
         (
             {"norm": NormConfig(name="crmsnorm"), "hidden_size": 255, "head_dim": 64},
@@ -380,7 +380,7 @@ def test_llama_without_an_end_of_text(llama_folder: Path, text: Path, tmp_path: 
         ({"attention": AttentionConfig(gate=True)}, r"attention.gate=true: a stock Llama has no gate"),
         ({"ffn_norm": True}, r"ffn_norm=true: a stock Llama has no norm inside its MLP"),
         ({"attention": AttentionConfig(off_by_one=True)}, r"attention.off_by_one=true: a stock Llama has no 1 in the"),
-        ({"hidden_act": "relu2"}, r"model.hidden_act=relu2: a stock Llama has no activation but silu"),
+        ({"hidden_act": "relu2"}, r"model.hidden_act=relu2: a stock Llama has no other activation than silu"),
         ({"head_bias": True}, r"model.head_bias=true: a stock Llama has no bias of the head"),
     ],
     ids=str,
