@@ -423,21 +423,6 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
-class VerifyResumeConfig:
-    """The group `verify` of scripts/verify_resume.py, which says how to verify; see osp.train.verify_resume."""
-
-    steps: tuple[Count, Count] = (3, 3)  # before and after the interruption
-    rows: Count | None = None  # of a step; None: two for every rank of the largest number of them
-    ranks: tuple[Count, ...] | None = None  # None: 1, 2 and 4, as far as the GPUs of this host go
-    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    pairs: Literal["cycle", "all"] = "cycle"  # which ranks and stage resumes whose checkpoint: the next one, or all
-    seed: int = 0  # of the moments at which SIGTERM is sent
-    dir: FilePath | None = None  # of the short runs; None: a temporary one in run.dir
-    keep: bool = False  # the short runs, with their logs
-    out: FilePath | None = None  # JSON file for the certificate; None: verify_resume.json in run.dir
-
-
-@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -455,26 +440,6 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     resume: FilePath | bool = "auto"  # auto | a checkpoint or run folder | false
     debug: bool = False  # show tracebacks of user errors
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Keys of `scripts/generate.py`, beside the model and the prompts, which come first."""
-
-    prompts: FilePath | None = None  # a text file with one more prompt in every line
-    max_new_tokens: Annotated[int, AT_LEAST_1, at_most(2**24)] | None = (
-        None  # None: 256, or the positions that are left
-    )
-    temperature: NotNegative = 0.8  # 0: always the most likely token
-    top_k: Count | None = None  # sample from the k most likely tokens only
-    top_p: PositiveFraction = 1.0  # ... and from the top_p of probability
-    seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
-    bos: bool = True  # what begins a text for this model goes before every prompt
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights, activations, cache; auto: bf16 on a GPU that has it
-    compile: bool | Literal["auto"] = "auto"  # one token as one CUDA graph; auto: on a GPU
-    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # of the CPU; None: all cores
-    debug: bool = False
 
 
 # Keys that may differ between a run and its continuation: they change neither the model nor what it learns, or say

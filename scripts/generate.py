@@ -2,12 +2,50 @@
 
 import dataclasses
 import sys
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import torch
 from entry import launch
 
-from osp.config import GenerateConfig, build, check_bounds
+from osp.config import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    Count,
+    FilePath,
+    NotNegative,
+    PositiveFraction,
+    at_most,
+    build,
+    check_bounds,
+)
+from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.errors import UserError
+from osp.evaluation.language_model import LanguageModel, open_model
+from osp.model.generate import Sampling, TextStream, check_lengths, prepare, stream
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Keys besides the model and the prompts, which come first."""
+
+    prompts: FilePath | None = None  # a text file with another prompt on every line
+    max_new_tokens: Annotated[int, AT_LEAST_1, at_most(2**24)] | None = None  # None: 256, or the positions left
+    temperature: NotNegative = 0.8  # 0: always the most likely token
+    top_k: Count | None = None  # sample from the k most likely tokens only
+    top_p: PositiveFraction = 1.0  # ... and from the smallest set of tokens with this probability
+    seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
+    bos: bool = True  # put the model's BOS token before every prompt
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # weights, activations, cache; auto: bf16 on a GPU that has it
+    compile: bool | Literal["auto"] = "auto"  # run one token as one CUDA graph; auto: on a GPU
+    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # CPU threads; None: all cores
+    debug: bool = False
 
 
 def main(values: dict[str, Any]) -> None:
@@ -16,16 +54,133 @@ def main(values: dict[str, Any]) -> None:
     check_bounds(config)
     if not path or not (prompts or config.prompts):
         raise UserError('name the model and a prompt: python scripts/generate.py MODEL "Once upon a time"')
-    from osp.evaluation.completion import complete
-
     speed = complete(path, prompts, config, lambda piece: print(piece, end="", flush=True))
     print(speed, file=sys.stderr)
 
 
+@dataclass
+class Speed:
+    """Tokens read and generated, and the seconds that took."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    reading: float = 0.0  # until the first new tokens
+    writing: float = 0.0  # the other new tokens
+
+    def __str__(self) -> str:
+        rate = f": {self.new_tokens / self.writing:,.0f} tokens/s" if self.writing else ""
+        return (
+            f"{self.prompt_tokens:,} tokens read in {self.reading:.2f} s, "
+            f"{self.new_tokens:,} written in {self.writing:.2f} s{rate}"
+        )
+
+
+def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: Callable[[str], None]) -> Speed:
+    """Continue `prompts` and the lines of `config.prompts` with the model at `path`.
+
+    write: Receives the texts in pieces, prompts included, in their order and separated by an empty line. The first
+        text arrives while it is generated. A `UserError` is raised before the first piece.
+    """
+    prompts = [*prompts, *read_prompts(config.prompts)]
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        prepare_cpu(config.threads)
+    subject = open_model(path, device=device)
+    ids = [encode(subject, prompt, number, bos=config.bos) for number, prompt in enumerate(prompts, start=1)]
+    positions_left = subject.model.config.max_position_embeddings - max(map(len, ids))
+    limit = config.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, positions_left))
+    check_lengths(subject.model, ids, limit)
+    prepare(subject.model, choose_dtype(config.dtype, device))
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    compile = device.type == "cuda" if config.compile == "auto" else config.compile
+
+    texts = Texts(prompts, [TextStream(subject.tokenizer, row) for row in ids], subject.eos_id, write)
+    speed = Speed(prompt_tokens=sum(map(len, ids)))
+    began = time.perf_counter()
+    for tokens in stream(subject.model, ids, limit, sampling=sampling, eos_id=subject.eos_id, compile=compile):
+        if not speed.reading:
+            speed.reading = time.perf_counter() - began
+        else:
+            speed.new_tokens += sum(token is not None for token in tokens)
+            speed.writing = time.perf_counter() - began - speed.reading
+        texts.push(tokens)
+    texts.finish()
+    return speed
+
+
+def choose_dtype(dtype: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+    """Return the dtype to generate in. bf16 rounds differently by batch size, so the text may depend on it."""
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and native_bf16(device) else "fp32"
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """Return the lines of a file that are not blank."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path}: cannot read it: {error}") from error
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts={path} holds no prompt; write one in each line")
+    return prompts
+
+
+def encode(subject: LanguageModel, prompt: str, number: int, *, bos: bool) -> list[int]:
+    """Return the tokens of a prompt, after the BOS token if `bos` is set and the model has one."""
+    if not prompt:
+        raise UserError(f"prompt {number} is empty; give it some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes on the command line that are not UTF-8 arrive as surrogates
+        raise UserError(f"prompt {number} is not UTF-8 text") from error
+    ids = subject.encode(prompt)
+    return [subject.bos_id, *ids] if bos and subject.bos_id is not None else ids
+
+
+class Texts:
+    """Texts that are generated in parallel and written one after the other."""
+
+    def __init__(
+        self, prompts: Sequence[str], streams: Sequence[TextStream], eos_id: int | None, write: Callable[[str], None]
+    ):
+        self.streams, self.eos_id, self.write = streams, eos_id, write
+        self.waiting, self.ended = list(prompts), [False] * len(prompts)
+        self.current = 0  # all texts before this one are written
+
+    def push(self, tokens: Sequence[int | None]) -> None:
+        """Add one token to each text; None or EOS ends it."""
+        for row, token in enumerate(tokens):
+            if token is None or token == self.eos_id:
+                self._end(row)
+            else:
+                self.waiting[row] += self.streams[row].push(token)
+        self._write()
+
+    def finish(self) -> None:
+        """End all texts."""
+        for row in range(len(self.streams)):
+            self._end(row)
+        self._write()
+
+    def _end(self, row: int) -> None:
+        if not self.ended[row]:
+            self.ended[row] = True
+            self.waiting[row] += self.streams[row].finish() + ("\n" if row == len(self.streams) - 1 else "\n\n")
+
+    def _write(self) -> None:
+        while self.current < len(self.streams):
+            piece, self.waiting[self.current] = self.waiting[self.current], ""
+            if piece:
+                self.write(piece)
+            if not self.ended[self.current]:
+                break
+            self.current += 1
+
+
 if __name__ == "__main__":
-    launch(
-        main,
-        "generate",
-        defaults={**dataclasses.asdict(GenerateConfig()), "arguments": []},
-        positional="arguments",
-    )
+    defaults = {**dataclasses.asdict(GenerateConfig()), "arguments": []}
+    launch(main, "generate", defaults=defaults, positional="arguments")

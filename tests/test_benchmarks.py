@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import entry
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from verify_resume import VerifyResumeConfig
 
-from osp.config import ModelConfig, NormConfig, VerifyResumeConfig, build, from_dict
+from osp.config import ModelConfig, NormConfig, build, from_dict
 from osp.model.transformer import build_model
 from tests.conftest import ROOT
 
-sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+sys.path.append(str(ROOT / "benchmarks"))
 import breakdown
-import entry
 import growth
 
 RUN_GPU = ROOT / "benchmarks" / "run_gpu.sh"

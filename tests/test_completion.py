@@ -1,4 +1,4 @@
-"""`python scripts/generate.py`: what it writes, where, and what it says to a mistake."""
+"""`python scripts/generate.py`: its text on stdout, its speed on stderr, and one line for a mistake."""
 
 import dataclasses
 import re
@@ -6,26 +6,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import entry
+import generate as script_module
 import pytest
 import torch
+from generate import GenerateConfig, Texts, choose_dtype
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from osp.config import GenerateConfig, ModelConfig, NormConfig
+from osp.config import ModelConfig, NormConfig
 from osp.convert.hf_export import write_llama
-from osp.evaluation.completion import Texts, choose_dtype
 from osp.model.generate import TextStream, generate
 from osp.model.hf_llama import load_hf
 from osp.model.transformer import build_model
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import entry
 
 Outcome = tuple[int, str, str]  # exit status, stdout, stderr
 
 
 def tokenizer() -> Tokenizer:
-    """Every byte is a token; 0 ends a text."""
+    """A tokenizer of bytes whose id 0 is EOS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({"<eos>": 0} | {letter: i for i, letter in enumerate(letters, start=1)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,7 +34,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Hugging Face Llama of bytes."""
+    """A random Hugging Face Llama over bytes."""
     folder = tmp_path_factory.mktemp("llama")
     config = ModelConfig(
         vocab_size=257,
@@ -58,7 +56,6 @@ def script(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., Outcome]:
     """`python scripts/generate.py ARGUMENTS` on one thread of the CPU."""
-    import generate as module
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.chdir(tmp_path)
@@ -66,7 +63,7 @@ def script(
         status = 0
         try:
             entry.run(
-                module.main,
+                script_module.main,
                 "generate",
                 defaults={**dataclasses.asdict(GenerateConfig()), "arguments": []},
                 positional="arguments",
@@ -79,8 +76,8 @@ def script(
     return run
 
 
-def test_text_on_a_cpu_is_exact_by_default() -> None:
-    """bf16 would round differently for one prompt and for several, and a seed would not mean a text."""
+def test_cpu_generates_in_fp32_by_default() -> None:
+    """bf16 rounds differently by batch size, so a seed would not determine the text."""
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
 
@@ -95,7 +92,7 @@ def expected_text(llama: Path, prompt: str, num_tokens: int) -> str:
     return tokenizer().decode([*ids, *new])
 
 
-def test_stdout_is_the_text_alone(script: Callable[..., Outcome], llama: Path) -> None:
+def test_stdout_holds_only_the_text(script: Callable[..., Outcome], llama: Path) -> None:
     status, out, err = script(str(llama), "so = it's \\ {${x}}\n-", "max_new_tokens=12", "temperature=0", *CPU)
     assert status == 0, err
     assert out == expected_text(llama, "so = it's \\ {${x}}\n-", 12) + "\n"
@@ -105,7 +102,7 @@ def test_stdout_is_the_text_alone(script: Callable[..., Outcome], llama: Path) -
     assert "tokens/s" in line
 
 
-def test_prompts_of_arguments_and_file(script: Callable[..., Outcome], llama: Path, tmp_path: Path) -> None:
+def test_prompts_come_from_arguments_and_file(script: Callable[..., Outcome], llama: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("x = 1\n\nna\u00efve\n", encoding="utf-8")
     status, out, _ = script(
         str(llama), "A long prompt", "b", "prompts=prompts.txt", "max_new_tokens=9", "temperature=0", *CPU
@@ -115,7 +112,7 @@ def test_prompts_of_arguments_and_file(script: Callable[..., Outcome], llama: Pa
     assert out == "\n\n".join(texts) + "\n"
 
 
-def test_without_a_length_it_fills_the_positions(script: Callable[..., Outcome], llama: Path) -> None:
+def test_default_length_fills_the_positions(script: Callable[..., Outcome], llama: Path) -> None:
     _, out, _ = script(str(llama), "abc", "temperature=0", "bos=false", *CPU)
     (new,) = generate(load_hf(llama), [tokenizer().encode("abc").ids], 37, eos_id=0)
     assert out == "abc" + tokenizer().decode(new) + "\n"
@@ -169,7 +166,7 @@ def test_mistake_is_one_line(
     assert re.search(message, line), line
 
 
-def test_texts_are_written_in_their_order_as_soon_as_they_can_be() -> None:
+def test_texts_are_written_in_order_and_as_soon_as_possible() -> None:
     pieces: list[str] = []
     ids = tokenizer().encode("abcd\u20ac").ids
     a, b, c, d, *euro = ids
