@@ -28,7 +28,8 @@ from osp.optim.muon import newton_schulz_flops
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import peak
 from osp.plan.plan import Plan, make_plan
-from osp.train.setup import resolve, setup
+from osp.train.resolve import resolve
+from osp.train.setup import setup
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     if device.type == "cpu":
         prepare_cpu(arguments.threads)
     configs = [config_of(arguments, rows) for rows in arguments.rows]
-    machine = measured(resolve(configs[0], device=device, world_size=1), device, arguments.steps)
+    machine = measured(resolve(configs[0], device=device, world_size=1).config, device, arguments.steps)
     shown = [f"machine.{key}={getattr(machine, key):.3g}" for key in ("peak_tflops", "matmul_share", "ns_share")]
     print(f"{machine.name}: {' '.join(shown)}\n")
     print("| rows | planned s | real s | real / planned | planned GB | real GB |\n|---|---|---|---|---|---|")

@@ -23,12 +23,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: float = 1800) -> torch.device:
-    """The device of this rank, after starting torch's process group (NCCL on CUDA, gloo on CPU) and DeepSpeed on it.
-
-    Ranks come from the launcher's RANK, WORLD_SIZE and LOCAL_RANK; without them this is the only process, which needs
-    no port that another job on the host could hold.
-    """
+def device_of_rank(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device of this rank. Raises `UserError` if the host has too few GPUs, or none where one is wanted."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,18 +37,27 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
             f"{num_ranks} ranks on a host with {torch.cuda.device_count()} GPUs; start at most that many processes "
             f"per host (deepspeed --num_gpus, torchrun --nproc-per-node), or set engine.device=cpu"
         )
-    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    if device == "cuda":
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: float = 1800) -> torch.device:
+    """Start torch's process group (NCCL on CUDA, gloo on CPU) and DeepSpeed on it; return the device of this rank.
+
+    The launcher's RANK, WORLD_SIZE and LOCAL_RANK describe the ranks. Without them this is the only process, and it
+    opens no port that another job on the host could hold.
+    """
+    place = device_of_rank(device)
+    if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "nccl" if place.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
-    os.environ["DS_ACCELERATOR"] = device  # else DeepSpeed takes a GPU it finds, or warns that it finds none
+    os.environ["DS_ACCELERATOR"] = place.type  # else DeepSpeed takes a GPU it finds, or warns that it finds none
     import deepspeed
 
     deepspeed_logger().setLevel(logging.WARNING)
@@ -138,6 +143,11 @@ def _alive(pid: int) -> bool:
 def local_ranks() -> int:
     """Number of ranks the launcher started on this host: torchrun's or deepspeed's variable, 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def count_ranks() -> int:
+    """Return the number of ranks: of the process group, or before there is one what the launcher started."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def shutdown() -> None:

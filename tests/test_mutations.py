@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
-from osp.model.transformer import flops_per_token
+from osp.model.transformer import flops_per_token, meta_model
 from osp.optim import groups_of
 from osp.train.engine import deepspeed_config
-from osp.train.setup import resolve
-from osp.train.trainer import build_schedule_of, meta_model
+from osp.train.resolve import resolve
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -88,21 +87,20 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def build_shapes(config: Config, *, world_size: int = 2) -> None:
-    """What `osp.train.trainer.setup` does before it needs a process group, a disk or a text."""
-    model = meta_model(config)
+    """What `osp.train.setup.setup` does before it needs a process group, a disk or a text."""
+    model = meta_model(config.model)
     groups_of(model, config.optimizer)
-    config = resolve(config, device=CPU, world_size=world_size)
+    resolved = resolve(config, device=CPU, world_size=world_size)
+    config = resolved.config
     if config.train.steps is not None:
-        factor = build_schedule_of(config)
+        factor = resolved.build_schedule()
         assert all(0 <= factor(step) <= 1 for step in {0, config.train.steps // 2, config.train.steps - 1})
     flops_per_token(config.model, config.train.seq_len)
-    size = config.train.micro_batch_size
-    assert isinstance(size, int)
     json.dumps(
         deepspeed_config(
             zero_stage=config.engine.zero_stage,
-            micro_batch_size=size,
-            gradient_accumulation_steps=1,
+            micro_batch_size=resolved.micro_batch_size,
+            gradient_accumulation_steps=resolved.gradient_accumulation_steps,
             grad_clip=config.train.grad_clip,
             world_size=world_size,
             num_parameters=1,

@@ -421,17 +421,21 @@ class Transformer(nn.Module):
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
     """An initialised `Transformer` on `device`; the memory is allocated once, there."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = meta_model(config)
     model.to_empty(device=device)
     model.init_weights(seed)
     return model
 
 
+def meta_model(config: ModelConfig) -> Transformer:
+    """Return the model of `config` on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Number of parameters by role, and their `total`."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = meta_model(config)
     counts: dict[str, int] = {}
     roles = model.parameter_roles()
     for name, parameter in model.named_parameters():

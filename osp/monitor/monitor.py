@@ -42,6 +42,7 @@ class Monitor:
         config: Config,
         model: Transformer,
         *,
+        total_steps: int,
         shards: Path,
         folder: Path,
         logger: Logger | None,
@@ -49,10 +50,9 @@ class Monitor:
         gathered_parameters: Callable[[], AbstractContextManager[Any]],
     ):
         """`step`: where this process begins to train. gathered_parameters: makes weights whole (`Engine`)."""
-        assert config.train.steps is not None, "the length of the run is decided before it is monitored"
         self.config, self.model, self.folder, self.logger = config, model, folder, logger
         self._gathered = gathered_parameters
-        self._total = config.train.steps
+        self._total = total_steps
         self._first = step
         self._spent = 0.0
         self._interval = max(1, self._total // MOST_PROBES)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from osp.config import Config
-from osp.device import compute_dtype, peak_tflops_of
+from osp.device import peak_tflops_of
 from osp.errors import UserError
-from osp.model.transformer import count_parameters, flops_per_token
+from osp.model.transformer import count_parameters, flops_per_token, meta_model
 from osp.optim import groups_of
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import Memory, activations, memory
 from osp.plan.work import GIGA, GroupWork, StepTime, Traffic, batches_of, group_work, step_time, traffic
 from osp.run.checkpoint import checkpoint_bytes
-from osp.train.setup import SECONDS_TO_KILL, resolve
-from osp.train.trainer import meta_model, micro_batch_size
+from osp.train.resolve import resolve
+from osp.train.setup import SECONDS_TO_KILL
 
 STAGES = (1, 2, 3)
 
@@ -32,6 +32,7 @@ class Plan:
     parameters: dict[str, int]
     flops_per_token: int
     rows_per_rank: int  # of a step
+    micro_batch_size: int
     accumulation: int
     stages: dict[int, Memory]
     peaks: dict[int, int]  # by stage, what the machine reserves included
@@ -50,15 +51,15 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     machine, world_size = options.machine, options.world_size
     device = torch.device(machine.device)
     asked = config
-    config = resolve(config, device=device, world_size=world_size, bf16=machine.bf16)
-    train, stage, size = config.train, config.engine.zero_stage, micro_batch_size(config)
+    resolved = resolve(config, device=device, world_size=world_size, bf16=machine.bf16)
+    config, size, accumulation = resolved.config, resolved.micro_batch_size, resolved.gradient_accumulation_steps
+    train, stage = config.train, config.engine.zero_stage
     peak_tflops = machine.peak_tflops or peak_tflops_of(machine.name)
     if peak_tflops is None:
         raise UserError(f"machine.peak_tflops is not set and {machine.name!r} is no GPU of the table; set it")
-    rows = train.tokens_per_step // train.seq_len // world_size
-    accumulation = rows // size
-    model = meta_model(config)
-    model.compute_dtype = compute_dtype(train.precision)
+    rows = size * accumulation
+    model = meta_model(config.model)
+    model.compute_dtype = resolved.compute_dtype
     groups = groups_of(model, config.optimizer)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     parameters = count_parameters(config.model)
@@ -98,6 +99,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
         parameters=parameters,
         flops_per_token=per_token,
         rows_per_rank=rows,
+        micro_batch_size=size,
         accumulation=accumulation,
         stages=stages,
         peaks={s: int(2**30 * machine.reserved) + m.peak(accumulated=accumulation > 1) for s, m in stages.items()},
@@ -121,8 +123,8 @@ def _is_compiled(config: Config, stage: int, *, device: torch.device) -> bool:
     """What `resolve` makes of train.compile at another ZeRO stage."""
     compile_, engine = config.train.compile, dataclasses.replace(config.engine, zero_stage=stage)
     train = dataclasses.replace(config.train, compile=False if stage == 3 else compile_)
-    resolved = resolve(dataclasses.replace(config, train=train, engine=engine), device=device, world_size=1, bf16=True)
-    return bool(resolved.train.compile)
+    config = dataclasses.replace(config, train=train, engine=engine)
+    return resolve(config, device=device, world_size=1, bf16=True).compiled
 
 
 def _warnings(plan: Plan) -> list[str]:
@@ -155,7 +157,6 @@ def _remedy(plan: Plan) -> str:
     ways = [f"engine=zero{others[0]}"] if others else []
     if not train.activation_checkpointing:
         ways.append("train.activation_checkpointing=true")
-    size = micro_batch_size(plan.config)
-    if smaller := [b for b in range(1, size) if plan.rows_per_rank % b == 0]:
+    if smaller := [b for b in range(1, plan.micro_batch_size) if plan.rows_per_rank % b == 0]:
         ways.append(f"train.micro_batch_size={smaller[-1]}")
     return f"try {' or '.join(ways)}" if ways else "use more ranks or a smaller model"

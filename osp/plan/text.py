@@ -8,7 +8,6 @@ from osp.config import to_dict
 from osp.plan.plan import STAGES, Plan, fits
 from osp.plan.work import GroupWork
 from osp.tables import text_table
-from osp.train.trainer import micro_batch_size
 
 GIB = 2**30
 PARTS = {
@@ -60,7 +59,7 @@ def _batch(plan: Plan) -> str:
     rows = train.tokens_per_step // train.seq_len
     return (
         f"a step: {train.tokens_per_step:,} tokens = {rows:,} rows of {train.seq_len:,}; each rank "
-        f"{plan.rows_per_rank:,}, {plan.accumulation} (gradient accumulation) times {micro_batch_size(plan.config)}"
+        f"{plan.rows_per_rank:,}, {plan.accumulation} (gradient accumulation) times {plan.micro_batch_size}"
     )
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from osp.config import Config, CountOrZero, ModelConfig, build, check_bounds, from_dict
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
-from osp.model.transformer import Transformer
+from osp.model.transformer import Transformer, meta_model
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -471,8 +471,7 @@ def load_model(path: str | Path) -> Transformer:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
-    with torch.device("meta"):
-        model = Transformer(checkpoint.model_config)
+    model = meta_model(checkpoint.model_config)
     model.to_empty(device="cpu")
     load(checkpoint, whole_parameters(model), model)
     return model.eval()

@@ -13,7 +13,6 @@ summary.json       the closing figures
 .lock              held by the process that trains here
 """
 
-import dataclasses
 import fcntl
 import json
 import logging
@@ -30,10 +29,10 @@ from typing import Any
 
 import yaml
 
-from osp.config import Config, TokenizerConfig, check, differences, to_dict
+from osp.config import Config, differences, to_dict
 from osp.errors import UserError
 from osp.files import write_text
-from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished
+from osp.run.checkpoint import LATEST, candidates, remove_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -110,37 +109,15 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
     return folder, named if goes_back or not own else own
 
 
-def with_length_of_run(config: Config) -> Config:
-    """`config`, with the steps that were measured for `train.minutes` when the run in its folder began."""
-    stored = Path(config.run.dir) / "config.yaml"
-    if config.train.steps is not None or not stored.exists():
-        return config
-    steps = _read_yaml(stored).get("train", {}).get("steps")
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, minutes=None))
+def recorded_steps(config: Config) -> int | None:
+    """Return the length that was measured for `train.minutes` when the run in the folder of `config` began.
 
-
-def with_initial_model(config: Config) -> Config:
-    """`config` with the model and the tokenizer of what `checkpoint.init_from` names; as it is without that key.
-
-    Raises `UserError` if there is no such model, or the rest of the configuration does not fit it.
+    None if there is no such run, or `config` gives a length that needs no measurement.
     """
-    source = config.checkpoint.init_from
-    if source is None:
-        return config
-    folder = find(Path(source))
-    if folder is None:
-        raise UserError(
-            f"checkpoint.init_from={source}: no model there; name a run, a checkpoint or what scripts/convert.py "
-            "wrote; a Hugging Face folder is converted first"
-        )
-    theirs = Checkpoint(folder).config
-    path = folder.resolve().parent.parent / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"checkpoint.init_from={source}: {path} is missing, the model's tokenizer")
-    tokenizer = TokenizerConfig(train=False, path=str(path), eos_token=theirs.tokenizer.eos_token)
-    config = dataclasses.replace(config, model=theirs.model, tokenizer=tokenizer)
-    check(config)
-    return config
+    stored = Path(config.run.dir) / "config.yaml"
+    if config.train.num_steps is not None or not stored.exists():
+        return None
+    return _read_yaml(stored).get("train", {}).get("steps")
 
 
 def begin(

@@ -3,7 +3,6 @@
 What can be wrong with a configuration, its data, its machine or its folder is found here, before the first step.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -11,28 +10,36 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from osp.config import Config, to_dict
 from osp.data import Loader, data_step, existing_tokenizer, load_manifest, make_source, start, vocab_size
-from osp.device import compute_dtype, native_bf16, native_fp8, prepare_cpu
-from osp.distributed import Peers, gather_objects, init_distributed, is_connection_error, local_ranks, on_main
+from osp.device import native_fp8, prepare_cpu
+from osp.distributed import (
+    Peers,
+    count_ranks,
+    device_of_rank,
+    gather_objects,
+    init_distributed,
+    is_connection_error,
+    local_ranks,
+    on_main,
+)
 from osp.errors import LostRankError, RunError, UserError
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.norms import bound_warning
-from osp.model.transformer import build_model
+from osp.model.transformer import build_model, meta_model
 from osp.optim import groups_of
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
-from osp.run.folder import RunLock, begin, check_disk, open_run, with_initial_model, with_length_of_run
+from osp.run.folder import RunLock, begin, check_disk, open_run, recorded_steps
 from osp.run.logger import Logger, check_wandb
 from osp.train.engine import Engine
-from osp.train.trainer import Trainer, build_schedule_of, meta_model, micro_batch_size, total_steps
+from osp.train.resolve import Resolved, resolve
+from osp.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-MEASURED_STEPS = 6  # at most as many steps tell how many fit into `train.minutes`
-MEASURED_SECONDS = 3.0  # no further one after this time, if there are three
+MEASURED_SECONDS = 3.0  # a trial of at least three steps ends after this time
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
@@ -53,18 +60,25 @@ def train(config: Config) -> None:
 
 def setup(config: Config) -> Trainer:
     """The trainer of `config`, everything checked and its run folder begun or continued. Collective."""
-    config = with_initial_model(config)
-    model = meta_model(config)
+    resolved = resolve(
+        config,
+        device=device_of_rank(config.engine.device),
+        world_size=count_ranks(),
+        total_steps=recorded_steps(config),
+    )
+    model = meta_model(resolved.config.model)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     groups_of(model, config.optimizer)  # raises if a rule does not fit
     make_source(config.data)  # raises if it is unknown or names nothing to read
-    device = init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
-    if device.type == "cpu":
+    if resolved.config.train.minutes is None:
+        resolved.build_schedule()  # raises if its phases do not fit
+    init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
+    if resolved.device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())
     peers = Peers()
     peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
     try:
-        return _set_up(config, shapes, device, peers)
+        return _set_up(config, resolved, shapes, peers)
     except BaseException as error:
         try:
             if not isinstance(error, RunError) and is_connection_error(error):
@@ -75,16 +89,12 @@ def setup(config: Config) -> Trainer:
             peers.dismiss()
 
 
-def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, peers: Peers) -> Trainer:
-    """What `setup` does once the ranks can talk. Collective."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    config = resolve(config, device=device, world_size=world_size)
-    _check_same_config(config)
-    config = on_main(lambda: with_length_of_run(config))
+def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], peers: Peers) -> Trainer:
+    """Do what `setup` does once the ranks can talk. Collective."""
+    config, rank = resolved.config, dist.get_rank()
+    _check_same_config(given, config)
     if config.train.precision == "fp8":
-        _check_fp8(config, shapes, device)
-    if config.train.steps is not None:
-        build_schedule_of(config)  # raises if its phases do not fit
+        _check_fp8(resolved, shapes)
     logger_config = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
@@ -97,14 +107,16 @@ def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, 
         on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
     shards = on_main(lambda: start(config.data, config.tokenizer, progress=config.logger.progress))
     _check_vocabulary(config, load_manifest(shards).vocab_size)
-    loader = build_loader(config, shards, rank=rank, world_size=world_size)
-    engine = build_engine(config, device=device, world_size=world_size)
+    loader = build_loader(resolved, shards, rank=rank)
+    engine = build_engine(resolved)
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
-    if config.train.steps is None:
-        config = with_measured_length(config, engine, loader, peers)
+    if config.train.minutes is not None:
+        steps = measure_length(resolved, config.train.minutes, engine, loader, peers)
+        resolved = resolve(given, device=resolved.device, world_size=resolved.world_size, total_steps=steps)
+        config = resolved.config
     locks: list[RunLock] = []  # rank 0 has one; a file is nothing to send to other ranks
-    token = on_main(lambda: _begin(folder, config, checkpoint, shards, locks, device=str(device)))
+    token = on_main(lambda: _begin(folder, config, checkpoint, shards, locks, device=str(resolved.device)))
     _warn_of_slow_saves(folder, engine)
     logger = None
     if rank == 0:
@@ -114,24 +126,26 @@ def _set_up(config: Config, shapes: dict[str, list[int]], device: torch.device, 
             run_name=config.run.name,
             run_config=to_dict(config),
             step=checkpoint.step if checkpoint else 0,
-            total_steps=total_steps(config),
+            total_steps=resolved.total_steps,
         )
     lock = locks[0] if locks else None
-    trainer = Trainer(config, engine, loader, folder, logger, peers=peers, lock=lock, token=token)
+    trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock, token=token)
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
 
 
-def _check_fp8(config: Config, shapes: dict[str, list[int]], device: torch.device) -> None:
+def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
     """Raise `UserError` without torchao, or for sizes that the hardware cannot multiply; warn where it has no fp8."""
     matrices = {name: shape for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2}
-    native = native_fp8(device)
+    native = native_fp8(resolved.device)
     fp8_linear(emulate=not native)
     if native:
-        check_fp8(matrices, micro_batch_size(config) * config.train.seq_len)
+        check_fp8(matrices, resolved.micro_batch_size * resolved.config.train.seq_len)
     elif dist.get_rank() == 0:
-        log.warning("train.precision=fp8: %s has no fp8; it is emulated, for its rounding and not for speed", device)
+        log.warning(
+            "train.precision=fp8: %s has no fp8; it is emulated, for its rounding and not for speed", resolved.device
+        )
 
 
 def first_whole(folders: list[Path]) -> Checkpoint | None:
@@ -182,78 +196,41 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
 
 
-def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool | None = None) -> Config:
-    """`config` with every `auto` decided for this machine; `UserError` if the batch cannot be cut for its ranks.
-
-    bf16: whether the device multiplies it natively; None: ask the one that is here.
-    """
-    train = config.train
-    native = native_bf16(device) if bf16 is None else bf16
-    precision = ("bf16" if native else "fp32") if train.precision == "auto" else train.precision
-    compiled = train.compile
-    if compiled == "auto":
-        compiled = device.type == "cuda" and config.engine.zero_stage < 3
-    elif compiled and config.engine.zero_stage == 3:
-        raise UserError("train.compile=true does not work with engine.zero_stage=3 (its hooks break every graph)")
-    rows = train.tokens_per_step // train.seq_len
-    if rows % world_size:
-        nearest = max(1, round(rows / world_size)) * world_size * train.seq_len
-        raise UserError(
-            f"train.tokens_per_step={train.tokens_per_step} is {rows} rows of train.seq_len={train.seq_len}, which "
-            f"{world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
-        )
-    per_rank = rows // world_size
-    size = train.micro_batch_size
-    if size == "auto":
-        limit = max(1, (16384 if device.type == "cuda" else 4096) // train.seq_len)
-        size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
-    elif per_rank % size:
-        raise UserError(
-            f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
-            f"per step (train.tokens_per_step / train.seq_len / ranks)"
-        )
-    if train.num_steps is not None:
-        train = dataclasses.replace(train, steps=train.num_steps, tokens=None, minutes=None)
-    train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
-    return dataclasses.replace(config, train=train)
-
-
-def build_loader(config: Config, shards: Path, *, rank: int, world_size: int) -> Loader:
-    """This rank's rows of every step."""
-    train = config.train
+def build_loader(resolved: Resolved, shards: Path, *, rank: int) -> Loader:
+    """Return the loader of this rank's sequences of every step."""
+    train = resolved.config.train
     return Loader(
         shards,
         seq_len=train.seq_len,
         rows_per_step=train.tokens_per_step // train.seq_len,
-        micro_batch_size=micro_batch_size(config),
+        micro_batch_size=resolved.micro_batch_size,
         rank=rank,
-        world_size=world_size,
+        world_size=resolved.world_size,
         seed=train.seed,
         document_ids=train.document_mask,
-        skip_steps=config.data.skip_steps,
+        skip_steps=resolved.config.data.skip_steps,
     )
 
 
-def build_engine(config: Config, *, device: torch.device, world_size: int) -> Engine:
-    """The initialised model of `config` inside its engine. Collective."""
-    train = config.train
-    model = build_model(config.model, seed=train.seed, device=device)
-    model.compute_dtype = compute_dtype(train.precision)
+def build_engine(resolved: Resolved) -> Engine:
+    """Return the engine with the initialised model inside. Collective."""
+    config, train = resolved.config, resolved.config.train
+    model = build_model(config.model, seed=train.seed, device=resolved.device)
+    model.compute_dtype = resolved.compute_dtype
     if train.precision == "fp8":
-        model.use_in_blocks(fp8_linear(emulate=not native_fp8(device)))
+        model.use_in_blocks(fp8_linear(emulate=not native_fp8(resolved.device)))
     model.activation_checkpointing = train.activation_checkpointing
-    if train.compile:
+    if resolved.compiled:
         for layer in model.layers:
             layer.compile()
-    size = micro_batch_size(config)
     return Engine(
         model,
         config.optimizer,
         zero_stage=config.engine.zero_stage,
-        micro_batch_size=size,
-        gradient_accumulation_steps=train.tokens_per_step // train.seq_len // world_size // size,
+        micro_batch_size=resolved.micro_batch_size,
+        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
         grad_clip=train.grad_clip,
-        device=device,
+        device=resolved.device,
     )
 
 
@@ -270,18 +247,12 @@ def load_initial_weights(path: str, engine: Engine) -> None:
         log.info("starting from %s, norm=%s; the model and the tokenizer are its own", checkpoint.folder, norm)
 
 
-def with_steps(config: Config, steps: int) -> Config:
-    """`config` with the length of the run decided."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, tokens=None, minutes=None))
-
-
-def with_measured_length(config: Config, engine: Engine, loader: Loader, peers: Peers) -> Config:
-    """`config` with as many steps as fit into `train.minutes`. Takes a few steps, and takes them back. Collective."""
-    assert config.train.minutes is not None
+def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers) -> int:
+    """Return how many steps fit into `minutes`. Takes a few steps and restores all state. Collective."""
     state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
-    trial = Trainer(with_steps(config, MEASURED_STEPS), engine, loader, Path(), None, peers=peers)
+    trial = Trainer(resolved, engine, loader, Path(), None, peers=peers)
     seconds = []
-    for step in range(MEASURED_STEPS):
+    for step in range(resolved.total_steps):
         began = time.perf_counter()
         if trial.train_step(step, record=True) is None:
             raise RunError(trial.failure)
@@ -292,8 +263,8 @@ def with_measured_length(config: Config, engine: Engine, loader: Loader, peers: 
         tensor.copy_(before)
     engine.sync_weights_from_master()
     # the first steps compile, allocate and read cold memory
-    steps = max(1, int(60 * config.train.minutes / statistics.median(seconds[len(seconds) // 2 :])))
-    return with_steps(config, on_main(lambda: steps))
+    steps = max(1, int(60 * minutes / statistics.median(seconds[len(seconds) // 2 :])))
+    return on_main(lambda: steps)
 
 
 def _begin(
@@ -334,9 +305,10 @@ def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
         )
 
 
-def _check_same_config(config: Config) -> None:
-    """Raise `UserError` unless all ranks have composed the same configuration."""
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+def _check_same_config(*configs: Config) -> None:
+    """Raise `UserError` unless all ranks have composed and resolved the same configuration. Collective."""
+    text = json.dumps([to_dict(config) for config in configs], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     if len(set(gather_objects(digest))) > 1:
         raise UserError("the ranks have different configurations; start all of them with the same command and files")
 

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ from osp.evaluation.texts import held_out
 from osp.files import read_lines
 from osp.model.generate import Sampling, generate
 from osp.model.loss import IGNORE
-from osp.model.transformer import Transformer, count_parameters, flops_per_token
+from osp.model.transformer import Transformer, count_parameters, flops_per_token, meta_model
 from osp.monitor import Monitor
-from osp.optim import build_schedule, describe_groups
+from osp.optim import describe_groups
 from osp.report import write_report
 from osp.run.checkpoint import Checkpoint, Saver, load
 from osp.run.folder import RunLock, end, environment
 from osp.run.logger import Logger
 from osp.train.engine import Engine
 from osp.train.guards import SpikeDetector
+from osp.train.resolve import Resolved
 from osp.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        resolved: Resolved,
         engine: Engine,
         loader: Loader,
         folder: Path,
@@ -62,11 +62,13 @@ class Trainer:
         lock: RunLock | None = None,
         token: str = "",
     ):
+        config = resolved.config
         self.config, self.engine, self.loader, self.folder, self.logger = config, engine, loader, folder, logger
         self.lock = lock
-        self.total_steps = total_steps(config)
+        self.total_steps = resolved.total_steps
+        self.micro_batch_size = resolved.micro_batch_size
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
-        self.schedule = build_schedule_of(config)
+        self.schedule = resolved.build_schedule()
         self.shards = loader.rows.shards.folder
         self.step = 0  # optimizer steps taken
         self.skipped = 0  # of them, those whose update was left out
@@ -88,7 +90,7 @@ class Trainer:
         )
         # taken once: asking git and building a model take longer than all that a save copies
         self._environment = environment() if engine.rank == 0 else None
-        self._shapes = {name: list(p.shape) for name, p in meta_model(config).named_parameters()}
+        self._shapes = {name: list(p.shape) for name, p in meta_model(config.model).named_parameters()}
         self.train_seconds = 0.0
         self._step_seconds = 0.0  # of the last step, on this rank
         self._check_every = 1  # micro steps between looks at requests to stop
@@ -215,7 +217,7 @@ class Trainer:
         for batch in validation_batches(
             self.shards,
             seq_len=config.train.seq_len,
-            batch_size=micro_batch_size(config),
+            batch_size=self.micro_batch_size,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             max_tokens=config.eval.tokens,
@@ -254,7 +256,7 @@ class Trainer:
         # windows have a shape of their own, and hooks do not go together with compiled code
         with torch.compiler.set_stance("force_eager"):
             metrics = live_perplexity(
-                self.model, self.quantized_text, seq_len=seq_len, batch_tokens=micro_batch_size(self.config) * seq_len
+                self.model, self.quantized_text, seq_len=seq_len, batch_tokens=self.micro_batch_size * seq_len
             )
         found = ", ".join(f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items())
         metrics["quant/seconds"] = time.perf_counter() - began
@@ -315,6 +317,7 @@ class Trainer:
         return Monitor(
             self.config,
             self.model,
+            total_steps=self.total_steps,
             shards=self.shards,
             folder=self.folder,
             logger=self.logger,
@@ -450,7 +453,7 @@ class Trainer:
 
     def _describe_nonfinite(self, step: int, loss: float, losses: list[torch.Tensor], norms: dict[str, float]) -> str:
         """What is not finite, from which rows, and the largest gradients; also in nonfinite.json. Collective."""
-        size, world_size, rank = micro_batch_size(self.config), self.engine.world_size, self.engine.rank
+        size, world_size, rank = self.micro_batch_size, self.engine.world_size, self.engine.rank
         first = data_step(step, self.config.data.skip_steps) * self.loader.rows_per_step
         starts = [first + (i * world_size + rank) * size for i in range(len(losses))]
         bad = [
@@ -634,34 +637,9 @@ class Trainer:
         return self.tokenizer.decode([*prompt, *tokens])
 
 
-def meta_model(config: Config) -> Transformer:
-    """The model of `config` without memory: its names and whole shapes, also where ranks hold parts."""
-    with torch.device("meta"):
-        return Transformer(config.model)
-
-
-def total_steps(config: Config) -> int:
-    """Optimizer steps of the run, once its length is decided."""
-    assert config.train.steps is not None, "resolve() or with_measured_length() decides it"
-    return config.train.steps
-
-
-def build_schedule_of(config: Config) -> Callable[[int], float]:
-    """Learning rate over peak rate as a function of the step of this run."""
-    return build_schedule(
-        config.schedule, total_steps=total_steps(config), tokens_per_step=config.train.tokens_per_step
-    )
-
-
 def validation_every(config: Config, val_tokens: int) -> int:
     """Steps between validations on held-out text of `val_tokens`; `auto`: a forward pass is a third of the work."""
     if config.eval.every != "auto":
         return config.eval.every
     steps = min(config.eval.tokens, val_tokens) / (3 * config.train.tokens_per_step)
     return max(MIN_VALIDATION_STEPS, math.ceil(steps / VALIDATION_SHARE))
-
-
-def micro_batch_size(config: Config) -> int:
-    size = config.train.micro_batch_size
-    assert isinstance(size, int), "resolve() decides it"
-    return size

@@ -11,12 +11,11 @@ from torch import nn
 
 from osp.config import Config, Heads, ModelConfig, OptimizerConfig
 from osp.device import compute_dtype
-from osp.model.transformer import Transformer
+from osp.model.transformer import Transformer, meta_model
 from osp.optim import PartitionedOptimizer, build_groups
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import Activations, activations, kept, peak
 from osp.plan.plan import Plan, make_plan
-from osp.train.trainer import meta_model
 from tests.distributed import run_distributed
 from tests.plan import workers
 
@@ -107,7 +106,7 @@ def test_peak_counts_what_is_alive_together() -> None:
 
 
 def model_of(settings: Config) -> Transformer:
-    model = meta_model(settings)
+    model = meta_model(settings.model)
     model.compute_dtype = compute_dtype(settings.train.precision)
     return model
 
@@ -147,7 +146,7 @@ def test_logits_of_a_chunk_bound_the_working_set() -> None:
 
 def test_stages_differ_as_zero_says() -> None:
     stages = planned(1, 3).stages
-    numel = sum(p.numel() for p in meta_model(config(1)).parameters())
+    numel = sum(p.numel() for p in meta_model(config(1).model).parameters())
     assert stages[1].weights == pytest.approx(4 * numel, rel=1e-3)
     assert stages[1].gradients == 4 * numel
     assert stages[3].gradients == pytest.approx(4 * numel / 3, rel=1e-3)

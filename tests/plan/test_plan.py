@@ -14,7 +14,7 @@ from osp.config import Config
 from osp.errors import UserError
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.plan import make_plan
-from osp.train.setup import resolve
+from osp.train.resolve import resolve
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -85,9 +85,9 @@ def test_batch_is_cut_as_training_cuts_it(tiny: Callable[..., Config]) -> None:
         resolved = resolve(config, device=torch.device("cpu"), world_size=world_size, bf16=False)
         options = PlanConfig(world_size=world_size, machine=cpu())
         planned = make_plan(config, options)
-        size = resolved.train.micro_batch_size
-        assert isinstance(size, int)
-        assert (planned.config.train, planned.accumulation * size) == (resolved.train, 8 // world_size)
+        size = resolved.micro_batch_size
+        assert (planned.config, planned.micro_batch_size) == (resolved.config, size)
+        assert planned.accumulation * size == 8 // world_size
 
 
 def cpu(**changes: Any) -> MachineConfig:

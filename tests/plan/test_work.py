@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from osp import optim
-from osp.config import Config, Heads, ModelConfig, OptimizerConfig
+from osp.config import Heads, ModelConfig, OptimizerConfig
+from osp.model.transformer import meta_model
 from osp.optim import build_groups, newton_schulz
 from osp.optim.rules import Group
 from osp.optim.zero import Batch, batches, flat_size, interval_table
 from osp.plan.config import MachineConfig
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
-from osp.train.trainer import meta_model
 from tests.conftest import ROOT
 
 SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the matrices of the blocks, and the gains
@@ -30,7 +30,7 @@ SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the
 def groups_of(model: str) -> list[Group]:
     """The optimizer's groups of a model of configs/model with EmbProj, on tensors without memory."""
     values = yaml.safe_load((ROOT / "configs" / "model" / f"{model}.yaml").read_text())
-    shapes = meta_model(Config(model=ModelConfig(**values, embed_proj=True)))
+    shapes = meta_model(ModelConfig(**values, embed_proj=True))
     return optim.groups_of(shapes, OptimizerConfig())
 
 

@@ -14,8 +14,8 @@ from osp.config import Config
 from osp.distributed import gather_objects
 from osp.run.checkpoint import Saver
 from osp.train.engine import Engine
+from osp.train.resolve import resolve
 from osp.train.setup import build_engine
-from osp.train.trainer import micro_batch_size
 
 
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -70,8 +70,9 @@ def held(configs: list[Config], folder: Path) -> list[dict[str, int]]:
 
 def measure(config: Config, folder: Path) -> dict[str, int]:
     stage, found = config.engine.zero_stage, {}
-    engine = build_engine(config, device=torch.device("cpu"), world_size=dist.get_world_size())
-    tokens = torch.zeros(micro_batch_size(config), config.train.seq_len, dtype=torch.long)
+    resolved = resolve(config, device=torch.device("cpu"), world_size=dist.get_world_size())
+    engine = build_engine(resolved)
+    tokens = torch.zeros(resolved.micro_batch_size, config.train.seq_len, dtype=torch.long)
     with Collectives() as collectives:
         for _ in range(engine.gradient_accumulation_steps):
             found["accumulated"] = gradients(engine, stage)  # by the micro batches before

@@ -1,0 +1,126 @@
+"""Turn a configuration and a machine into one `Resolved`, in which every choice is made."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from osp.config import Config, TokenizerConfig, TrainConfig, check
+from osp.device import compute_dtype, native_bf16
+from osp.errors import UserError
+from osp.optim import build_schedule
+from osp.run.checkpoint import Checkpoint, find
+
+TRIAL_STEPS = 6  # length of the trial that measures how many steps fit into `train.minutes`
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with every choice made for one machine. Only `resolve` builds it, and nothing changes it.
+
+    `config` holds the decided value in place of every `auto`: it is what config.yaml and the checkpoints record.
+    """
+
+    config: Config
+    device: torch.device
+    world_size: int
+    total_steps: int  # TRIAL_STEPS while `config.train.minutes` is set: the length is not measured yet
+    micro_batch_size: int  # sequences per rank and backward pass
+    gradient_accumulation_steps: int  # backward passes per rank and optimizer step
+    compute_dtype: torch.dtype  # of matmuls and activations
+    compiled: bool  # every block by torch.compile
+
+    def build_schedule(self) -> Callable[[int], float]:
+        """Return the learning rate over its peak as a function of the step. Raises `UserError` if phases overlap."""
+        tokens = self.config.train.tokens_per_step
+        return build_schedule(self.config.schedule, total_steps=self.total_steps, tokens_per_step=tokens)
+
+
+def resolve(
+    config: Config,
+    *,
+    device: torch.device,
+    world_size: int,
+    total_steps: int | None = None,
+    bf16: bool | None = None,
+) -> Resolved:
+    """Decide everything that `config` leaves open.
+
+    Args:
+        total_steps: length of a run that gives `train.minutes`, once it is known.
+        bf16: whether the device multiplies bf16 natively. None: ask the device of this process.
+
+    Raises:
+        UserError: if the batch does not divide among the ranks, or `checkpoint.init_from` does not fit.
+    """
+    config = _with_initial_model(config)
+    train = config.train
+    precision = train.precision
+    if precision == "auto":
+        native = native_bf16(device) if bf16 is None else bf16
+        precision = "bf16" if native else "fp32"
+    compiled = train.compile
+    if compiled == "auto":
+        compiled = device.type == "cuda" and config.engine.zero_stage < 3
+    elif compiled and config.engine.zero_stage == 3:
+        raise UserError("train.compile=true does not work with engine.zero_stage=3 (its hooks break every graph)")
+    size, num_micro_batches = _cut_batch(train, device=device, world_size=world_size)
+    train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
+    steps = train.num_steps if total_steps is None else total_steps
+    if steps is not None:
+        train = dataclasses.replace(train, steps=steps, tokens=None, minutes=None)
+    return Resolved(
+        config=dataclasses.replace(config, train=train),
+        device=device,
+        world_size=world_size,
+        total_steps=TRIAL_STEPS if steps is None else steps,
+        micro_batch_size=size,
+        gradient_accumulation_steps=num_micro_batches,
+        compute_dtype=compute_dtype(precision),
+        compiled=compiled,
+    )
+
+
+def _cut_batch(train: TrainConfig, *, device: torch.device, world_size: int) -> tuple[int, int]:
+    """Return (sequences of a micro batch, micro batches per rank and step)."""
+    sequences = train.tokens_per_step // train.seq_len
+    if sequences % world_size:
+        nearest = max(1, round(sequences / world_size)) * world_size * train.seq_len
+        raise UserError(
+            f"train.tokens_per_step={train.tokens_per_step} is {sequences} rows of train.seq_len={train.seq_len}, "
+            f"which {world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
+        )
+    per_rank = sequences // world_size
+    size = train.micro_batch_size
+    if size == "auto":
+        limit = max(1, (16384 if device.type == "cuda" else 4096) // train.seq_len)
+        size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
+    elif per_rank % size:
+        raise UserError(
+            f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
+            f"per step (train.tokens_per_step / train.seq_len / ranks)"
+        )
+    return size, per_rank // size
+
+
+def _with_initial_model(config: Config) -> Config:
+    """Return `config` with the model and the tokenizer of `checkpoint.init_from`, or as it is without that key."""
+    source = config.checkpoint.init_from
+    if source is None:
+        return config
+    folder = find(Path(source))
+    if folder is None:
+        raise UserError(
+            f"checkpoint.init_from={source}: no model there; name a run, a checkpoint or what scripts/convert.py "
+            "wrote; a Hugging Face folder is converted first"
+        )
+    initial = Checkpoint(folder).config
+    path = folder.resolve().parent.parent / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"checkpoint.init_from={source}: {path} is missing, the model's tokenizer")
+    tokenizer = TokenizerConfig(train=False, path=str(path), eos_token=initial.tokenizer.eos_token)
+    config = dataclasses.replace(config, model=initial.model, tokenizer=tokenizer)
+    check(config)
+    return config
