@@ -1,19 +1,19 @@
-"""The probe: one forward pass of held-out rows through the model as it is, with hooks that see its activations.
+"""The probe: forward passes of held-out text through the model as it is, observed by hooks.
 
-It is eager, without gradients and apart from the training step: a hook that is added to a compiled block never runs,
-and under activation checkpointing hooks run twice. It draws no random numbers and leaves weights, gradients and modes
-as they were, so training is bit for bit the same with and without. Under ZeRO-3 the weights of a module are whole while
-its own hooks run.
+A probe runs eagerly, without gradients and apart from the training step, because hooks that are added to a compiled
+block never run, and hooks run twice under activation checkpointing. It draws no random numbers and restores weights,
+gradients and modes, so training is bit-identical with and without probes. Under ZeRO-3 the weights of a module are
+whole while its own hooks run.
 
-Rows go through one at a time, whatever the number of ranks: the arithmetic of a row, and so what is measured, does not
-depend on how rows are shared out. Nothing is kept of a row but its `Sample` per site.
+Each rank reads one sequence at a time: the arithmetic of a sequence, and so the result, does not depend on the number
+of ranks. Only the `Sample` of each site is kept.
 
-Fake W4A4 runs in lockstep: a row is doubled, every matrix product of a block quantizes the second copy and its weight,
-and the two copies are compared where they pass. So no layer's activations have to wait for a second forward pass.
+Fake W4A4 (R_L) runs in lockstep: the sequence is doubled, every matrix product of a block quantizes its weight and
+input for the second copy, and the copies are compared at the end of each block. No activations wait for a second pass.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -38,7 +38,7 @@ VAR_ERROR = "bhyt/var_error"
 
 @dataclass(frozen=True)
 class Rows:
-    """The text of a probe: all rows on every rank."""
+    """The text of a probe, R sequences of T tokens: all of them on every rank."""
 
     tokens: Tensor  # (R, T) int64, on the CPU
     document_ids: Tensor | None = None  # (R, T)
@@ -46,36 +46,36 @@ class Rows:
 
 @dataclass(frozen=True)
 class SiteReading:
-    """What a probe saw at one site. Positions count from 0; an outlier is the value with the largest |x|."""
+    """The measurements at one site. The outlier is the value with the largest |x|."""
 
-    statistics: dict[str, float]  # all of osp.monitor.statistics
-    top_channel: int  # with the most energy
-    value: float  # the outlier
+    statistics: dict[str, float]  # see osp.monitor.statistics.compute_statistics
+    top_channel: int  # the channel with the most energy
+    value: float  # of the outlier
     channel: int
-    row: int
-    position: int
-    token: int  # id of the token there
-    channels: list[tuple[int, float]]  # the 8 channels with the largest |x|, and that
-    octaves: tuple[int, list[int]]  # histogram of |x|, see osp.monitor.statistics.octaves
+    row: int  # its sequence, counted from 0
+    position: int  # in the sequence, counted from 0
+    token: int  # id of the token at that position
+    channels: list[tuple[int, float]]  # the 8 channels with the largest |x|, each with that value
+    octaves: tuple[int, list[int]]  # histogram of |x|, see osp.monitor.statistics.count_octaves
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a probe saw: `metrics` by the names that are logged, and every site by its name."""
+    """The result of a probe: metrics by the name under which they are logged, and sites by name."""
 
     metrics: dict[str, float]
     sites: dict[str, SiteReading]
 
 
 def probe(model: Transformer, rows: Rows, config: MonitorConfig) -> Reading:
-    """Measure `model` on `rows`, which all ranks of torch's process group share out; all get the same `Reading`."""
+    """Measure `model` on `rows`. Collective: the ranks share the sequences, and all return the same `Reading`."""
     recorder = _Recorder(model, config)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     num_rows = len(rows.tokens)
     with _undisturbed(model):
         for first in range(0, num_rows, world_size):
-            # under ZeRO-3 every rank must take part: one without a row repeats the last one, which counts nothing
+            # under ZeRO-3 every rank must take part: a rank without a sequence repeats the last one, uncounted
             row = min(first + rank, num_rows - 1)
             recorder.run(
                 rows.tokens[row : row + 1],
@@ -87,31 +87,28 @@ def probe(model: Transformer, rows: Rows, config: MonitorConfig) -> Reading:
     return recorder.reading(rows)
 
 
-def chosen_sites(config: MonitorConfig) -> tuple[str, ...]:
-    return get_args(Site) if config.sites == "all" else config.sites
-
-
-def chosen_statistics(config: MonitorConfig) -> tuple[str, ...]:
-    return get_args(Statistic) if config.statistics == "all" else config.statistics
+def row_norms(weight: Tensor) -> Tensor:
+    """Return the L2 norm of every row of a matrix, fp32."""
+    return torch.linalg.vector_norm(weight.float(), dim=1)
 
 
 class _Recorder:
-    """Hooks on a model, and what they have seen: samples of sites, and sums and maxima by name."""
+    """Hooks on a model and what they accumulate: samples of sites, sums and maxima by name."""
 
     def __init__(self, model: Transformer, config: MonitorConfig):
         self.model = model
-        self.sites = site_names(len(model.layers), chosen_sites(config))
-        self.statistics = set(chosen_statistics(config))
+        self.sites = site_names(len(model.layers), get_args(Site) if config.sites == "all" else config.sites)
+        self.statistics = set(get_args(Statistic) if config.statistics == "all" else config.statistics)
         self.samples: dict[str, Sample] = {}
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # pairs (numerator, denominator)
         self.maxima: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}  # of gains and rows: the same on every rank
+        self.weights: dict[str, Tensor] = {}  # maxima of gains and of norms of rows: the same on every rank
         self.row, self.counted = 0, True
         self.tokens_per_row = 0
         self._mask: Tensor | None = None
 
     def run(self, tokens: Tensor, document_ids: Tensor | None, *, row: int, counted: bool) -> None:
-        """Take in one row; tokens (1, T). counted: whether it adds to the figures."""
+        """Run the model on one sequence, tokens (1, T); accumulate the measurements if `counted`."""
         device = next(self.model.parameters()).device
         tokens = tokens.to(device)
         ids = None if document_ids is None else document_ids.to(device)
@@ -130,10 +127,10 @@ class _Recorder:
             with ExitStack() as stack:
                 for name in _hidden_states(len(self.model.layers)):
                     stack.callback(observe_site(self.model, name, self._add_osp_script).remove)
-                self.model(tokens.T)  # every token a sequence of its own
+                self.model(tokens.T)  # every token as a sequence of length 1
 
     def _hook(self, stack: ExitStack) -> None:
-        """Observe a forward pass over a sequence of text until `stack` ends."""
+        """Observe the forward pass of a sequence until `stack` ends."""
         model = self.model
         for name in self.sites:
             stack.callback(observe_site(model, name, functools.partial(self._add_sample, name)).remove)
@@ -159,13 +156,13 @@ class _Recorder:
     def _add_sample(self, name: str, x: Tensor) -> None:
         values = x[0].flatten(1)  # (T, D) of the copy that is not quantized
         if self.counted:
-            new = st.sample(values, first_token=self.row * self.tokens_per_row)
+            new = st.take_sample(values, first_token=self.row * self.tokens_per_row)
         else:
             new = st.empty_sample(values.shape[1], values.device)
-        self.samples[name] = st.merged_samples([self.samples[name], new]) if name in self.samples else new
+        self.samples[name] = st.merge_samples([self.samples[name], new]) if name in self.samples else new
 
     def _add_attention(self, name: str, query: Tensor, key: Tensor, *_: Any) -> None:
-        """Queries (copies, T, H, K) and keys (copies, T, G, K) as attention sees them, after RoPE."""
+        """query: (copies, T, H, K), key: (copies, T, G, K), both after RoPE."""
         largest, sink, number = st.attention_statistics(
             query[0], key[0], self._mask, off_by_one=self.model.config.attention.off_by_one
         )
@@ -190,7 +187,6 @@ class _Recorder:
         self.weights[name] = (row_norms(weight) if weight.ndim == 2 else weight.float().abs()).max()
 
     def _add_sum(self, name: str, value: Tensor) -> None:
-        """Add to a pair (numerator, denominator) of sums."""
         value = value if self.counted else torch.zeros_like(value)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
@@ -199,11 +195,11 @@ class _Recorder:
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
     def reduce(self) -> None:
-        """Merge what all ranks have seen."""
+        """Merge the measurements of all ranks. Collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.samples = _merged_over_ranks(self.samples)
-            self.sums = dict(zip(self.sums, _all_reduce(list(self.sums.values()), "sum"), strict=True))
-            self.maxima = dict(zip(self.maxima, _all_reduce(list(self.maxima.values()), "max"), strict=True))
+            self.samples = _merge_over_ranks(self.samples)
+            self.sums = dict(zip(self.sums, _all_reduce(self.sums.values(), dist.ReduceOp.SUM), strict=True))
+            self.maxima = dict(zip(self.maxima, _all_reduce(self.maxima.values(), dist.ReduceOp.MAX), strict=True))
 
     def reading(self, rows: Rows) -> Reading:
         sites = {name: _site_reading(self.samples[name], rows) for name in self.sites}
@@ -231,37 +227,25 @@ class _Recorder:
 
 
 def _key(name: str) -> str:
-    """The name that is logged; BHyT's own quantity has a place of its own."""
+    """Return the name under which a metric is logged: with the prefix `monitor/`, except for BHyT's own metric."""
     return name if name.startswith(VAR_ERROR) else f"monitor/{name}"
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """L2 norm of every row of a matrix, fp32."""
-    return torch.linalg.vector_norm(weight.float(), dim=1)
-
-
-# --- the model, observed ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _undisturbed(model: Transformer) -> Iterator[None]:
-    """Eager, without gradients, in eval mode (no activation checkpointing), and without the product with the head."""
+    """Run `model` eagerly, without gradients, in eval mode (no activation checkpointing), and without its head."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _forward(model.lm_head, _nothing):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _forward(model.lm_head, lambda x, *_: x):
             yield
     finally:
         model.train(training)
 
 
-def _nothing(x: Tensor, *_: Any) -> Tensor:
-    return x
-
-
 @contextmanager
 def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `function` be the forward of `module`. Its hooks, DeepSpeed's among them, stay in effect."""
+    """Replace the forward of `module`. Its hooks, DeepSpeed's among them, stay in effect."""
     before = module.__dict__.get("forward")
     module.forward = function
     try:
@@ -274,12 +258,12 @@ def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[Non
 
 
 def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
-    """x (2, ..., in) through the layer: the first copy as always, the second one with x and W quantized."""
+    """Return the product of x (2, ..., in) with W: of the first copy as usual, of the second with both quantized."""
     weight, bias = module.affine()
     bias = None if bias is None else bias.to(x.dtype)
-    noisy = fake_quantize_activation(x[1:], bits=BITS)
-    noisy_weight = fake_quantize_weight(weight, bits=BITS)
-    return torch.cat((F.linear(x[:1], weight.to(x.dtype), bias), F.linear(noisy, noisy_weight.to(x.dtype), bias)))
+    usual = F.linear(x[:1], weight.to(x.dtype), bias)
+    quantized_weight = fake_quantize_weight(weight, bits=BITS).to(x.dtype)
+    return torch.cat((usual, F.linear(fake_quantize_activation(x[1:], bits=BITS), quantized_weight, bias)))
 
 
 def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:
@@ -289,14 +273,14 @@ def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:
 
 
 def _hidden_states(num_layers: int) -> list[str]:
-    """Sites of Hugging Face's `hidden_states`: embedding, every block but the last, and the final norm instead."""
+    """Return the sites of Hugging Face's `hidden_states`: embedding, every block but the last, final norm."""
     last = f"{layer_name(num_layers - 1)}/block_out"
     names = site_names(num_layers, ("embed_out", "block_out", "final_norm_out"))
     return [name for name in names if name != last]
 
 
 def _weighted(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
-    """(`gain_max/...` of a norm or `weight_row_max/...` of a matrix, module) of every module with such a weight."""
+    """Yield (`gain_max/...`, norm) and (`weight_row_max/...`, matrix) of every module with a weight."""
     modules: list[tuple[str, nn.Module]] = []
     for name, layer in _blocks(model):
         for path, module in layer.named_modules():
@@ -311,73 +295,55 @@ def _weighted(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in modules if getattr(module, "weight", None) is not None)
 
 
-# --- over ranks ---------------------------------------------------------------------------------------------------
-
-
-def _merged_over_ranks(samples: dict[str, Sample]) -> dict[str, Sample]:
-    """Every site's `Sample` of all ranks: deviations are taken from the common mean, then everything adds up."""
-    names, local = list(samples), list(samples.values())
-    counts = _all_reduce([s.channels.count for s in local], "sum")
-    sums = _all_reduce([s.channels.count * s.channels.mean for s in local], "sum")
+def _merge_over_ranks(samples: dict[str, Sample]) -> dict[str, Sample]:
+    """Return the samples of all ranks: moments are taken about the common mean, then everything adds up."""
+    if not samples:
+        return {}
+    local = list(samples.values())
+    counts = _all_reduce([s.channels.count for s in local], dist.ReduceOp.SUM)
+    sums = _all_reduce([s.channels.count * s.channels.mean for s in local], dist.ReduceOp.SUM)
     means = [total / count.clamp(min=1) for total, count in zip(sums, counts, strict=True)]
-    about = [st.recentred(s.channels, mean) for s, mean in zip(local, means, strict=True)]
-    m2 = _all_reduce([m.m2 for m in about], "sum")
-    m3 = _all_reduce([m.m3 for m in about], "sum")
-    m4 = _all_reduce([m.m4 for m in about], "sum")
-    kurtosis = _all_reduce([s.token_kurtosis for s in local], "sum")
-    squares = _all_reduce([s.token_energy_squares for s in local], "sum")
-    histograms = _all_reduce([s.counts for s in local], "sum")
-    channel_max = _all_reduce([s.channel_max for s in local], "max")
-    token_max = _all_reduce([s.token_energy_max for s in local], "max")
-    peaks = _all_gather(torch.stack([s.peak for s in local]))  # (W, sites, 3)
-    return {
-        name: Sample(
-            st.Moments(counts[i], means[i], m2[i], m3[i], m4[i]),
-            channel_max[i],
-            kurtosis[i],
-            squares[i],
-            token_max[i],
-            histograms[i],
-            st.first_peak(peaks[:, i]),
-        )
-        for i, name in enumerate(names)
-    }
+    about = [st.recentre_moments(s.channels, mean) for s, mean in zip(local, means, strict=True)]
+    m2, m3, m4 = (_all_reduce([m[power] for m in about], dist.ReduceOp.SUM) for power in (2, 3, 4))
+    kurtosis = _all_reduce([s.token_kurtosis for s in local], dist.ReduceOp.SUM)
+    squares = _all_reduce([s.token_energy_squares for s in local], dist.ReduceOp.SUM)
+    histograms = _all_reduce([s.counts for s in local], dist.ReduceOp.SUM)
+    channel_max = _all_reduce([s.channel_max for s in local], dist.ReduceOp.MAX)
+    token_max = _all_reduce([s.token_energy_max for s in local], dist.ReduceOp.MAX)
+    peaks = torch.stack([s.peak for s in local])
+    of_ranks = [torch.empty_like(peaks) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, peaks)
+    merged = {}
+    for i, name in enumerate(samples):
+        moments = st.Moments(counts[i], means[i], m2[i], m3[i], m4[i])
+        peak = st.first_peak(torch.stack(of_ranks)[:, i])
+        merged[name] = Sample(moments, channel_max[i], kurtosis[i], squares[i], token_max[i], histograms[i], peak)
+    return merged
 
 
-def _all_reduce(tensors: list[Tensor], operation: str) -> list[Tensor]:
-    """Sum or maximum of each tensor over ranks, in one exchange."""
+def _all_reduce(tensors: Collection[Tensor], operation: dist.ReduceOp.RedOpType) -> list[Tensor]:
+    """Return the sum or maximum of each tensor over ranks, in one collective call."""
     if not tensors:
         return []
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+    dist.all_reduce(flat, op=operation)
     pieces = flat.split([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def _all_gather(tensor: Tensor) -> Tensor:
-    """The tensors of all ranks, stacked."""
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.stack(gathered)
-
-
-# --- what is read off ---------------------------------------------------------------------------------------------
-
-
 def _site_reading(sample: Sample, rows: Rows) -> SiteReading:
-    num_channels, length = sample.channel_max.numel(), rows.tokens.shape[1]
-    place, value = int(sample.peak[1]), float(sample.peak[2])
-    token, channel = divmod(place, num_channels)
-    row, position = divmod(token, length)
+    num_channels = sample.channel_max.numel()
+    token, channel = divmod(int(sample.peak[1]), num_channels)
+    row, position = divmod(token, rows.tokens.shape[1])
     largest = sample.channel_max.topk(min(8, num_channels))
     return SiteReading(
-        statistics=st.statistics(sample),
+        statistics=st.compute_statistics(sample),
         top_channel=int(st.channel_energy(sample).argmax()),
-        value=value,
+        value=float(sample.peak[2]),
         channel=channel,
         row=row,
         position=position,
         token=int(rows.tokens[row, position]),
         channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
-        octaves=st.octaves(sample),
+        octaves=st.count_octaves(sample),
     )

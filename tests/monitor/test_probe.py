@@ -241,6 +241,14 @@ def test_ranks_change_nothing(world_size: int) -> None:
             assert (other.channels, other.octaves) == (site.channels, site.octaves)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_probe_without_sites_merges_over_ranks(world_size: int) -> None:
+    one = probe(workers.small_model(), workers.rows(), MonitorConfig(sites=(), statistics=("R_L",)))
+    for rank in ranks_of(world_size):
+        assert rank["without_sites"].sites == {}
+        assert rank["without_sites"].metrics == pytest.approx(one.metrics, rel=1e-12)
+
+
 def test_nothing_stays_behind() -> None:
     model = workers.small_model().train()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -261,7 +269,7 @@ def test_nothing_stays_behind_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("osp.monitor.statistics.sample", fail)
+    monkeypatch.setattr("osp.monitor.statistics.take_sample", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         probe(model, workers.rows(), FULL)
     assert all(m.training and not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())

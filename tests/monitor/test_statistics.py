@@ -17,7 +17,7 @@ N, D = 64, 32
 
 
 def measured(x: Tensor) -> dict[str, float]:
-    return st.statistics(st.sample(x))
+    return st.compute_statistics(st.take_sample(x))
 
 
 # --- closed forms -------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def test_kurtosis_of_known_samples() -> None:
     A uniform grid of n points: -1.2 (n^2 + 1) / (n^2 - 1)."""
 
     def of(values: list[float]) -> float:
-        return float(st.excess_kurtosis(st.moments(torch.tensor(values), 0)))
+        return float(st.excess_kurtosis(st.compute_moments(torch.tensor(values), 0)))
 
     assert of([1.0, -1.0] * 8) == pytest.approx(-2, abs=1e-12)
     assert of([7.0, 3.0] * 8) == pytest.approx(-2, abs=1e-12)
@@ -163,15 +163,15 @@ def test_statistics_equal_their_definitions(seed: int, dtype: torch.dtype) -> No
 def test_peak_names_the_first_of_the_largest() -> None:
     x = heavy()
     x[9, 3], x[20, 1] = -5000.0, 5000.0
-    value, place, signed = st.sample(x, first_token=100).peak.tolist()
+    value, place, signed = st.take_sample(x, first_token=100).peak.tolist()
     assert (value, place, signed) == (5000.0, 109 * D + 3, -5000.0)
-    later, earlier = st.sample(x, first_token=100), st.sample(x, first_token=0)
-    assert st.merged_samples([later, earlier]).peak[1] == 9 * D + 3
+    later, earlier = st.take_sample(x, first_token=100), st.take_sample(x, first_token=0)
+    assert st.merge_samples([later, earlier]).peak[1] == 9 * D + 3
 
 
 def test_octaves_count_magnitudes() -> None:
     x = torch.tensor([[0.0, 1.0, -1.5, 2.0], [-3.9, 4.0, 0.26, 1e-30]])
-    first, counts = st.octaves(st.sample(x))
+    first, counts = st.count_octaves(st.take_sample(x))
     assert first == -2  # [1/4, 1/2), [1/2, 1), [1, 2), [2, 4), [4, 8); the zeros in the first
     assert counts == [3, 0, 2, 2, 1]
 
@@ -223,8 +223,8 @@ def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: b
 def test_moments_merge_exactly() -> None:
     """Against rational arithmetic: the sums of powers of 12 numbers in parts of 1, 4 and 7."""
     values = [3.5, -2.25, 100.0, 7.0, 0.5, -8.0, 11.0, 2.0, -1.0, 64.0, 5.0, 0.25]
-    parts = [st.moments(torch.tensor(values[a:b]), 0) for a, b in ((0, 1), (1, 5), (5, 12))]
-    got = st.merged(st.Moments(*map(torch.stack, zip(*parts, strict=True))))
+    parts = [st.compute_moments(torch.tensor(values[a:b]), 0) for a, b in ((0, 1), (1, 5), (5, 12))]
+    got = st.merge_moments(st.Moments(*map(torch.stack, zip(*parts, strict=True))))
     exact = [Fraction(v) for v in values]
     mean = sum(exact) / len(exact)
     assert float(got.mean) == pytest.approx(float(mean), rel=1e-14)
@@ -236,21 +236,21 @@ def test_moments_merge_exactly() -> None:
 def test_samples_of_parts_merge_into_that_of_the_whole(cuts: list[int]) -> None:
     x = heavy()
     bounds = [0, *cuts, N]
-    parts = [st.sample(x[a:b], first_token=a) for a, b in itertools.pairwise(bounds)]
-    whole = st.sample(x)
+    parts = [st.take_sample(x[a:b], first_token=a) for a, b in itertools.pairwise(bounds)]
+    whole = st.take_sample(x)
     for samples in (parts, parts[::-1], [*parts, st.empty_sample(D, x.device)]):
-        merged = st.merged_samples(samples)
+        merged = st.merge_samples(samples)
         assert torch.equal(merged.counts, whole.counts)
         assert torch.equal(merged.peak, whole.peak)
         assert torch.equal(merged.channel_max, whole.channel_max)
-        assert st.statistics(merged) == pytest.approx(st.statistics(whole), rel=1e-12)
+        assert st.compute_statistics(merged) == pytest.approx(st.compute_statistics(whole), rel=1e-12)
 
 
 def test_merging_through_a_pair_or_all_at_once_is_the_same() -> None:
-    a, b, c = (st.sample(heavy(seed), first_token=seed * N) for seed in range(3))
-    once: Sample = st.merged_samples([a, b, c])
-    assert st.statistics(st.merged_samples([st.merged_samples([a, b]), c])) == pytest.approx(
-        st.statistics(once), rel=1e-12
+    a, b, c = (st.take_sample(heavy(seed), first_token=seed * N) for seed in range(3))
+    once: Sample = st.merge_samples([a, b, c])
+    assert st.compute_statistics(st.merge_samples([st.merge_samples([a, b]), c])) == pytest.approx(
+        st.compute_statistics(once), rel=1e-12
     )
 
 

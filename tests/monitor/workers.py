@@ -144,8 +144,10 @@ def find_planted(site: str) -> dict[str, Any]:
 
 
 def everything(_: int) -> dict[str, Any]:
-    """Of one rank: every planted outlier found, and a reading of five rows of a model with heavy tails."""
-    return {"planted": {site: find_planted(site) for site in SITES}, "reading": heavy_reading()}
+    """Return what one rank measures: each planted outlier, a model with heavy tails, and a probe without sites."""
+    without_sites = probe(small_model(), rows(), MonitorConfig(sites=(), statistics=("R_L",)))
+    planted_sites = {site: find_planted(site) for site in SITES}
+    return {"planted": planted_sites, "reading": heavy_reading(), "without_sites": without_sites}
 
 
 def trained(values: dict[str, Any]) -> None:
