@@ -54,7 +54,7 @@ def main() -> None:
     for rows, config in zip(arguments.rows, configs, strict=True):
         plan = make_plan(config, PlanConfig(world_size=1, machine=machine))
         seconds, real_bytes = step_of(config, plan, arguments.steps)
-        planned, planned_bytes = plan.step.total, plan.peaks[1]
+        planned, planned_bytes = plan.step["total"], plan.stages[1]["peak"]
         print(f"| {rows} | {planned:.3f} | {seconds:.3f} | {seconds / planned:.2f} ", end="")
         print(f"| {planned_bytes / 1e9:.3f} | {real_bytes / 1e9:.3f} |")
         results.append({"rows": rows, "planned": planned, "real": seconds, "bytes": [planned_bytes, real_bytes]})
@@ -123,7 +123,7 @@ def step_of(config: Config, plan: Plan, repeats: int) -> tuple[float, float]:
         num_bytes = trainer.engine.memory()
     else:
         # what was there before the step: weights and optimizer state, whose bytes tests hold against the engine
-        num_bytes = peak(step) + plan.stages[1].weights + plan.stages[1].optimizer_state
+        num_bytes = peak(step) + plan.stages[1]["weights"] + plan.stages[1]["optimizer_state"]
     trainer.close()
     trainer.engine.close()
     return seconds, num_bytes

@@ -24,8 +24,7 @@ def main(values: dict[str, Any]) -> None:
     typed = {word.lstrip("+").split("=")[0].removeprefix("machine.") for word in sys.argv if "machine." in word}
     sources = options.machine.sources | dict.fromkeys(typed, "the command line")
     options = dataclasses.replace(options, machine=dataclasses.replace(options.machine, sources=sources))
-    from osp.plan.plan import make_plan
-    from osp.plan.text import describe, to_json
+    from osp.plan.plan import describe, make_plan, to_json
 
     plan = make_plan(config, options)
     if options.out is not None:

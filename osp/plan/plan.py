@@ -1,162 +1,174 @@
 """The plan of a training: what `scripts/plan.py` prints, from a configuration and a machine; nothing is started."""
 
 import dataclasses
-import math
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from osp.config import Config
+from osp.config import Config, to_dict
 from osp.device import peak_tflops_of
 from osp.errors import UserError
 from osp.model.transformer import count_parameters, flops_per_token, meta_model
 from osp.optim import groups_of
-from osp.plan.config import MachineConfig, PlanConfig
-from osp.plan.memory import Memory, activations, memory
-from osp.plan.work import GIGA, GroupWork, StepTime, Traffic, batches_of, group_work, step_time, traffic
+from osp.plan.config import PlanConfig
+from osp.plan.memory import activation_bytes, memory
+from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic
 from osp.run.checkpoint import checkpoint_bytes
+from osp.tables import text_table
 from osp.train.resolve import resolve
 from osp.train.setup import SECONDS_TO_KILL
 
 STAGES = (1, 2, 3)
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, seconds and counts; `describe` in osp.plan.text makes a page of them."""
+    """Bytes, seconds and counts; `describe` prints them."""
 
     config: Config  # every `auto` decided
-    machine: MachineConfig
-    world_size: int
-    gpu_memory: float  # GiB
+    options: PlanConfig  # every figure of the machine decided
     parameters: dict[str, int]
     flops_per_token: int
-    rows_per_rank: int  # of a step
     micro_batch_size: int
-    accumulation: int
-    stages: dict[int, Memory]
-    peaks: dict[int, int]  # by stage, what the machine reserves included
+    accumulation: int  # micro batches of a step
+    stages: dict[int, dict[str, int]]  # bytes by ZeRO stage and part
+    fits: dict[int, bool]  # by stage
     groups: list[GroupWork]
-    traffic: Traffic
-    step: StepTime
+    traffic: dict[str, int]
+    step: dict[str, float]
     mfu: float
     days: float | None  # None: the length of the run is measured at its start
     checkpoint_bytes: int
     save_seconds: float
-    warnings: list[str]
 
 
 def make_plan(config: Config, options: PlanConfig) -> Plan:
-    """Raises `UserError` for what the training itself would refuse on that many ranks."""
-    machine, world_size = options.machine, options.world_size
-    device = torch.device(machine.device)
-    asked = config
-    resolved = resolve(config, device=device, world_size=world_size, bf16=machine.bf16)
+    """Return the plan of `config`. Raises `UserError` for what the training itself would refuse on these ranks."""
+    machine, world_size, asked = options.machine, options.world_size, config.train.compile
+    resolved = resolve(config, device=torch.device(machine.device), world_size=world_size, bf16=machine.bf16)
     config, size, accumulation = resolved.config, resolved.micro_batch_size, resolved.gradient_accumulation_steps
     train, stage = config.train, config.engine.zero_stage
     peak_tflops = machine.peak_tflops or peak_tflops_of(machine.name)
     if peak_tflops is None:
         raise UserError(f"machine.peak_tflops is not set and {machine.name!r} is no GPU of the table; set it")
-    rows = size * accumulation
+    machine, gpu_memory = dataclasses.replace(machine, peak_tflops=peak_tflops), options.gpu_memory or machine.memory
+    options = dataclasses.replace(options, machine=machine, gpu_memory=gpu_memory)
     model = meta_model(config.model)
     model.compute_dtype = resolved.compute_dtype
     groups = groups_of(model, config.optimizer)
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    parameters = count_parameters(config.model)
-    states = sum(
-        torch.Size(shape).numel() * len(group["update_rule"].STATE_NAMES)
-        for group in groups
-        for shape in group["shapes"]
-    )
-    compiled = {each: _is_compiled(asked, each, device=device) for each in STAGES}
-    kept = {way: activations(config, model, micro_batch_size=size, compiled=way) for way in set(compiled.values())}
+    compiled = machine.device == "cuda" if asked == "auto" else asked
+    kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}
     stages, work = {}, []
     for each in STAGES:
         ranks = [batches_of(group, world_size=world_size, stage=each) for group in groups]
+        stages[each] = memory(groups, ranks, kept[compiled and each < 3], options, stage=each, num=accumulation)
         if each == stage:
             work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
-        layout = {"world_size": world_size, "stage": each, "accumulation": accumulation}
-        stages[each] = memory(config, groups, ranks, kept[compiled[each]], native_bf16=machine.bf16, **layout)
-    sent = traffic(groups, work, world_size=world_size, stage=stage, accumulation=accumulation)
-    per_token = flops_per_token(config.model, train.seq_len)
-    computed = per_token * (4 / 3 if train.activation_checkpointing else 1)  # the forward pass a second time
-    seconds = step_time(
-        work,
-        sent,
-        flops=computed * rows * train.seq_len,
-        world_size=world_size,
-        stage=stage,
-        machine=machine,
-        peak_tflops=peak_tflops,
-    )
+    sent = traffic(groups, work, options, stage=stage, accumulation=accumulation)
+    flops, tokens = flops_per_token(config.model, train.seq_len), train.tokens_per_step // world_size
+    repeated = 4 / 3 if train.activation_checkpointing else 1  # the forward pass a second time
+    seconds = step_time(work, sent, options, stage=stage, flops=flops * repeated * tokens)
+    parameters = count_parameters(config.model)
+    states = 0
+    for group in groups:
+        states += len(group["update_rule"].STATE_NAMES) * sum(torch.Size(shape).numel() for shape in group["shapes"])
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     num_bytes = checkpoint_bytes(shapes, states / parameters["total"])
-    hosts = math.ceil(world_size / machine.ranks_per_host)
-    plan = Plan(
+    return Plan(
         config=config,
-        machine=dataclasses.replace(machine, peak_tflops=peak_tflops),
-        world_size=world_size,
-        gpu_memory=options.gpu_memory or machine.memory,
+        options=options,
         parameters=parameters,
-        flops_per_token=per_token,
-        rows_per_rank=rows,
+        flops_per_token=flops,
         micro_batch_size=size,
         accumulation=accumulation,
         stages=stages,
-        peaks={s: int(2**30 * machine.reserved) + m.peak(accumulated=accumulation > 1) for s, m in stages.items()},
+        fits={each: stages[each]["peak"] <= gpu_memory * GIB for each in STAGES},
         groups=work,
         traffic=sent,
         step=seconds,
-        mfu=per_token * rows * train.seq_len / (seconds.total * peak_tflops * 1e12),
-        days=None if train.steps is None else train.steps * seconds.total / 86400,
+        mfu=flops * tokens / (seconds["total"] * peak_tflops * 1e12),
+        days=None if train.steps is None else train.steps * seconds["total"] / 86400,
         checkpoint_bytes=num_bytes,
-        save_seconds=num_bytes / hosts / (machine.disk * GIGA),
-        warnings=[],
+        save_seconds=num_bytes / -(-world_size // machine.ranks_per_host) / (machine.disk * GIGA),
     )
-    return dataclasses.replace(plan, warnings=_warnings(plan))
 
 
-def fits(plan: Plan, stage: int) -> bool:
-    return plan.peaks[stage] <= plan.gpu_memory * 2**30
+def describe(plan: Plan) -> str:
+    """Return the page: batch, memory, Muon, time and traffic, checkpoint, figures of the machine, warnings."""
+    config, train, stage = plan.config, plan.config.train, plan.config.engine.zero_stage
+    machine, world_size = plan.options.machine, plan.options.world_size
+    tokens = "" if train.steps is None else f"; {train.steps:,} steps, {train.steps * train.tokens_per_step:,} tokens"
+    head = (
+        f"{config.run.name} on {world_size} x {machine.name}, ZeRO-{stage}, {train.precision}, "
+        f"blocks {'compiled' if train.compile else 'eager'}: planned from shapes, not measured\n"
+        f"{plan.parameters['total'] / 1e6:,.1f} M parameters, "
+        f"{plan.flops_per_token / GIGA:.3g} GFLOP per token{tokens}\n"
+        f"a step: {train.tokens_per_step:,} tokens in sequences of {train.seq_len:,}; "
+        f"each rank {plan.accumulation} (gradient accumulation) times {plan.micro_batch_size}"
+    )
+    rows = [["GiB on the fullest rank", *(f"ZeRO-{s}{' (set)' if s == stage else ''}" for s in STAGES)]]
+    for name in plan.stages[stage]:
+        rows.append([name.replace("_", " "), *(f"{plan.stages[s][name] / GIB:,.2f}" for s in STAGES)])
+    rows.append([f"of {plan.options.gpu_memory:g} GiB", *("fits" if plan.fits[s] else "DOES NOT FIT" for s in STAGES)])
+    muon = [["group", "count", "shape", "owned per rank", "GFLOP, max", "exchange MB, max"]]
+    for group in plan.groups:
+        shares = sorted(Counter(group.num_owned).items(), reverse=True)
+        owned = ", ".join(f"{count} on {ranks} ranks" for count, ranks in shares)
+        figures = (f"{max(group.num_owned) * group.flops / GIGA:,.0f}", f"{max(group.bytes_sent) / 1e6:,.1f}")
+        shape = "x".join(map(str, group.shape))
+        muon.append([f"{group.role} ({group.rule})", str(len(group.owners)), shape, owned, *figures])
+    shared = sum(group.flops * len(group.owners) for group in plan.groups) / world_size / GIGA
+    critical = sum(group.critical_flops for group in plan.groups) / GIGA
+    note = f"Groups wait for their fullest rank: {critical:,.0f} GFLOP in sequence, {shared:,.0f} if evenly shared."
+    steps = [["of a step", "MB sent per rank", "seconds"]]
+    for name, seconds in plan.step.items():
+        megabytes = f"{plan.traffic[name] / 1e6:,.1f}" if name in plan.traffic else ""
+        steps.append([name.replace("_", " "), megabytes, f"{seconds:.4f}"])
+    speed = train.tokens_per_step / plan.step["total"]
+    days = "unknown (train.minutes)" if plan.days is None else f"{plan.days:,.3g}"
+    time = (
+        f"expected {speed:,.0f} tokens/s, {speed / world_size:,.0f} per rank, MFU {plan.mfu:.1%}, days: {days}\n"
+        f"a checkpoint is {plan.checkpoint_bytes / GIGA:,.2f} GB, written in {plan.save_seconds:.2g} s meanwhile"
+    )
+    constants = [["machine.", "from"]]
+    for name, value in dataclasses.asdict(machine).items():
+        if isinstance(value, float):
+            constants.append([f"{name}={value:g}", machine.sources.get(name, "the default")])
+    tables = [text_table(table, left=1) for table in (rows, muon, steps)]
+    parts = [head, tables[0], f"{tables[1]}\n{note}", tables[2], time, text_table(constants)]
+    return "\n\n".join([*parts, *(f"warning: {text}" for text in warnings(plan))])
 
 
-def _is_compiled(config: Config, stage: int, *, device: torch.device) -> bool:
-    """What `resolve` makes of train.compile at another ZeRO stage."""
-    compile_, engine = config.train.compile, dataclasses.replace(config.engine, zero_stage=stage)
-    train = dataclasses.replace(config.train, compile=False if stage == 3 else compile_)
-    config = dataclasses.replace(config, train=train, engine=engine)
-    return resolve(config, device=device, world_size=1, bf16=True).compiled
-
-
-def _warnings(plan: Plan) -> list[str]:
-    """What a user would want to change before starting."""
-    config, stage = plan.config, plan.config.engine.zero_stage
-    found = []
-    if not fits(plan, stage):
-        found.append(
-            f"{plan.peaks[stage] / 2**30:.1f} GiB do not fit into {plan.gpu_memory:g} GiB at ZeRO-{stage}; "
-            f"{_remedy(plan)}"
-        )
+def warnings(plan: Plan) -> list[str]:
+    """Return what a user would want to change before starting."""
+    stage, train = plan.config.engine.zero_stage, plan.config.train
+    texts = []
+    if not plan.fits[stage]:
+        ways = [f"engine=zero{s}" for s in STAGES if s > stage and plan.fits[s]][:1]
+        if not train.activation_checkpointing:
+            ways.append("train.activation_checkpointing=true")
+        per_rank = plan.micro_batch_size * plan.accumulation
+        ways += [f"train.micro_batch_size={b}" for b in range(1, plan.micro_batch_size) if per_rank % b == 0][-1:]
+        remedy = f"try {' or '.join(ways)}" if ways else "use more ranks or a smaller model"
+        needed = f"{plan.stages[stage]['peak'] / GIB:.1f} GiB do not fit into {plan.options.gpu_memory:g} GiB"
+        texts.append(f"{needed} at ZeRO-{stage}; {remedy}")
     if plan.save_seconds > SECONDS_TO_KILL:
-        found.append(
-            f"a checkpoint takes {plan.save_seconds:.0f} s to write, and a launcher kills a run "
-            f"{SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint will be that of checkpoint.every"
+        texts.append(
+            f"a checkpoint takes {plan.save_seconds:.0f} s to write, and a launcher kills a run {SECONDS_TO_KILL:.0f} s"
+            " after SIGTERM: the run resumes from the last checkpoint of checkpoint.every"
         )
-    share = (plan.step.newton_schulz + plan.step.exchange) / plan.step.total
+    share = (plan.step["newton_schulz"] + plan.step["exchange"]) / plan.step["total"]
     if share > 0.05:
-        found.append(f"Muon takes {share:.0%} of a step; fewer ranks or more tokens per step make it less")
-    if config.train.precision == "fp8":
-        found.append("train.precision=fp8: time and memory of the passes are planned as bf16's")
-    if config.train.steps is None:
-        found.append("train.minutes is turned into steps by a measurement at the start: no days are planned")
-    return found
+        texts.append(f"Muon takes {share:.0%} of a step; fewer ranks or more tokens per step make it less")
+    if train.precision == "fp8":
+        texts.append("train.precision=fp8: time and memory of the passes are planned as bf16's")
+    return texts
 
 
-def _remedy(plan: Plan) -> str:
-    train = plan.config.train
-    others = [stage for stage in STAGES if fits(plan, stage) and stage > plan.config.engine.zero_stage]
-    ways = [f"engine=zero{others[0]}"] if others else []
-    if not train.activation_checkpointing:
-        ways.append("train.activation_checkpointing=true")
-    if smaller := [b for b in range(1, plan.micro_batch_size) if plan.rows_per_rank % b == 0]:
-        ways.append(f"train.micro_batch_size={smaller[-1]}")
-    return f"try {' or '.join(ways)}" if ways else "use more ranks or a smaller model"
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Return every figure; `groups` names the rank that orthogonalizes each matrix."""
+    options = dataclasses.asdict(plan.options)
+    return dataclasses.asdict(plan) | options | {"config": to_dict(plan.config), "warnings": warnings(plan)}

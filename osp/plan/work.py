@@ -1,4 +1,4 @@
-"""Who orthogonalizes what, and what travels: figures of the exchange plans that the optimizer really follows."""
+"""Who orthogonalizes what, bytes sent and seconds: figures of the exchange that the optimizer performs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 
 from osp.optim.rules import FP32, Group, WholeRule
 from osp.optim.zero import Batch, batches, flat_size
-from osp.plan.config import MachineConfig
+from osp.plan.config import PlanConfig
 from osp.train.engine import reduces_to_owners
 
 GIGA = 1e9
@@ -15,57 +15,21 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class GroupWork:
-    """The update of one group of matrices, or of gains, over the ranks. Bytes are those to and from other ranks."""
+    """The update of one group of whole parameters over the ranks."""
 
     role: str
     rule: str
     shape: tuple[int, ...]
-    count: int
     owners: dict[str, int]  # parameter -> the rank that updates it
     num_owned: list[int]  # by rank
-    bytes_held: list[int]  # by rank: what it sends to the owners, and gets back as updates
-    bytes_owned: list[int]  # by rank: what it gets from others for the parameters it owns, and sends back
-    flops: int  # of the Newton-Schulz of one matrix, or of all its heads
-    exchanges: int  # all-to-alls of a step
-    critical_flops: int  # the batches one after another, each as long as its fullest rank
+    bytes_sent: list[int]  # by rank: its parts to their owners, and the updates of what it owns to the others
+    flops: int  # Newton-Schulz of one parameter
+    critical_flops: int  # batch after batch, each as long as its fullest rank
     critical_bytes: int
-
-    @property
-    def num_idle(self) -> int:
-        return self.num_owned.count(0)
-
-    @property
-    def imbalance(self) -> float:
-        """Work of the fullest rank over the mean: 1 is even."""
-        return max(self.num_owned) * len(self.num_owned) / self.count
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a rank sends in an optimizer step, with the ring algorithms of NCCL; of the exchange: the mean."""
-
-    gradients: int
-    weights: int
-    exchange: int
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of an optimizer step by part; without what overlaps with the passes."""
-
-    passes: float  # forward and backward
-    gradients: float
-    weights: float
-    newton_schulz: float
-    exchange: float
-
-    @property
-    def total(self) -> float:
-        return self.passes + self.gradients + self.weights + self.newton_schulz + self.exchange
 
 
 def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]]:
-    """The batches of every rank, as `PartitionedOptimizer` builds them; none for an elementwise rule."""
+    """Return the batches of every rank, as `PartitionedOptimizer` builds them; none for an elementwise rule."""
     if not isinstance(group["update_rule"], WholeRule):
         return []
     numel, count = torch.Size(group["shapes"][0]).numel(), len(group["shapes"])
@@ -73,86 +37,69 @@ def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]
 
 
 def group_work(group: Group, ranks: Sequence[Sequence[Batch]]) -> GroupWork:
-    """ranks: `batches_of` the group."""
-    shape = tuple(group["shapes"][0])
-    flops = group["update_rule"].flops(group)
-    moved = [[_moved(batch, rank) for batch in work] for rank, work in enumerate(ranks)]
-    rounds = max(map(len, ranks))
+    """Return the work of a group from `batches_of` it."""
+    owners: dict[str, int] = {}
+    sent: list[list[tuple[int, int]]] = []  # by rank and batch: bytes of `collect`, and of `distribute`
+    for rank, work in enumerate(ranks):
+        sent.append([])
+        for batch in work:
+            owners |= dict.fromkeys(group["names"][batch.first : batch.first + batch.num_owned], rank)
+            pair = [sum(sizes) - sizes[rank] if sizes is not None else 0 for sizes in (batch.sends, batch.receives)]
+            sent[rank].append((FP32 * pair[0], FP32 * pair[1]))
+    flops, rounds = group["update_rule"].flops(group), range(max(map(len, ranks)))
+    fullest = [max(work[i].num_owned for work in ranks if i < len(work)) for i in rounds]
     return GroupWork(
         role=group["role"],
         rule=group["rule"],
-        shape=shape,
-        count=len(group["shapes"]),
-        owners={
-            group["names"][batch.first + i]: rank
-            for rank, work in enumerate(ranks)
-            for batch in work
-            for i in range(batch.num_owned)
-        },
+        shape=tuple(group["shapes"][0]),
+        owners=owners,
         num_owned=[sum(batch.num_owned for batch in work) for work in ranks],
-        bytes_held=[sum(held for held, _ in pairs) for pairs in moved],
-        bytes_owned=[sum(owned for _, owned in pairs) for pairs in moved],
+        bytes_sent=[sum(map(sum, pairs)) for pairs in sent],
         flops=flops,
-        exchanges=2 * rounds if any(batch.sends for work in ranks for batch in work) else 0,
-        critical_flops=flops * sum(max(work[i].num_owned for work in ranks if i < len(work)) for i in range(rounds)),
-        critical_bytes=sum(2 * max(max(pairs[i]) for pairs in moved if i < len(pairs)) for i in range(rounds)),
+        critical_flops=flops * sum(fullest),
+        critical_bytes=sum(2 * max(max(pairs[i]) for pairs in sent if i < len(pairs)) for i in rounds),
     )
-
-
-def _moved(batch: Batch, rank: int) -> tuple[int, int]:
-    """Bytes that `collect` sends to and gets from other ranks; `distribute` sends and gets the reverse."""
-    if batch.sends is None or batch.receives is None:
-        return 0, 0
-    return FP32 * (sum(batch.sends) - batch.sends[rank]), FP32 * (sum(batch.receives) - batch.receives[rank])
 
 
 def traffic(
-    groups: Sequence[Group], work: Sequence[GroupWork], *, world_size: int, stage: int, accumulation: int
-) -> Traffic:
-    """Gradients are reduced at stage 1 once a step, at stages 2 and 3 with every micro batch; at stages 1 and 2 by
-    all-reduces on more ranks than `reduces_to_owners`. Weights: one all-gather a step; at stage 3 at most two for each
-    micro batch.
+    groups: Sequence[Group], work: Sequence[GroupWork], options: PlanConfig, *, stage: int, accumulation: int
+) -> dict[str, int]:
+    """Return the bytes that a rank sends in a step with NCCL's ring algorithms; `exchange` is the mean over ranks.
+
+    Gradients are reduced once a step at stage 1, else with every micro batch. Weights are gathered once a step, at
+    stage 3 at most twice for each micro batch.
     """
-    others = (world_size - 1) / world_size
-    flat = (
-        FP32
-        * world_size
-        * sum(
-            flat_size([torch.Size(shape).numel() for shape in group["shapes"]], world_size=world_size, stage=stage)
-            for group in groups
-        )
-    )
+    world_size, flat = options.world_size, 0
+    for group in groups:
+        numels = [torch.Size(shape).numel() for shape in group["shapes"]]
+        flat += FP32 * (world_size - 1) * flat_size(numels, world_size=world_size, stage=stage)
     reductions = (1 if stage == 1 else accumulation) * (1 if stage == 3 or reduces_to_owners(world_size) else 2)
     gathers = 2 * accumulation if stage == 3 else 1
-    exchange = sum(sum(group.bytes_held) + sum(group.bytes_owned) for group in work) / world_size
-    return Traffic(int(flat * others * reductions), int(flat * others * gathers), int(exchange))
+    exchange = sum(sum(group.bytes_sent) for group in work) // world_size
+    return {"gradients": flat * reductions, "weights": flat * gathers, "exchange": exchange}
 
 
 def step_time(
-    work: Sequence[GroupWork],
-    sent: Traffic,
-    *,
-    flops: float,
-    world_size: int,
-    stage: int,
-    machine: MachineConfig,
-    peak_tflops: float,
-) -> StepTime:
-    """flops: of the passes of one rank. Gradients from stage 2 on, and weights at stage 3, travel while these compute.
+    work: Sequence[GroupWork], sent: dict[str, int], options: PlanConfig, *, stage: int, flops: float
+) -> dict[str, float]:
+    """Return the seconds of a step by part; what overlaps with the passes counts as 0. flops: of a rank's passes.
 
-    Rings leave a host through all its adapters at once, so that reductions and gathers have the sum of them. In an
-    all-to-all each rank has its own.
+    Gradients from stage 2 on, and weights at stage 3, travel during the passes. A ring leaves a host through all its
+    adapters at once; in an all-to-all each rank has its own.
     """
+    machine = options.machine
+    assert machine.peak_tflops is not None
     one, ring = machine.network, min(machine.host_network, machine.network * machine.ranks_per_host)
-    if world_size <= machine.ranks_per_host:
+    if options.world_size <= machine.ranks_per_host:
         one = ring = machine.host_network
     one, ring = (GIGA * machine.network_share * bandwidth for bandwidth in (one, ring))
-    passes = flops / (1e12 * peak_tflops * machine.matmul_share)
-    hidden = (sent.gradients if stage >= 2 else 0) + (sent.weights if stage == 3 else 0)
-    return StepTime(
-        passes=max(passes, hidden / ring),
-        gradients=sent.gradients / ring if stage == 1 else 0.0,
-        weights=sent.weights / ring if stage < 3 else 0.0,
-        newton_schulz=sum(group.critical_flops for group in work) / (1e12 * peak_tflops * machine.ns_share),
-        exchange=sum(group.critical_bytes for group in work) / one,
-    )
+    tera = 1e12 * machine.peak_tflops
+    hidden = (sent["gradients"] if stage >= 2 else 0) + (sent["weights"] if stage == 3 else 0)
+    seconds = {
+        "passes": max(flops / (tera * machine.matmul_share), hidden / ring),
+        "gradients": sent["gradients"] / ring if stage == 1 else 0.0,
+        "weights": sent["weights"] / ring if stage < 3 else 0.0,
+        "newton_schulz": sum(group.critical_flops for group in work) / (tera * machine.ns_share),
+        "exchange": sum(group.critical_bytes for group in work) / one,
+    }
+    return seconds | {"total": sum(seconds.values())}

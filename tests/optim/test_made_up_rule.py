@@ -81,13 +81,13 @@ def test_plan_counts_the_state_and_the_workspace_of_a_made_up_rule(tiny_signs: T
     plan = make_plan(config, options)
     assert {group.rule for group in plan.groups} == {"muon"}, "an elementwise rule exchanges nothing"
     total, adam = plan.parameters["total"], 2 * config.model.vocab_size * config.model.hidden_size
-    assert plan.stages[1].optimizer_state == pytest.approx(4 * (total + adam), rel=0.001), "AdamW has two states"
+    assert plan.stages[1]["optimizer_state"] == pytest.approx(4 * (total + adam), rel=0.001), "AdamW has two states"
     rules = dict.fromkeys(config.optimizer.rules, "signs")
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, rules=rules))
     memory = make_plan(config, options).stages[1]
-    assert memory.optimizer_state == pytest.approx(4 * total, rel=0.001)
+    assert memory["optimizer_state"] == pytest.approx(4 * total, rel=0.001)
     blocks = total - adam - 2 * config.model.hidden_size**2  # without the two EmbProj matrices
-    assert memory.update == pytest.approx(2 * 4 * blocks, rel=0.01), "the flat gradient and a temporary of its size"
+    assert memory["update"] == pytest.approx(2 * 4 * blocks, rel=0.01), "the flat gradient and a temporary of its size"
 
 
 def weights_of_rank() -> dict[str, Tensor]:

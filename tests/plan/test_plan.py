@@ -56,11 +56,11 @@ def error_of(typed: Callable[..., str], capsys: Capture, tmp_path: Path) -> Call
 def test_page_of_the_paper_s_model(typed: Callable[..., str], tmp_path: Path) -> None:
     page = typed("+experiment=osp_1b", "world_size=256", "out=plan.json", "machine.disk=3", "train.compile=false")
     assert re.search(r"osp_1b on 256 x NVIDIA H100 SXM, ZeRO-1, bf16, blocks eager", page)
-    assert re.search(r"4,194,304 tokens = 2,048 rows of 2,048; each rank 8, 1 \(gradient accumulation\) times 8", page)
+    assert re.search(r"4,194,304 tokens in sequences of 2,048; each rank 1 \(gradient accumulation\) times 8", page)
     assert re.search(r"ZeRO-1 \(set\)  ZeRO-2  ZeRO-3", page)
     assert re.search(r"matrix \(muon\) +96  2048x2048 +1 on 96 ranks, 0 on 160 ", page)
-    assert re.search(r"matmul_share=0.5 +of the peak +assumed", page)
-    assert re.search(r"disk=3 +GB/s per host +the command line", page)
+    assert re.search(r"matmul_share=0.5 +assumed", page)
+    assert re.search(r"disk=3 +the command line", page)
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["world_size"] == 256
     assert figures["checkpoint_bytes"] == pytest.approx(12.2e9, rel=0.01)  # 4 bytes x (2 x 1.22 B muon + 3 x 0.2 B)
@@ -99,7 +99,7 @@ def test_steps_and_tokens_give_the_same_days(tiny: Callable[..., Config]) -> Non
         make_plan(tiny(*overrides), PlanConfig(world_size=2, machine=cpu()))
         for overrides in (["train.steps=10"], ["train.steps=null", "train.tokens=2560"])
     )
-    assert tokens.days == steps.days == pytest.approx(10 * steps.step.total / 86400)
+    assert tokens.days == steps.days == pytest.approx(10 * steps.step["total"] / 86400)
 
 
 def test_activation_checkpointing_costs_a_forward_pass(tiny: Callable[..., Config]) -> None:
@@ -107,7 +107,7 @@ def test_activation_checkpointing_costs_a_forward_pass(tiny: Callable[..., Confi
         make_plan(tiny(f"train.activation_checkpointing={way}"), PlanConfig(world_size=2, machine=cpu()))
         for way in ("false", "true")
     )
-    assert again.step.passes == pytest.approx(plain.step.passes * 4 / 3)
+    assert again.step["passes"] == pytest.approx(plain.step["passes"] * 4 / 3)
     assert again.mfu < plain.mfu, "flops that are repeated are no use"
 
 
