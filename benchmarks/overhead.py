@@ -89,7 +89,7 @@ def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str,
     assert not saved.error, saved.error
     seconds["written"] = saved.write_seconds
     trainer.close()
-    return seconds, {"validation": trainer.validation_every}
+    return seconds, {"validation": trainer.validator.every}
 
 
 def count_probes(step_seconds: float, probe_seconds: float, *, max_cost: float) -> int:

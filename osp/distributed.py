@@ -1,4 +1,4 @@
-"""The ranks of a run: starting them, talking to each other, noticing a dead one, sharing rows of an evaluation."""
+"""Ranks: start the process group, exchange values, detect a dead rank, share the batches of an evaluation."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # dist.HashStore, which torch's stubs leave out
 from tqdm import tqdm
 
-from osp.errors import UserError
+from osp.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def device_of_rank(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device=cuda, but torch finds no GPU here; set engine.device=cpu")
-    # the number the launcher started here, so that every rank refuses and none waits for the others
+    # not only this rank's: then every rank refuses, and none waits for the others
     num_ranks = max(local_rank + 1, local_ranks())
     if device == "cuda" and num_ranks > torch.cuda.device_count():
         raise UserError(
@@ -61,23 +61,23 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     import deepspeed
 
     deepspeed_logger().setLevel(logging.WARNING)
-    # an optional shared-memory all-reduce for CPU ranks: building it takes a compiler and the better part of a minute
+    # an optional shared-memory all-reduce for CPU ranks, which takes a compiler and most of a minute to build
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # torch renames collectives that DeepSpeed calls at every step
+    # DeepSpeed calls renamed collectives of torch at every step
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return place
 
 
 class Peers:
-    """The ranks of this run, watched from here so that none waits for a dead one for ever.
+    """The ranks of this run, watched so that none waits for a dead one for ever.
 
-    A rank on this host is dead when its process is gone. Of other hosts only the connection tells, at once on gloo,
-    after the process group's timeout on NCCL.
+    A rank on this host is dead when its process is gone. A rank on another host is noticed by its connection: at once
+    on gloo, after the timeout of the process group on NCCL.
     """
 
     POLL_SECONDS = 2.0
-    GRACE_SECONDS = 10.0  # for the collective in progress to fail by itself, which says the same with less force
+    GRACE_SECONDS = 10.0  # for the collective in progress to fail by itself, which ends the run more gently
 
     def __init__(self) -> None:
         """Collective."""
@@ -91,13 +91,13 @@ class Peers:
             self._thread.start()
 
     def dismiss(self) -> None:
-        """From here on ranks end as they please. All ranks are through their last collective when they call it."""
+        """Stop watching: from here on ranks may end. Call it after the last collective."""
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join()  # which looks at processes and waits for the event, no more
+            self._thread.join()  # at once: the thread only waits for the event
 
     def dead(self, *, seconds: float = 0.0) -> list[int]:
-        """Ranks of this host whose process is gone, looked for as long as `seconds` if there are none."""
+        """Return the ranks of this host whose process is gone; look for up to `seconds` if there are none."""
         until = time.monotonic() + seconds
         while True:
             here = socket.gethostname()
@@ -106,8 +106,17 @@ class Peers:
                 return dead
             time.sleep(0.1)
 
-    def describe(self, ranks: list[int]) -> str:
-        """`rank 1 (process 4711 on node7) has died`, for several ranks too; or that one elsewhere must have."""
+    def cause(self, error: BaseException) -> str | None:
+        """Return which rank has died if that is why a collective failed with `error`; None for any other error."""
+        text = str(error)
+        lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, RunError)
+            and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
+        )
+        return self._describe(self.dead(seconds=3)) if lost else None
+
+    def _describe(self, ranks: list[int]) -> str:
         if not ranks:
             return "the connection to another rank broke; the first error is in the log of the host where a rank died"
         names = ", ".join(f"rank {r} (process {self._all[r][1]} on {self._all[r][0]})" for r in ranks)
@@ -117,17 +126,9 @@ class Peers:
         while not self._end.wait(self.POLL_SECONDS):
             if dead := self.dead():
                 if not self._end.wait(self.GRACE_SECONDS):
-                    log.error("error: %s; this rank ends too", self.describe(dead))
+                    log.error("error: %s; this rank ends too", self._describe(dead))
                     os._exit(1)
                 return
-
-
-def is_connection_error(error: BaseException) -> bool:
-    """Whether a collective failed because another rank did not answer."""
-    text = str(error)
-    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
-    )
 
 
 def _alive(pid: int) -> bool:
@@ -135,13 +136,13 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # the process of another user
+        return True
     return True
 
 
 def local_ranks() -> int:
-    """Number of ranks the launcher started on this host: torchrun's or deepspeed's variable, 1 without a launcher."""
+    """Return the number of ranks on this host, from the variable of torchrun or deepspeed; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
@@ -151,13 +152,13 @@ def count_ranks() -> int:
 
 
 def shutdown() -> None:
-    """End the process group: the last thing a process does, for DeepSpeed cannot begin a second one."""
+    """End the process group, as the last act of a process: DeepSpeed cannot begin a second one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """The result of `action`, run on rank 0 alone; its `UserError` is raised on every rank."""
+    """Run `action` on rank 0 and return its result on every rank. A `UserError` is raised on every rank. Collective."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -172,12 +173,12 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, or the only process."""
+    """Return whether this is rank 0, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in order, on every rank."""
+    """Return the values of all ranks, in order, on every rank. Collective."""
     values = [value]
     if dist.get_world_size() > 1:
         values = [None] * dist.get_world_size()
@@ -192,7 +193,7 @@ def deepspeed_logger() -> logging.Logger:
 
 
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of the rows of every batch: longest rows first, each batch at most `batch_tokens` with its padding."""
+    """Return the indices of the sequences of each batch, longest first, at most `batch_tokens` with padding."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     for i in order:
@@ -204,7 +205,7 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[in
 
 
 def my_share(batches: Sequence[T], *, what: str, progress: bool) -> Iterator[tuple[int, T]]:
-    """(number, batch) of this rank; with `progress`, rank 0 shows how far it is and the time left."""
+    """Yield (number, batch) of this rank's share; with `progress`, rank 0 shows a progress bar."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     numbers = range(rank, len(batches), world_size)
     for number in tqdm(numbers, desc=what, unit="batch", leave=False, disable=not progress or rank > 0):
@@ -212,12 +213,12 @@ def my_share(batches: Sequence[T], *, what: str, progress: bool) -> Iterator[tup
 
 
 def add_up(results: Tensor) -> Tensor:
-    """The sum over all ranks, on every rank; in place. Collective."""
+    """Return the sum over all ranks, on every rank; in place. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(results)
     return results
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model computes."""
+    """Return the device of the model's parameters."""
     return next(model.parameters()).device

@@ -28,25 +28,13 @@ class Text:
     sha256: str  # of the text
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """The code length of the predicted tokens of a text, and how they were predicted."""
+@dataclass(frozen=True, kw_only=True)
+class CodeLength:
+    """The code length of the predicted tokens of a text."""
 
-    text: str
-    seq_len: int
-    overlap: int
-    bos: bool
     nats: float
     tokens: int
     bytes: int
-    first: int | None = None  # only the first so many tokens of the text were read
-
-    @property
-    def name(self) -> str:
-        """All that the number depends on besides model and text: `wikitext2[len=2048,overlap=0,bos=no]`."""
-        settings = [f"len={self.seq_len}", f"overlap={self.overlap}", f"bos={'yes' if self.bos else 'no'}"]
-        settings += [] if self.first is None else [f"first={self.first}"]
-        return f"{self.text}[{','.join(settings)}]"
 
     @property
     def loss(self) -> float:
@@ -61,6 +49,24 @@ class Perplexity:
     @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+@dataclass(frozen=True)
+class Perplexity(CodeLength):
+    """The code length of a text, and how it was predicted."""
+
+    text: str
+    seq_len: int
+    overlap: int
+    bos: bool
+    first: int | None = None  # only the first so many tokens of the text were read
+
+    @property
+    def name(self) -> str:
+        """All that the number depends on besides model and text: `wikitext2[len=2048,overlap=0,bos=no]`."""
+        settings = [f"len={self.seq_len}", f"overlap={self.overlap}", f"bos={'yes' if self.bos else 'no'}"]
+        settings += [] if self.first is None else [f"first={self.first}"]
+        return f"{self.text}[{','.join(settings)}]"
 
 
 @torch.no_grad()

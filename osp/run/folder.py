@@ -1,14 +1,14 @@
-"""The run folder: what it holds, whether a configuration may continue it, and where a run resumes.
+"""The run folder: its files, whether a configuration may continue it, and where a run resumes.
 
 config.yaml        the resolved configuration
 environment.json   one entry per start: git revision, versions, command, machine
 metrics.jsonl      one line per measurement
-events.jsonl       one line per thing that happened: resumed, spike, alert, checkpoint_failed, ...
-probes.jsonl       what the monitor saw and is no number (osp.monitor)
-forensics/         what stands behind an alert
+events.jsonl       one line per event: resumed, spike, alert, checkpoint_failed, ...
+probes.jsonl       details of the monitor that are not metrics (osp.monitor)
+forensics/         evidence for every alert
 tokenizer.json     the tokenizer of the data
 checkpoints/       see osp.run.checkpoint
-stopped.json       why the run ended or stopped, and where it would continue; absent while it runs or after a crash
+stopped.json       why the run ended, and where it would continue; absent while it runs and after a crash
 summary.json       the closing figures
 .lock              held by the process that trains here
 """
@@ -42,36 +42,43 @@ PACKAGES = ("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "numpy
 
 
 class RunLock:
-    """Makes a run folder the business of one process, rank 0 of the training there; gone when that process is.
+    """Reserves a run folder for one training. Rank 0 holds the lock, and it is released when that process ends.
 
-    token: what tells this process from others, in the names of its temporary files.
+    Sent to other ranks, it is only the token: the name of this training in its temporary files.
     """
 
     def __init__(self, folder: Path):
         """Raises `UserError` if another process trains in `folder`."""
         self.token = f"{socket.gethostname()}-{os.getpid()}"
-        self._file = (folder / ".lock").open("a+", encoding="utf-8")
-        if not _try_lock(self._file.fileno()):
-            self._file.close()
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+        if not _try_lock(file.fileno()):
+            file.close()
             raise UserError(_occupied(folder))
-        self._file.seek(0)
-        former = self._file.read().strip()
+        file.seek(0)
+        former = file.read().strip()
         if former:
             remove_unfinished(folder / "checkpoints", former)
-        self._file.truncate(0)
-        self._file.write(self.token)
-        self._file.flush()
+        file.truncate(0)
+        file.write(self.token)
+        file.flush()
+        self._file = file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"token": self.token, "_file": None}
 
     def release(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def open_run(config: Config) -> tuple[Path, list[Path]]:
-    """(run folder, checkpoints to resume from, the first that is whole); nothing is written.
+    """Return the run folder, and the checkpoints to resume from, best first. Writes nothing.
 
     `resume=auto` takes the newest checkpoint of the run folder. `resume=PATH` begins with the checkpoint of another
-    run, or takes this run back to one of its own; the same command given again then continues from there.
-    Raises `UserError` if the folder belongs to another configuration or process, or there is nothing to resume from.
+    run, or takes this run back to one of its checkpoints; the same command, given again, continues from there.
+
+    Raises:
+        UserError: if the folder belongs to another configuration or process, or there is nothing to resume from.
     """
     folder = Path(config.run.dir)
     if config.resume is True:
@@ -82,8 +89,7 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
     before: dict[str, Any] = {}
     if stored.exists():
         before = _read_yaml(stored)
-        changed = differences(before, to_dict(config))
-        if changed:
+        if changed := differences(before, to_dict(config)):
             raise UserError(
                 f"run.dir={folder} holds a run with another configuration ({'; '.join(changed[:4])}); "
                 f"choose another run.name; with resume={folder} that one begins where this one is"
@@ -103,9 +109,8 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
     named = candidates(Path(config.resume))
     if not named:
         raise UserError(f"resume={config.resume}: no checkpoint there; name a run folder or a checkpoint folder")
-    goes_back = (
-        named[0].resolve().parent == (folder / "checkpoints").resolve() and before.get("resume") != config.resume
-    )
+    is_own = named[0].resolve().parent == (folder / "checkpoints").resolve()
+    goes_back = is_own and before.get("resume") != config.resume
     return folder, named if goes_back or not own else own
 
 
@@ -123,10 +128,14 @@ def recorded_steps(config: Config) -> int | None:
 def begin(
     folder: Path, config: Config, *, checkpoint: Path | None, tokenizer: Path, world_size: int, device: str
 ) -> RunLock:
-    """Write what describes the run into its folder; the lock to hold while it trains.
+    """Lock the run folder and write the files that describe the run.
 
-    checkpoint: what it resumes from. Raises `UserError` if the folder's run has another tokenizer: then the shards are
-    other ones than those it read.
+    Args:
+        checkpoint: the one it resumes from.
+        tokenizer: tokenizer.json of the shards.
+
+    Raises:
+        UserError: if the run in the folder has another tokenizer, so that its shards were other ones.
     """
     stored = folder / "tokenizer.json"
     if stored.exists() and stored.read_bytes() != tokenizer.read_bytes():
@@ -134,26 +143,25 @@ def begin(
             f"run.dir={folder} was trained with another tokenizer than that of {tokenizer.parent}; "
             "the text has changed since: choose another run.name"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(folder)
-    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    shutil.copyfile(tokenizer, stored)
     path = folder / "environment.json"
     try:
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError:  # cut short by a power failure: a record of starts must not prevent one
-        log.warning("%s is damaged and begun anew", path)
-        starts = []
-    starts.append({**environment(), "world_size": world_size, "device": device})
-    write_text(path, json.dumps(starts, indent=1) + "\n")
-    if checkpoint and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
-        write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")  # what came after it is given up
-    (folder / STOPPED).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder)
+        write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        shutil.copyfile(tokenizer, stored)
+        starts = _read_starts(path)
+        starts.append({**environment(), "world_size": world_size, "device": device})
+        write_text(path, json.dumps(starts, indent=1) + "\n")
+        if checkpoint and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
+            write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")  # later checkpoints are given up
+        (folder / STOPPED).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}") from error
     return lock
 
 
 def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) -> None:
-    """Leave the marker that says why the run is not running: "complete", "SIGTERM", "train.stop_at" or an error."""
+    """Write `stopped.json`. reason: "complete", "train.stop_at", the name of a signal, or an error."""
     checkpoint = next(iter(candidates(folder)), None)
     marker = {
         "reason": reason,
@@ -170,8 +178,13 @@ def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) 
 
 
 def environment() -> dict[str, Any]:
-    """Git revision, versions, command and machine of this process."""
-    installed = {name: _version(name) for name in PACKAGES}
+    """Return the git revision, versions, command and machine of this process."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_revision(),
@@ -179,29 +192,25 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
-        **{name: version for name, version in installed.items() if version},
+        **versions,
     }
 
 
 def git_revision() -> str | None:
-    """The commit of this source tree, with `+changes` if files differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
+    """Return the commit of this source tree, with `+changes` if files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
     """Raise `UserError` unless the checkpoints of `num_bytes` that a run keeps fit on the disk of its folder.
 
-    Those that are there already need no more room, and the next one is written before the oldest is removed.
+    Existing checkpoints need no more room. The next one is written before the oldest is removed.
     """
     copies = max(1, max(1, keep_last) + 1 - len(candidates(folder)))
     place = folder.absolute()
@@ -220,8 +229,17 @@ def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
         raise UserError(f"run.dir={folder}: cannot write there")
 
 
+def _read_starts(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of environment.json; none if a power failure cut it short, which must not prevent a start."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError:
+        log.warning("%s is damaged; it is replaced", path)
+        return []
+
+
 def _try_lock(descriptor: int) -> bool:
-    """Whether the file is locked now, for as long as it is open; also where the file system knows no locks."""
+    """Lock an open file until it is closed; return whether that worked. True too on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -244,10 +262,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not the configuration of a run")
     return values
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,8 +1,8 @@
 """DeepSpeed behind one class: the only file that calls `deepspeed.initialize`.
 
-Parameters, gradients, accumulation and reduction are fp32 for DeepSpeed, on every ZeRO stage and number of ranks; the
-model casts weights to its compute dtype at each matmul. The DeepSpeed JSON is derived here from our settings and nobody
-edits it. DeepSpeed is imported inside functions: it is slow, and its accelerator is fixed at import.
+DeepSpeed sees fp32 parameters, gradients, accumulation and reduction on every ZeRO stage and number of ranks; the model
+casts weights to its compute dtype at each matmul. `deepspeed_config` derives the DeepSpeed JSON from our settings.
+DeepSpeed is imported inside functions: it is slow, and it fixes its accelerator at import.
 """
 
 import itertools
@@ -16,21 +16,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from osp.config import OptimizerConfig
-from osp.distributed import deepspeed_logger
+from osp.distributed import add_up, deepspeed_logger
 from osp.optim import PartitionedOptimizer, Trainable, groups_of
 
-# Gradients are copied through a buffer of this many elements on their way to the reduction; DeepSpeed's default is 7
-# times larger, and it allocates the buffer anew in every step
+# Elements of the buffer that gradients pass through on their way to the reduction. DeepSpeed allocates it in every
+# step, and its default is 7 times larger.
 _BUCKET = 2**26
 
 log = logging.getLogger(__name__)
 
 
 def reduces_to_owners(world_size: int) -> bool:
-    """Whether ZeRO-1 and -2 reduce each part of a bucket to the rank that owns it, rather than all of it to all.
+    """Return whether ZeRO-1 and -2 reduce each part of a bucket to its owner only, instead of all of it to all ranks.
 
-    It sends half the bytes. Each part is a collective of its own, whose latency grows with the ranks: so only on as
-    many as a host has.
+    That sends half the bytes, but as one collective per part, whose latency grows with the ranks: so only up to the
+    ranks of one host.
     """
     return world_size <= 8
 
@@ -45,7 +45,7 @@ def deepspeed_config(
     num_parameters: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON. No precision block (fp32 throughout), no optimizer, no scheduler: those are ours."""
+    """Return the DeepSpeed JSON, without precision (fp32 throughout), optimizer and scheduler, which are ours."""
     return {
         "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -55,9 +55,9 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": zero_stage,
             "reduce_bucket_size": min(_BUCKET, max(num_parameters, 1)),
-            # a group is cut into sub-groups of this size, which would tear its matrices into several flat tensors
+            # DeepSpeed cuts a group into sub-groups of this size, which would split matrices among flat tensors
             "sub_group_size": 2**60,
-            # a stream of its own for the reduction pays where there is something to send
+            # a separate stream for the reduction pays only where ranks exchange gradients
             "overlap_comm": device.type == "cuda" and world_size > 1 and zero_stage > 1,
             "contiguous_gradients": True,
             "use_multi_rank_bucket_allreduce": not reduces_to_owners(world_size),
@@ -70,9 +70,9 @@ def deepspeed_config(
 class Engine:
     """A model and its optimizer on all ranks.
 
-    One optimizer step is `gradient_accumulation_steps` times `backward(engine(...))`, then `set_step`, then `step`:
+    One optimizer step:
 
-        for micro_batch in micro_batches:
+        for micro_batch in micro_batches:  # gradient_accumulation_steps of them
             engine.backward(engine(micro_batch) / global_tokens)
         engine.set_step(number, factor)
         engine.step()
@@ -89,7 +89,7 @@ class Engine:
         grad_clip: float,
         device: torch.device,
     ) -> None:
-        """`init_distributed` has run. Collective."""
+        """Collective. `init_distributed` must have run."""
         import deepspeed
 
         parameters = list(model.named_parameters(remove_duplicate=False))
@@ -113,7 +113,7 @@ class Engine:
         self._stage = zero_stage
         self._micro_step = 0
         logger = deepspeed_logger()
-        logger.setLevel(logging.ERROR)  # it warns that our optimizer is unknown to it
+        logger.setLevel(logging.ERROR)  # DeepSpeed warns that it does not know our optimizer
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=cast(nn.Module, model),
@@ -127,7 +127,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model itself. Below ZeRO-3 it can be called without the engine, for evaluation say."""
+        """The model. Below ZeRO-3 it can be called directly, for example for evaluation."""
         return self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,24 +139,29 @@ class Engine:
         return self._micro_step == self.gradient_accumulation_steps - 1
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss`: this rank's and micro batch's share of the global mean loss.
+        """Accumulate the gradient of `loss`, the share of this rank and micro batch in the global mean loss.
 
-        The shares of all micro batches and ranks of a step add up to the loss whose gradient is applied:
-        loss = sum of token losses here / valid tokens of the whole step everywhere.
+        Shares add up over micro batches and ranks: loss = sum of token losses here / tokens of the step everywhere.
         """
         assert self._micro_step < self.gradient_accumulation_steps, "step() or discard_gradients() is due"
         self._engine.set_gradient_accumulation_boundary(self.is_boundary)
-        # DeepSpeed averages over ranks and accumulation; the shares are to be summed. scale_wrt_gas=False undoes the
-        # one, the factor the other (exactly for 2^n ranks).
+        # DeepSpeed averages over ranks and micro batches, but shares must be summed. The factor undoes the former
+        # (exactly for 2^n ranks), scale_wrt_gas=False the latter.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self._micro_step += 1
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
-        """Before `step`: its number, from 1, and learning rate over peak rate. record: for `optimizer_statistics`."""
+        """Prepare the next `step`.
+
+        Args:
+            number: counted from 1.
+            factor: learning rate over its peak.
+            record: keep what `optimizer_statistics` needs.
+        """
         self.optimizer.set_step(number, factor, record=record)
 
     def step(self) -> bool:
-        """Clip, update, and tell whether it was done: False, and no weight changed, if the gradient is not finite."""
+        """Clip and update. Return False, with every weight unchanged, if the gradient is not finite."""
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
         self._micro_step = 0
         self._engine.step()
@@ -164,16 +169,16 @@ class Engine:
 
     @torch.no_grad()
     def gradient_norms(self) -> tuple[list[str], Tensor]:
-        """Before `step`: the names of all parameters and the norms of their raw gradients, (parameters,) fp64.
+        """Return the names of all parameters and the norms of their raw gradients, fp64 (parameters,). Collective.
 
-        The norm of the whole gradient is the norm of these. Collective.
+        Call it before `step`. The norm of the whole gradient is the norm of the result.
         """
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
         names = [name for group in self.groups for name in group["names"]]
         places = {name: i for i, name in enumerate(names)}
         indices, pieces = [], []
         for index, intervals in enumerate(self.optimizer.intervals()):
-            # ZeRO holds this rank's part of a group as a list of tensors, one after the other with padding between
+            # ZeRO holds this rank's part of a group as a list of consecutive tensors with padding in between
             gradients = list(self._zero.averaged_gradients[index])
             offsets = [0, *itertools.accumulate(g.numel() for g in gradients)]
             at = dict(zip(offsets, gradients, strict=False))
@@ -184,10 +189,10 @@ class Engine:
         if pieces:
             norms = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).double()
             squares.index_add_(0, torch.tensor(indices, device=self.device), norms.square())
-        return names, self.all_reduce_sum(squares).sqrt()
+        return names, add_up(squares).sqrt()
 
     def discard_gradients(self) -> None:
-        """Forget what has been accumulated since the last `step`. Collective only in that all ranks must do it."""
+        """Drop the gradients accumulated since the last `step`. Every rank must call it, without communication."""
         self._micro_step = 0
         self._zero.zero_grad(set_to_none=True)
         # as DeepSpeed does after an overflow
@@ -199,16 +204,16 @@ class Engine:
                 self._zero.all_grad_tensors[index] = None
 
     def optimizer_statistics(self) -> dict[str, float]:
-        """`update_rms/ROLE` of a step with `record`, `param_norm`, `param_norm/ROLE`, `lr/ROLE`. Collective; syncs.
+        """Return `lr/ROLE`, `update_rms/ROLE`, `param_norm/ROLE` and `param_norm` of a step with `record`. Collective.
 
-        The update is what was subtracted for the gradient's sake: with rate and scale, without weight decay.
+        The update includes learning rate and scale, but not weight decay. Waits for the device.
         """
         numels, rates = self.optimizer.numels(), self.optimizer.learning_rates()
         updates, parameters = self.optimizer.update_squares(), self.optimizer.parameter_squares()
         zero = torch.zeros((), device=self.device)
-        # a rank may hold nothing of a role, yet all must reduce the same vector
+        # a rank may hold nothing of a role, but all ranks must reduce the same vector
         squares = torch.stack([updates.get(role, zero) for role in numels] + [parameters[role] for role in numels])
-        sums = self.all_reduce_sum(squares.double()).tolist()
+        sums = add_up(squares.double()).tolist()
         update_sums, parameter_sums = sums[: len(numels)], sums[len(numels) :]
         return {
             **{f"lr/{role}": rate for role, rate in rates.items()},
@@ -218,23 +223,23 @@ class Engine:
         }
 
     def local_state(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
-        """(name, start, stop, {"weight": ..., "momentum" or "exp_avg" and "exp_avg_sq": ...}) of this rank's share.
+        """Yield (name, start, stop, {"weight": ..., optimizer states...}) of this rank's share.
 
-        1-D fp32 views of elements [start, stop) of the flattened parameter; every element of every parameter is on
-        exactly one rank. To load, copy into them on every rank, then call `sync_weights_from_master`.
+        The values are 1-D fp32 views of [start, stop) of the flattened parameter; every element of every parameter is
+        on exactly one rank. To load, copy into the views on every rank, then call `sync_weights_from_master`.
         """
         return self.optimizer.local_state()
 
     def rng_state(self) -> dict[str, Tensor]:
-        """State of the random generators of this rank by device type, uint8.
+        """Return the RNG state of this rank by device type, uint8.
 
-        Nothing in training draws from them today: rows, weights and samples have generators of their own.
+        Nothing in training draws from these generators: data, initial weights and samples have their own.
         """
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
     def set_rng_state(self, states: Mapping[str, Tensor]) -> None:
-        """Continue the generators of this rank; those of a device it does not have, or a rank there was not, stay."""
+        """Restore the RNG state of this rank. Devices that are missing, here or in `states`, are left as they are."""
         if "cpu" in states:
             torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.device.type == "cuda":
@@ -242,46 +247,36 @@ class Engine:
 
     @torch.no_grad()
     def sync_weights_from_master(self) -> None:
-        """Make the model's parameters equal the master weights after those were written. Collective."""
+        """Copy the master weights into the model's parameters, after a write to the masters. Collective."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return
-        # the partitions are the masters (`_share_masters`); small parameters, which DeepSpeed keeps whole, are stale
+        # the partitions are the masters (`_share_masters`); DeepSpeed keeps small parameters whole: those are stale
         self._zero._partition_all_parameters()
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
     def gathered_parameters(self) -> Any:
-        """Context in which every parameter is whole on every rank, for a look at weights under ZeRO-3. Collective."""
+        """Return a context in which every rank sees whole parameters, also under ZeRO-3. Collective."""
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._stage == 3)
 
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, on every rank; in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def memory(self) -> float:
-        """Peak memory of this rank in bytes: allocated on the GPU, or resident in the CPU process."""
+        """Return the peak memory of this rank in bytes: allocated on the GPU, or resident in the CPU process."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
     def close(self) -> None:
-        """Release the hooks and buffers DeepSpeed put on the model."""
+        """Release the hooks and buffers of DeepSpeed."""
         self._engine.destroy()
 
     def _share_masters(self) -> list[Tensor]:
-        """The flat master weights of each group, made to share memory with the model's own weights.
+        """Return the flat master weights of each group, after sharing their memory with the model's weights.
 
-        DeepSpeed expects half-precision weights and clones an fp32 master from them. Ours are fp32, so the clone would
-        be the same numbers twice.
+        DeepSpeed expects half-precision weights and clones fp32 masters. Ours are fp32, so the clone would be the same
+        numbers twice.
         """
         if self._stage == 3:
             masters, weights = self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat

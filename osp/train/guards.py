@@ -1,16 +1,28 @@
-"""Losses and gradient norms that leave the range of the last steps."""
+"""Guards between the gradient and the update: values that are not finite, and spikes of the loss or gradient norm."""
 
+import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osp.config import Config
+from osp.data import Loader, data_step
+from osp.distributed import gather_objects
+from osp.files import write_text
 
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
 _LEAST_DEVIATION = 0.01  # of the median: what varies less than that is no spike
+_NUM_LARGEST = 8  # gradients named in nonfinite.json
 
 
 class SpikeDetector:
-    """Robust z-score of a value against the `window` values before it; no opinion before a quarter of them is there.
+    """Robust z-score of a value against the last `window` values; 0 until a quarter of them is known.
 
     z = (x - median) / max(1.4826 median(|x_i - median|), 0.01 |median|)
     """
@@ -19,7 +31,7 @@ class SpikeDetector:
         self.values = deque(values, maxlen=window)
 
     def score(self, value: float) -> float:
-        """The z-score of `value`; 0 while there is too little to compare with."""
+        """Return the z-score of `value`, 0 while there are too few values to compare with."""
         if len(self.values) < max(2, math.ceil(self.values.maxlen / 4) if self.values.maxlen else 2):
             return 0.0
         median = statistics.median(self.values)
@@ -27,6 +39,104 @@ class SpikeDetector:
         return (value - median) / max(deviation, _LEAST_DEVIATION * abs(median), 1e-12)
 
     def add(self, value: float) -> None:
-        """Let `value` count for those that follow; what is not finite does not."""
+        """Add `value` to the window, unless it is not finite."""
         if math.isfinite(value):
             self.values.append(value)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard decides about one step. The default: nothing is wrong, apply the update."""
+
+    kind: str = ""  # "nonfinite" or "spike": the kind of the event
+    message: str = ""
+    skip: bool = False  # leave the update out and go on
+    stop: bool = False  # end the run
+
+
+class StepGuard:
+    """Examines the loss and the gradient of every step before the optimizer changes anything.
+
+    A value that is not finite follows `train.on_nonfinite`, a spike follows `spike.action`. The updates that are left
+    out count against `train.max_skips`.
+    """
+
+    def __init__(self, config: Config, loader: Loader, *, report: Path | None):
+        """report: nonfinite.json of the run folder; None on all ranks but the first."""
+        self.config, self.loader, self.report = config, loader, report
+        self.num_skipped = 0
+        self.spikes = {key: SpikeDetector(config.spike.window) for key in ("loss", "grad_norm")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint keeps."""
+        return {
+            "skipped": self.num_skipped,
+            "spikes": {key: list(detector.values) for key, detector in self.spikes.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Checkpoints of older versions may lack either key."""
+        self.num_skipped = state.get("skipped", 0)
+        for key, values in state.get("spikes", {}).items():
+            self.spikes[key] = SpikeDetector(self.config.spike.window, values)
+
+    def examine(
+        self, step: int, loss: float, grad_norm: float, *, losses: torch.Tensor, norms: dict[str, float]
+    ) -> Verdict:
+        """Decide whether the update of `step`, counted from 0, is applied. Collective, the same on all ranks.
+
+        Args:
+            losses: summed loss of each micro batch of this rank.
+            norms: norm of the raw gradient of every parameter.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            kind, action = "spike", self.config.spike.action
+            message = self._describe_spike(step, {"loss": loss, "grad_norm": grad_norm}) if action != "off" else ""
+        else:
+            kind, action = "nonfinite", self.config.train.on_nonfinite
+            message = self._describe_nonfinite(step, loss, losses, norms)
+        limit = self.config.train.max_skips
+        if not message:
+            return Verdict()
+        if action == "stop":
+            return Verdict(kind, f"{message}; no weight was changed", stop=True)
+        if action == "warn":
+            return Verdict(kind, message)
+        if self.num_skipped == limit:
+            reason = f"no weight was changed, and train.max_skips={limit} updates are left out already"
+            return Verdict(kind, f"{message}; {reason}", stop=True)
+        self.num_skipped += 1
+        return Verdict(kind, f"{message}; this update is left out ({self.num_skipped} of at most {limit})", skip=True)
+
+    def _describe_nonfinite(self, step: int, loss: float, losses: torch.Tensor, norms: dict[str, float]) -> str:
+        """Describe what is not finite, the rows it came from and the largest gradients; write nonfinite.json."""
+        size = self.loader.micro_batch_size
+        first = data_step(step, self.config.data.skip_steps) * self.loader.rows_per_step
+        starts = [first + int(index) for index in self.loader.indices[::size]]
+        bad = [start for start, value in zip(starts, losses.tolist(), strict=True) if not math.isfinite(value)]
+        rows = sorted([start, start + size] for starts in gather_objects(bad) for start in starts)
+        order = sorted(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf, reverse=True)
+        largest = {name: norms[name] for name in order[:_NUM_LARGEST]}
+        if self.report:
+            gradients = {name: str(norm) for name, norm in largest.items()}
+            report = {"step": step + 1, "loss": str(loss), "rows": rows, "gradients": gradients}
+            write_text(self.report, json.dumps(report, indent=1) + "\n")
+        what = "the loss is not finite" if rows else f"the gradient is not finite though the loss is {loss:.4f}"
+        where = f"; rows {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the training data gave it" if rows else ""
+        gradients = ", ".join(f"{name} {norm:.3g}" for name, norm in list(largest.items())[:3])
+        return f"step {step + 1}: {what}{where}; largest gradients: {gradients} (all in nonfinite.json)"
+
+    def _describe_spike(self, step: int, values: dict[str, float]) -> str:
+        """Describe the values that are far above the last steps, and how to leave their rows out; empty if none is."""
+        spikes = []
+        for key, value in values.items():
+            detector = self.spikes[key]
+            score, num_before = detector.score(value), len(detector.values)
+            detector.add(value)
+            if score > self.config.spike.threshold:
+                spikes.append(f"{key} {value:.4g} is {score:.1f} deviations above its last {num_before} steps")
+        if not spikes:
+            return ""
+        position = data_step(step, self.config.data.skip_steps) + 1
+        remedy = f"its rows are left out by data.skip_steps=[[{position},{position}]] when resuming from before"
+        return f"step {step + 1}: {', '.join(spikes)}; {remedy}"

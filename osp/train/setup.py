@@ -1,6 +1,6 @@
-"""From a checked configuration to a trainer in its run folder; `train` is what `scripts/train.py` calls.
+"""From a configuration to a trainer in its run folder; `scripts/train.py` calls `train`.
 
-What can be wrong with a configuration, its data, its machine or its folder is found here, before the first step.
+Every mistake in the configuration, data, machine or folder is reported here, before the first step.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from osp.distributed import (
     device_of_rank,
     gather_objects,
     init_distributed,
-    is_connection_error,
     local_ranks,
     on_main,
 )
@@ -31,7 +30,7 @@ from osp.model.norms import bound_warning
 from osp.model.transformer import build_model, meta_model
 from osp.optim import groups_of
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
-from osp.run.folder import RunLock, begin, check_disk, open_run, recorded_steps
+from osp.run.folder import begin, check_disk, open_run, recorded_steps
 from osp.run.logger import Logger, check_wandb
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved, resolve
@@ -39,18 +38,19 @@ from osp.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-MEASURED_SECONDS = 3.0  # a trial of at least three steps ends after this time
+MIN_TRIAL_STEPS, TRIAL_SECONDS = 3, 3.0  # the trial of `train.minutes` ends after both
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
 def train(config: Config) -> None:
-    """Run the training that `config` describes, or continue it; every rank calls it.
+    """Run or continue the training that `config` describes. Collective: every rank calls it.
 
-    Raises `UserError` before the first step for whatever the user can mend, `RunError` if the run cannot go on, and its
-    `StoppedError` if it was asked to stop and has saved its state.
+    Raises:
+        UserError: before the first step, for a mistake that the user can correct.
+        RunError: if the run cannot go on; `StoppedError` after a signal, with the state saved.
     """
     trainer = setup(config)
-    # until all is closed: a launcher passes a signal on after the ranks have heard it, perhaps when they are through
+    # listen until all is closed: a launcher may pass a signal on after the run has ended
     with trainer.stop.listen():
         try:
             trainer.fit()
@@ -59,13 +59,9 @@ def train(config: Config) -> None:
 
 
 def setup(config: Config) -> Trainer:
-    """The trainer of `config`, everything checked and its run folder begun or continued. Collective."""
-    resolved = resolve(
-        config,
-        device=device_of_rank(config.engine.device),
-        world_size=count_ranks(),
-        total_steps=recorded_steps(config),
-    )
+    """Return the trainer of `config`, with everything checked and the run folder begun or continued. Collective."""
+    device, steps = device_of_rank(config.engine.device), recorded_steps(config)
+    resolved = resolve(config, device=device, world_size=count_ranks(), total_steps=steps)
     model = meta_model(resolved.config.model)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     groups_of(model, config.optimizer)  # raises if a rule does not fit
@@ -73,7 +69,7 @@ def setup(config: Config) -> Trainer:
     if resolved.config.train.minutes is None:
         resolved.build_schedule()  # raises if its phases do not fit
     init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
-    if resolved.device.type == "cpu":
+    if device.type == "cpu":
         prepare_cpu(config.engine.threads, local_ranks=local_ranks())
     peers = Peers()
     peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
@@ -81,8 +77,7 @@ def setup(config: Config) -> Trainer:
         return _set_up(config, resolved, shapes, peers)
     except BaseException as error:
         try:
-            if not isinstance(error, RunError) and is_connection_error(error):
-                dead = peers.describe(peers.dead(seconds=3))
+            if dead := peers.cause(error):
                 raise LostRankError(f"before the first step: {dead}; start all of them again") from error
             raise
         finally:
@@ -90,7 +85,7 @@ def setup(config: Config) -> Trainer:
 
 
 def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], peers: Peers) -> Trainer:
-    """Do what `setup` does once the ranks can talk. Collective."""
+    """Do what `setup` does once the process group is up. Collective."""
     config, rank = resolved.config, dist.get_rank()
     _check_same_config(given, config)
     if config.train.precision == "fp8":
@@ -114,9 +109,16 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     if config.train.minutes is not None:
         steps = measure_length(resolved, config.train.minutes, engine, loader, peers)
         resolved = resolve(given, device=resolved.device, world_size=resolved.world_size, total_steps=steps)
-        config = resolved.config
-    locks: list[RunLock] = []  # rank 0 has one; a file is nothing to send to other ranks
-    token = on_main(lambda: _begin(folder, config, checkpoint, shards, locks, device=str(resolved.device)))
+    lock = on_main(
+        lambda: begin(
+            folder,
+            resolved.config,
+            checkpoint=checkpoint.folder if checkpoint else None,
+            tokenizer=shards / "tokenizer.json",
+            world_size=resolved.world_size,
+            device=str(resolved.device),
+        )
+    )
     _warn_of_slow_saves(folder, engine)
     logger = None
     if rank == 0:
@@ -124,45 +126,30 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
             folder,
             logger_config,
             run_name=config.run.name,
-            run_config=to_dict(config),
+            run_config=to_dict(resolved.config),
             step=checkpoint.step if checkpoint else 0,
             total_steps=resolved.total_steps,
         )
-    lock = locks[0] if locks else None
-    trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock, token=token)
+    trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock)
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
 
 
-def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
-    """Raise `UserError` without torchao, or for sizes that the hardware cannot multiply; warn where it has no fp8."""
-    matrices = {name: shape for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2}
-    native = native_fp8(resolved.device)
-    fp8_linear(emulate=not native)
-    if native:
-        check_fp8(matrices, resolved.micro_batch_size * resolved.config.train.seq_len)
-    elif dist.get_rank() == 0:
-        log.warning(
-            "train.precision=fp8: %s has no fp8; it is emulated, for its rounding and not for speed", resolved.device
-        )
-
-
 def first_whole(folders: list[Path]) -> Checkpoint | None:
-    """The first of the checkpoints that is undamaged, None if there are none at all. Collective.
+    """Return the first undamaged checkpoint; None if `folders` is empty. Collective.
 
-    Every rank reads a share of each checkpoint's files; damage is said by name. Raises `UserError` if none is whole:
-    to start anew over a run that was there is not ours to decide.
+    Every rank reads a share of the files of each checkpoint. Raises `UserError` if all are damaged: replacing an
+    existing run by a new one is the user's decision.
     """
     error = None
     for folder in folders:
         try:
-            checkpoint = Checkpoint(folder)
+            checkpoint, damage = Checkpoint(folder), None
             checkpoint.verify(rank=dist.get_rank(), world_size=dist.get_world_size())
-            mine = None
-        except UserError as damage:
-            checkpoint, mine = None, str(damage)
-        errors = [text for text in gather_objects(mine) if text]
+        except UserError as problem:
+            checkpoint, damage = None, str(problem)
+        errors = [text for text in gather_objects(damage) if text]
         if not errors:
             return checkpoint
         error = errors[0]
@@ -186,14 +173,17 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         raise UserError(
             f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={config.train.steps}; raise that"
         )
-    before = checkpoint.config.data.skip_steps
+    before, now = checkpoint.config.data.skip_steps, config.data.skip_steps
     position = data_step(checkpoint.step, before)
-    read = [[pair for pair in sorted(pairs) if pair[0] <= position] for pairs in (before, config.data.skip_steps)]
-    if read[0] != read[1]:
+    if _up_to(position, before) != _up_to(position, now):
         raise UserError(
-            f"data.skip_steps={[list(pair) for pair in config.data.skip_steps]} changes what was read before step "
+            f"data.skip_steps={[list(pair) for pair in now]} changes what was read before step "
             f"{checkpoint.step}, where {checkpoint.folder} continues; go back with resume=CHECKPOINT to one before it"
         )
+
+
+def _up_to(position: int, skip_steps: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    return [pair for pair in sorted(skip_steps) if pair[0] <= position]
 
 
 def build_loader(resolved: Resolved, shards: Path, *, rank: int) -> Loader:
@@ -235,7 +225,7 @@ def build_engine(resolved: Resolved) -> Engine:
 
 
 def load_initial_weights(path: str, engine: Engine) -> None:
-    """Give the engine's model the weights and norm statistics of `checkpoint.init_from`. Collective."""
+    """Load the weights and norm statistics of `checkpoint.init_from` into the engine's model. Collective."""
     checkpoint = first_whole(candidates(Path(path)))
     if checkpoint is None:
         raise UserError(f"checkpoint.init_from={path}: no model there")
@@ -243,8 +233,8 @@ def load_initial_weights(path: str, engine: Engine) -> None:
     load(checkpoint, slices, engine.module)
     engine.sync_weights_from_master()
     if engine.rank == 0:
-        norm = checkpoint.model_config.norm.name
-        log.info("starting from %s, norm=%s; the model and the tokenizer are its own", checkpoint.folder, norm)
+        norm = checkpoint.config.model.norm.name
+        log.info("starting from %s, norm=%s, with its model and tokenizer", checkpoint.folder, norm)
 
 
 def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers) -> int:
@@ -257,7 +247,7 @@ def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: L
         if trial.train_step(step, record=True) is None:
             raise RunError(trial.failure)
         seconds.append(time.perf_counter() - began)
-        if on_main(lambda: len(seconds) >= 3 and sum(seconds) > MEASURED_SECONDS):
+        if on_main(lambda: len(seconds) >= MIN_TRIAL_STEPS and sum(seconds) > TRIAL_SECONDS):
             break
     for tensor, before in state:
         tensor.copy_(before)
@@ -267,23 +257,8 @@ def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: L
     return on_main(lambda: steps)
 
 
-def _begin(
-    folder: Path, config: Config, checkpoint: Checkpoint | None, shards: Path, locks: list[RunLock], *, device: str
-) -> str:
-    """Rank 0: begin the run folder and keep its lock in `locks`; the token of this training."""
-    resumed = checkpoint.folder if checkpoint else None
-    tokenizer = shards / "tokenizer.json"
-    world_size = dist.get_world_size()
-    try:
-        lock = begin(folder, config, checkpoint=resumed, tokenizer=tokenizer, world_size=world_size, device=device)
-    except OSError as error:
-        raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}") from error
-    locks.append(lock)
-    return lock.token
-
-
 def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
-    """Say so if a save will not be through between SIGTERM and SIGKILL, from a measured write. Collective."""
+    """Measure the disk; warn if a save takes longer than the time between SIGTERM and SIGKILL. Collective."""
     num_bytes = 4 * sum(values.numel() for *_, states in engine.local_state() for values in states.values())
     try:
         seconds, error = seconds_to_write(folder, num_bytes), None
@@ -305,11 +280,21 @@ def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
         )
 
 
+def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
+    """Raise `UserError` without torchao, or for sizes the hardware cannot multiply; warn on a device without fp8."""
+    matrices = {name: shape for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2}
+    native = native_fp8(resolved.device)
+    fp8_linear(emulate=not native)
+    if native:
+        check_fp8(matrices, resolved.micro_batch_size * resolved.config.train.seq_len)
+    elif dist.get_rank() == 0:
+        log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", resolved.device)
+
+
 def _check_same_config(*configs: Config) -> None:
     """Raise `UserError` unless all ranks have composed and resolved the same configuration. Collective."""
     text = json.dumps([to_dict(config) for config in configs], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if len(set(gather_objects(digest))) > 1:
+    if len(set(gather_objects(hashlib.sha256(text.encode()).hexdigest()))) > 1:
         raise UserError("the ranks have different configurations; start all of them with the same command and files")
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: heard here, obeyed by the trainer when all ranks have agreed."""
+"""Signals that ask a run to stop: received on one rank, obeyed once all ranks know of it."""
 
 import os
 import signal
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from osp.distributed import gather_objects
+from osp.errors import StoppedError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# One wish to stop reaches a rank several times: from the terminal or the scheduler and again from the launcher, which
+# One request reaches a rank several times: from the terminal or the scheduler, and again from the launcher, which
 # passes it on within this many seconds.
 SECONDS_OF_ONE_REQUEST = 1.0
 
@@ -17,11 +20,11 @@ SECONDS_OF_ONE_REQUEST = 1.0
 class StopRequest:
     """Whether this rank was asked to stop, and by which signal.
 
-    The first SIGTERM, SIGINT or SIGUSR1 is noted; a further one ends the process at once.
+    The first SIGTERM, SIGINT or SIGUSR1 is recorded; a later one ends the process at once.
     """
 
     def __init__(self) -> None:
-        self.signal: str | None = None  # "SIGTERM", ...; None: go on
+        self.signal: str | None = None  # "SIGTERM", ...; None: no request
         self._first = 0.0
 
     def __bool__(self) -> bool:
@@ -39,6 +42,16 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def error(self, step: int, total_steps: int) -> StoppedError:
+        """Return the error that ends a run after `step` and names the first rank that was asked. Collective."""
+        requests = [(name, rank) for rank, name in enumerate(gather_objects(self.signal)) if name]
+        name, rank = requests[0]
+        message = (
+            f"{name} on rank {rank}: stopped after step {step} of {total_steps} with a checkpoint; "
+            "the same command continues it"
+        )
+        return StoppedError(message, signal=name)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

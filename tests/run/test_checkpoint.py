@@ -266,7 +266,7 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
     (saver,) = savers(tmp_path, source)
     before = source.lm_head.weight.detach().clone()
     assert saver.busy
-    assert not saver.through
+    assert not saver.write_done
     assert find(tmp_path) is None
     with torch.no_grad():
         source.lm_head.weight.add_(1.0)  # training goes on

@@ -182,7 +182,7 @@ def test_windows_come_back_as_they_were(tiny: Tiny, tmp_path: Path, monkeypatch:
 
     def remember(self: Trainer, checkpoint: Checkpoint) -> None:
         original(self, checkpoint)
-        restored.append({key: list(detector.values) for key, detector in self.spikes.items()})
+        restored.append({key: list(detector.values) for key, detector in self.guard.spikes.items()})
 
     monkeypatch.setattr(Trainer, "restore", remember)
     train_in_pieces(tiny, "spike.window=3", stops=(5,), name="run")

@@ -21,7 +21,8 @@ from osp.model.transformer import Block, Transformer
 from osp.run.checkpoint import load_model
 from osp.run.logger import Logger
 from osp.train.setup import train
-from osp.train.trainer import Trainer, validation_every
+from osp.train.trainer import Trainer
+from osp.train.validate import validation_every
 from tests.conftest import losses, overrides_of, read_metrics, run_script
 
 Tiny = Callable[..., Config]
