@@ -1,14 +1,14 @@
-"""Checkpoints that know parameters by name and nothing of ranks, ZeRO stages or engines.
+"""Checkpoints by parameter name, independent of ranks, ZeRO stages and engines.
 
     checkpoints/step_00000100/rank_00000.safetensors   slices of fp32 weights and optimizer state; the rank's RNG
                               buffers.safetensors      model buffers (norm statistics)
                               manifest.json            step, tokens, positions, config, parameter shapes, checksums
     checkpoints/latest                                 the name of the newest complete checkpoint
 
-A tensor of a rank file is the slice [start, start + numel) of a flattened parameter; its key is `KIND/NAME@start` with
-KIND `weight`, or a state of the optimizer such as `momentum`. Every rank writes what it holds, so that nobody ever has
-the whole optimizer state in memory; a reader of any topology takes the slices it needs. A checkpoint is written under
-a temporary name, flushed to disk and renamed, and only then named by `latest`. Nothing that is read can hold code.
+A tensor of a rank file is the slice [start, start + numel) of a flattened parameter. Its key is `KIND/NAME@start`,
+KIND being `weight` or a state of the optimizer such as `momentum`. Every rank writes its own share, so no rank ever
+holds the whole optimizer state; a reader on any topology takes the slices it needs. A checkpoint is written under a
+temporary name, flushed to disk, renamed, and only then named by `latest`. No file of a checkpoint can hold code.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import Config, CountOrZero, ModelConfig, build, check_bounds, from_dict
+from osp.config import CountOrZero, build, check_bounds, from_dict
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
 from osp.model.transformer import Transformer, meta_model
@@ -38,21 +38,12 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BUFFERS = "buffers.safetensors"
-CLOSE_SECONDS = 10.0  # for the write of a save that nobody will finish; a disk that hangs must not keep a run alive
+CLOSE_SECONDS = 10.0  # for the write of an abandoned save: a disk that hangs must not keep the process alive
 
 log = logging.getLogger(__name__)
 
 Slice = tuple[str, int, int, dict[str, Tensor]]  # parameter name, start, stop, kind -> flat fp32 slice
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where [start, stop) of one flattened tensor lies: the key inside a file."""
-
-    file: Path
-    key: str
-    start: int
-    stop: int
+StoredSlice = tuple[Path, str, int, int]  # file, key in it, start, stop
 
 
 @dataclass(frozen=True)
@@ -63,10 +54,10 @@ class _File:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """Of a checkpoint that osp.convert.change_norm wrote: weights alone, and no text that it was trained on here."""
+    """Present in a checkpoint that scripts/convert.py wrote: weights only, no data to continue on."""
 
     steps: tuple[str, ...]  # what was done, in words
-    bos_id: CountOrZero | None  # the token that a text begins with, where it is another than the one that ends it
+    bos_id: CountOrZero | None  # the token that begins a text, where it is not the one that ends it
 
 
 @dataclass(frozen=True)
@@ -84,83 +75,70 @@ class _Manifest:
 
 
 class Checkpoint:
-    """A complete checkpoint on disk. Its files are there and of the right size; `verify` reads them."""
+    """A complete checkpoint on disk. Opening it checks that every file exists with its size; `verify` reads them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = _read_manifest(folder)
-        self.config = _read_config(folder, self.manifest["config"])
+        self.step: int = self.manifest["step"]
+        self.shapes: dict[str, list[int]] = self.manifest["shapes"]  # whole shape of every parameter
+        try:
+            self.config = from_dict(self.manifest["config"])
+        except UserError as error:
+            raise UserError(f"{folder / MANIFEST}: not the configuration of a run: {error}") from error
         for name, entry in self.manifest["files"].items():
             path = folder / name
             if not path.is_file():
                 raise UserError(f"{path}: named by {MANIFEST} but missing; take an older checkpoint")
-            if path.stat().st_size != entry["bytes"]:
-                raise UserError(
-                    f"{path}: damaged, it has {path.stat().st_size} bytes where {MANIFEST} says {entry['bytes']}; "
-                    "take an older checkpoint"
-                )
-        self._pieces: dict[tuple[str, str], list[Piece]] = {}
+            size, expected = path.stat().st_size, entry["bytes"]
+            if size != expected:
+                raise UserError(f"{path}: damaged, {size} bytes instead of {expected}; take an older checkpoint")
+        self._stored: dict[tuple[str, str], list[StoredSlice]] = {}
         self._open: dict[Path, Any] = {}
 
     def verify(self, *, rank: int = 0, world_size: int = 1) -> None:
-        """Compare this rank's share of the files with their checksums; `UserError` names one that differs."""
+        """Compare this rank's share of the files with their checksums. Raises `UserError` that names a damaged file."""
         for name in sorted(self.manifest["files"])[rank::world_size]:
             path = self.folder / name
             if _sha256(path) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum is not the one in {MANIFEST}; take an older checkpoint")
         self._index()
 
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.config.model
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Shape of every parameter by name."""
-        return self.manifest["shapes"]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry["bytes"] for entry in self.manifest["files"].values())
-
     def buffers(self) -> dict[str, Tensor]:
-        """The model's buffers by name."""
+        """Return the buffers of the model, by name."""
         return load_file(self.folder / BUFFERS)
 
     def kinds(self, name: str) -> list[str]:
-        """What is stored of a parameter: "weight" and the states of its optimizer."""
+        """Return what is stored of a parameter: "weight" and the names of its optimizer states."""
         return sorted(kind for kind, parameter in self._index() if parameter == name)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start,) fp32: that interval of the flattened `kind` ("weight", "momentum", ...) of a parameter."""
+        """Return [start, stop) of a parameter's flattened `kind` ("weight", "momentum", ...), fp32 (stop - start,)."""
         out = torch.empty(stop - start)
         filled = 0
-        for piece in self._index().get((kind, name), []):
-            low, high = max(start, piece.start), min(stop, piece.stop)
+        for file, key, first, last in self._index().get((kind, name), []):
+            low, high = max(start, first), min(stop, last)
             if low < high:
-                values = self._file(piece.file).get_slice(piece.key)[low - piece.start : high - piece.start]
-                out[low - start : high - start] = values
+                out[low - start : high - start] = self._file(file).get_slice(key)[low - first : high - first]
                 filled += high - low
         if filled != stop - start:
-            raise UserError(
-                f"{self.folder}: {kind} of {name} covers {filled} of the {stop - start} values wanted; "
-                "it was written by another optimizer or model"
-            )
+            problem = f"{kind} of {name} covers {filled} of the {stop - start} values wanted"
+            raise UserError(f"{self.folder}: {problem}; it was written by another optimizer or model")
         return out
 
     def rng(self, rank: int) -> dict[str, Tensor]:
-        """The states of the random generators of that rank, by device type; empty if it had no such rank."""
-        pieces = [p for (kind, name), ps in self._index().items() if kind == "rng" for p in ps if f"{rank:05d}" in name]
-        return {piece.key.split("/")[1].split("_")[0]: self._file(piece.file).get_tensor(piece.key) for piece in pieces}
+        """Return the RNG states of that rank by device type; empty if the run had fewer ranks."""
+        states = {}
+        for (kind, name), slices in self._index().items():
+            if kind == "rng" and name.endswith(f"_{rank:05d}"):
+                (file, key, *_), device = slices[0], name.split("_")[0]
+                states[device] = self._file(file).get_tensor(key)
+        return states
 
-    def _index(self) -> dict[tuple[str, str], list[Piece]]:
-        """Kind and parameter -> where its slices are; read from the files' headers when first asked for."""
-        if self._pieces:
-            return self._pieces
+    def _index(self) -> dict[tuple[str, str], list[StoredSlice]]:
+        """Return the slices of every (kind, parameter), read from the headers of the files on the first call."""
+        if self._stored:
+            return self._stored
         for name in self.manifest["files"]:
             if name == BUFFERS:
                 continue
@@ -170,11 +148,11 @@ class Checkpoint:
                     label, start = key.rsplit("@", 1)
                     kind, parameter = label.split("/", 1)
                     (length,) = self._file(path).get_slice(key).get_shape()
-                    piece = Piece(path, key, int(start), int(start) + length)
+                    stored = (path, key, int(start), int(start) + length)
                 except ValueError as error:
                     raise UserError(f"{path}: {key!r} is no slice of a checkpoint, KIND/NAME@START") from error
-                self._pieces.setdefault((kind, parameter), []).append(piece)
-        return self._pieces
+                self._stored.setdefault((kind, parameter), []).append(stored)
+        return self._stored
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
@@ -187,19 +165,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went, the same on all ranks. Seconds are those of the slowest rank."""
+    """Outcome of a save, the same on all ranks. Times are of the slowest rank."""
 
     step: int
     folder: Path
-    error: str | None  # why there is no such checkpoint; None: it is there
+    error: str | None  # why the checkpoint does not exist; None: it does
     num_bytes: int = 0
-    blocked_seconds: float = 0.0  # training stood still
-    write_seconds: float = 0.0  # in the background
+    blocked_seconds: float = 0.0  # time that training stood still
+    write_seconds: float = 0.0  # time in the background
 
 
 @dataclass
 class _Share:
-    """What one rank has written."""
+    """Files that one rank wrote."""
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> bytes, sha256
     seconds: float = 0.0
@@ -207,11 +185,18 @@ class _Share:
 
 
 class Saver:
-    """Saves checkpoints into `folder`: copies the state to host memory, then writes while training goes on.
+    """Write checkpoints in the background.
 
-    All ranks call `begin`; once `through` holds everywhere `publish`, and once it does again `finish`, which also waits
-    for what is missing. Between these nothing is exchanged. token: part of the temporary folder's name, the same on all
-    ranks and no other process's.
+        saver.begin(...)    copies this rank's state to host memory and starts to write it
+        saver.publish()     once `write_done` on all ranks: rank 0 renames the folder and updates `latest`
+        saver.finish()      once `write_done` again on all ranks: the outcome
+
+    Training continues between the calls. All three are collective: every rank calls them in the same order, and
+    `publish` and `finish` wait for work that is not done. Nothing is exchanged in the background.
+
+    Args:
+        token: part of the name of the temporary folder, the same on all ranks and unique to this run's process.
+        gather: returns the values of all ranks on every rank.
     """
 
     def __init__(
@@ -226,34 +211,39 @@ class Saver:
     ):
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self._token, self._rank, self._gather = token, rank, gather
-        self._host: dict[str, Tensor] = {}  # kept from save to save: page-locked memory is slow to come by
+        self._host: dict[str, Tensor] = {}  # reused by every save: allocating page-locked memory is slow
         self._manifest: dict[str, Any] = {}
+        self._final = self._temporary = folder  # of the save in progress
         self._thread = ThreadPoolExecutor(1, "osp-save")
         self._writing: Future[_Share] | None = None
-        self._publishing: Future[str | None] | None = None  # after that; what went wrong, on the first rank
+        self._publishing: Future[str | None] | None = None  # follows _writing; its result is an error on rank 0
         self._shares: list[_Share] = []  # of all ranks
         self._blocked = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether a save has begun that is not finished."""
+        """Whether a save is in progress: `begin` was called, `finish` was not."""
         return self._writing is not None
 
     @property
-    def through(self) -> bool:
-        """Whether a save is in progress, and what this rank last began to do for it in the background is over."""
+    def write_done(self) -> bool:
+        """Whether the background work of the save in progress is done on this rank."""
         return self._background is not None and self._background.done()
 
     @property
     def published(self) -> bool:
-        """Whether `publish` has been called for the save in progress."""
+        """Whether `publish` was called for the save in progress."""
         return self._publishing is not None
 
     def begin(
         self, slices: Iterable[Slice], *, rng: dict[str, Tensor], buffers: dict[str, Tensor], manifest: dict[str, Any]
     ) -> None:
-        """Copy what this rank holds and start writing it. manifest: all of it but the format and the files."""
-        assert not self.busy, "finish() the save before"
+        """Copy this rank's state to host memory and start to write it.
+
+        Args:
+            manifest: everything but the keys `format` and `files`, which the saver adds.
+        """
+        assert not self.busy, "finish() the last save first"
         began = time.perf_counter()
         tensors = {
             f"{kind}/{name}@{start}": values for name, start, _, states in slices for kind, values in states.items()
@@ -265,20 +255,22 @@ class Saver:
         if any(t.is_cuda for t in tensors.values()):
             torch.cuda.synchronize()
         self._manifest = manifest
+        self._final = self.folder / f"step_{manifest['step']:08d}"
+        self._temporary = self.folder / f".{self._final.name}.{self._token}.tmp"
         self._writing = self._thread.submit(self._write, files)
         self._blocked = time.perf_counter() - began
 
     def publish(self) -> None:
-        """Wait until all ranks have written, and have the first one make the checkpoint known. Collective."""
-        assert self._writing is not None, "nothing has begun"
-        assert self._publishing is None, "once is enough"
+        """Wait until every rank has written its files, then let rank 0 publish the checkpoint. Collective."""
+        assert self._writing is not None, "begin() a save first"
+        assert self._publishing is None, "publish() was called already"
         began = time.perf_counter()
         self._shares = self._gather(self._writing.result())
-        self._publishing = self._thread.submit(self._publish if self._rank == 0 else _nothing)
+        self._publishing = self._thread.submit(self._publish if self._rank == 0 else lambda: None)
         self._blocked += time.perf_counter() - began
 
     def finish(self) -> Saved:
-        """Wait until the checkpoint is known, or has failed. Collective."""
+        """Wait for the save in progress and return its outcome. Collective: every rank calls it."""
         if self._publishing is None:
             self.publish()
         assert self._publishing is not None
@@ -296,26 +288,15 @@ class Saver:
         )
 
     def close(self) -> None:
-        """End the thread; a save that was begun and not finished is no checkpoint, and is not waited for long.
-
-        Old checkpoints are removed when it returns.
-        """
+        """End the thread after old checkpoints are removed. A save that was not finished is abandoned."""
         if self._background is not None:
             wait([self._background], timeout=CLOSE_SECONDS)
         self._thread.shutdown(wait=self._background is None or self._background.done())
 
     @property
     def _background(self) -> Future[Any] | None:
-        """What is under way of the save in progress."""
+        """The background work of the save in progress."""
         return self._publishing or self._writing
-
-    @property
-    def _final(self) -> Path:
-        return self.folder / f"step_{self._manifest['step']:08d}"
-
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / f".{self._final.name}.{self._token}.tmp"
 
     def _to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
@@ -328,7 +309,7 @@ class Saver:
         return copies
 
     def _write(self, files: dict[str, dict[str, Tensor]]) -> _Share:
-        """In the background: this rank's files, flushed to disk."""
+        """In the background: write this rank's files and flush them to disk."""
         began, share = time.perf_counter(), _Share()
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
@@ -340,13 +321,13 @@ class Saver:
         return share
 
     def _publish(self) -> str | None:
-        """In the background, on rank 0: name what all have written; the error if that fails."""
+        """In the background of rank 0: write the manifest, rename the folder, update `latest`. Return the error."""
         errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(self._shares) if share.error]
-        if errors:
-            return self._give_up(errors[0])
         files = {name: entry for share in self._shares for name, entry in share.files.items()}
         manifest = {"format": FORMAT, **self._manifest, "files": files}
         try:
+            if errors:
+                raise OSError(errors[0])
             write_text(self._temporary / MANIFEST, json.dumps(manifest, indent=1))
             flush_folder(self._temporary)
             remove(self._final)
@@ -354,28 +335,15 @@ class Saver:
             flush_folder(self.folder)
             write_text(self.folder / LATEST, self._final.name + "\n")
         except OSError as error:
-            return self._give_up(str(error))
-        self._thread.submit(self._prune)  # some file systems take seconds to remove a large file
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return str(error)
+        # in the background too: some file systems take seconds to remove a large file
+        self._thread.submit(prune, self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
         return None
-
-    def _prune(self) -> None:
-        """In the background: remove the checkpoints that are not to be kept."""
-        try:
-            prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
-        except OSError as error:
-            log.warning("%s: old checkpoints are not removed: %s", self.folder, error)
-
-    def _give_up(self, error: str) -> str:
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        return error
-
-
-def _nothing() -> None:
-    """What the other ranks do while the first one publishes."""
 
 
 def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> None:
-    """Fill the slices that this rank holds, and the model's buffers, from a checkpoint of any topology."""
+    """Copy a checkpoint of any topology into the slices of this rank and into the buffers of `model`."""
     with torch.no_grad():
         for name, start, stop, states in slices:
             for kind, values in states.items():
@@ -388,9 +356,9 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
 
 
 def candidates(path: Path) -> list[Path]:
-    """The checkpoint folders that `path` means, the one to take first first; empty if there is none.
+    """Return the checkpoint folders that `path` names, best first; empty if there is none.
 
-    A checkpoint means itself; a run folder or its `checkpoints` mean the one that `latest` names and those before it.
+    A checkpoint folder names itself. A run folder or its `checkpoints` name the target of `latest` and all older ones.
     """
     if (path / MANIFEST).exists():
         return [path]
@@ -398,21 +366,21 @@ def candidates(path: Path) -> list[Path]:
         complete = sorted((p.parent for p in folder.glob(f"step_*/{MANIFEST}")), reverse=True)
         if complete or (folder / LATEST).exists():
             newest = _latest(folder)
-            # where `latest` is damaged and names no step, all of them are older
+            # a damaged `latest` names no step: then every complete checkpoint counts as older
             older = [p for p in complete if newest is None or p.name < newest.name or newest.name[:5] != "step_"]
             return [newest, *older] if newest else older
     return []
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint folder that `path` means; None if there is none."""
+    """Return the first of `candidates(path)`, None if there is none."""
     return next(iter(candidates(path)), None)
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep_last` checkpoints (0: keep all) and those of every `keep_every` steps.
+    """Remove all checkpoints but the newest `keep_last` (0: keep all) and the multiples of `keep_every` steps.
 
-    What `latest` names stays, and so does whatever is no complete checkpoint: another process may be writing it.
+    Keeps the target of `latest`, and every incomplete checkpoint: another process may be writing it.
     """
     if not keep_last:
         return
@@ -421,11 +389,14 @@ def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
         step = old.name.removeprefix("step_")
         kept = keep_every and step.isdigit() and int(step) % keep_every == 0
         if old != newest and not kept:
-            remove(old)
+            try:
+                remove(old)
+            except OSError as error:
+                log.warning("%s is not removed: %s", old, error)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint so that a crash in between leaves no half of it under its name."""
+    """Remove a checkpoint. A crash in between leaves no half of it under its name."""
     if folder.exists():
         away = folder.with_name(f".{folder.name}.removed.tmp")
         shutil.rmtree(away, ignore_errors=True)
@@ -434,22 +405,22 @@ def remove(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, token: str) -> None:
-    """Remove what a process with this token, known to be gone, left half-written or half-removed."""
+    """Remove the half-written and half-removed folders of a dead process with this token."""
     for pattern in (f".step_*.{token}.tmp", ".step_*.removed.tmp"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_bytes(shapes: dict[str, list[int]], states_per_weight: float) -> int:
-    """Size of a checkpoint: fp32 weights and `states_per_weight` fp32 optimizer values for each."""
+    """Return the size of a checkpoint: fp32 weights, and `states_per_weight` fp32 optimizer values for each."""
     numel = sum(torch.Size(shape).numel() for shape in shapes.values())
     return int(4 * numel * (1 + states_per_weight))
 
 
 def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> float:
-    """How long `num_bytes` take from memory to the disk of `folder`, by writing, flushing and hashing `sample` bytes.
+    """Return the seconds to write, flush and hash `num_bytes` in `folder`, measured with `sample` bytes.
 
-    All ranks measure at the same time, as they save at the same time. Nothing is left behind.
+    All ranks measure at the same time, as they save at the same time. The test file is removed.
     """
     path = folder / f".write_test.{os.getpid()}.tmp"
     sample = max(1, min(sample, num_bytes))
@@ -462,28 +433,29 @@ def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> fl
 
 
 def load_model(path: str | Path) -> Transformer:
-    """The trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode.
+    """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode.
 
-    Needs neither DeepSpeed nor Hydra. Raises `UserError` if there is no checkpoint or it is damaged.
+    Works without DeepSpeed and Hydra. Raises `UserError` if there is no checkpoint or it is damaged.
     """
     folder = find(Path(path))
     if folder is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
-    model = meta_model(checkpoint.model_config)
+    model = meta_model(checkpoint.config.model)
     model.to_empty(device="cpu")
     load(checkpoint, whole_parameters(model), model)
     return model.eval()
 
 
 def whole_parameters(model: nn.Module) -> Iterator[Slice]:
+    """Yield the slices of a rank that holds every weight and no optimizer state."""
     for name, parameter in model.named_parameters():
         yield name, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, every field that is read here present and of its type."""
+    """Return the manifest of a checkpoint, with every key of `_Manifest` present and of its type."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -506,16 +478,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_config(folder: Path, values: dict[str, Any]) -> Config:
-    """The configuration in a manifest."""
-    try:
-        return from_dict(values)
-    except UserError as error:
-        raise UserError(f"{folder / MANIFEST}: not the configuration of a run: {error}") from error
-
-
 def _latest(folder: Path) -> Path | None:
-    """What the file `latest` names, inside `folder`; None without one."""
+    """Return the target of the file `latest`, always inside `folder`; None without the file."""
     try:
         name = Path((folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()).name
     except FileNotFoundError:
@@ -524,7 +488,7 @@ def _latest(folder: Path) -> Path | None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write and flush a safetensors file; its size and checksum."""
+    """Write and flush a safetensors file; return its size and checksum."""
     save_file(tensors, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())

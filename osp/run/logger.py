@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: one dict of floats per event to `metrics.jsonl` (always), a progress bar and W&B.
+"""Log a run: one dict of floats per event to `metrics.jsonl` (always), a progress bar, and W&B.
 
-Only rank 0 has a logger that writes. W&B is an addition: whatever fails there is said once and never stops training,
-nor does a disk that is full.
+Only rank 0 has a logger. W&B is optional: an error there is reported once and never stops training, nor does a full
+disk.
 """
 
 import dataclasses
@@ -21,17 +21,18 @@ from tqdm import tqdm
 
 from osp.config import LoggerConfig
 from osp.errors import UserError
+from osp.files import read_lines, write_text
 from osp.run.metrics import create, layer_grids
 
 log = logging.getLogger(__name__)
 
-SECONDS_TO_FINISH = 20.0  # for W&B to take what it has not taken yet, when a run ends
+SECONDS_TO_FINISH = 20.0  # for W&B to send the rest when a run ends
 
 AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap")}
 
 
 class Logger:
-    """`log(metrics, step=..., tokens=...)` appends one line to `metrics.jsonl` and sends the same numbers to W&B."""
+    """Writes metrics and events of a run to its folder, to W&B and to the terminal."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Logger:
         step: int,
         total_steps: int,
     ):
-        """Continue (or begin) the files of `folder` at `step`: lines of later steps are dropped."""
+        """Begin the files of `folder`, or continue them at `step`: metrics of later steps are removed."""
         self._config = config
         metrics = folder / "metrics.jsonl"
         drop_after(metrics, step)
@@ -61,15 +62,15 @@ class Logger:
         self._wandb = WandB(folder, config, run_name=run_name, run_config=run_config, resumed=step > 0)
 
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
-        """Record one event after optimizer step `step` and `tokens` training tokens. Not-a-number becomes null."""
+        """Append the metrics after `step` and `tokens` to metrics.jsonl and send them to W&B. NaN becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._metrics.write({"step": step, "tokens": tokens, **finite})
         self._wandb.log({"step": step, "tokens": tokens, **metrics})
 
     def event(self, kind: str, message: str, *, step: int, tokens: int, **details: Any) -> None:
-        """Record in `events.jsonl` that something happened after `step`, and say it; an `alert` also goes to W&B.
+        """Append an event after `step` to events.jsonl and print it; an `alert` also goes to W&B.
 
-        Unlike metrics, events of steps that are taken again after a restart stay: they did happen.
+        Unlike metrics, events of steps that a restart takes again stay in the file: they did happen.
         """
         time = datetime.now(UTC).isoformat(timespec="seconds")
         event = {"time": time, "step": step, "tokens": tokens, "kind": kind, "message": message, **details}
@@ -79,16 +80,16 @@ class Logger:
             self._wandb.alert(message)
 
     def advance(self, *, loss: float, tokens_per_second: float) -> None:
-        """One more step on the progress bar."""
+        """Advance the progress bar by one step."""
         self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s", refresh=False)
         self._bar.update()
 
     def end_progress(self) -> None:
-        """Leave the bar as it is: what is said from here on stands below it."""
+        """Close the progress bar, so that later messages appear below it."""
         self._bar.close()
 
     def say(self, message: str) -> None:
-        """One line above the progress bar."""
+        """Print `message` above the progress bar."""
         if self._config.progress:
             tqdm.write(message, file=sys.stderr)
         else:
@@ -102,13 +103,13 @@ class Logger:
 
 
 class Lines:
-    """Appends JSON objects to a file, a line each and each at once; a disk that takes no more is said once."""
+    """Appends JSON objects to a file, one per line, unbuffered. A full disk is reported once and loses lines."""
 
     def __init__(self, path: Path):
         self._path = path
         self._file = path.open("ab", buffering=0)
-        self._whole = True  # the last line was written to its end
-        self._said = False
+        self._whole = True  # the last line was written completely
+        self._reported = False
 
     def write(self, values: dict[str, Any]) -> None:
         line = ("" if self._whole else "\n") + json.dumps(values) + "\n"
@@ -116,16 +117,16 @@ class Lines:
             self._whole = self._file.write(line.encode()) == len(line.encode())
         except OSError as error:
             self._whole = False
-            if not self._said:
+            if not self._reported:
                 log.warning("%s: %s; lines are lost until there is room again", self._path, error.strerror)
-            self._said = True
+            self._reported = True
 
     def close(self) -> None:
         self._file.close()
 
 
 class WandB:
-    """A W&B run, or nothing. Its id is kept in the run folder, so that a resumed run continues the same W&B run."""
+    """A W&B run, or a no-op. Its id is stored in the run folder, so that a resumed run continues the same W&B run."""
 
     def __init__(self, folder: Path, config: LoggerConfig, *, run_name: str, run_config: dict[str, Any], resumed: bool):
         self._run: Any = None
@@ -141,7 +142,7 @@ class WandB:
             self._guard(lambda: self._run.alert(title=message.split(":")[0], text=message, level="WARN"))
 
     def close(self, exit_code: int) -> None:
-        """End the W&B run; what a server that has gone away does not take is left to `wandb sync`."""
+        """End the W&B run. Data that an unreachable server does not take is left to `wandb sync`."""
         run = self._run
         if run is None:
             return
@@ -155,7 +156,7 @@ class WandB:
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()
-        thread.join(SECONDS_TO_FINISH)  # by itself it would wait for such a server without end
+        thread.join(SECONDS_TO_FINISH)  # W&B itself would wait for ever
         if problems:
             log.warning("W&B: %s: %s", type(problems[0]).__name__, problems[0])
         elif thread.is_alive():
@@ -191,16 +192,16 @@ class WandB:
             _add_panels(self._run)
 
     def _guard(self, call: Callable[[], object]) -> None:
-        """Run `call`; whatever W&B raises ends logging to W&B, is said once, and goes no further."""
+        """Run `call`. Any error switches W&B off with one warning."""
         try:
             call()
-        except Exception as error:  # W&B raises its own, the network's and the file system's errors alike
+        except Exception as error:  # W&B raises errors of its own, of the network and of the file system
             log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
             self._run = None
 
 
 def _heatmaps(metrics: dict[str, float]) -> dict[str, Any]:
-    """One histogram per statistic and kind of site, a bin for each layer: W&B draws them over steps as a heatmap."""
+    """Return one histogram per statistic and kind of site, with a bin per layer: W&B draws a heatmap over steps."""
     grids = layer_grids(metrics)
     if not grids:
         return {}
@@ -213,7 +214,7 @@ def _heatmaps(metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _add_panels(run: Any) -> None:
-    """Give a project its workspace with its first run; without it the run is logged all the same."""
+    """Create the workspace of a project with its first run. Failing that, the run is logged without it."""
     import wandb
 
     try:
@@ -224,7 +225,7 @@ def _add_panels(run: Any) -> None:
 
 
 def check_wandb(config: LoggerConfig) -> LoggerConfig:
-    """`config`, offline where W&B does not answer; raises `UserError` if it is to be online without a key."""
+    """Return `config`, switched to offline if W&B does not answer. Raises `UserError` for online without a key."""
     if config.wandb != "online":
         return config
     try:
@@ -233,7 +234,7 @@ def check_wandb(config: LoggerConfig) -> LoggerConfig:
         raise UserError("logger.wandb=online but wandb is not installed; pip install wandb") from error
     try:
         has_key = wandb.login(prompt=False)
-    except wandb.Error as error:  # not reached, or the key is refused: training matters more
+    except wandb.Error as error:  # unreachable, or the key is refused: training matters more
         log.warning("W&B does not answer (%s); this run is logged offline, `wandb sync` sends it later", error)
         return dataclasses.replace(config, wandb="offline")
     if not has_key:
@@ -242,16 +243,7 @@ def check_wandb(config: LoggerConfig) -> LoggerConfig:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of `path` that are later than `step`, or not whole: a run resumed at `step` writes them anew."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # the last line of a run that was killed while writing it
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    """Remove the lines of `path` after `step`, and incomplete ones: a run resumed at `step` writes them again."""
+    if path.exists():
+        lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
+        write_text(path, "".join(lines))
