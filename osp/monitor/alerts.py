@@ -1,4 +1,4 @@
-"""Early warning: rules on the metrics of probes, each of which speaks once until it has cleared."""
+"""Early warning: rules on the metrics of probes. A rule alerts once, and again only after it has cleared."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from osp.config import AlertConfig, MonitorConfig
 
-CLEARED = 0.8  # an alert is over when its value falls below this part of the threshold
+CLEARED = 0.8  # an alert clears when its value falls below this share of the threshold
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,15 @@ class Alert:
 
     @property
     def place(self) -> str:
-        """The site (`layer_03/down_proj_in`), the layer or, for the whole model, nothing."""
+        """The site (`layer_03/down_proj_in`) or the layer; empty for the whole model."""
         return self.key.split("/", 2)[2] if self.key.count("/") > 1 else ""
 
 
 class Alerts:
-    """What the rules of a run have seen so far: a pure function of the metrics of its probes, in order.
+    """The state of a run's rules: a pure function of the metrics of its probes, in order.
 
-    above: value > rule.above.  growth: value > rule.growth * max(its value at half of the steps, rule.floor), a slope
-    over one doubling of the training, which means the same early and late. The untrained model at step 0 sets the
-    scale and breaks no rule.
+    above: value > rule.above. growth: value > rule.growth * max(value at half of the steps, rule.floor), which means
+    the same early and late in training. The untrained model at step 0 breaks no rule.
     """
 
     def __init__(self, config: MonitorConfig):
@@ -41,16 +40,16 @@ class Alerts:
 
     @property
     def num_active(self) -> int:
-        """How many rules are broken as of the last probe."""
+        """Number of rules that are broken as of the last probe."""
         return len(self._active)
 
     def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the lines of a metrics.jsonl without a word: a run that is resumed repeats no alert."""
+        """Restore the state from the lines of a metrics.jsonl, so that a resumed run repeats no alert."""
         for event in events:
             self.update(int(event["step"]), {key: value for key, value in event.items() if value is not None})
 
     def update(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
-        """The alerts that the metrics of the probe after `step` raise anew."""
+        """Return the new alerts that the metrics of the probe after `step` raise."""
         raised = []
         for key, value in metrics.items():
             rule = self._rule(key)
@@ -67,12 +66,10 @@ class Alerts:
         return raised
 
     def _rule(self, key: str) -> AlertConfig | None:
-        """The rule for `monitor/STATISTIC[/PLACE]`, or `bhyt/`; figures that sum up a run's sites have none."""
+        """Return the rule for `monitor/STATISTIC[/PLACE]` or `bhyt/...`; aggregates over sites have none."""
         prefix, _, name = key.partition("/")
-        if prefix not in ("monitor", "bhyt"):
-            return None
         statistic, _, place = name.partition("/")
-        if place in ("max", "mean", "osp_script"):
+        if prefix not in ("monitor", "bhyt") or place in ("max", "mean", "osp_script"):
             return None
         by_site = self._rules.get(statistic, {})
         return by_site.get(place.split("/")[-1], by_site.get("all"))

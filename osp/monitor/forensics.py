@@ -1,7 +1,7 @@
-"""What stands behind an outlier: where it is, its text, how its channel grew, and the weights that write it.
+"""The cause of an outlier: its place, its text, the growth of its channel, and the weights that write it.
 
-A bundle is one JSON file with a Markdown file for the reader beside it. The model's weights must be whole while a
-bundle is made (`Engine.gathered_parameters`); everything else comes from a `Reading` and from the run's probes.jsonl.
+A bundle is a JSON file and the same as Markdown. The weights of the model must be whole while a bundle is made
+(`Engine.gathered_parameters`); everything else comes from a `Reading` and from the run's probes.jsonl.
 """
 
 import json
@@ -18,13 +18,14 @@ from osp.model.transformer import Linear, Transformer
 from osp.monitor.probe import Rows, SiteReading, row_norms
 from osp.optim import build_schedule, groups_of
 from osp.run.history import growth, since
+from osp.tables import markdown_table
 
-CONTEXT = 8  # tokens of text shown before the one that an outlier sits on
-SHOWN_WRITERS = 4  # of the matrices that write a channel of the residual stream
+CONTEXT = 8  # tokens of text shown before the token of an outlier
+SHOWN_WRITERS = 4  # weights shown of those that add to a channel of the residual stream
 
 
 def site_record(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A site's part of a line of probes.jsonl."""
+    """Return the entry of a site in a line of probes.jsonl."""
     first, counts = site.octaves
     return {
         "top_channel": site.top_channel,
@@ -40,7 +41,7 @@ def site_record(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> dict[str
 
 
 def text_before(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> str:
-    """The text up to and including the token that the outlier sits on."""
+    """Return the text up to and including the token of the outlier."""
     tokens = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
@@ -57,34 +58,49 @@ def bundle(
     config: Config,
     alerts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """All there is to know about the outlier of one site, ready for JSON."""
+    """Return everything known about the outlier of one site as values of JSON.
+
+    Args:
+        history: lines of probes.jsonl, the present one included.
+        alerts: the alerts about this site.
+    """
     layer, kind = split_site(name)
     weights = behind(kind, layer, site.channel, model)
     grown = growth(history, name, site.channel)
-    return {
+    contents = {
         "step": step,
         "tokens": step * config.train.tokens_per_step,
         "site": name,
         "layer": layer,
         "channel": site.channel,
-        "value": _finite(site.value),
+        "value": site.value,
         "row": site.row,
         "position": site.position,
         "token": site.token,
         "token_text": tokenizer.decode([site.token], skip_special_tokens=False),
         "text": text_before(site, rows, tokenizer),
-        "statistics": {key: _finite(value) for key, value in site.statistics.items()},
-        "channels": [[channel, _finite(value)] for channel, value in site.channels],
+        "statistics": site.statistics,
+        "channels": [[channel, value] for channel, value in site.channels],
         "growth": grown,
         "since": since(grown),
         "weights": weights,
         "optimizer": _optimizer(sorted({weight["parameter"] for weight in weights}), model, config, step),
         "alerts": list(alerts),
     }
+    return null_nonfinite(contents)
+
+
+def null_nonfinite(value: Any) -> Any:
+    """Return `value` with None, JSON's null, in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: null_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(null_nonfinite(item) for item in value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
-    """Write a bundle as `folder/step_00001234_layer_03_down_proj_in.json` and `.md`; the path of the former."""
+    """Write `folder/step_00001234_layer_03_down_proj_in.json` and `.md`; return the path of the former."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{contents['step']:08d}_{contents['site'].replace('/', '_')}.json"
     path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
@@ -93,43 +109,33 @@ def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
 
 
 def describe(contents: Mapping[str, Any]) -> str:
-    """A bundle as Markdown."""
-    figures = contents["statistics"]
+    """Return a bundle as Markdown."""
+    numbers, token = contents["statistics"], contents["token"]
+    growth_rows = [[str(step), "not among the largest" if v is None else _number(v)] for step, v in contents["growth"]]
+    weight_rows = [
+        [w["parameter"], f"{w['axis']} {w['index']}", _number(w["norm"]), _number(w["ratio"])]
+        for w in contents["weights"]
+    ]
+    optimizer_rows = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o.values()] for o in contents["optimizer"]]
     lines = [
-        f"# {contents['site']}, channel {contents['channel']}, after step {contents['step']}",
-        "",
+        f"# {contents['site']}, channel {contents['channel']}, after step {contents['step']}\n",
         *(f"* {alert['message']}" for alert in contents["alerts"]),
-        f"* value {_number(contents['value'])}: {_number(figures['max_over_median'])} times the median; the site's "
-        f"kurtosis is {_number(figures['kurtosis'])}",
-        f"* token {contents['token']} {contents['token_text']!r} at position {contents['position']} of row "
-        f"{contents['row']}, after {contents['text']!r}",
-        f"* at least half as large since the probe after step {contents['since']}",
-        "",
-        "| step | max abs of the channel |",
-        "|---|---|",
-        *(f"| {step} | {'not among the largest' if v is None else _number(v)} |" for step, v in contents["growth"]),
-        "",
-        "| weights behind it | which | norm | over the median |",
-        "|---|---|---|---|",
-        *(
-            f"| {w['parameter']} | {w['axis']} {w['index']} | {_number(w['norm'])} | {_number(w['ratio'])} |"
-            for w in contents["weights"]
-        ),
-        "",
-        "| parameter | role | rule | learning rate | weight decay |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {o['parameter']} | {o['role']} | {o['rule']} | {o['learning_rate']:g} | {o['weight_decay']:g} |"
-            for o in contents["optimizer"]
-        ),
+        f"* value {_number(contents['value'])}: {_number(numbers['max_over_median'])} times the median; kurtosis of "
+        f"the site {_number(numbers['kurtosis'])}",
+        f"* token {token} {contents['token_text']!r} at position {contents['position']} of sequence "
+        f"{contents['row']}; the text up to it: {contents['text']!r}",
+        f"* at least half as large since the probe after step {contents['since']}\n",
+        markdown_table(["step", "max abs of the channel"], growth_rows) + "\n",
+        markdown_table(["weights that write it", "which", "norm", "over the median"], weight_rows) + "\n",
+        markdown_table(["parameter", "role", "rule", "learning rate", "weight decay"], optimizer_rows),
     ]
     return "\n".join(lines) + "\n"
 
 
 def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> list[dict[str, Any]]:
-    """The rows, columns and gains that write `channel` of a site: each with its norm and that over the median one.
+    """Return the rows, columns and gains that write `channel` of a site, each with its norm over the median norm.
 
-    Every attention and MLP output adds to the residual stream; the rows and gains that stand out most are given.
+    Every attention and MLP output adds to the residual stream: of these, the `SHOWN_WRITERS` largest are returned.
     """
     site, parameters = SITES[kind], {name for name, _ in model.named_parameters()}
     block = "" if layer is None else f"layers.{layer}."
@@ -140,13 +146,13 @@ def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> li
     ]
     stream = [(f"{module}.weight", channel) for module in _stream_writers(kind, layer, model)]
     # not every model has every norm, gain and gate
-    own = [_standing(model, *place) for place in direct if place[0] in parameters]
-    added = [_standing(model, *place) for place in stream if place[0] in parameters]
+    own = [_measure_weight(model, *place) for place in direct if place[0] in parameters]
+    added = [_measure_weight(model, *place) for place in stream if place[0] in parameters]
     return own + sorted(added, key=lambda w: w["ratio"], reverse=True)[:SHOWN_WRITERS]
 
 
 def _stream_writers(kind: str, layer: int | None, model: Transformer) -> list[str]:
-    """Modules that add to the residual stream before a site, in order; none for a site inside a sublayer."""
+    """Return the modules that add to the residual stream before a site, in order; none for a site in a sublayer."""
     sublayers = SITES[kind].sublayers
     if sublayers is None:
         return []
@@ -158,7 +164,7 @@ def _stream_writers(kind: str, layer: int | None, model: Transformer) -> list[st
 
 
 def _indices(kind: str, module: str, channel: int, model: Transformer) -> list[int]:
-    """Rows or gains of the module `module` that write `channel` of a site."""
+    """Return the rows or gains of `module` that write `channel` of a site."""
     size = model.config.head_size
     head, within = divmod(channel, size)
     if kind in ("q", "k"):  # RoPE rotates a channel with its partner half a head away
@@ -170,7 +176,7 @@ def _indices(kind: str, module: str, channel: int, model: Transformer) -> list[i
     return [channel]
 
 
-def _standing(model: Transformer, parameter: str, index: int) -> dict[str, Any]:
+def _measure_weight(model: Transformer, parameter: str, index: int) -> dict[str, Any]:
     """Return the norm of a row, column or gain and the median one of its parameter."""
     weight = model.get_parameter(parameter).detach()
     axis = "gain" if weight.ndim == 1 else "column" if parameter == "embed_tokens.weight" else "row"
@@ -185,28 +191,22 @@ def _standing(model: Transformer, parameter: str, index: int) -> dict[str, Any]:
 
 
 def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, step: int) -> list[dict[str, Any]]:
-    """Group, rule and learning rate of parameters in the step that led to `step`."""
-    assert config.train.steps is not None, "the length of a run is known when it has a model"
-    factor = build_schedule(
-        config.schedule, total_steps=config.train.steps, tokens_per_step=config.train.tokens_per_step
-    )(max(step - 1, 0))
-    groups = groups_of(model, config.optimizer)
+    """Return role, rule and learning rate of parameters in the update before `step`."""
+    assert config.train.steps is not None, "a run with a model has a length"
+    tokens_per_step = config.train.tokens_per_step
+    schedule = build_schedule(config.schedule, total_steps=config.train.steps, tokens_per_step=tokens_per_step)
     return [
         {
             "parameter": name,
             "role": group["role"],
             "rule": group["rule"],
-            "learning_rate": group["base_lr"] * factor,
+            "learning_rate": group["base_lr"] * schedule(max(step - 1, 0)),
             "weight_decay": group["weight_decay"],
         }
         for name in parameters
-        for group in groups
+        for group in groups_of(model, config.optimizer)
         if name in group["names"]
     ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

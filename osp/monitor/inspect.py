@@ -1,10 +1,11 @@
-"""Where are my outliers, and since when: one look at a trained model, without DeepSpeed."""
+"""Inspect a trained model: where its outliers are and since when, without DeepSpeed."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from osp.config import Config, MonitorConfig
 from osp.data import load_tokenizer, shard_folder
@@ -15,23 +16,27 @@ from osp.monitor.monitor import FORENSICS, PROBES, held_out_rows
 from osp.monitor.probe import Reading, Rows, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
 from osp.run.history import growth, since
+from osp.tables import text_table
 
 SHOWN = 20  # sites of the table
+TITLES = ("site", "kurtosis", "pooled", "max|x|", "/median", "channel", "energy", "position", "since", "text")
 
 
 def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tuple[str, Path]:
-    """(a table of the sites, the worst first; the bundle of the first one) of a run folder's or checkpoint's model.
+    """Probe the model of a run folder or checkpoint; return a table of its sites, worst first, and a bundle's path.
 
-    text: a file to read instead of the run's held-out split, `monitor.tokens` of it. out: folder of the bundle; None:
-    `forensics` of the run. Raises `UserError` for what cannot be read.
+    Raises `UserError` if something cannot be read or written.
+
+    Args:
+        text: file to read instead of the run's validation split, up to `monitor.tokens`.
+        out: folder of the bundle, which is about the worst site; None: `forensics` of the run.
     """
     folder = find(path)
     if folder is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     config, run = checkpoint.config, folder.parent.parent
-    rows, tokenizer_file = _rows(config, run, text)
-    tokenizer = load_tokenizer(tokenizer_file)
+    rows, tokenizer = _read_text(config, run, text)
     model = load_model(folder)
     reading = probe(model, rows, MonitorConfig(sites="all", statistics="all"))
     history: list[Any] = [line for line in read_lines(run / PROBES) if line["step"] < checkpoint.step]
@@ -51,65 +56,52 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     try:
         bundle_path = write_bundle(contents, place)
     except OSError as error:
-        raise UserError(f"{place}: cannot write there: {error.strerror}; name another folder with --out") from error
+        raise UserError(f"{place}: cannot write there: {error.strerror}; set out to another folder") from error
     return _table(order, reading, history, now["sites"], checkpoint.step), bundle_path
 
 
-def _rows(config: Config, run: Path, text: Path | None) -> tuple[Rows, Path]:
-    """(the text to probe, the tokenizer it is in)."""
-    shards = shard_folder(config.data, config.tokenizer) if text is None else None
-    if shards is not None:
+def _read_text(config: Config, run: Path, text: Path | None) -> tuple[Rows, Tokenizer]:
+    """Return the text to probe and its tokenizer."""
+    if text is None:
+        shards = shard_folder(config.data, config.tokenizer)
         if not (shards / "manifest.json").exists():
-            raise UserError(f"{shards}: the run's held-out text is not there; name a text with --text FILE")
-        return held_out_rows(shards, config), shards / "tokenizer.json"
-    assert text is not None
-    tokenizer_file = run / "tokenizer.json"
-    if not tokenizer_file.exists():
-        raise UserError(f"{tokenizer_file}: the tokenizer of the run is missing; name the run folder")
+            raise UserError(f"{shards}: the run's validation split is missing; set text to a file of text")
+        return held_out_rows(shards, config), load_tokenizer(shards / "tokenizer.json")
+    if not (run / "tokenizer.json").exists():
+        raise UserError(f"{run / 'tokenizer.json'}: the tokenizer of the run is missing; name the run folder")
+    tokenizer = load_tokenizer(run / "tokenizer.json")
     try:
-        content = text.read_text(encoding="utf-8")
+        ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids[: config.monitor.tokens]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {text}: cannot be read: {error}") from error
-    ids = load_tokenizer(tokenizer_file).encode(content).ids[: config.monitor.tokens]
+        raise UserError(f"text={text}: cannot be read: {error}") from error
     if len(ids) < 2:
-        raise UserError(f"--text {text}: holds {len(ids)} tokens; moments over tokens need at least 2")
+        raise UserError(f"text={text}: has {len(ids)} tokens; moments over tokens need at least 2")
     length = min(config.train.seq_len, len(ids))
-    return Rows(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)), tokenizer_file
+    return Rows(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)), tokenizer
 
 
 def _table(order: Sequence[str], reading: Reading, history: Sequence[Any], now: dict[str, Any], step: int) -> str:
-    """One line per site."""
-    titles = ("site", "kurtosis", "pooled", "max|x|", "/median", "channel", "energy", "position", "since", "text")
-    rows: list[tuple[str, ...]] = [titles]
+    """Return a table with one line per site."""
+    table: list[Sequence[str]] = [TITLES]
     for name in order[:SHOWN]:
-        site = reading.sites[name]
-        figures = site.statistics
+        site, numbers = reading.sites[name], reading.sites[name].statistics
         began = since(growth([*history, {"step": step, "sites": now}], name, site.channel))
-        rows.append(
-            (
+        table.append(
+            [
                 name,
-                f"{figures['kurtosis']:.4g}",
-                f"{figures['kurtosis_pooled']:.4g}",
-                f"{figures['max_abs']:.4g}",
-                f"{figures['max_over_median']:.4g}",
+                *(f"{numbers[key]:.4g}" for key in ("kurtosis", "kurtosis_pooled", "max_abs", "max_over_median")),
                 str(site.channel),
-                f"{figures['top_channel_share']:.1%}",
+                f"{numbers['top_channel_share']:.1%}",
                 f"{site.row}:{site.position}",
                 "?" if began is None or not history else f"step {began}",
                 repr(now[name]["top_text"][-24:]),
-            )
+            ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     whole = {name: reading.metrics[f"monitor/{name}"] for name in ("kurtosis/osp_script", "R_L")}
-    return "\n".join(
-        [
-            f"after step {step}: {', '.join(f'{name} {value:.4g}' for name, value in whole.items())}",
-            "",
-            *lines,
-            "",
-            f"the {len(rows) - 1} of {len(order)} sites with the largest pooled kurtosis. channel and position "
-            "(row:token) are those of the largest |x|; energy: share of the strongest channel; since: the probe from "
-            "which on this channel has been at least half as large",
-        ]
+    return (
+        f"after step {step}: {', '.join(f'{name} {value:.4g}' for name, value in whole.items())}\n\n"
+        f"{text_table(table)}\n\n"
+        f"the {len(table) - 1} of {len(order)} sites with the largest pooled kurtosis. channel, position "
+        "(sequence:token): of the largest |x|; energy: share of the strongest channel; since: first of the latest "
+        "probes in which this channel was at least half as large"
     )

@@ -1,4 +1,4 @@
-"""The monitor of a run: when to probe, what to write, whom to warn."""
+"""The monitor of a run: decide when to probe, write the readings, raise alerts."""
 
 import math
 import time
@@ -14,9 +14,10 @@ from osp.data import load_tokenizer, validation_batches
 from osp.distributed import on_main
 from osp.errors import UserError
 from osp.files import read_lines
+from osp.model.sites import split_site
 from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
-from osp.monitor.forensics import bundle, site_record, write_bundle
+from osp.monitor.forensics import bundle, null_nonfinite, site_record, write_bundle
 from osp.monitor.probe import Reading, Rows, probe
 from osp.run.logger import Lines, Logger, drop_after
 
@@ -24,17 +25,17 @@ PROBES = "probes.jsonl"
 FORENSICS = "forensics"
 # with monitor.every=auto:
 MOST_PROBES = 500  # of a run, about
-DENSE_STEPS = 512  # the first powers of two are probed whatever they cost
+DENSE_STEPS = 512  # up to here every power of two is probed at any cost
 
 
 class Monitor:
-    """Probes of one run on one rank; all ranks call the same methods at the same steps.
+    """Probes of one run on one rank. Collective: all ranks call the same methods at the same steps.
 
         monitor = Monitor(...)
         if monitor.due(step):  # steps taken so far, 0 before the first one
             monitor.probe(step, tokens=..., train_seconds=...)
 
-    Only the main rank has a `logger`: it writes, decides when the next probe is due and which alerts have fired.
+    Only the main rank has a `logger`: it writes, and it decides when the next probe is due and which alerts are raised.
     """
 
     def __init__(
@@ -49,7 +50,14 @@ class Monitor:
         step: int,
         gathered_parameters: Callable[[], AbstractContextManager[Any]],
     ):
-        """`step`: where this process begins to train. gathered_parameters: makes weights whole (`Engine`)."""
+        """Prepare the text and the files of a run.
+
+        Args:
+            shards: folder of the tokenized text.
+            folder: the run folder.
+            step: the step at which this process starts to train.
+            gathered_parameters: a context in which weights are whole on every rank (`Engine.gathered_parameters`).
+        """
         self.config, self.model, self.folder, self.logger = config, model, folder, logger
         self._gathered = gathered_parameters
         self._total = total_steps
@@ -68,12 +76,12 @@ class Monitor:
             self._alerts.replay(read_lines(folder / "metrics.jsonl"))
             if self.rows.tokens.numel() < config.monitor.tokens // 2:
                 logger.say(
-                    f"monitor.tokens={config.monitor.tokens}, but the held-out text has only "
-                    f"{self.rows.tokens.numel()} in whole rows, which is what a probe reads; raise data.val_fraction"
+                    f"monitor.tokens={config.monitor.tokens}, but the validation split has only "
+                    f"{self.rows.tokens.numel()} tokens in whole sequences for a probe; raise data.val_fraction"
                 )
 
     def due(self, step: int) -> bool:
-        """Whether the model is to be probed after `step` steps: at the start, the end, and as monitor.every says."""
+        """Return whether to probe the model after `step` steps: at the start, at the end, and by monitor.every."""
         every = self.config.monitor.every
         if not self.config.monitor.enabled or (step == self._first and step > 0):
             return False
@@ -82,15 +90,18 @@ class Monitor:
         return step >= self._next if every == "auto" else every > 0 and step % every == 0
 
     def probe(self, step: int, *, tokens: int, train_seconds: float) -> None:
-        """Measure the model after `step`, write what was seen, and warn. Collective.
+        """Measure the model after `step`, write the reading and raise alerts. Collective.
 
-        train_seconds: time that this process has trained so far.
+        train_seconds: training time of this process so far.
         """
-        _synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the training step in progress is not part of the probe's time
         began = time.perf_counter()
         reading = probe(self.model, self.rows, self.config.monitor)
         alerts = on_main(lambda: self._alerts.update(step, reading.metrics))
-        record = self._record(reading) if self.logger else {}
+        record: dict[str, Any] = {}
+        if self.logger:
+            record = {name: site_record(s, self.rows, self._tokenizer) for name, s in reading.sites.items()}
         sites = sorted({_site_of(alert, reading) for alert in alerts} - {""})
         if sites:
             with self._gathered():
@@ -98,25 +109,33 @@ class Monitor:
                     self._write_bundles(sites, step, reading, record, alerts)
         seconds = time.perf_counter() - began
         self._spent += seconds
-        self._next = on_main(lambda: self._next_step(step, seconds, train_seconds))
+        self._next = on_main(
+            lambda: next_probe(
+                step,
+                seconds=seconds,
+                spent=self._spent,
+                train_seconds=train_seconds,
+                steps=step - self._first,
+                interval=self._interval,
+                max_cost=self.config.monitor.max_cost,
+            )
+        )
         if self.logger:
             cost = self._spent / train_seconds if train_seconds else 0.0
             metrics = {**reading.metrics, "monitor/alerts": float(self._alerts.num_active)}
             metrics |= {"monitor/seconds": seconds, "monitor/cost": cost}
             self.logger.log(metrics, step=step, tokens=tokens)
-            line = {"step": step, "tokens": tokens, "seconds": seconds, "sites": record}
-            self._lines.write(_finite(line))
-            self._say(alerts, step, tokens, reading)
-
-    def _record(self, reading: Reading) -> dict[str, Any]:
-        return {name: site_record(site, self.rows, self._tokenizer) for name, site in reading.sites.items()}
+            self._lines.write(null_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": record}))
+            for alert in alerts:
+                name, details = _site_of(alert, reading), _details(alert)
+                where = f"; channel {reading.sites[name].channel} of {name}, see {FORENSICS}/" if name else ""
+                self.logger.event("alert", f"{alert.message}{where}", step=step, tokens=tokens, **details)
 
     def _write_bundles(
         self, sites: list[str], step: int, reading: Reading, record: dict[str, Any], alerts: list[Alert]
     ) -> None:
         history = [*read_lines(self.folder / PROBES), {"step": step, "sites": record}]
         for name in sites:
-            about = [_details(alert) for alert in alerts if _site_of(alert, reading) == name]
             contents = bundle(
                 name,
                 reading.sites[name],
@@ -126,63 +145,40 @@ class Monitor:
                 history=history,
                 model=self.model,
                 config=self.config,
-                alerts=about,
+                alerts=[{"message": a.message, **_details(a)} for a in alerts if _site_of(a, reading) == name],
             )
             write_bundle(contents, self.folder / FORENSICS)
 
-    def _say(self, alerts: list[Alert], step: int, tokens: int, reading: Reading) -> None:
-        assert self.logger is not None
-        for alert in alerts:
-            name = _site_of(alert, reading)
-            where = f"; channel {reading.sites[name].channel} of {name}, see {FORENSICS}/" if name else ""
-            details = _details(alert)
-            self.logger.event("alert", f"{details.pop('message')}{where}", step=step, tokens=tokens, **details)
-
-    def _next_step(self, step: int, seconds: float, train_seconds: float) -> int:
-        return next_probe(
-            step,
-            seconds=seconds,
-            spent=self._spent,
-            train_seconds=train_seconds,
-            steps=step - self._first,
-            interval=self._interval,
-            max_cost=self.config.monitor.max_cost,
-        )
-
 
 def next_probe(
-    step: int,
-    *,
-    seconds: float,
-    spent: float,
-    train_seconds: float,
-    steps: int,
-    interval: int,
-    max_cost: float,
+    step: int, *, seconds: float, spent: float, train_seconds: float, steps: int, interval: int, max_cost: float
 ) -> int:
-    """The step of the probe after that of `step`: a power of two at first, then whenever the budget allows.
+    """Return the step of the probe after the one at `step`: powers of two at first, then whatever the budget allows.
 
-    Up to `DENSE_STEPS` every power of two is probed. From there on a probe waits until all of them together, itself
-    included, take no more than `max_cost` of the training time, and at least `interval` steps. Where probes are cheap
-    they come as often from the start. seconds: what one probe costs; spent: what all have cost; steps: those that took
-    `train_seconds`.
+    Up to `DENSE_STEPS` every power of two is probed. After that, a probe waits for at least `interval` steps, and until
+    all probes including itself take at most `max_cost` of the training time. Cheap probes come that often from the
+    start.
+
+    Args:
+        seconds: time of one probe.
+        spent: time of all probes so far.
+        train_seconds: training time of the last `steps` steps.
     """
     power = 1 << step.bit_length()
-    if not steps or not train_seconds:  # nothing to go by yet
+    if not steps or not train_seconds:  # no measurement yet
         return power
-    affordable = (spent + seconds) / max_cost  # training time by which one more probe is within the budget
+    affordable = (spent + seconds) / max_cost  # training time after which one more probe is within the budget
     wait = math.ceil((affordable - train_seconds) / (train_seconds / steps))
     affordable_step = step + max(interval, wait)
     return min(power, affordable_step) if step < DENSE_STEPS else affordable_step
 
 
 def held_out_rows(shards: Path, config: Config) -> Rows:
-    """The first `monitor.tokens` tokens of the held-out text in rows of `train.seq_len`; shorter rows if it is less."""
-    seq_len = min(config.train.seq_len, config.monitor.tokens)
+    """Return the first `monitor.tokens` tokens of the validation split in sequences of `train.seq_len`, or fewer."""
     batches = list(
         validation_batches(
             shards,
-            seq_len=seq_len,
+            seq_len=min(config.train.seq_len, config.monitor.tokens),
             batch_size=1,
             max_tokens=config.monitor.tokens,
             document_ids=config.train.document_mask,
@@ -191,12 +187,12 @@ def held_out_rows(shards: Path, config: Config) -> Rows:
     ids = [batch.document_ids[:, :-1] for batch in batches if batch.document_ids is not None]
     rows = Rows(torch.cat([batch.tokens[:, :-1] for batch in batches]), torch.cat(ids) if ids else None)
     if rows.tokens.numel() < 2:
-        raise UserError(f"{shards} has too little held-out text to monitor; raise data.val_fraction or set monitor=off")
+        raise UserError(f"{shards}: validation split too short to monitor; raise data.val_fraction or set monitor=off")
     return rows
 
 
 def _site_of(alert: Alert, reading: Reading) -> str:
-    """The measured site that an alert is about; of a layer or the whole model, the one with the largest peak to RMS."""
+    """Return the site of an alert; for a layer or the whole model, the site with the largest peak over RMS."""
     if alert.place in reading.sites:
         return alert.place
     within = {name: site.statistics for name, site in reading.sites.items() if name.startswith(alert.place)}
@@ -204,31 +200,14 @@ def _site_of(alert: Alert, reading: Reading) -> str:
 
 
 def _details(alert: Alert) -> dict[str, Any]:
-    """What an alert's line of events.jsonl holds beside the step."""
-    layer, _, site = alert.place.rpartition("/")
-    if alert.place.startswith("layer_") and not layer:
-        layer, site = site, ""
+    """Return the fields of an alert for events.jsonl and forensics."""
+    is_layer = alert.place.startswith("layer_") and "/" not in alert.place
+    layer, site = split_site(f"{alert.place}/" if is_layer else alert.place)
     return {
-        "message": alert.message,
         "rule": alert.rule,
         "key": alert.key,
         "site": site or None,
-        "layer": int(layer.removeprefix("layer_")) if layer else None,
+        "layer": layer,
         "value": alert.value,
         "threshold": alert.threshold,
     }
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _synchronize() -> None:
-    """Wait for the training step, so that its time is not taken for the probe's."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

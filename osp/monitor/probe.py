@@ -166,8 +166,10 @@ class _Recorder:
         largest, sink, number = st.attention_statistics(
             query[0], key[0], self._mask, off_by_one=self.model.config.attention.off_by_one
         )
-        self._keep_maximum(f"attn_logit_max/{name}", largest)
-        self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
+        if "attn_logit_max" in self.statistics:
+            self._add_maximum(f"attn_logit_max/{name}", largest)
+        if "attn_sink" in self.statistics:
+            self._add_sum(f"attn_sink/{name}", torch.stack((sink, number)))
 
     def _add_variance_error(self, name: str, norm: BHyT, x: Tensor, carry: Carry) -> None:
         error = st.variance_error(norm.variance(x, carry)[0], x[0])
@@ -190,7 +192,7 @@ class _Recorder:
         value = value if self.counted else torch.zeros_like(value)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _keep_maximum(self, name: str, value: Tensor) -> None:
+    def _add_maximum(self, name: str, value: Tensor) -> None:
         value = value if self.counted else torch.full_like(value, -torch.inf)
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
@@ -211,24 +213,15 @@ class _Recorder:
         }
         for name, pair in self.sums.items():
             numerator, denominator = pair.tolist()
-            metrics[_key(name)] = numerator / denominator if denominator else 0.0
-        metrics |= {_key(name): float(value) for name, value in {**self.maxima, **self.weights}.items()}
-        metrics = {key: value for key, value in metrics.items() if self._is_wanted(key)}
+            key = name if name.startswith(VAR_ERROR) else f"monitor/{name}"
+            metrics[key] = numerator / denominator if denominator else 0.0
+        metrics |= {f"monitor/{name}": float(value) for name, value in {**self.maxima, **self.weights}.items()}
         if sites and "kurtosis" in self.statistics:
             kurtosis = [site.statistics["kurtosis"] for site in sites.values()]
             metrics |= {"monitor/kurtosis/max": max(kurtosis), "monitor/kurtosis/mean": sum(kurtosis) / len(kurtosis)}
         if sites and "max_abs" in self.statistics:
             metrics["monitor/max_abs/max"] = max(site.statistics["max_abs"] for site in sites.values())
         return Reading(metrics, sites)
-
-    def _is_wanted(self, key: str) -> bool:
-        _, statistic, *name = key.split("/")
-        return statistic in self.statistics or name == ["osp_script"]
-
-
-def _key(name: str) -> str:
-    """Return the name under which a metric is logged: with the prefix `monitor/`, except for BHyT's own metric."""
-    return name if name.startswith(VAR_ERROR) else f"monitor/{name}"
 
 
 @contextmanager

@@ -100,10 +100,10 @@ def test_mistakes_are_one_clear_line(spiky: Path, tmp_path: Path) -> None:
     empty.write_text("")
     binary.write_bytes(b"\xff\xfe\x00")
     assert line(tmp_path) == f"{tmp_path}: neither a run folder with a checkpoint nor a checkpoint"
-    assert line(spiky, empty) == f"--text {empty}: holds 0 tokens; moments over tokens need at least 2"
-    assert line(spiky, binary).startswith(f"--text {binary}: cannot be read")
-    assert line(spiky, None, empty) == f"{empty}: cannot write there: File exists; name another folder with --out"
-    assert line(spiky, tmp_path / "no.txt").startswith(f"--text {tmp_path / 'no.txt'}: cannot be read")
+    assert line(spiky, empty) == f"text={empty}: has 0 tokens; moments over tokens need at least 2"
+    assert line(spiky, binary).startswith(f"text={binary}: cannot be read")
+    assert line(spiky, None, empty) == f"{empty}: cannot write there: File exists; set out to another folder"
+    assert line(spiky, tmp_path / "no.txt").startswith(f"text={tmp_path / 'no.txt'}: cannot be read")
 
 
 def test_held_out_text_that_is_gone_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_held_out_text_that_is_gone_is_asked_for(tiny: Tiny, tmp_path: Path) -> 
     contents = json.loads(manifest.read_text())
     contents["config"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
     manifest.write_text(json.dumps(contents))
-    with pytest.raises(UserError, match="held-out text is not there; name a text with --text FILE"):
+    with pytest.raises(UserError, match="validation split is missing; set text to a file of text"):
         inspect(tmp_path / "run")
 
 

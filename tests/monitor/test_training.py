@@ -187,7 +187,7 @@ def test_held_out_text_shorter_than_asked_for_is_said(
 ) -> None:
     caplog.set_level("INFO")
     train(tiny("monitor.enabled=true", "monitor.tokens=1000000", "train.steps=1", *BRIEF))
-    assert "monitor.tokens=1000000, but the held-out text has only" in caplog.text
+    assert "monitor.tokens=1000000, but the validation split has only" in caplog.text
 
 
 def test_rows_are_shorter_where_tokens_are_few(tiny: Tiny) -> None:
