@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from osp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
 
@@ -119,3 +122,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return [entry for entry in objects if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove the lines of `path` after `step`, and incomplete ones: a run resumed at `step` writes them again."""
+    if path.exists():
+        lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
+        write_text(path, "".join(lines))
+
+
+class LineWriter:
+    """Appends JSON objects to a file, one per line, unbuffered. A full disk is reported once and loses lines."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._whole = True  # the last line was written completely
+        self._reported = False
+
+    def write(self, values: dict[str, Any]) -> None:
+        line = ("" if self._whole else "\n") + json.dumps(values) + "\n"
+        try:
+            self._whole = self._file.write(line.encode()) == len(line.encode())
+        except OSError as error:
+            self._whole = False
+            if not self._reported:
+                log.warning("%s: %s; lines are lost until there is room again", self._path, error.strerror)
+            self._reported = True
+
+    def close(self) -> None:
+        self._file.close()

@@ -13,13 +13,13 @@ from osp.config import Config
 from osp.data import load_tokenizer, validation_batches
 from osp.distributed import on_main
 from osp.errors import UserError
-from osp.files import read_lines
+from osp.files import LineWriter, drop_after, read_lines
 from osp.model.sites import split_site
 from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
 from osp.monitor.forensics import bundle, null_nonfinite, site_record, write_bundle
 from osp.monitor.probe import Reading, Rows, probe
-from osp.run.logger import Lines, Logger, drop_after
+from osp.run.logger import Logger
 
 PROBES = "probes.jsonl"
 FORENSICS = "forensics"
@@ -72,7 +72,7 @@ class Monitor:
         if logger:
             self._tokenizer = load_tokenizer(shards / "tokenizer.json")
             drop_after(folder / PROBES, step)
-            self._lines = Lines(folder / PROBES)
+            self._lines = LineWriter(folder / PROBES)
             self._alerts.replay(read_lines(folder / "metrics.jsonl"))
             if self.rows.tokens.numel() < config.monitor.tokens // 2:
                 logger.say(

@@ -5,13 +5,13 @@ disk.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from osp.config import LoggerConfig
 from osp.errors import UserError
-from osp.files import read_lines, write_text
+from osp.files import LineWriter, drop_after
 from osp.run.metrics import create, layer_grids
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Logger:
         self._config = config
         metrics = folder / "metrics.jsonl"
         drop_after(metrics, step)
-        self._metrics, self._events = Lines(metrics), Lines(folder / "events.jsonl")
+        self._metrics, self._events = LineWriter(metrics), LineWriter(folder / "events.jsonl")
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -102,44 +102,45 @@ class Logger:
         self._wandb.close(exit_code)
 
 
-class Lines:
-    """Appends JSON objects to a file, one per line, unbuffered. A full disk is reported once and loses lines."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-        self._whole = True  # the last line was written completely
-        self._reported = False
-
-    def write(self, values: dict[str, Any]) -> None:
-        line = ("" if self._whole else "\n") + json.dumps(values) + "\n"
-        try:
-            self._whole = self._file.write(line.encode()) == len(line.encode())
-        except OSError as error:
-            self._whole = False
-            if not self._reported:
-                log.warning("%s: %s; lines are lost until there is room again", self._path, error.strerror)
-            self._reported = True
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class WandB:
     """A W&B run, or a no-op. Its id is stored in the run folder, so that a resumed run continues the same W&B run."""
 
     def __init__(self, folder: Path, config: LoggerConfig, *, run_name: str, run_config: dict[str, Any], resumed: bool):
         self._run: Any = None
-        if config.wandb != "disabled":
-            self._guard(lambda: self._start(folder, config, run_name, run_config, resumed))
+        if config.wandb == "disabled":
+            return
+        with self._guard():
+            import wandb
+
+            id_file = folder / "wandb_run_id"
+            known = id_file.read_text().strip() if resumed and id_file.exists() else ""
+            run_id = known or secrets.token_hex(4)
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=run_name,
+                id=run_id,
+                resume="allow",
+                mode=config.wandb,
+                dir=str(folder),
+                config=run_config,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            )
+            id_file.write_text(run_id + "\n")
+            for pattern, axis in AXES.items():
+                self._run.define_metric(pattern, step_metric=axis)
+            if config.wandb == "online" and not resumed:
+                _add_panels(self._run)
 
     def log(self, metrics: dict[str, float]) -> None:
         if self._run is not None:
-            self._guard(lambda: self._run.log(metrics | _heatmaps(metrics)))
+            with self._guard():
+                self._run.log(metrics | _heatmaps(metrics))
 
     def alert(self, message: str) -> None:
         if self._run is not None:
-            self._guard(lambda: self._run.alert(title=message.split(":")[0], text=message, level="WARN"))
+            with self._guard():
+                self._run.alert(title=message.split(":")[0], text=message, level="WARN")
 
     def close(self, exit_code: int) -> None:
         """End the W&B run. Data that an unreachable server does not take is left to `wandb sync`."""
@@ -166,35 +167,11 @@ class WandB:
                 Path(run.dir).parent,
             )
 
-    def _start(
-        self, folder: Path, config: LoggerConfig, run_name: str, run_config: dict[str, Any], resumed: bool
-    ) -> None:
-        import wandb
-
-        id_file = folder / "wandb_run_id"
-        known = id_file.read_text().strip() if resumed and id_file.exists() else ""
-        run_id = known or secrets.token_hex(4)
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=run_name,
-            id=run_id,
-            resume="allow",
-            mode=config.wandb if config.wandb != "disabled" else None,
-            dir=str(folder),
-            config=run_config,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-        )
-        id_file.write_text(run_id + "\n")
-        for pattern, axis in AXES.items():
-            self._run.define_metric(pattern, step_metric=axis)
-        if config.wandb == "online" and not resumed:
-            _add_panels(self._run)
-
-    def _guard(self, call: Callable[[], object]) -> None:
-        """Run `call`. Any error switches W&B off with one warning."""
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Switch W&B off with one warning at any error inside this context."""
         try:
-            call()
+            yield
         except Exception as error:  # W&B raises errors of its own, of the network and of the file system
             log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
             self._run = None
@@ -240,10 +217,3 @@ def check_wandb(config: LoggerConfig) -> LoggerConfig:
     if not has_key:
         raise UserError("logger.wandb=online but there is no W&B key; run `wandb login` or use logger.wandb=offline")
     return config
-
-
-def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of `path` after `step`, and incomplete ones: a run resumed at `step` writes them again."""
-    if path.exists():
-        lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
-        write_text(path, "".join(lines))

@@ -1,4 +1,4 @@
-"""Scripts of the project in processes of their own, started as a user starts them."""
+"""Run scripts of the project in child processes, started as a user starts them."""
 
 import os
 import re
@@ -12,9 +12,9 @@ import yaml
 from osp.config import Config, to_dict
 from osp.errors import RunError, UserError
 
-SECONDS_TO_END = 60.0  # for a process that is told to end because this one does
+SECONDS_TO_END = 60.0  # for a child that is asked to end
 
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # variables that would make a start a rank
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # with these variables a child would be a rank
 _HYDRA = {
     "defaults": [
         "defaults",
@@ -27,9 +27,9 @@ _HYDRA = {
 
 
 def training_command(config: Config, *, script: Path, ranks: int, path: Path) -> list[str]:
-    """The command that trains exactly `config`, which is written to the YAML file `path`.
+    """Return the command that trains exactly `config`, after writing the configuration to the YAML file `path`.
 
-    script: scripts/train.py. One rank is plain python, several are torchrun's.
+    script: scripts/train.py. One rank is started by python, several by torchrun.
     """
     path.write_text(yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
@@ -39,9 +39,9 @@ def training_command(config: Config, *, script: Path, ranks: int, path: Path) ->
 
 
 class Process:
-    """A script that runs beside this process and writes all it says into the file `output`.
+    """A child process that writes its output to the file `output`.
 
-    A signal of the terminal does not reach it: Ctrl-C is for this process, which calls `stop`.
+    It does not receive signals of the terminal: Ctrl-C reaches this process, which calls `stop`.
     """
 
     def __init__(self, command: Sequence[str], output: Path, *, environment: Mapping[str, str] | None = None):
@@ -62,28 +62,28 @@ class Process:
         return self._process.poll() is None
 
     def terminate(self) -> None:
-        """Send SIGTERM, on which a training saves its state and ends."""
+        """Send SIGTERM: a training saves its state and ends."""
         self._process.terminate()
 
     def stop(self) -> None:
-        """End it, if it runs, and wait for that."""
+        """End the process if it runs, and wait for it."""
         if self.running:
             self.terminate()
             self._process.wait(SECONDS_TO_END)
 
     def error(self, *, hint: str = "") -> UserError | RunError | None:
-        """What ended it, in the words it printed: a mistake, or a failure; None after success."""
+        """Return the error that ended the process, None after success. hint: see `failure`."""
         status = self._process.returncode
         return failure(self.output, status, hint=hint) if status else None
 
 
 def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunError:
-    """The error that a script printed into `output`, as its exit status says. hint: said behind the name of the file"""
+    """Return the error that a script printed into `output`. hint: text after the name of the file, if it has none."""
     text = output.read_text(encoding="utf-8", errors="replace")
     errors = re.findall(r"^error: (.*)$", text, flags=re.MULTILINE)
     if not errors:
         last = "; ".join(text.strip().split("\n")[-3:])
         return RunError(f"a process ended with exit status {status}, see {output}{hint}: {last}")
-    # torchrun's own status is 1; its report holds that of the ranks
-    mistake = status == 2 or re.search(r"exitcode\s*: 2\b", text)
-    return UserError(errors[0]) if mistake else RunError(errors[0])
+    # torchrun itself exits with 1; its report holds the status of the ranks
+    is_mistake = status == 2 or re.search(r"exitcode\s*: 2\b", text)
+    return UserError(errors[0]) if is_mistake else RunError(errors[0])

@@ -1,4 +1,4 @@
-"""Checkpoints by parameter name: any cut into slices reads back as the whole, damage is named, `latest` is safe."""
+"""Checkpoints by parameter name: any partition into slices reads back whole, damage is reported, `latest` is safe."""
 
 import hashlib
 import itertools
@@ -49,7 +49,7 @@ def model() -> Transformer:
 
 
 def cut(source: Transformer, ranks: int) -> list[list[Slice]]:
-    """Every parameter in `ranks` uneven slices, the last ones possibly empty; momentum is the weight plus one."""
+    """Return every parameter in `ranks` uneven slices, possibly empty; momentum is the weight plus one."""
     shares: list[list[Slice]] = [[] for _ in range(ranks)]
     for name, parameter in source.named_parameters():
         flat = parameter.detach().flatten()
@@ -61,7 +61,7 @@ def cut(source: Transformer, ranks: int) -> list[list[Slice]]:
 
 
 def write(folder: Path, source: Transformer, *, ranks: int = 1, step: int = 5, **options: Any) -> Path:
-    """A checkpoint as `ranks` ranks save it together, here one after the other."""
+    """Write a checkpoint of `ranks` ranks; return its folder."""
     return save(savers(folder, source, ranks=ranks, step=step, **options)).folder
 
 
@@ -75,7 +75,7 @@ def savers(
     keep_every: int = 0,
     **more: Any,
 ) -> list[Saver]:
-    """One `Saver` per rank, each with a save under way. more: keys of the manifest."""
+    """Return one `Saver` per rank, each with a save in progress. more: keys of the manifest."""
     manifest = {"step": step, "tokens": 40, "config": CONFIG, **more}
     manifest["shapes"] = {name: list(p.shape) for name, p in source.named_parameters()}
     gather, started = threads_gather(ranks), []
@@ -89,7 +89,7 @@ def savers(
 
 
 def threads_gather(ranks: int) -> Callable[[int, Any], list[Any]]:
-    """What all ranks, each a thread, hand in; returned to all of them when the last one has."""
+    """Return a `gather` for ranks that are threads: it waits for the values of all of them."""
     barrier, values = threading.Barrier(ranks, timeout=120), [None] * ranks
 
     def gather(rank: int, value: Any) -> list[Any]:
@@ -103,7 +103,7 @@ def threads_gather(ranks: int) -> Callable[[int, Any], list[Any]]:
 
 
 def save(savers: list[Saver]) -> Saved:
-    """What all of them finish with."""
+    """Finish the saves; return their common outcome."""
     with ThreadPoolExecutor(len(savers)) as ranks:
         outcomes = list(ranks.map(lambda saver: saver.finish(), savers))
     assert all(outcome == outcomes[0] for outcome in outcomes)
@@ -113,7 +113,7 @@ def save(savers: list[Saver]) -> Saved:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_any_cut_reads_back_as_the_whole(ranks: int, tmp_path: Path) -> None:
+def test_any_partition_reads_back_whole(ranks: int, tmp_path: Path) -> None:
     source = model()
     checkpoint = Checkpoint(write(tmp_path, source, ranks=ranks))
     for name, parameter in source.named_parameters():
@@ -125,7 +125,7 @@ def test_any_cut_reads_back_as_the_whole(ranks: int, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
 
 
-def test_state_that_was_not_written_is_missed(tmp_path: Path) -> None:
+def test_missing_state_is_reported(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write(tmp_path, model()))
     with pytest.raises(UserError, match=r"exp_avg of lm_head.weight covers 0 of the 88 values wanted"):
         checkpoint.read("exp_avg", "lm_head.weight", 0, 88)
@@ -144,7 +144,7 @@ def test_state_that_was_not_written_is_missed(tmp_path: Path) -> None:
         (lambda f: (f / "rank_00000.safetensors").write_bytes(b"abc"), "rank_00000.safetensors: damaged"),
     ],
 )
-def test_damage_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_damaged_file_is_named(damage: Any, message: str, tmp_path: Path) -> None:
     folder = write(tmp_path, model())
     damage(folder)
     with pytest.raises(UserError, match=message):
@@ -163,7 +163,7 @@ FOREIGN = st.recursive(
 )
 @given(data=st.data())
 def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path) -> None:
-    """One value of any other type, or none, anywhere in it: what a start reads is there and of its type, or refused."""
+    """Replace or remove one value anywhere: every key that a start reads is present with its type, or refused."""
     path = written / "manifest.json"
     original = path.read_text()
     manifest = json.loads(original)
@@ -192,7 +192,7 @@ def read_as_a_start_does(folder: Path) -> None:
 
 
 def places(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every table of a JSON tree with each of its keys."""
+    """Yield every table of a JSON tree with each of its keys."""
     for key, value in tree.items():
         yield tree, key
         if isinstance(value, dict):
@@ -201,14 +201,14 @@ def places(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two ranks, to be left as it is."""
+    """A checkpoint of two ranks, which tests must not change."""
     spikes = {"loss": [1.0, 2.0, 1.5], "grad_norm": [0.1, 0.1, 0.2]}
     return write(tmp_path_factory.mktemp("written"), model(), ranks=2, skipped=1, spikes=spikes)
 
 
 @pytest.mark.parametrize("key", ["weight/lm_head.weight", "lm_head.weight@0", "weight/lm_head.weight@first"])
-def test_file_of_other_tensors_is_refused(key: str, tmp_path: Path) -> None:
-    """Weights of another program below the name of ours, checksum and all."""
+def test_file_with_foreign_tensors_is_refused(key: str, tmp_path: Path) -> None:
+    """Tensors of another program under the name of a rank file, with a matching checksum."""
     folder = write(tmp_path, model())
     file = folder / "rank_00000.safetensors"
     save_file({key: torch.zeros(88)}, file)
@@ -220,7 +220,7 @@ def test_file_of_other_tensors_is_refused(key: str, tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", model())
     (tmp_path / "secret").write_bytes(b"x")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -230,7 +230,7 @@ def test_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
-def test_latest_names_the_newest_and_survives_pruning(tmp_path: Path) -> None:
+def test_target_of_latest_survives_pruning(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, model(), step=step)
     (tmp_path / ".step_00000009.tmp").mkdir()  # an unfinished write is no checkpoint
@@ -254,7 +254,7 @@ def test_loaded_model_needs_neither_deepspeed_nor_hydra(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`begin` returns before anything is on disk, and what is written is the state at that moment."""
+    """`begin` returns before anything is on disk, and the file holds the state at that moment."""
     gate, source = threading.Event(), model()
     write_tensors = checkpoint_module._write_tensors
 
@@ -279,7 +279,7 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("Io error (os error 28)")])
-def test_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_old_one(
+def test_write_error_on_one_rank_fails_the_save_everywhere_and_keeps_the_old_one(
     rank: int, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, model(), ranks=2, step=1)
@@ -298,7 +298,7 @@ def test_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_old_one(
     assert find(tmp_path) == tmp_path / "step_00000001"
 
 
-def test_manifest_that_cannot_be_written_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_error_of_the_manifest_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, model(), step=1)
 
     def full(path: Path, text: str) -> None:
@@ -330,7 +330,7 @@ def test_retention_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     assert kept == [f"step_0000000{n}" for n in (2, 3, 6, 7, 8)]
 
 
-def test_candidates_go_back_from_the_one_that_latest_names(tmp_path: Path) -> None:
+def test_candidates_start_at_latest_and_go_back(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, model(), step=step)
     (tmp_path / "latest").write_text("step_00000002\n")
@@ -344,7 +344,7 @@ def test_candidates_go_back_from_the_one_that_latest_names(tmp_path: Path) -> No
     assert candidates(tmp_path)[0].name == "step_00000003"
 
 
-def test_leftovers_of_a_dead_process_go_and_those_of_others_stay(tmp_path: Path) -> None:
+def test_only_leftovers_of_the_dead_process_are_removed(tmp_path: Path) -> None:
     write(tmp_path, model())
     for name in (".step_00000007.host-1.tmp", ".step_00000007.host-2.tmp", ".step_00000003.removed.tmp"):
         (tmp_path / name).mkdir()
@@ -354,13 +354,13 @@ def test_leftovers_of_a_dead_process_go_and_those_of_others_stay(tmp_path: Path)
     assert names == [".step_00000007.host-2.tmp", "latest", "step_00000005"]
 
 
-def test_random_state_of_each_rank_comes_back(tmp_path: Path) -> None:
+def test_rng_state_of_every_rank_is_restored(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write(tmp_path, model(), ranks=3))
     for rank in range(3):
         assert checkpoint.rng(rank)["cpu"].tolist() == [rank] * 5
     assert checkpoint.rng(3) == {}
 
 
-def test_write_test_leaves_nothing(tmp_path: Path) -> None:
+def test_write_measurement_leaves_no_file(tmp_path: Path) -> None:
     assert seconds_to_write(tmp_path, 10**6, sample=10**5) > 0
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The run folder between two starts: who may write there, what is continued, what is said when something is damaged."""
+"""The run folder between two starts: locking, resuming, damaged checkpoints, full disks."""
 
 import fcntl
 import json
@@ -47,7 +47,7 @@ def test_two_trainings_cannot_share_a_folder(tiny: Tiny, tmp_path: Path) -> None
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_lock_tells_whose_leftovers_may_go(tmp_path: Path) -> None:
+def test_new_lock_removes_leftovers_of_the_former_holder(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("node7-4711")
     for token in ("node7-4711", "node8-1"):
         (tmp_path / "checkpoints" / f".step_00000003.{token}.tmp").mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_lock_tells_whose_leftovers_may_go(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_stop_at_ends_with_a_checkpoint_on_the_schedule_of_the_whole_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_stop_at_saves_and_keeps_the_schedule_of_the_whole_run(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny(name="straight"))
     train(tiny("train.stop_at=2", "checkpoint.every=0"))
     assert marker(tmp_path / "run")["reason"] == "train.stop_at"
@@ -70,7 +70,7 @@ def test_stop_at_ends_with_a_checkpoint_on_the_schedule_of_the_whole_run(tiny: T
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
-def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+def test_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     damage: str, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(tiny(name="straight"))
@@ -93,7 +93,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
 
 
-def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(tiny: Tiny, tmp_path: Path) -> None:
+def test_run_is_refused_when_every_checkpoint_is_damaged(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.stop_at=4", "checkpoint.every=2"))
     for file in (tmp_path / "run" / "checkpoints").glob("step_*/rank_00000.safetensors"):
         flip_last_byte(file)
@@ -101,8 +101,8 @@ def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(tiny: Tiny, t
         train(tiny())
 
 
-def test_going_back_to_an_own_checkpoint_gives_up_what_came_after(tiny: Tiny, tmp_path: Path) -> None:
-    """And the same command given again, by a scheduler say, continues instead of going back once more."""
+def test_resuming_from_an_older_checkpoint_discards_later_ones(tiny: Tiny, tmp_path: Path) -> None:
+    """The same command given again, for example by a scheduler, continues instead of going back once more."""
     train(tiny("checkpoint.every=1", name="straight"))
     train(tiny("train.stop_at=4", "checkpoint.every=1"))
     back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
@@ -118,7 +118,7 @@ def test_going_back_to_an_own_checkpoint_gives_up_what_came_after(tiny: Tiny, tm
     assert rows[:5] == [straight[0], straight[1], straight[3], straight[4], straight[5]]
 
 
-def test_going_back_holds_though_nothing_was_saved_since(tiny: Tiny, tmp_path: Path) -> None:
+def test_resuming_from_an_older_checkpoint_holds_without_a_later_save(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.stop_at=4", "checkpoint.every=1"))
     back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
     train(tiny(back, "train.stop_at=2"))  # as if killed before the first save
@@ -126,7 +126,7 @@ def test_going_back_holds_though_nothing_was_saved_since(tiny: Tiny, tmp_path: P
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 2]
 
 
-def test_disk_that_fills_up_costs_a_checkpoint_not_the_run(
+def test_full_disk_costs_a_checkpoint_but_not_the_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tensors = checkpoint_module._write_tensors
@@ -146,7 +146,7 @@ def test_disk_that_fills_up_costs_a_checkpoint_not_the_run(
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_run_whose_last_checkpoint_cannot_be_written_is_not_complete(
+def test_run_without_its_last_checkpoint_is_not_complete(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def test_run_whose_last_checkpoint_cannot_be_written_is_not_complete(
     assert marker(tmp_path / "run")["reason"] == "complete"
 
 
-def test_saves_are_measured(tiny: Tiny, tmp_path: Path) -> None:
+def test_size_and_time_of_saves_are_logged(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny())
     saves = [event for event in read_metrics(tmp_path / "run") if "checkpoint/bytes" in event]
     assert len(saves) == 2
@@ -175,8 +175,8 @@ def test_saves_are_measured(tiny: Tiny, tmp_path: Path) -> None:
     assert all(event["checkpoint/write_seconds"] > 0 for event in saves)
 
 
-def test_room_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run has on disk when it is begun again is not asked for a second time, the next checkpoint is."""
+def test_disk_check_counts_existing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restarted run needs room for the next checkpoint, not for existing ones."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 750, 250))
     with pytest.raises(UserError, match=r"3 more checkpoints of .* do not fit"):  # two are kept, a third is written
@@ -189,10 +189,10 @@ def test_room_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         check_disk(tmp_path, 300, keep_last=2)
 
 
-def test_nothing_of_a_save_but_the_copy_stops_training(
+def test_training_waits_only_for_the_copy_of_a_save(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Writing, naming and removing, all of which may take long on some file systems, are done in the background."""
+    """Writing, renaming and removing, slow on some file systems, run in the background."""
     done: list[tuple[str, threading.Thread]] = []
 
     def noted(name: str) -> None:
@@ -217,7 +217,7 @@ def test_nothing_of_a_save_but_the_copy_stops_training(
     assert len(saves) == 3
 
 
-def test_save_that_takes_longer_than_a_launcher_waits_is_announced(
+def test_save_slower_than_the_launcher_waits_is_announced(
     tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("osp.train.setup.seconds_to_write", lambda folder, num_bytes: 45.0)

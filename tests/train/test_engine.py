@@ -48,8 +48,8 @@ def test_training_equals_single_process_reference(ranks, reference) -> None:
             assert run["norms"] == pytest.approx(norms, rel=1e-4), setting
 
 
-def test_per_head_equals_a_reference_that_cuts_matrices_into_heads(ranks, reference) -> None:
-    """Rows of heads (square and wide matrices) and columns of heads, on every stage, also where ranks hold parts."""
+def test_per_head_equals_reference_on_matrices_split_into_heads(ranks, reference) -> None:
+    """Heads as rows (square and wide matrices) and as columns, on every stage, also where ranks hold parts."""
     weights, _ = train(steps=workers.STEPS, clip=workers.CLIP, per_head=True, **SETTINGS)
     cut = Model().parameter_heads()
     different = update_error(weights, reference[0])
@@ -60,8 +60,8 @@ def test_per_head_equals_a_reference_that_cuts_matrices_into_heads(ranks, refere
             assert max(errors.values()) < 1e-4, (stage, errors)
 
 
-def test_gradient_of_a_penalty_is_that_of_one_process(ranks) -> None:
-    """On every stage, over ranks, micro batches and checkpointed blocks; and the penalty is a part of it."""
+def test_gradient_of_penalty_equals_single_process(ranks) -> None:
+    """On every stage, over ranks, micro batches and checkpointed blocks; the penalty contributes to it."""
     ids, norms = workers.PENALIZED_IDS, {}
     for weight in (0.0, workers.PENALTY.weight):
         model = build_model(workers.PENALIZED, seed=0)
@@ -84,7 +84,7 @@ def test_grad_clip_zero_means_off(ranks) -> None:
             assert run["norms"] == pytest.approx(norms, rel=1e-4), stage
 
 
-def test_bhyt_constants_are_the_same_on_every_rank_world_size_and_stage(ranks) -> None:
+def test_bhyt_constants_are_equal_on_every_rank_world_size_and_stage(ranks) -> None:
     config = dataclasses.replace(workers.BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2)
     alone = [float(b) for name, b in build_model(config, seed=0).named_buffers() if name.endswith("attention_gain")]
     assert len(alone) == 2
@@ -94,7 +94,7 @@ def test_bhyt_constants_are_the_same_on_every_rank_world_size_and_stage(ranks) -
 
 
 def assemble(ranks: list[dict[str, Any]], setting: tuple[int, int], key: str) -> dict[str, Tensor]:
-    """The tensor `key` of every parameter out of all ranks' intervals, which must not overlap or leave a gap."""
+    """Return the tensor `key` of every parameter from the intervals of all ranks, without overlap or gap."""
     result = {name: torch.full((p.numel(),), torch.nan) for name, p in Model().named_parameters()}
     for rank in ranks:
         for name, start, stop, tensors in rank["train"][setting]["state"]:
@@ -106,7 +106,7 @@ def assemble(ranks: list[dict[str, Any]], setting: tuple[int, int], key: str) ->
     return result
 
 
-def test_local_state_covers_every_element_once_with_the_model_s_weights(ranks) -> None:
+def test_local_state_covers_every_weight_exactly_once(ranks) -> None:
     for setting in GRID:
         masters = assemble(ranks, setting, "weight")
         for rank in ranks:
@@ -114,7 +114,7 @@ def test_local_state_covers_every_element_once_with_the_model_s_weights(ranks) -
                 torch.testing.assert_close(masters[name], weight.flatten(), rtol=0, atol=0)
 
 
-def test_optimizer_state_is_the_same_by_name_on_every_stage(ranks) -> None:
+def test_optimizer_state_by_name_is_equal_on_every_stage(ranks) -> None:
     roles = Model().parameter_roles()
     for key, kinds in (("momentum", ("matrix", "gain")), ("exp_avg", ("embedding", "head"))):
         expected = assemble(ranks, (1, 1), key)
@@ -172,7 +172,7 @@ def test_state_written_back_by_name_continues_the_run(ranks, reference, stage: i
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_weights_do_not_change_before_step(ranks, stage: int) -> None:
+def test_weights_change_only_in_step(ranks, stage: int) -> None:
     assert [result[f"backward only {stage}"] for result in ranks] == [0.0] * len(ranks)
 
 
@@ -203,7 +203,7 @@ def test_cuda_without_a_gpu_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def start_alone(folder: str) -> dict[str, Any]:
-    """Plain python without a launcher: no RANK, no port, no op built, nothing below a warning logged."""
+    """Start plain python without a launcher: no RANK, no port, no compiled op, nothing logged below a warning."""
     import os
     import sys
 
@@ -226,7 +226,7 @@ def start_alone(folder: str) -> dict[str, Any]:
     return result
 
 
-def test_starts_without_a_launcher_and_compiles_nothing(tmp_path: Path) -> None:
+def test_start_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
     import multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:

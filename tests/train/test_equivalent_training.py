@@ -1,4 +1,4 @@
-"""LayerNorm, and RMSNorm on a stream that is kept at mean zero, are one model: the same losses, step after step."""
+"""LayerNorm equals RMSNorm on a residual stream of mean zero: the losses of every step agree."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ FP32, BF16 = 1e-5, 0.1
 
 
 def losses(model: Transformer, dtype: torch.dtype, *, steps: int = STEPS) -> torch.Tensor:
-    """Mean loss of every step under AdamW, on text in which the next token follows from the last one, mostly."""
+    """Return the mean loss of every AdamW step, on text whose next token mostly follows from the last one."""
     model.compute_dtype = dtype
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     draw = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def layernorm_losses(dtype: torch.dtype) -> torch.Tensor:
 
 
 def difference(dtype: torch.dtype, *, steps: int = STEPS, broken: bool = False) -> float:
-    """Largest difference of a step's loss between the two models, which start from the same weights."""
+    """Return the largest difference between the losses of the two models, which start from the same weights."""
     other = build_model(RECENTRED, seed=0)
     if broken:
         last = other.layers[-1]
@@ -60,9 +60,9 @@ def difference(dtype: torch.dtype, *, steps: int = STEPS, broken: bool = False) 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)], ids=str)
-def test_losses_are_those_of_layernorm(dtype: torch.dtype, tolerance: float) -> None:
+def test_losses_equal_those_with_layernorm(dtype: torch.dtype, tolerance: float) -> None:
     assert difference(dtype) < tolerance
 
 
-def test_losses_part_when_one_matrix_is_not_recentred() -> None:
+def test_losses_differ_when_one_matrix_is_not_recentred() -> None:
     assert difference(torch.float32, steps=20, broken=True) > 10 * FP32

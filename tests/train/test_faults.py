@@ -1,4 +1,4 @@
-"""The fault benchmark in short: killed while saving, one rank alone, and at a moment, nothing is lost."""
+"""A short fault benchmark: a run killed while saving, on one rank, and at a random moment loses nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ def overrides(corpus: Path, folder: Path, **other: object) -> list[str]:
 
 
 @pytest.mark.timeout(900)  # four starts of two ranks
-def test_killed_run_is_the_run_that_nobody_killed(corpus: Path, tmp_path: Path) -> None:
+def test_killed_run_equals_undisturbed_run(corpus: Path, tmp_path: Path) -> None:
     faults = Faults(launcher("torchrun", 2), overrides(corpus, tmp_path, **{"train.steps": 30}), tmp_path, seed=1)
     figures = faults.run(["while saving", "one rank"])
     assert figures.equal, faults.lives
@@ -29,7 +29,7 @@ def test_killed_run_is_the_run_that_nobody_killed(corpus: Path, tmp_path: Path) 
     assert 0 < figures.slowest_end < SECONDS_TO_END
 
 
-def test_comparison_sees_another_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_comparison_detects_a_different_run(tiny: Tiny, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(tiny("train.steps=2", "eval.sample_tokens=0", f"train.seed={seed}", name=name))
     assert same_run(tmp_path / "a", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""The first 20 losses of every ablation row on a 4-layer model, CPU, fp32, one thread: a refactor leaves them alone.
+"""The first 20 losses of every ablation row on a 4-layer model, CPU, fp32, one thread: a refactor keeps them.
 
 A change of numerics moves them: `pytest tests/test_golden.py --update-golden` writes them anew, and the commit says in
 one sentence why they moved.
@@ -25,7 +25,7 @@ TOLERANCE = 2e-4  # relative; other vector units and BLAS versions round differe
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_losses_are_the_golden_ones(
+def test_losses_equal_the_golden_file(
     row: str, tiny: Callable[..., Config], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     values = _experiment(row)
@@ -49,7 +49,7 @@ def test_losses_are_the_golden_ones(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(golden), atol=0, rtol=TOLERANCE)
 
 
-def test_golden_losses_tell_the_rows_apart() -> None:
+def test_golden_losses_differ_between_rows() -> None:
     """Otherwise the test above could not see that a row lost its norm, projection or optimizer."""
     curves = [tuple(float(x) for x in (GOLDEN / f"{row}.txt").read_text().split()) for row in ROWS]
     for i, a in enumerate(curves):
@@ -58,7 +58,7 @@ def test_golden_losses_tell_the_rows_apart() -> None:
 
 
 def _experiment(row: str) -> dict[str, Any]:
-    """The keys that the experiment sets, itself or through the groups and the experiment that it inherits."""
+    """Return the keys that the experiment sets, directly or through its groups and the experiment it inherits."""
     experiment = yaml.safe_load((ROOT / "configs" / "experiment" / f"{row}.yaml").read_text())
     values: dict[str, Any] = {}
     for entry in experiment.pop("defaults"):

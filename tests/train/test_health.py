@@ -1,4 +1,4 @@
-"""Numbers that go wrong: what is not finite, what leaves its usual range, and the rows that are left out for it."""
+"""Values that are not finite, spikes, and the sequences that are left out because of them."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def checksums(folder: Path) -> list[float]:
 
 @pytest.fixture
 def scaled_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
-    """`scaled_loss({n: factor})`: the n-th loss of a run, from 1, times that factor: value, gradient and all."""
+    """`scaled_loss({n: factor})`: multiply the n-th loss of a run, from 1, with its gradient, by `factor`."""
 
     def install(factors: dict[int, float]) -> None:
         original, calls = Trainer._loss, [0]
@@ -50,7 +50,7 @@ def scaled_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]],
 ONE_BATCH = ("train.micro_batch_size=8", "eval.every=0")  # one loss per step
 
 
-def test_score_of_a_known_window() -> None:
+def test_spike_score_of_a_known_window() -> None:
     """Median 3, median absolute deviation 1: 10 is 7 / 1.4826 deviations above."""
     detector = SpikeDetector(8, [1.0, 2.0, 3.0, 4.0, 5.0])
     assert detector.score(10.0) == pytest.approx(7 / 1.4826)
@@ -58,25 +58,25 @@ def test_score_of_a_known_window() -> None:
     assert detector.score(-4.0) == pytest.approx(-7 / 1.4826)
 
 
-def test_one_outlier_does_not_hide_the_next() -> None:
-    """What a mean and a standard deviation would do: after 1000 they take another 1000 for usual."""
+def test_one_spike_does_not_hide_the_next() -> None:
+    """A mean and a standard deviation would: after 1000 they score another 1000 as normal."""
     detector = SpikeDetector(16, [1.0, 1.1, 0.9, 1.05, 0.95, 1000.0])
     assert detector.score(1000.0) > 1000
 
 
-def test_no_opinion_before_a_quarter_of_the_window() -> None:
+def test_score_is_zero_before_a_quarter_of_the_window() -> None:
     detector = SpikeDetector(16, [1.0, 1.1, 0.9])
     assert detector.score(1e6) == 0.0
     detector.add(1.0)
     assert detector.score(1e6) > 0
 
 
-def test_constant_values_have_room_of_a_hundredth() -> None:
+def test_constant_values_tolerate_one_percent() -> None:
     detector = SpikeDetector(4, [2.0, 2.0, 2.0, 2.0])
     assert detector.score(2.02) == pytest.approx(1.0)
 
 
-def test_window_forgets_and_ignores_what_is_not_finite() -> None:
+def test_window_forgets_old_values_and_ignores_non_finite_ones() -> None:
     detector = SpikeDetector(3)
     for value in (1.0, math.nan, 2.0, math.inf, 3.0, 4.0):
         detector.add(value)
@@ -84,10 +84,10 @@ def test_window_forgets_and_ignores_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_gradient_that_is_not_finite_is_left_out_and_named(
+def test_step_with_non_finite_gradient_is_skipped_and_reported(
     stage: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is fine, the gradient is not: the update of that step is as if its rate had been zero."""
+    """With a finite loss: the step leaves every weight unchanged."""
     original, calls = Trainer._loss, [0]
 
     class Poison(torch.autograd.Function):
@@ -122,7 +122,7 @@ def test_gradient_that_is_not_finite_is_left_out_and_named(
     assert {"inf", "nan"} & set(report["gradients"].values())
 
 
-def test_more_skips_than_allowed_end_the_run_with_a_checkpoint(
+def test_exceeding_max_skips_ends_the_run_with_a_checkpoint(
     tiny: Tiny, tmp_path: Path, scaled_loss: Callable[..., None]
 ) -> None:
     scaled_loss({2: math.nan, 4: math.nan})
@@ -135,10 +135,10 @@ def test_more_skips_than_allowed_end_the_run_with_a_checkpoint(
     assert "not finite" in marker["reason"]
 
 
-def test_stopping_on_nan_loses_no_step_and_skipping_its_rows_goes_on(
+def test_run_stopped_by_nan_continues_without_its_sequences(
     tiny: Tiny, tmp_path: Path, scaled_loss: Callable[..., None]
 ) -> None:
-    """What the message says to do works: leave the rows of the step out and start again."""
+    """The advice of the message works: leave the sequences of the step out and start again."""
     scaled_loss({4: math.nan})
     with pytest.raises(RunError, match=r"step 4: the loss is not finite.*no weight was changed"):
         train(tiny("checkpoint.every=0", *ONE_BATCH))
@@ -149,7 +149,7 @@ def test_stopping_on_nan_loses_no_step_and_skipping_its_rows_goes_on(
 
 
 @pytest.mark.parametrize(("action", "applied"), [("warn", True), ("skip", False)])
-def test_spike_is_reported_with_its_rows(
+def test_spike_is_reported_with_its_sequences(
     action: str, applied: bool, tiny: Tiny, tmp_path: Path, scaled_loss: Callable[..., None]
 ) -> None:
     scaled_loss({5: 30.0})
@@ -163,7 +163,7 @@ def test_spike_is_reported_with_its_rows(
     assert any(not torch.equal(before[name], after[name]) for name in before) == applied
 
 
-def test_usual_training_has_no_spikes(tiny: Tiny, tmp_path: Path) -> None:
+def test_normal_training_has_no_spikes(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.steps=40", "spike.window=16", "eval.every=0", "checkpoint.every=0"))
     assert events(tmp_path / "run", "spike") == []
 
@@ -178,11 +178,11 @@ def test_usual_training_has_no_spikes(tiny: Tiny, tmp_path: Path) -> None:
         ([(2, 2), (3, 3)], [0, 3, 4, 5, 6, 7]),
     ],
 )
-def test_rows_of_skipped_steps_are_not_read(skip: list[tuple[int, int]], read: list[int]) -> None:
+def test_sequences_of_skipped_steps_are_not_read(skip: list[tuple[int, int]], read: list[int]) -> None:
     assert [data_step(step, skip) for step in range(6)] == read
 
 
-def test_skipping_rows_that_were_read_already_is_refused(tiny: Tiny) -> None:
+def test_skipping_sequences_already_read_is_refused(tiny: Tiny) -> None:
     train(tiny("train.stop_at=4"))
     with pytest.raises(UserError, match=r"data.skip_steps=\[\[2, 2\]\] changes what was read before step 4"):
         train(tiny("data.skip_steps=[[2, 2]]"))

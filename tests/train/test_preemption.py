@@ -1,4 +1,4 @@
-"""Signals through the real launchers: a checkpoint at a boundary, a marker that says why, and nothing lost."""
+"""Signals through the real launchers: a checkpoint at a boundary, a marker with the reason, and nothing lost."""
 
 import json
 import os
@@ -32,7 +32,7 @@ DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"
 
 
 class Run:
-    """A training of `config` in the background, `launcher` being the arguments before the script."""
+    """A training of `config` in a background process. launcher: the arguments before the script."""
 
     def __init__(self, config: Config, launcher: tuple[str, ...] = ()):
         self.folder = Path(config.run.dir)
@@ -74,7 +74,7 @@ class Run:
         return json.loads((self.folder / "stopped.json").read_text())
 
     def wait_for_steps(self, number: int) -> None:
-        """Until so many steps were taken since the start."""
+        """Wait until `number` steps were taken since the start."""
         until = time.monotonic() + 120
         while self.step < self.first + number:
             assert self.process.poll() is None, self.text
@@ -83,20 +83,20 @@ class Run:
         self.children = psutil.Process(self.process.pid).children(recursive=True)
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of that rank."""
+        """Return the process of rank `number`."""
         for child in self.children:
             if "train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == str(number):
                 return child
         raise AssertionError(self.text)
 
     def wait(self, seconds: float = 120) -> int:
-        """The launcher's exit status, once the ranks have ended too: on Ctrl-C deepspeed does not wait for them."""
+        """Wait for the launcher and the ranks, which deepspeed does not wait for on Ctrl-C; return its exit status."""
         _, alive = psutil.wait_procs(self.children, timeout=seconds)
         assert not alive, self.text
         return self.process.wait(seconds)
 
     def kill(self) -> None:
-        """Leave nothing behind, whatever a test has found."""
+        """End all processes, also after a failed test."""
         if self.process.poll() is None:
             self.children += psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
@@ -107,7 +107,7 @@ class Run:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Run]]:
-    """`start(config, TORCHRUN)`: a `Run` that does not outlive the test."""
+    """`start(config, TORCHRUN)`: start a `Run` that ends with the test at the latest."""
     runs: list[Run] = []
 
     def begin(config: Config, launcher: tuple[str, ...] = ()) -> Run:
@@ -120,7 +120,7 @@ def start() -> Iterator[Callable[..., Run]]:
 
 
 def many_steps(tiny: Tiny, name: str, *overrides: str) -> Config:
-    """Enough of them that a signal comes in between."""
+    """Return a configuration long enough to receive a signal."""
     return tiny(
         "train.steps=120", "eval.every=0", "eval.tokens=64", "eval.sample_tokens=0", "checkpoint.every=0", *overrides,
         name=name,
@@ -128,7 +128,7 @@ def many_steps(tiny: Tiny, name: str, *overrides: str) -> Config:
 
 
 def assert_stopped(run: Run, name: str, rank: int | None = None) -> None:
-    """It ended on a boundary with a checkpoint there, and said so in one line."""
+    """Check that the run ended on a boundary with a checkpoint, and reported it in one line."""
     assert run.marker["reason"] == name, run.text
     assert manifest_of(run.folder)["step"] == run.marker["step"] == run.step
     who = r"\d" if rank is None else str(rank)
@@ -140,7 +140,7 @@ def assert_stopped(run: Run, name: str, rank: int | None = None) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_launchers_pass_signals_on(tiny: Tiny, tmp_path: Path, start: Callable[..., Run]) -> None:
-    """One run on two ranks: stopped in three ways, losing a rank, and in the end the run that nobody touched."""
+    """One run on two ranks, stopped in three ways and after losing a rank, equals an undisturbed run."""
     config = many_steps(tiny, "run", "checkpoint.every=5")
 
     run = start(config, TORCHRUN)
@@ -174,7 +174,7 @@ def test_launchers_pass_signals_on(tiny: Tiny, tmp_path: Path, start: Callable[.
 
 
 def assert_lost_rank_is_named(run: Run) -> None:
-    """Rank 1 is killed; rank 0 says which one and ends within seconds."""
+    """Kill rank 1: rank 0 reports it and ends within seconds."""
     ranks = [run.rank(number) for number in (0, 1)]
     ranks[1].kill()
     began = time.monotonic()
@@ -192,8 +192,8 @@ def test_deepspeed_launcher_with_a_dead_rank(tiny: Tiny, start: Callable[..., Ru
     assert_lost_rank_is_named(run)
 
 
-def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two within a second are one wish: a launcher passes on what the terminal has already sent."""
+def test_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two within a second are one request: a launcher passes on what the terminal has already sent."""
     now, ended = 100.0, []
     monkeypatch.setattr("osp.train.stop.time.monotonic", lambda: now)
     monkeypatch.setattr("osp.train.stop.os._exit", ended.append)
@@ -208,8 +208,10 @@ def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (request.signal, ended) == ("SIGINT", [128 + signal.SIGTERM])
 
 
-def test_signal_while_validating(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint comes without the rest of the validation, which the restart does from its beginning."""
+def test_signal_during_validation_saves_without_finishing_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The restart validates again from the beginning."""
     overrides = ("train.steps=4", "eval.every=2", "eval.tokens=4096", "checkpoint.every=0")
     train(tiny(*overrides, name="straight"))
     original, batches = Trainer._loss, []
@@ -234,8 +236,10 @@ def test_signal_while_validating(tiny: Tiny, tmp_path: Path, monkeypatch: pytest
     assert validations[0] == validations[1]
 
 
-def test_signal_while_probing(tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe is short and ends; the run stops at the boundary it looked at."""
+def test_signal_during_a_probe_stops_at_its_boundary(
+    tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe is short, so it is completed."""
     config = tiny("monitor.enabled=true", "monitor.every=2", "monitor.tokens=64", 'monitor.statistics=["kurtosis"]')
     probe, probed = monitor.probe, []
 
@@ -255,8 +259,8 @@ def test_signal_while_probing(tiny: Tiny, plain_run: Path, tmp_path: Path, monke
     assert [e["step"] for e in read_metrics(tmp_path / "run") if "monitor/seconds" in e] == [0, 2, 4, 6]
 
 
-def test_signal_while_waiting_for_data(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preparation has not come to step 4 yet, and may not for hours."""
+def test_signal_stops_a_run_that_waits_for_data(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data of step 4 is not prepared yet, and may take hours."""
     train(tiny(name="straight"))
     read, wait, there, came = Loader._read, Loader.wait, threading.Event(), []
 

@@ -1,4 +1,4 @@
-"""Stopped and resumed equals not stopped, bit for bit: rows, losses, rates, weights and all optimizer state."""
+"""A resumed run equals an uninterrupted one bit for bit: data, losses, learning rates, weights, optimizer state."""
 
 import json
 import math
@@ -24,12 +24,12 @@ Change = Callable[[Trainer, int, torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def tiny(tiny: Tiny) -> Tiny:
-    """The small configuration without what only takes time here."""
+    """The small configuration without validation and sample, which only take time here."""
     return partial(tiny, "eval.every=0", "eval.tokens=64", "eval.sample_tokens=0")
 
 
 def steps_of(folder: Path) -> dict[int, dict[str, float]]:
-    """What decides whether two runs are the same run, by step: rows, loss, gradient norm and rates."""
+    """Return the checksum of the data, loss, gradient norm and learning rates of every step."""
     steps = {}
     for event in read_metrics(folder):
         if "train/loss" in event:
@@ -40,7 +40,7 @@ def steps_of(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights, momentum, Adam's moments and buffers of a run's newest checkpoint."""
+    """Return weights, momentum, Adam's moments and buffers of the newest checkpoint of a run."""
     path = find(folder)
     assert path is not None
     checkpoint = Checkpoint(path)
@@ -62,7 +62,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def train_in_pieces(tiny: Tiny, *overrides: str, stops: tuple[int, ...], name: str) -> None:
-    """The run of `overrides`, begun again after each of `stops` steps."""
+    """Train the run of `overrides`, with a restart after each step in `stops`."""
     for stop in stops:
         train(tiny(*overrides, f"train.stop_at={stop}", name=name))
     train(tiny(*overrides, name=name))
@@ -81,13 +81,13 @@ def train_in_pieces(tiny: Tiny, *overrides: str, stops: tuple[int, ...], name: s
     ],
     ids=" ".join,
 )
-def test_interrupted_twice(overrides: tuple[str, ...], tiny: Tiny, tmp_path: Path) -> None:
+def test_resume_is_bit_identical_on_same_ranks(overrides: tuple[str, ...], tiny: Tiny, tmp_path: Path) -> None:
     train(tiny(*overrides, name="straight"))
     train_in_pieces(tiny, *overrides, stops=(2, 5), name="pieces")
     assert_same_run(tmp_path / "straight", tmp_path / "pieces")
 
 
-def test_steps_left_out_are_those_rows(tiny: Tiny, tmp_path: Path) -> None:
+def test_skip_steps_leaves_out_the_sequences_of_those_steps(tiny: Tiny, tmp_path: Path) -> None:
     """data.skip_steps=[[2,3]] reads steps 1, 4, 5, ... of the run without it."""
     train(tiny("train.steps=8", name="all"))
     train(tiny("data.skip_steps=[[2,3]]", name="some"))
@@ -96,8 +96,8 @@ def test_steps_left_out_are_those_rows(tiny: Tiny, tmp_path: Path) -> None:
     assert rows["some"] == [rows["all"][i] for i in (0, 3, 4, 5, 6, 7)]
 
 
-def test_steps_can_be_left_out_from_a_checkpoint_on_but_not_before(tiny: Tiny, tmp_path: Path) -> None:
-    """As after a spike at step 5: back to the checkpoint of step 3, without the rows of steps 5 and 6."""
+def test_skip_steps_applies_after_a_checkpoint_and_is_refused_before_it(tiny: Tiny, tmp_path: Path) -> None:
+    """As after a spike at step 5: back to the checkpoint of step 3, without the sequences of steps 5 and 6."""
     train(tiny("data.skip_steps=[[5,6]]", name="straight"))
     train(tiny(name="run"))
     back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000003'}"
@@ -107,10 +107,10 @@ def test_steps_can_be_left_out_from_a_checkpoint_on_but_not_before(tiny: Tiny, t
         train(tiny("data.skip_steps=[[2,2]]", name="run"))
 
 
-def test_partial_gradient_of_an_interrupted_step_is_forgotten(
+def test_partial_gradient_of_an_interrupted_step_is_discarded(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal after the third of eight micro batches of step 4: its gradients count for nothing."""
+    """A signal arrives after the third of eight micro batches of step 4."""
     overrides = ("train.micro_batch_size=1", "checkpoint.every=0")
     train(tiny(*overrides, name="straight"))
     calls = []
@@ -133,10 +133,10 @@ def test_partial_gradient_of_an_interrupted_step_is_forgotten(
     assert_same_run(tmp_path / "straight", tmp_path / "pieces")
 
 
-def test_spike_windows_and_skipped_updates_continue(
+def test_spike_windows_and_skip_count_survive_a_restart(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What counts as a spike depends on the steps before: also on those before the interruption."""
+    """A spike is relative to the steps before it, also to those before the interruption."""
     overrides = ("train.steps=12", "spike.action=skip", "spike.window=8", "train.max_skips=2", "spike.threshold=20")
     spiky = {4, 8}  # steps, from 0, whose loss is far off
 
@@ -158,7 +158,7 @@ def test_spike_windows_and_skipped_updates_continue(
         train_in_pieces(tiny, *overrides, stops=(6, 9), name="once_more")
 
 
-def test_weights_stay_where_an_update_is_left_out(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_update_leaves_weights_unchanged(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(trainer: Trainer, step: int, loss: torch.Tensor) -> torch.Tensor:
         return loss * (math.nan if step == 3 else 1.0)
 
@@ -176,7 +176,7 @@ def test_weights_stay_where_an_update_is_left_out(tiny: Tiny, tmp_path: Path, mo
     assert [(e["kind"], e["step"]) for e in events] == [("nonfinite", 4)]
 
 
-def test_windows_come_back_as_they_were(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spike_windows_are_restored_exactly(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     restored: list[dict[str, list[float]]] = []
     original = Trainer.restore
 
@@ -200,7 +200,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def change_loss(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
-    """Let `change(trainer, step, loss)` have its way with the loss of every training batch."""
+    """Replace the loss of every training batch by `change(trainer, step, loss)`."""
     original = Trainer._loss
 
     def changed(self: Trainer, batch: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Nothing that a user could have downloaded runs code, reaches outside its folder, or carries away a secret."""
+"""A downloaded file cannot run code or reach outside its folder, and no file of a run holds a secret."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ SWITCHES = {"allow_pickle", "trust_remote_code", "shell"}
 
 
 def dangers(source: str) -> Iterator[str]:
-    """What a source calls that could run code from a file."""
+    """Yield the calls of a source that could run code from a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -55,12 +55,12 @@ def dangers(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_no_file_is_executed(path: Path) -> None:
+def test_no_source_executes_a_file(path: Path) -> None:
     found = {(str(path), danger) for danger in dangers((ROOT / path).read_text())}
     assert found <= ALLOWED
 
 
-def test_exceptions_are_in_use() -> None:
+def test_every_allowed_call_exists() -> None:
     assert {(path, danger) for path, _ in ALLOWED for danger in dangers((ROOT / path).read_text())} >= ALLOWED
 
 
@@ -78,7 +78,7 @@ def test_exceptions_are_in_use() -> None:
         ("model.eval()\nyaml.safe_load(text)\ntorch.compile(f)\nre.compile('a')\nnp.load(p, allow_pickle=False)", []),
     ],
 )
-def test_the_check_itself(source: str, found: list[str]) -> None:
+def test_check_finds_dangerous_calls(source: str, found: list[str]) -> None:
     assert list(dangers(source)) == found
 
 
@@ -89,14 +89,14 @@ SECRETS = {
 }
 
 
-def test_keys_stay_in_the_environment(
+def test_secret_keys_are_never_written(
     tiny: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    """A whole run with W&B offline and a checkpoint: no file, no line of output holds a key."""
+    """In a whole run with W&B offline and a checkpoint, neither files nor output hold a key."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     train(tiny("train.steps=2", "logger.wandb=offline", f"data.cache_dir={tmp_path / 'shards'}"))

@@ -1,4 +1,4 @@
-"""scripts/slurm.sh with stand-ins for srun and scontrol: a signalled job is requeued and continued, no other one."""
+"""scripts/slurm.sh with fake srun and scontrol: a signalled job is requeued and continued, a failed one is not."""
 
 import json
 import os
@@ -42,7 +42,7 @@ Tiny = Callable[..., Config]
 
 @pytest.fixture
 def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`submit(*overrides)`: the job that sbatch would start, on this host; run in a folder that looks like ours."""
+    """`submit(*overrides)`: run the job of sbatch on this host, in a folder laid out like the repository."""
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         path = tmp_path / "bin" / name
@@ -97,7 +97,7 @@ def test_signalled_job_is_requeued_and_the_next_one_completes_the_run(
 def test_failed_job_is_not_requeued(
     submit: Callable[..., subprocess.CompletedProcess[str]], tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Also when the job before was stopped by a signal, whose marker is still there."""
+    """Also when a signal stopped the job before, whose marker still exists."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stopped.json").write_text('{"reason": "SIGUSR1"}')
     done = submit(*overrides_of(tiny('data.paths=["nowhere.jsonl"]', f"data.cache_dir={tmp_path / 'shards'}")))
@@ -106,7 +106,7 @@ def test_failed_job_is_not_requeued(
     assert not (tmp_path / "scontrol.log").exists()
 
 
-def test_job_that_is_signalled_before_its_first_step_is_requeued(
+def test_job_signalled_before_its_first_step_is_requeued(
     submit: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     done = submit(f"run.dir={tmp_path / 'run'}", signalled="early")

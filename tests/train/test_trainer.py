@@ -1,4 +1,4 @@
-"""Whole runs on a small model: what they write, that they learn, and that nothing but the mathematics decides."""
+"""Whole runs on a small model: their files, that they learn, and that only the mathematics decides the result."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(a[name], b[name]), (name, (a[name] - b[name]).abs().max())
 
 
-def test_run_folder_holds_what_comparing_two_runs_needs(tiny: Tiny, plain_run: Path) -> None:
+def test_run_folder_describes_the_run(tiny: Tiny, plain_run: Path) -> None:
     folder, config = plain_run, tiny(f"run.dir={plain_run}")
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     assert from_dict(stored) == config
@@ -63,7 +63,7 @@ def test_run_folder_holds_what_comparing_two_runs_needs(tiny: Tiny, plain_run: P
     assert summary["sample"]
 
 
-def test_update_rms_of_muon_is_a_fifth_of_its_rate(tiny: Tiny, tmp_path: Path) -> None:
+def test_update_rms_of_muon_is_a_fifth_of_its_learning_rate(tiny: Tiny, tmp_path: Path) -> None:
     """0.2 sqrt(max(m, n)) times a matrix of singular values near 1 has RMS 0.2 sqrt(rank / min(m, n))."""
     train(tiny("train.steps=2", "schedule.name=constant", "schedule.warmup=0"))
     step = read_metrics(tmp_path / "run")[0]
@@ -80,8 +80,8 @@ def test_length_of_a_run_is_the_first_of_steps_tokens_and_minutes(tiny: Tiny, tm
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_measuring_the_steps_of_some_minutes_leaves_no_trace(stage: int, tiny: Tiny, tmp_path: Path) -> None:
-    """Nor does the next start measure again: the same command continues the run it began."""
+def test_measuring_the_length_of_a_run_leaves_no_trace(stage: int, tiny: Tiny, tmp_path: Path) -> None:
+    """The next start does not measure again: the same command continues the run."""
     overrides = ["train.steps=null", "train.minutes=0.01", f"engine.zero_stage={stage}"]
     timed = tiny(*overrides, "eval.every=0", "checkpoint.every=0", name="timed")
     train(timed)
@@ -101,7 +101,7 @@ def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
     assert curve[-1] < 0.75 * curve[0], curve
 
 
-def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, plain_run: Path) -> None:
+def test_validation_loss_equals_a_plain_loop(tiny: Tiny, plain_run: Path) -> None:
     model = load_model(plain_run).double()
     model.compute_dtype = torch.float64
     shard_folder = next(Path(tiny().data.cache_dir).iterdir())
@@ -120,7 +120,7 @@ def test_validation_equals_a_plain_loop_over_the_held_out_tokens(tiny: Tiny, pla
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
-def test_quantized_perplexity_on_the_way_leaves_training_as_it_is(
+def test_live_quantized_perplexity_does_not_change_training(
     stage: int, precision: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     same = (f"engine.zero_stage={stage}", f"train.precision={precision}")
@@ -136,8 +136,8 @@ def test_quantized_perplexity_on_the_way_leaves_training_as_it_is(
     assert all(event["quant/perplexity/4-4-4"] != event["quant/perplexity/16-16-16"] for event in events)
 
 
-def test_quantized_perplexity_of_a_run_is_that_of_its_last_weights(tiny: Tiny, tmp_path: Path) -> None:
-    """Against a plain loop over the same windows; measured at the end whatever the period, and once though resumed."""
+def test_live_quantized_perplexity_equals_a_plain_loop(tiny: Tiny, tmp_path: Path) -> None:
+    """Over the same windows. It is always measured at the end, and only once in a resumed run."""
     config = tiny("eval.quant.every=4", "eval.quant.tokens=128", "checkpoint.every=4")
     interrupt_after(3, config)
     train(config)
@@ -152,14 +152,14 @@ def test_quantized_perplexity_of_a_run_is_that_of_its_last_weights(tiny: Tiny, t
     assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-def test_quantized_perplexity_refuses_weights_in_parts(tiny: Tiny) -> None:
+def test_live_quantized_perplexity_refuses_zero_3(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"eval.quant.every=2 does not work with engine.zero_stage=3") as error:
         tiny("eval.quant.every=2", "engine.zero_stage=3")
     assert "\n" not in str(error.value)
 
 
 def _bytes(tokenizer: Any, token: int) -> bytes:
-    """The bytes of one token through the public byte-level alphabet of GPT-2, built here independently."""
+    """Return the bytes of a token by the public byte-level alphabet of GPT-2, built here independently."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -167,7 +167,7 @@ def _bytes(tokenizer: Any, token: int) -> bytes:
     return b"" if text == "<|endoftext|>" else bytes(table[c] for c in text)
 
 
-def test_resuming_equals_not_stopping_bit_for_bit(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+def test_resume_after_a_crash_is_bit_identical(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     stopped = tiny(name="stopped")
     interrupt_after(3, stopped)
     assert losses(tmp_path / "stopped") == losses(plain_run)[:4]
@@ -177,7 +177,7 @@ def test_resuming_equals_not_stopping_bit_for_bit(tiny: Tiny, plain_run: Path, t
 
 
 def interrupt_after(step: int, config: Config) -> None:
-    """Run `config` and fail while step `step` + 2 begins, as if the machine had: step + 1 is logged, not saved."""
+    """Train `config` and crash at the beginning of step `step` + 2: step + 1 is logged but not saved."""
 
     class KilledError(Exception):
         pass
@@ -197,7 +197,7 @@ def interrupt_after(step: int, config: Config) -> None:
             train(config)
 
 
-def test_a_finished_run_is_reported_again_without_training(tiny: Tiny, tmp_path: Path) -> None:
+def test_finished_run_is_summarized_again_without_training(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny()
     train(config)
     before = losses(tmp_path / "run"), weights(tmp_path / "run")
@@ -240,7 +240,7 @@ def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, plain_run: Pat
 def test_ranks_change_only_rounding(
     launcher: tuple[str, ...], stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
 ) -> None:
-    """The same rows, losses and validation on 2 and 4 ranks through the real launchers as in one process."""
+    """2 and 4 ranks through the real launchers see the same data, losses and validation as one process."""
     config = tiny(f"engine.zero_stage={stage}", name="many")
     result = run_script(*overrides_of(config), launcher=launcher, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -257,7 +257,7 @@ def test_ranks_change_only_rounding(
         )
 
 
-def test_loss_that_is_not_finite_stops_before_the_weights_change(
+def test_non_finite_loss_stops_before_the_weights_change(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Trainer._loss
@@ -277,9 +277,7 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change(
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_bhyt_constants_come_from_the_weights_and_live_in_the_checkpoint(
-    stage: int, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_bhyt_constants_derive_from_weights_and_are_saved(stage: int, tiny: Tiny, tmp_path: Path) -> None:
     norm = ("norm.name=bhyt", "norm.lam=1.5", "norm.learnable_lambda=false", "train.norm_refresh_every=2")
     train(tiny(*norm, f"engine.zero_stage={stage}", "train.steps=3", "monitor.enabled=true"))
     model = load_model(tmp_path / "run")
@@ -349,10 +347,10 @@ def test_wandb_failing_does_not_stop_training(
     assert "W&B is off from here on" in caplog.text
 
 
-def test_wandb_that_has_gone_away_is_not_waited_for(
+def test_unreachable_wandb_does_not_block_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With its server unreachable, W&B's own `finish` returns after hours, if ever."""
+    """Without its server, W&B's own `finish` returns after hours, if ever."""
     import wandb
 
     released = threading.Event()
@@ -397,7 +395,7 @@ def test_resumed_run_continues_the_same_wandb_run(tiny: Tiny, tmp_path: Path, mo
     assert manifest["wandb_run_id"] == ids[0]
 
 
-def test_another_configuration_in_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_different_configuration_in_the_same_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny())
     with pytest.raises(
         UserError, match=r"another configuration \(optimizer.lr: 0.01 -> 0.02\); choose another run.name"
@@ -407,7 +405,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tiny: Tiny, tmp_pat
         train(tiny("resume=false"))
 
 
-def test_load_model_is_the_trained_model(plain_run: Path) -> None:
+def test_load_model_returns_the_trained_model(plain_run: Path) -> None:
     model = load_model(plain_run)
     assert isinstance(model, Transformer)
     assert model(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 320)
@@ -424,7 +422,7 @@ def test_load_model_is_the_trained_model(plain_run: Path) -> None:
         (4_194_304, 10**9, 250),
     ],
 )
-def test_validation_takes_a_fiftieth_of_the_work_by_default(tokens_per_step: int, val_tokens: int, every: int) -> None:
+def test_validation_takes_two_percent_of_the_work_by_default(tokens_per_step: int, val_tokens: int, every: int) -> None:
     config = from_dict({"train": {"steps": 10_000, "tokens_per_step": tokens_per_step}})
     assert validation_every(config, val_tokens) == every
     fixed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=7))
