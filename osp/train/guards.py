@@ -109,7 +109,7 @@ class StepGuard:
         return Verdict(kind, f"{message}; this update is left out ({self.num_skipped} of at most {limit})", skip=True)
 
     def _describe_nonfinite(self, step: int, loss: float, losses: torch.Tensor, norms: dict[str, float]) -> str:
-        """Describe what is not finite, the rows it came from and the largest gradients; write nonfinite.json."""
+        """Describe what is not finite, from which sequences, and the largest gradients; write nonfinite.json."""
         size = self.loader.micro_batch_size
         first = data_step(step, self.config.data.skip_steps) * self.loader.rows_per_step
         starts = [first + int(index) for index in self.loader.indices[::size]]
@@ -122,12 +122,12 @@ class StepGuard:
             report = {"step": step + 1, "loss": str(loss), "rows": rows, "gradients": gradients}
             write_text(self.report, json.dumps(report, indent=1) + "\n")
         what = "the loss is not finite" if rows else f"the gradient is not finite though the loss is {loss:.4f}"
-        where = f"; rows {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the training data gave it" if rows else ""
+        where = f" in sequences {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the training data" if rows else ""
         gradients = ", ".join(f"{name} {norm:.3g}" for name, norm in list(largest.items())[:3])
         return f"step {step + 1}: {what}{where}; largest gradients: {gradients} (all in nonfinite.json)"
 
     def _describe_spike(self, step: int, values: dict[str, float]) -> str:
-        """Describe the values that are far above the last steps, and how to leave their rows out; empty if none is."""
+        """Describe the values far above the last steps, and how to leave their sequences out; empty without a spike."""
         spikes = []
         for key, value in values.items():
             detector = self.spikes[key]
@@ -138,5 +138,5 @@ class StepGuard:
         if not spikes:
             return ""
         position = data_step(step, self.config.data.skip_steps) + 1
-        remedy = f"its rows are left out by data.skip_steps=[[{position},{position}]] when resuming from before"
+        remedy = f"its sequences are left out by data.skip_steps=[[{position},{position}]] when resuming from before"
         return f"step {step + 1}: {', '.join(spikes)}; {remedy}"

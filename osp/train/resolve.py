@@ -89,7 +89,7 @@ def _cut_batch(train: TrainConfig, *, device: torch.device, world_size: int) -> 
     if sequences % world_size:
         nearest = max(1, round(sequences / world_size)) * world_size * train.seq_len
         raise UserError(
-            f"train.tokens_per_step={train.tokens_per_step} is {sequences} rows of train.seq_len={train.seq_len}, "
+            f"train.tokens_per_step={train.tokens_per_step} is {sequences} sequences of train.seq_len={train.seq_len}, "
             f"which {world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
         )
     per_rank = sequences // world_size
@@ -99,8 +99,8 @@ def _cut_batch(train: TrainConfig, *, device: torch.device, world_size: int) -> 
         size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
     elif per_rank % size:
         raise UserError(
-            f"train.micro_batch_size={size} does not divide the {per_rank} rows that each of {world_size} ranks takes "
-            f"per step (train.tokens_per_step / train.seq_len / ranks)"
+            f"train.micro_batch_size={size} does not divide the {per_rank} sequences that each of {world_size} "
+            f"ranks takes per step (train.tokens_per_step / train.seq_len / ranks)"
         )
     return size, per_rank // size
 

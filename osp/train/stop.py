@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from osp.distributed import gather_objects
+import torch
+
+from osp.distributed import add_up, gather_objects
 from osp.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -58,3 +60,9 @@ class StopRequest:
             self.signal, self._first = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._first > SECONDS_OF_ONE_REQUEST:
             os._exit(128 + number)
+
+
+def count_flags(*flags: bool, device: torch.device) -> list[int]:
+    """Return on how many ranks each flag is set, so that all ranks act alike. Collective."""
+    counts = torch.tensor(flags, dtype=torch.float32, device=device)
+    return [int(count) for count in add_up(counts).tolist()]

@@ -5,7 +5,6 @@ run ends on a boundary; a step in progress is discarded and taken again from its
 """
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,9 @@ from osp.run.logger import Logger
 from osp.train.engine import Engine
 from osp.train.guards import StepGuard
 from osp.train.resolve import Resolved
-from osp.train.stop import StopRequest
+from osp.train.stop import StopRequest, count_flags
 from osp.train.summary import compare_and_sample, describe_start, describe_summary
 from osp.train.validate import Measurement, Validator, last_measurement
-
-log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a request to stop may go unnoticed
 SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
@@ -313,7 +310,9 @@ class Trainer:
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
-            num_stopped, num_ready, num_written = self._count(bool(self.stop), ready, self.saver.write_done)
+            num_stopped, num_ready, num_written = count_flags(
+                bool(self.stop), ready, self.saver.write_done, device=self.engine.device
+            )
             if num_written == world_size and self.saver.published:
                 self._finish_save()
             elif num_written == world_size:
@@ -324,13 +323,8 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Return whether any rank was asked to stop. Collective."""
-        self.interrupted = self._count(bool(self.stop))[0] > 0
+        self.interrupted = count_flags(bool(self.stop), device=self.engine.device)[0] > 0
         return self.interrupted
-
-    def _count(self, *flags: bool) -> list[int]:
-        """Return on how many ranks each flag is set. Collective."""
-        counts = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
-        return [int(count) for count in add_up(counts).tolist()]
 
     def _reduce(self, losses: Tensor, penalties: Tensor, batches: list[Batch]) -> dict[str, float]:
         """Return loss and penalty per token and the checksum of the sequences, over all ranks. Collective."""

@@ -129,12 +129,12 @@ MISTAKES = [
     ("+experiment=osp_2b", r"error: Could not find 'experiment/osp_2b' Available options .* osp_1b"),
     (
         "+experiment=osp_1b world_size=48",
-        r"error: train.tokens_per_step=4194304 is 2048 rows .* 48 ranks do not divide; .*train.tokens_per_step=4227072",
+        r"error: train.tokens_per_step=4194304 is 2048 sequences .* 48 ranks do not divide; .*tokens_per_step=4227072",
     ),
     ("train.tokens_per_step=4095", r"error: train.tokens_per_step=4095 is no multiple of train.seq_len=256"),
     (
         "world_size=2 train.micro_batch_size=3",
-        r"error: train.micro_batch_size=3 does not divide the 8 rows that each of 2 ranks",
+        r"error: train.micro_batch_size=3 does not divide the 8 sequences that each of 2 ranks",
     ),
     ("world_size=2 out=missing/plan.json", r"error: out=missing/plan.json: cannot write there: No such file"),
 ]

@@ -173,14 +173,14 @@ def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path)
     else:
         del table[key]
     path.write_text(json.dumps(manifest))
-    said = ""
+    message = ""
     try:
         read_as_a_start_does(written)
     except UserError as error:
-        said = str(error)
+        message = str(error)
     finally:
         path.write_text(original)
-    assert not said or (str(written) in said and "\n" not in said)
+    assert not message or (str(written) in message and "\n" not in message)
 
 
 def read_as_a_start_does(folder: Path) -> None:

@@ -55,8 +55,8 @@ def test_per_head_equals_reference_on_matrices_split_into_heads(ranks, reference
     different = update_error(weights, reference[0])
     assert min(different[name] for name in cut) > 0.1, "the reference must be another one"
     for result in ranks:
-        for stage, found in result["per head"].items():
-            errors = update_error(found, weights)
+        for stage, measured in result["per head"].items():
+            errors = update_error(measured, weights)
             assert max(errors.values()) < 1e-4, (stage, errors)
 
 
@@ -71,8 +71,8 @@ def test_gradient_of_penalty_equals_single_process(ranks) -> None:
     without, expected = norms.values()
     assert expected["layers.0.mlp.up_proj.weight"] > 1.1 * without["layers.0.mlp.up_proj.weight"]
     for result in ranks:
-        for stage, found in result["penalized"].items():
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), stage
+        for stage, measured in result["penalized"].items():
+            assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6), stage
 
 
 def test_grad_clip_zero_means_off(ranks) -> None:
@@ -86,11 +86,11 @@ def test_grad_clip_zero_means_off(ranks) -> None:
 
 def test_bhyt_constants_are_equal_on_every_rank_world_size_and_stage(ranks) -> None:
     config = dataclasses.replace(workers.BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2)
-    alone = [float(b) for name, b in build_model(config, seed=0).named_buffers() if name.endswith("attention_gain")]
-    assert len(alone) == 2
-    assert min(alone) > 0
+    constants = [float(b) for name, b in build_model(config, seed=0).named_buffers() if name.endswith("attention_gain")]
+    assert len(constants) == 2
+    assert min(constants) > 0
     for result in ranks:
-        assert result["bhyt"] == {1: alone, 3: alone}
+        assert result["bhyt"] == {1: constants, 3: constants}
 
 
 def assemble(ranks: list[dict[str, Any]], setting: tuple[int, int], key: str) -> dict[str, Tensor]:

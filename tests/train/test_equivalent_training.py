@@ -29,7 +29,7 @@ def losses(model: Transformer, dtype: torch.dtype, *, steps: int = STEPS) -> tor
     model.compute_dtype = dtype
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     draw = torch.Generator().manual_seed(0)
-    found = []
+    curve = []
     for _ in range(steps):
         start, noise = (torch.randint(0, 24, shape, generator=draw) for shape in ((4, 1), (4, 13)))
         rows = (start + 5 * torch.arange(13)) % 24
@@ -38,15 +38,15 @@ def losses(model: Transformer, dtype: torch.dtype, *, steps: int = STEPS) -> tor
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.detach())
-    return torch.stack(found)
+        curve.append(loss.detach())
+    return torch.stack(curve)
 
 
 @functools.cache
 def layernorm_losses(dtype: torch.dtype) -> torch.Tensor:
-    found = losses(build_model(LAYERNORM, seed=0), dtype)
-    assert found[-20:].mean() < 0.6 * found[0], "there must be something to learn"
-    return found
+    curve = losses(build_model(LAYERNORM, seed=0), dtype)
+    assert curve[-20:].mean() < 0.6 * curve[0], "there must be something to learn"
+    return curve
 
 
 def difference(dtype: torch.dtype, *, steps: int = STEPS, broken: bool = False) -> float:

@@ -1,7 +1,7 @@
 """The first 20 losses of every ablation row on a 4-layer model, CPU, fp32, one thread: a refactor keeps them.
 
-A change of numerics moves them: `pytest tests/test_golden.py --update-golden` writes them anew, and the commit says in
-one sentence why they moved.
+After a change of numerics, `pytest tests/train/test_golden.py --update-golden` writes them again, and the commit says
+in one sentence why they changed.
 """
 
 import json
@@ -29,7 +29,7 @@ def test_losses_equal_the_golden_file(
     row: str, tiny: Callable[..., Config], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     values = _experiment(row)
-    # a row's own rate, and its price, move too little in 20 steps to tell the rows apart
+    # with their own learning rate and penalty, rows differ too little after 20 steps
     values["optimizer.lr"] *= 4
     values["penalty.weight"] = 100 * values.get("penalty.weight", 0)
     overrides = [
@@ -40,13 +40,13 @@ def test_losses_equal_the_golden_file(
         *(f"{key}={json.dumps(value)}" for key, value in values.items()),
     ]
     train(tiny(*overrides))
-    found = losses(tmp_path / "run")
+    measured = losses(tmp_path / "run")
     file = GOLDEN / f"{row}.txt"
     if request.config.getoption("--update-golden"):
         file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(f"{loss:.6f}\n" for loss in found))
+        file.write_text("".join(f"{loss:.6f}\n" for loss in measured))
     golden = [float(line) for line in file.read_text().split()]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(golden), atol=0, rtol=TOLERANCE)
+    torch.testing.assert_close(torch.tensor(measured), torch.tensor(golden), atol=0, rtol=TOLERANCE)
 
 
 def test_golden_losses_differ_between_rows() -> None:

@@ -132,8 +132,10 @@ def assert_stopped(run: Run, name: str, rank: int | None = None) -> None:
     assert run.marker["reason"] == name, run.text
     assert manifest_of(run.folder)["step"] == run.marker["step"] == run.step
     who = r"\d" if rank is None else str(rank)
-    said = rf"^{name} on rank {who}: stopped after step {run.step} of 120 with a checkpoint; the same command continues"
-    assert len(re.findall(said, run.text, flags=re.MULTILINE)) == 1, run.text
+    message = (
+        rf"^{name} on rank {who}: stopped after step {run.step} of 120 with a checkpoint; the same command continues"
+    )
+    assert len(re.findall(message, run.text, flags=re.MULTILINE)) == 1, run.text
     assert 'scripts/train.py", line' not in run.text, run.text  # no traceback of ours; torchrun has its own
 
 
@@ -180,8 +182,8 @@ def assert_lost_rank_is_named(run: Run) -> None:
     began = time.monotonic()
     run.wait(60)
     assert time.monotonic() - began < 40
-    said = rf"error: .*rank 1 \(process {ranks[1].pid} on .*\) has died"
-    assert re.search(said, run.text), run.text
+    message = rf"error: .*rank 1 \(process {ranks[1].pid} on .*\) has died"
+    assert re.search(message, run.text), run.text
     assert not ranks[0].is_running()
 
 

@@ -65,8 +65,12 @@ def test_only_measured_steps_are_recorded(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("override", "world_size", "message"),
     [
-        ("train.tokens_per_step=256", 3, r"8 rows of train.seq_len=32, which 3 ranks do not divide; .*_step=288"),
-        ("train.micro_batch_size=3", 2, r"train.micro_batch_size=3 does not divide the 4 rows that each of 2 ranks"),
+        ("train.tokens_per_step=256", 3, r"8 sequences of train.seq_len=32, which 3 ranks do not divide; .*_step=288"),
+        (
+            "train.micro_batch_size=3",
+            2,
+            r"train.micro_batch_size=3 does not divide the 4 sequences that each of 2 ranks",
+        ),
         ("engine.zero_stage=3", 1, r"train.compile=true does not work with engine.zero_stage=3"),
     ],
 )

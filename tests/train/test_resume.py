@@ -152,7 +152,7 @@ def test_spike_windows_and_skip_count_survive_a_restart(
     assert manifests[0]["spikes"] == manifests[1]["spikes"]
     loss_of = [step["train/loss"] for step in steps_of(tmp_path / "straight").values()]
     assert manifests[1]["spikes"]["loss"] == loss_of[-8:]
-    # the bound on skips is that of the run, not of one start
+    # the limit on skips counts for the whole run, not for one start
     spiky.add(10)
     with pytest.raises(RuntimeError, match=r"train.max_skips=2 updates are left out already"):
         train_in_pieces(tiny, *overrides, stops=(6, 9), name="once_more")

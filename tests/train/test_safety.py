@@ -33,7 +33,7 @@ FORBIDDEN = {
     "tarfile.open",
     "zipfile.ZipFile",
 }
-# The settings that `start` hands to its own child, through a pipe that nobody else can write to.
+# The settings that `start` passes to its child, through a pipe that no other process can write to.
 ALLOWED = {("osp/data/prepare.py", "pickle.load")}
 # Options that must not be true wherever they are given.
 SWITCHES = {"allow_pickle", "trust_remote_code", "shell"}
@@ -56,8 +56,8 @@ def dangers(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_no_source_executes_a_file(path: Path) -> None:
-    found = {(str(path), danger) for danger in dangers((ROOT / path).read_text())}
-    assert found <= ALLOWED
+    calls = {(str(path), danger) for danger in dangers((ROOT / path).read_text())}
+    assert calls <= ALLOWED
 
 
 def test_every_allowed_call_exists() -> None:
@@ -65,7 +65,7 @@ def test_every_allowed_call_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "calls"),
     [
         ("torch.load(path)", ["torch.load"]),
         ("import pickle\nx = pickle.loads(b'')", ["pickle.loads"]),
@@ -78,8 +78,8 @@ def test_every_allowed_call_exists() -> None:
         ("model.eval()\nyaml.safe_load(text)\ntorch.compile(f)\nre.compile('a')\nnp.load(p, allow_pickle=False)", []),
     ],
 )
-def test_check_finds_dangerous_calls(source: str, found: list[str]) -> None:
-    assert list(dangers(source)) == found
+def test_check_finds_dangerous_calls(source: str, calls: list[str]) -> None:
+    assert list(dangers(source)) == calls
 
 
 SECRETS = {

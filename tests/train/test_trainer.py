@@ -268,7 +268,7 @@ def test_non_finite_loss_stops_before_the_weights_change(
         return original(self, batch) * (math.nan if len(calls) == 7 else 1.0)  # step 2, third micro batch of four
 
     monkeypatch.setattr(Trainer, "_loss", poisoned)
-    with pytest.raises(RunError, match=r"step 2: the loss is not finite; rows 12 to 13 of"):
+    with pytest.raises(RunError, match=r"step 2: the loss is not finite in sequences 12 to 13 of"):
         train(tiny("checkpoint.every=1", "eval.every=0"))
     report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert (report["step"], report["rows"]) == (2, [[12, 14]])
