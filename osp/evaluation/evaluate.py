@@ -1,4 +1,4 @@
-"""`scripts/evaluate.py`: texts and tasks of one model under one quantization, as a table and as JSON."""
+"""`scripts/evaluate.py`: measure one model on texts and tasks under one quantization."""
 
 import dataclasses
 import math
@@ -17,10 +17,16 @@ from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import init_distributed, is_main, local_ranks
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
-from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_harness, require_harness
+from osp.evaluation.harness import (
+    PAPER_TEN,
+    HarnessModel,
+    evaluate_local_task,
+    evaluate_named_tasks,
+    require_harness,
+)
 from osp.evaluation.language_model import LanguageModel, open_model
+from osp.evaluation.local_tasks import LocalTask, read_task
 from osp.evaluation.perplexity import Perplexity, Text, perplexity
-from osp.evaluation.tasks import Task, TaskResult, evaluate_task, load_task
 from osp.evaluation.texts import HELD_OUT, read_text, training_text
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
@@ -28,7 +34,7 @@ from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
 from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_record
 from osp.run.folder import environment
 
-# OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are not among them
+# OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are missing
 PAPER_TASKS = {
     "arc_easy": 0,
     "arc_challenge": 0,
@@ -40,22 +46,22 @@ PAPER_TASKS = {
     "triviaqa_sm_sub": 5,
     "winogrande": 0,
 }
-LONGEST_WINDOW = 2048  # tokens; what papers take perplexity at
+LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
 LIVE_BITS = "4-4-4"
 BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is measured on, read before anything is computed."""
+    """The texts and tasks that a model is measured on, read before anything is computed."""
 
     texts: tuple[Text, ...]
-    tasks: tuple[Task, ...]
+    tasks: tuple[LocalTask, ...]
     seq_len: int
 
 
 def start(path: str, config: MeasureConfig) -> LanguageModel:
-    """The model at `path` on the device of this rank; joins the ranks that a launcher started."""
+    """Return the model at `path` on the device of this rank, after joining the ranks that a launcher started."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         device = init_distributed(config.device)
     else:
@@ -94,7 +100,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
 
 
 def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
-    """Texts and tasks of `config`; a run measured on nothing else is measured on its held-out split."""
+    """Return the texts and tasks of `config`; without any, the held-out split of the run."""
     names = config.texts
     if not (names or config.tasks or config.lm_eval):
         if subject.config is None:
@@ -103,21 +109,21 @@ def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
     for name in config.lm_eval:
         if name == "paper" or name.endswith(".jsonl"):
             raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
-    if config.lm_eval:
+    if config.tasks or config.lm_eval:
         require_harness()
-    tasks = tuple(load_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config))
+    tasks = tuple(read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config))
     texts = tuple(read_text(name, subject, text_field=config.text_field) for name in names)
     return Inputs(texts, tasks, seq_len=config.seq_len or window_length(subject))
 
 
 def window_length(subject: LanguageModel) -> int:
-    """Tokens of a window where none are asked for: what the model was trained at, `LONGEST_WINDOW` at most."""
+    """Return the default tokens of a window: the length of training, at most `LONGEST_WINDOW`."""
     trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
     return min(LONGEST_WINDOW, trained)
 
 
 def calibration_rows(subject: LanguageModel, spec: QuantSpec, inputs: Inputs) -> Tensor | None:
-    """The calibration rows that `spec` asks for; None if it needs none. Never of a text that is measured."""
+    """Return the calibration sequences (N, T) for `spec`, None if it needs none; never from a measured text."""
     if not spec.needs_calibration:
         return None
     if spec.calibration == "train":
@@ -131,28 +137,25 @@ def calibration_rows(subject: LanguageModel, spec: QuantSpec, inputs: Inputs) ->
 
 
 def measure(subject: LanguageModel, config: MeasureConfig, inputs: Inputs) -> list[Result]:
-    """All texts and tasks of the model as it is now, quantized or not."""
-    results: list[Result] = []
+    """Return the results on all texts and tasks for the model as it is now, quantized or not. Collective."""
+    results = []
     for text in inputs.texts:
-        found = text_perplexity(subject, config, inputs, text)
-        results += [
-            Result(found.name, "perplexity", found.perplexity),
-            Result(found.name, "bits per byte", found.bits_per_byte),
-        ]
-    scored = [
-        evaluate_task(subject, task, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
-        for task in inputs.tasks
-    ]
+        measured = text_perplexity(subject, config, inputs, text)
+        results.append(Result(measured.name, "perplexity", measured.perplexity))
+        results.append(Result(measured.name, "bits per byte", measured.bits_per_byte))
+    model = HarnessModel(subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
+    for task in inputs.tasks:
+        results += evaluate_local_task(model, task)
     if config.lm_eval:
-        harness = HarnessModel(subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
         tasks = {}
         for name in config.lm_eval:
             tasks |= PAPER_TEN if name == "paper_ten" else {name: config.num_fewshot}
-        scored += evaluate_harness(harness, tasks, limit=config.limit, include_path=config.lm_eval_dir)
-    return results + [line for result in scored for line in _lines(result)]
+        results += evaluate_named_tasks(model, tasks, limit=config.limit, include_path=config.lm_eval_dir)
+    return results
 
 
 def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Inputs, text: Text) -> Perplexity:
+    """Return the perplexity of the model as it is now with the settings of `config`. Collective."""
     bos_id = subject.bos_id if config.bos else None
     if config.bos and bos_id is None:
         raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
@@ -169,10 +172,9 @@ def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Input
 
 
 def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None) -> SiteAblation:
-    """Perplexity of the first text with each site of `config.quant` alone and without it; R_L on its first windows."""
+    """Return the perplexity of the first text for each site alone and left out, and R_L on its first windows."""
     spec, text = config.quant, inputs.texts[0]
     active = active_sites(spec, subject.model.config)
-
     quiet = dataclasses.replace(config, progress=False)
 
     def at(sites: Collection[str]) -> float:
@@ -192,34 +194,34 @@ def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calib
 def live_perplexity(
     model: Transformer, text: Text, *, seq_len: int, spec: QuantSpec | None = None, batch_tokens: int = 8192
 ) -> dict[str, float]:
-    """`quant/perplexity/16-16-16` and the same of `spec` (OSP's 4-4-4), of a model in training on a fixed text.
+    """Return `quant/perplexity/16-16-16` and the same for `spec` (default: OSP's 4-4-4) on a text during training.
 
-    Every rank calls it with the whole model (under ZeRO-3 inside `gathered_parameters`); weights are the same bits
-    afterwards.
+    The weights are the same bits afterwards. Collective: every rank calls it with the whole model, under ZeRO-3 inside
+    `gathered_parameters`.
     """
     spec = spec or QuantSpec().at(LIVE_BITS)
     was_training = model.training
     model.eval()
     try:
-        found = {}
-        for each in (QuantSpec(), spec):
-            with quantized(model, each):
+        metrics = {}
+        for current in (QuantSpec(), spec):
+            with quantized(model, current):
                 value = perplexity(model, text, seq_len=seq_len, batch_tokens=batch_tokens).perplexity
-            found[f"quant/perplexity/{each.bits}"] = value
-        return found
+            metrics[f"quant/perplexity/{current.bits}"] = value
+        return metrics
     finally:
         model.train(was_training)
 
 
 def prepare_out(config: MeasureConfig) -> None:
-    """Make the folder of `out`; `UserError` if nothing can be written there, which is better known before the work."""
+    """Make the folder of `out`; raise `UserError` before the work if nothing can be written there."""
     if config.out is None:
         return
     path = Path(config.out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"out={path}: {path.parent} is no folder; name a JSON file") from error
+        raise UserError(f"out={path}: {path.parent} is not a folder; name a JSON file") from error
     except OSError as error:
         raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -252,7 +254,7 @@ def results_table(record: Evaluation) -> str:
 
 
 def ablation_table(ablation: SiteAblation) -> str:
-    """Text: perplexities by site with a bar of the loss each one costs alone, and R_L by layer."""
+    """Return text: perplexities by site with a bar for the loss that each site costs alone, and R_L by layer."""
     costs = {site.site: ablation.cost_alone(site) for site in ablation.sites}
     largest = max([1e-9, *filter(math.isfinite, costs.values())])
     lines = [
@@ -273,27 +275,20 @@ def ablation_table(ablation: SiteAblation) -> str:
 
 
 def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
-    """The files that `tasks` names and their numbers of examples; `paper` means those of OSP's ten in tasks_dir."""
+    """Return (file, number of examples) of each task; `paper` stands for OSP's ten as far as tasks_dir holds them."""
     folder = Path(config.tasks_dir)
     files = []
     for name in config.tasks:
-        if name == "paper":
-            paths = {folder / f"{task}.jsonl": shots for task, shots in PAPER_TASKS.items()}
-            found = [(path, shots) for path, shots in paths.items() if path.exists()]
-            if not found:
-                raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
-            files += found
-        else:
+        if name != "paper":
             path = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
             files.append((path, config.num_fewshot))
+            continue
+        paths = {folder / f"{task}.jsonl": shots for task, shots in PAPER_TASKS.items()}
+        present = [(path, shots) for path, shots in paths.items() if path.exists()]
+        if not present:
+            raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
+        files += present
     return files
-
-
-def _lines(result: TaskResult) -> list[Result]:
-    return [
-        Result(result.name, metric, value, result.stderr.get(metric), result.truncated)
-        for metric, value in result.scores.items()
-    ]
 
 
 def _number(value: float) -> str:

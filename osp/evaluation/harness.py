@@ -1,17 +1,25 @@
 """EleutherAI's lm-evaluation-harness (extra `lm-eval`) on a model of ours, quantized or not.
 
-The harness builds prompts and counts answers; likelihoods and greedy text come from here, batched by token count.
+The harness builds the requests and computes the metrics. `HarnessModel` answers the requests: batched by token count,
+shared by all ranks. Every rank gives the harness all requests and gets all answers, so it sees a single process.
 """
 
-import importlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osp.distributed import add_up, batches_by_tokens, my_share
 from osp.errors import UserError
-from osp.evaluation.greedy import Wanted, greedy_texts
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.tasks import Pair, Row, TaskResult, likelihoods, score_rows
+from osp.evaluation.local_tasks import LocalTask, as_harness_task
+from osp.model.generate import stream
+from osp.run.evaluations import Result
 
 # The ten benchmarks of OSP (arXiv 2506.19697, tables 2, 3 and 5) by the harness's names, with their numbers of
 # examples. ARC is both its parts; MMLU is in cloze form.
@@ -29,134 +37,232 @@ PAPER_TEN = {
     "winogrande": 0,
 }
 DEFAULT_NEW_TOKENS = 256
+LOGIT_ROWS = 1024  # rows of logits that exist at a time
+SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
+
+
+class Scored(NamedTuple):
+    """A sequence whose last `count` tokens are predicted."""
+
+    tokens: list[int]
+    count: int
 
 
 @dataclass
 class HarnessModel:
-    """What the harness asks of a model; `as_harness` makes it one of its own."""
+    """The part of `lm_eval.api.model.LM` that the harness calls. All methods are collective."""
 
     subject: LanguageModel
-    bos: bool = False
-    batch_tokens: int = 8192
+    bos: bool = False  # put the BOS token before every context
+    batch_tokens: int = 8192  # tokens, padding included, that the model reads at a time
     progress: bool = False
+    what: str = "requests"  # for the progress bar and for errors
+    truncated: int = 0  # contexts so far that were too long and lost their beginnings
+
+    rank: ClassVar[int] = 0
+    world_size: ClassVar[int] = 1
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of every request, whose `args` are (context, continuation)."""
-        pairs = [Pair(*request.args) for request in requests]
-        answers, _ = likelihoods(
-            self.subject, pairs, bos=self.bos, batch_tokens=self.batch_tokens, progress=self.progress
-        )
-        return [(answer.nats, answer.is_greedy) for answer in answers]
+        """Return (log-likelihood, whether greedy) of each request, whose `args` are (context, continuation)."""
+        longest = self.subject.model.config.max_position_embeddings
+        sequences = []
+        for request in requests:
+            head, tail = encode_pair(self.subject, *request.args, bos=self.bos)
+            if len(tail) > longest:
+                raise UserError(
+                    f"{self.what}: a continuation of {len(tail)} tokens is longer than the model's {longest}: "
+                    f"{request.args[1]!r:.60}"
+                )
+            # the last token is predicted but not read
+            self.truncated += len(head) + len(tail) > longest + 1
+            sequences.append(Scored((head + tail)[-longest - 1 :], len(tail)))
+        return self.score(sequences)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-likelihood of the whole text of every request, each token once, after BOS.
+        """Return the log-likelihood of the text of each request, every token once, after BOS.
 
-        Longer texts are read in windows of the model's length; the last one is as full as the others.
+        A longer text is read in windows of the model's length; the last window is as full as the others.
         """
-        rows, owners = [], []
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        longest = self.subject.model.config.max_position_embeddings
+        sequences, owners = [], []
         for number, request in enumerate(requests):
-            for row in self._windows(self.subject.encode(request.args[0])):
-                rows.append(row)
+            tokens = self.subject.encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.subject.begin_id, longest, context_len=1):
+                head, tail = make_disjoint_window(window)
+                sequences.append(Scored(head + tail, len(tail)))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        answers = score_rows(
-            self.subject, rows, batch_tokens=self.batch_tokens, what="likelihoods", progress=self.progress
-        )
-        for owner, answer in zip(owners, answers, strict=True):
-            sums[owner] += answer.nats
+        for owner, (nats, _) in zip(owners, self.score(sequences), strict=True):
+            sums[owner] += nats
         return sums
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The greedy text after the context of every request, up to the first of its stop strings."""
-        wanted = []
+        """Return the greedy text after the context of each request, up to the first of its stop strings.
+
+        A context keeps at least half of the model's positions.
+        """
+        longest = self.subject.model.config.max_position_embeddings
+        prompts, limits, stops = [], [], []
         for request in requests:
             context, options = request.args
             if options.get("do_sample"):
-                raise UserError("lm_eval: a task wants sampled text; only greedy text is generated here")
-            stop = options.get("until") or []
-            stops = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
-            wanted.append(Wanted(context, int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)), stops))
-        texts, _ = greedy_texts(
-            self.subject, wanted, bos=self.bos, batch_tokens=self.batch_tokens, progress=self.progress
-        )
+                raise UserError(f"{self.what}: the task asks for sampled text; only greedy text is generated here")
+            ids = self.subject.encode(context)
+            ids = ids if ids and not self.bos else [self.subject.begin_id, *ids]
+            limit = min(int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)), longest // 2)
+            self.truncated += len(ids) > longest - limit
+            prompts.append(ids[limit - longest :])
+            limits.append(limit)
+            until = options.get("until") or []
+            stops.append([until] if isinstance(until, str) else [stop for stop in until if stop])
+        # ids of the generated tokens plus one; 0 after the end
+        results = torch.zeros(len(requests), max(limits, default=0), dtype=torch.int64, device=self.subject.device)
+        for limit in sorted(set(limits)):
+            numbers = [i for i, own in enumerate(limits) if own == limit]
+            batches = batches_by_tokens([len(prompts[i]) + limit for i in numbers], self.batch_tokens)
+            for _, batch in my_share(batches, what=self.what, progress=self.progress):
+                chosen = [numbers[i] for i in batch]
+                texts = self._continue([prompts[i] for i in chosen], limit, [stops[i] for i in chosen])
+                for i, tokens in zip(chosen, texts, strict=True):
+                    results[i, : len(tokens)] = torch.tensor(tokens) + 1
+        texts = [self.subject.tokenizer.decode([id - 1 for id in row if id]) for row in add_up(results).tolist()]
+        return [cut_text(text, own) for text, own in zip(texts, stops, strict=True)]
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy) of the predicted tokens of each sequence."""
+        results = torch.zeros(len(sequences), 2, dtype=torch.float64, device=self.subject.device)
+        batches = batches_by_tokens([len(sequence.tokens) for sequence in sequences], self.batch_tokens)
+        for _, batch in my_share(batches, what=self.what, progress=self.progress):
+            results[batch] = self._score_batch([sequences[i] for i in batch])
+        return [(nats, greedy > 0) for nats, greedy in add_up(results).tolist()]
+
+    def _score_batch(self, batch: list[Scored]) -> Tensor:
+        """Return (N, 2) fp64: the log-likelihood of each sequence, and 1 if all predicted tokens are greedy, else 0."""
+        model, device = self.subject.model, self.subject.device
+        width = max(len(sequence.tokens) for sequence in batch) - 1
+        # padding comes after the tokens, where causal attention does not look
+        ids = torch.tensor([s.tokens[:-1] + [0] * (width - len(s.tokens) + 1) for s in batch], device=device)
+        hidden = model.hidden_states(ids)
+        targets = torch.tensor([token for s in batch for token in s.tokens[-s.count :]], device=device)
+        places = [(n, len(s.tokens) - 1 - s.count + i) for n, s in enumerate(batch) for i in range(s.count)]
+        which, where = torch.tensor(places, device=device).unbind(1)
+        nats = torch.zeros(len(batch), dtype=torch.float64, device=device)
+        misses = torch.zeros_like(nats)
+        for part in torch.arange(len(places), device=device).split(LOGIT_ROWS):
+            logits = model.lm_head(hidden[which[part], where[part]])
+            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, targets[part, None])[:, 0]
+            nats.index_add_(0, which[part], log_p.double())
+            misses.index_add_(0, which[part], (logits.argmax(-1) != targets[part]).double())
+        return torch.stack((nats, (misses == 0).double()), dim=1)
+
+    def _continue(self, prompts: list[list[int]], limit: int, stops: list[list[str]]) -> list[list[int]]:
+        """Return the greedy tokens after each prompt, until a stop string, the end of the text or the limit."""
+        texts: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        for tokens in stream(self.subject.model, prompts, limit, eos_id=self.subject.eos_id):
+            for i, token in enumerate(tokens):
+                if token is None or token == self.subject.eos_id:
+                    done[i] = True
+                elif not done[i]:
+                    texts[i].append(token)
+                    text = self.subject.tokenizer.decode(texts[i]) if stops[i] else ""
+                    done[i] = any(stop in text for stop in stops[i])
+            if all(done):
+                break
         return texts
 
-    def _windows(self, tokens: list[int]) -> list[Row]:
-        """Rows that predict every token once, with as much before it as the model can read."""
-        longest = self.subject.model.config.max_position_embeddings
-        tokens = [self.subject.begin_id, *tokens]
-        rows, done = [], 1
-        while done < len(tokens):
-            stop = min(done + longest, len(tokens))
-            rows.append(Row(tokens[max(0, stop - longest - 1) : stop], stop - done))
-            done = stop
-        return rows
+
+def encode_pair(
+    subject: LanguageModel, context: str, continuation: str, *, bos: bool = False
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of context and continuation, split as the harness's own models split them.
+
+    White space at the end of the context belongs to the continuation, and the pair is encoded as one text. The context
+    has at least one token, from which the first of the continuation is predicted.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    head = subject.encode(stripped)
+    # the tail is empty where the continuation merges into the last tokens of the context
+    tail = subject.encode(stripped + continuation)[len(head) :] or subject.encode(continuation)
+    if bos or not head:
+        head = [subject.begin_id, *head]
+    return head, tail
 
 
-def as_harness(model: HarnessModel) -> Any:
-    """`model` as an `lm_eval.api.model.LM`. `UserError` names the extra where the harness is not installed."""
-    base: Any = _lm_eval("lm_eval.api.model").LM
-
-    class Adapter(HarnessModel, base):
-        def __init__(self) -> None:
-            base.__init__(self)
-            HarnessModel.__init__(self, **vars(model))
-
-    return Adapter()
+def cut_text(text: str, stops: Sequence[str]) -> str:
+    """Return `text` up to the first stop string in it."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def require_harness() -> None:
     """Raise `UserError` where the harness is not installed."""
-    _lm_eval("lm_eval")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"tasks, lm_eval: lm-eval is not installed; pip install 'osp[lm-eval]' ({error})") from error
 
 
-def evaluate_harness(
+def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
+    """Return the scores of a task file and their standard errors."""
+    values, truncated = _evaluate(model, task.name, {task.name: as_harness_task(task)})
+    what = f"{task.name}[shots={task.num_fewshot}]"
+    return [
+        Result(what, metric, values[name], values.get(f"{name}_stderr", float("nan")), truncated)
+        for metric, name in task.form.metrics.items()
+    ]
+
+
+def evaluate_named_tasks(
     model: HarnessModel, tasks: dict[str, int], *, limit: int | None = None, include_path: str | None = None
-) -> list[TaskResult]:
-    """Scores of the harness's tasks, each with its number of examples.
+) -> list[Result]:
+    """Return the scores of tasks or groups of the harness.
 
-    include_path: folder of further task files. Raises `UserError` for an unknown task and where one cannot be loaded.
+    Args:
+        tasks: Name of each task or group -> number of examples before each item.
+        limit: Items of each task; None: all.
+        include_path: Folder of further task files.
+
+    Raises:
+        UserError: A task is unknown, or its data cannot be loaded.
     """
-    evaluator, manager = _lm_eval("lm_eval").simple_evaluate, _lm_eval("lm_eval.tasks").TaskManager
-    known = manager(include_path=include_path)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
     for name in tasks:
-        if name not in known.all_tasks:
+        if name not in manager.all_tasks:
             raise UserError(f"lm_eval: no task {name!r}; `lm_eval ls tasks` lists them")
     results = []
     for name, num_fewshot in tasks.items():
+        random.seed(SEED)  # as the harness's own command does: some tasks draw from the global generators
+        np.random.seed(FEWSHOT_SEED)
         try:
-            found = evaluator(
-                as_harness(model),
-                tasks=[name],
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=known,
-                log_samples=False,
-            )
+            loaded = manager.load([name])
         except (OSError, ConnectionError) as error:
             raise UserError(f"lm_eval: the data of {name} cannot be loaded: {' '.join(str(error).split())}") from error
-        if found is not None:  # the harness reports on the first rank alone
-            results.append(_result(name, num_fewshot, found))
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
+                task.set_config("num_fewshot", num_fewshot)
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        values, truncated = _evaluate(model, name, loaded, limit=limit)
+        results += [
+            Result(f"{name}[shots={num_fewshot}]", metric, value, values.get(f"{metric}_stderr"), truncated)
+            for metric, value in values.items()
+            if not metric.endswith("_stderr")
+        ]
     return results
 
 
-def _result(name: str, num_fewshot: int, found: dict[str, Any]) -> TaskResult:
-    """The harness's `{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}` of one task as ours."""
-    values = {key.split(",")[0]: value for key, value in found["results"][name].items() if isinstance(value, float)}
-    scores = {key: value for key, value in values.items() if not key.endswith("_stderr")}
-    samples = found.get("n-samples", {})
-    return TaskResult(
-        name,
-        num_fewshot,
-        items=sum(counts["effective"] for counts in samples.values()),
-        truncated=0,
-        scores=scores,
-        stderr={key: values[f"{key}_stderr"] for key in scores if f"{key}_stderr" in values},
-    )
+def _evaluate(model: HarnessModel, name: str, tasks: Any, *, limit: int | None = None) -> tuple[dict[str, float], int]:
+    """Return (metrics of the task or group `name` with their `_stderr`, number of truncated contexts)."""
+    from lm_eval.evaluator import evaluate
 
-
-def _lm_eval(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"lm_eval: tasks of the harness need lm-eval; pip install 'osp[lm-eval]' ({error})") from error
+    model.what, before = name, model.truncated
+    lm: Any = model  # not a subclass, so that this module can be imported without the harness
+    answer: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
+    # {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}
+    metrics = {key.split(",")[0]: value for key, value in answer["results"][name].items()}
+    return {key: value for key, value in metrics.items() if isinstance(value, float)}, model.truncated - before

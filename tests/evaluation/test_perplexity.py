@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,27 +79,33 @@ def test_batch_size_changes_nothing_but_rounding(llama: LanguageModel, text: Tex
     assert found == pytest.approx([found[0]] * 4, rel=1e-7)
 
 
-def _of_a_rank(folder: str) -> tuple[Perplexity, list[Any], list[str]]:
-    """In each rank: perplexity, the likelihoods of some pairs, and texts after some contexts."""
-    from osp.evaluation.greedy import Wanted, greedy_texts
+def _measure_on_a_rank(folder: str) -> tuple[Perplexity, list[Any], list[str], list[Any]]:
+    """Return perplexity, the likelihoods of some pairs, texts after some contexts, and the scores of a task file."""
+    from osp.evaluation.harness import HarnessModel, evaluate_local_task
     from osp.evaluation.language_model import open_model
-    from osp.evaluation.tasks import Pair, likelihoods
+    from osp.evaluation.local_tasks import read_task
 
     subject = open_model(folder)
     text = encode("made", ["".join(made_text(4))], subject)
-    pairs = [Pair("a b " * n, "c d" * (1 + n % 3)) for n in range(9)]
+    pairs = [SimpleNamespace(args=("a b " * n, "c d" * (1 + n % 3))) for n in range(9)]
+    contexts = [SimpleNamespace(args=(f"a{'b' * n}", {"max_gen_toks": 4 + n % 2})) for n in range(5)]
     return (
         perplexity(subject.model, text, seq_len=32, batch_tokens=96),
-        likelihoods(subject, pairs, batch_tokens=40)[0],
-        greedy_texts(subject, [Wanted(f"a{'b' * n}", 4 + n % 2) for n in range(5)], batch_tokens=20)[0],
+        HarnessModel(subject, batch_tokens=40).loglikelihood(pairs),
+        HarnessModel(subject, batch_tokens=20).generate_until(contexts),
+        evaluate_local_task(HarnessModel(subject, batch_tokens=100), read_task(Path(folder) / "quiz.jsonl")),
     )
 
 
 def test_number_of_ranks_changes_nothing(llama_folder: Path) -> None:
+    pytest.importorskip("lm_eval")
     torch.set_num_threads(1)
-    alone = _of_a_rank(str(llama_folder))
-    assert run_distributed(_of_a_rank, 2, str(llama_folder)) == [alone, alone]
-    assert len(set(alone[2])) > 2
+    lines = [json.dumps({"query": "a" * n, "choices": ["b", "cd " * n], "gold": n % 2}) for n in range(1, 8)]
+    (llama_folder / "quiz.jsonl").write_text("\n".join(lines))
+    single = _measure_on_a_rank(str(llama_folder))
+    assert run_distributed(_measure_on_a_rank, 2, str(llama_folder)) == [single, single]
+    assert len(set(single[2])) > 2
+    assert len({result.value for result in single[3]}) == 2
 
 
 def test_infinite_loss_is_infinite_perplexity() -> None:

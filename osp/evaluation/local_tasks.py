@@ -1,0 +1,246 @@
+"""Tasks in local jsonl files, as tasks of the lm-evaluation-harness. No network is needed.
+
+Each line of a file has one of these forms, the same in all lines:
+
+    {"query": str, "choices": [str, ...], "gold": int}                   which choice follows the query?
+    {"context_options": [str, ...], "continuation": str, "gold": int}    after which context does it follow?
+    {"context": str, "continuation": str}                                is it the greedy continuation?
+    {"context": str, "answer": str}, perhaps with "aliases": [str, ...]  what does the model answer?
+                                     and "chain_of_thought": str         ... after reasoning?
+
+`acc` is the share of items whose gold choice has the highest log-likelihood, or whose continuation is greedy;
+`acc_norm` divides log-likelihoods by the bytes of the choice first. `exact_match` is the share of questions whose
+greedy answer is `answer` or one of `aliases`, both normalized by `normalize_answer`: the first line of the text, or
+what follows "The answer is" where the examples show a chain of thought.
+"""
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from osp.errors import UserError
+
+FEWSHOT_DELIMITER = "\n\n"
+ANSWER_IS = "The answer is"
+ARTICLES = {"a", "an", "the"}
+
+Doc = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the lines of a file."""
+
+    fields: tuple[str, ...]  # that a line has
+    config: dict[str, Any]  # of the harness's task
+    metrics: dict[str, str]  # our name of a metric -> the harness's
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """The items of a file. `docs` are what the harness calls documents, examples included in their contexts."""
+
+    name: str
+    form: Form
+    docs: list[Doc] = field(repr=False)
+    num_fewshot: int
+    sha256: str  # of the file
+
+
+def score_answer(doc: Doc, results: list[str]) -> dict[str, float]:
+    """Return whether the generated text answers the question `doc`, as a metric of the harness."""
+    (text,) = results
+    if doc["reasons"]:
+        _, marker, text = text.partition(ANSWER_IS)
+        if not marker:
+            return {"exact_match": 0.0}
+    answer = normalize_answer(text.strip().split("\n")[0])
+    return {"exact_match": float(answer in map(normalize_answer, doc["answers"]))}
+
+
+def normalize_answer(answer: str) -> str:
+    """Return its words in lower case without articles, numbers without commas; the answer itself if no word is left."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", answer.lower().replace("_", " "))
+    words = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?|\w+", text)
+    return " ".join(word for word in words if word not in ARTICLES) or answer.strip()
+
+
+QUESTION = {"output_type": "generate_until", "doc_to_text": "context", "doc_to_target": "shown"}
+FORMS = {
+    "choices": Form(
+        ("query", "choices", "gold"),
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "context",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+        },
+        {"acc": "acc", "acc_norm": "acc_bytes"},
+    ),
+    "context_options": Form(
+        ("context_options", "continuation", "gold"),
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "gold",
+            "doc_to_choice": "contexts",
+            "doc_to_target": "continuation",
+        },
+        {"acc": "acc", "acc_norm": "acc"},  # all options have the same continuation, whose bytes make no difference
+    ),
+    "continuation": Form(
+        ("context", "continuation"),
+        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "continuation"},
+        {"acc": "acc", "log_likelihood": "perplexity"},  # the mean of log-likelihoods, not exponentiated
+    ),
+    "reasoning": Form(
+        ("context", "answer", "chain_of_thought"),
+        QUESTION
+        | {
+            "generation_kwargs": {"until": [FEWSHOT_DELIMITER, "Question:"], "max_gen_toks": 256},
+            "process_results": score_answer,
+        },
+        {"exact_match": "exact_match"},
+    ),
+    "question": Form(
+        ("context", "answer"),
+        QUESTION | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 32}, "process_results": score_answer},
+        {"exact_match": "exact_match"},
+    ),
+}
+
+
+def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, seed: int = 0) -> LocalTask:
+    """Return the task in a jsonl file, or its first `limit` items; `UserError` names the first bad line.
+
+    The examples before an item are other items of the file, drawn by (seed, number of the item).
+    """
+    try:
+        raw = path.read_bytes()
+        lines = raw.decode().split("\n")
+    except OSError as error:
+        raise UserError(f"tasks: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {error.object.count(10, 0, error.start) + 1}: not UTF-8") from error
+    docs, names = [], []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name, doc = _parse_line(line, where=f"{path}, line {number}")
+            names.append(name)
+            docs.append(doc)
+            if name != names[0]:
+                raise UserError(
+                    f"{path}, line {number}: a line of the form {name!r} after lines of the form {names[0]!r}; "
+                    "move it to another file"
+                )
+    if num_fewshot < 0 or len(docs) <= num_fewshot:
+        raise UserError(f"{path} has {len(docs)} items: too few for num_fewshot={num_fewshot}")
+    chosen = [_with_examples(docs, i, num_fewshot=num_fewshot, seed=seed) for i in range(len(docs[:limit]))]
+    return LocalTask(path.stem, FORMS[names[0]], chosen, num_fewshot, hashlib.sha256(raw).hexdigest())
+
+
+def as_harness_task(task: LocalTask) -> Any:
+    """Return `task` as a task of the harness. Examples are part of the documents, so the harness adds none."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    class JsonlTask(ConfigurableTask):
+        def download(self, *_: Any, **__: Any) -> None:
+            self.dataset = {"test": Dataset.from_list(task.docs)}
+
+    names = dict.fromkeys(task.form.metrics.values())
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
+    config = {"task": task.name, "test_split": "test", "num_fewshot": 0, "target_delimiter": "", "metric_list": metrics}
+    return JsonlTask(config=config | task.form.config)
+
+
+def delimiter(query: str) -> str:
+    """Return the text between a query and its choices: a question is answered, anything else is continued."""
+    return "\nAnswer: " if "Question:" in query and not query.rstrip().endswith("Answer:") else " "
+
+
+def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
+    """Return (key of `FORMS`, document) of one line, without examples; `example` is what it shows as one."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: malformed JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    name = next((name for name, form in FORMS.items() if record.keys() >= set(form.fields)), None)
+    if name is None:
+        raise UserError(
+            f"{where}: fields {sorted(record)}; a line has query, choices, gold, or context, continuation, or "
+            "context_options, continuation, gold, or context, answer"
+        )
+    if name == "choices":
+        query, choices = _text(record, "query", where), _texts(record, "choices", where)
+        context, gold = query.strip() + delimiter(query), _gold(record, len(choices), where)
+        return name, {"context": context, "choices": choices, "gold": gold, "example": context + choices[gold]}
+    if name == "context_options":
+        contexts = [context.strip() + " " for context in _texts(record, "context_options", where)]
+        continuation, gold = _text(record, "continuation", where), _gold(record, len(contexts), where)
+        example = contexts[gold] + continuation
+        return name, {"contexts": contexts, "continuation": continuation, "gold": gold, "example": example}
+    if name == "continuation":
+        context, continuation = _text(record, "context", where).strip() + " ", _text(record, "continuation", where)
+        return name, {"context": context, "continuation": continuation, "example": context + continuation}
+    return name, _question(record, where)
+
+
+def _question(record: dict[str, Any], where: str) -> Doc:
+    """Return the document of a question. The space after "Answer:" belongs to the answer."""
+    context, answer = _text(record, "context", where).strip(), _text(record, "answer", where).strip()
+    aliases = _texts(record, "aliases", where, at_least=0) if "aliases" in record else []
+    reasons = "chain_of_thought" in record
+    shown = f"{_text(record, 'chain_of_thought', where).strip()}\n{ANSWER_IS} {answer}" if reasons else answer
+    context = context if "Question:" in context else f"Question: {context}"
+    context += delimiter(context)
+    return {
+        "context": context.rstrip(),
+        "answers": [answer, *aliases],
+        "reasons": reasons,
+        "shown": shown,
+        "example": context + shown,
+    }
+
+
+def _with_examples(docs: list[Doc], number: int, *, num_fewshot: int, seed: int) -> Doc:
+    """Return document `number` with others before each of its contexts."""
+    if not num_fewshot:
+        return docs[number]
+    draw = random.Random(f"{seed} {number}")
+    others = draw.sample(docs[:number] + docs[number + 1 :], num_fewshot)
+    prefix = FEWSHOT_DELIMITER.join([*(other["example"] for other in others), ""])
+    doc = dict(docs[number])
+    if "contexts" in doc:
+        doc["contexts"] = [prefix + context for context in doc["contexts"]]
+    else:
+        doc["context"] = prefix + doc["context"]
+    return doc
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    value = record[key]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key}={value!r:.60}: must be a text that is not empty")
+    return value
+
+
+def _texts(record: dict[str, Any], key: str, where: str, *, at_least: int = 2) -> list[str]:
+    values = record[key]
+    are_texts = isinstance(values, list) and all(isinstance(value, str) and value.strip() for value in values)
+    if not are_texts or len(values) < at_least:
+        number = "two texts or more" if at_least else "texts"
+        raise UserError(f"{where}: {key}={values!r:.60}: must be a list of {number}, none of them empty")
+    return values
+
+
+def _gold(record: dict[str, Any], num_choices: int, where: str) -> int:
+    gold = record["gold"]
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < num_choices:
+        raise UserError(f"{where}: gold={gold!r}: must be the number of a choice, 0 to {num_choices - 1}")
+    return gold
