@@ -1,18 +1,18 @@
 """Where the time and the memory of a training step go, for `train_step.py --profile`.
 
-Time. Every operation of one profiled step belongs to one part: kernels on a GPU, operations on a CPU. In this order:
+Time. Every kernel (GPU) or operation (CPU) of one profiled step is assigned to the first part that matches:
 
-    optimizer      whatever runs inside an optimizer's step, gradient clipping of the peer not included
-    attention      fused attention kernels; on a CPU whatever runs inside the attention function
-    matmuls        matrix products, those of the head and the loss too
-    loss           what the cross-entropy does besides its products
-    norms          what modules called *Norm do, forward and backward; compiled: fused kernels that hold an rsqrt
-    other          rotary, SwiGLU, residuals, casts, gradient clipping, reductions over ranks
-    waiting        the step's wall time in which nothing of the above ran
+    optimizer      everything inside an optimizer's step, except the peer's gradient clipping
+    attention      fused attention kernels; on a CPU everything inside the attention function
+    matmuls        matrix products, including the head and the loss
+    loss           cross-entropy without its products
+    norms          modules named *Norm, forward and backward; compiled: fused kernels with an rsqrt
+    other          rotary embedding, SwiGLU, residuals, casts, gradient clipping, reductions over ranks
+    waiting        wall time of the step in which none of the above ran
 
-Memory. Weights, gradients and optimizer state are counted tensor by tensor; activations are the distinct storages that
-autograd keeps for backward; logits are those among them with the vocabulary as their last size, and for a loss in
-chunks what a chunk holds. The rest of the peak is allocator and library.
+Memory. Weights, gradients and optimizer state are counted tensor by tensor. Activations are the distinct storages that
+autograd keeps for backward. Logits are the ones whose last size is the vocabulary; for a chunked loss, the memory of
+one chunk. The rest of the peak belongs to the allocator and libraries.
 """
 
 import re
@@ -32,7 +32,7 @@ FUSED_NORM = re.compile(r"triton_.*rsqrt")
 
 
 def parts_of_time(step: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Seconds of each of PARTS in one call of `step`; seconds: what a step takes without the profiler."""
+    """Return the seconds of each of PARTS in one call of `step`. seconds: duration of a step without the profiler."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, record_shapes=False) as profiler:
@@ -41,17 +41,17 @@ def parts_of_time(step: Callable[[], object], seconds: float) -> dict[str, float
             torch.cuda.synchronize()
     events = profiler.events() or []
     norms = {e.sequence_nr for e in events if e.sequence_nr >= 0 and any(p.name == NORM for p in _ancestors(e))}
-    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for event in events:
         work = [(k.name, k.duration) for k in event.kernels] if on_gpu else [(event.name, event.self_cpu_time_total)]
         for name, microseconds in work:
-            found[_part(name, [event, *_ancestors(event)], norms)] += microseconds / 1e6
-    busy = sum(found.values())
+            parts[_part(name, [event, *_ancestors(event)], norms)] += microseconds / 1e6
+    busy = sum(parts.values())
     if on_gpu:
-        found["waiting"] = max(0.0, seconds - busy)
-        return found
-    # the profiler itself slows operations down: shares of its step are shares of an ordinary one
-    return {name: value * seconds / busy for name, value in found.items()}
+        parts["waiting"] = max(0.0, seconds - busy)
+        return parts
+    # the profiler slows operations down, so its shares are scaled to the duration of an ordinary step
+    return {name: value * seconds / busy for name, value in parts.items()}
 
 
 def _part(name: str, events: list[Any], norms: set[int]) -> str:
@@ -95,7 +95,7 @@ def mark_norms(model: nn.Module) -> None:
 def parts_of_memory(
     forward: Callable[[], object], model: nn.Module, state: Iterable[Tensor], *, logits: int
 ) -> dict[str, float]:
-    """GiB by part. state: the optimizer's tensors. logits: bytes that a chunk of the loss holds; 0: all, as saved."""
+    """Return GiB by part. state: the optimizer's tensors. logits: bytes of one loss chunk; 0: count saved logits."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, bool]] = {}
@@ -108,14 +108,14 @@ def parts_of_memory(
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        graph = forward()  # held until its storages are counted: an address may be given twice
+        graph = forward()  # kept until its storages are counted: addresses are reused
     del graph
     saved_logits = sum(size for size, of_head in kept.values() if of_head)
-    found = {
+    parts = {
         "weights": weights,
         "gradients": weights,
         "optimizer state": sum(x.numel() * x.element_size() for x in state),
         "activations": sum(size for size, _ in kept.values()) - saved_logits,
         "logits": logits or saved_logits,
     }
-    return {name: size / 2**30 for name, size in found.items()}
+    return {name: size / 2**30 for name, size in parts.items()}

@@ -1,4 +1,4 @@
-"""What a choice of `configs` says, for benchmarks that build their configuration without Hydra."""
+"""Read choices of `configs/` for benchmarks that build their configuration without Hydra."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def group(name: str, choice: str) -> dict[str, Any]:
-    """The keys of configs/NAME/CHOICE.yaml."""
+    """Return the keys of configs/NAME/CHOICE.yaml."""
     return yaml.safe_load((CONFIGS / name / f"{choice}.yaml").read_text()) or {}
 
 
 def osp_values(model: str, *, threads: int | None) -> dict[str, Any]:
-    """OSP's recipe for a model of configs/model, with nothing logged: parts of a configuration."""
+    """Return OSP's recipe for a choice of configs/model, without W&B and progress bar, as part of a configuration."""
     return {
         "model": {**group("model", model), "embed_proj": True},
         "norm": group("norm", "ssnorm"),

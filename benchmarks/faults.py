@@ -1,11 +1,11 @@
-"""Kill a training again and again, start it again with the same command, and see whether anything is lost.
+"""Kill a training repeatedly, restart it with the same command, and check that nothing is lost.
 
     python benchmarks/faults.py --kills 24 --seed 0 --out faults.json
 
-The real trainer on several CPU ranks below torchrun or the deepspeed launcher, saving after every step. Each life ends
-by SIGKILL: at a moment drawn from the whole life, start included; or while a save is under way; or one rank alone, when
-the others have to end by themselves. The last life is left to finish, and its weights, optimizer state, losses and rows
-must be those of a run that nobody killed, bit for bit.
+The real trainer runs on several CPU ranks under torchrun or the deepspeed launcher and saves after every step. SIGKILL
+ends each start: all ranks at a random moment, startup included; all ranks during a save; or one rank, after which the
+others must end by themselves. The last start finishes. Its weights, optimizer state, losses and data must be
+bit-identical to an uninterrupted run.
 """
 
 import argparse
@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT))
 from osp.errors import UserError  # noqa: E402
 from osp.run.checkpoint import Checkpoint, candidates  # noqa: E402
 
-SECONDS_TO_END = 60.0  # for the ranks that are left when one was killed
-SECONDS_OF_GRACE = 10.0  # for helpers to end once the life they belong to has
-MODEL = {  # some MB, so that a save takes long enough to be hit
+SECONDS_TO_END = 60.0  # for the remaining ranks after one was killed
+SECONDS_OF_GRACE = 10.0  # for helper processes to end after their ranks
+MODEL = {  # some MB, so that a save takes long enough to be interrupted
     "model.hidden_size": 256,
     "model.intermediate_size": 512,
     "model.num_hidden_layers": 2,
@@ -64,21 +64,21 @@ MODEL = {  # some MB, so that a save takes long enough to be hit
 
 @dataclass
 class Figures:
-    """What happened to a run."""
+    """Counts over all starts of a run."""
 
     kills: int = 0
-    inside_saves: int = 0  # of them, those that left an unfinished or half-removed checkpoint behind
-    of_one_rank: int = 0  # of them, those of one rank alone
+    inside_saves: int = 0  # kills that left an unfinished or half-removed checkpoint
+    of_one_rank: int = 0  # kills of a single rank
     starts: int = 0
     steps: int = 0
-    steps_lost: int = 0  # trained and logged, not saved, and so trained again
-    damaged_checkpoints: int = 0  # that a start said were damaged
-    leftovers: int = 0  # unfinished folders found after kills
+    steps_lost: int = 0  # logged but not saved, and therefore repeated
+    damaged_checkpoints: int = 0  # reported as damaged by a start
+    leftovers: int = 0  # unfinished folders after kills
     leftovers_at_end: int = 0
     survivors: int = 0  # processes alive SECONDS_OF_GRACE after the run was killed or had ended
     slowest_end: float = 0.0  # seconds from the death of one rank to the end of all
     seconds: float = 0.0
-    equal: bool = False  # to the run that nobody killed, bit for bit
+    equal: bool = False  # bit-identical to the uninterrupted run
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def launcher(name: str, ranks: int) -> list[str]:
 
 
 class Faults:
-    """The lives of one run; `lives` tells how each ended."""
+    """Start one run many times; `lives` records how each start ended."""
 
     def __init__(self, launcher: list[str], overrides: list[str], folder: Path, *, seed: int):
         self.command = [*launcher, str(ROOT / "scripts" / "train.py"), *overrides]
@@ -131,19 +131,19 @@ class Faults:
         self.lives: list[dict[str, Any]] = []
         self.figures = Figures()
         self._random = random.Random(seed)
-        self._seen: dict[int, psutil.Process] = {}  # every process that was started
+        self._seen: dict[int, psutil.Process] = {}  # every process started
 
     def drawn(self, number: int) -> list[str]:
-        """So many deaths of every kind, in an order that the seed decides."""
+        """Return `number` kinds of kills in an order that depends on the seed."""
         deaths = (["while saving", "at a moment", "while saving", "one rank"] * math.ceil(number / 4))[:number]
         self._random.shuffle(deaths)
         return deaths
 
     def run(self, deaths: list[str]) -> Figures:
-        """Kill the run as `deaths` say, let it finish, and compare it with one that was let live."""
+        """Kill the run in the ways of `deaths`, let it finish, and compare it with an uninterrupted run."""
         try:
             return self._run(deaths)
-        finally:  # also when this is interrupted: no process outlives it
+        finally:  # also on Ctrl-C: leave no process behind
             for process in self._alive():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -158,12 +158,12 @@ class Faults:
         say(f"the reference: {steps} steps in {seconds:.0f} s, the first after {first_step:.0f} s")
         for death in deaths:
             process, log = self._start(self.run_folder)
-            # within the start once in four times, else within some steps after it
+            # one kill in four during startup, the others during the first steps
             last = first_step + 4 * (seconds - first_step) / steps
             span = (0.0, first_step) if self._random.random() < 0.25 else (first_step, last)
             how = kill[death](process, self._random.uniform(*span))
-            if not how:  # it ended before it could be killed
-                self._finish(process, log)  # raises if it has failed
+            if not how:  # the run ended before the kill
+                self._finish(process, log)  # raises if the training failed
                 break
             self._account(log, how)
         process, log = self._start(self.run_folder)
@@ -187,7 +187,7 @@ class Faults:
         log = self.folder / f"{folder.name}_{self.figures.starts:03d}.log"
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {key: value for key, value in os.environ.items() if key not in names}
-        path = [str(Path(sys.executable).parent), os.environ["PATH"]]  # where deepspeed looks for python
+        path = [str(Path(sys.executable).parent), os.environ["PATH"]]  # deepspeed looks for python there
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join(path)}
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -202,11 +202,11 @@ class Faults:
         return process, log
 
     def _wait(self, process: subprocess.Popen[bytes], until: Callable[[], bool], limit: float = 1200.0) -> float:
-        """Seconds until the process has ended or `until()` holds."""
+        """Wait until the process ends or `until()` is true; return the seconds."""
         began = looked = time.perf_counter()
         while process.poll() is None and not until():
             time.sleep(0.002)
-            if time.perf_counter() - looked > 0.25:  # now and then: it reads all of /proc
+            if time.perf_counter() - looked > 0.25:  # rarely: it reads all of /proc
                 self._look(process)
                 looked = time.perf_counter()
             if time.perf_counter() - began > limit:
@@ -215,7 +215,7 @@ class Faults:
         return time.perf_counter() - began
 
     def _look(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """The processes of this life: the launcher's descendants, remembered also when their parents are gone."""
+        """Return the live descendants of the launcher, including orphans seen earlier."""
         try:
             root = psutil.Process(process.pid)
             for child in (root, *root.children(recursive=True)):
@@ -234,12 +234,12 @@ class Faults:
         return [process for process in self._seen.values() if runs(process)]
 
     def _survivors(self) -> list[str]:
-        """Command lines of what still runs some seconds after a life has ended, its helpers' time to notice."""
+        """Return the command lines of processes that still run SECONDS_OF_GRACE after the end."""
         _, alive = psutil.wait_procs(self._alive(), timeout=SECONDS_OF_GRACE)
         return [" ".join(process.cmdline())[:200] for process in alive if process in self._alive()]
 
     def _kill_all(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether there was something to kill."""
+        """Kill all processes of this start; return False if it has ended already."""
         if process.poll() is not None:
             return False
         for child in self._look(process):
@@ -251,21 +251,21 @@ class Faults:
         return True
 
     def _signal(self, number: int) -> None:
-        """To all processes of this life that have been seen."""
+        """Send a signal to all live processes of this start."""
         for child in self._alive():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
     def _ranks(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """The trainers themselves, without launcher and helpers."""
-        found = []
+        """Return the ranks, without launcher and helpers."""
+        ranks = []
         for child in self._look(process):
             try:
                 if child.pid != process.pid and child.environ().get("RANK") and "train.py" in " ".join(child.cmdline()):
-                    found.append(child)
+                    ranks.append(child)
             except psutil.Error:
                 continue
-        return found
+        return ranks
 
     def _at_a_moment(self, process: subprocess.Popen[bytes], moment: float) -> str:
         until = time.perf_counter() + moment
@@ -281,7 +281,7 @@ class Faults:
             if saves > 0:
                 continue
             time.sleep(self._random.uniform(0.0, 0.03))
-            self._signal(signal.SIGSTOP)  # a save may be over before all are found and killed
+            self._signal(signal.SIGSTOP)  # freeze, because a save may end before all processes are killed
             if self._leftovers():
                 return "all while saving" if self._kill_all(process) else ""
             self._signal(signal.SIGCONT)
@@ -305,7 +305,7 @@ class Faults:
         return name
 
     def _account(self, log: Path, how: str) -> None:
-        """Note what the life that has ended leaves behind."""
+        """Record the state that a killed start leaves."""
         figures, leftovers = self.figures, len(self._leftovers())
         trained, saved = max(steps_of(self.run_folder), default=0), newest_whole(self.run_folder)
         figures.kills += 1
@@ -328,7 +328,7 @@ class Faults:
 
 
 def steps_of(folder: Path) -> dict[int, tuple[float, float]]:
-    """Loss and checksum of the rows of every step that is logged."""
+    """Return loss and data checksum of every logged step."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     events = [json.loads(line) for line in lines if '"train/loss"' in line]
@@ -336,7 +336,7 @@ def steps_of(folder: Path) -> dict[int, tuple[float, float]]:
 
 
 def newest_whole(folder: Path) -> int:
-    """The step of the newest undamaged checkpoint, 0 without one."""
+    """Return the step of the newest undamaged checkpoint, or 0."""
     for path in candidates(folder):
         try:
             checkpoint = Checkpoint(path)
@@ -348,7 +348,7 @@ def newest_whole(folder: Path) -> int:
 
 
 def same_run(first: Path, second: Path) -> bool:
-    """Whether two runs have the same losses, rows, weights and optimizer state, bit for bit."""
+    """Return whether losses, data, weights and optimizer state of two runs are bit-identical."""
     a, b = Checkpoint(candidates(first)[0]), Checkpoint(candidates(second)[0])
     return (
         steps_of(first) == steps_of(second)

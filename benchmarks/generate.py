@@ -1,12 +1,12 @@
-"""Tokens per second of generation, reading the prompt and writing apart, per norm, beside transformers' `generate`.
+"""Measure tokens per second of generation, prompt and new tokens apart, per norm and beside transformers' `generate`.
 
     python benchmarks/generate.py                                   # CPU: nano
     python benchmarks/generate.py --model osp_1b --dtype bf16       # a GPU, compiled into CUDA graphs
 
-Randomly initialised models and random prompts: the time does not depend on their values. The contenders take turns,
-round by round; a figure is the median of the rounds. The peer is the exported rmsnorm model in `transformers`, with
-its static cache where ours is compiled. On a CPU one thread computes and its CPU time is taken, in which other jobs of
-the machine do not count; on a GPU it is wall time. `over rmsnorm` and `over transformers` compare the writing.
+Models and prompts are random: the time does not depend on their values. The contenders take turns; a figure is the
+median over rounds. The peer is the exported rmsnorm model in `transformers`, with its static cache where ours is
+compiled. A CPU run uses one thread and reports its CPU time, which excludes other jobs; a GPU run reports wall time.
+`over rmsnorm` and `over transformers` compare the generation of new tokens.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PEER = "transformers"
 
 class Contender(Protocol):
     def run(self) -> tuple[float, float]:
-        """Seconds until the first token, and of all that follow."""
+        """Return seconds until the first token, and seconds for all that follow."""
         ...
 
 
@@ -52,12 +52,12 @@ class Ours:
         first = clock()
         for _ in range(self.new_tokens - 1):
             tokens = choose(self.decoder.read_next(tokens), GREEDY, 0.0)
-            tokens.tolist()  # as who streams the text does
+            tokens.tolist()  # as streaming does
         return first - began, clock() - first
 
 
 class Transformers:
-    """Its time to the first token is that of `generate` with one new token; writing is the rest of a longer call."""
+    """Time to the first token is a `generate` call for one new token; a longer call minus that is the rest."""
 
     def __init__(self, config: ModelConfig, prompts: Tensor, arguments: Any):
         from transformers import LlamaForCausalLM
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def measured(batch: int, device: torch.device, arguments: Any) -> list[dict[str, Any]]:
-    """Tokens per second of every contender at one batch size; ratios are medians of those of the rounds."""
+    """Return tokens per second of every contender at one batch size; ratios are medians over rounds."""
     shape = build(ModelConfig, group("model", arguments.model), path="model")
     values = {**vars(shape), "embed_proj": False}
     generator = torch.Generator().manual_seed(0)
@@ -144,19 +144,19 @@ def measured(batch: int, device: torch.device, arguments: Any) -> list[dict[str,
     for round_ in range(arguments.rounds + 1):
         for name, contender in contenders.items():
             seconds = contender.run()
-            if round_:  # the first one warms up, and compiles
+            if round_:  # the first round warms up and compiles
                 times[name].append(seconds)
     rows = []
-    for name, found in times.items():
+    for name, measured_times in times.items():
         row: dict[str, Any] = {
             "batch": batch,
             "name": name,
-            "read": batch * arguments.prompt_tokens / statistics.median(first for first, _ in found),
-            "written": batch * (arguments.new_tokens - 1) / statistics.median(rest for _, rest in found),
+            "read": batch * arguments.prompt_tokens / statistics.median(first for first, _ in measured_times),
+            "written": batch * (arguments.new_tokens - 1) / statistics.median(rest for _, rest in measured_times),
         }
         for peer in ("rmsnorm", PEER):
             if peer in times and peer != name:
-                ratios = [theirs / ours for (_, ours), (_, theirs) in zip(found, times[peer], strict=True)]
+                ratios = [theirs / ours for (_, ours), (_, theirs) in zip(measured_times, times[peer], strict=True)]
                 row[f"over_{peer}"] = statistics.median(ratios)
         rows.append(row)
     return rows

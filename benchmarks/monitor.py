@@ -1,11 +1,11 @@
-"""What monitoring costs: the time of a probe, and the speed of the training steps around it.
+"""Measure the cost of monitoring: the time of a probe, and the speed of the training steps around it.
 
     python benchmarks/monitor.py --model nano --rounds 3
     python benchmarks/monitor.py --model osp_1b --rows 8 --seq-len 2048 --precision bf16    # on a GPU
 
-`monitor=off`, `light` and `full` run the real trainer, each in a process of its own, in turns. Probes stand between the
-measured steps, so a step that a probe had slowed (a hook left behind, a block compiled anew) would show. The interval
-is what `monitor.every=auto` settles at: probe seconds / (monitor.max_cost x step seconds).
+`monitor=off`, `light` and `full` run the real trainer in separate processes, in turns. Probes run between the measured
+steps, so a step slowed by a probe (a hook left behind, a block compiled again) would show. The interval is the limit of
+`monitor.every=auto`: probe seconds / (monitor.max_cost x step seconds).
 """
 
 import argparse
@@ -27,12 +27,12 @@ MODES = ("off", "light", "full")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="nano", help="a choice of configs/model")
-    parser.add_argument("--rows", type=int, default=16, help="rows of one optimizer step and backward pass")
+    parser.add_argument("--rows", type=int, default=16, help="sequences per optimizer step and backward pass")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a round, a probe after every second")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="off first, to compare with")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per contender")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run_child(mode: str) -> dict[str, Any]:
-    """The figures of one contender, measured in its own process."""
+    """Return the figures of one contender, measured in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--child", mode], capture_output=True, text=True, check=False
     )
@@ -64,7 +64,7 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()} CPU"
     print(
-        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {arguments.precision}, {device}, "
+        f"\n{arguments.model}, {arguments.rows} sequences of {arguments.seq_len}, {arguments.precision}, {device}, "
         f"torch {torch.__version__}; median of {arguments.rounds} rounds of {arguments.steps} steps\n"
     )
     print("| monitor | tokens/s of the steps | ratio (per round) | probe s | in steps | interval at 0.5% |")
@@ -90,7 +90,7 @@ def tokens_per_second(arguments: argparse.Namespace, figures: dict[str, Any]) ->
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every measured step and of every probe in this process; both are taken twice before."""
+    """Return the seconds of every measured step and probe in this process, after warm-up."""
     from osp.train.setup import setup
 
     trainer = setup(run_config(arguments))
@@ -122,7 +122,7 @@ def synchronize() -> None:
 
 
 def run_config(arguments: argparse.Namespace) -> Any:
-    """OSP's model and optimizer on the standard library's text."""
+    """Return the configuration of OSP's model and optimizer on the standard library's text."""
     from osp.config import from_dict
 
     return from_dict(

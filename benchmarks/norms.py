@@ -1,15 +1,15 @@
-"""Speed of every normalizer: forward and backward beside a copy and torch's own norms, and the whole training step.
+"""Measure every normalizer: forward and backward beside a copy and torch's own norms, and whole training steps.
 
     python benchmarks/norms.py                                                        # the norms alone
     python benchmarks/norms.py --train nano --rows 16 --seq-len 256                   # and a training step with each
     python benchmarks/norms.py --train osp_1b --rows 8 --seq-len 2048                 # on a GPU, bf16
 
-The norms alone, eager and compiled: x (tokens, D) forward, then backward of a given gradient, to x and to the gains.
-The least memory traffic of that is 5 D values a token (read x, write y; read x and dy, write dx), of a copy 2 D; the
-column `of copy` is bytes per second of the one over that of the other, at the same x. `bhyt, after attention` has its
-variance from the norm before. On the CPU the default is smaller.
+The norms alone, eager and compiled: x (tokens, D) forward, then backward from a given gradient to x and the gains. The
+minimal memory traffic is 5 D values per token (read x, write y; read x and dy, write dx), and 2 D for a copy; the
+column `of copy` is the ratio of the two bandwidths on the same x. `bhyt, after attention` takes its variance from the
+norm before. The default size is smaller on a CPU.
 
-The training step is that of the real trainer; each norm runs in a process of its own, in turns.
+A training step is one of the real trainer; each norm runs in a separate process, in turns.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50 if ON_GPU else 10)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--train", default=None, help="also whole training steps of this choice of configs/model")
-    parser.add_argument("--norms", nargs="+", default=None, help="of the training steps; default: all of configs/norm")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a training step")
+    parser.add_argument("--norms", nargs="+", default=None, help="norms to train with; default: all of configs/norm")
+    parser.add_argument("--rows", type=int, default=16, help="sequences per training step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6, help="measured training steps of a round, after two others")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of every norm in training")
+    parser.add_argument("--steps", type=int, default=6, help="measured training steps per round, after two for warm-up")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds per norm in training")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -56,7 +56,7 @@ def main() -> None:
     if not ON_GPU:
         from osp.device import prepare_cpu
 
-        prepare_cpu(arguments.threads)  # as training does: memory that is freed is kept, and not zeroed anew each time
+        prepare_cpu(arguments.threads)  # as training does: freed memory is kept instead of returned and zeroed again
     place = torch.cuda.get_device_name() if ON_GPU else f"{platform.processor()} CPU, {torch.get_num_threads()} threads"
     print(f"{arguments.tokens} tokens, {arguments.dtype}, {place}, torch {torch.__version__}; the fastest of ", end="")
     modes = ("eager", "compiled") if arguments.compile else ("eager",)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of one width: figures of every norm, printed as they come."""
+    """Return the figures of every norm at one width, and print each as it is measured."""
     device = "cuda" if ON_GPU else "cpu"
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     x = torch.randn(arguments.tokens, hidden, device=device, dtype=dtype)
@@ -103,7 +103,7 @@ def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
     from osp.model.norms import NORMS, BHyT, Carry, build_norm
 
     class AfterAttention(nn.Module):
-        """The second norm of a block: its statistic is there already."""
+        """The second norm of a block, which receives its variance."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -123,7 +123,7 @@ def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
 
 
 def fastest(action: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest call after three others."""
+    """Return the seconds of the fastest call after three for warm-up."""
     for _ in range(3):
         action()
     times = []
@@ -144,7 +144,7 @@ def clock() -> float:
 
 
 def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Every norm's rounds of training steps; prints the table."""
+    """Return the rounds of training steps of every norm, and print the table."""
     norms = arguments.norms or sorted(path.stem for path in (CONFIGS / "norm").glob("*.yaml"))
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ["rmsnorm", *norms]}
     for _ in range(arguments.rounds):
@@ -154,8 +154,9 @@ def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, An
             if done.returncode:
                 sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
             results[name].append(json.loads(done.stdout.strip().split("\n")[-1]))
-    print(f"\n{arguments.train}, {arguments.rows} rows of {arguments.seq_len}; median of {arguments.rounds} rounds of ")
-    print(f"{arguments.steps} steps\n\n| norm | step s | over rmsnorm (per round) | peak GiB |\n|---|---|---|---|")
+    rounds_of_steps = f"{arguments.rounds} rounds of {arguments.steps} steps"
+    print(f"\n{arguments.train}, {arguments.rows} sequences of {arguments.seq_len}; median of {rounds_of_steps}\n")
+    print("| norm | step s | over rmsnorm (per round) | peak GiB |\n|---|---|---|---|")
     for name, rounds in results.items():
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(rounds, results["rmsnorm"], strict=True)]
         print(
@@ -166,7 +167,7 @@ def train_in_turns(arguments: argparse.Namespace) -> dict[str, list[dict[str, An
 
 
 def training_steps(arguments: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step of the real trainer with one norm, and the memory of this process."""
+    """Return the median seconds of a training step with one norm, and the peak memory of this process."""
     from osp.config import from_dict
     from osp.train.setup import setup
 

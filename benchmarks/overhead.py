@@ -1,12 +1,12 @@
-"""What a run of 10,000 steps at the defaults spends beside its steps: waiting, validation, probes, saving.
+"""Measure the overhead of a run of 10,000 steps at the defaults: waiting, validation, probes, saving.
 
     python benchmarks/overhead.py --model nano --tokens-per-step 4096 --seq-len 256
     python benchmarks/overhead.py --model osp_1b --tokens-per-step 16384 --seq-len 2048     # on a GPU
 
-One of each is measured, with the real trainer of OSP's model (median step, one validation of the whole held-out text,
-one probe, one save that is waited for). How many of each such a run takes follows from the default intervals:
-`validation_every`, `checkpoint.every`, and for probes `monitor.every=auto` played through with those times. A save is
-written while training goes on; `saving` counts the time until training goes on, `written` all of it.
+One of each is measured with the real trainer of OSP's model: the median step, one validation of the whole validation
+split, one probe and one save that is waited for. The number of each follows from the default intervals:
+`validation_every`, `checkpoint.every`, and for probes a simulation of `monitor.every=auto` with the measured times. A
+save is written in the background; `saving` is the time until training continues, `written` the whole time.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", default="nano", help="a choice of configs/model")
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two others")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two for warm-up")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     arguments = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
         "probes": counts["probes"] * seconds["probe"],
         "saving": counts["saving"] * seconds["save"],
     }
-    total = train + sum(spent.values()) - spent["waiting for data"]  # which the steps hold
+    total = train + sum(spent.values()) - spent["waiting for data"]  # already part of the steps
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(f"\n{arguments.model}, {arguments.tokens_per_step} tokens a step, {place}; step {seconds['step']:.3f} s\n")
     print("| | one, s | times | share of the run |\n|---|---|---|---|")
@@ -62,12 +62,12 @@ def main() -> None:
     print(f"\na save is written in {seconds['written']:.2f} s")
     if arguments.out:
         shares = {name: value / total for name, value in spent.items()}
-        found = {"device": place, "seconds": seconds, "counts": counts, "shares": shares}
-        arguments.out.write_text(json.dumps(found, indent=1))
+        figures = {"device": place, "seconds": seconds, "counts": counts, "shares": shares}
+        arguments.out.write_text(json.dumps(figures, indent=1))
 
 
 def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds of one of each, and steps between them."""
+    """Return the seconds of one step, wait, validation, probe and save, and the interval of validations."""
     trainer = setup(config)
     trainer.logger = None
     monitor = trainer.build_monitor()
@@ -80,7 +80,7 @@ def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str,
     trainer.step = 2 + arguments.steps
     seconds = {"step": statistics.median(steps[2:]), "wait": statistics.median(waits[2:])}
     seconds["validation"] = timed(trainer.validate)
-    monitor.probe(1, tokens=0, train_seconds=1.0)  # the first one allocates
+    monitor.probe(1, tokens=0, train_seconds=1.0)  # the first probe allocates
     seconds["probe"] = timed(lambda: monitor.probe(2, tokens=0, train_seconds=1.0))
     began = clock()
     trainer.save()
@@ -93,7 +93,7 @@ def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str,
 
 
 def count_probes(step_seconds: float, probe_seconds: float, *, max_cost: float) -> int:
-    """Probes of a run with `monitor.every=auto`, where every step and every probe takes the same time."""
+    """Return the number of probes with `monitor.every=auto` if all steps and all probes take the same time."""
     step, count = 0, 0
     interval = max(1, RUN_STEPS // MOST_PROBES)
     while step < RUN_STEPS:

@@ -1,17 +1,17 @@
-"""Training speed and memory of this trainer beside transformers' Llama with fused AdamW in a plain loop.
+"""Measure speed and memory of a training step, beside transformers' Llama with fused AdamW in a plain loop.
 
     python benchmarks/train_step.py --model nano --rounds 3
     python benchmarks/train_step.py --model osp_1b --rows 8 --seq-len 2048 --precision bf16 --profile    # on a GPU
 
-Same shape, rows, precision and gradient clipping. Each contender runs in a process of its own, so that its peak memory
-is its own, and the contenders take turns, so that a machine that drifts slows all of them. Ours is the real trainer,
-with its data loader, DeepSpeed engine and loss check; the peer reads the same rows from memory. In bf16 the peer keeps
-its weights in fp32 and runs in `torch.autocast`, the usual form of it, which keeps the same master weights as ours.
+Shape, sequences, precision and gradient clipping are equal. Each contender runs in a separate process, which separates
+their peak memory, and they take turns, so that a drift of the machine affects all of them. Ours is the real trainer
+with data loader, DeepSpeed engine and loss check; the peer reads the same sequences. In bf16 the peer keeps fp32
+weights and runs in `torch.autocast`, so both have the same master weights.
 
 MFU counts 6 flops per token for each weight that multiplies, and causal attention (flops_per_token), over the
 dense bf16 peak of the GPU (osp.device.PEAK_TFLOPS: 989 TFLOP/s for an H100 and an H200). `--profile` adds where the
-time and the memory of a step go (breakdown.py). With `--threads 1` on a CPU the time is the process's CPU time, in
-which other jobs of the machine do not count.
+time and the memory of a step go (breakdown.py). With `--threads 1` on a CPU the time is the CPU time of the process,
+which excludes other jobs.
 """
 
 import argparse
@@ -29,19 +29,19 @@ from typing import Any
 from choices import group
 
 CONTENDERS = ("transformers", "osp adamw", "osp muon")
-COMPILED = "transformers compiled"  # its layers as ours are with --compile; not among the contenders by default
+COMPILED = "transformers compiled"  # layers compiled as ours are with --compile; not a default contender
 PEERS = ("transformers", COMPILED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="nano", help="a choice of configs/model")
-    parser.add_argument("--rows", type=int, default=16, help="rows of one optimizer step and backward pass")
+    parser.add_argument("--rows", type=int, default=16, help="sequences per optimizer step and backward pass")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="fp32")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of a round, after --warmup")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps per round, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per contender")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="blocks of ours")
     parser.add_argument("--contenders", nargs="+", choices=(*CONTENDERS, COMPILED), default=list(CONTENDERS))
@@ -57,7 +57,7 @@ def main() -> None:
     for turn in range(arguments.rounds):
         for name in [name for name in arguments.contenders if name not in failed]:
             figures = run_child(name)
-            if isinstance(figures, str):  # out of memory, say: the others are measured all the same
+            if isinstance(figures, str):  # for example out of memory; the others are still measured
                 failed[name] = figures
                 print(f"{name} failed:\n{figures}", file=sys.stderr)
                 continue
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run_child(name: str) -> dict[str, Any] | str:
-    """The figures of one contender, measured in its own process; the end of what it said if it failed."""
+    """Return the figures of one contender, measured in a separate process, or the end of its stderr if it failed."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.strip().split("\n")[-1]) if done.returncode == 0 else done.stderr[-4000:]
@@ -81,8 +81,8 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()} CPU"
     timed = "CPU time" if measures_cpu_time(arguments) else "wall time"
     print(
-        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {arguments.precision}, {device}, torch "
-        f"{torch.__version__}, {timed}; median of {arguments.rounds} rounds of {arguments.steps} steps\n"
+        f"\n{arguments.model}, {arguments.rows} sequences of {arguments.seq_len}, {arguments.precision}, {device}, "
+        f"torch {torch.__version__}, {timed}; median of {arguments.rounds} rounds of {arguments.steps} steps\n"
     )
     print(
         "| contender | tokens/s | ratio to the first, per round | step s | peak GiB | MFU |\n|---|---|---|---|---|---|"
@@ -109,12 +109,12 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
                 print(f"| {name} | {cells} | {sum(values.values()):.3f} |")
     if arguments.out:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        found = {"settings": settings, "device": device, "results": results, "failed": failed}
-        arguments.out.write_text(json.dumps(found, indent=1))
+        figures = {"settings": settings, "device": device, "results": results, "failed": failed}
+        arguments.out.write_text(json.dumps(figures, indent=1))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second (median step) and peak memory of the contender in this process."""
+    """Return tokens per second (median step) and peak memory of the contender in this process."""
     import torch
 
     config = run_config(arguments)
@@ -159,14 +159,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measures_cpu_time(arguments: argparse.Namespace) -> bool:
-    """Whether a step's time is the CPU time of its process: on a CPU with one thread, where nothing overlaps."""
+    """Return whether to measure CPU time: on a CPU with one thread, where nothing overlaps."""
     import torch
 
     return arguments.threads == 1 and not torch.cuda.is_available()
 
 
 def run_config(arguments: argparse.Namespace) -> Any:
-    """The configuration of one step of `rows` rows, on the standard library's text."""
+    """Return the configuration of steps of `rows` sequences on the standard library's text."""
     from osp.config import from_dict
 
     optimizer = "adamw" if arguments.child in PEERS else (arguments.child or "osp muon")[4:]
@@ -198,7 +198,7 @@ class Ours:
 
         self.trainer = setup(config)
         self.model = self.trainer.model
-        self.compiled = self.trainer.config.train.compile is True
+        self.compiled = self.trainer.resolved.compiled
         self.logger, self.trainer.logger = self.trainer.logger, None  # nothing is logged in measured steps
 
     def step(self, number: int) -> None:
@@ -212,7 +212,7 @@ class Ours:
         return [tensor for *_, states in shares for name, tensor in states.items() if name != "weight"]
 
     def logits_bytes(self) -> int:
-        """Of a chunk: the logits and their gradient in the compute dtype, and the probabilities in fp32."""
+        """Return the bytes of one chunk: logits and their gradient in the compute dtype, probabilities in fp32."""
         train = self.trainer.config.train
         rows = min(train.loss_chunk_tokens, train.tokens_per_step)
         return rows * self.trainer.config.model.vocab_size * (2 * self.model.compute_dtype.itemsize + 4)
@@ -237,7 +237,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         shards, rows = start(config.data, config.tokenizer, progress=False), arguments.rows
         self.loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=rows, micro_batch_size=rows)
-        self.bf16 = arguments.precision != "fp32"  # the peer has no fp8
+        self.bf16 = arguments.precision != "fp32"  # the peer does not support fp8
 
     def forward(self, number: int = 0) -> Any:
         import torch
@@ -261,11 +261,11 @@ class Peer:
         return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
 
     def logits_bytes(self) -> int:
-        return 0  # they are kept for backward and found there
+        return 0  # autograd keeps them, where they are counted
 
 
 def peer_model(shape: Any) -> Any:
-    """transformers' Llama of the same shape; its attention is SDPA by default."""
+    """Return transformers' Llama of the same shape, with SDPA attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
