@@ -1,4 +1,4 @@
-"""`scripts/compare.py`: the rows of OSP's tables 2 and 4 (arXiv 2506.19697) for models of ours."""
+"""`scripts/compare.py`: the rows of OSP's tables 2 and 4 (arXiv 2506.19697) for given models."""
 
 import dataclasses
 import logging
@@ -31,25 +31,22 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2
 LAST_BITS = "4-4-4"  # of table 4
-ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with written answers
+ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
 KURTOSIS_TOKENS = 16_384  # of the text, at most
 
 
 def table_2_specs(spec: QuantSpec, *, all_methods: bool = False) -> dict[str, dict[str, QuantSpec]]:
-    """Row -> column -> quantization: round to nearest, without and with the Hadamard transform of the FFN.
+    """Return row -> column -> quantization: round to nearest without and with the Hadamard transform of the FFN.
 
-    all_methods: also what table 4 adds to that.
+    all_methods: also the methods of table 4.
     """
     rows = {"": spec, **_methods(spec)}
-    return {
-        row: {bits: each.at(bits) for bits in COLUMNS}
-        for row, each in rows.items()
-        if all_methods or row in ("", "+Had")
-    }
+    names = rows if all_methods else ("", "+Had")
+    return {name: {bits: rows[name].at(bits) for bits in COLUMNS} for name in names}
 
 
 def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
-    """Row -> quantization at 4-4-4; each row adds to the one before, as in the authors' scripts."""
+    """Return row -> quantization at 4-4-4; each row adds to the one before, as in the authors' scripts."""
     spec = spec.at(LAST_BITS)
     added = _methods(spec)
     rows = {"RTN": spec, "+ FFN Had": added["+Had"], "+ GPTQ": added["+GPTQ"], "+ QuaRot": added["+QuaRot"]}
@@ -57,14 +54,14 @@ def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
 
 
 def _methods(spec: QuantSpec) -> dict[str, QuantSpec]:
-    """`spec` with one more method each time."""
+    """Return `spec` with one more method per entry."""
     hadamard = dataclasses.replace(spec, ffn_hadamard=True)
     gptq = dataclasses.replace(hadamard, method="gptq")
     return {"+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
 def compare(config: CompareConfig) -> list[Comparison]:
-    """The tables of every model, each also left in its run unless `out` is set; every rank calls it."""
+    """Return the tables of every model, each also kept in its run unless `out` is set. Collective."""
     if not config.paths:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
@@ -83,7 +80,7 @@ def compare(config: CompareConfig) -> list[Comparison]:
 
 
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
-    """Both tables of one model; what several cells have in common is measured once."""
+    """Return both tables of one model; a quantization that several cells share is measured once."""
     inputs = read_inputs(subject, config)
     rows = table_2_specs(config.quant, all_methods=config.methods == "all")
     methods = {} if config.methods == "none" else table_4_specs(config.quant, spinquant=config.spinquant)
@@ -112,9 +109,9 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
 
 
 def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Inputs) -> float | None:
-    """Excess kurtosis of the residual stream by the paper's script (`osp.monitor.statistics.osp_script_kurtosis`).
+    """Return the excess kurtosis of the residual stream as the paper's script measures it, None without a text.
 
-    On the first tokens of the first text, each by itself; None if there is no text.
+    The script reads each of the first tokens of the first text by itself (`osp.monitor.statistics`).
     """
     if not inputs.texts:
         return None
@@ -126,7 +123,7 @@ def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Input
 
 
 def markdown(comparisons: list[Comparison]) -> str:
-    """Table 2, then table 4, with what the numbers are below."""
+    """Return table 2, then table 4, and below them what the numbers are."""
     names = _names(comparisons)
     table_2 = []
     for c, name in zip(comparisons, names, strict=True):
@@ -170,7 +167,7 @@ def _score(results: list[Result]) -> Score:
 
 
 def _is_possible(spec: QuantSpec, subject: LanguageModel) -> bool:
-    """Whether the model can be rotated, if `spec` does; every other reason is the user's mistake (`UserError`)."""
+    """Return False if the model cannot be rotated as `spec` asks; any other misfit raises `UserError`."""
     check_spec(dataclasses.replace(spec, rotation="none"), subject.model.config)
     try:
         check_spec(spec, subject.model.config)
@@ -185,6 +182,6 @@ def _has_tasks(comparisons: list[Comparison]) -> bool:
 
 
 def _names(comparisons: list[Comparison]) -> list[str]:
-    """Names of the models, numbered where they do not tell them apart."""
+    """Return the names of the models, numbered where they are equal."""
     names = [c.name for c in comparisons]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]

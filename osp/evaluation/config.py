@@ -1,4 +1,4 @@
-"""The configurations of `scripts/evaluate.py` and `scripts/compare.py`; keys of both mean the same."""
+"""Configurations of `scripts/evaluate.py` and `scripts/compare.py`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from osp.quant.spec import QuantSpec
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What is measured, and how."""
+    """Keys that both scripts have."""
 
     texts: tuple[str, ...] = ()  # wikitext2, held_out, a run folder, files; see osp.evaluation.texts
     text_field: str = "text"  # of records: the field that holds the document

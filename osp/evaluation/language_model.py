@@ -1,4 +1,4 @@
-"""What is evaluated: a model with its tokenizer, from a run, a checkpoint or a Hugging Face folder."""
+"""A model with its tokenizer, from a run, a checkpoint or a Hugging Face folder."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from osp.run.checkpoint import Checkpoint, find, load_model
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model in eval mode, its tokenizer, and where both come from."""
+    """A model in eval mode, its tokenizer and their origin."""
 
     name: str
-    folder: Path  # what the user named
+    folder: Path  # as the user named it
     model: Transformer
     tokenizer: Tokenizer
     bos_id: int | None
     eos_id: int | None
-    config: Config | None = None  # of the run that trained it; None: a Hugging Face folder
-    run: Path | None = None  # its folder
+    config: Config | None = None  # of the training run; None: a Hugging Face folder
+    run: Path | None = None  # folder of the training run
     step: int | None = None  # of the checkpoint
-    conversion: dict[str, Any] | None = None  # what scripts/convert.py wrote into the checkpoint
+    conversion: dict[str, Any] | None = None  # entry of scripts/convert.py in the checkpoint
 
     @property
     def device(self) -> torch.device:
@@ -39,14 +39,14 @@ class LanguageModel:
 
     @property
     def begin_id(self) -> int:
-        """The token before a text; `UserError` if the model has none."""
+        """The token before a text: BOS, else EOS; raises `UserError` if the model has neither."""
         token = self.bos_id if self.bos_id is not None else self.eos_id
         if token is None:
-            raise UserError(f"{self.folder}: names no token to begin a text with (bos_token_id in its config.json)")
+            raise UserError(f"{self.folder}: no token to begin a text with; set bos_token_id in its config.json")
         return token
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, without BOS and EOS."""
+        """Return the tokens of `text`, without BOS and EOS."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def sha256(self) -> str:
@@ -54,7 +54,7 @@ class LanguageModel:
 
 
 def model_sha256(model: Transformer) -> str:
-    """A hash of names, shapes and fp32 values of all parameters and buffers: the same model, the same hash."""
+    """Return a hash of the names, shapes and fp32 values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)} ".encode())
@@ -65,19 +65,20 @@ def model_sha256(model: Transformer) -> str:
 def open_model(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """The language model that `path` names, on `device`, its matmuls in `dtype`.
+    """Return the language model at `path` on `device`, its matmuls in `dtype`.
 
-    Raises `UserError` if it is neither a run, a checkpoint nor a Hugging Face Llama, or the tokenizer does not fit.
+    Raises:
+        UserError: The path is not a run, a checkpoint or a Hugging Face Llama, or the tokenizer does not fit.
     """
     folder = Path(path)
     checkpoint = find_model(folder)
-    found = _open_hf(folder) if checkpoint is None else _open_checkpoint(folder, checkpoint)
-    found.model.to(device).compute_dtype = dtype
-    return found
+    subject = _open_hf(folder) if checkpoint is None else _open_checkpoint(folder, checkpoint)
+    subject.model.to(device).compute_dtype = dtype
+    return subject
 
 
 def find_model(folder: Path) -> Path | None:
-    """The checkpoint that `folder` names, None for a Hugging Face folder; `UserError` if there is no model."""
+    """Return the checkpoint in `folder`, None for a Hugging Face folder; raise `UserError` without a model."""
     if is_hf(folder):
         return None
     checkpoint = find(folder)
@@ -89,7 +90,7 @@ def find_model(folder: Path) -> Path | None:
 
 
 def _open_hf(folder: Path) -> LanguageModel:
-    tokenizer, special = load_hf_tokenizer(folder)  # first: a mistake there is found before the weights are read
+    tokenizer, special = load_hf_tokenizer(folder)  # before the weights, which take longer
     return LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, special.bos_id, special.eos_id)
 
 
@@ -106,7 +107,7 @@ def _open_checkpoint(folder: Path, checkpoint_folder: Path) -> LanguageModel:
         folder,
         load_model(checkpoint_folder),
         tokenizer,
-        # documents follow each other in training: what precedes one is the end of another
+        # in training the end of another document comes before each one
         bos_id=end if conversion is None else conversion["bos_id"],
         eos_id=end,
         config=config,

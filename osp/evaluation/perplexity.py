@@ -1,9 +1,8 @@
 """Perplexity and bits per byte of a text that is cut into windows.
 
-Window i reads L tokens from token i (L - overlap) on; its first `overlap` tokens were predicted by the window before
-and are context only. With BOS that token stands in front of every window and counts as one of the L. A rest shorter
-than a window is left out, as in the evaluation code of GPTQ, QuaRot and OSP; a text shorter than a window is one
-window.
+Window i reads L tokens from token i (L - overlap) on. Its first `overlap` tokens are context only: the window before
+predicts them. BOS, if asked for, comes before every window and counts as one of the L tokens. A remainder shorter than
+a window is left out, as in the evaluation code of GPTQ, QuaRot and OSP. A text shorter than a window is one window.
 """
 
 import math
@@ -24,7 +23,7 @@ class Text:
 
     name: str
     tokens: Tensor  # int64 (N,)
-    token_bytes: Tensor  # int32 (N,): bytes of text that each token stands for
+    token_bytes: Tensor  # int32 (N,): bytes of text of each token
     sha256: str  # of the text
 
 
@@ -38,12 +37,12 @@ class CodeLength:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Cross-entropy in nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that leaves the range of a float."""
+        """exp(loss), infinite where a float overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
@@ -59,11 +58,11 @@ class Perplexity(CodeLength):
     seq_len: int
     overlap: int
     bos: bool
-    first: int | None = None  # only the first so many tokens of the text were read
+    first: int | None = None  # number of tokens of the text that were read; None: all
 
     @property
     def name(self) -> str:
-        """All that the number depends on besides model and text: `wikitext2[len=2048,overlap=0,bos=no]`."""
+        """The text and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`."""
         settings = [f"len={self.seq_len}", f"overlap={self.overlap}", f"bos={'yes' if self.bos else 'no'}"]
         settings += [] if self.first is None else [f"first={self.first}"]
         return f"{self.text}[{','.join(settings)}]"
@@ -81,10 +80,17 @@ def perplexity(
     batch_tokens: int = 8192,
     progress: bool = False,
 ) -> Perplexity:
-    """Perplexity of `text`; every rank calls it and gets the same number, whatever their count.
+    """Return the perplexity of `text`. Collective: every rank gets the same number, which does not depend on the ranks.
 
-    bos_id: the token before every window; None: none. max_tokens: read the first so many tokens of the text.
-    batch_tokens: tokens the model reads at a time.
+    Args:
+        seq_len: Tokens of a window.
+        overlap: Tokens at the start of a window that are context only.
+        bos_id: Token before every window; None: no token.
+        max_tokens: Tokens to read from the start of the text; None: all.
+        batch_tokens: Tokens that the model reads at a time.
+
+    Raises:
+        UserError: The windows do not fit the model or the text.
     """
     tokens = text.tokens[:max_tokens]
     starts, length = window_starts(len(tokens), seq_len=seq_len, overlap=overlap, bos=bos_id is not None, model=model)
@@ -115,7 +121,7 @@ def perplexity(
 
 
 def window_starts(num_tokens: int, *, seq_len: int, overlap: int, bos: bool, model: Transformer) -> tuple[Tensor, int]:
-    """(where each window begins (n,), tokens of the text in a window); `UserError` for windows that cannot be."""
+    """Return (first token of each window (n,), tokens of the text in a window), or raise `UserError`."""
     longest = model.config.max_position_embeddings
     if not 2 <= seq_len <= longest:
         raise UserError(f"seq_len={seq_len}: a window has 2 to {longest} tokens, the model's max_position_embeddings")
@@ -128,7 +134,7 @@ def window_starts(num_tokens: int, *, seq_len: int, overlap: int, bos: bool, mod
 
 
 def _counted_places(starts: Tensor, *, length: int, overlap: int, bos: bool) -> tuple[Tensor, Tensor]:
-    """(places in the text, whether the token there is predicted and not counted before), each (windows, length)."""
+    """Return (places in the text, whether this window counts the token there), each (windows, length)."""
     offsets = torch.arange(length)
     places = starts[:, None] + offsets
     counted = (offsets >= overlap) | (starts[:, None] == 0)

@@ -1,4 +1,4 @@
-"""The texts that perplexity is taken of: WikiText-2, any file, the held-out split of a run."""
+"""Texts for perplexity: WikiText-2, any file, the validation split of a run."""
 
 import hashlib
 from pathlib import Path
@@ -21,11 +21,14 @@ HUB_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
 def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") -> Text:
-    """The text that `name` stands for, in the tokens of `subject`.
+    """Return the text called `name` in the tokens of `subject`, or raise `UserError`.
 
-    `wikitext2`: the raw test split of the Hugging Face hub; `FILE.raw`: the same from a file; `held_out`: that of the
-    run that trained the subject; a run folder: its held-out split; a file or folder of documents, each followed by the
-    end-of-text token as in training; any other file is one text. Raises `UserError` for what cannot be read.
+    Args:
+        name: `wikitext2`, the raw test split from the Hugging Face hub; `FILE.raw`, the same from a file; `held_out`,
+            the validation split of the run that trained the subject; a run folder, its validation split; a file or
+            folder of documents, each followed by the end-of-text token as in training; any other file, one text.
+        subject: The model whose tokenizer is used.
+        text_field: Field of a record that holds the document.
     """
     if name == WIKITEXT2:
         return encode(WIKITEXT2, wikitext(_hub_rows()), subject)
@@ -47,18 +50,18 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
     source = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:
         texts = [text for text in documents(source) if text]
-    except UserError as error:  # the reader names the key of a training
+    except UserError as error:  # it names the key of a training run
         raise UserError(str(error).removeprefix("data.paths: ").replace("data.text_field", "text_field")) from error
     return encode(path.name, texts, subject)
 
 
 def wikitext(rows: list[str]) -> list[str]:
-    """WikiText as published perplexities read it: rows joined by two line ends, blank ones empty."""
+    """Return WikiText as published perplexities read it: lines joined by two line ends, blank ones empty."""
     return ["\n\n".join(row if row.strip() else "" for row in rows)]
 
 
 def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
-    """`texts` in the subject's tokens; several are each followed by end-of-text."""
+    """Return `texts` in the subject's tokens; of several texts each is followed by the end-of-text token."""
     separator = [subject.eos_id] if len(texts) > 1 and subject.eos_id is not None else []
     ids = [token for text in texts for token in subject.encode(text) + separator]
     digest = hashlib.sha256("\0".join(texts).encode())
@@ -66,7 +69,11 @@ def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
 
 
 def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> Text:
-    """The held-out split of a folder of shards, or its first `max_tokens`; `UserError` if its tokens are others'."""
+    """Return the validation split of a folder of shards, or its first `max_tokens`.
+
+    Raises:
+        UserError: The shards were made with another tokenizer.
+    """
     split = Shards(shards, "val")
     if split.tokenizer_hash != tokenizer_hash(tokenizer):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
@@ -76,7 +83,7 @@ def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int |
 
 
 def training_text(subject: LanguageModel) -> torch.Tensor:
-    """Tokens int64 (N,) of the first shard that the subject's run trained on: calibration data."""
+    """Return the tokens, int64 (N,), of the first training shard of the subject's run, for calibration."""
     if subject.config is None:
         raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
     shards = Shards(prepare(subject.config.data, subject.config.tokenizer), "train")
@@ -91,7 +98,7 @@ def _text(name: str, ids: np.ndarray[Any, Any], sha256: str, tokenizer: Tokenize
 
 
 def wikitext_rows(path: Path) -> list[str]:
-    """The lines of a file, each with its line end."""
+    """Return the lines of a file, each with its line end."""
     return [line + "\n" for line in _utf8(path).removesuffix("\n").split("\n")]
 
 
@@ -109,6 +116,6 @@ def _hub_rows() -> list[str]:
     hub = SourceConfig(source="hf", dataset=name, subset=subset, split="test")
     try:
         return list(documents(hub))
-    except UserError as error:  # names the key of a training
+    except UserError as error:  # it names the key of a training run
         reason = str(error).removeprefix(f"data.dataset={name} ")
         raise UserError(f"{WIKITEXT2}: {name} {reason}; name the file instead: texts=[wiki.test.raw]") from error

@@ -30,9 +30,10 @@ from osp.model.sites import layer_name, observe_site, site_names
 from osp.model.transformer import Block, Linear, Transformer
 from osp.monitor import statistics as st
 from osp.monitor.statistics import Sample
-from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
+from osp.quant.formats import AsymmetricInteger, SymmetricInteger
 
-BITS = 4  # of weights and activations in R_L
+# Of R_L
+WEIGHT_FORMAT, ACTIVATION_FORMAT = SymmetricInteger(4), AsymmetricInteger(4)
 VAR_ERROR = "bhyt/var_error"
 
 
@@ -255,8 +256,8 @@ def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
     weight, bias = module.affine()
     bias = None if bias is None else bias.to(x.dtype)
     usual = F.linear(x[:1], weight.to(x.dtype), bias)
-    quantized_weight = fake_quantize_weight(weight, bits=BITS).to(x.dtype)
-    return torch.cat((usual, F.linear(fake_quantize_activation(x[1:], bits=BITS), quantized_weight, bias)))
+    quantized_weight = WEIGHT_FORMAT.round(weight).to(x.dtype)
+    return torch.cat((usual, F.linear(ACTIVATION_FORMAT.round(x[1:]), quantized_weight, bias)))
 
 
 def _blocks(model: Transformer) -> Iterator[tuple[str, Block]]:

@@ -1,12 +1,13 @@
-"""A model under fake quantization: its own forward, with quantized weights and hooks, and afterwards as it was.
+"""Fake quantization of a model: its own forward pass with rounded weights and hooks, undone at the end of a context.
 
     with quantized(model, spec, calibration=rows):
         loss = model(inputs, targets)
 
-Nothing is copied but the weights that change: parameters get other tensors for the time of the context and their own
-ones back at its end, so that a model in training is the same bits before and after.
+Only the weights that change are copied. Parameters get other tensors inside the context and their own tensors back at
+its end, so a model in training is the same bits before and after.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -19,11 +20,13 @@ from tqdm import tqdm
 
 from osp.errors import UserError
 from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
+from osp.model.sites import layer_name, observe_site, replace_site, site_names, split_site
 from osp.model.transformer import Block, Embedding, Linear, Transformer
 from osp.quant.gptq import quantize_weights_gptq
-from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_ffn_online, rotate_qk_online
 from osp.quant.spec import (
+    ACTIVATION_SITES,
+    CACHE_SITES,
     END_ACTIVATION_SITES,
     END_WEIGHT_SITES,
     GATE_SITES,
@@ -35,19 +38,17 @@ from osp.quant.spec import (
 )
 from osp.quant.spinquant import StraightThrough, learn_rotations
 
-Quantize = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantized` did to a model."""
+    """The state of a model inside `quantized`."""
 
     spec: QuantSpec
-    sites: frozenset[str]  # those that are quantized
+    sites: frozenset[str]  # that are quantized
     basis: Tensor | None = None  # (D, D) fp64 R1: the residual stream is h R1; None: h
 
     def in_own_basis(self, h: Tensor) -> Tensor:
-        """Residual vectors (..., D) of the quantized model, turned back to where the unquantized one has them."""
+        """Return residual vectors (..., D) of the quantized model in the basis of the unquantized one."""
         return h if self.basis is None else (h.double() @ self.basis.T.to(h.device)).to(h.dtype)
 
 
@@ -60,11 +61,13 @@ def quantized(
     sites: Collection[str] = SITES,
     progress: bool = False,
 ) -> Iterator[Quantized]:
-    """Let `model` compute as if quantized. It runs eagerly inside, as hooks and compiled code do not go together.
+    """Let `model` compute as if quantized. It runs eagerly inside, because compiled code ignores hooks.
 
-    calibration: (N, T) token ids for GPTQ and SpinQuant (`draw_calibration`). sites: quantize at these alone, of those
-    that `spec` quantizes. If none is left, as at 16-16-16, the model is not touched at all. progress: show how far the
-    weights are.
+    Args:
+        calibration: (N, T) token ids for GPTQ and SpinQuant, see `draw_calibration`.
+        sites: Of the sites that `spec` quantizes, the ones to quantize. Without any, as at 16-16-16, the model is not
+            touched.
+        progress: Show a progress bar for the weights.
     """
     check_spec(spec, model.config)
     if unknown := set(sites) - set(SITES):
@@ -78,7 +81,7 @@ def quantized(
     with ExitStack() as stack:
         _restore_at_exit(model, stack)
         stack.enter_context(_eager())
-        bake_recentring(model)  # what is rounded are the weights as they act
+        bake_recentring(model)  # round the weights as the forward pass uses them
         with torch.no_grad():
             basis = _rotate(model, spec, calibration, active, stack, progress=progress)
             of_blocks, of_ends = active & {*WEIGHT_SITES, *GATE_SITES}, active & set(END_WEIGHT_SITES)
@@ -109,9 +112,9 @@ def propagated_error(
     sites: Collection[str] = SITES,
     rows_per_batch: int = 1,
 ) -> PropagatedError:
-    """How far the hidden states of `model` on `rows` (N, T) move under quantization; see `PropagatedError`.
+    """Return the relative error of the hidden states of `model` on `rows` (N, T) under quantization.
 
-    The residual streams of the unquantized model wait on the CPU: num_hidden_layers * N * T * D values.
+    The residual streams of the unquantized model are kept on the CPU: num_hidden_layers * N * T * D values.
     """
     batches = rows.split(rows_per_batch)
     clean = [_residuals(model, batch) for batch in batches]
@@ -123,7 +126,7 @@ def propagated_error(
             after = [state.in_own_basis(h) for h in _residuals(model, batch)]
             sums[:, :-1] += torch.stack([_error_and_energy(q, h) for q, h in zip(after, before, strict=True)], dim=1)
             for_last.append(after[-1])
-    # outside, where the norm has its gain back
+    # outside the context, where the norm has its own gain
     device = model.embed_tokens.weight.device
     for after_last, before in zip(for_last, clean, strict=True):
         sums[:, -1] += _error_and_energy(norm(after_last.to(device)), norm(before[-1].to(device)))
@@ -132,10 +135,10 @@ def propagated_error(
 
 
 def draw_calibration(tokens: Tensor, spec: QuantSpec, *, seq_len: int) -> Tensor:
-    """(N, seq_len) int64: N = ceil(calibration_tokens / seq_len) windows of the text `tokens` (M,), drawn at random."""
+    """Return (N, seq_len) int64: N = ceil(calibration_tokens / seq_len) random windows of the text `tokens` (M,)."""
     if seq_len > len(tokens) or spec.calibration_tokens > len(tokens):
         raise UserError(
-            f"quant.calibration={spec.calibration}: {len(tokens)} tokens are too few for rows of {seq_len} and "
+            f"quant.calibration={spec.calibration}: {len(tokens)} tokens are too few for sequences of {seq_len} and "
             f"quant.calibration_tokens={spec.calibration_tokens}; name a longer text or lower quant.calibration_tokens"
         )
     generator = torch.Generator().manual_seed(spec.seed)
@@ -145,8 +148,8 @@ def draw_calibration(tokens: Tensor, spec: QuantSpec, *, seq_len: int) -> Tensor
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Compiled blocks run eagerly inside, or hooks would be passed by in silence."""
-    # what compiles has loaded dynamo; to load it here for nothing takes seconds
+    """Return a context in which compiled blocks run eagerly; compiled code ignores hooks."""
+    # a compiled model has loaded dynamo already; loading it takes seconds
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -154,7 +157,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
-    """All that a conversion replaces: the tensors of parameters, the projections and what tells of them."""
+    """Put back at exit what folding and rounding replace: parameter tensors, projections and the config."""
     for name in ("embed_proj", "head_proj", "config"):
         stack.callback(setattr, model, name, getattr(model, name))
     for module in model.modules():
@@ -173,7 +176,7 @@ def _rotate(
     *,
     progress: bool,
 ) -> Tensor | None:
-    """Apply the rotations of `spec`, those online until `stack` ends; returns R1."""
+    """Apply the rotations of `spec`, the online ones until `stack` ends; return R1."""
     if spec.rotation != "none" or active & {*END_WEIGHT_SITES, *END_ACTIVATION_SITES}:
         absorb_projections(model)
     for block in _blocks(model):
@@ -201,65 +204,26 @@ def _quantize_weights(model: Transformer, spec: QuantSpec, sites: Collection[str
     for module in tqdm(modules, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        weight.data = fake_quantize_weight(
-            weight.data,
-            bits=spec.w_bits,
-            group_size=spec.w_group_size,
-            symmetric=spec.w_symmetric,
-            clip_search=spec.w_clip,
-        )
+        weight.data = spec.weight_format.round(weight.data, group_size=spec.w_group_size, clip_search=spec.w_clip)
 
 
 def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack) -> None:
-    """Hooks that quantize what the active sites of activations and cache see, until `stack` ends."""
-
-    def activation(group_size: int | None) -> Quantize:
-        return _through(
-            lambda x: fake_quantize_activation(x, bits=spec.a_bits, group_size=group_size, symmetric=spec.a_symmetric)
-        )
-
-    def cache(site: str) -> Quantize:
-        if site not in active:
-            return lambda x: x
-        return _through(
-            lambda x: fake_quantize_activation(
-                x, bits=spec.kv_bits, group_size=spec.kv_group_size, symmetric=spec.kv_symmetric
-            )
-        )
-
-    of_token = activation(spec.a_group_size)
-    of_head = activation(model.config.head_size) if spec.o_proj_by_head else of_token
-    inputs: list[tuple[str, nn.Module, Quantize]] = [("head_in", model.lm_head, of_token)]
-    for block in _blocks(model):
-        inputs += [
-            ("attn_in", block.self_attn, of_token),
-            ("o_proj_in", block.self_attn.o_proj, of_head),
-            ("mlp_in", block.mlp, of_token),
-            ("down_proj_in", block.mlp.down_proj, of_token),
-        ]
-        if active & {"k", "v"}:
-            handle = block.self_attn.attend.register_forward_pre_hook(_on_cache(cache("k"), cache("v")))
-            stack.callback(handle.remove)
-    for site, module, quantize in inputs:
-        if site in active:
-            stack.callback(module.register_forward_pre_hook(_on_input(quantize)).remove)
+    """Quantize what passes the active sites of activations and cache, until `stack` ends."""
+    by_head = spec.o_proj_by_head and spec.activation_format.block_size is None
+    group_sizes = dict.fromkeys(ACTIVATION_SITES + END_ACTIVATION_SITES, spec.a_group_size)
+    group_sizes |= dict.fromkeys(CACHE_SITES, spec.kv_group_size)
+    if by_head:
+        group_sizes["o_proj_in"] = model.config.head_size
+    for name in site_names(len(model.layers), active & group_sizes.keys()):
+        _, kind = split_site(name)
+        number_format = spec.cache_format if kind in CACHE_SITES else spec.activation_format
+        quantize = functools.partial(number_format.round, group_size=group_sizes[kind])
+        stack.callback(replace_site(model, name, _with_gradient(quantize)).remove)
 
 
-def _through(quantize: Quantize) -> Quantize:
-    """`quantize` with a gradient: straight through."""
+def _with_gradient(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `quantize` with the straight-through gradient."""
     return lambda x: StraightThrough.apply(x, quantize(x.detach()))
-
-
-def _on_input(quantize: Quantize) -> Callable[..., tuple[Any, ...]]:
-    return lambda _, arguments: (quantize(arguments[0]), *arguments[1:])
-
-
-def _on_cache(quantize_k: Quantize, quantize_v: Quantize) -> Callable[..., tuple[Any, ...]]:
-    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        q, k, v, mask = arguments
-        return q, quantize_k(k), quantize_v(v), mask
-
-    return hook
 
 
 def _blocks(model: Transformer) -> Iterator[Block]:
@@ -272,9 +236,10 @@ def _blocks(model: Transformer) -> Iterator[Block]:
 
 
 def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
-    """The residual stream (B, T, D) after each block, on the CPU."""
+    """Return the residual stream (B, T, D) after each block, on the CPU."""
     seen: list[Tensor] = []
-    handles = [layer.register_forward_hook(lambda *call: seen.append(call[2].cpu())) for layer in model.layers]
+    names = [f"{layer_name(layer)}/block_out" for layer in range(len(model.layers))]
+    handles = [observe_site(model, name, lambda x: seen.append(x.cpu())) for name in names]
     try:
         with _eager():
             model(rows.to(model.embed_tokens.weight.device))
@@ -285,6 +250,6 @@ def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
 
 
 def _error_and_energy(h_q: Tensor, h: Tensor) -> Tensor:
-    """(||h_q - h||^2, ||h||^2), fp64."""
+    """Return (||h_q - h||^2, ||h||^2), fp64."""
     h_q, h = h_q.double(), h.double()
     return torch.stack(((h_q - h).square().sum(), h.square().sum())).cpu()

@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): weights rounded one input channel at a time, errors pushed to the rest.
 
 The objective of a matrix is ||X (W - Q)^T||^2 = tr((W - Q) H (W - Q)^T), H = X^T X over the inputs X of calibration
-text. Scales are those of round-to-nearest, taken from the weight as it was ("static groups"), so that they do not
-depend on the order of the channels; with H a multiple of the identity GPTQ is round-to-nearest.
+text. Scales are computed as for round-to-nearest from the original weight ("static groups"), so they do not depend on
+the order of the channels. If H is a multiple of the identity, GPTQ is round-to-nearest.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -13,31 +13,36 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from osp.model.transformer import Block, Transformer
-from osp.quant.grid import clipped_grid, full_grid, grouped
+from osp.quant.formats import NumberFormat
+from osp.quant.grid import grouped
 from osp.quant.spec import QuantSpec
 
 # Matrices of a block that see the same input, in the order in which the block computes them.
 STAGES = (("q_proj", "k_proj", "v_proj", "attention_gate"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-COLUMNS = 128  # channels whose errors reach the channels behind them in one product
+COLUMNS = 128  # channels whose errors reach the later channels in one product
 
 
 def gptq(
     weight: Tensor,
     hessian: Tensor,
     *,
-    bits: int,
+    number_format: NumberFormat,
     group_size: int | None = None,
-    symmetric: bool = True,
     clip_search: bool = False,
     act_order: bool = False,
     damping: float = 0.01,
 ) -> Tensor:
-    """`weight` (out, in) on its grid, chosen for the inputs whose second moments are `hessian` (in, in).
+    """Return `weight` (out, in) rounded for inputs with the second moments `hessian` (in, in).
 
-    act_order: channels in the order of falling H_ii. damping: share of the mean of H_ii added to each.
+    Args:
+        number_format: Format with a grid.
+        group_size: Input channels that share a scale; None: all.
+        clip_search: Search for the clipping ratio with the smallest rounding error.
+        act_order: Take the channels in the order of falling H_ii.
+        damping: Share of the mean of H_ii that is added to each H_ii.
     """
-    groups = grouped(weight, bits=bits, group_size=group_size)
-    grid = (clipped_grid if clip_search else full_grid)(groups, bits=bits, symmetric=symmetric)
+    groups = grouped(weight, group_size=group_size)
+    grid = number_format.grid(groups, clip_search=clip_search)
     scale, zero = (part[..., 0].repeat_interleave(groups.shape[-1], dim=1) for part in (grid.scale, grid.zero))
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
     order = order.to(weight.device)
@@ -58,10 +63,10 @@ def gptq(
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of (H + damping mean(H_ii) I)^-1, fp32; computed in fp64, where H is nearly singular."""
+    """Return the upper Cholesky factor of (H + damping mean(H_ii) I)^-1, fp32; H is nearly singular, hence fp64."""
     h = hessian.double()
     diagonal = h.diagonal()
-    # an input that never occurred: nothing to correct
+    # 1 for an input that never occurred, which needs no correction
     h = h + torch.diag((diagonal == 0).double() + damping * diagonal.mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     return torch.linalg.cholesky(inverse, upper=True).float()
@@ -71,10 +76,10 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 def quantize_weights_gptq(
     model: Transformer, spec: QuantSpec, calibration: Tensor, *, sites: Collection[str], progress: bool = False
 ) -> None:
-    """Replace the weights of the blocks that `sites` names by quantized ones, block after block.
+    """Replace the weights of the blocks at `sites` by quantized ones, block after block.
 
-    Each matrix is fitted to what it sees in the model whose earlier matrices are quantized already. calibration:
-    (N, T) token ids. Besides the model only the hidden states of one block and one (in, in) Hessian are kept.
+    Each matrix is fitted to its inputs in the model whose earlier matrices are quantized already. Besides the model,
+    the hidden states of one block and one (in, in) Hessian are kept in memory. calibration: (N, T) token ids.
     """
     device = model.embed_tokens.weight.device
     cos, sin = model.rotary(calibration.shape[1], device)
@@ -82,7 +87,7 @@ def quantize_weights_gptq(
     def run(layer: nn.Module, rows: list[Tensor]) -> list[Tensor]:
         return [layer(row.to(device), cos, sin, None).to(row.device) for row in rows]
 
-    # rows wait on the CPU: at 128 rows of 2048 tokens they are larger than a block
+    # kept on the CPU: 128 sequences of 2048 tokens are larger than a block
     rows = [
         model.embed_proj(model.embed_tokens(ids[None].to(device)).to(model.compute_dtype)).cpu() for ids in calibration
     ]
@@ -101,9 +106,8 @@ def quantize_weights_gptq(
                 weight.data = gptq(
                     weight,
                     hessian(),
-                    bits=spec.w_bits,
+                    number_format=spec.weight_format,
                     group_size=spec.w_group_size,
-                    symmetric=spec.w_symmetric,
                     clip_search=spec.w_clip,
                     act_order=spec.act_order,
                     damping=spec.damping,
@@ -113,7 +117,7 @@ def quantize_weights_gptq(
 
 @contextmanager
 def _second_moments(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """A function that returns X^T X (in, in), fp32, of all the inputs that `module` has seen inside the context."""
+    """Yield a function that returns X^T X (in, in), fp32, of all inputs of `module` inside the context."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)

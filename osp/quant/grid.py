@@ -1,10 +1,7 @@
-"""Fake quantization, round to nearest: values move to the grid that `bits` bits can hold and stay floating point.
+"""Integer grids for fake quantization: values move to the nearest point and stay floating point.
 
 The settings are those of OSP's evaluation (arXiv 2506.19697; the quantizers of QuaRot, arXiv 2404.00456): weights
-symmetric per output channel, activations asymmetric per token, both without a search for a clipping ratio unless asked
-for. Everything works along the last axis, which is the input channel of a weight (out, in) and the channel of an
-activation (..., D); with `group_size` every run of so many channels has a scale of its own. The arithmetic is fp32, the
-result in the dtype of x.
+symmetric per output channel, activations asymmetric per token. The arithmetic is fp32.
 """
 
 from typing import NamedTuple
@@ -12,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BITS = range(2, 17)
-CLIP_RATIOS = tuple(1 - i / 100 for i in range(80))  # of the clip search, from the whole range down
+CLIP_RATIOS = tuple(1 - i / 100 for i in range(80))  # of the clip search, from the whole range downwards
 CLIP_NORM = 2.4  # power of the error that the clip search minimizes
 
 
@@ -26,42 +22,25 @@ class Grid(NamedTuple):
     high: int
 
     def levels(self, x: Tensor) -> Tensor:
-        """The integers n nearest to x (..., group), fp32; ties go to the even one before z is added."""
+        """Return the integers n nearest to x (..., group), fp32; ties go to the even one before z is added."""
         return (x.float() / self.scale).round_().add_(self.zero).clamp_(self.low, self.high)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The values of the grid nearest to x (..., group), fp32."""
+        """Return the values of the grid nearest to x (..., group), fp32."""
         return self.levels(x).sub_(self.zero).mul_(self.scale)
 
 
-def fake_quantize_weight(
-    weight: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = True, clip_search: bool = False
-) -> Tensor:
-    """`weight` (out, in) on a grid per row: s * clamp(round(w / s), -2^(b-1), 2^(b-1) - 1), zero kept.
-
-    Not `symmetric`: the grid of `fake_quantize_activation`. clip_search: see `clipped_grid`.
-    """
-    return _fake_quantize(weight, bits, group_size, symmetric, clip_search)
-
-
-def fake_quantize_activation(x: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = False) -> Tensor:
-    """`x` (..., D) on an asymmetric grid per token: s * (clamp(round(x / s) + z, 0, 2^b - 1) - z), zero kept.
-
-    `symmetric`: the grid of `fake_quantize_weight`.
-    """
-    return _fake_quantize(x, bits, group_size, symmetric, False)
-
-
 def symmetric_scale(x: Tensor, *, bits: int) -> Tensor:
-    """s = max|x| / (2^(bits-1) - 1) over the last axis, (..., 1) fp32; 1 where x is all zero."""
+    """Return s = max|x| / (2^(bits-1) - 1) over the last axis, (..., 1) fp32; 1 where x is all zero."""
     scale = x.float().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return torch.where(scale == 0, 1.0, scale)
 
 
 def asymmetric_scale(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-    """(s, z) over the last axis, each (..., 1) fp32: s = (max(x, 0) - min(x, 0)) / (2^bits - 1), z = round(-min / s).
+    """Return (s, z) over the last axis, each (..., 1) fp32.
 
-    The range holds 0, so that 0 is a level of its own; s is 1 where x is all zero.
+    s = (max(x, 0) - min(x, 0)) / (2^bits - 1), z = round(-min(x, 0) / s). The range includes 0, so that 0 is a level;
+    s is 1 where x is all zero.
     """
     x = x.float()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -71,7 +50,7 @@ def asymmetric_scale(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def full_grid(x: Tensor, *, bits: int, symmetric: bool) -> Grid:
-    """The grid that reaches the extremes of x over its last axis."""
+    """Return the grid that reaches the extremes of x over its last axis."""
     if symmetric:
         scale = symmetric_scale(x, bits=bits)
         return Grid(scale, torch.zeros_like(scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -79,7 +58,9 @@ def full_grid(x: Tensor, *, bits: int, symmetric: bool) -> Grid:
 
 
 def clipped_grid(x: Tensor, *, bits: int, symmetric: bool) -> Grid:
-    """The full grid times that of CLIP_RATIOS whose error sum |q - x|^CLIP_NORM is least; the widest of ties.
+    """Return the full grid times the ratio of `CLIP_RATIOS` with the least error sum |q - x|^CLIP_NORM.
+
+    Of equal errors the widest grid is taken.
 
     The search of GPTQ's and QuaRot's code ("w_clip", "mse"), which raises the error to 2.4 and not to 2.
     """
@@ -94,17 +75,9 @@ def clipped_grid(x: Tensor, *, bits: int, symmetric: bool) -> Grid:
     return full._replace(scale=scale)
 
 
-def grouped(x: Tensor, *, bits: int, group_size: int | None) -> Tensor:
-    """x fp32 as (..., groups, group_size), after a check that this is possible."""
-    if bits not in BITS:
-        raise ValueError(f"bits={bits}: choose from {BITS.start} to {BITS.stop - 1}")
+def grouped(x: Tensor, *, group_size: int | None) -> Tensor:
+    """Return x in fp32 as (..., groups, group_size); raise `ValueError` if groups do not divide the last axis."""
     size = x.shape[-1] if group_size is None else group_size
     if size < 1 or x.shape[-1] % size:
         raise ValueError(f"group_size={group_size} does not divide the {x.shape[-1]} channels")
     return x.float().unflatten(-1, (-1, size))
-
-
-def _fake_quantize(x: Tensor, bits: int, group_size: int | None, symmetric: bool, clip_search: bool) -> Tensor:
-    groups = grouped(x, bits=bits, group_size=group_size)
-    grid = (clipped_grid if clip_search else full_grid)(groups, bits=bits, symmetric=symmetric)
-    return grid.nearest(groups).reshape(x.shape).to(x.dtype)

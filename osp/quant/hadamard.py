@@ -1,12 +1,12 @@
-"""Hadamard matrices of any order that a model needs, from constructions, and their product with activations.
+"""Hadamard matrices of any order that a model needs, by construction, and their product with activations.
 
 A Hadamard matrix of order n has entries +-1 and H H^T = n I; divided by sqrt(n) it is the rotation that spreads an
 outlier evenly over all channels. `orders(n)` writes n as a product of orders that Sylvester's or one of Paley's
-constructions gives, and the matrix is the Kronecker product of these, so that n x n never exists and the product costs
+constructions gives. The matrix is their Kronecker product, so the n x n matrix is never built and the product costs
 n * sum(orders) instead of n^2. 5504, the FFN of OSP's model, is 16 x 344 and 344 = 7^3 + 1.
 
-What is left of an n without such a product (172 = 4 x 43: orders 172 and 43 x 4 are not Paley's) is rotated by the
-discrete Hartley transform, cos + sin of 2 pi i j / m over sqrt(m): orthogonal for every m, and its entries are at most
+If n has no such product (172 = 4 x 43: neither 172 nor 43 x 4 is Paley's), its odd part is rotated by the discrete
+Hartley transform, cos + sin of 2 pi i j / m over sqrt(m): orthogonal for every m, and its entries are at most
 sqrt(2) times those of a Hadamard matrix.
 """
 
@@ -21,34 +21,34 @@ SYLVESTER = 64  # largest power of two that is one dense factor: two of them mak
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """x H, (..., n), for the orthogonal H of `hadamard_matrix(n)`: fp32 at least inside, result in the dtype of x."""
+    """Return x H (..., n) for the H of `hadamard_matrix(n)`: computed in fp32 at least, in the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
     for order in reversed(orders(n)):
         matrix = _factor_on(order, wide.dtype, wide.device)
-        # after as many turns as there are factors every axis is back at its place
+        # after one transposition per factor every axis is back at its place
         wide = (wide.reshape(-1, n // order, order) @ matrix).transpose(1, 2)
     return wide.reshape(x.shape).to(x.dtype)
 
 
 def hadamard_matrix(n: int) -> Tensor:
-    """(n, n) float64, orthogonal: the Kronecker product of the factors of `orders(n)`."""
+    """Return (n, n) float64, orthogonal: the Kronecker product of the factors of `orders(n)`."""
     return hadamard_transform(torch.eye(n, dtype=torch.float64))
 
 
 def random_hadamard(n: int, *, generator: torch.Generator) -> Tensor:
-    """(n, n) float64, orthogonal: diag(s) H with random signs s (QuaRot, arXiv 2404.00456)."""
+    """Return (n, n) float64, orthogonal: diag(s) H with random signs s (QuaRot, arXiv 2404.00456)."""
     signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
     return signs[:, None] * hadamard_matrix(n)
 
 
 @functools.cache
 def orders(n: int) -> tuple[int, ...]:
-    """Orders of the factors whose product is n, at the least cost: powers of two, Paley's orders, at most one other."""
+    """Return the orders of the factors of n at the least cost: powers of two, Paley's orders, at most one other."""
     assert n >= 1
     rest, twos = _odd_part(n)
     hadamard = _products(n)
-    if hadamard is None:  # no product of Hadamard matrices is known here: Hartley for the odd part
+    if hadamard is None:  # no product of known Hadamard matrices: Hartley for the odd part
         return (*_powers_of_two(2**twos), rest)
     paley = [order for order in hadamard if order & (order - 1)]
     return (*_powers_of_two(n // math.prod(paley)), *paley)
@@ -56,7 +56,7 @@ def orders(n: int) -> tuple[int, ...]:
 
 @functools.cache
 def factor(order: int) -> Tensor:
-    """(order, order) float64, orthogonal up to rounding: one factor of a rotation."""
+    """Return (order, order) float64, orthogonal up to rounding: one factor of a rotation."""
     if order & (order - 1) == 0 or paley_kind(order):
         return sign_matrix(order).double() / math.sqrt(order)
     angle = torch.arange(order, dtype=torch.float64)
@@ -65,7 +65,7 @@ def factor(order: int) -> Tensor:
 
 
 def sign_matrix(order: int) -> Tensor:
-    """(order, order) int64 of +-1 with H H^T = order * I, for a power of two or an order of Paley's."""
+    """Return (order, order) int64 of +-1 with H H^T = order * I, for a power of two or an order of Paley's."""
     if order & (order - 1) == 0:
         matrix = torch.ones(1, 1, dtype=torch.int64)
         while len(matrix) < order:
@@ -73,7 +73,7 @@ def sign_matrix(order: int) -> Tensor:
         return matrix
     kind = paley_kind(order)
     if kind is None:
-        raise ValueError(f"order {order}: neither a power of two nor of Paley's constructions")
+        raise ValueError(f"order {order}: neither a power of two nor an order of Paley's constructions")
     q = order - 1 if kind == 1 else order // 2 - 1
     core = torch.zeros(q + 1, q + 1, dtype=torch.int64)
     core[0, 1:] = 1
@@ -87,7 +87,10 @@ def sign_matrix(order: int) -> Tensor:
 
 
 def paley_kind(order: int) -> int | None:
-    """1 if order = q + 1, q = 3 mod 4 a prime power; 2 if order = 2 (q + 1), q = 1 mod 4 a prime power; else None."""
+    """Return Paley's construction of this order, or None.
+
+    For a prime power q: 1 if order = q + 1 and q = 3 mod 4, 2 if order = 2 (q + 1) and q = 1 mod 4.
+    """
     if order >= 4 and order % 4 == 0:
         if prime_power(order - 1):  # order - 1 is 3 mod 4
             return 1
@@ -97,10 +100,10 @@ def paley_kind(order: int) -> int | None:
 
 
 def jacobsthal(q: int) -> Tensor:
-    """(q, q) int64, entry (i, j) = chi(a_i - a_j): 1 for a square of GF(q), -1 for any other element, 0 for 0."""
-    found = prime_power(q)
-    assert found, f"{q} is not a power of a prime"
-    p, k = found
+    """Return (q, q) int64 with entries chi(a_i - a_j): 1 for a square of GF(q), -1 for any other element, 0 for 0."""
+    base = prime_power(q)
+    assert base, f"{q} is not a power of a prime"
+    p, k = base
     # element i of GF(p^k) is the polynomial whose coefficients are the digits of i in base p
     place = p ** torch.arange(k)
     digits = torch.arange(q)[:, None] // place % p  # (q, k)
@@ -115,7 +118,7 @@ def jacobsthal(q: int) -> Tensor:
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p^k and p an odd prime, else None."""
+    """Return (p, k) with q = p^k and p an odd prime, else None."""
     if q < 3 or q % 2 == 0:
         return None
     p = next((d for d in range(3, math.isqrt(q) + 1, 2) if q % d == 0), q)
@@ -125,27 +128,27 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 @functools.cache
 def _products(n: int) -> tuple[int, ...] | None:
-    """Orders (2 or of Paley's) with product n and the least sum, None if there are none."""
+    """Return the orders (2 or Paley's) with product n and the least sum, None without any."""
     if n == 1:
         return ()
-    found = [
+    candidates = [
         (order, *others)
         for order in range(2, n + 1)
         if n % order == 0 and (order == 2 or (order & (order - 1) and paley_kind(order)))
         if (others := _products(n // order)) is not None
     ]
-    return min(found, key=lambda orders: (sum(orders), orders), default=None)
+    return min(candidates, key=lambda orders: (sum(orders), orders), default=None)
 
 
 def _powers_of_two(n: int) -> tuple[int, ...]:
-    """n, a power of two, as factors of at most SYLVESTER that are nearly equal."""
+    """Return nearly equal factors of at most SYLVESTER of n, a power of two."""
     exponent = n.bit_length() - 1
     count = -(-exponent // (SYLVESTER.bit_length() - 1))
     return tuple(2 ** ((exponent + i) // count) for i in range(count))
 
 
 def _odd_part(n: int) -> tuple[int, int]:
-    """(m, k) with n = m 2^k and m odd."""
+    """Return (m, k) with n = m 2^k and m odd."""
     twos = (n & -n).bit_length() - 1
     return n >> twos, twos
 
@@ -156,7 +159,7 @@ def _factor_on(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _times(a: list[int], b: list[int], modulus: list[int], p: int) -> list[int]:
-    """a b in GF(p)[x] / modulus, coefficients from the lowest; modulus monic, its leading 1 left out."""
+    """Return a b in GF(p)[x] / modulus, coefficients from the lowest; the modulus is monic without its leading 1."""
     k = len(modulus)
     out = [0] * (2 * k - 1)
     for i, u in enumerate(a):
@@ -169,9 +172,9 @@ def _times(a: list[int], b: list[int], modulus: list[int], p: int) -> list[int]:
 
 
 def _irreducible(p: int, k: int) -> list[int]:
-    """Coefficients from the lowest, without the leading 1, of a monic polynomial of degree k that does not factor.
+    """Return an irreducible monic polynomial of degree k: coefficients from the lowest, without the leading 1.
 
-    The first one modulo which the powers of x run through all p^k - 1 elements but 0: primitive, hence irreducible.
+    It is the first one modulo which the powers of x are all p^k - 1 nonzero elements: primitive, hence irreducible.
     """
     if k == 1:
         return [0]

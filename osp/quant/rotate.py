@@ -1,12 +1,12 @@
-"""Rotations of a Llama that leave its function as it is (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+"""Rotations of a Llama that do not change its function (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
 
-R1 (D, D) turns the residual stream, h -> h R1: what writes into it is multiplied by R1 and what reads from it by R1^T,
-and the norms between see vectors of the same length. R2 (K, K), one per layer, turns every value head, v -> v R2, and
-o_proj turns back. Both vanish into the weights. Norm gains are folded and projections absorbed before. Where a gate
-multiplies what o_proj reads, element by element, there is no R2: it would not pass through.
+R1 (D, D) rotates the residual stream, h -> h R1: writers of the stream are multiplied by R1, readers by R1^T, and the
+norms between see vectors of the same length. R2 (K, K), one per layer, rotates every value head, v -> v R2, and o_proj
+rotates back. Both are fused into the weights, after norm gains are folded and projections absorbed. A gate multiplies
+the input of o_proj element by element, which does not commute with R2, so a gated model has no R2.
 
 Two Hadamard transforms cannot be fused and run online: of the input of down_proj, whose weight takes the inverse, and
-of queries and keys after RoPE, whose inverses meet in their product.
+of queries and keys after RoPE, which cancel in their product.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from osp.quant.hadamard import hadamard_transform, random_hadamard
 
 
 def random_rotations(model: Transformer, *, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """QuaRot's (R1, [R2 of each layer], or [] behind a gate): Hadamard with random signs, float64 on the CPU."""
+    """Return QuaRot's (R1, [R2 of each layer], empty with a gate): Hadamard with random signs, float64 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     residual = random_hadamard(config.hidden_size, generator=generator)
@@ -29,7 +29,7 @@ def random_rotations(model: Transformer, *, seed: int) -> tuple[Tensor, list[Ten
 
 
 def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every weight and bias that R1 = `residual` and R2 = `values` change, by parameter name and in the dtype of R1.
+    """Return each weight and bias that R1 = `residual` and R2 = `values` change by its name, in the dtype of R1.
 
     Differentiable in the rotations. W (out, in) acts as x W^T + b: a reader becomes W R1, a writer R1^T W with b R1.
     values: one R2 per layer, or none.
@@ -63,7 +63,7 @@ def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tenso
 
 @torch.no_grad()
 def fuse_rotations(model: Transformer, residual: Tensor, values: Sequence[Tensor]) -> None:
-    """Put the rotations into the weights. Tensors are replaced, none is written into."""
+    """Put the rotations into the weights. Tensors are replaced, not written in place."""
     parameters = dict(model.named_parameters())
     device = model.embed_tokens.weight.device
     rotated = rotated_weights(model, residual.to(device), [value.to(device) for value in values])
@@ -73,7 +73,7 @@ def fuse_rotations(model: Transformer, residual: Tensor, values: Sequence[Tensor
 
 @torch.no_grad()
 def rotate_ffn_online(down_proj: nn.Module) -> Any:
-    """Transform the input of down_proj at every call and its weight once; returns the handle that ends the former."""
+    """Transform the input of down_proj at every call and its weight once; return the handle of the hook."""
     assert isinstance(down_proj.weight, nn.Parameter)
     weight = down_proj.weight
     weight.data = hadamard_transform(weight.double()).to(weight.dtype)
@@ -81,7 +81,7 @@ def rotate_ffn_online(down_proj: nn.Module) -> Any:
 
 
 def rotate_qk_online(attention: Attention) -> Any:
-    """Transform queries and keys after RoPE at every call; returns the handle that ends it."""
+    """Transform queries and keys after RoPE at every call; return the handle of the hook."""
 
     def transform(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         q, k, *rest = arguments

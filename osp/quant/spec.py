@@ -1,13 +1,16 @@
-"""How a model is quantized, as one frozen value that is printed and hashed beside every number made with it."""
+"""The quantization of a model as one frozen value, printed and hashed beside every number made with it."""
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from osp.config import ModelConfig, build
 from osp.errors import UserError
+
+if TYPE_CHECKING:
+    from osp.quant.formats import NumberFormat
 
 # Where a model can be quantized. Names are those of the monitor's sites and of the model's own modules.
 WEIGHT_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -18,7 +21,9 @@ END_WEIGHT_SITES = ("embed_tokens", "lm_head")
 END_ACTIVATION_SITES = ("head_in",)
 SITES = (*WEIGHT_SITES, *GATE_SITES, *ACTIVATION_SITES, *CACHE_SITES, *END_WEIGHT_SITES, *END_ACTIVATION_SITES)
 
-# A rotation R of the residual stream passes through a norm whose only gain can be folded into the next matrix.
+PARTS = ("w", "a", "kv")  # prefixes of the keys for weights, activations and cache
+
+# Norms that commute with a rotation of the residual stream: their gain can be folded into the next matrix.
 ROTATABLE_NORMS = ("rmsnorm", "ssnorm")
 
 
@@ -26,16 +31,16 @@ ROTATABLE_NORMS = ("rmsnorm", "ssnorm")
 class QuantSpec:
     """The quantization of a model: keys of the group `quant`. 16 bits leave a tensor untouched, bit for bit.
 
-    W are the weights of the blocks, A the inputs of their matrices, KV keys and values as a cache would hold them,
-    the keys after RoPE. A rotation is applied only where something in its basis is quantized.
+    W are the weights of the blocks, A the inputs of their matrices, KV keys (after RoPE) and values as a cache holds
+    them. A rotation is applied only where something in its basis is quantized.
     """
 
     w_bits: int = 16
     a_bits: int = 16
     kv_bits: int = 16
     w_symmetric: bool = True
-    w_group_size: int | None = None  # input channels that share a scale; None: all those of an output channel
-    w_clip: bool = True  # narrow the range of each scale to where its rounding error is least
+    w_group_size: int | None = None  # input channels that share a scale; None: all of an output channel
+    w_clip: bool = True  # narrow the range of each scale to the least rounding error
     a_symmetric: bool = False
     a_group_size: int | None = None  # channels of a token that share a scale; None: all
     o_proj_by_head: bool = True  # the input of o_proj has one scale per head
@@ -51,16 +56,22 @@ class QuantSpec:
         "none"  # of the residual stream and of values, fused into weights
     )
     rotation_steps: int = 100  # spinquant: steps of the optimization
-    rotation_lr: float = 1.5  # spinquant: its first rate; falls linearly to 0
+    rotation_lr: float = 1.5  # spinquant: first learning rate; falls linearly to 0
     calibration: str = "train"  # gptq, spinquant: name of the text; train: the training split. Never the test text
-    calibration_tokens: int = 262_144  # 128 rows of 2048, the number in QuaRot's code
-    seed: int = 0  # of calibration rows and random rotations
+    calibration_tokens: int = 262_144  # 128 sequences of 2048, as in QuaRot's code
+    seed: int = 0  # of calibration sequences and random rotations
+    # Number formats by their names in osp.quant.formats; None: integers, symmetric or not as the keys above say
+    w_format: str | None = None
+    a_format: str | None = None
+    kv_format: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("w_bits", "a_bits", "kv_bits"):
             bits = getattr(self, key)
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
                 raise UserError(f"quant.{key}={bits}: must be an integer from 2 to 16; 16 leaves the tensor as it is")
+        for part in PARTS:
+            self._check_format(part)
         for key in ("w_group_size", "a_group_size", "kv_group_size", "calibration_tokens", "rotation_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -74,6 +85,46 @@ class QuantSpec:
             raise UserError("quant.calibration is empty; name the text, or write train for the training split")
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
+
+    def _check_format(self, part: str) -> None:
+        name, bits = getattr(self, f"{part}_format"), getattr(self, f"{part}_bits")
+        if name is None:
+            return
+        from osp.quant.formats import FORMATS  # loads torch
+
+        if name not in FORMATS:
+            raise UserError(f"quant.{part}_format={name!r}; choose from {', '.join(sorted(FORMATS))}")
+        chosen, group_size = FORMATS[name], getattr(self, f"{part}_group_size")
+        if bits < 16 and bits not in chosen.widths:
+            widths = ", ".join(map(str, chosen.widths))
+            raise UserError(f"quant.{part}_bits={bits}: the format {name} has {widths} bits")
+        if chosen.block_size and group_size not in (None, chosen.block_size):
+            raise UserError(
+                f"quant.{part}_group_size={group_size}: the format {name} has groups of {chosen.block_size}; "
+                f"set quant.{part}_group_size=null"
+            )
+        if chosen.needs_calibration:
+            raise UserError(f"quant.{part}_format={name}: it needs calibration text, which rounding does not get")
+        if part == "w" and self.method == "gptq" and not chosen.has_grid:
+            raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
+
+    @property
+    def weight_format(self) -> "NumberFormat":
+        return self._format("w")
+
+    @property
+    def activation_format(self) -> "NumberFormat":
+        return self._format("a")
+
+    @property
+    def cache_format(self) -> "NumberFormat":
+        return self._format("kv")
+
+    def _format(self, part: str) -> "NumberFormat":
+        from osp.quant.formats import FORMATS
+
+        name = getattr(self, f"{part}_format") or ("sym" if getattr(self, f"{part}_symmetric") else "asym")
+        return FORMATS[name](getattr(self, f"{part}_bits"))
 
     @property
     def bits(self) -> str:
@@ -91,12 +142,16 @@ class QuantSpec:
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of all fields."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """12 hexadecimal digits of the SHA-256 of all fields; a format left at None does not count."""
+        values = dataclasses.asdict(self)
+        for part in PARTS:
+            if values[f"{part}_format"] is None:
+                del values[f"{part}_format"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def at(self, bits: str) -> "QuantSpec":
-        """This spec at other bits, "4-8-16" for W-A-KV."""
+        """Return this spec at other bits, "4-8-16" for W-A-KV."""
         parts = bits.split("-")
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             raise UserError(f"bits {bits!r}: write weights-activations-cache such as 4-8-16")
@@ -104,18 +159,19 @@ class QuantSpec:
         return dataclasses.replace(self, w_bits=w, a_bits=a, kv_bits=kv)
 
     def __str__(self) -> str:
-        """One line that says everything which has an effect."""
+        """Return one line with every setting that has an effect."""
         if self.is_identity:
             return "16-16-16 (not quantized)"
         parts = [f"{self.bits} {self._method()}"]
         if self.w_bits < 16:
-            parts.append(_kind("W", self.w_symmetric, self.w_group_size, "channel") + (" clip" if self.w_clip else ""))
+            clip = " clip" if self.w_clip and self.weight_format.has_grid else ""
+            parts.append(_kind("W", self.weight_format, self.w_group_size, "channel") + clip)
         if self.a_bits < 16:
             by_head = " (o_proj by head)" if self.o_proj_by_head else ""
-            parts.append(_kind("A", self.a_symmetric, self.a_group_size, "token") + by_head)
+            parts.append(_kind("A", self.activation_format, self.a_group_size, "token") + by_head)
         if self.kv_bits < 16:
             hadamard = " (K Hadamard)" if self.qk_hadamard else ""
-            parts.append(_kind("KV", self.kv_symmetric, self.kv_group_size, "head") + hadamard)
+            parts.append(_kind("KV", self.cache_format, self.kv_group_size, "head") + hadamard)
         if self.embedding_and_head and min(self.w_bits, self.a_bits) < 16:
             parts.append("embedding and head too")
         if self.needs_calibration:
@@ -125,7 +181,7 @@ class QuantSpec:
         return ", ".join(parts)
 
     def _method(self) -> str:
-        """Rounding and rotations: "gptq act-order + quarot + ffn Hadamard"."""
+        """Return rounding and rotations: "gptq act-order + quarot + ffn Hadamard"."""
         rounding = "rtn"
         if self.method == "gptq" and self.w_bits < 16:
             rounding = f"gptq{' act-order' if self.act_order else ''} damping {self.damping:g}"
@@ -139,12 +195,12 @@ class QuantSpec:
 
 
 def spec_from_dict(values: dict[str, Any]) -> QuantSpec:
-    """The checked spec that the group `quant` of a configuration describes, or a `UserError` naming the key."""
+    """Return the spec of the group `quant` of a configuration, or raise a `UserError` that names the key."""
     return build(QuantSpec, values, path="quant")
 
 
 def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:
-    """The sites of a model of this shape that `spec` quantizes."""
+    """Return the sites of a model of this shape that `spec` quantizes."""
     ends = spec.embedding_and_head
     sites: list[str] = []
     if spec.w_bits < 16:
@@ -158,15 +214,18 @@ def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:
 
 
 def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
-    """Raise `UserError` where `spec` cannot be applied to a model of this shape: groups that do not divide, norms."""
+    """Raise `UserError` if `spec` does not fit a model of this shape: groups that do not divide, norms."""
     widths = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
     widths["num_attention_heads * head_dim"] = model.num_attention_heads * model.head_size
-    for key, bits in (("w_group_size", spec.w_bits), ("a_group_size", spec.a_bits)):
-        size = getattr(spec, key)
+    for key, bits, prescribed in (
+        ("w_group_size", spec.w_bits, spec.weight_format.block_size),
+        ("a_group_size", spec.a_bits, spec.activation_format.block_size),
+    ):
+        size = getattr(spec, key) or prescribed
         for name, width in widths.items():
             if bits < 16 and size is not None and width % size:
                 raise UserError(f"quant.{key}={size} does not divide model.{name}={width}")
-    size = spec.kv_group_size
+    size = spec.kv_group_size or spec.cache_format.block_size
     if spec.kv_bits < 16 and size is not None and model.head_size % size:
         raise UserError(f"quant.kv_group_size={size} does not divide the head size {model.head_size}")
     if spec.rotation != "none" and not spec.is_identity:
@@ -183,5 +242,5 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
             )
 
 
-def _kind(name: str, symmetric: bool, group_size: int | None, whole: str) -> str:
-    return f"{name} {'sym' if symmetric else 'asym'}/{f'group {group_size}' if group_size else whole}"
+def _kind(part: str, number_format: "NumberFormat", group_size: int | None, whole: str) -> str:
+    return f"{part} {number_format.name}/{f'group {group_size}' if group_size else whole}"

@@ -14,16 +14,15 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from osp.model.transformer import Transformer
-from osp.quant.grid import fake_quantize_weight
 from osp.quant.rotate import rotated_weights
 from osp.quant.spec import QuantSpec
 
-TOKENS_PER_STEP = 16_384  # of calibration text: 8 rows of 2048, as in the authors' code
-TOKENS_AT_ONCE = 4096  # whose activations are kept for one backward pass
+TOKENS_PER_STEP = 16_384  # of calibration text: 8 sequences of 2048, as in the authors' code
+TOKENS_AT_ONCE = 4096  # tokens of one backward pass
 
 
 class StraightThrough(torch.autograd.Function):
-    """The rounded x forward, the gradient of x backward."""
+    """Return the rounded x in the forward pass, the gradient of x in the backward pass."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, rounded: Tensor) -> Tensor:
@@ -35,9 +34,9 @@ class StraightThrough(torch.autograd.Function):
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, *, lr: float) -> Tensor:
-    """The orthogonal matrix that descent along `gradient` leads to; both (n, n), the result in the dtype of R.
+    """Return `rotation` (n, n) after one step of descent along `gradient` (n, n), in the dtype of R.
 
-    The step a is `lr`, but at most 1 / ||A||: beyond it the Cayley transform no longer follows the gradient.
+    The step a is `lr`, but at most 1 / ||A||: a longer step of the Cayley transform no longer follows the gradient.
     """
     product = gradient.to(rotation.dtype) @ rotation.T
     skew = product - product.T
@@ -56,11 +55,11 @@ def learn_rotations(
     sites: frozenset[str],
     progress: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(R1, [R2 of each layer]) after `spec.rotation_steps` steps from `start`, float64 on the model's device.
+    """Return (R1, [R2 of each layer]) after `spec.rotation_steps` steps from `start`, float64 on the model's device.
 
-    model: prepared for rotation, its activations quantized by hooks. calibration: (N, T) token ids. Weights are rounded
-    without clip search here, which would cost more than the step; and not at all before GPTQ, which makes up for their
-    rounding itself (SpinQuant, section 4).
+    The model is prepared for rotation and its activations are quantized by hooks. Weights are rounded without clip
+    search, which would cost more than the step, and not at all before GPTQ, which corrects their rounding itself
+    (SpinQuant, section 4). calibration: (N, T) token ids.
     """
     device = model.embed_tokens.weight.device
     rotations = [rotation.to(device) for rotation in (start[0], *start[1])]
@@ -81,16 +80,14 @@ def learn_rotations(
 def _gradients(
     model: Transformer, spec: QuantSpec, rotations: list[Tensor], rows: Tensor, rounded: frozenset[str]
 ) -> list[Tensor]:
-    """Gradient of each rotation of the mean cross-entropy of the next tokens of `rows` (N, T)."""
+    """Return the gradients by each rotation of the mean cross-entropy of the next tokens of `rows` (N, T)."""
     rotations = [rotation.requires_grad_() for rotation in rotations]
     weights = rotated_weights(model, rotations[0], rotations[1:])
     for name, weight in weights.items():
         if name.endswith(".weight") and name.split(".")[-2] in rounded:
-            nearest = fake_quantize_weight(
-                weight.detach(), bits=spec.w_bits, group_size=spec.w_group_size, symmetric=spec.w_symmetric
-            )
+            nearest = spec.weight_format.round(weight.detach(), group_size=spec.w_group_size)
             weights[name] = StraightThrough.apply(weight, nearest)
-    # first to the weights, part by part, then once from the weights to the rotations
+    # first the gradients of the weights, part by part, then once the gradients of the rotations
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     totals = [torch.zeros_like(leaf) for leaf in leaves.values()]
     for part in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):

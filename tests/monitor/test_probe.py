@@ -13,11 +13,11 @@ from osp.config import MonitorConfig, Site
 from osp.model.sites import site_names
 from osp.model.transformer import Block, Transformer
 from osp.monitor.probe import Reading, probe
-from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
 from tests.distributed import run_distributed
 from tests.monitor import workers
 from tests.monitor.test_statistics import naive
 from tests.monitor.workers import FULL, LAYER, POSITION, ROW, SITES, TOKEN
+from tests.quant.integers import round_activation, round_weight
 
 # --- planted outliers ---------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def rotate(x: Tensor, size: int, theta: float) -> Tensor:
 
 
 def quantized_product(x: Tensor, weight: Tensor) -> Tensor:
-    return fake_quantize_activation(x, bits=4) @ fake_quantize_weight(weight, bits=4).T
+    return round_activation(x, bits=4) @ round_weight(weight, bits=4).T
 
 
 @pytest.fixture(scope="module")

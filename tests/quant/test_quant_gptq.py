@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from osp.model.transformer import Linear, Transformer
+from osp.quant.formats import AsymmetricInteger, SymmetricInteger
 from osp.quant.gptq import gptq, quantize_weights_gptq
-from osp.quant.grid import fake_quantize_weight
 from osp.quant.spec import WEIGHT_SITES, QuantSpec
+from tests.quant.integers import round_weight
 from tests.quant.quant_oracle import naive_levels, outlier_model, some_tokens
 
 
@@ -63,9 +64,9 @@ def test_integers_are_those_of_optimal_brain_surgery(
 ) -> None:
     monkeypatch.setattr("osp.quant.gptq.COLUMNS", 7)  # blocks that divide neither channels nor groups
     weight, hessian = weight_and_hessian(5, 24)
-    got = gptq(
-        weight, hessian, bits=4, group_size=group_size, symmetric=symmetric, clip_search=clip, act_order=act_order
-    )
+    number_format = (SymmetricInteger if symmetric else AsymmetricInteger)(4)
+    options = {"group_size": group_size, "clip_search": clip, "act_order": act_order}
+    got = gptq(weight, hessian, number_format=number_format, **options)
     expected = naive_gptq(weight.double().numpy(), hessian.double().numpy(), 4, group_size, symmetric, clip, act_order)
     for row, values, levels in zip(weight.tolist(), got.tolist(), expected, strict=True):
         for c in range(0, 24, group_size):
@@ -79,10 +80,12 @@ def test_identity_hessian_is_round_to_nearest_bit_for_bit(clip: bool, act_order:
     weight, _ = weight_and_hessian(6, 300)
     for symmetric in (True, False):
         for group_size in (None, 20):
-            options = {"bits": 3, "group_size": group_size, "symmetric": symmetric, "clip_search": clip}
+            options = {"group_size": group_size, "clip_search": clip}
+            number_format = (SymmetricInteger if symmetric else AsymmetricInteger)(3)
             for scale in (1.0, 37.0):
-                got = gptq(weight, scale * torch.eye(300), act_order=act_order, **options)
-                assert torch.equal(got, fake_quantize_weight(weight, **options))
+                hessian = scale * torch.eye(300)
+                got = gptq(weight, hessian, number_format=number_format, act_order=act_order, **options)
+                assert torch.equal(got, number_format.round(weight, **options))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -90,9 +93,9 @@ def test_identity_hessian_is_round_to_nearest_bit_for_bit(clip: bool, act_order:
 def test_beats_round_to_nearest_beyond_one_block_of_columns(seed: int, act_order: bool) -> None:
     weight, hessian = weight_and_hessian(16, 300, seed=seed)
     for bits in (3, 4, 8):
-        nearest = objective(weight, fake_quantize_weight(weight, bits=bits), hessian)
+        nearest = objective(weight, round_weight(weight, bits=bits), hessian)
         assert (
-            objective(weight, gptq(weight, hessian, bits=bits, act_order=act_order), hessian)
+            objective(weight, gptq(weight, hessian, number_format=SymmetricInteger(bits), act_order=act_order), hessian)
             < (0.7 if act_order else 0.95) * nearest
         )
 
@@ -100,8 +103,8 @@ def test_beats_round_to_nearest_beyond_one_block_of_columns(seed: int, act_order
 def test_a_channel_that_never_fires_is_rounded_to_nearest() -> None:
     weight, hessian = weight_and_hessian(4, 24)
     hessian[5] = hessian[:, 5] = 0.0
-    got = gptq(weight, hessian, bits=4)
-    assert torch.equal(got[:, 5], fake_quantize_weight(weight, bits=4)[:, 5])
+    got = gptq(weight, hessian, number_format=SymmetricInteger(4))
+    assert torch.equal(got[:, 5], round_weight(weight, bits=4)[:, 5])
     assert got.isfinite().all()
 
 
@@ -115,7 +118,7 @@ def test_beats_round_to_nearest_on_every_matrix_of_a_model() -> None:
     assert len(inputs) == 14
     for name, x in inputs.items():
         hessian, weight = x.T @ x, before[name]
-        nearest = fake_quantize_weight(weight, bits=4, clip_search=True)
+        nearest = round_weight(weight, bits=4, clip_search=True)
         ours = linears(model)[name].weight
         assert objective(weight, ours, hessian) < 0.95 * objective(weight, nearest, hessian), name
 

