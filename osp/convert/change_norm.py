@@ -41,9 +41,9 @@ from osp.model.transformer import Transformer
 from osp.run.checkpoint import Saver, whole_parameters
 
 CONVERTIBLE = ("layernorm", "rmsnorm", "ssnorm", "crmsnorm")
-# How a norm treats the mean of the residual stream: the norms of a model can be converted if all treat it alike.
+# How a norm treats the mean of the residual stream: all norms of a model must treat it alike.
 KINDS = {"layernorm": "subtracts the mean", "crmsnorm": "counts a channel that is not stored"}
-# Largest mean of a writer, relative to its largest weight, that counts as zero: that of a recentred matrix in fp32.
+# Largest mean of a recentred matrix rounded to fp32, relative to its largest weight.
 ZERO_MEAN = 1e-6
 
 
@@ -53,11 +53,7 @@ def convert_folder(
     """Write the model at `path` with the norm `to` to the new folder `out` and return the certificate.
 
     Raises `UserError` and leaves no folder if there is no such model or the conversion is not exact enough.
-
-    Args:
-        path: a run, a checkpoint or a Hugging Face folder.
-        to: a name of `CONVERTIBLE`.
-        text: name of the text that both models are compared on (`osp.evaluation.texts`).
+    path: a run, a checkpoint or a Hugging Face folder. text: name of the text that both models are compared on.
     """
     out = Path(out)
     with new_folder(out) as folder:
@@ -126,10 +122,10 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
         raise UserError(f"the norms have several eps, {sorted(eps)}; name one, norm.eps, before training")
     bias = _has_bias(block)
     if bias and config.attention.gate:
-        raise UserError("norm.bias=true with attention.gate=true cannot be converted: the gate has no bias to hold it")
+        raise UserError("norm.bias=true with attention.gate=true cannot be converted: the gate has no bias")
     hidden_size = config.hidden_size + (name == "crmsnorm") - (to == "crmsnorm")
     if not hidden_size:
-        raise UserError("model.hidden_size=1 has no channel to spare")
+        raise UserError("model.hidden_size=1: crmsnorm has one channel less, and none would be left")
     heads_fill = config.num_attention_heads * config.head_size == hidden_size
     converted = dataclasses.replace(
         config,
@@ -264,9 +260,8 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
 
 
 def _write(folder: Path, subject: LanguageModel, model: Transformer, config: Config, steps: list[str]) -> None:
-    source = subject.run or subject.folder
     write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+    shutil.copyfile((subject.run or subject.folder) / TOKENIZER, folder / TOKENIZER)
     step = subject.step or 0
     manifest: dict[str, Any] = {
         "step": step,

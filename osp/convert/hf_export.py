@@ -92,9 +92,8 @@ def export(
         check_same_perplexity(tokens, perplexity, exported_perplexity, dtype=dtype)
         with quantized(loaded, FOUR_BITS):
             quantized_perplexity = compared_perplexity(loaded, tokens)
-        exported = Exported(
-            out, dtype, tokens.name, folded.relative, perplexity, exported_perplexity, quantized_perplexity
-        )
+        perplexities = (perplexity, exported_perplexity, quantized_perplexity)
+        exported = Exported(out, dtype, tokens.name, folded.relative, *perplexities)
         write_text(folder / "README.md", model_card(subject, exported, certificate))
     return exported
 

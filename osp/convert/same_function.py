@@ -1,16 +1,14 @@
 """Check that two models compute the same function, and record the measurements in `certificate.json`.
 
-Export and conversion compare the trained model with the model they write on the same random tokens. No change of norms
-and no fold alters the logits, nor what o_proj and down_proj read in a block, because these activations lie between a
-reader of the residual stream and a writer. The first of them that differs tells where two models diverge.
-
-A certificate holds three comparisons: fp64 with the weights as converted, where rounding is the only error; fp64 with
-the weights as stored in fp32; and bf16, measured against the bf16 error of the unconverted model.
+Export and conversion compare the trained model with the one they write on the same random tokens. They change neither
+the logits nor the inputs of o_proj and down_proj, which lie between a reader of the residual stream and a writer. The
+first of these activations that differs tells where two models diverge.
 """
 
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from osp.evaluation.perplexity import Text, perplexity
 from osp.model.sites import observe_site, site_names
 from osp.model.transformer import Transformer
 from osp.run.folder import environment
+from osp.tables import text_table
 
 FILE_NAME = "certificate.json"
 # Largest error, relative to the largest logit or activation.
@@ -85,19 +84,17 @@ class Certificate:
 
     def __str__(self) -> str:
         """Return a table."""
-        lines = [
-            f"{self.before.path}: {self.before.norm} of {self.before.hidden_size} channels -> {self.after.norm} of "
-            f"{self.after.hidden_size}: {', '.join(self.steps)}",
-            f"{'arithmetic':<28}{'max |delta logit|':>18}{'of the largest':>16}  first site that differs",
-        ]
+        table: list[Sequence[str]] = [("arithmetic", "max |delta logit|", "of the largest", "first site that differs")]
         rows = {"fp64": self.fp64, "fp64, weights as stored": self.stored, "bf16, weights as stored": self.bf16}
-        for name, difference in rows.items():
-            numbers = f"{difference.max_delta_logit:>18.1e}{difference.relative:>16.1e}"
-            lines.append(f"{name:<28}{numbers}  {difference.parts_at or 'none'}")
-        lines.append(f"{'bf16 rounding, for scale':<28}{self.bf16_rounding:>18.1e}")
+        for name, row in rows.items():
+            table.append((name, f"{row.max_delta_logit:.1e}", f"{row.relative:.1e}", row.parts_at or "none"))
+        table.append(("bf16 rounding, for scale", f"{self.bf16_rounding:.1e}", "", ""))
         text = self.perplexity
-        lines.append(f"perplexity of {text.tokens} tokens of {text.text}: {text.before:.5f} -> {text.after:.5f}")
-        return "\n".join(lines)
+        return (
+            f"{self.before.path}: {self.before.norm} of {self.before.hidden_size} channels -> {self.after.norm} of "
+            f"{self.after.hidden_size}: {', '.join(self.steps)}\n{text_table(table)}\n"
+            f"perplexity of {text.tokens} tokens of {text.text}: {text.before:.5f} -> {text.after:.5f}"
+        )
 
 
 @torch.no_grad()
@@ -128,11 +125,9 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
 def check_same_function(
     what: str, expected: dict[str, Tensor], observed: dict[str, Tensor], tolerance: float
 ) -> Difference:
-    """Return the difference of two observations; raise `UserError` if that of the logits is above `tolerance`.
+    """Return the difference of two observations; raise `UserError` if the logits differ by more than `tolerance`.
 
-    Args:
-        what: the change that was made to the model, the subject of the error message.
-        tolerance: relative to the largest logit.
+    what: the change between the two, subject of the message. tolerance: relative to the largest logit.
     """
     limits = {name: tolerance * value.abs().max().item() for name, value in expected.items()}
     difference = _measure_difference(expected, observed, limits)
@@ -161,13 +156,11 @@ def certify(
 ) -> Certificate:
     """Compare the model of `subject` with its conversion; raise `UserError` if they differ by more than rounding.
 
-    Args:
-        exact, stored: the converted model in fp64, and as it is stored, in fp32.
-        text: the text whose perplexity is compared.
-        steps: what the conversion did, in words.
-        path: where the converted model will be.
+    Three comparisons: fp64 with the weights as converted (`exact`); fp64 with the weights as `stored` in fp32; and
+    bf16, measured against the bf16 error of the unconverted model. path: where the converted model will be.
     """
-    model, what = subject.model, f"converting {subject.model.config.norm.name} to {stored.config.norm.name}"
+    model, to = subject.model, stored.config.norm.name
+    what = f"converting {model.config.norm.name} to {to}"
     reference = observe_function(copy.deepcopy(model).double(), torch.float64)
     # an earlier conversion has rounded its zero mean to fp32, and this one makes it exact
     limit = FP64_TOLERANCE if subject.conversion is None else FP32_TOLERANCE
@@ -179,10 +172,10 @@ def certify(
     in_fp32 = check_same_function(f"{what}, stored in fp32,", reference, in_fp64, FP32_TOLERANCE)
     before, after = compared_perplexity(model, text), compared_perplexity(stored, text)
     check_same_perplexity(text, before, after)
-    config = stored.config
+    norms, widths = (model.config.norm.name, to), (model.config.hidden_size, stored.config.hidden_size)
     return Certificate(
-        before=Certified(str(subject.folder), model_sha256(model), model.config.norm.name, model.config.hidden_size),
-        after=Certified(str(path), model_sha256(stored), config.norm.name, config.hidden_size),
+        before=Certified(str(subject.folder), model_sha256(model), norms[0], widths[0]),
+        after=Certified(str(path), model_sha256(stored), norms[1], widths[1]),
         steps=tuple(steps),
         largest_logit=reference["logits"].abs().max().item(),
         fp64=fp64,

@@ -1,4 +1,4 @@
-"""Exchanging norms leaves a model's function as it is: pairs, round trips and refusals, in float64."""
+"""Changing norms leaves the function of a model unchanged: pairs, round trips and refusals, in float64."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ SHAPE = {
 
 
 def random_model(norm: dict[str, Any], **shape: Any) -> Transformer:
-    """A float64 model all of whose gains, biases and scales are random, for ones and zeros hide mistakes."""
+    """Return a float64 model with random gains, biases and scales, because ones and zeros hide mistakes."""
     model = build_model(ModelConfig(**{**SHAPE, **shape}, norm=NormConfig(**norm)), seed=1).double()
     model.compute_dtype = torch.float64
     generator = torch.Generator().manual_seed(2)
@@ -45,10 +45,10 @@ def logits(model: Transformer) -> Tensor:
     return model(IDS)
 
 
-def assert_same_function(found: Transformer, expected: Transformer, atol: float = 1e-12) -> None:
+def assert_same_function(converted: Transformer, expected: Transformer, atol: float = 1e-12) -> None:
     reference = logits(expected)
-    assert reference.abs().max() > 0.5, "a model that says nothing would prove nothing"
-    torch.testing.assert_close(logits(found), reference, rtol=0, atol=atol * reference.abs().max().item())
+    assert reference.abs().max() > 0.5, "logits near 0 would prove nothing"
+    torch.testing.assert_close(logits(converted), reference, rtol=0, atol=atol * reference.abs().max().item())
 
 
 EVERYWHERE = CONVERTIBLE
@@ -78,20 +78,26 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
     model = random_model(norm, **shape)
     before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
     for to in targets:
-        found = change_norms(model, to)
-        assert_same_function(found, model)
-        names = {type(m).__name__.lower() for n, m in found.named_modules() if isinstance(m, Norm) and "_norm" not in n}
+        converted = change_norms(model, to)
+        assert_same_function(converted, model)
+        names = {
+            type(m).__name__.lower() for n, m in converted.named_modules() if isinstance(m, Norm) and "_norm" not in n
+        }
         assert names == {to}
-        assert found.config == change_config(model.config, to)
-        assert (found.config.embed_proj, found.config.recentre, found.config.norm.lns) == (False, False, False)
-        for name, parameter in model.named_parameters():  # not one bit of the source
+        assert converted.config == change_config(model.config, to)
+        assert (converted.config.embed_proj, converted.config.recentre, converted.config.norm.lns) == (
+            False,
+            False,
+            False,
+        )
+        for name, parameter in model.named_parameters():  # the source is unchanged
             assert parameter.data is not None
             assert parameter.data_ptr() == before[name][0].data_ptr()
             assert torch.equal(parameter, before[name][1])
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_there_and_back(bias: bool) -> None:
+def test_round_trip_returns_the_same_weights(bias: bool) -> None:
     """LayerNorm -> RMSNorm -> CRMSNorm (d - 1) -> RMSNorm -> LayerNorm -> CRMSNorm: the same weights again."""
     model = random_model({"name": "layernorm", "bias": bias})
     rms = change_norms(model, "rmsnorm")
@@ -105,13 +111,13 @@ def test_there_and_back(bias: bool) -> None:
     again = change_norms(ln, "crmsnorm")
     for name, parameter in again.named_parameters():
         torch.testing.assert_close(parameter, dict(crms.named_parameters())[name], rtol=0, atol=1e-13)
-    for each in (rms, crms, back, ln, again):
-        assert_same_function(each, model)
+    for converted in (rms, crms, back, ln, again):
+        assert_same_function(converted, model)
 
 
 @torch.no_grad()
-def test_layernorm_by_torch_is_the_oracle() -> None:
-    """One norm and the matrix that reads it, by torch's layer_norm, against the converted model's CRMSNorm."""
+def test_converted_norm_equals_layer_norm_of_torch() -> None:
+    """One norm and the matrix that reads it: layer_norm of torch against the CRMSNorm of the converted model."""
     model = random_model({"name": "layernorm", "bias": True, "eps": 1e-2})
     x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     weights = dict(model.named_parameters())
@@ -123,7 +129,7 @@ def test_layernorm_by_torch_is_the_oracle() -> None:
     torch.testing.assert_close(layer.mlp.up_proj(layer.post_attention_layernorm(shorter)), expected, rtol=0, atol=1e-12)
 
 
-def test_gains_stay_where_the_norm_has_one_per_channel() -> None:
+def test_gains_stay_if_both_norms_have_one_per_channel() -> None:
     def gains(model: Transformer) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in model.named_parameters() if "norm" in name}
 
@@ -149,15 +155,15 @@ def test_model_without_biases_has_none_after_conversion() -> None:
     assert {"lm_head.bias", "layers.0.self_attn.o_proj.bias", "layers.0.mlp.up_proj.bias"} <= names
 
 
-def test_recentring_before_the_rounding_to_fp32_is_recognized_after_it() -> None:
-    """What an earlier conversion has stored in fp32 has a mean of its rounding; the conversion of it goes on."""
+def test_recentred_model_stored_in_fp32_can_be_converted_again() -> None:
+    """Rounding to fp32 leaves a small mean, which counts as zero."""
     model = random_model({"name": "layernorm"})
     stored = change_norms(change_norms(model, "rmsnorm").float(), "crmsnorm")
     assert_same_function(stored, model, atol=1e-5)
 
 
-def test_an_epsilon_that_matters_carries_over() -> None:
-    """eps of the size of the variance: what is added under the root is the same number in every norm."""
+def test_large_eps_carries_over() -> None:
+    """With eps of the size of the variance, every norm adds it to the same number."""
     model = random_model({"name": "layernorm", "eps": 1.0})
     for to in CONVERTIBLE:
         assert_same_function(change_norms(model, to), model)
@@ -201,13 +207,15 @@ def test_an_epsilon_that_matters_carries_over() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_converted_says_why(norm: dict[str, Any], shape: dict[str, Any], to: str, message: str) -> None:
+def test_unsupported_conversion_is_refused_with_reason(
+    norm: dict[str, Any], shape: dict[str, Any], to: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message) as error:
         change_norms(random_model(norm, **shape), to)
     assert "\n" not in str(error.value)
 
 
-def test_steps_are_said_in_words() -> None:
+def test_conversion_steps_are_listed_in_order() -> None:
     config = random_model({"name": "layernorm", "bias": True, "lns": True, "embed_scale": True}, embed_proj=True).config
     assert conversion_steps(config, "crmsnorm") == [
         "embedding projections absorbed",

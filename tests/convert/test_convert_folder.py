@@ -1,4 +1,4 @@
-"""`scripts/convert.py`: folders that evaluate, train on and export, with a certificate, or nothing at all."""
+"""`scripts/convert.py`: converted folders can be evaluated, trained and exported, and have a certificate."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ IDS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of LayerNorms, with projections."""
+    """A run with LayerNorm and projections."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     shorter = {"train": {**tiny_values["train"], "steps": 2}, "eval": {"tokens": 512, "sample_tokens": 0}}
     train(from_dict({**tiny_values, **shorter, "norm": {"name": "layernorm"}, "run": {"dir": str(folder)}}))
@@ -60,12 +60,12 @@ def converted_llama(llama_folder: Path, text: Path, tmp_path_factory: pytest.Tem
 
 
 @torch.no_grad()
-def relative_error(found: Any, expected: Any) -> float:
-    return ((found(IDS) - expected(IDS)).abs().max() / expected(IDS).abs().max()).item()
+def relative_error(model: Any, expected: Any) -> float:
+    return ((model(IDS) - expected(IDS)).abs().max() / expected(IDS).abs().max()).item()
 
 
-def test_layernorm_run_reaches_transformers(run: Path, tmp_path: Path) -> None:
-    """LayerNorm -> RMSNorm -> stock Llama: the same logits, and the card tells the way."""
+def test_layernorm_run_loads_in_transformers(run: Path, tmp_path: Path) -> None:
+    """LayerNorm -> RMSNorm -> stock Llama: the same logits, and a card with every step."""
     from transformers import LlamaForCausalLM
 
     certificate = convert_folder(run, tmp_path / "rms", to="rmsnorm")
@@ -80,7 +80,7 @@ def test_layernorm_run_reaches_transformers(run: Path, tmp_path: Path) -> None:
     assert "| training tokens | 512 in 2 steps of 256 |" in card
 
 
-def test_certificate_says_what_was_measured(run: Path, tmp_path: Path) -> None:
+def test_certificate_holds_the_measurements(run: Path, tmp_path: Path) -> None:
     certificate = convert_folder(run, tmp_path / "rms", to="rmsnorm")
     subject = open_model(tmp_path / "rms")
     assert certificate.before.sha256 == open_model(run).sha256()
@@ -98,11 +98,11 @@ def test_certificate_says_what_was_measured(run: Path, tmp_path: Path) -> None:
         "layernorm of 32 channels -> rmsnorm of 32: embedding projections absorbed, residual stream recentred, "
         "layernorm -> rmsnorm"
     )
-    assert re.match(r"fp64 +\d\.\de-1\d +\d\.\de-1\d  none$", table[2])
+    assert re.match(r"fp64 +\d\.\de-1\d +\d\.\de-1\d  none$", table[3])
 
 
-def test_conversions_follow_each_other(run: Path, tmp_path: Path) -> None:
-    """RMSNorm as stored in fp32 -> CRMSNorm on 31 channels -> LayerNorm: measurable, evaluated as any model."""
+def test_converted_model_can_be_converted_again(run: Path, tmp_path: Path) -> None:
+    """RMSNorm stored in fp32 -> CRMSNorm on 31 channels -> LayerNorm, each evaluated as any model."""
     for source, to in (("run", "rmsnorm"), ("rmsnorm", "crmsnorm"), ("crmsnorm", "layernorm")):
         certificate = convert_folder(run if source == "run" else tmp_path / source, tmp_path / to, to=to)
     assert certificate.earlier is not None
@@ -112,18 +112,18 @@ def test_conversions_follow_each_other(run: Path, tmp_path: Path) -> None:
     assert (crms.config.hidden_size, crms.config.head_dim) == (31, 8)
     for to in ("crmsnorm", "layernorm"):
         assert relative_error(load_model(tmp_path / to), ours) < 1e-5
-    found = [
+    values = [
         evaluate(open_model(path), EvaluateConfig(max_tokens=128, progress=False)).results[0].value
         for path in (run, tmp_path / "crmsnorm")
     ]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
     with pytest.raises(
         UserError, match=r"crmsnorm: .* convert it first: python scripts/convert.py \S+ to=rmsnorm out="
     ):
         export(tmp_path / "crmsnorm", tmp_path / "out")
 
 
-def test_converted_llama_is_the_llama(llama_folder: Path, converted_llama: Path) -> None:
+def test_converted_llama_computes_the_same(llama_folder: Path, converted_llama: Path) -> None:
     theirs, ours = open_model(llama_folder), open_model(converted_llama)
     assert relative_error(ours.model, theirs.model) < 1e-5
     assert (ours.bos_id, ours.eos_id, ours.step) == (theirs.bos_id, theirs.eos_id, 0)
@@ -148,10 +148,10 @@ def test_converted_llama_exports(llama_folder: Path, converted_llama: Path, text
 
 
 @pytest.mark.parametrize(("bos_id", "bos_token"), [(5, None), (None, None)])
-def test_begin_of_text_is_the_llamas(
+def test_bos_token_of_a_llama_is_kept(
     bos_id: int | None, bos_token: str | None, llama_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Our own models begin a text with what ends one; a Llama's own token stays, on the way out too."""
+    """Our own models have one token for begin and end of text; a Llama keeps its two on conversion and export."""
     folder = shutil.copytree(llama_folder, tmp_path / "llama")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "bos_token_id": bos_id}))
@@ -161,8 +161,8 @@ def test_begin_of_text_is_the_llamas(
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["bos_token_id"] == bos_id
 
 
-def test_training_goes_on_from_it(tiny: Tiny, converted_llama: Path, tmp_path: Path) -> None:
-    """Weights, shape and tokenizer of the folder; a fresh optimizer at step 0; gains are one for all now."""
+def test_training_starts_from_a_converted_folder(tiny: Tiny, converted_llama: Path, tmp_path: Path) -> None:
+    """With weights, shape and tokenizer of the folder, a new optimizer and step 0."""
     start = [f"checkpoint.init_from={converted_llama}", "eval.sample_tokens=0"]
     train(tiny("train.steps=1", "optimizer.lr=0", *start, name="still"))
     still, ours = load_model(tmp_path / "still"), load_model(converted_llama)
@@ -183,7 +183,7 @@ def test_training_goes_on_from_it(tiny: Tiny, converted_llama: Path, tmp_path: P
         train(tiny("train.steps=3", "eval.sample_tokens=0", name="on"))
 
 
-def test_a_run_starts_from_another_run(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+def test_training_starts_from_another_run(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     train(tiny("train.steps=1", "optimizer.lr=0", "eval.sample_tokens=0", f"checkpoint.init_from={run}"))
     for name, parameter in load_model(tmp_path / "run").named_parameters():
         assert torch.equal(parameter, dict(load_model(run).named_parameters())[name])
@@ -198,7 +198,7 @@ def test_a_run_starts_from_another_run(tiny: Tiny, run: Path, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_on(
+def test_unsuitable_initial_model_is_refused(
     overrides: list[str], message: str, tiny: Tiny, converted_llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -206,8 +206,8 @@ def test_what_cannot_be_trained_on(
     assert not list(tmp_path.iterdir())
 
 
-def test_live_quantization_of_recentred_weights_leaves_training_alone(tiny: Tiny, tmp_path: Path) -> None:
-    """Weights as they act are rounded for the time of the measurement; training does not notice, bit for bit."""
+def test_live_quantization_of_recentred_weights_leaves_training_bit_identical(tiny: Tiny, tmp_path: Path) -> None:
+    """Recentred weights are rounded during the measurement only."""
     shared = ("norm.name=rmsnorm", "recentre=true", "train.steps=2", "eval.sample_tokens=0", "eval.quant.tokens=256")
     for every in (0, 1):
         train(tiny(*shared, f"eval.quant.every={every}", name=f"every_{every}"))
@@ -217,12 +217,12 @@ def test_live_quantization_of_recentred_weights_leaves_training_alone(tiny: Tiny
     assert [event["step"] for event in events if "quant/perplexity/4-4-4" in event] == [1, 2]
 
 
-def test_there_is_no_held_out_text(converted_llama: Path) -> None:
+def test_converted_llama_has_no_validation_split(converted_llama: Path) -> None:
     with pytest.raises(UserError, match=r"held_out: .* is no run"):
         evaluate(open_model(converted_llama), EvaluateConfig(progress=False))
 
 
-def test_export_wants_the_certificate(run: Path, tmp_path: Path) -> None:
+def test_export_requires_the_certificate(run: Path, tmp_path: Path) -> None:
     convert_folder(run, tmp_path / "rms", to="rmsnorm")
     path = tmp_path / "rms" / "certificate.json"
     certificate = json.loads(path.read_text())
@@ -246,9 +246,9 @@ def test_export_wants_the_certificate(run: Path, tmp_path: Path) -> None:
 
 def damaged(name: str, change: float) -> Callable[..., Transformer]:
     def convert_wrongly(model: Transformer, to: str) -> Transformer:
-        found = change_norms(model, to)
-        dict(found.named_parameters())[name].data[0] *= 1 + change
-        return found
+        converted = change_norms(model, to)
+        dict(converted.named_parameters())[name].data[0] *= 1 + change
+        return converted
 
     change_norms = osp.convert.change_norm.change_norms
     return convert_wrongly
@@ -276,7 +276,7 @@ def test_inexact_conversion_writes_nothing(
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_while_writing_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -306,7 +306,7 @@ def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monke
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistake_on_the_command_line(
+def test_wrong_command_line_is_a_one_line_error(
     arguments: list[str],
     message: str,
     llama_folder: Path,
@@ -340,7 +340,7 @@ def test_model_keys_beside_init_from_are_refused(argument: str, monkeypatch: pyt
         load_script("train").main(values)
 
 
-def test_llama_without_an_end_of_text(llama_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_llama_without_eos_token_is_refused(llama_folder: Path, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama_folder, tmp_path / "llama")
     values = json.loads((folder / "config.json").read_text())
     for end in (None, 299_999):
@@ -385,7 +385,7 @@ def test_llama_without_an_end_of_text(llama_folder: Path, text: Path, tmp_path: 
     ],
     ids=str,
 )
-def test_export_refuses_with_a_reason(config: dict[str, Any], message: str) -> None:
+def test_export_refuses_a_model_with_reason(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         check_exportable(ModelConfig(**config), path="RUN")
     assert "\n" not in str(error.value)
@@ -400,8 +400,8 @@ def test_export_refuses_with_a_reason(config: dict[str, Any], message: str) -> N
     ],
     ids=str,
 )
-def test_what_folds_exports_without_a_conversion(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
-    """Recentring, LayerNorm scaling, the scale of the embedding, biases, a head size of its own."""
+def test_model_that_folds_is_exported_without_conversion(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
+    """Recentring, LayerNorm scaling, the scale of the embedding, biases, a separate head size."""
     from transformers import LlamaForCausalLM
 
     train(tiny("train.steps=2", "eval.sample_tokens=0", "optimizer.lr=0.1", *overrides))

@@ -1,4 +1,4 @@
-"""Exported models in `transformers`, as anybody loads them: the same logits, perplexity and tokens as our own."""
+"""Exported models loaded by `transformers` have the same logits, perplexity and tokens as our own."""
 
 import dataclasses
 import json
@@ -57,13 +57,13 @@ def load_in_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> An
     return model.eval()
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
-def test_exported_run_is_the_trained_model_in_transformers(run: Path, tmp_path: Path) -> None:
-    """A run of the whole method: SSNorm and projections. Same logits, same perplexity of the held-out text."""
+def test_exported_run_equals_the_trained_model_in_transformers(run: Path, tmp_path: Path) -> None:
+    """OSP with SSNorm and projections: same logits, same perplexity of the validation split."""
     exported = export(run, tmp_path / "new" / "out", max_shard_size="30KB")
     assert exported.folder == tmp_path / "new" / "out"
     assert len(list(exported.folder.glob("model-*.safetensors"))) > 2
@@ -73,16 +73,16 @@ def test_exported_run_is_the_trained_model_in_transformers(run: Path, tmp_path: 
     assert relative_error(theirs(IDS).logits, ours(IDS)) < 1e-5
     subject = open_model(run)
     text = read_text("held_out", subject)
-    found = perplexity(subject.model, text, seq_len=64)
+    ours_on_text = perplexity(subject.model, text, seq_len=64)
     rows = text.tokens[: len(text.tokens) // 64 * 64].view(-1, 64)
     nats = sum(F.cross_entropy(theirs(row[None]).logits[0, :-1], row[1:], reduction="sum").item() for row in rows)
-    assert found.perplexity == pytest.approx(math.exp(nats / (len(rows) * 63)), rel=1e-4)
+    assert ours_on_text.perplexity == pytest.approx(math.exp(nats / (len(rows) * 63)), rel=1e-4)
     assert exported.perplexity == pytest.approx(exported.exported_perplexity, rel=1e-4)
     assert [path.name for path in exported.folder.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("overrides", [["norm.name=rmsnorm"], ["norm.name=rmsnorm", "norm.affine=false"]], ids=str)
-def test_norms_and_head_of_other_recipes(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
+def test_rmsnorm_without_projections_is_exported(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.steps=2", "model.embed_proj=false", "norm.eps=1e-4", "model.rope_theta=500", *overrides))
     export(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "out")
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_norms_and_head_of_other_recipes(overrides: list[str], tiny: Tiny, tmp_p
 
 
 @torch.no_grad()
-def test_round_trip(run: Path, tmp_path: Path) -> None:
+def test_exported_folder_loads_as_our_model(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
     ours = load_hf(tmp_path / "out")
     assert ours.config.norm.name == "rmsnorm"
@@ -106,8 +106,8 @@ def test_round_trip(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the shared checkpoint is not here")
 @torch.no_grad()
-def test_round_trip_of_a_public_model(tmp_path: Path) -> None:
-    """Tied head, 8 query heads on 4 of keys: read, written and read again it is the same bits, here and there."""
+def test_public_model_is_bit_identical_after_round_trip(tmp_path: Path) -> None:
+    """Tied head, 8 query heads on 4 key heads: read, written and read again, by us and by transformers."""
     write_stories260k(tmp_path / "first")
     ours = load_hf(tmp_path / "first")
     (tmp_path / "second").mkdir()
@@ -119,7 +119,7 @@ def test_round_trip_of_a_public_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_bf16(run: Path, tmp_path: Path) -> None:
+def test_bf16_export_rounds_the_weights(run: Path, tmp_path: Path) -> None:
     exported = export(run, tmp_path / "out", dtype="bf16")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -129,7 +129,7 @@ def test_bf16(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_tokenizer_is_the_runs(run: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_the_run_is_exported(run: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     export(run, tmp_path / "out")
@@ -142,15 +142,15 @@ def test_tokenizer_is_the_runs(run: Path, tmp_path: Path) -> None:
     assert theirs.model_max_length == 64
 
 
-def test_transformers_generates_and_stops_at_the_end(run: Path, tmp_path: Path) -> None:
+def test_transformers_generates_the_same_tokens(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
     model = load_in_transformers(tmp_path / "out")
     assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 0
-    found = model.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert generate(prepare(load_model(run), torch.float32), IDS[:1, :5].tolist(), 6) == found[:, 5:].tolist()
+    generated = model.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert generate(prepare(load_model(run), torch.float32), IDS[:1, :5].tolist(), 6) == generated[:, 5:].tolist()
 
 
-def test_card_tells_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> None:
+def test_card_shows_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run, tmp_path / "copy")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "tokens": 768, "quant/perplexity/4-4-4": 321.5}) + "\n")
@@ -184,7 +184,7 @@ def test_card_tells_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> 
         (["norm.name=crmsnorm"], r"norm.name=crmsnorm"),
     ],
 )
-def test_norms_without_an_equal_are_refused(overrides: list[str], message: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_norm_that_a_llama_lacks_is_refused(overrides: list[str], message: str, tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.steps=1", "eval.sample_tokens=0", *overrides))
     with pytest.raises(UserError, match=message):
         export(tmp_path / "run", tmp_path / "out")
@@ -192,7 +192,7 @@ def test_norms_without_an_equal_are_refused(overrides: list[str], message: str, 
 
 
 def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong between training and file, the check on the way back sees it."""
+    """Wrong folding, wrong files and a wrong perplexity are noticed before the folder gets its name."""
     before = {path.name for path in tmp_path.iterdir()}
     absorb = osp.convert.hf_export.fold_into_weights
 
@@ -231,7 +231,7 @@ def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: p
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistake_on_the_command_line(
+def test_wrong_command_line_is_a_one_line_error(
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -252,7 +252,7 @@ def test_mistake_on_the_command_line(
 
 
 def load_script(name: str) -> Any:
-    """A script as a module: `export` would be looked for among installed ones first."""
+    """Import a script by its path, because `export` may be the name of an installed module."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
@@ -263,7 +263,7 @@ def load_script(name: str) -> Any:
     return module
 
 
-def test_held_out_split_of_another_tokenizer(run: Path) -> None:
+def test_validation_split_of_another_tokenizer_is_refused(run: Path) -> None:
     subject = open_model(run)
     assert read_text(str(run), subject).sha256 == read_text("held_out", subject).sha256
     spec = json.loads(subject.tokenizer.to_str())
@@ -274,7 +274,7 @@ def test_held_out_split_of_another_tokenizer(run: Path) -> None:
             read_text(name, other)
 
 
-def test_run_is_evaluated_on_its_held_out_split_and_calibrated_on_what_it_trained_on(run: Path) -> None:
+def test_run_is_evaluated_on_its_validation_split_and_calibrated_on_its_training_split(run: Path) -> None:
     subject = open_model(run)
     spec = QuantSpec(w_bits=4, method="gptq", calibration_tokens=256)
     config = EvaluateConfig(quant=spec, max_tokens=128, progress=False)
@@ -289,5 +289,5 @@ def test_run_is_evaluated_on_its_held_out_split_and_calibrated_on_what_it_traine
     (run / "evaluation" / "name.json").unlink()
 
 
-def test_sizes() -> None:
+def test_sizes_are_parsed_in_bytes() -> None:
     assert [size_in_bytes(s) for s in ("5GB", "1.5 MB", "20kb", "7B")] == [5 * 10**9, 1_500_000, 20_000, 7]

@@ -1,4 +1,4 @@
-"""When an alert speaks, when it is silent, and when a probe is due."""
+"""Rules that raise and clear alerts, and the schedule of probes."""
 
 from typing import Any
 
@@ -15,31 +15,31 @@ def alerts(**rule: Any) -> Alerts:
     return Alerts(MonitorConfig(alerts={"kurtosis": {"all": AlertConfig(**rule)}}))
 
 
-def spoken(machine: Alerts, values: list[tuple[int, float]], key: str = KEY) -> list[tuple[int, str]]:
+def raised(machine: Alerts, values: list[tuple[int, float]], key: str = KEY) -> list[tuple[int, str]]:
     return [(step, alert.rule) for step, value in values for alert in machine.update(step, {key: value})]
 
 
-def test_alert_speaks_once_until_it_has_cleared() -> None:
-    """Cleared below 80 of 100: what hovers around the threshold is one alert, not ten."""
+def test_alert_is_raised_once_until_it_clears() -> None:
+    """An alert at 100 clears below 80: a value that hovers around the threshold raises one alert."""
     values = [(1, 99.0), (2, 101.0), (3, 150.0), (4, 95.0), (5, 120.0), (6, 79.0), (7, 99.0), (8, 101.0)]
-    assert spoken(alerts(above=100.0), values) == [(2, "above"), (8, "above")]
+    assert raised(alerts(above=100.0), values) == [(2, "above"), (8, "above")]
 
 
 def test_growth_is_measured_from_half_of_the_steps() -> None:
     values = [(1, 8.0), (2, 8.0), (4, 8.0), (8, 20.0), (16, 41.0), (32, 130.0)]
     # at 8: 20 against 4 x 8 at step 4; at 16: 41 against 4 x 20 at step 8; at 32: 130 against 4 x 41; none
-    assert spoken(alerts(growth=4.0), values) == []
-    assert spoken(alerts(growth=3.0), values) == [(32, "growth")]
-    assert spoken(alerts(growth=2.0), values) == [(8, "growth")]  # and stays so: 41 > 2 x 20, 130 > 2 x 41
+    assert raised(alerts(growth=4.0), values) == []
+    assert raised(alerts(growth=3.0), values) == [(32, "growth")]
+    assert raised(alerts(growth=2.0), values) == [(8, "growth")]  # and stays so: 41 > 2 x 20, 130 > 2 x 41
 
 
-def test_growth_below_the_floor_is_noise() -> None:
+def test_growth_below_the_floor_raises_no_alert() -> None:
     values = [(1, 0.001), (2, 0.1), (4, 4.0), (8, 9.0), (16, 21.0)]
-    assert spoken(alerts(growth=2.0, floor=5.0), values) == [(16, "growth")]  # 21 > 2 x 9
-    assert spoken(alerts(growth=2.0, floor=20.0), values) == []
+    assert raised(alerts(growth=2.0, floor=5.0), values) == [(16, "growth")]  # 21 > 2 x 9
+    assert raised(alerts(growth=2.0, floor=20.0), values) == []
 
 
-def test_alert_carries_what_is_needed() -> None:
+def test_alert_names_rule_metric_value_and_threshold() -> None:
     (alert,) = alerts(above=100.0).update(5, {KEY: 250.0})
     assert (alert.rule, alert.key, alert.value, alert.threshold) == ("above", KEY, 250.0, 100.0)
     assert alert.place == "layer_03/attn_in"
@@ -47,10 +47,10 @@ def test_alert_carries_what_is_needed() -> None:
 
 
 def test_untrained_model_breaks_no_rule() -> None:
-    assert spoken(alerts(above=100.0), [(0, 500.0), (1, 500.0)]) == [(1, "above")]
+    assert raised(alerts(above=100.0), [(0, 500.0), (1, 500.0)]) == [(1, "above")]
 
 
-def test_sites_rule_takes_the_place_of_that_of_all() -> None:
+def test_rule_of_a_site_overrides_the_rule_of_all() -> None:
     rules: Any = {"kurtosis": {"all": AlertConfig(above=10.0), "down_proj_in": AlertConfig(above=50.0)}}
     machine = Alerts(MonitorConfig(alerts=rules))
     values = {f"monitor/kurtosis/layer_00/{site}": 20.0 for site in ("attn_in", "down_proj_in")}
@@ -58,8 +58,8 @@ def test_sites_rule_takes_the_place_of_that_of_all() -> None:
     assert {alert.place for alert in machine.update(1, values)} == {"layer_00/attn_in", "embed_out"}
 
 
-def test_only_places_are_judged() -> None:
-    """Figures that sum up the sites would repeat their alerts; other statistics have no rule."""
+def test_aggregates_and_statistics_without_a_rule_raise_no_alert() -> None:
+    """Aggregates over sites would repeat the alerts of the sites."""
     values = {f"monitor/kurtosis/{name}": 1e6 for name in ("max", "mean", "osp_script")}
     values |= {"monitor/rms/embed_out": 1e6, "train/loss": 1e6, "monitor/seconds": 1e6, KEY: float("nan")}
     assert alerts(above=100.0).update(1, values) == []
@@ -67,14 +67,14 @@ def test_only_places_are_judged() -> None:
 
 def test_whole_model_and_layers_have_rules() -> None:
     machine = Alerts(MonitorConfig())
-    found = machine.update(1, {"monitor/R_L": 50.0, "monitor/attn_logit_max/layer_01": 500.0})
-    assert [(alert.key, alert.place) for alert in found] == [
+    raised_alerts = machine.update(1, {"monitor/R_L": 50.0, "monitor/attn_logit_max/layer_01": 500.0})
+    assert [(alert.key, alert.place) for alert in raised_alerts] == [
         ("monitor/R_L", ""),
         ("monitor/attn_logit_max/layer_01", "layer_01"),
     ]
 
 
-def test_replayed_alerts_do_not_speak_again() -> None:
+def test_replayed_alerts_are_not_raised_again() -> None:
     lines = [{"step": s, "tokens": 0, KEY: v} for s, v in ((1, 8.0), (2, 120.0), (3, 130.0))]
     machine = alerts(above=100.0, growth=2.0)
     machine.replay([{"step": 1, "tokens": 0, "train/loss": None}, *lines])
@@ -83,14 +83,14 @@ def test_replayed_alerts_do_not_speak_again() -> None:
     for line in [*lines, {"step": 4, KEY: 140.0}]:
         straight.update(int(line["step"]), {KEY: line[KEY]})
     after = [(5, 300.0), (8, 70.0), (9, 110.0), (16, 900.0)]
-    assert spoken(machine, after) == spoken(straight, after) != []
+    assert raised(machine, after) == raised(straight, after) != []
 
 
 # --- cadence ------------------------------------------------------------------------------------------------------
 
 
 def simulated(*, cost: float, step_seconds: float, total: int, max_cost: float = 0.01) -> tuple[list[int], list[float]]:
-    """(steps of the probes, share of the training time spent on probes after each) with monitor.every=auto."""
+    """Return the steps of the probes with monitor.every=auto, and the share of the training time spent after each."""
     step, spent, steps, shares = 0, 0.0, [], []
     while step < total:
         spent += cost
@@ -109,7 +109,7 @@ def simulated(*, cost: float, step_seconds: float, total: int, max_cost: float =
 
 
 @pytest.mark.parametrize("cost", [0.2, 1.0, 5.0])
-def test_auto_starts_at_powers_of_two_and_settles_below_its_cost(cost: float) -> None:
+def test_auto_starts_at_powers_of_two_and_settles_below_max_cost(cost: float) -> None:
     steps, shares = simulated(cost=cost, step_seconds=1.0, total=100_000)
     assert steps[:8] == [0, 1, 2, 4, 8, 16, 32, 64]
     assert {2**i for i in range(10)} <= set(steps)
@@ -124,7 +124,7 @@ def test_auto_with_a_cheap_probe_is_limited_by_its_interval() -> None:
     assert shares[-1] < 0.001
 
 
-def test_auto_without_any_time_yet_goes_on_at_powers_of_two() -> None:
+def test_auto_stays_at_powers_of_two_without_a_measured_time() -> None:
     assert (
         next_probe(0, seconds=9.0, spent=9.0, train_seconds=0.0, steps=0, interval=1, max_cost=0.01),
         next_probe(100, seconds=9.0, spent=9.0, train_seconds=0.0, steps=0, interval=1, max_cost=0.01),

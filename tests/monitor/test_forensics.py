@@ -10,7 +10,7 @@ from tests.monitor import workers
 
 
 def probes(*largest: dict[int, float]) -> list[dict[str, Any]]:
-    """Probes after 0, 10, 20, ... steps of a site with these largest channels; {}: the site was not measured."""
+    """Return probes after 0, 10, 20, ... steps with these largest channels of a site; {}: the site was not measured."""
     return [
         {
             "step": 10 * i,
@@ -20,7 +20,7 @@ def probes(*largest: dict[int, float]) -> list[dict[str, Any]]:
     ]
 
 
-def test_growth_is_the_channels_largest_value_by_probe() -> None:
+def test_growth_is_the_largest_value_of_the_channel_by_probe() -> None:
     history = probes({3: 1.0, 4: 0.5}, {}, {4: 2.0, 3: 1.5}, {4: 9.0})
     assert growth(history, "embed_out", 4) == [(0, 0.5), (20, 2.0), (30, 9.0)]
     assert growth(history, "embed_out", 3) == [(0, 1.0), (20, 1.5), (30, None)]
@@ -31,7 +31,7 @@ def test_growth_is_the_channels_largest_value_by_probe() -> None:
     ("grown", "step"),
     [
         ([(0, 1.0), (10, 5.0), (20, 9.0), (30, 8.0)], 10),
-        ([(0, 5.0), (10, 3.0), (20, 9.0), (30, 8.0)], 20),  # it had shrunk in between
+        ([(0, 5.0), (10, 3.0), (20, 9.0), (30, 8.0)], 20),  # it was smaller in between
         ([(0, 5.0), (10, None), (20, 8.0)], 20),
         ([(0, 8.0)], 0),
         ([(0, 8.0), (10, None)], None),
@@ -57,18 +57,18 @@ STREAM = ["embed_tokens.weight", "layers.0.self_attn.o_proj.weight", "layers.0.m
         ("down_proj_in", 1, ["layers.1.mlp.gate_proj.weight", "layers.1.mlp.up_proj.weight"]),
     ],
 )
-def test_weights_behind_a_channel_are_those_that_come_before(kind: str, layer: int | None, expected: list[str]) -> None:
+def test_weights_that_write_a_channel_come_before_the_site(kind: str, layer: int | None, expected: list[str]) -> None:
     assert {w["parameter"] for w in behind(kind, layer, 5, workers.small_model())} == set(expected)
 
 
-def test_query_channel_names_its_rotary_partner_and_value_heads_are_shared() -> None:
+def test_query_channel_includes_its_rotary_partner_and_value_heads_are_shared() -> None:
     model = workers.small_model()  # heads of 8: pairs are (i, i + 4)
     assert [w["index"] for w in behind("q", 0, 13, model)] == [13, 9]
     assert [w["index"] for w in behind("k", 0, 9, model)] == [9, 13]
     assert [w["index"] for w in behind("o_proj_in", 0, 8 * 3 + 2, model)] == [8 * 1 + 2]
 
 
-def test_norm_over_the_median_is_that_of_the_rows() -> None:
+def test_ratio_is_the_norm_of_a_row_over_the_median_norm() -> None:
     model = workers.planted("down_proj_in")
     gate = behind("down_proj_in", 1, 21, model)[0]
     rows = model.get_parameter("layers.1.mlp.gate_proj.weight").detach().norm(dim=1)

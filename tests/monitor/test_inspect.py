@@ -1,4 +1,4 @@
-"""`python scripts/inspect_outliers.py`: a table and a bundle from a folder alone, or one line that says why not."""
+"""`python scripts/inspect_outliers.py`: a table and a bundle from a run folder, or a one-line error."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def spiky(tiny_values: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_names_where_the_outlier_is_and_since_when(spiky: Path, tmp_path: Path) -> None:
+def test_inspection_names_the_outlier_and_the_step_since_it_exists(spiky: Path, tmp_path: Path) -> None:
     table, path = inspect(spiky, out=tmp_path)
     (line,) = [line for line in table.split("\n") if line.startswith("embed_out")]
     cells = line.split()
@@ -65,18 +65,18 @@ def test_names_where_the_outlier_is_and_since_when(spiky: Path, tmp_path: Path) 
     assert "| parameter | role | rule |" in path.with_suffix(".md").read_text()
 
 
-def test_reads_a_text_of_the_user_and_an_older_checkpoint(spiky: Path, tmp_path: Path) -> None:
+def test_inspection_reads_a_given_text_and_an_older_checkpoint(spiky: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("some words of mine " * 20)
+    text.write_text("some words of a user " * 20)
     table, path = inspect(spiky / "checkpoints" / "step_00000001", text, tmp_path)
     assert table.startswith("after step 1:")
     contents = json.loads(path.read_text())
     assert contents["text"] in text.read_text()
-    assert max(step for step, _ in contents["growth"]) == 1, "nothing of what came later"
+    assert max(step for step, _ in contents["growth"]) == 1, "no probe after the checkpoint"
 
 
-def test_command_prints_the_table_and_leaves_no_deepspeed(spiky: Path, tmp_path: Path) -> None:
-    """In a process that cannot import it."""
+def test_command_prints_the_table_without_deepspeed(spiky: Path, tmp_path: Path) -> None:
+    """The process cannot import DeepSpeed."""
     code = (
         "import sys, runpy; sys.modules['deepspeed'] = None; "
         f"sys.argv = ['inspect_outliers.py', {str(spiky)!r}, '--out', {str(tmp_path)!r}]; "
@@ -89,7 +89,7 @@ def test_command_prints_the_table_and_leaves_no_deepspeed(spiky: Path, tmp_path:
     assert str(tmp_path) in done.stdout
 
 
-def test_mistakes_are_one_clear_line(spiky: Path, tmp_path: Path) -> None:
+def test_unreadable_input_is_a_one_line_error(spiky: Path, tmp_path: Path) -> None:
     def line(path: Path, text: Path | None = None, out: Path | None = None) -> str:
         with pytest.raises(UserError) as caught:
             inspect(path, text, out)
@@ -106,7 +106,7 @@ def test_mistakes_are_one_clear_line(spiky: Path, tmp_path: Path) -> None:
     assert line(spiky, tmp_path / "no.txt").startswith(f"text={tmp_path / 'no.txt'}: cannot be read")
 
 
-def test_held_out_text_that_is_gone_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+def test_missing_validation_split_is_a_one_line_error(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("train.steps=1", "checkpoint.every=0")
     train(config)
     manifest = tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json"
@@ -117,7 +117,7 @@ def test_held_out_text_that_is_gone_is_asked_for(tiny: Tiny, tmp_path: Path) -> 
         inspect(tmp_path / "run")
 
 
-def test_script_ends_with_status_2_and_one_line(
+def test_script_exits_with_status_2_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["inspect_outliers.py", str(tmp_path)])
@@ -131,7 +131,7 @@ def test_script_ends_with_status_2_and_one_line(
     ("arguments", "message"),
     [((), "the following arguments are required: path"), (("run", "text=a.txt"), "unrecognized arguments: text=a.txt")],
 )
-def test_mistyped_command_is_one_line(
+def test_mistyped_command_is_a_one_line_error(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["inspect_outliers.py", *arguments])
@@ -156,7 +156,7 @@ def test_mistyped_command_is_one_line(
         ("monitor.alerts.kurtosis.all.abov=1", "unknown key 'monitor.alerts.kurtosis.all.abov'"),
     ],
 )
-def test_mistakes_in_the_configuration(override: str, message: str, tiny: Tiny) -> None:
+def test_invalid_monitor_configuration_is_refused(override: str, message: str, tiny: Tiny) -> None:
     with pytest.raises(UserError) as caught:
         tiny(override)
     assert message in str(caught.value)

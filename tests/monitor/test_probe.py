@@ -1,4 +1,4 @@
-"""What the probe sees is what the model computes: planted outliers, a forward pass spelled out, any number of ranks."""
+"""The probe measures what the model computes: planted outliers, a naive forward pass, any number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from tests.quant.integers import round_activation, round_weight
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Of every rank."""
+def by_rank(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The measurements of every rank."""
     return [workers.everything(0)] if request.param == 1 else ranks_of(request.param)
 
 
@@ -43,9 +43,11 @@ def clean() -> Reading:
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_statistics_and_place_name_the_planted_outlier(site: str, found: list[dict[str, Any]], clean: Reading) -> None:
+def test_statistics_and_place_name_the_planted_outlier(
+    site: str, by_rank: list[dict[str, Any]], clean: Reading
+) -> None:
     name, channel, _ = SITES[site]
-    for rank in found:
+    for rank in by_rank:
         seen = rank["planted"][site]["reading"].sites[name]
         assert (seen.channel, seen.row, seen.position, seen.token) == (channel, ROW, POSITION, TOKEN)
         assert seen.top_channel == channel
@@ -59,7 +61,7 @@ def test_statistics_and_place_name_the_planted_outlier(site: str, found: list[di
                 assert value > 1.1 * clean.sites[name].statistics[statistic], statistic
 
 
-# what flows on, or has come from, a second site
+# further sites that the outlier passes
 ALSO = {
     "embed_out": {"layer_00/block_out", "layer_01/block_out"},
     "v": {"layer_01/o_proj_in"},
@@ -69,9 +71,9 @@ ALSO = {
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_alert_names_the_planted_outlier(site: str, found: list[dict[str, Any]]) -> None:
+def test_alert_names_the_planted_outlier(site: str, by_rank: list[dict[str, Any]]) -> None:
     name = SITES[site][0]
-    for rank in found:
+    for rank in by_rank:
         alerts = rank["planted"][site]["alerts"]
         assert {alert.place for alert in alerts} == {name} | ALSO.get(site, set())
         (alert,) = [alert for alert in alerts if alert.place == name]
@@ -80,9 +82,9 @@ def test_alert_names_the_planted_outlier(site: str, found: list[dict[str, Any]])
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_forensics_name_the_planted_outlier(site: str, found: list[dict[str, Any]]) -> None:
+def test_forensics_name_the_planted_outlier(site: str, by_rank: list[dict[str, Any]]) -> None:
     name, channel, parameter = SITES[site]
-    for rank in found:
+    for rank in by_rank:
         contents = rank["planted"][site]["bundle"]
         assert contents["site"] == name
         assert contents["layer"] == (LAYER if "/" in name else None)
@@ -111,7 +113,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward(model: Transformer, ids: Tensor, product: Product) -> dict[str, Tensor]:
-    """Every site of a row, (T, D) each, with RMSNorm; `product` is what the linear layers of the blocks do."""
+    """Return every site of a sequence, (T, D) each, with RMSNorm; `product` computes the matrices of the blocks."""
     config = model.config
     heads, groups, size = config.num_attention_heads, config.kv_heads, config.head_size
     x = model.embed_tokens.weight[ids]
@@ -124,11 +126,11 @@ def forward(model: Transformer, ids: Tensor, product: Product) -> dict[str, Tens
         q, k = rotate(q, size, config.rope_theta), rotate(k, size, config.rope_theta)
         out = torch.zeros_like(q)
         for head in range(heads):
-            mine, shared = slice(head * size, (head + 1) * size), head * groups // heads
-            theirs = slice(shared * size, (shared + 1) * size)
+            query, shared = slice(head * size, (head + 1) * size), head * groups // heads
+            key = slice(shared * size, (shared + 1) * size)
             for t in range(len(ids)):
-                logits = k[: t + 1, theirs] @ q[t, mine] / math.sqrt(size)
-                out[t, mine] = logits.softmax(0) @ v[: t + 1, theirs]
+                logits = k[: t + 1, key] @ q[t, query] / math.sqrt(size)
+                out[t, query] = logits.softmax(0) @ v[: t + 1, key]
         x = x + product(out, attention.o_proj.weight)
         h2 = rms_norm(x, layer.post_attention_layernorm.weight)
         act = F.silu(product(h2, mlp.gate_proj.weight)) * product(h2, mlp.up_proj.weight)
@@ -143,7 +145,7 @@ def rms_norm(x: Tensor, gain: Any) -> Tensor:
 
 
 def rotate(x: Tensor, size: int, theta: float) -> Tensor:
-    """RoPE with complex numbers: (x_i + j x_(i + K/2)) turned by t theta^(-2i/K)."""
+    """RoPE with complex numbers: (x_i + j x_(i + K/2)) rotated by t theta^(-2i/K)."""
     first, second = x.unflatten(-1, (-1, size)).chunk(2, -1)
     angle = torch.arange(len(x))[:, None] * theta ** (-2 * torch.arange(size // 2) / size)
     turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None]
@@ -155,8 +157,8 @@ def quantized_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def spelled_out() -> tuple[Reading, dict[str, Tensor], dict[str, Tensor], float]:
-    """(what the probe sees, the sites of all rows, the same under fake W4A4, the paper's script)."""
+def naive_pass() -> tuple[Reading, dict[str, Tensor], dict[str, Tensor], float]:
+    """Return (reading of the probe, sites of all sequences, the same under fake W4A4, OSP's script)."""
     model, rows = workers.small_model(), workers.rows()
     with torch.no_grad():
         for layer in model.layers:
@@ -164,43 +166,43 @@ def spelled_out() -> tuple[Reading, dict[str, Tensor], dict[str, Tensor], float]
             layer.mlp.up_proj.weight[3] *= 8  # some outliers
         plain = [forward(model, row, lambda x, w: x @ w.T) for row in rows.tokens]
         noisy = [forward(model, row, quantized_product) for row in rows.tokens]
-        alone = [forward(model, token[None], lambda x, w: x @ w.T) for row in rows.tokens for token in row]
+        single_tokens = [forward(model, token[None], lambda x, w: x @ w.T) for row in rows.tokens for token in row]
     states = ("embed_out", "layer_00/block_out", "final_norm_out")  # as Hugging Face gives them
     script = []
     for state in states:
-        x = torch.stack([seen[state] for seen in alone])
+        x = torch.stack([seen[state] for seen in single_tokens])
         script.append(torch.relu((x**4).mean(-1) / x.std(-1) ** 4 - 3).mean())
     together = [{name: torch.cat([row[name] for row in seen]) for name in seen[0]} for seen in (plain, noisy)]
     return probe(model, rows, FULL), together[0], together[1], float(torch.stack(script).mean())
 
 
-def test_every_site_shows_what_the_model_computes(spelled_out: Any) -> None:
-    reading, sites, _, _ = spelled_out
+def test_every_site_is_measured_as_the_model_computes_it(naive_pass: Any) -> None:
+    reading, sites, _, _ = naive_pass
     assert set(reading.sites) == set(sites) == set(site_names(2, get_args(Site)))
     for name, values in sites.items():
         expected = naive(values)
-        # medians and counts are of values rounded to bf16: one that lies at an edge may fall on either side
+        # medians and counts are of values rounded to bf16, and a value halfway between may be rounded to either
         assert reading.sites[name].statistics == pytest.approx(expected, rel=5e-3 if expected["kurtosis"] else 1e-3)
         for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms", "top_channel_share", "few_tokens"):
             assert reading.sites[name].statistics[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (name, key)
             assert reading.metrics[f"monitor/{key}/{name}"] == reading.sites[name].statistics[key]
 
 
-def test_error_under_fake_quantization_is_that_of_a_second_pass(spelled_out: Any) -> None:
-    reading, plain, noisy, _ = spelled_out
+def test_error_under_fake_quantization_equals_a_second_pass(naive_pass: Any) -> None:
+    reading, plain, noisy, _ = naive_pass
     for key, name in (("R_L", "final_norm_out"), *((f"R_L/layer_0{i}", f"layer_0{i}/block_out") for i in range(2))):
         expected = float((noisy[name] - plain[name]).square().sum() / plain[name].square().sum())
         assert 1e-3 < expected < 1
-        # rounding may take a value that lies between two levels to either
+        # a value halfway between two levels may be rounded to either
         assert reading.metrics[f"monitor/{key}"] == pytest.approx(expected, rel=2e-2), key
 
 
-def test_papers_script_on_the_same_hidden_states(spelled_out: Any) -> None:
-    reading, _, _, script = spelled_out
+def test_osp_script_reads_the_hidden_states_of_hugging_face(naive_pass: Any) -> None:
+    reading, _, _, script = naive_pass
     assert reading.metrics["monitor/kurtosis/osp_script"] == pytest.approx(script, rel=1e-5)
 
 
-def test_gains_and_rows_are_the_largest_of_the_weights() -> None:
+def test_gain_max_and_weight_row_max_are_the_largest_of_the_weights() -> None:
     model = workers.planted("attn_in")
     metrics = probe(model, workers.rows(), FULL).metrics
     assert metrics["monitor/gain_max/layer_01/input_layernorm"] == 400
@@ -211,8 +213,8 @@ def test_gains_and_rows_are_the_largest_of_the_weights() -> None:
         assert metrics[f"monitor/weight_row_max/{name}"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_figures_of_the_whole_model_sum_up_its_sites(spelled_out: Any) -> None:
-    reading = spelled_out[0]
+def test_metrics_of_the_whole_model_aggregate_its_sites(naive_pass: Any) -> None:
+    reading = naive_pass[0]
     kurtosis = [site.statistics["kurtosis"] for site in reading.sites.values()]
     assert reading.metrics["monitor/kurtosis/max"] == max(kurtosis)
     assert reading.metrics["monitor/kurtosis/mean"] == pytest.approx(sum(kurtosis) / len(kurtosis))
@@ -223,8 +225,8 @@ def test_figures_of_the_whole_model_sum_up_its_sites(spelled_out: Any) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_change_nothing(world_size: int) -> None:
-    """Five rows of documents on 2 and 4 ranks; maxima, places, counts and histograms to the last bit."""
+def test_reading_does_not_depend_on_the_number_of_ranks(world_size: int) -> None:
+    """Five sequences of documents on 2 and 4 ranks; maxima, places, counts and histograms are bit-identical."""
     one = workers.heavy_reading()
     for rank in ranks_of(world_size):
         many = rank["reading"]
@@ -249,7 +251,7 @@ def test_probe_without_sites_merges_over_ranks(world_size: int) -> None:
         assert rank["without_sites"].metrics == pytest.approx(one.metrics, rel=1e-12)
 
 
-def test_nothing_stays_behind() -> None:
+def test_probe_leaves_the_model_unchanged() -> None:
     model = workers.small_model().train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
@@ -263,7 +265,7 @@ def test_nothing_stays_behind() -> None:
         assert "forward" not in module.__dict__
 
 
-def test_nothing_stays_behind_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_that_fails_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = workers.small_model().train()
 
     def fail(*_: Any, **__: Any) -> None:
@@ -285,7 +287,7 @@ def test_nothing_stays_behind_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> 
         ((), ("gain_max",), {"gain_max/layer_00/input_layernorm", "gain_max/norm"}),
     ],
 )
-def test_only_what_is_asked_for_is_measured(sites: Any, statistics: Any, expected: set[str]) -> None:
+def test_only_chosen_sites_and_statistics_are_measured(sites: Any, statistics: Any, expected: set[str]) -> None:
     metrics = probe(workers.small_model(), workers.rows(), MonitorConfig(sites=sites, statistics=statistics)).metrics
     names = {key.removeprefix("monitor/") for key in metrics}
     assert expected <= names
@@ -304,7 +306,7 @@ def test_every_norm_can_be_probed(norm: str) -> None:
 
 
 def test_bf16_model_is_measured_in_fp64() -> None:
-    """Fourth powers in bf16 would leave no digit: the statistics are those of the values as they are."""
+    """Fourth powers in bf16 would have no correct digit."""
     model = workers.planted("block_out")
     model.compute_dtype = torch.bfloat16
     seen = probe(model, workers.rows(), FULL).sites["layer_01/block_out"]

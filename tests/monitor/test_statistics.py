@@ -1,4 +1,4 @@
-"""Each statistic against a closed form on planted samples, a naive float64 oracle, and itself over any split."""
+"""Each statistic equals a closed form, a naive float64 oracle, and itself over any split of the tokens."""
 
 import itertools
 import math
@@ -39,8 +39,8 @@ def test_kurtosis_of_known_samples() -> None:
     assert of([0.0] * 50) == 0.0
 
 
-def test_every_statistic_of_an_even_sample() -> None:
-    """Signs alternating along channels: all energy even, every value its own maximum and median."""
+def test_every_statistic_of_alternating_signs() -> None:
+    """All channels and tokens have the same energy, and all values the same magnitude."""
     got = measured(torch.tensor([1.0, -1.0]).repeat(N, D // 2) * 4)
     assert got == pytest.approx(
         {
@@ -61,7 +61,7 @@ def test_every_statistic_of_an_even_sample() -> None:
 
 
 def test_every_statistic_of_one_spike() -> None:
-    """One value of 1024 among zeros: the largest kurtosis there is, all energy in one channel of one token."""
+    """One value of 1024 among zeros: the largest possible kurtosis, all energy in one channel of one token."""
     x = torch.zeros(N, D)
     x[5, 7] = -1024.0
     got = measured(x)
@@ -83,7 +83,7 @@ def test_every_statistic_of_one_spike() -> None:
     )
 
 
-def test_decomposition_tells_channels_from_tokens() -> None:
+def test_decomposition_separates_channels_from_tokens() -> None:
     """Energy r_t c_c with random signs: the rest of the fourth moment is 1, the factors are those of r and c."""
     signs = torch.randint(0, 2, (N, D), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     r, c = torch.ones(N).double(), torch.ones(D).double()
@@ -105,8 +105,8 @@ def test_normal_values_have_no_excess() -> None:
     assert got["few_channels"] * got["few_tokens"] == pytest.approx(1, abs=0.01)
 
 
-def test_mean_far_from_zero_leaves_kurtosis_its_digits() -> None:
-    """Plain sums of x^4 would lose all of them: 1000 deviations to the 4th power are 1e12."""
+def test_kurtosis_is_accurate_with_a_large_mean() -> None:
+    """Sums of x^4 would cancel: 1000 deviations to the 4th power are 1e12."""
     x = torch.tensor([1.0, -1.0, 0.0, 0.0]).double().repeat(N, D // 4) + 1e4
     got = measured(x)
     assert got["kurtosis"] == pytest.approx(2 - 3, rel=1e-7)
@@ -126,7 +126,7 @@ def heavy(seed: int = 0, tokens: int = N) -> Tensor:
 
 
 def naive(x: Tensor) -> dict[str, float]:
-    """The definitions, spelled out in numpy, value by value where that says it best."""
+    """Return every statistic by its definition, in numpy."""
     a = x.double().numpy()
     rounded = x.bfloat16().double().numpy()
 
@@ -160,7 +160,7 @@ def test_statistics_equal_their_definitions(seed: int, dtype: torch.dtype) -> No
     assert measured(x) == pytest.approx(expected, rel=1e-10)
 
 
-def test_peak_names_the_first_of_the_largest() -> None:
+def test_peak_is_the_first_of_the_largest_values() -> None:
     x = heavy()
     x[9, 3], x[20, 1] = -5000.0, 5000.0
     value, place, signed = st.take_sample(x, first_token=100).peak.tolist()
@@ -176,8 +176,8 @@ def test_octaves_count_magnitudes() -> None:
     assert counts == [3, 0, 2, 2, 1]
 
 
-def test_osp_script_is_the_papers_formula() -> None:
-    """A literal transcription, in float32 as the script's tensors are."""
+def test_osp_script_kurtosis_equals_the_script() -> None:
+    """Against a literal transcription in float32, the dtype of the script."""
     hidden_states = [heavy(seed, tokens=48)[:, None] for seed in range(3)]  # (tokens, 1, D): sequences of length 1
     total = []
     for x in hidden_states:
@@ -186,7 +186,7 @@ def test_osp_script_is_the_papers_formula() -> None:
     expected = torch.stack(total).mean().item()
     got = torch.stack([st.osp_script_kurtosis(x).mean() for x in hidden_states]).mean().item()
     assert got == pytest.approx(expected, rel=1e-5)
-    # one channel of D holds everything: the ceiling D - 3 of papers.md, up to the unbiased deviation
+    # one channel of D holds everything: the largest value D - 3, up to the unbiased deviation
     spike = torch.zeros(2048)
     spike[3] = 5.0
     assert st.osp_script_kurtosis(spike).item() == pytest.approx(2048 - 3, rel=1e-3)
@@ -233,7 +233,7 @@ def test_moments_merge_exactly() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[32], [1, 2, 3], [10, 11, 50, 63]])
-def test_samples_of_parts_merge_into_that_of_the_whole(cuts: list[int]) -> None:
+def test_samples_of_parts_merge_into_the_sample_of_the_whole(cuts: list[int]) -> None:
     x = heavy()
     bounds = [0, *cuts, N]
     parts = [st.take_sample(x[a:b], first_token=a) for a, b in itertools.pairwise(bounds)]
@@ -246,7 +246,7 @@ def test_samples_of_parts_merge_into_that_of_the_whole(cuts: list[int]) -> None:
         assert st.compute_statistics(merged) == pytest.approx(st.compute_statistics(whole), rel=1e-12)
 
 
-def test_merging_through_a_pair_or_all_at_once_is_the_same() -> None:
+def test_merging_is_associative() -> None:
     a, b, c = (st.take_sample(heavy(seed), first_token=seed * N) for seed in range(3))
     once: Sample = st.merge_samples([a, b, c])
     assert st.compute_statistics(st.merge_samples([st.merge_samples([a, b]), c])) == pytest.approx(
@@ -254,7 +254,7 @@ def test_merging_through_a_pair_or_all_at_once_is_the_same() -> None:
     )
 
 
-def test_values_that_are_not_finite_show() -> None:
+def test_nan_propagates_to_the_statistics() -> None:
     x = heavy()
     x[3, 3] = math.nan
     got = measured(x)

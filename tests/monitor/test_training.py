@@ -1,4 +1,4 @@
-"""Monitoring inside a run: it changes nothing, writes what it should, and speaks up once."""
+"""Monitoring a run: training is unchanged, readings are written, alerts are raised once."""
 
 import json
 from collections.abc import Callable
@@ -37,8 +37,8 @@ FULL = ("monitor.enabled=true", "monitor.sites=all", "monitor.statistics=all", "
     ],
     ids=" ".join,
 )
-def test_training_is_bit_for_bit_the_same(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
-    """Probes before, between and after the steps of compiled, recomputed and partitioned models."""
+def test_training_is_bit_identical_with_and_without_monitor(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
+    """Probes before, between and after the steps of compiled, checkpointed and partitioned models."""
     overrides = [*overrides, "train.steps=3", "eval.every=0", "checkpoint.every=0"]
     train(tiny(*overrides, name="without"))
     train(tiny(*overrides, *FULL, "monitor.every=1", name="with"))
@@ -48,7 +48,7 @@ def test_training_is_bit_for_bit_the_same(overrides: list[str], tiny: Tiny, tmp_
         assert torch.equal(a[name], b[name]), name
     probes = read_lines(tmp_path / "with" / "probes.jsonl")
     assert [probe["step"] for probe in probes] == [0, 1, 2, 3]
-    # under every engine the figures are those of the plain model
+    # the metrics equal those of the plain model under every engine
     config = tiny(*overrides, *FULL)
     rows = held_out_rows(shard_folder(config.data, config.tokenizer), config)
     assert rows.tokens.shape == (4, 32)
@@ -59,7 +59,7 @@ def test_training_is_bit_for_bit_the_same(overrides: list[str], tiny: Tiny, tmp_
             assert line[key] == pytest.approx(value, rel=1e-9), key
 
 
-def test_what_a_probe_writes(tiny: Tiny, tmp_path: Path) -> None:
+def test_probe_writes_metrics_and_sites(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(*FULL, "monitor.every=2", "train.steps=3", "eval.every=0")
     train(config)
     lines = [event for event in read_metrics(tmp_path / "run") if "monitor/seconds" in event]
@@ -137,7 +137,7 @@ def test_alert_reaches_console_events_wandb_and_forensics_once(
     assert len(sent) == 2
 
 
-def test_two_ranks_with_partitioned_weights_see_and_say_the_same(tiny: Tiny, tmp_path: Path) -> None:
+def test_two_ranks_with_partitioned_weights_write_the_same_readings_and_alerts(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny(*ALERTING, *FULL[1:3], name="one"))
     run_distributed(workers.trained, 2, to_dict(tiny(*ALERTING, *FULL[1:3], "engine.zero_stage=3", name="two")))
     first = {}
@@ -145,8 +145,8 @@ def test_two_ranks_with_partitioned_weights_see_and_say_the_same(tiny: Tiny, tmp
         (first[name],) = [e for e in read_metrics(tmp_path / name) if e["step"] == 0 and "monitor/seconds" in e]
         del first[name]["monitor/seconds"]
     assert first["two"] == pytest.approx(first["one"], rel=1e-9)
-    said = [[(e["step"], e["key"]) for e in read_lines(tmp_path / n / "events.jsonl")] for n in ("one", "two")]
-    assert said[0] == said[1] != []
+    alerts = [[(e["step"], e["key"]) for e in read_lines(tmp_path / n / "events.jsonl")] for n in ("one", "two")]
+    assert alerts[0] == alerts[1] != []
     for file in (tmp_path / "one" / "forensics").glob("*.json"):
         one, two = (json.loads((tmp_path / name / "forensics" / file.name).read_text()) for name in ("one", "two"))
         assert [w["parameter"] for w in two["weights"]] == [w["parameter"] for w in one["weights"]]
@@ -166,7 +166,7 @@ def test_resumed_run_repeats_neither_probes_nor_alerts(tiny: Tiny, tmp_path: Pat
     assert [event["step"] for event in events if event["kind"] == "alert"] == [1, 1]
 
 
-def test_monitoring_may_change_when_a_run_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+def test_monitoring_may_change_on_resume(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("train.steps=4", "checkpoint.every=2", "eval.every=0")
     interrupt_after(2, config)
     train(tiny("train.steps=4", "checkpoint.every=2", "eval.every=0", *FULL, "monitor.every=1"))
@@ -174,7 +174,7 @@ def test_monitoring_may_change_when_a_run_goes_on(tiny: Tiny, tmp_path: Path) ->
 
 
 def test_auto_probes_at_powers_of_two_and_the_end(tiny: Tiny, tmp_path: Path) -> None:
-    """The steps are so short that a probe is never affordable."""
+    """The steps are so short that a probe never fits into its budget."""
     train(tiny("monitor.enabled=true", "monitor.tokens=512", "train.steps=11", "eval.every=0", "checkpoint.every=0"))
     assert [probe["step"] for probe in read_lines(tmp_path / "run" / "probes.jsonl")] == [0, 1, 2, 4, 8, 11]
 
@@ -182,15 +182,13 @@ def test_auto_probes_at_powers_of_two_and_the_end(tiny: Tiny, tmp_path: Path) ->
 BRIEF = ("monitor.sites=[]", 'monitor.statistics=["gain_max"]')
 
 
-def test_held_out_text_shorter_than_asked_for_is_said(
-    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_short_validation_split_is_reported(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     train(tiny("monitor.enabled=true", "monitor.tokens=1000000", "train.steps=1", *BRIEF))
     assert "monitor.tokens=1000000, but the validation split has only" in caplog.text
 
 
-def test_rows_are_shorter_where_tokens_are_few(tiny: Tiny) -> None:
+def test_sequences_are_no_longer_than_monitor_tokens(tiny: Tiny) -> None:
     config = tiny("monitor.tokens=20", "train.steps=1")
     train(config)
     assert held_out_rows(shard_folder(config.data, config.tokenizer), config).tokens.shape == (1, 20)

@@ -1,4 +1,4 @@
-"""Models with a planted outlier, and what the ranks of a process group see in them."""
+"""Models with a planted outlier, and their measurement on the ranks of a process group."""
 
 import dataclasses
 from typing import Any
@@ -15,12 +15,12 @@ from osp.train.setup import train
 
 FULL = MonitorConfig(sites="all", statistics="all")
 LAYER, MARKED = 1, 7  # the layer of the outlier, and the residual channel by which it knows its token
-TOKEN, ROW, POSITION = 19, 2, 11  # the last of its row: no other token can attend to it
+TOKEN, ROW, POSITION = 19, 2, 11  # the last of its sequence: no other token can attend to it
 RULES: Any = {"max_over_median": {"all": AlertConfig(above=150.0)}}  # without the outlier all sites are below 40
 SITES = {  # site: (its name, the channel of the outlier, the parameter that makes it)
     "embed_out": ("embed_out", 5, "embed_tokens.weight"),
     "attn_in": ("layer_01/attn_in", MARKED, "layers.1.input_layernorm.weight"),
-    "q": ("layer_01/q", 3, "layers.1.self_attn.q_proj.weight"),  # a slow pair: RoPE leaves it nearly where it is
+    "q": ("layer_01/q", 3, "layers.1.self_attn.q_proj.weight"),  # a slow pair: RoPE hardly rotates it
     "k": ("layer_01/k", 3, "layers.1.self_attn.k_proj.weight"),
     "v": ("layer_01/v", 9, "layers.1.self_attn.v_proj.weight"),
     "o_proj_in": ("layer_01/o_proj_in", 17, "layers.1.self_attn.v_proj.weight"),
@@ -32,7 +32,7 @@ SITES = {  # site: (its name, the channel of the outlier, the parameter that mak
 
 
 def small_model(norm: str = "rmsnorm", **options: Any) -> Transformer:
-    """4 query heads of 8 channels on 2 value heads."""
+    """Return a model with 4 query heads of 8 channels on 2 value heads."""
     config = ModelConfig(
         vocab_size=40,
         hidden_size=32,
@@ -48,7 +48,7 @@ def small_model(norm: str = "rmsnorm", **options: Any) -> Transformer:
 
 
 def rows(count: int = 3) -> Rows:
-    """Rows of 12 tokens; TOKEN is in one place only."""
+    """Return sequences of 12 tokens; TOKEN occurs once."""
     tokens = torch.randint(0, TOKEN, (count, 12), generator=torch.Generator().manual_seed(1))
     tokens[ROW, POSITION] = TOKEN
     return Rows(tokens)
@@ -56,9 +56,9 @@ def rows(count: int = 3) -> Rows:
 
 @torch.no_grad()
 def planted(site: str | None) -> Transformer:
-    """A model with one value of some hundreds at `site`; None: the same model without it.
+    """Return a model with one value of some hundreds at `site`; None: the same model without it.
 
-    Channel MARKED of the residual stream is 4 for TOKEN, 0 for all others; only `site`'s weights make use of it.
+    Channel MARKED of the residual stream is 4 for TOKEN, 0 for all others; only the weights of `site` read it.
     """
     model = small_model()
     layer = model.layers[LAYER]
@@ -89,7 +89,7 @@ def planted(site: str | None) -> Transformer:
             attention.v_proj.weight[9, MARKED] = 400
         case "o_proj_in":
             attention.v_proj.weight[9, MARKED] = 400
-            # query heads 2 and 3 read value head 1; only in head 2 the token sees nothing but itself
+            # query heads 2 and 3 read value head 1; only in head 2 does the token attend to itself alone
             attention.q_proj.weight[19, MARKED] = attention.k_proj.weight[11, MARKED] = 10
         case "mlp_in":
             model.get_parameter("layers.1.post_attention_layernorm.weight")[MARKED] = 400
@@ -107,7 +107,7 @@ def planted(site: str | None) -> Transformer:
 
 
 def run_config(model: Transformer) -> Config:
-    """A run whose model this could be."""
+    """Return the configuration of a run with this model."""
     config = from_dict({"train": {"steps": 10, "seq_len": 12, "tokens_per_step": 12}, "optimizer": {"adam_lr": 1e-3}})
     return dataclasses.replace(config, model=model.config)
 
@@ -120,7 +120,7 @@ class Words:
 
 
 def find_planted(site: str) -> dict[str, Any]:
-    """What the probe, the alerts and the forensics of this rank say about the model with an outlier at `site`."""
+    """Return reading, alerts and forensics of this rank for the model with an outlier at `site`."""
     model, text = planted(site), rows()
     reading = probe(model, text, FULL)
     name = SITES[site][0]
@@ -151,12 +151,12 @@ def everything(_: int) -> dict[str, Any]:
 
 
 def trained(values: dict[str, Any]) -> None:
-    """A whole run on the ranks of the process group."""
+    """Train a run on the ranks of the process group."""
     train(from_dict(values))
 
 
 def heavy_reading() -> Reading:
-    """Five rows: 2 and 4 ranks share them unevenly."""
+    """Return the reading of five sequences, which 2 and 4 ranks share unevenly."""
     model = small_model("layernorm", embed_proj=True)
     with torch.no_grad():
         for parameter in model.parameters():
