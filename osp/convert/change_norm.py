@@ -2,7 +2,7 @@
 
     OUT/config.yaml       the configuration of the run with the new model
         tokenizer.json
-        checkpoints/      one checkpoint of weights alone: training starts from it with checkpoint.init_from=OUT
+        checkpoints/      one checkpoint with weights only: training starts from it with checkpoint.init_from=OUT
         certificate.json  see osp.convert.same_function
 
 Conversions (arXiv 2305.14858). With d channels, mean mu of x and s = mean(x^2) - mu^2,

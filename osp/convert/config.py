@@ -11,7 +11,7 @@ class ConvertConfig:
     path: str = ""  # a run, a checkpoint or the folder of a Hugging Face Llama
     to: str = ""  # a name of osp.convert.change_norm.CONVERTIBLE
     out: str = ""  # the folder to write
-    text: str = "held_out"  # the text that both models are compared on; see osp.evaluation.texts
+    text: str = "held_out"  # name of the text that both models are compared on; see osp.evaluation.texts
     device: Literal["auto", "cpu", "cuda"] = "auto"
     debug: bool = False
 
@@ -24,6 +24,6 @@ class ExportConfig:
     out: str = ""  # the folder to write
     dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = "5GB"
-    text: str = "held_out"  # the text that the exported model is checked on; see osp.evaluation.texts
+    text: str = "held_out"  # name of the text that both models are compared on; see osp.evaluation.texts
     device: Literal["auto", "cpu", "cuda"] = "auto"
     debug: bool = False

@@ -116,7 +116,7 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
         ("attention.gate=true", config.attention.gate, "gate after attention"),
         ("attention.off_by_one=true", config.attention.off_by_one, "1 in the denominator of its softmax"),
         (f"model.hidden_act={config.hidden_act}", config.hidden_act != "silu", "other activation than silu in its MLP"),
-        ("model.head_bias=true", config.head_bias, "bias of the head (here that of the last LayerNorm, folded)"),
+        ("model.head_bias=true", config.head_bias, "bias of the head (here the folded bias of the last LayerNorm)"),
     ):
         if holds:
             raise UserError(f"{key}: a stock Llama has no {what}")
@@ -197,7 +197,7 @@ def write_llama(
     _write_json(folder / CONFIG, hf_config(model, dtype=dtype, eps=eps, bos_id=bos_id, eos_id=eos_id))
     tensors = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in _hf_tensors(model)}
     save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
-    for path in folder.glob("*.safetensors"):  # created for the owner alone; as readable as the other files
+    for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
         path.chmod((folder / CONFIG).stat().st_mode)
 
 

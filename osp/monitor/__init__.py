@@ -1,4 +1,4 @@
-"""See outliers form: statistics of activations, the probe that takes them, alerts, and what stands behind one."""
+"""Watch outliers form: statistics of activations, the probe that measures them, alerts, and forensics."""
 
 from osp.monitor.inspect import inspect
 from osp.monitor.monitor import Monitor

@@ -1,4 +1,4 @@
-"""The probe: forward passes of held-out text through the model as it is, observed by hooks.
+"""The probe: forward passes of the validation split through the model as it is, observed by hooks.
 
 A probe runs eagerly, without gradients and apart from the training step, because hooks that are added to a compiled
 block never run, and hooks run twice under activation checkpointing. It draws no random numbers and restores weights,

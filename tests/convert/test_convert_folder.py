@@ -98,7 +98,7 @@ def test_certificate_holds_the_measurements(run: Path, tmp_path: Path) -> None:
         "layernorm of 32 channels -> rmsnorm of 32: embedding projections absorbed, residual stream recentred, "
         "layernorm -> rmsnorm"
     )
-    assert re.match(r"fp64 +\d\.\de-1\d +\d\.\de-1\d  none$", table[3])
+    assert re.match(r"fp64 +\d\.\de-1\d +\d\.\de-1\d +none$", table[3])
 
 
 def test_converted_model_can_be_converted_again(run: Path, tmp_path: Path) -> None:
