@@ -193,28 +193,16 @@ class AdamW(UpdateRule):
         self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
     ) -> Tensor | None:
         (beta1, beta2), lr, eps = self.config.adam_betas, group["lr"], self.config.adam_eps
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
         count = torch.full((), number - 1, dtype=torch.float32, device=grad.device)  # the kernel adds the 1
-        adamw(
-            [piece.flat],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [count],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=eps,
-            maximize=False,
-        )
+        options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": group["weight_decay"]}
+        modes = {"fused": True, "amsgrad": False, "maximize": False}
+        adamw([piece.flat], [grad], [mean], [square], [], [count], **modes, **options)
         if not record:
             return None
         # the fused kernel does not return the update, so it is computed a second time
-        denominator = (state["exp_avg_sq"] / (1 - beta2**number)).sqrt_().add_(eps)
-        return torch.linalg.vector_norm(state["exp_avg"] / denominator).square() * (lr / (1 - beta1**number)) ** 2
+        denominator = (square / (1 - beta2**number)).sqrt_().add_(eps)
+        return torch.linalg.vector_norm(mean / denominator).square() * (lr / (1 - beta1**number)) ** 2
 
 
 RULES: dict[str, type[UpdateRule]] = {"muon": Muon, "normalized": Normalized, "adamw": AdamW}

@@ -1,8 +1,7 @@
-"""Which flat interval of which rank is which part of which parameter, and the exchange that makes parameters whole.
+"""Where parameters lie in ZeRO's flat tensors, and the exchange that makes them whole.
 
-ZeRO hands the optimizer one flat tensor per rank and parameter group. `interval_table` is the only knowledge of
-DeepSpeed's layout in the project: the optimizer finds its matrices by it and checkpoints find parameters by name.
-K parameters in the group, W ranks.
+ZeRO hands the optimizer one flat tensor per rank and parameter group. `rank_intervals` is the only knowledge of
+DeepSpeed's layout in the project. K parameters in the group, W ranks.
 """
 
 from collections.abc import Sequence
@@ -13,13 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements of whole parameters that a rank works on at a time: bounds the workspace of exchange and Newton-Schulz
-# (fp32 update + a few copies of it in Newton-Schulz's dtype) however large the group is.
+# Elements of whole parameters that a rank works on at a time: bounds the memory of exchange and Newton-Schulz
 WORKSPACE = 2**27
 
 
 class Interval(NamedTuple):
-    """Elements [start, stop) of flattened parameter `index` stand at `offset` and on in a rank's flat tensor."""
+    """Elements [start, stop) of flattened parameter `index`, at `offset` in a rank's flat tensor."""
 
     index: int
     start: int
@@ -36,27 +34,22 @@ class Interval(NamedTuple):
 
 
 def flat_size(numels: Sequence[int], *, world_size: int, stage: int) -> int:
-    """Elements of the flat tensor that every rank holds for a group, DeepSpeed's padding included."""
+    """Return the elements of the flat tensor that every rank holds for a group, DeepSpeed's padding included."""
     if stage == 3:
         return sum(-(-numel // world_size) for numel in numels)
     alignment = 2 * world_size  # stage_1_and_2.py: nccl_start_alignment_factor
     return -(-sum(numels) // alignment) * 2
 
 
-def interval_table(numels: Sequence[int], *, world_size: int, stage: int) -> list[list[Interval]]:
-    """The intervals of each rank, in the order of its flat tensor; every element of every parameter occurs once."""
-    return [rank_intervals(numels, rank=rank, world_size=world_size, stage=stage) for rank in range(world_size)]
-
-
 def rank_intervals(numels: Sequence[int], *, rank: int, world_size: int, stage: int) -> list[Interval]:
-    """The intervals of one rank, in the order of its flat tensor.
+    """Return the intervals of one rank, in the order of its flat tensor.
 
     Stages 1 and 2: the group is concatenated, padded at its end, and cut into W equal pieces.
-    Stage 3: every parameter is cut into W chunks of ceil(numel / W), the last ones short or empty; a rank's flat tensor
-    holds its chunk of each parameter, short chunks padded.
+    Stage 3: every parameter is cut into W chunks of ceil(numel / W), the last ones short or empty; a rank holds its
+    chunk of each parameter, short chunks padded.
     """
     piece = flat_size(numels, world_size=world_size, stage=stage)
-    found = []
+    intervals = []
     begin = 0  # of the parameter: in the concatenation (stages 1, 2), in the flat tensor of each rank (stage 3)
     for index, numel in enumerate(numels):
         if stage == 3:
@@ -68,31 +61,25 @@ def rank_intervals(numels: Sequence[int], *, rank: int, world_size: int, stage: 
             stop, offset = min((rank + 1) * piece - begin, numel), begin + start - rank * piece
             begin += numel
         if start < stop:
-            found.append(Interval(index, start, stop, offset))
-    return found
+            intervals.append(Interval(index, start, stop, offset))
+    return intervals
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some parameters of equal shape that are made whole, updated and sent back together, as one rank sees it.
+    """Parameters of one shape that are made whole, updated and sent back together, as one rank sees them."""
 
-    local: the range of this rank's flat tensor they lie in. held: its parts, by owner; places relative to `local`.
-    owned: the parts that make up the parameters this rank owns, by sender; `index` counts owned parameters.
-    first: the first of these in the group; they follow one another.
-    sends, receives: elements per rank; None where every rank holds whole parameters and nothing has to move.
-    """
-
-    local: slice
-    held: tuple[Interval, ...]
-    owned: tuple[Interval, ...]
-    first: int
+    local: slice  # where this rank's parts of them lie in its flat tensor
+    first: int  # first parameter in the group that this rank owns; the others follow
     num_owned: int
-    numel: int
-    sends: list[int] | None
-    receives: list[int] | None
+    numel: int  # of each parameter
+    held: tuple[Interval, ...] = ()  # this rank's parts, by owner; places relative to `local`
+    owned: tuple[Interval, ...] = ()  # the parts of the owned parameters, by sender; `index` counts owned parameters
+    sends: list[int] | None = None  # elements per rank; None where every rank holds whole parameters
+    receives: list[int] | None = None
 
     def collect(self, values: Tensor) -> Tensor:
-        """(num_owned, numel): the whole parameters this rank owns. values: this rank's `local` part of a flat tensor"""
+        """Return the whole parameters this rank owns, (num_owned, numel). values: the `local` part of a flat tensor"""
         if self.sends is None or self.receives is None:
             return values[: self.num_owned * self.numel].view(self.num_owned, self.numel)
         received = _all_to_all(_pack(values, self.held), sends=self.sends, receives=self.receives)
@@ -100,13 +87,12 @@ class Batch:
         return _unpack(received, self.owned, targets, self.num_owned * self.numel).view(self.num_owned, self.numel)
 
     def distribute(self, whole: Tensor) -> Tensor:
-        """The inverse of `collect`: the `local` part, zero in the padding. whole: (num_owned, numel)"""
-        size = self.local.stop - self.local.start
+        """Invert `collect`: return the `local` part, zero in the padding. whole: (num_owned, numel)"""
         if self.sends is None or self.receives is None:
             return whole.reshape(-1)
         parts = [Interval(0, 0, iv.size, iv.index * self.numel + iv.start) for iv in self.owned]
         received = _all_to_all(_pack(whole.reshape(-1), parts), sends=self.receives, receives=self.sends)
-        return _unpack(received, self.held, [iv.offset for iv in self.held], size)
+        return _unpack(received, self.held, [iv.offset for iv in self.held], self.local.stop - self.local.start)
 
 
 @dataclass(frozen=True)
@@ -121,25 +107,24 @@ class Piece:
 def batches(
     numel: int, count: int, *, world_size: int, rank: int, stage: int, workspace: int = WORKSPACE
 ) -> list[Batch]:
-    """The work of one rank on a group of `count` parameters of `numel` elements.
+    """Return the work of one rank on a group of `count` parameters of `numel` elements.
 
-    Where the pieces of ZeRO are whole parameters each rank works on its own, in views. Elsewhere parameter k of a batch
-    of K belongs to rank k*W//K; all ranks then go through the same batches, because each is a collective.
-    Takes time in proportion to what the rank holds and owns, not to K W: every rank of a large job does this at start.
+    Where ZeRO's pieces are whole parameters each rank works alone, in views. Elsewhere parameter k of a batch of K
+    belongs to rank k*W//K, and all ranks take part in every batch, because it is a collective.
+    The time is proportional to what the rank holds and owns, not to K W: every rank of a large job does this at start.
     """
-    mine = rank_intervals([numel] * count, rank=rank, world_size=world_size, stage=stage)
+    intervals = rank_intervals([numel] * count, rank=rank, world_size=world_size, stage=stage)
     cut = _Cut(numel, count, world_size=world_size, stage=stage)
     if cut.is_whole:
         size = max(1, workspace // numel)
-        return [_whole_batch(mine[i : i + size], numel) for i in range(0, len(mine), size)]
+        return [_whole_batch(intervals[i : i + size], numel) for i in range(0, len(intervals), size)]
     size = max(1, workspace // numel) * world_size
-    return [
-        _exchange_batch(cut, mine, range(first, min(first + size, count)), rank=rank) for first in range(0, count, size)
-    ]
+    ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    return [_exchange_batch(cut, intervals, parameters, rank=rank) for parameters in ranges]
 
 
 class _Cut:
-    """How ZeRO cuts `count` parameters of `numel` elements, seen from one of them: which ranks hold what of it."""
+    """How ZeRO cuts `count` parameters of `numel` elements: which ranks hold which part of one of them."""
 
     def __init__(self, numel: int, count: int, *, world_size: int, stage: int):
         self.numel, self.world_size = numel, world_size
@@ -149,7 +134,7 @@ class _Cut:
         self.is_whole = self.piece % numel == 0 or self.piece >= (numel if stage == 3 else numel * count)
 
     def parts(self, index: int) -> list[tuple[int, int, int]]:
-        """(rank, start, stop) of every part of parameter `index`, in order."""
+        """Return (rank, start, stop) of every part of parameter `index`, in order."""
         begin = index * self.stride
         end = begin + self.numel
         return [
@@ -159,25 +144,16 @@ class _Cut:
 
 
 def _whole_batch(intervals: list[Interval], numel: int) -> Batch:
-    first = intervals[0].offset
-    local = slice(first, first + len(intervals) * numel)
-    return Batch(
-        local,
-        held=(),
-        owned=(),
-        first=intervals[0].index,
-        num_owned=len(intervals),
-        numel=numel,
-        sends=None,
-        receives=None,
-    )
+    first, count = intervals[0], len(intervals)
+    local = slice(first.offset, first.offset + count * numel)
+    return Batch(local, first=first.index, num_owned=count, numel=numel)
 
 
-def _exchange_batch(cut: _Cut, mine: list[Interval], parameters: range, *, rank: int) -> Batch:
+def _exchange_batch(cut: _Cut, intervals: list[Interval], parameters: range, *, rank: int) -> Batch:
     count, world_size = len(parameters), cut.world_size
-    held = [iv for iv in mine if iv.index in parameters]
+    held = [iv for iv in intervals if iv.index in parameters]
     begin, end = (held[0].place.start, held[-1].place.stop) if held else (0, 0)
-    # the i-th of the batch belongs to rank i*W//K: rank r has those from ceil(r K / W) on
+    # parameter i of the batch belongs to rank i*W//K: the first one of rank r is ceil(r K / W)
     first, last = (-(-r * count // world_size) for r in (rank, rank + 1))
     parts = sorted((r, k, a, b) for k in range(first, last) for r, a, b in cut.parts(parameters[k]))
     sends, receives = [0] * world_size, [0] * world_size
@@ -187,32 +163,32 @@ def _exchange_batch(cut: _Cut, mine: list[Interval], parameters: range, *, rank:
         receives[sender] += stop - start
     return Batch(
         local=slice(begin, end),
-        held=tuple(iv._replace(offset=iv.offset - begin) for iv in held),
-        owned=tuple(Interval(k - first, start, stop, 0) for _, k, start, stop in parts),
         first=parameters.start + first,
         num_owned=last - first,
         numel=cut.numel,
+        held=tuple(iv._replace(offset=iv.offset - begin) for iv in held),
+        owned=tuple(Interval(k - first, start, stop, 0) for _, k, start, stop in parts),
         sends=sends,
         receives=receives,
     )
 
 
 def _all_to_all(values: Tensor, *, sends: list[int], receives: list[int]) -> Tensor:
-    """What all ranks sent to this one, by sender; uneven and empty parts allowed. Works on gloo and NCCL."""
+    """Return what all ranks sent to this one, by sender; parts may be uneven and empty. Works on gloo and NCCL."""
     received = values.new_empty(sum(receives))
     dist.all_to_all_single(received, values, output_split_sizes=receives, input_split_sizes=sends)
     return received
 
 
 def _pack(values: Tensor, parts: Sequence[Interval]) -> Tensor:
-    """The parts of `values` one after the other; `values` itself where that is what it is already."""
+    """Return the parts of `values` one after the other, without a copy where they lie so already."""
     if _consecutive([iv.offset for iv in parts], parts, values.numel()):
         return values.contiguous()
     return torch.cat([values[iv.place] for iv in parts]) if parts else values.new_empty(0)
 
 
 def _unpack(values: Tensor, parts: Sequence[Interval], targets: Sequence[int], size: int) -> Tensor:
-    """A tensor of `size` elements with the consecutive parts of `values` at `targets`, zero elsewhere."""
+    """Return a tensor of `size` elements with the consecutive parts of `values` at `targets`, zero elsewhere."""
     if _consecutive(targets, parts, size):
         return values
     result = values.new_zeros(size)
@@ -224,7 +200,7 @@ def _unpack(values: Tensor, parts: Sequence[Interval], targets: Sequence[int], s
 
 
 def _consecutive(offsets: Sequence[int], parts: Sequence[Interval], size: int) -> bool:
-    """Whether parts at these offsets tile [0, size) in order."""
+    """Return whether parts at these offsets tile [0, size) in order."""
     position = 0
     for offset, part in zip(offsets, parts, strict=True):
         if offset != position:

@@ -1,13 +1,19 @@
 """The interval table: every element on exactly one rank, and stacks that come back as they went."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from osp.optim.zero import batches, flat_size, interval_table
+from osp.optim.zero import Interval, batches, flat_size, rank_intervals
 from tests.distributed import run_distributed
+
+
+def interval_table(numels: Sequence[int], *, world_size: int, stage: int) -> list[list[Interval]]:
+    """Return the intervals of each rank, in the order of its flat tensor."""
+    return [rank_intervals(numels, rank=rank, world_size=world_size, stage=stage) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

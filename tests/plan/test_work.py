@@ -18,10 +18,11 @@ from osp.config import Heads, ModelConfig, OptimizerConfig
 from osp.model.transformer import meta_model
 from osp.optim import build_groups, newton_schulz
 from osp.optim.rules import Group
-from osp.optim.zero import Batch, batches, flat_size, interval_table
+from osp.optim.zero import Batch, batches, flat_size
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
 from tests.conftest import ROOT
+from tests.optim.test_zero import interval_table
 
 SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the matrices of the blocks, and the gains
 
