@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from osp.config import OptimizerConfig
 from osp.device import prepare_cpu
-from osp.optim import PartitionedOptimizer, build_groups, newton_schulz_dtype
+from osp.optim.groups import build_groups
+from osp.optim.muon import newton_schulz_dtype
+from osp.optim.optimizer import PartitionedOptimizer
 
 
 def main() -> None:

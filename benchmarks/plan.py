@@ -23,8 +23,7 @@ from osp.config import Config
 from osp.device import choose_device, compute_dtype, native_bf16, prepare_cpu
 from osp.distributed import shutdown
 from osp.model.transformer import build_model, flops_per_token
-from osp.optim import newton_schulz
-from osp.optim.muon import newton_schulz_flops
+from osp.optim.muon import newton_schulz, newton_schulz_flops
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import peak
 from osp.plan.plan import Plan, make_plan

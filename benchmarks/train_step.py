@@ -224,7 +224,8 @@ class Peer:
     def __init__(self, config: Any, arguments: argparse.Namespace):
         import torch
 
-        from osp.data import Loader, start
+        from osp.data.loader import Loader
+        from osp.data.prepare import start
 
         if arguments.threads:
             torch.set_num_threads(arguments.threads)

@@ -274,7 +274,7 @@ class OptimizerConfig:
     momentum: Decay = 0.95
     nesterov: bool = True
     ns_method: Literal["standard", "gram"] = "standard"
-    ns_coefficients: str = "keller_jordan"  # a key of osp.optim.COEFFICIENTS
+    ns_coefficients: str = "keller_jordan"  # a key of osp.optim.muon.COEFFICIENTS
     ns_steps: Annotated[int, AT_LEAST_1, at_most(100)] = 5
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is native
     per_head: bool = False  # rule muon: matrices of attention are orthogonalized head by head

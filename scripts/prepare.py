@@ -10,7 +10,8 @@ from osp.config import from_dict
 
 def main(values: dict[str, Any]) -> None:
     config = from_dict(values)
-    from osp.data import load_manifest, prepare
+    from osp.data.manifest import load_manifest
+    from osp.data.prepare import prepare
 
     folder = prepare(config.data, config.tokenizer, progress=config.logger.progress)
     manifest = load_manifest(folder)

@@ -149,7 +149,7 @@ def test_memory_by_part_is_counted_in_bytes() -> None:
 def test_flops_of_newton_schulz_are_those_of_its_products() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from osp.optim import newton_schulz
+    from osp.optim.muon import newton_schulz
 
     config = growth.config_of(layers=1, width=64, seq_len=64, micro_batch=1)
     shapes = [(64, 64)] * 4 + [(172, 64)] * 2 + [(64, 172)] + [(64, 64)] * 2  # attention, MLP, EmbProj

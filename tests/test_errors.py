@@ -21,7 +21,7 @@ import wandb
 import zstandard
 
 from osp.config import Config, to_dict
-from osp.data import prepare
+from osp.data.prepare import prepare
 from osp.errors import UserError
 from osp.train.setup import train
 from osp.train.trainer import Trainer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import flops_per_token, meta_model
-from osp.optim import groups_of
+from osp.optim.groups import groups_of
 from osp.train.engine import deepspeed_config
 from osp.train.resolve import resolve
 from tests.conftest import ROOT

@@ -83,7 +83,6 @@ def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True
     if _is_complete(folder):
         return folder
     child = subprocess.Popen(
-        # not -m: the package imports this module, and Python would warn that it runs it twice
         [sys.executable, "-c", "from osp.data.prepare import _background; _background()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

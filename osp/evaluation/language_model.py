@@ -9,8 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import Config, from_dict
-from osp.data import load_tokenizer
-from osp.data.tokenizer import eos_id
+from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.distributed import device_of
 from osp.errors import UserError
 from osp.model.hf_llama import check_vocabulary, is_hf, load_hf, load_hf_tokenizer

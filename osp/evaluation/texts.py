@@ -9,7 +9,10 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import SourceConfig, from_dict
-from osp.data import Shards, documents, holds_documents, prepare, token_bytes, tokenizer_hash
+from osp.data.loader import Shards
+from osp.data.prepare import prepare
+from osp.data.sources import documents, holds_documents
+from osp.data.tokenizer import token_bytes, tokenizer_hash
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text

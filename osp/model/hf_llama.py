@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig, RopeScaling
-from osp.data import load_tokenizer, vocab_size
+from osp.data.tokenizer import load_tokenizer, vocab_size
 from osp.errors import UserError
 from osp.model.transformer import Transformer
 

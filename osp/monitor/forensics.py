@@ -16,7 +16,8 @@ from osp.config import Config
 from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
 from osp.monitor.probe import Rows, SiteReading, row_norms
-from osp.optim import build_schedule, groups_of
+from osp.optim.groups import groups_of
+from osp.optim.schedule import build_schedule
 from osp.run.history import growth, since
 from osp.tables import markdown_table
 

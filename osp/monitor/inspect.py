@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import Config, MonitorConfig
-from osp.data import load_tokenizer, shard_folder
+from osp.data.prepare import shard_folder
+from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.files import read_lines
 from osp.monitor.forensics import bundle, site_record, write_bundle

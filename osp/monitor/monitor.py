@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from osp.config import Config
-from osp.data import load_tokenizer, validation_batches
+from osp.data.loader import validation_batches
+from osp.data.tokenizer import load_tokenizer
 from osp.distributed import on_main
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after, read_lines

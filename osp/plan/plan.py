@@ -11,7 +11,7 @@ from osp.config import Config, to_dict
 from osp.device import peak_tflops_of
 from osp.errors import UserError
 from osp.model.transformer import count_parameters, flops_per_token, meta_model
-from osp.optim import groups_of
+from osp.optim.groups import groups_of
 from osp.plan.config import PlanConfig
 from osp.plan.memory import activation_bytes, memory
 from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from osp.config import OptimizerConfig
 from osp.distributed import add_up, deepspeed_logger
-from osp.optim import PartitionedOptimizer, Trainable, groups_of
+from osp.optim.groups import Trainable, groups_of
+from osp.optim.optimizer import PartitionedOptimizer
 
 # Elements of the buffer that gradients pass through on their way to the reduction. DeepSpeed allocates it in every
 # step, and its default is 7 times larger.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from osp.config import Config
-from osp.data import Loader, data_step
+from osp.data.loader import Loader, data_step
 from osp.distributed import gather_objects
 from osp.files import write_text
 

@@ -10,7 +10,7 @@ import torch
 from osp.config import Config, TokenizerConfig, TrainConfig, check
 from osp.device import compute_dtype, native_bf16
 from osp.errors import UserError
-from osp.optim import build_schedule
+from osp.optim.schedule import build_schedule
 from osp.run.checkpoint import Checkpoint, find
 
 TRIAL_STEPS = 6  # length of the trial that measures how many steps fit into `train.minutes`

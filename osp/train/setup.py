@@ -13,7 +13,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from osp.config import Config, to_dict
-from osp.data import Loader, data_step, existing_tokenizer, load_manifest, make_source, start, vocab_size
+from osp.data.loader import Loader, data_step
+from osp.data.manifest import load_manifest
+from osp.data.prepare import start
+from osp.data.sources import make_source
+from osp.data.tokenizer import existing_tokenizer, vocab_size
 from osp.device import native_fp8, prepare_cpu
 from osp.distributed import (
     Peers,
@@ -28,7 +32,7 @@ from osp.errors import LostRankError, RunError, UserError
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.norms import bound_warning
 from osp.model.transformer import build_model, meta_model
-from osp.optim import groups_of
+from osp.optim.groups import groups_of
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load, seconds_to_write
 from osp.run.folder import begin, check_disk, open_run, recorded_steps
 from osp.run.logger import Logger, check_wandb

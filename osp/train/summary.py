@@ -7,10 +7,11 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import Config
-from osp.data import load_manifest, validation_batches
+from osp.data.loader import validation_batches
+from osp.data.manifest import load_manifest
 from osp.model.generate import Sampling, generate
 from osp.model.transformer import Transformer, count_parameters, flops_per_token
-from osp.optim import describe_groups
+from osp.optim.groups import describe_groups
 from osp.report import write_report
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved

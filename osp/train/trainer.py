@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from osp.config import to_dict
-from osp.data import Batch, Loader, data_step, load_tokenizer
+from osp.data.loader import Batch, Loader, data_step
+from osp.data.tokenizer import load_tokenizer
 from osp.device import peak_tflops
 from osp.distributed import Peers, add_up, gather_objects, on_main
 from osp.errors import LostRankError, RunError, StoppedError

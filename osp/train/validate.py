@@ -10,7 +10,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from osp.config import Config
-from osp.data import Batch, load_manifest, token_bytes, validation_batches
+from osp.data.loader import Batch, validation_batches
+from osp.data.manifest import load_manifest
+from osp.data.tokenizer import token_bytes
 from osp.distributed import add_up
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import osp.convert.hf_export
 from osp.config import Config, from_dict
 from osp.convert.hf_export import export, size_in_bytes, write_llama
-from osp.data import load_tokenizer
+from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
 from osp.evaluation.evaluate import calibration_rows, evaluate, read_inputs, store_record

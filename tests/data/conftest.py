@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from osp.config import DataConfig, TokenizerConfig
-from osp.data import prepare
+from osp.data.prepare import prepare
 from osp.data.tokenizer import train_tokenizer
 
 

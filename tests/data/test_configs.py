@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from osp.config import DataConfig, TokenizerConfig, from_dict
-from osp.data import make_source
+from osp.data.sources import make_source
 from osp.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

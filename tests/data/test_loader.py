@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from osp.data import Batch, Loader, Shards, check_rows_per_step, load_manifest, loader, validation_batches
-from osp.data.loader import Rows, number_documents
-from osp.data.manifest import Manifest, save_manifest
+from osp.data import loader
+from osp.data.loader import Batch, Loader, Rows, Shards, check_rows_per_step, number_documents, validation_batches
+from osp.data.manifest import Manifest, load_manifest, save_manifest
 from osp.errors import UserError
 from osp.files import lock
 

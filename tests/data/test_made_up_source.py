@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from osp.config import Config, DataConfig, SourceConfig
-from osp.data import SOURCES, Source, documents, load_manifest, make_source, shard_folder
+from osp.data.manifest import load_manifest
+from osp.data.prepare import shard_folder
+from osp.data.sources import SOURCES, Source, documents, make_source
 from osp.errors import UserError
 from osp.train.setup import train
 from tests.conftest import losses

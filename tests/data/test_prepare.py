@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import importlib
 import json
 import multiprocessing
 import os
@@ -19,12 +18,14 @@ import numpy as np
 import pytest
 
 from osp.config import DataConfig, TokenizerConfig
-from osp.data import Loader, load_manifest, load_tokenizer, prepare, shard_folder, start, tokenizer_hash, verify
+from osp.data.loader import Loader
+from osp.data.manifest import load_manifest, verify
+from osp.data.prepare import prepare, shard_folder, start
+from osp.data.prepare import prepare as prepare_module
+from osp.data.tokenizer import load_tokenizer, tokenizer_hash
 from osp.errors import UserError
 from osp.files import is_locked
 
-# the package exports the function of the same name
-prepare_module = importlib.import_module("osp.data.prepare")
 fork = multiprocessing.get_context("fork")
 
 WriteJsonl = Callable[[Path, list[str]], Path]
@@ -360,7 +361,7 @@ def test_the_background_preparation_ends_with_its_parent(
 ) -> None:
     long_corpus(tmp_path / "long.jsonl", texts, copies=40)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
-    program = "import os; from osp.config import *; from osp.data import start; " + (
+    program = "import os; from osp.config import *; from osp.data.prepare import start; " + (
         f"print(start({config!r}, {tokenizer_config!r}, progress=False), flush=True); os.kill(os.getpid(), 9)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from osp.config import DataConfig, TokenizerConfig
-from osp.data import load_manifest, prepare, shard_folder, verify
+from osp.data.manifest import load_manifest, verify
+from osp.data.prepare import prepare, shard_folder
 from osp.errors import UserError
 from osp.files import is_locked
 from tests.data.test_prepare import contents, long_corpus, with_text
@@ -79,7 +80,7 @@ def test_signals_to_all_processes_leave_the_preparation_alone_but_its_trainers_e
     """A launcher signals every process of a job, and the trainer may want rows to finish its step."""
     long_corpus(tmp_path / "long.jsonl", texts, copies=60)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
-    program = "import time; from osp.config import *; from osp.data import start; " + (
+    program = "import time; from osp.config import *; from osp.data.prepare import start; " + (
         f"print(start({config!r}, {tokenizer_config!r}, progress=False), flush=True); time.sleep(600)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from osp.config import DataConfig, SourceConfig, from_dict
-from osp.data import documents
-from osp.data.sources import interleave, make_source
+from osp.data.sources import documents, interleave, make_source
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"

@@ -10,8 +10,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from osp.config import TokenizerConfig
-from osp.data import load_tokenizer, token_bytes, tokenizer_hash
-from osp.data.tokenizer import existing_tokenizer, spec_hash, train_tokenizer, vocab_size
+from osp.data.tokenizer import (
+    existing_tokenizer,
+    load_tokenizer,
+    spec_hash,
+    token_bytes,
+    tokenizer_hash,
+    train_tokenizer,
+    vocab_size,
+)
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data/tokenizers"

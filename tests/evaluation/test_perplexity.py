@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from osp.data import load_tokenizer
+from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Perplexity, Text, perplexity

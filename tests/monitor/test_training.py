@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from osp.config import Config, to_dict
-from osp.data import load_tokenizer, shard_folder
+from osp.data.prepare import shard_folder
+from osp.data.tokenizer import load_tokenizer
 from osp.files import read_lines
 from osp.model.transformer import build_model
 from osp.monitor import probe

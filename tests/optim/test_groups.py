@@ -7,7 +7,7 @@ from torch import nn
 
 from osp.config import OptimizerConfig
 from osp.errors import UserError
-from osp.optim import build_groups, describe_groups, groups_of
+from osp.optim.groups import build_groups, describe_groups, groups_of
 from tests.optim.reference import Model
 
 CONFIG = OptimizerConfig(lr=1e-3, adam_lr=2e-3, weight_decay=0.1)

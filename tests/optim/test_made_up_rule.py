@@ -12,7 +12,7 @@ from torch import Tensor
 
 from osp.config import Config, OptimizerConfig
 from osp.errors import UserError
-from osp.optim import RULES, UpdateRule
+from osp.optim.rules import RULES, UpdateRule
 from osp.optim.zero import Piece
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.plan import make_plan

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from osp.config import OptimizerConfig
 from osp.errors import UserError
-from osp.optim import COEFFICIENTS, newton_schulz, newton_schulz_dtype
-from osp.optim.muon import newton_schulz_flops, update_scale
+from osp.optim.muon import COEFFICIENTS, newton_schulz, newton_schulz_dtype, newton_schulz_flops, update_scale
 from osp.optim.rules import Normalized
 
 DTYPES: dict[typing.Literal["standard", "gram"], torch.dtype] = {"standard": torch.bfloat16, "gram": torch.float16}

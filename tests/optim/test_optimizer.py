@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import Heads, OptimizerConfig
-from osp.optim import RULES, PartitionedOptimizer, WholeRule, build_groups
-from osp.optim.rules import Group
+from osp.optim.groups import build_groups
+from osp.optim.optimizer import PartitionedOptimizer
+from osp.optim.rules import RULES, Group, WholeRule
 from tests.optim.reference import osp_direction
 
 CONFIG = OptimizerConfig(lr=0.125, adam_lr=0.01, weight_decay=0.0, ns_dtype="fp32")

@@ -5,7 +5,7 @@ import pytest
 
 from osp.config import ScheduleConfig
 from osp.errors import UserError
-from osp.optim import build_schedule
+from osp.optim.schedule import build_schedule
 
 
 def values(config: ScheduleConfig, total: int, *, tokens_per_step: int = 100) -> list[float]:

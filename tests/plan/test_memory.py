@@ -12,7 +12,8 @@ from torch import nn
 from osp.config import Config, Heads, ModelConfig, OptimizerConfig
 from osp.device import compute_dtype
 from osp.model.transformer import Transformer, meta_model
-from osp.optim import PartitionedOptimizer, build_groups
+from osp.optim.groups import build_groups
+from osp.optim.optimizer import PartitionedOptimizer
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.memory import activation_bytes, kept, peak
 from osp.plan.plan import Plan, make_plan

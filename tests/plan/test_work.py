@@ -13,10 +13,11 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from osp import optim
 from osp.config import Heads, ModelConfig, OptimizerConfig
 from osp.model.transformer import meta_model
-from osp.optim import build_groups, newton_schulz
+from osp.optim.groups import build_groups
+from osp.optim.groups import groups_of as make_groups
+from osp.optim.muon import newton_schulz
 from osp.optim.rules import Group
 from osp.optim.zero import Batch, batches, flat_size
 from osp.plan.config import MachineConfig, PlanConfig
@@ -32,7 +33,7 @@ def groups_of(model: str) -> list[Group]:
     """The optimizer's groups of a model of configs/model with EmbProj, on tensors without memory."""
     values = yaml.safe_load((ROOT / "configs" / "model" / f"{model}.yaml").read_text())
     shapes = meta_model(ModelConfig(**values, embed_proj=True))
-    return optim.groups_of(shapes, OptimizerConfig())
+    return make_groups(shapes, OptimizerConfig())
 
 
 def structured(model: str = "osp_1b") -> list[Group]:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import yaml
 
 from osp.config import Config, LoggerConfig, from_dict
-from osp.data import Shards, load_tokenizer
+from osp.data.loader import Shards
+from osp.data.tokenizer import load_tokenizer
 from osp.errors import RunError, UserError
 from osp.model.norms import BHyT
 from osp.model.transformer import Block, Transformer
