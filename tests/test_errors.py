@@ -272,7 +272,7 @@ CORPORA = [
     (
         "short.jsonl",
         b'{"text": "a"}\n{"text": "b"}\n',
-        r"training split in .* tokens, fewer than one row",
+        r"training split in .* tokens, fewer than one sequence",
     ),
     ("broken.jsonl", ONE + b'{"text": "cut\n', r"broken.jsonl, line 2: malformed JSON"),
     ("array.jsonl", ONE + b'["text"]\n', r"array.jsonl, line 2: expected a JSON object, found list"),
@@ -470,7 +470,7 @@ SHARDS: dict[str, tuple[Change, str]] = {
     "a list": (written("manifest.json", b"[]"), r"manifest.json is not of format 1; delete"),
     "other format": (edited(format=99), r"manifest.json is not of format 1; delete"),
     "missing key": (edited(dtype=None), r"manifest.json is damaged: dtype is missing; delete"),
-    "missing split": (edited(train={}), r"fewer than one row|manifest.json is damaged"),
+    "missing split": (edited(train={}), r"fewer than one sequence|manifest.json is damaged"),
     "unknown key": (edited(colour="red"), r"manifest.json is damaged: unknown key 'colour'"),
     "wrong type": (edited(vocab_size="many"), r"manifest.json is damaged: vocab_size='many': expected int"),
     "split of another type": (edited(train=[1]), r"manifest.json is damaged: train=\[1\]: expected keys"),

@@ -1,12 +1,11 @@
-"""Token shards -> rows -> the micro batches of an optimizer step.
+"""Token shards -> sequences -> the micro batches of an optimizer step.
 
-A row is T+1 tokens: T that are read and, shifted by one, T that are predicted. Rows start every T tokens of a shard.
-Row number g = step * rows_per_step + index goes through the shards in order, and inside a shard in an order that
-depends on (seed, epoch, shard). So the rows of a step depend on (seed, step) alone: not on the number of ranks, the
-micro batch size, restarts, or how far the preparation has got. `skip_steps` leaves out the rows that some steps would
-have read; the steps from there on read what comes after.
+A sequence ("row" in names) is T+1 tokens: T inputs and, shifted by one, T labels. Sequences start every T tokens of a
+shard. Number g = step * rows_per_step + index runs through the shards in order, and inside a shard in an order that
+depends on (seed, epoch, shard). So the sequences of a step depend on (seed, step) alone: not on the number of ranks,
+the micro batch size, restarts, or the progress of the preparation.
 
-Letters: n rows, b rows of a micro batch, T tokens that a row predicts, W ranks.
+Letters: n sequences, b sequences of a micro batch, T tokens that a sequence predicts, W ranks.
 """
 
 import logging
@@ -30,9 +29,9 @@ from osp.files import is_locked
 
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.5
-CHECKED_TOKENS = 2**24  # of the first shard when a run starts; every row is checked when it is read
-CLOSE_SECONDS = 2  # for a read in progress to end; a file system that hangs must not keep a failed run alive
-GRACE_SECONDS = 20  # a preparation that holds no lock for so long is not going on
+CHECKED_TOKENS = 2**24  # of the first shard when a run starts; every sequence is checked when it is read
+CLOSE_SECONDS = 2  # limit for a read in progress: a file system that hangs must not keep a failed run alive
+GRACE_SECONDS = 20  # a preparation without the lock for this time has died
 
 Array = np.ndarray[Any, Any]
 
@@ -40,16 +39,16 @@ logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Rows of one micro batch. Rows from `num_rows` on only fill the shape: they must not count."""
+    """Sequences of one micro batch. Those from `num_rows` on only fill the shape and must not count."""
 
     tokens: torch.Tensor  # int64 (b, T+1)
-    document_ids: torch.Tensor | None  # int32 (b, T+1): counts the documents of a row from 0
+    document_ids: torch.Tensor | None  # int32 (b, T+1): number of the document in its sequence, from 0
     num_rows: int
-    checksum: int = 0  # sum of the CRC-32 of the training rows: two runs have read the same if these agree
+    checksum: int = 0  # sum of the CRC-32 of the training sequences: equal if two runs read the same data
 
 
 class Shards:
-    """The sealed shards of one split, memory-mapped; their files' sizes and the tokenizer beside them are checked."""
+    """The sealed shards of one split, memory-mapped. Checks the sizes of the files and the tokenizer beside them."""
 
     def __init__(self, folder: str | Path, split: SplitName) -> None:
         self.folder = Path(folder)
@@ -60,23 +59,23 @@ class Shards:
         self.vocab_size = self.manifest.vocab_size
         path = self.folder / TOKENIZER_FILE
         try:
-            found = spec_hash(path.read_text(encoding="utf-8"))
+            actual = spec_hash(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # missing, no text or no JSON
-            found = None
-        if found != self.tokenizer_hash:
+            actual = None
+        if actual != self.tokenizer_hash:
             raise UserError(
                 f"{path} is not the tokenizer of the shards beside it; delete {folder} and prepare it again"
             )
 
     def reload(self) -> None:
-        """Read the manifest again and map the shards that were sealed since."""
+        """Read the manifest again and map the shards sealed since."""
         self.manifest = load_manifest(self.folder)
         check_sizes(self.folder, self.manifest)
         for shard in self.manifest.split(self.split).shards[len(self._maps) :]:
             self._maps.append(np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r"))
 
     def check_ids(self, tokens: Array, shard: int) -> None:
-        """Raise `UserError` if `tokens`, read from a shard, hold an id that the model's embedding may not have."""
+        """Raise `UserError` if `tokens`, read from a shard, hold an id outside the vocabulary."""
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
             file = self.manifest.split(self.split).shards[shard].file
             raise UserError(
@@ -88,13 +87,13 @@ class Shards:
         return len(self._maps)
 
     def __getitem__(self, shard: int) -> Array:
-        """The tokens of one shard, uint16 or uint32 (tokens,)."""
+        """Return the tokens of one shard, uint16 or uint32 (tokens,)."""
         return self._maps[shard]
 
     def wait(self, stop: threading.Event) -> None:
-        """Return when more shards are sealed or the split is complete, or `stop` is set.
+        """Wait until more shards are sealed, the split is complete, or `stop` is set.
 
-        Raises `UserError` if the preparation has failed or is not going on.
+        Raises `UserError` if the preparation failed or died.
         """
         known, last_seen = len(self), time.monotonic()
         while not stop.is_set() and len(self) == known and not self.manifest.complete:
@@ -109,34 +108,34 @@ class Shards:
 
 
 class Rows:
-    """Training rows by number, (seed, seq_len) fixed. Row g is the same whoever asks, and whenever."""
+    """Training sequences by number, for one (seed, seq_len): number g is always the same sequence."""
 
     def __init__(self, shards: Shards, *, seq_len: int, seed: int) -> None:
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.stop = threading.Event()  # ends a wait for shards
         self._orders: dict[tuple[int, int], Array] = {}
-        self._ends = np.zeros(0, dtype=np.int64)  # rows in the shards up to and including each, (shards,)
+        self._ends = np.zeros(0, dtype=np.int64)  # sequences up to and including each shard, (shards,)
 
     def num_rows(self, shard: int) -> int:
         return (len(self.shards[shard]) - 1) // self.seq_len
 
     @property
     def rows_per_epoch(self) -> int | None:
-        """Rows of the whole split; None while it is being prepared."""
+        """Sequences of the whole split; None while it is being prepared."""
         return int(self._row_ends()[-1:].sum()) if self.shards.manifest.complete else None
 
     def check(self) -> None:
-        """Raise `UserError` if there is no row to read, or the first shard is not what its manifest says."""
+        """Raise `UserError` if there is no sequence to read, or the first shard holds an id outside the vocabulary."""
         if self.rows_per_epoch == 0:
             raise UserError(
                 f"the training split in {self.shards.folder} has {self.shards.manifest.train.tokens} tokens, fewer "
-                f"than one row of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
+                f"than one sequence of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
             )
         for shard in range(min(1, len(self.shards))):
             self.shards.check_ids(self.shards[shard][:CHECKED_TOKENS], shard)
 
     def read(self, numbers: Array) -> Array:
-        """The rows with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
+        """Return the sequences with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
         ends = self._wait_for(int(numbers.max()))
         epochs, places = np.divmod(numbers, ends[-1])  # before the split is complete all are of epoch 0
         shards = np.searchsorted(ends, places, side="right")
@@ -144,13 +143,13 @@ class Rows:
         for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
-            found = self._strided(shard)[self._order(epoch, shard)[places[chosen] - first]]
-            self.shards.check_ids(found, shard)
-            rows[chosen] = found
+            tokens = self._strided(shard)[self._order(epoch, shard)[places[chosen] - first]]
+            self.shards.check_ids(tokens, shard)
+            rows[chosen] = tokens
         return rows
 
     def _wait_for(self, number: int) -> Array:
-        """Rows in the shards up to and including each, (shards,), once row `number` is among them or all are there."""
+        """Return `_row_ends` once sequence `number` is in a sealed shard or all shards are sealed."""
         waiting = False
         while True:
             ends = self._row_ends()
@@ -159,37 +158,37 @@ class Rows:
             if self.stop.is_set():
                 raise RuntimeError("the loader was closed")
             if not waiting:
-                logger.warning("waiting for the preparation of %s to reach row %d", self.shards.folder, number)
+                logger.warning("waiting for the preparation of %s to reach sequence %d", self.shards.folder, number)
                 waiting = True
             self.shards.wait(self.stop)
 
     def _row_ends(self) -> Array:
-        """Rows in the sealed shards up to and including each, (shards,)."""
+        """Return the number of sequences up to and including each sealed shard, (shards,)."""
         if len(self._ends) != len(self.shards):
             self._ends = np.cumsum([self.num_rows(shard) for shard in range(len(self.shards))], dtype=np.int64)
         return self._ends
 
     def _strided(self, shard: int) -> Array:
-        """A view of one shard as its rows, (rows, T+1), neighbours sharing one token."""
+        """Return a view of one shard as its sequences, (n, T+1); neighbours share one token."""
         tokens, (stride,) = self.shards[shard], self.shards[shard].strides
         shape = (self.num_rows(shard), self.seq_len + 1)
         return np.lib.stride_tricks.as_strided(tokens, shape, (self.seq_len * stride, stride), writeable=False)
 
     def _order(self, epoch: int, shard: int) -> Array:
-        """The order of one shard's rows in one epoch, a permutation (rows,)."""
+        """Return the order of one shard's sequences in one epoch, a permutation (n,)."""
         if (epoch, shard) not in self._orders:
             while len(self._orders) >= 4:  # a step touches one shard, or a few neighbours
                 del self._orders[next(iter(self._orders))]
-            # sorting raw bits, not Generator.permutation: NumPy keeps only the raw streams the same over versions
+            # sorting raw bits, not Generator.permutation: NumPy guarantees only the raw streams across versions
             bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, shard])).random_raw(self.num_rows(shard))
             self._orders[epoch, shard] = np.argsort(bits, kind="stable")
         return self._orders[epoch, shard]
 
 
 class Loader:
-    """The micro batches of this rank, step by step; a thread reads the next steps ahead.
+    """This rank's micro batches, step by step; a thread prefetches the next steps.
 
-    Micro step j of a step takes the row indices [(j*W + rank) * b, (j*W + rank + 1) * b) of that step.
+    Micro step j takes the sequences [(j*W + rank) * b, (j*W + rank + 1) * b) of its step.
     """
 
     def __init__(
@@ -203,10 +202,11 @@ class Loader:
         world_size: int = 1,
         seed: int = 0,
         document_ids: bool = False,
-        skip_steps: Sequence[tuple[int, int]] = (),
+        skip_steps: Sequence[tuple[int, int]] = (),  # see `data_step`
     ) -> None:
-        """skip_steps: see `data_step`."""
-        check_rows_per_step(rows_per_step, seq_len=seq_len, micro_batch_size=micro_batch_size, world_size=world_size)
+        assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, (
+            "osp.train.resolve divides the batch"
+        )
         self.rows = Rows(Shards(folder, "train"), seq_len=seq_len, seed=seed)
         self.rows.check()
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
@@ -220,19 +220,19 @@ class Loader:
         self._thread.start()
 
     def wait(self, step: int, *, seconds: float) -> bool:
-        """Whether the micro batches of `step` are there, or the error is that keeps them away, within that time."""
+        """Return whether reading `step` ends, well or with an error, within that time."""
         self._request(step)
         return bool(wait([self._ahead[step]], timeout=seconds).done)
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro batches of optimizer step `step`, counted from 0. Any step may be asked for."""
+        """Return this rank's micro batches of optimizer step `step`, counted from 0, in any order of steps."""
         self._request(step)
         batches = self._ahead.pop(step).result()
         self._log_epoch(step)
         return batches
 
     def _request(self, step: int) -> None:
-        """Have the thread read `step` and the ones after it, and nothing else."""
+        """Have the thread read `step` and the next ones, and cancel all others."""
         assert not self.rows.stop.is_set(), "the loader is closed"
         wanted = range(step, step + 1 + PREFETCH_STEPS)
         for other in [other for other in self._ahead if other not in wanted]:
@@ -243,7 +243,7 @@ class Loader:
                 self._queue.put((other, self._ahead[other]))
 
     def close(self) -> None:
-        """End the thread. The loader cannot be used afterwards."""
+        """Stop the thread. The loader cannot be used afterwards."""
         self.rows.stop.set()
         for future in self._ahead.values():
             future.cancel()
@@ -260,7 +260,7 @@ class Loader:
                     future.set_exception(error)
 
     def _read(self, step: int) -> list[Batch]:
-        """The micro batches of a step, read now."""
+        """Read the micro batches of a step."""
         first = data_step(step, self.skip_steps) * self.rows_per_step
         rows = self.rows.read(first + self.indices)  # (M*b, T+1)
         ids = number_documents(rows, self.rows.shards.eos_id) if self.document_ids else None
@@ -272,31 +272,19 @@ class Loader:
         rows_per_epoch = self.rows.rows_per_epoch
         epoch = data_step(step, self.skip_steps) * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
         if epoch > self._epoch and self.rank == 0:
-            logger.warning("step %d: the training text was read %d times; reading it again", step, epoch)
+            logger.warning("step %d: the training split was read %d times; reading it again", step, epoch)
         self._epoch = epoch
 
 
 def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:
-    """The step, from 0, whose rows step `step` reads when those of `skip_steps` are left out.
+    """Return the step, from 0, whose sequences step `step` reads when the data of `skip_steps` is left out.
 
-    skip_steps: [first, last] of the steps as logs count them, from 1 and inclusive, that would have read the rows.
+    skip_steps: ranges [first, last] of steps, counted from 1 as in logs, both ends included.
     """
     for first, last in sorted(skip_steps):
         if step >= first - 1:
             step += last - first + 1
     return step
-
-
-def check_rows_per_step(rows_per_step: int, *, seq_len: int, micro_batch_size: int, world_size: int) -> None:
-    """Raise `UserError` unless every rank gets the same whole number of micro batches in a step."""
-    unit = micro_batch_size * world_size
-    if rows_per_step % unit or not rows_per_step:
-        nearest = max(1, round(rows_per_step / unit)) * unit * seq_len
-        raise UserError(
-            f"train.tokens_per_step={rows_per_step * seq_len} is {rows_per_step} rows of train.seq_len={seq_len}; "
-            f"{world_size} ranks x train.micro_batch_size={micro_batch_size} need a multiple of {unit} rows; "
-            f"the nearest is train.tokens_per_step={nearest}"
-        )
 
 
 def validation_batches(
@@ -309,15 +297,15 @@ def validation_batches(
     max_tokens: int | None = None,
     document_ids: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of the held-out rows, in the order of the text, the same in every call.
+    """Yield this rank's share of the validation split in the order of the text, the same in every call.
 
-    Every rank gets the same number of batches of (batch_size, T+1); the last ones repeat a row to keep the shape, and
-    `num_rows` says how many count. A held-out split shorter than a row gives one row of all its tokens.
-    max_tokens: tokens to predict over all ranks, rounded down to whole rows.
+    Every rank gets the same number of batches (batch_size, T+1); the last ones repeat a sequence to keep the shape. A
+    split shorter than a sequence gives one sequence of all its tokens.
+    max_tokens: tokens to predict over all ranks, rounded down to whole sequences.
     """
     shards = Shards(folder, "val")
     if not len(shards):
-        raise UserError(f"{folder} has no held-out split yet; it is sealed with the first training shard")
+        raise UserError(f"{folder} has no validation split yet; it is sealed with the first training shard")
     for shard in range(len(shards)):
         shards.check_ids(shards[shard], shard)
     tokens = np.concatenate([shards[shard] for shard in range(len(shards))])
@@ -334,14 +322,12 @@ def validation_batches(
 
 
 def number_documents(rows: Array, eos_id: int) -> Array:
-    """Which document of its row each token belongs to, int32 (n, T+1), from 0; the token after end-of-text is next."""
+    """Return which document of its sequence each token belongs to, int32 (n, T+1), from 0."""
     ids = np.zeros(rows.shape, dtype=np.int32)
     np.cumsum(rows[:, :-1] == eos_id, axis=1, out=ids[:, 1:])
     return ids
 
 
 def _batch(rows: Array, ids: Array | None, part: slice, *, num_rows: int | None = None) -> Batch:
-    tokens = torch.from_numpy(rows[part])
-    return Batch(
-        tokens, None if ids is None else torch.from_numpy(ids[part]), len(tokens) if num_rows is None else num_rows
-    )
+    tokens, documents = torch.from_numpy(rows[part]), None if ids is None else torch.from_numpy(ids[part])
+    return Batch(tokens, documents, len(tokens) if num_rows is None else num_rows)

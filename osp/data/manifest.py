@@ -1,8 +1,8 @@
-"""The manifest of a folder of token shards: what is in it, how far the preparation got, and who is writing.
+"""The manifest of a folder of token shards: its content and the progress of its preparation.
 
 tokenizer.json
-manifest.json       replaced as a whole whenever a shard is sealed; a shard it lists is complete and on disk
-train-00000.bin     raw tokens, uint16 or uint32; documents one after the other, each followed by end-of-text
+manifest.json       replaced atomically whenever a shard is sealed; every shard it lists is complete and on disk
+train-00000.bin     raw tokens, uint16 or uint32; every document is followed by end-of-text
 val-00000.bin
 lock                held by the process that prepares the folder
 """
@@ -27,7 +27,7 @@ FILE_NAME = "manifest.json"
 SplitName = Literal["train", "val"]
 
 
-# what a damaged or foreign manifest could use to read files of other folders
+# a damaged or foreign manifest must not name files of other folders
 FileName = Annotated[
     str, Bound("the name of a shard beside it", lambda name: re.fullmatch(r"(train|val)-\d+\.bin", name) is not None)
 ]
@@ -59,28 +59,28 @@ class Manifest:
     eos_id: CountOrZero
     dtype: Literal["uint16", "uint32"]
     shard_tokens: Count
-    held_out_below: int  # a document is held out if its hash is below this
+    held_out_below: int  # a document is in the validation split if its hash is below this
     format: int = FORMAT
     complete: bool = False
     error: str | None = None  # why the preparation stopped after its first shard
-    # where the preparation goes on after the last sealed shard
-    next_document: CountOrZero = 0  # documents of the source that are done with
-    next_token: CountOrZero = 0  # tokens of the document after those that are in a sealed shard already
+    # where the preparation continues after the last sealed shard
+    next_document: CountOrZero = 0  # documents of the source that are finished
+    next_token: CountOrZero = 0  # tokens of the next document that are already in a sealed shard
     train: Split = field(default_factory=Split)
     val: Split = field(default_factory=Split)
-    val_gzip_bytes: int = 0  # of the held-out documents, compressed one by one with gzip -9
+    val_gzip_bytes: int = 0  # of the validation documents, compressed one by one with gzip -9
 
     def split(self, name: SplitName) -> Split:
         return self.train if name == "train" else self.val
 
     @property
     def usable(self) -> bool:
-        """Whether a training run can start: the held-out split and a first training shard are there."""
+        """Whether a run can start: the validation split and a first training shard are sealed."""
         return bool(self.val.shards and self.train.shards)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of `folder`; `UserError` if there is none, or what it says cannot be."""
+    """Return the manifest of `folder`. Raises `UserError` if it is missing, damaged or inconsistent."""
     path = Path(folder) / FILE_NAME
     try:
         values = json.loads(path.read_text())
@@ -107,7 +107,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raise `UserError` for the first sealed shard whose file is missing or has another size than it should."""
+    """Raise `UserError` for the first sealed shard whose file is missing or has the wrong size."""
     for shard in manifest.val.shards + manifest.train.shards:
         path = folder / shard.file
         expected = shard.tokens * np.dtype(manifest.dtype).itemsize
@@ -121,7 +121,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: str | Path) -> None:
-    """Raise `UserError` for the first shard of `folder` whose bytes are not those that were written. Reads them all."""
+    """Raise `UserError` for the first shard of `folder` whose bytes differ from its hash. Reads every shard."""
     folder = Path(folder)
     manifest = load_manifest(folder)
     check_sizes(folder, manifest)

@@ -1,15 +1,14 @@
-"""Documents -> token shards: what a training run reads is written here, once per configuration.
+"""Documents -> token shards, prepared once per configuration.
 
 1. `sources.documents` yields texts; `_batches` groups them.
-2. Worker processes encode a batch: tokens + end-of-text, and the hash of each text (`_encode`). Results come back in
+2. Worker processes encode a batch (`_encode`): tokens + end-of-text, and the hash of each text. Results come back in
    the order of the documents, so the bytes written do not depend on the number of workers.
-3. `_Writer` sends a document to the held-out split if the hash of its text is small, else to training, and seals a
-   shard whenever `data.shard_tokens` training tokens are there. The held-out split is sealed together with the first
-   training shard, so that a run can start while documents still stream in; documents that hash to the held-out split
-   after that are in neither split.
+3. `_Writer` sends a document to the validation split if the hash of its text is small, else to training, and seals a
+   shard for every `data.shard_tokens` training tokens. The validation split is sealed together with the first training
+   shard, so that a run can start while documents still stream in; later documents of that split are dropped.
 
-The folder's name holds a hash of everything that decides its content. A preparation that was interrupted goes on after
-the last sealed shard and ends with the same bytes.
+The folder's name holds a hash of everything that decides its content. An interrupted preparation continues after the
+last sealed shard and ends with the same bytes.
 """
 
 import dataclasses
@@ -52,32 +51,31 @@ BATCH_BYTES = 1 << 20  # text per task of a worker
 BATCH_DOCUMENTS = 1024
 POLL_SECONDS = 0.2
 
-# A child must be referenced while it runs, or Python warns about it; `start` hands back only the folder.
+# A child must be referenced while it runs, or Python warns about it; `start` returns only the folder.
 _children: list[subprocess.Popen[bytes]] = []
 
 
 class Encoded(NamedTuple):
-    """One document, as a worker returns it."""
+    """One document, encoded by a worker."""
 
     tokens: np.ndarray[Any, Any]  # with end-of-text, () for an empty document
     hash: int  # of the text, 64 bits
     bytes: int  # of the text in UTF-8
-    gzip_bytes: int  # compressed alone with gzip -9; 0 if the document is not held out
+    gzip_bytes: int  # compressed alone with gzip -9; 0 for a training document
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
-    """The folder with the complete shards of this configuration, prepared now if it is not there yet.
+    """Return the folder with the complete shards of this configuration; prepare it first if it does not exist.
 
-    Quick if it is there: the corpus is not read again. Waits if another process is preparing the same shards.
+    Existing shards are used without reading the corpus. Waits if another process is preparing the same shards.
     """
     return _prepare(data, tokenizer, progress=progress, background=False)
 
 
 def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
-    """The folder of this configuration's shards as soon as a run can start on them; the rest is prepared meanwhile.
+    """Return the folder of this configuration's shards as soon as the manifest is `usable`.
 
-    Can start: the held-out split and the first training shard are sealed. The preparation is a child process that
-    ends with this one; what it had sealed by then is kept, and the next call goes on from there.
+    A child process prepares the rest. It ends with this process; sealed shards are kept and the next call continues.
     """
     folder = shard_folder(data, tokenizer)
     if _is_complete(folder):
@@ -104,9 +102,9 @@ def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True
 
 
 def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
-    """data.cache_dir / NAME-HASH; the hash covers the configuration, the local files' sizes and times, the format."""
+    """Return data.cache_dir / NAME-HASH; the hash covers the configuration, the source's fingerprint and the format."""
     settings = dataclasses.asdict(dataclasses.replace(data, skip_steps=()))
-    for key in ("cache_dir", "num_workers"):  # like skip_steps they do not change a byte
+    for key in ("cache_dir", "num_workers"):  # like skip_steps these do not change a byte
         del settings[key]
     spec = hashlib.sha256(_read_bytes(tokenizer.path)).hexdigest() if tokenizer.path else None
     source = sources.make_source(data)
@@ -121,7 +119,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool, ba
     if _is_complete(folder):
         return folder
     with lock(folder):
-        if _is_complete(folder):  # by the process that held the lock before us
+        if _is_complete(folder):  # by the previous holder of the lock
             return folder
         try:
             _write_shards(data, tokenizer, folder, progress=progress, background=background)
@@ -137,7 +135,7 @@ def _prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool, ba
 
 
 def _write_shards(data: DataConfig, config: TokenizerConfig, folder: Path, *, progress: bool, background: bool) -> None:
-    """Fill `folder`, whose lock is held: from the start, or after the last shard of an interrupted preparation."""
+    """Fill `folder`, whose lock is held, from the start or after the last sealed shard."""
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
     num_workers = data.num_workers or _num_cores()
@@ -149,7 +147,7 @@ def _write_shards(data: DataConfig, config: TokenizerConfig, folder: Path, *, pr
             manifest.error = None
         else:
             bar.set_description("training the tokenizer" if config.train else "loading the tokenizer")
-            # in a worker: a process in which `tokenizers` used its threads cannot fork workers any more
+            # in a worker: after `tokenizers` has used threads, a process can no longer fork workers
             executor.submit(_make_tokenizer, data, config, folder).result()
             manifest = _new_manifest(data, config, folder)
         save_manifest(manifest, folder)
@@ -162,12 +160,12 @@ def _write_shards(data: DataConfig, config: TokenizerConfig, folder: Path, *, pr
             writer.add(*item)
             bar.update(len(item[1].tokens))
             if background and manifest.usable:
-                bar.close()  # from here on the terminal belongs to the run
+                bar.close()  # the terminal now belongs to the run
         writer.finish()
 
 
 def _make_tokenizer(data: DataConfig, config: TokenizerConfig, folder: Path) -> None:
-    """Write the tokenizer.json of `folder`: trained on the documents that are not held out, or an existing one."""
+    """Write the tokenizer.json of `folder`: trained on the training split, or an existing one."""
     if config.train:
         limit = _limit(data.val_fraction)
         texts = (text for text in sources.documents(data) if text and text_hash(text) >= limit)
@@ -178,7 +176,7 @@ def _make_tokenizer(data: DataConfig, config: TokenizerConfig, folder: Path) -> 
 
 
 def _new_manifest(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
-    """The manifest of a folder that holds its tokenizer and no shard yet."""
+    """Return the manifest of a folder that holds its tokenizer and no shard yet."""
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     size = vocab_size(tokenizer)
     return Manifest(
@@ -193,19 +191,19 @@ def _new_manifest(data: DataConfig, config: TokenizerConfig, folder: Path) -> Ma
 
 
 def text_hash(text: str) -> int:
-    """64 bits of the sha256 of `text`: what decides its split."""
+    """Return 64 bits of the sha256 of `text`, which decide its split."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _limit(val_fraction: float) -> int:
-    """The hash below which this share of all documents falls."""
+    """Return the hash below which this share of all documents falls."""
     return int(val_fraction * 2**64)
 
 
 def _encode_all(
     executor: Executor, texts: Iterable[str], manifest: Manifest, folder: Path, *, max_pending: int
 ) -> Iterator[tuple[str, Encoded]]:
-    """Every text with its encoding, in order; at most `max_pending` batches are in memory beside the current one."""
+    """Yield every text with its encoding, in order; at most `max_pending` batches wait beside the current one."""
     arguments = (folder / TOKENIZER_FILE, manifest.tokenizer_hash, manifest.eos_id, manifest.dtype)
     limit = manifest.held_out_below
     pending: deque[tuple[list[str], Future[list[Encoded]]]] = deque()
@@ -222,7 +220,7 @@ def _encode_all(
 def _encode(
     texts: list[str], path: Path, spec_hash: str, eos: int, dtype: Literal["uint16", "uint32"], limit: int
 ) -> list[Encoded]:
-    """The encodings of `texts`; limit: a document with a smaller hash is held out."""
+    """Return the encodings of `texts`. limit: documents with a smaller hash are in the validation split."""
     tokenizer = _load_cached(path, spec_hash)
     documents = []
     for text in texts:
@@ -236,12 +234,12 @@ def _encode(
 
 @lru_cache(maxsize=1)
 def _load_cached(path: Path, spec_hash: str) -> Tokenizer:
-    """The tokenizer at `path`, read once per process; the hash tells one folder's tokenizers apart over time."""
+    """Read the tokenizer at `path` once per process; the hash invalidates the cache when the file changes."""
     return load_tokenizer(path)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of about BATCH_BYTES characters."""
+    """Yield the texts in lists of about BATCH_BYTES characters."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -254,20 +252,20 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Writer:
-    """Sends encoded documents to the splits and seals shards; on disk, `manifest` always describes the sealed ones."""
+    """Distribute encoded documents over the splits and seal shards; the manifest on disk lists the sealed ones."""
 
     def __init__(self, folder: Path, manifest: Manifest, *, max_tokens: int | None) -> None:
         self.folder, self.manifest, self.max_tokens = folder, manifest, max_tokens
-        self.train: list[Encoded] = []  # documents, or what is left of them, that are in no shard yet
+        self.train: list[Encoded] = []  # documents, or the rest of one, that are in no shard yet
         self.val: list[Encoded] = []
         self.num_tokens = 0  # in self.train
-        self.smallest: tuple[int, str] | None = None  # hash and text of a document, while nothing is held out
+        self.smallest: tuple[int, str] | None = None  # hash and text of a document, for a validation split
         self.num_documents = manifest.next_document
-        self.skip = manifest.next_token  # tokens of the next document that are in a shard already
+        self.skip = manifest.next_token  # tokens of the next document that are already in a shard
 
     @property
     def room(self) -> int:
-        """Tokens of the next shard, when it is full."""
+        """Tokens of the next shard when full."""
         if self.max_tokens is None:
             return self.manifest.shard_tokens
         return min(self.manifest.shard_tokens, self.max_tokens - self.manifest.train.tokens)
@@ -278,7 +276,7 @@ class _Writer:
         return self.room == 0
 
     def add(self, text: str, document: Encoded) -> None:
-        """Take the next document of the source, and seal the shards that it fills."""
+        """Add the next document of the source and seal the shards that it fills."""
         self.num_documents += 1
         if len(document.tokens) == 0:
             return
@@ -294,16 +292,16 @@ class _Writer:
         if self.smallest is None or document.hash < self.smallest[0]:
             self.smallest = document.hash, text
         while not self.full and self.num_tokens >= self.room:
-            self._hold_something_out()
+            self._ensure_validation()
             if self.num_tokens >= self.room:
                 self._seal_train(self.room)
         self.skip = 0
 
     def finish(self) -> None:
-        """Seal what is left and mark the folder complete."""
+        """Seal the rest and mark the folder complete."""
         if not self.manifest.usable:
             self._check_corpus()
-            self._hold_something_out()
+            self._ensure_validation()
         if not self.full:
             if self.num_tokens:
                 self._seal_train(self.num_tokens)
@@ -313,21 +311,23 @@ class _Writer:
 
     def _check_corpus(self) -> None:
         """Raise `UserError` unless each split gets a document."""
-        found = {document.hash for document in self.train + self.val}
-        if not found:
+        hashes = {document.hash for document in self.train + self.val}
+        if not hashes:
             raise UserError(f"the corpus is empty: {self.num_documents} documents, none of them with text")
-        if len(found) == 1:
+        if len(hashes) == 1:
             raise UserError(
-                "the corpus is a single document, and one has to be held out for validation; "
+                "the corpus is a single document, and one document is needed for validation; "
                 "split it into several files or records"
             )
         if not self.train:
-            raise UserError(f"all {len(self.val)} documents of the corpus are held out; lower data.val_fraction")
+            raise UserError(
+                f"all {len(self.val)} documents of the corpus are in the validation split; lower data.val_fraction"
+            )
 
-    def _hold_something_out(self) -> None:
-        """If nothing is held out yet, hold out the document with the smallest hash, and its copies.
+    def _ensure_validation(self) -> None:
+        """If the validation split is empty, move the document with the smallest hash and its copies there.
 
-        The limit moves to that hash, so that copies which come later are not trained on either.
+        The limit moves to that hash, so that later copies are not trained on either.
         """
         if self.val or self.manifest.val.shards:
             return
@@ -342,7 +342,7 @@ class _Writer:
         split.documents, split.bytes = len(self.train), sum(document.bytes for document in self.train)
 
     def _seal_train(self, num_tokens: int) -> None:
-        """Write the first `num_tokens` queued tokens as the next shard, and before the first one the held-out split."""
+        """Write the first `num_tokens` queued tokens as a shard; before the first shard, seal the validation split."""
         if not self.manifest.val.shards:
             val = self.manifest.val
             self._seal("val", np.concatenate([document.tokens for document in self.val]))
@@ -352,7 +352,7 @@ class _Writer:
         tokens = np.concatenate([document.tokens for document in self.train])
         self._seal("train", tokens[:num_tokens])
         newest = self.train[-1]
-        self.num_tokens -= num_tokens  # left of the newest document: without it the queue was shorter than a shard
+        self.num_tokens -= num_tokens  # of the newest document: without it the queue was shorter than a shard
         if self.num_tokens:
             self.skip += len(newest.tokens) - self.num_tokens
             self.train = [newest._replace(tokens=newest.tokens[-self.num_tokens :])]
@@ -373,7 +373,7 @@ class _Writer:
 
 @contextmanager
 def _executor(num_workers: int) -> Iterator[Executor]:
-    """What runs `_encode`: processes, or for a single worker a thread, which starts at once."""
+    """Run `_encode` in processes, or for a single worker in a thread, which starts faster."""
     if num_workers == 1:
         with ThreadPoolExecutor(1) as executor:
             yield executor
@@ -389,11 +389,11 @@ def _executor(num_workers: int) -> Iterator[Executor]:
 
 class _Worker(ForkProcess):
     def terminate(self) -> None:
-        self.kill()  # how the executor ends the rest of a broken pool; they ignore SIGTERM
+        self.kill()  # the executor ends a broken pool with this; workers ignore SIGTERM
 
 
 class _Fork(ForkContext):
-    """Processes forked: a spawned one would import the main script, and with it the whole training stack, again."""
+    """Forked processes: a spawned one would import the main script and with it the whole training stack."""
 
     Process = _Worker
 
@@ -404,16 +404,16 @@ def _init_worker(parent: int) -> None:
 
 
 def _ignore_requests_to_stop() -> None:
-    """Go on when a launcher signals all processes of a job: the trainer may want rows to finish its step.
+    """Ignore the signals that a launcher sends to all processes: the trainer may need data to finish its step.
 
-    Nothing lives on for it: `_end_with` ends this process when its parent has ended.
+    `_end_with` still ends this process after its parent.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_with(parent: int) -> None:
-    """Let this process end soon after `parent`, its parent, even if that is killed."""
+    """End this process soon after its parent process `parent`, even if that is killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -424,7 +424,7 @@ def _end_with(parent: int) -> None:
 
 
 def _num_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -447,7 +447,7 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _background() -> None:
-    """The child process of `start`: its message, if the user has to mend something, goes to standard output."""
+    """Run the child process of `start`; the message of a `UserError` goes to standard output."""
     _ignore_requests_to_stop()
     registered, data, tokenizer, progress, parent = pickle.load(sys.stdin.buffer)
     sources.SOURCES.update(registered)

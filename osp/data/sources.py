@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from osp.config import DataConfig, SourceConfig
+from osp.data.tokenizer import HUB_TIMEOUT, ask_hub
 from osp.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
-HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class HubDataset(Source):
 
     def documents(self) -> Iterator[str]:
         import datasets
+        import huggingface_hub
         from datasets.exceptions import DatasetsError
 
         config = self.config
@@ -122,7 +123,8 @@ class HubDataset(Source):
         number = 0
         try:
             if not Path(config.dataset).is_dir():
-                _ask_hub(config.dataset)
+                request = huggingface_hub.HfApi().dataset_info
+                ask_hub(f"{name} cannot be reached", request, config.dataset, timeout=HUB_TIMEOUT)
             stream = datasets.load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
             for number, record in enumerate(stream, start=1):
                 if config.text_field not in record:
@@ -192,9 +194,9 @@ def documents(config: DataConfig | SourceConfig) -> Iterator[str]:
 
 
 def interleave(streams: list[Iterator[str]], weights: list[float], *, names: list[str]) -> Iterator[str]:
-    """The documents of all streams; next comes the stream with the fewest bytes so far relative to its weight.
+    """Yield the documents of all streams; the next stream is the one with the fewest bytes relative to its weight.
 
-    Bytes stand in for tokens, which are not known yet. A stream that ends is left out and the others go on.
+    Bytes stand for tokens, which are not known yet. When a stream ends, the others continue.
     """
     num_bytes = [0] * len(streams)
     alive = list(range(len(streams)))
@@ -204,7 +206,7 @@ def interleave(streams: list[Iterator[str]], weights: list[float], *, names: lis
         if text is None:
             alive.remove(i)
             if alive:
-                logger.warning("data.mixture: %s is exhausted; going on without it", names[i])
+                logger.warning("data.mixture: %s is exhausted; continuing without it", names[i])
             continue
         num_bytes[i] += max(1, len(text.encode()))  # an endless run of empty documents still takes its turns
         yield text
@@ -216,14 +218,14 @@ def holds_documents(path: Path) -> bool:
 
 
 def list_files(paths: tuple[str, ...]) -> list[Path]:
-    """The readable files that `data.paths` names, in order; a folder gives its files recursively, sorted by path."""
+    """Return the readable files of `data.paths` in order; a folder gives its files recursively, sorted by path."""
     files = []
     for entry in map(Path, paths):
         if entry.is_dir():
-            found = sorted(path for path in entry.rglob("*") if _suffix(path) and path.is_file())
-            if not found:
+            inside = sorted(path for path in entry.rglob("*") if _suffix(path) and path.is_file())
+            if not inside:
                 raise UserError(f"data.paths: folder {entry} holds no file that ends in {_all_suffixes()}")
-            files += found
+            files += inside
         elif not entry.exists():
             raise UserError(f"data.paths: {entry} does not exist")
         elif not _suffix(entry):
@@ -234,7 +236,7 @@ def list_files(paths: tuple[str, ...]) -> list[Path]:
 
 
 def _read(path: Path, text_field: str) -> Iterator[str]:
-    """The documents of one file."""
+    """Yield the documents of one file."""
     try:
         if _suffix(path) in TEXT_SUFFIXES:
             yield _decode(path.read_bytes(), path, line=1)
@@ -247,7 +249,7 @@ def _read(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
-    """One document per line. Lines end at "\\n" only: a record may hold U+2028, where str.splitlines() would cut it."""
+    """Yield one document per line. Lines end at "\\n" only: str.splitlines() would also split at U+2028."""
     number = 0
     try:
         for number, line in enumerate(_lines(path), start=1):
@@ -258,7 +260,7 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _record_text(line: str, text_field: str, *, where: str) -> str:
-    """The text of one JSON record."""
+    """Return the text of one JSON record."""
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -272,13 +274,13 @@ def _record_text(line: str, text_field: str, *, where: str) -> str:
         raise UserError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair
         raise UserError(f"{where}: field {text_field!r} is no valid Unicode ({error})") from error
     return text
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a plain or compressed file, split at b"\\n"."""
+    """Yield the lines of a plain or compressed file, split at b"\\n"."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         yield from _zstd_lines(path)
@@ -289,7 +291,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a zstandard file. EOFError if its last frame is cut short, which zstandard's own reader accepts."""
+    """Yield the lines of a zstandard file. Raises EOFError if it is truncated, which zstandard's reader accepts."""
     try:
         import zstandard
     except ImportError as error:
@@ -312,7 +314,7 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
-    """One document per row; a null is an empty document."""
+    """Yield one document per row; a null is an empty document."""
     import pyarrow
     import pyarrow.parquet
 
@@ -331,19 +333,8 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _ask_hub(dataset: str) -> None:
-    """Raise `UserError` unless the hub has `dataset`: `datasets` itself would retry a dead connection for minutes."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it is built on
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.dataset={dataset} cannot be reached on the Hugging Face hub: {reason}") from error
-
-
 def _decode(data: bytes, path: Path, *, line: int) -> str:
-    """`data` as text; line: the line of the file where data begins."""
+    """Decode UTF-8. line: the line of the file where `data` begins."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -352,7 +343,7 @@ def _decode(data: bytes, path: Path, *, line: int) -> str:
 
 
 def _suffix(path: Path) -> str | None:
-    """The known suffix that the name of `path` ends in, or None."""
+    """Return the known suffix of a file name, or None."""
     name = path.name.lower()
     return next((suffix for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES if name.endswith(suffix)), None)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE of `config.vocab_size` tokens, learned from the first `config.sample_bytes` of `texts`.
+    """Train a byte-level BPE of `config.vocab_size` tokens on the first `config.sample_bytes` of `texts`.
 
-    All 256 bytes are in the alphabet, so no text is out of vocabulary; `config.eos_token` has id 0. A text too small
-    for that many merges gives a smaller vocabulary.
+    All 256 bytes are in the alphabet, so no text is out of vocabulary; `config.eos_token` has id 0. A small text gives
+    a smaller vocabulary.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if config.vocab_size < len(alphabet) + 1:
@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, set to encode text as it is: nothing cut, padded or read as special."""
+    """Read a tokenizer.json, set to encode text as it is: without truncation, padding and special tokens."""
     path = Path(path)
     try:
         spec = path.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `config.path` or `config.hub` names."""
+    """Return the tokenizer that `config.path` or `config.hub` names."""
     assert not config.train
     if (config.path is None) == (config.hub is None):
         raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
@@ -72,13 +72,15 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     kind = json.loads(tokenizer.to_str())["model"]["type"]
     if kind not in ("BPE", "Unigram"):
-        raise UserError(f"{path} is a {kind} tokenizer, which loses text it does not know; use a BPE or Unigram one")
+        raise UserError(
+            f"{path} is a {kind} tokenizer, which loses text outside its vocabulary; use a BPE or Unigram one"
+        )
     eos_id(tokenizer, config.eos_token)
     return tokenizer
 
 
 def eos_id(tokenizer: Tokenizer, eos_token: str) -> int:
-    """The id of the token that ends a document."""
+    """Return the id of the token that ends a document."""
     token_id = tokenizer.token_to_id(eos_token)
     if token_id is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
@@ -90,26 +92,26 @@ def eos_id(tokenizer: Tokenizer, eos_token: str) -> int:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id: the rows an embedding needs."""
+    """Return one more than the largest token id: the size of an embedding."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """sha256 of the tokenizer's JSON, independent of white space and the order of keys."""
+    """Return the sha256 of the tokenizer's JSON, independent of white space and the order of keys."""
     return spec_hash(tokenizer.to_str())
 
 
 def spec_hash(spec: str) -> str:
-    """`tokenizer_hash` of the text of a tokenizer.json."""
+    """Return the `tokenizer_hash` of the text of a tokenizer.json."""
     canonical = json.dumps(json.loads(spec), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Bytes of text that each token stands for, int32 (V,); 0 for special tokens and unused ids.
+    """Return the bytes of text that each token stands for, int32 (V,); 0 for special tokens and unused ids.
 
-    Over the tokens of a text the sum is its length in UTF-8, so bits per byte is exact, for byte-level tokenizers
-    (after their normalizer, where they have one). SentencePiece-like ones may count the space they put in front.
+    The sum over a text is its length in UTF-8 for byte-level tokenizers, after normalization; bits per byte is exact.
+    SentencePiece-like tokenizers may count the space that they insert in front.
     """
     sizes = np.zeros(vocab_size(tokenizer), dtype=np.int32)
     byte_level = _is_byte_level(json.loads(tokenizer.to_str()))
@@ -126,22 +128,22 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 def _is_byte_level(spec: Any) -> bool:
-    """Whether the decoder of a tokenizer.json maps characters back to bytes."""
+    """Return whether the decoder of a tokenizer.json maps characters back to bytes."""
     decoder = spec["decoder"] or {}
     return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` without truncation and padding, which some files carry, blind to special tokens inside a text."""
+    """Switch off truncation and padding, which some files carry, and special tokens inside a text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # otherwise a document that mentions <|endoftext|> would be cut in two
+    # otherwise a document that mentions <|endoftext|> would be split in two
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
-    """The texts up to and including the one that completes `num_bytes` bytes."""
+    """Yield the texts up to and including the one that completes `num_bytes` bytes."""
     for text in texts:
         yield text
         num_bytes -= len(text.encode())
@@ -150,18 +152,23 @@ def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
 
 
 def _download(name: str) -> str:
-    """The path of a hub tokenizer's tokenizer.json in the local cache, downloaded if it is not there yet.
-
-    The client retries a dead connection for many seconds, so the hub is asked once, with a time limit, first.
-    """
+    """Return the path of a hub tokenizer's tokenizer.json in the local cache; download it if it is missing."""
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
     if isinstance(cached, str):
         return cached
+    failure = f"tokenizer.hub={name}: cannot get its {FILE_NAME}"
+    ask_hub(failure, huggingface_hub.HfApi().model_info, name, timeout=HUB_TIMEOUT)
+    return ask_hub(failure, huggingface_hub.hf_hub_download, name, FILE_NAME)
+
+
+def ask_hub(failure: str, request: Callable[..., Any], *arguments: str, **options: Any) -> Any:
+    """Return the answer of the Hugging Face hub; an error becomes a `UserError` that begins with `failure`.
+
+    The clients retry a dead connection for many seconds: begin with a request that has a `timeout`.
+    """
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return huggingface_hub.hf_hub_download(name, FILE_NAME)
+        return request(*arguments, **options)
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it is built on
-        reason = " ".join(str(error).split())
-        raise UserError(f"tokenizer.hub={name}: cannot get its {FILE_NAME} from the hub: {reason}") from error
+        raise UserError(f"{failure} from the Hugging Face hub: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""Every data and tokenizer YAML holds keys of its dataclass, and lacks nothing but what the user has to name."""
+"""Every data and tokenizer YAML builds, except for the keys that the user must set."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ INCOMPLETE = {"data/text": "data.paths is empty", "data/hf": "data.dataset is no
 
 
 @pytest.mark.parametrize("path", sorted([*CONFIGS.glob("data/*.yaml"), *CONFIGS.glob("tokenizer/*.yaml")]), ids=str)
-def test_yaml_builds(path: Path) -> None:
+def test_yaml_builds_a_source(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     group = path.parent.name
     name = f"{group}/{path.stem}"

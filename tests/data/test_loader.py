@@ -1,4 +1,4 @@
-"""Rows against a naive packer; the same rows per step on any world size, in any order, after any restart."""
+"""Sequences equal a naive packer's, and those of a step are the same on any ranks, in any order, after a restart."""
 
 import dataclasses
 import shutil
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from osp.data import loader
-from osp.data.loader import Batch, Loader, Rows, Shards, check_rows_per_step, number_documents, validation_batches
+from osp.data.loader import Batch, Loader, Rows, Shards, number_documents, validation_batches
 from osp.data.manifest import Manifest, load_manifest, save_manifest
 from osp.errors import UserError
 from osp.files import lock
@@ -22,7 +22,7 @@ ROWS_PER_STEP = 24
 
 
 def naive_rows(folder: Path, seq_len: int) -> list[list[list[int]]]:
-    """The training rows of every shard, in the order of the text."""
+    """Return the training sequences of every shard, in the order of the text."""
     packed = []
     for shard in load_manifest(folder).train.shards:
         tokens = np.fromfile(folder / shard.file, dtype=np.uint16).tolist()
@@ -35,7 +35,7 @@ def naive_rows(folder: Path, seq_len: int) -> list[list[list[int]]]:
 
 
 def step_rows(folder: Path, step: int, *, world_size: int = 1, micro_batch_size: int = 8, **options: Any) -> np.ndarray:
-    """The rows of one step in the order of their index, gathered from all ranks, (rows_per_step, T+1)."""
+    """Return the sequences of one step by index, gathered from all ranks, (rows_per_step, T+1)."""
     ranks = []
     for rank in range(world_size):
         source = Loader(
@@ -65,11 +65,11 @@ def rewrite_manifest(folder: Path, **changes: Any) -> Manifest:
 
 @pytest.fixture
 def copy(shards: Path, tmp_path: Path) -> Path:
-    """A folder of shards to spoil."""
+    """A folder of shards that a test may damage."""
     return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
-def test_an_epoch_reads_every_row_once_shard_by_shard(shards: Path) -> None:
+def test_epoch_reads_every_sequence_once_shard_by_shard(shards: Path) -> None:
     packed = naive_rows(shards, SEQ_LEN)
     assert len(packed) > 3
     assert len({len(rows) for rows in packed}) > 1
@@ -90,7 +90,7 @@ def test_an_epoch_reads_every_row_once_shard_by_shard(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 24), (1, 1), (2, 4), (2, 12), (4, 2), (4, 6), (3, 8)])
-def test_a_step_has_the_same_rows_on_any_world_size(shards: Path, world_size: int, micro_batch_size: int) -> None:
+def test_step_has_the_same_sequences_on_any_world_size(shards: Path, world_size: int, micro_batch_size: int) -> None:
     rows = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=0)
     assert rows.rows_per_epoch is not None
     last = rows.rows_per_epoch // ROWS_PER_STEP  # crosses into the second epoch
@@ -100,7 +100,7 @@ def test_a_step_has_the_same_rows_on_any_world_size(shards: Path, world_size: in
         np.testing.assert_array_equal(found, expected)
 
 
-def test_steps_may_be_asked_for_in_any_order(shards: Path) -> None:
+def test_steps_can_be_read_in_any_order(shards: Path) -> None:
     source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8, seed=5, document_ids=True)
     for step in (0, 1, 2, 9, 10, 3, 3, 700, 0, 1):
         batches = source.step(step)
@@ -111,7 +111,7 @@ def test_steps_may_be_asked_for_in_any_order(shards: Path) -> None:
     source.close()
 
 
-def test_document_ids_against_a_loop() -> None:
+def test_document_ids_equal_a_plain_loop() -> None:
     rows = np.random.default_rng(0).integers(0, 4, size=(50, 30))
     for row, ids in zip(rows.tolist(), number_documents(rows, 3).tolist(), strict=True):
         current, expected = 0, []
@@ -122,7 +122,7 @@ def test_document_ids_against_a_loop() -> None:
     assert number_documents(rows, 3).dtype == np.int32
 
 
-def test_a_new_epoch_is_announced_once(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_new_epoch_is_logged_once(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8)
     assert source.rows.rows_per_epoch is not None
     first = -(-source.rows.rows_per_epoch // ROWS_PER_STEP)
@@ -130,20 +130,8 @@ def test_a_new_epoch_is_announced_once(shards: Path, caplog: pytest.LogCaptureFi
         source.step(step)
     source.close()
     assert [record.message for record in caplog.records] == [
-        f"step {first}: the training text was read 1 times; reading it again"
+        f"step {first}: the training split was read 1 times; reading it again"
     ]
-
-
-def test_rows_per_step_must_divide_among_the_ranks() -> None:
-    check_rows_per_step(48, seq_len=128, micro_batch_size=4, world_size=3)
-    message = (
-        r"train\.tokens_per_step=6400 is 50 rows of train\.seq_len=128; 3 ranks x train\.micro_batch_size=4 "
-        r"need a multiple of 12 rows; the nearest is train\.tokens_per_step=6144"
-    )
-    with pytest.raises(UserError, match=message):
-        check_rows_per_step(50, seq_len=128, micro_batch_size=4, world_size=3)
-    with pytest.raises(UserError, match=r"the nearest is train\.tokens_per_step=1536"):
-        check_rows_per_step(1, seq_len=128, micro_batch_size=4, world_size=3)
 
 
 def counted(batches: list[Batch]) -> list[list[int]]:
@@ -154,7 +142,7 @@ def counted(batches: list[Batch]) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("batch_size", "max_tokens"), [(1, None), (5, None), (64, None), (3, 10 * SEQ_LEN + 5), (2, 1)]
 )
-def test_validation_counts_every_row_once(
+def test_validation_counts_every_sequence_once(
     shards: Path, world_size: int, batch_size: int, max_tokens: int | None
 ) -> None:
     tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16).tolist()
@@ -184,7 +172,7 @@ def test_validation_counts_every_row_once(
     assert counted(interleaved) == expected
 
 
-def test_a_held_out_split_shorter_than_a_row_is_one_row(shards: Path) -> None:
+def test_validation_split_shorter_than_a_sequence_is_one_sequence(shards: Path) -> None:
     tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16)
     (batch,) = validation_batches(shards, seq_len=10**6, batch_size=2, rank=0, world_size=1)
     assert batch.num_rows == 1
@@ -209,18 +197,18 @@ def test_a_held_out_split_shorter_than_a_row_is_one_row(shards: Path) -> None:
         (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json is not the tokenizer of the shards"),
     ],
 )
-def test_a_spoilt_folder_is_refused(copy: Path, spoil: Any, message: str) -> None:
+def test_damaged_folder_is_refused(copy: Path, spoil: Any, message: str) -> None:
     spoil(copy)
     with pytest.raises(UserError, match=message):
         Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
 
 
-def test_a_split_shorter_than_a_row_is_refused(shards: Path) -> None:
-    with pytest.raises(UserError, match=r"has \d+ tokens, fewer than one row of train\.seq_len=1000000 plus 1"):
+def test_training_split_shorter_than_a_sequence_is_refused(shards: Path) -> None:
+    with pytest.raises(UserError, match=r"has \d+ tokens, fewer than one sequence of train\.seq_len=1000000 plus 1"):
         Loader(shards, seq_len=10**6, rows_per_step=4, micro_batch_size=4)
 
 
-def test_rows_wait_for_shards_that_are_being_prepared(
+def test_reading_waits_for_shards_in_preparation(
     copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.02)
@@ -248,7 +236,7 @@ def test_rows_wait_for_shards_that_are_being_prepared(
     assert sum("waiting for the preparation" in record.message for record in caplog.records) <= 3
 
 
-def test_nobody_waits_for_a_preparation_that_is_not_going_on(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_stops_waiting_for_a_dead_preparation(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(loader, "GRACE_SECONDS", 0.1)
     manifest = load_manifest(copy)
@@ -263,7 +251,7 @@ def test_nobody_waits_for_a_preparation_that_is_not_going_on(copy: Path, monkeyp
     assert manifest.complete
 
 
-def test_closing_ends_the_thread_even_while_it_waits(copy: Path) -> None:
+def test_close_ends_a_waiting_thread(copy: Path) -> None:
     rewrite_manifest(copy, complete=False)
     with lock(copy):
         source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
@@ -274,7 +262,7 @@ def test_closing_ends_the_thread_even_while_it_waits(copy: Path) -> None:
         assert not thread.is_alive()
 
 
-def test_closing_does_not_wait_for_a_file_system_that_hangs(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_wait_for_a_hanging_file_system(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "CLOSE_SECONDS", 0.1)
     hangs, mends = threading.Event(), threading.Event()
     monkeypatch.setattr(Loader, "_read", lambda *_: (hangs.set(), mends.wait(60)))

@@ -1,4 +1,4 @@
-"""Shards hold exactly the corpus, whatever the workers, interruptions and other processes do meanwhile."""
+"""Shards hold exactly the corpus, with any number of workers, after interruptions and beside other processes."""
 
 import dataclasses
 import gzip
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osp.config import DataConfig, TokenizerConfig
+from osp.config import DataConfig, SourceConfig, TokenizerConfig
+from osp.data import prepare as prepare_module
 from osp.data.loader import Loader
 from osp.data.manifest import load_manifest, verify
 from osp.data.prepare import prepare, shard_folder, start
-from osp.data.prepare import prepare as prepare_module
 from osp.data.tokenizer import load_tokenizer, tokenizer_hash
 from osp.errors import UserError
 from osp.files import is_locked
@@ -38,7 +38,7 @@ def tokens_of(folder: Path, split: str) -> list[np.ndarray[Any, Any]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by name."""
+    """Return the content of every file of a folder by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -51,7 +51,7 @@ def held_out(text: str, fraction: float) -> bool:
 
 
 @pytest.mark.parametrize("max_tokens", [None, 20_000, 32_002, 40_000])
-def test_shards_against_a_naive_packer(
+def test_shards_equal_a_naive_packer(
     texts: list[str], data_config: DataConfig, tokenizer_config: TokenizerConfig, max_tokens: int | None
 ) -> None:
     config = dataclasses.replace(data_config, max_tokens=max_tokens)
@@ -108,7 +108,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
         assert {k: v for k, v in a.items() if k != "source"} == {k: v for k, v in b.items() if k != "source"}
 
 
-def test_the_split_follows_the_text_not_its_position(
+def test_split_depends_on_the_text_and_not_on_its_position(
     texts: list[str],
     data_config: DataConfig,
     tokenizer_config: TokenizerConfig,
@@ -133,7 +133,7 @@ def test_the_split_follows_the_text_not_its_position(
 
 
 @pytest.mark.parametrize("shard_tokens", [3000, 10**6])
-def test_something_is_always_held_out(
+def test_validation_split_is_never_empty(
     texts: list[str],
     data_config: DataConfig,
     tokenizer_config: TokenizerConfig,
@@ -170,10 +170,10 @@ def test_something_is_always_held_out(
         ([], r"the corpus is empty: 0 documents"),
         (["", ""], r"the corpus is empty: 2 documents, none of them with text"),
         (["one", "one", ""], r"the corpus is a single document, .*split it into several files or records"),
-        (["one", "two"], r"all 2 documents of the corpus are held out; lower data\.val_fraction"),
+        (["one", "two"], r"all 2 documents of the corpus are in the validation split; lower data\.val_fraction"),
     ],
 )
-def test_a_corpus_that_cannot_be_split_leaves_nothing_behind(
+def test_corpus_that_cannot_be_split_is_refused_without_leftovers(
     few: list[str], message: str, data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
 ) -> None:
     config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", few), val_fraction=0.9999)
@@ -182,7 +182,25 @@ def test_a_corpus_that_cannot_be_split_leaves_nothing_behind(
     assert list(Path(config.cache_dir).iterdir()) == []
 
 
-def test_prepared_shards_are_used_again_unless_something_changed(
+def test_names_of_shard_folders_do_not_change_between_versions() -> None:
+    """A changed name would have every user prepare the same shards again."""
+    hub, other = (
+        DataConfig(source="hf", dataset="a/b", subset="c d"),
+        SourceConfig(source="hf", dataset="c", weight=0.3),
+    )
+    part = SourceConfig(source="hf", dataset="a/b", weight=0.7)
+    mixture = DataConfig(source="mixture", mixture=(part, other), max_tokens=10**9)
+    existing = TokenizerConfig(train=False, hub="x/y")
+    names = [shard_folder(data, config).name for data in (hub, mixture) for config in (TokenizerConfig(), existing)]
+    assert names == [
+        "a_b_c_d-b7976bc545ec",
+        "a_b_c_d-0631dc0ea1de",
+        "mixture-46d6f2301a2f",
+        "mixture-d744dcce3d3c",
+    ]
+
+
+def test_prepared_shards_are_reused_until_something_changes(
     data_config: DataConfig,
     tokenizer_config: TokenizerConfig,
     shards: Path,
@@ -216,7 +234,7 @@ def test_prepared_shards_are_used_again_unless_something_changed(
 
 
 def _prepare_and_die(data: DataConfig, tokenizer: TokenizerConfig, function: str, call: int) -> None:
-    """Prepare until the `call`-th call of `function` returns, then die as from a power cut."""
+    """Prepare until call number `call` of `function` returns, then die as in a power failure."""
     original, calls = getattr(prepare_module, function), iter(range(1, 1000))
 
     def deadly(*args: Any) -> None:
@@ -238,7 +256,7 @@ def _prepare_and_die(data: DataConfig, tokenizer: TokenizerConfig, function: str
     # 48,003 is three shards; documents span several of the shards of 331
     [(16_001, None), (16_001, 48_003), (16_001, 50_000), (331, 6_000)],
 )
-def test_a_killed_preparation_goes_on_to_the_same_bytes(
+def test_killed_preparation_continues_to_the_same_bytes(
     data_config: DataConfig,
     tokenizer_config: TokenizerConfig,
     tmp_path: Path,
@@ -281,7 +299,9 @@ def _prepare_and_note(data: DataConfig, tokenizer: TokenizerConfig, notes: Path,
             file.write(f"{error}\n")
 
 
-def test_two_processes_prepare_once(data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path) -> None:
+def test_two_processes_prepare_the_same_shards_once(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
     barrier = fork.Barrier(2)
     arguments = (config, tokenizer_config, tmp_path / "notes", barrier)
@@ -295,7 +315,7 @@ def test_two_processes_prepare_once(data_config: DataConfig, tokenizer_config: T
     verify(shard_folder(config, tokenizer_config))
 
 
-def test_whoever_waits_for_a_preparation_that_fails_gets_its_turn(
+def test_waiting_process_prepares_after_the_first_one_failed(
     data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
 ) -> None:
     # the first removes the folder, with the lock that the second waits for
@@ -314,12 +334,12 @@ def test_whoever_waits_for_a_preparation_that_fails_gets_its_turn(
 
 
 def long_corpus(path: Path, texts: list[str], *, copies: int) -> None:
-    """Write a corpus that takes a while to encode: the texts again and again, each time with another first line."""
+    """Write a corpus that takes long to encode: the texts repeated, each time with another first line."""
     with path.open("w") as file:
         file.writelines(json.dumps({"text": f"# {i}\n{text}"}) + "\n" for i in range(copies) for text in texts)
 
 
-def test_start_returns_early_and_the_rest_arrives(
+def test_start_returns_after_the_first_shard_and_the_rest_follows(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
     long_corpus(tmp_path / "long.jsonl", texts, copies=14)
@@ -337,7 +357,7 @@ def test_start_returns_early_and_the_rest_arrives(
     verify(folder)
 
 
-def test_start_reports_what_the_user_has_to_mend(
+def test_start_reports_an_error_of_its_child_process(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "long.jsonl"
@@ -356,7 +376,7 @@ def test_start_reports_what_the_user_has_to_mend(
     loader.close()
 
 
-def test_the_background_preparation_ends_with_its_parent(
+def test_background_preparation_ends_with_its_parent(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
     long_corpus(tmp_path / "long.jsonl", texts, copies=40)
@@ -375,7 +395,7 @@ def test_the_background_preparation_ends_with_its_parent(
     assert not load_manifest(folder).complete
 
 
-def test_a_killed_worker_is_reported(
+def test_killed_worker_is_reported(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "_encode", _die)
@@ -388,7 +408,7 @@ def _die(*args: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_an_unwritable_cache_is_reported(
+def test_unwritable_cache_is_reported(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")

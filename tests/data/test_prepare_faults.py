@@ -1,5 +1,4 @@
-"""The preparer is killed, signalled, orphaned, or finds the disk full: nothing is lost, and nothing half-written is
-taken for good."""
+"""Preparation that is killed, signalled, orphaned or out of disk space loses nothing and accepts no partial file."""
 
 import dataclasses
 import multiprocessing
@@ -26,7 +25,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def until(condition: Callable[[], bool], *, seconds: float = 30) -> bool:
-    """Whether `condition` came true in time."""
+    """Return whether `condition` becomes true in time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -38,7 +37,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs: not gone, and no zombie."""
+    """Return whether a process runs and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -46,7 +45,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_killed_at_random_moments_gives_the_same_bytes(
+def test_preparation_killed_at_random_moments_gives_the_same_bytes(
     num_workers: int, data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(data_config, shard_tokens=2_003, num_workers=num_workers)  # 67 files to cut
@@ -74,10 +73,10 @@ def test_killed_at_random_moments_gives_the_same_bytes(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the children in /proc")
-def test_signals_to_all_processes_leave_the_preparation_alone_but_its_trainers_end_ends_it(
+def test_preparation_survives_signals_and_ends_with_its_trainer(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
-    """A launcher signals every process of a job, and the trainer may want rows to finish its step."""
+    """A launcher signals every process of a job, and the trainer may need data to finish its step."""
     long_corpus(tmp_path / "long.jsonl", texts, copies=60)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
     program = "import time; from osp.config import *; from osp.data.prepare import start; " + (
@@ -118,7 +117,7 @@ def _prepare_noting_the_error(
 def test_one_killed_worker_ends_the_others(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
-    """The executor ends what is left of a broken pool with SIGTERM, which the workers ignore."""
+    """The executor sends SIGTERM to the rest of a broken pool, which workers ignore."""
     long_corpus(tmp_path / "long.jsonl", texts, copies=40)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=3)
     child = fork.Process(target=_prepare_noting_the_error, args=(config, tokenizer_config, tmp_path / "notes"))
@@ -139,7 +138,7 @@ def test_one_killed_worker_ends_the_others(
     # bytes that a file may have: the tokenizer.json has more than 8,000, a shard of training 32,002
     [(4_000, "tokenizer.json"), (31_000, "train-00000.bin")],
 )
-def test_full_disk_is_one_line_and_leaves_nothing(
+def test_full_disk_is_reported_in_one_line_and_leaves_nothing(
     limit: int, file: str, data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
@@ -154,10 +153,10 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     verify(prepare(config, tokenizer_config, progress=False))
 
 
-def test_full_disk_after_the_first_shards_keeps_them_and_goes_on(
+def test_full_disk_keeps_sealed_shards_and_continues_later(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills while the third training shard is written; the next start ends with the bytes of a whole one."""
+    """The disk fills while the third training shard is written; the next start completes the same bytes."""
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
     fsync = os.fsync
 

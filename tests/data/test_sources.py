@@ -1,4 +1,4 @@
-"""Every kind of source gives its documents in order, and every bad input one message that names file and line."""
+"""Every source gives its documents in order, and bad input gives one message that names file and line."""
 
 import gzip
 import json
@@ -66,7 +66,7 @@ def test_parquet_gives_one_document_per_row(texts: list[str], tmp_path: Path) ->
         read(path)
 
 
-def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
     files = {"b.md": "b\r\n", "a/z.py": "az\u2028", "a/y.txt": "ay", "c.TXT": "c", "skipped.csv": "no"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def test_a_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
         (b'{"text": "\\ud800"}\n', r"bad\.jsonl, line 1: field 'text' is no valid Unicode"),
     ],
 )
-def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_record_is_named_by_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -101,7 +101,7 @@ def test_undecodable_text_is_named_by_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
 @pytest.mark.parametrize("damage", ["cut", "overwritten", "not an archive"])
-def test_a_damaged_archive_is_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
+def test_damaged_archive_is_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
     lines = "".join(json.dumps({"text": os.urandom(1000).hex()}) + "\n" for _ in range(400)).encode()
     content = COMPRESS[suffix](lines)
     middle = len(content) * 3 // 4
@@ -119,7 +119,7 @@ def test_a_damaged_archive_is_an_error(tmp_path: Path, suffix: str, damage: str)
         read(path)
 
 
-def test_bad_paths(tmp_path: Path) -> None:
+def test_bad_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"folder .* holds no file that ends in \.txt, "):
@@ -129,7 +129,7 @@ def test_bad_paths(tmp_path: Path) -> None:
         read(tmp_path / "table.csv")
 
 
-def test_stdlib_is_all_modules_in_order() -> None:
+def test_python_stdlib_is_all_modules_in_order() -> None:
     found = list(documents(DataConfig()))
     assert next(documents(SourceConfig(source="python_stdlib"))) == found[0]
     root = Path(sysconfig.get_path("stdlib"))
@@ -140,7 +140,9 @@ def test_stdlib_is_all_modules_in_order() -> None:
     assert sum(map(len, found)) > 5_000_000
 
 
-def test_stdlib_may_lack_folders_and_hold_other_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_stdlib_skips_installed_packages_and_other_encodings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {"b.py": b"b = 1\r\n", "a/c.py": b"c", "site-packages/x.py": b"x", "__pycache__/y.py": b"", "l.py": b"\xe9"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -161,12 +163,12 @@ def test_interleave_follows_the_weights_and_keeps_every_order(caplog: pytest.Log
         assert share / sum(shares) == pytest.approx(weight, abs=70 / sum(shares))
     # b ends last: its end is the end of all
     assert [record.message for record in caplog.records] == [
-        "data.mixture: c is exhausted; going on without it",
-        "data.mixture: a is exhausted; going on without it",
+        "data.mixture: c is exhausted; continuing without it",
+        "data.mixture: a is exhausted; continuing without it",
     ]
 
 
-def test_mixture_of_sources(tmp_path: Path) -> None:
+def test_mixture_reads_its_sources_in_turn(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "' + name * 10 + '"}\n' * 1)
     parts = tuple(SourceConfig(paths=(str(tmp_path / f"{name}.jsonl"),), weight=w) for name, w in [("a", 1), ("b", 3)])
@@ -175,7 +177,7 @@ def test_mixture_of_sources(tmp_path: Path) -> None:
     assert make_source(config).fingerprint() == [make_source(part).fingerprint() for part in parts]
 
 
-def test_fingerprint_sees_a_changed_file(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     config = DataConfig(source="text", paths=(str(tmp_path),))
     before = make_source(config).fingerprint()
@@ -225,12 +227,12 @@ def test_hub_source_streams_a_local_data_set(texts: list[str], tmp_path: Path) -
 
 
 @pytest.mark.timeout(30)
-def test_a_data_set_that_is_not_there_fails_in_seconds() -> None:
+def test_missing_data_set_fails_in_seconds() -> None:
     with pytest.raises(UserError, match=r"data\.dataset=osp-tests/no-such-data-set cannot be reached"):
         list(documents(SourceConfig(source="hf", dataset="osp-tests/no-such-data-set")))
 
 
-def test_zstandard_missing_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_zstandard_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
     with pytest.raises(ImportError, match="pip install zstandard"):
@@ -238,7 +240,7 @@ def test_zstandard_missing_names_the_package(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
-def test_a_real_archive() -> None:
+def test_real_archive_is_read() -> None:
     source = DataConfig(source="text", paths=(str(SHARED / "corpus/train_mix.jsonl.xz"),))
     first = [text for text, _ in zip(documents(source), range(500), strict=False)]
     assert sum(map(len, first)) > 1_000_000

@@ -1,4 +1,4 @@
-"""Trained and existing tokenizers: exact byte counts, a stable hash, and clear errors."""
+"""Trained and existing tokenizers: exact byte counts, a stable hash, one-line errors."""
 
 import json
 import random
@@ -59,7 +59,7 @@ def test_training_stops_reading_after_the_sample() -> None:
     assert train_tokenizer(endless(), TokenizerConfig(vocab_size=260, sample_bytes=5000)).get_vocab_size() == 260
 
 
-def test_a_small_text_gives_a_smaller_vocabulary(caplog: pytest.LogCaptureFixture) -> None:
+def test_small_text_gives_a_smaller_vocabulary(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = train_tokenizer(["abab"], TokenizerConfig(vocab_size=4096))
     assert 257 <= tokenizer.get_vocab_size() < 270
     assert "fewer than tokenizer.vocab_size=4096" in caplog.text
@@ -84,7 +84,7 @@ def test_token_bytes_sum_to_the_length_of_the_text(trained: Tokenizer, texts: li
         assert sizes[tokenizer.encode(text, add_special_tokens=False).ids].sum() == len(expected.encode())
 
 
-def test_special_tokens_in_a_text_are_text(trained: Tokenizer, tmp_path: Path) -> None:
+def test_special_tokens_inside_a_text_are_plain_text(trained: Tokenizer, tmp_path: Path) -> None:
     trained.save(str(tmp_path / "tokenizer.json"))
     for tokenizer in (trained, load_tokenizer(tmp_path / "tokenizer.json")):
         assert 0 not in tokenizer.encode("a<|endoftext|>b").ids
@@ -100,7 +100,7 @@ def test_truncation_and_padding_of_the_file_are_off(trained: Tokenizer, tmp_path
     assert len(tokenizer.encode("a").ids) == 1
 
 
-def test_hash_is_of_the_content(trained: Tokenizer, tmp_path: Path) -> None:
+def test_hash_depends_on_the_content_alone(trained: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     backwards = dict(reversed(json.loads(trained.to_str()).items()))
     path.write_text(json.dumps(backwards, indent=7))
@@ -109,7 +109,7 @@ def test_hash_is_of_the_content(trained: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer_hash(other) != tokenizer_hash(trained)
 
 
-def test_errors(trained: Tokenizer, tmp_path: Path) -> None:
+def test_unfit_tokenizers_are_refused(trained: Tokenizer, tmp_path: Path) -> None:
     def load(**options: Any) -> Tokenizer:
         return existing_tokenizer(TokenizerConfig(train=False, **options))
 
@@ -127,6 +127,6 @@ def test_errors(trained: Tokenizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_hub_tokenizer_that_is_not_there_fails_in_seconds() -> None:
+def test_missing_hub_tokenizer_fails_in_seconds() -> None:
     with pytest.raises(UserError, match=r"tokenizer\.hub=osp-tests/none: cannot get its tokenizer\.json"):
         existing_tokenizer(TokenizerConfig(train=False, hub="osp-tests/none"))

@@ -1,6 +1,6 @@
 """A small model with one parameter of every kind, and the paper's optimizer as a plain loop in one process.
 
-Written from the paper without anything of `osp.optim`: an oracle for the partitioned optimizer.
+An oracle for the partitioned optimizer, written from the paper without `osp.optim`.
 """
 
 import torch
@@ -85,7 +85,7 @@ def factor(step: int) -> float:
 def train(
     *, steps: int, clip: float, lr: float, adam_lr: float, decay: float, per_head: bool = False
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights by name and gradient norms after plain training. per_head: a head's block is a matrix of its own."""
+    """Weights by name and gradient norms after plain training. per_head: every head's block is one matrix."""
     model, norms = Model(), []
     state: dict[str, list[Tensor]] = {
         name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()

@@ -40,7 +40,7 @@ def test_groups_are_role_and_shape_and_cover_every_parameter_once() -> None:
     assert {g["base_lr"] for g in groups if g["rule"] != "adamw"} == {1e-3}
 
 
-def test_adamw_rate_defaults_to_the_rate() -> None:
+def test_adamw_learning_rate_defaults_to_lr() -> None:
     groups = build_groups(named_roles(Model()), replace(CONFIG, adam_lr=None))
     assert {g["base_lr"] for g in groups} == {1e-3}
 
@@ -92,7 +92,7 @@ def test_unknown_and_unfit_rules_are_refused() -> None:
         build_groups(named_roles(Model()), replace(CONFIG, ns_coefficients="x"))
 
 
-def test_table_has_a_line_per_group_with_its_numbers() -> None:
+def test_table_has_a_line_per_group() -> None:
     groups = build_groups(named_roles(Model()), CONFIG)
     lines = describe_groups(groups).splitlines()
     assert lines[0].split()[:4] == ["group", "count", "shape", "rule"]
@@ -102,7 +102,7 @@ def test_table_has_a_line_per_group_with_its_numbers() -> None:
     assert square[-1] == "0.1"
 
 
-def test_matrices_with_heads_are_groups_of_their_own_and_say_so() -> None:
+def test_matrices_with_heads_have_separate_groups() -> None:
     heads, per_head = Model().parameter_heads(), replace(CONFIG, per_head=True)
     groups = build_groups(named_roles(Model()), per_head, heads)
     assert {name: group["heads"] for group in groups for name in group["names"] if group["heads"]} == heads

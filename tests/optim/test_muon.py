@@ -1,4 +1,4 @@
-"""Newton-Schulz against the SVD, itself in other forms, and torch."""
+"""Newton-Schulz against the SVD and against itself in other forms."""
 
 import typing
 
@@ -42,19 +42,19 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(name, method, shap
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(32, 32), (32, 96), (96, 32)])
-def test_newton_schulz_in_fp32_is_close_to_the_exact_one(method, shape) -> None:
+def test_newton_schulz_in_fp32_is_close_to_fp64(method, shape) -> None:
     x = random(*shape, dtype=torch.float32)
     result = newton_schulz(x, 5, method, dtype=torch.float32)
     torch.testing.assert_close(result.double(), through_svd(x, 5, "keller_jordan"), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["keller_jordan", "polar_express"])
-def test_gram_in_fp16_errs_no_more_than_standard_in_bf16(name) -> None:
+def test_gram_in_fp16_is_more_accurate_than_standard_in_bf16(name) -> None:
     """Spectra over 4 decades and of low rank: rounding must not turn small eigenvalues of the Gram matrix negative."""
     u, _, vt = torch.linalg.svd(random(64, 256), full_matrices=False)
     wide = (u * torch.logspace(0, -4, 64, dtype=torch.float64)) @ vt
     x = torch.stack([wide, random(64, 4) @ random(4, 256)]).float()
-    exact = torch.stack([through_svd(each, 5, name) for each in x])
+    exact = torch.stack([through_svd(matrix, 5, name) for matrix in x])
     error = {
         method: float((newton_schulz(x, 5, method, name, dtype=dtype).double() - exact).norm() / exact.norm())
         for method, dtype in DTYPES.items()
@@ -94,7 +94,7 @@ def test_polar_express_is_close_to_the_polar_factor(shape) -> None:
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
-def test_a_batch_is_its_slices(method, shape) -> None:
+def test_batch_equals_its_slices(method, shape) -> None:
     x = random(2, 3, *shape, dtype=torch.float32)
     result = newton_schulz(x, method=method)
     for i in range(2):
@@ -116,7 +116,7 @@ def test_input_dtype_and_values_are_kept() -> None:
     assert newton_schulz(torch.zeros(0, 4, 5)).shape == (0, 4, 5)
 
 
-def test_unknown_choices_are_named() -> None:
+def test_unknown_choices_are_refused() -> None:
     with pytest.raises(UserError, match=r"unknown Newton-Schulz coefficients 'kj'; choose from .*keller_jordan"):
         newton_schulz(random(4, 4), coefficients="kj")
     with pytest.raises(UserError, match=r"unknown Newton-Schulz method 'fast'; choose from"):
@@ -131,7 +131,7 @@ def test_dtype_follows_choice_and_method() -> None:
     assert newton_schulz_dtype(cpu, method="gram") == torch.float32, "a CPU emulates fp16"
 
 
-def test_scaled_updates_have_rms_of_adamw() -> None:
+def test_scaled_updates_have_the_rms_of_adamw() -> None:
     for shape in ((16, 16), (16, 64), (64, 16)):
         orthogonal = torch.linalg.svd(random(*shape), full_matrices=False)
         update = update_scale(shape) * orthogonal[0] @ orthogonal[2]

@@ -1,4 +1,4 @@
-"""The update rules one by one, on one process and without DeepSpeed."""
+"""The update rules one by one, in one process and without DeepSpeed."""
 
 from dataclasses import replace
 
@@ -75,7 +75,7 @@ def test_without_orthogonalization_the_rule_is_sgd_bit_for_bit(nesterov: bool, m
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adamw_is_torch_s_bit_for_bit(decay: float) -> None:
+def test_adamw_equals_torch_bit_for_bit(decay: float) -> None:
     parameters = {f"p{i}": nn.Parameter(integers(4, 5 + i, seed=i)) for i in range(3)}
     optimizer, flats = build(parameters, "embedding", replace(CONFIG, weight_decay=decay))
     twin = nn.Parameter(flats[0].detach().clone())
@@ -93,7 +93,7 @@ def test_adamw_is_torch_s_bit_for_bit(decay: float) -> None:
         torch.testing.assert_close(flats[0], plain_twin.detach(), atol=1e-6, rtol=1e-6)
 
 
-def test_muon_is_torch_s_up_to_bf16() -> None:
+def test_muon_equals_torch_up_to_bf16() -> None:
     """torch averages (buf = 0.05 g + 0.95 buf) where OSP sums; Newton-Schulz does not see the factor."""
     parameters = {"square": nn.Parameter(torch.randn(32, 32)), "wide": nn.Parameter(torch.randn(32, 64))}
     twins = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
@@ -115,7 +115,7 @@ def test_muon_is_torch_s_up_to_bf16() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 7), (7, 5), (9,), (1,)])
-def test_rule_is_the_papers(shape: tuple[int, ...]) -> None:
+def test_rules_equal_the_paper_s(shape: tuple[int, ...]) -> None:
     parameters = {f"p{i}": nn.Parameter(torch.randn(shape)) for i in range(3)}
     expected = {name: p.detach().clone() for name, p in parameters.items()}
     buffers = {name: torch.zeros(shape) for name in parameters}
@@ -130,7 +130,7 @@ def test_rule_is_the_papers(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((6, 8), Heads(3, 0)), ((8, 8), Heads(2, 1)), ((5, 12), Heads(2, 1))])
-def test_per_head_is_the_rule_of_each_head_alone(shape: tuple[int, int], heads: Heads) -> None:
+def test_per_head_update_equals_muon_on_each_head(shape: tuple[int, int], heads: Heads) -> None:
     """Two matrices with heads and two of the same shape without; updates of RMS 0.2, whatever the head's size."""
     parameters = {name: nn.Parameter(torch.randn(shape)) for name in ("a", "b", "whole", "other")}
     start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -148,14 +148,14 @@ def test_per_head_is_the_rule_of_each_head_alone(shape: tuple[int, int], heads: 
             assert block.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
 
 
-def test_scalar_gain_moves_by_a_fifth_of_the_rate() -> None:
+def test_scalar_gain_moves_by_a_fifth_of_the_learning_rate() -> None:
     parameters = {"scale": nn.Parameter(torch.ones(1))}
     optimizer, flats = build(parameters, "gain", CONFIG)
     step(optimizer, flats, {"scale": torch.tensor([-1e-3])}, 1)
     assert flats[0][0].item() == pytest.approx(1 + 0.2 * CONFIG.lr, rel=1e-6)
 
 
-def test_nothing_happens_before_the_first_set_step() -> None:
+def test_step_before_the_first_set_step_is_a_no_op() -> None:
     parameters = {"p": nn.Parameter(torch.randn(4, 4))}
     optimizer, flats = build(parameters, "matrix", replace(CONFIG, weight_decay=0.5))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0]
@@ -166,7 +166,7 @@ def test_nothing_happens_before_the_first_set_step() -> None:
     assert all(not state.any() for tensors in optimizer.state.values() for state in tensors.values())
 
 
-def test_class_name_and_parameters_do_not_wake_deepspeed_s_own_muon() -> None:
+def test_deepspeed_does_not_enable_its_own_muon() -> None:
     parameters = {"p": nn.Parameter(torch.randn(4, 4))}
     optimizer, _ = build(parameters, "matrix", CONFIG)
     assert "muon" not in type(optimizer).__name__.lower()
@@ -174,7 +174,7 @@ def test_class_name_and_parameters_do_not_wake_deepspeed_s_own_muon() -> None:
 
 
 @pytest.mark.parametrize("role", ["matrix", "gain", "embedding"])
-def test_recorded_squares_are_those_of_the_update(role: str) -> None:
+def test_recorded_squares_equal_the_update(role: str) -> None:
     shape = (9,) if role == "gain" else (4, 6)
     parameters = {f"p{i}": nn.Parameter(torch.randn(shape)) for i in range(2)}
     optimizer, flats = build(parameters, role, CONFIG)

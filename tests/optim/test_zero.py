@@ -1,4 +1,4 @@
-"""The interval table: every element on exactly one rank, and stacks that come back as they went."""
+"""Every element lies on exactly one rank, and the exchange returns updates to where parameters came from."""
 
 import random
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def test_every_element_is_on_exactly_one_rank(stage: int, world_size: int) -> No
         assert all(count == 1 for counts in seen for count in counts), (numels, seen)
 
 
-def test_known_layouts() -> None:
+def test_layout_of_three_parameters_on_two_ranks() -> None:
     """Three parameters of 5 elements on 2 ranks."""
     assert interval_table([5, 5, 5], world_size=2, stage=1) == [
         [(0, 0, 5, 0), (1, 0, 3, 5)],  # 15 elements padded to 16, 8 each
@@ -48,7 +48,7 @@ def test_known_layouts() -> None:
     ]
 
 
-def test_whole_pieces_are_views_and_need_no_exchange() -> None:
+def test_whole_parameters_are_views_and_need_no_exchange() -> None:
     for stage, world_size in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 4)):
         work = batches(6, 8, world_size=world_size, rank=0, stage=stage)
         assert len(work) == 1
@@ -71,7 +71,7 @@ def test_workspace_bounds_a_batch_and_covers_the_group() -> None:
 
 
 def exchange(cases: list[tuple[int, int, int, int]]) -> list[Any]:
-    """For (numel, count, stage, workspace): what this rank owned, and how a round trip of ones changed its flat."""
+    """For (numel, count, stage, workspace): what this rank owns, and the change of its flat tensor by a round trip."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = []
     for numel, count, stage, workspace in cases:
@@ -90,7 +90,7 @@ def exchange(cases: list[tuple[int, int, int, int]]) -> list[Any]:
     return results
 
 
-def test_exchange_makes_every_parameter_whole_once_and_brings_updates_back() -> None:
+def test_exchange_collects_every_parameter_once_and_returns_updates() -> None:
     cases = [
         (numel, count, stage, workspace)
         for numel, count in ((35, 5), (6, 9), (1, 5), (8, 2), (7, 1), (4, 6))

@@ -1,4 +1,4 @@
-"""What the ranks of `test_engine.py` do; in a module of its own so that spawned processes can import it."""
+"""Functions that the ranks of `test_engine.py` run; spawned processes import this module."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ CONFIG = OptimizerConfig(lr=LR, adam_lr=ADAM_LR, weight_decay=DECAY, ns_dtype="f
 
 
 def in_parts(**settings: Any) -> dict[str, Any]:
-    """DeepSpeed keeps small parameters whole, which all of these are; large ones take another path: this one."""
+    """Return the DeepSpeed JSON that partitions small parameters too; by default DeepSpeed keeps these whole."""
     derived = deepspeed_config(**settings)
     return derived | {"zero_optimization": derived["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
 
@@ -71,7 +71,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
-    """All checks for one world size in one set of processes, because starting them is what takes time."""
+    """Run all checks for one world size in one set of processes, because starting processes takes the time."""
     results: dict[str, Any] = {"train": {}, "unclipped": {}, "statistics": {}}
     for stage, accumulation in grid:
         engine = build(stage, accumulation)

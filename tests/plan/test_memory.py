@@ -1,4 +1,4 @@
-"""Planned bytes against a running engine's tensors, and the counting of tensors against sums by hand."""
+"""Planned bytes against the tensors of a running engine, and the counting of tensors against sums by hand."""
 
 import dataclasses
 import itertools
@@ -37,14 +37,14 @@ def planned(stage: int, world_size: int, **train: Any) -> Plan:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_plan_equals_what_an_engine_holds_sends_and_saves(world_size: int, tmp_path: Path) -> None:
+def test_planned_bytes_equal_a_running_engine(world_size: int, tmp_path: Path) -> None:
     """96 tokens are 12 rows: several micro batches of 2 on every rank."""
     configs = [config(stage) for stage in (1, 2, 3)]
     ranks = run_distributed(workers.held, world_size, configs, tmp_path)
     for index, stage in enumerate((1, 2, 3)):
         plan = planned(stage, world_size)
-        memory, found = plan.stages[stage], [rank[index] for rank in ranks]
-        most = {part: max(rank[part] for rank in found) for part in found[0]}
+        memory, measured = plan.stages[stage], [rank[index] for rank in ranks]
+        most = {part: max(rank[part] for rank in measured) for part in measured[0]}
         assert most["weights"] == memory["weights"], stage
         assert most["optimizer_state"] == memory["optimizer_state"], stage
         assert most["reduced_gradients"] == pytest.approx(memory["reduced_gradients"], abs=1000), stage
@@ -52,10 +52,10 @@ def test_plan_equals_what_an_engine_holds_sends_and_saves(world_size: int, tmp_p
         accumulated = memory["gradients"] // (2 if stage == 2 else 1)
         assert most["accumulated"] == pytest.approx(accumulated, abs=1000), stage
         sent = [sum(group.bytes_sent[r] for group in plan.groups) for r in range(world_size)]
-        assert [rank["exchange"] for rank in found] == sent, stage
+        assert [rank["exchange"] for rank in measured] == sent, stage
         if world_size > 1:
-            check_traffic(plan, stage, found[0], others=(world_size - 1) / world_size)
-        assert found[0]["checkpoint"] == pytest.approx(plan.checkpoint_bytes, rel=0.01)
+            check_traffic(plan, stage, measured[0], others=(world_size - 1) / world_size)
+        assert measured[0]["checkpoint"] == pytest.approx(plan.checkpoint_bytes, rel=0.01)
 
 
 def check_traffic(plan: Plan, stage: int, found: dict[str, int], *, others: float) -> None:
@@ -71,7 +71,7 @@ def check_traffic(plan: Plan, stage: int, found: dict[str, int], *, others: floa
         assert 0 < gathered <= plan.traffic["weights"] + little
 
 
-def test_update_of_one_batch_is_planned_as_it_is_allocated() -> None:
+def test_planned_workspace_of_an_update_equals_its_allocations() -> None:
     """`PartitionedOptimizer.step` on one rank, every tensor counted as it is made and freed."""
     settings = OptimizerConfig(ns_dtype="bf16", per_head=True)
     splits = (None, Heads(2, dim=0), Heads(4, dim=0), Heads(4, dim=1), Heads(8, dim=1))
@@ -98,7 +98,7 @@ def test_kept_counts_each_storage_once_and_no_parameter() -> None:
     assert kept(lambda: x.exp().view(8, 16).exp(), besides=parameters)[1] == 2 * 16 * 8 * 4  # both results
 
 
-def test_peak_counts_what_is_alive_together() -> None:
+def test_peak_counts_tensors_that_are_alive_together() -> None:
     def run() -> None:
         a = torch.zeros(100)
         a = a + torch.ones(100)  # the three together
@@ -121,7 +121,7 @@ def kept_by(settings: Config, *, compiled: bool = False) -> int:
     return planned_activations(settings, compiled=compiled)[0]
 
 
-def test_activations_of_a_cpu_are_those_that_autograd_keeps_there() -> None:
+def test_planned_activations_equal_a_real_forward_pass() -> None:
     """The planned bytes against the same hooks on a real forward pass, with the CPU's own attention."""
     from osp.model.transformer import build_model
 
@@ -150,7 +150,7 @@ def test_logits_of_a_chunk_bound_the_working_set() -> None:
     assert large == pytest.approx(4 * vocab * (3 * 512 + 256), rel=0.5)
 
 
-def test_stages_differ_as_zero_says() -> None:
+def test_zero_stages_partition_more_and_more() -> None:
     stages = planned(1, 3).stages
     numel = sum(p.numel() for p in meta_model(config(1).model).parameters())
     assert stages[1]["weights"] == pytest.approx(4 * numel, rel=1e-3)

@@ -1,4 +1,4 @@
-"""`python scripts/plan.py` as it is typed: what it prints, what it writes, and the one line of a mistake."""
+"""`python scripts/plan.py`: its page, its JSON, and its one-line errors."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def error_of(typed: Callable[..., str], capsys: Capture, tmp_path: Path) -> Call
     return run
 
 
-def test_page_of_the_paper_s_model(typed: Callable[..., str], tmp_path: Path) -> None:
+def test_page_and_json_of_the_paper_s_model(typed: Callable[..., str], tmp_path: Path) -> None:
     page = typed("+experiment=osp_1b", "world_size=256", "out=plan.json", "machine.disk=3", "train.compile=false")
     assert re.search(r"osp_1b on 256 x NVIDIA H100 SXM, ZeRO-1, bf16, blocks eager", page)
     assert re.search(r"4,194,304 tokens in sequences of 2,048; each rank 1 \(gradient accumulation\) times 8", page)
@@ -71,7 +71,7 @@ def test_page_of_the_paper_s_model(typed: Callable[..., str], tmp_path: Path) ->
     assert "warning" not in page
 
 
-def test_what_does_not_fit_is_marked_and_a_way_named(typed: Callable[..., str]) -> None:
+def test_plan_that_does_not_fit_names_a_remedy(typed: Callable[..., str]) -> None:
     page = typed(*SMALL, "gpu_memory=2.3", "world_size=2", "train.micro_batch_size=64")
     assert "DOES NOT FIT" in page
     (warning,) = [line for line in page.split("\n") if line.startswith("warning")]
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_marked_and_a_way_named(typed: Callable[..., str]) 
     assert "train.micro_batch_size=32" in warning
 
 
-def test_batch_is_cut_as_training_cuts_it(tiny: Callable[..., Config]) -> None:
+def test_batch_is_divided_as_in_training(tiny: Callable[..., Config]) -> None:
     config = tiny("train.micro_batch_size=auto")
     for world_size in (1, 2, 4, 8):
         resolved = resolve(config, device=torch.device("cpu"), world_size=world_size, bf16=False)
@@ -108,10 +108,10 @@ def test_activation_checkpointing_costs_a_forward_pass(tiny: Callable[..., Confi
         for way in ("false", "true")
     )
     assert again.step["passes"] == pytest.approx(plain.step["passes"] * 4 / 3)
-    assert again.mfu < plain.mfu, "flops that are repeated are no use"
+    assert again.mfu < plain.mfu, "repeated flops do not count"
 
 
-def test_gpu_without_a_known_peak_asks_for_it(tiny: Callable[..., Config]) -> None:
+def test_gpu_without_a_known_peak_is_refused(tiny: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"machine.peak_tflops is not set and 'Abacus' is no GPU of the table"):
         make_plan(tiny(), PlanConfig(world_size=2, machine=cpu(name="Abacus", peak_tflops=None)))
 
@@ -141,7 +141,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_mistake_is_one_line(arguments: str, message: str, error_of: Callable[..., str]) -> None:
+def test_mistake_is_reported_in_one_line(arguments: str, message: str, error_of: Callable[..., str]) -> None:
     assert re.match(message, error_of(*arguments.split()))
 
 

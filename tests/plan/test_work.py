@@ -1,4 +1,4 @@
-"""Exchange plans of `osp_1b`'s real groups: every element held and owned once, what one sends the other receives."""
+"""Exchange of `osp_1b`'s groups: every element is held and owned once, and every part sent is received."""
 
 import functools
 import time
@@ -50,7 +50,7 @@ def tiles(parts: Iterable[tuple[int, int]], size: int) -> bool:
     return position == size
 
 
-def test_groups_are_those_of_the_paper_s_model() -> None:
+def test_groups_equal_the_paper_s_model() -> None:
     found = [(group["role"], group["shapes"][0], len(group["shapes"])) for group in structured()]
     assert sorted(found) == sorted([*(("matrix", s, n) for s, n in SHAPES.items() if len(s) == 2),
                                     ("gain", (1,), 49), ("embed_proj", (2048, 2048), 2)])  # fmt: skip
@@ -152,7 +152,7 @@ def through_wire(ranks: list) -> list[Tensor]:
     return results
 
 
-def test_a_rank_of_1024_builds_its_plan_in_milliseconds() -> None:
+def test_rank_of_1024_builds_its_exchange_in_milliseconds() -> None:
     for stage in (1, 3):
         began = time.process_time()
         for shape, count in SHAPES.items():
@@ -165,7 +165,7 @@ def work_of(world_size: int, stage: int = 1) -> list[GroupWork]:
 
 
 @pytest.mark.parametrize(("world_size", "fullest"), [(1, 96), (8, 12), (48, 2), (256, 1), (1024, 1)])
-def test_matrices_are_shared_as_evenly_as_whole_ones_can_be(world_size: int, fullest: int) -> None:
+def test_whole_matrices_are_shared_evenly(world_size: int, fullest: int) -> None:
     square = next(group for group in work_of(world_size) if len(group.owners) == 96)
     assert max(square.num_owned) == fullest == -(-96 // world_size)
     assert sum(square.num_owned) == 96
@@ -182,7 +182,7 @@ def test_critical_path_is_the_sum_over_groups_of_the_fullest_rank() -> None:
 
 
 @pytest.mark.parametrize(("heads", "matrix"), [(Heads(4, dim=0), (8, 48)), (Heads(4, dim=1), (32, 12))])
-def test_flops_of_heads_are_those_of_their_own_products(heads: Heads, matrix: tuple[int, int]) -> None:
+def test_flops_of_heads_equal_counted_products(heads: Heads, matrix: tuple[int, int]) -> None:
     """5 matrices of 4 heads; the optimizer's products beside the plan's."""
     parameters = {str(i): nn.Parameter(torch.randn(32, 48)) for i in range(5)}
     roles = [(name, parameter, "matrix") for name, parameter in parameters.items()]
@@ -196,7 +196,7 @@ def test_flops_of_heads_are_those_of_their_own_products(heads: Heads, matrix: tu
 
 @pytest.mark.parametrize("world_size", [3, 48])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_bytes_to_owners_are_the_bytes_of_matrices_they_do_not_hold(world_size: int, stage: int) -> None:
+def test_bytes_sent_are_the_parts_that_owners_do_not_hold(world_size: int, stage: int) -> None:
     for group in work_of(world_size, stage):
         numels = [torch.Size(group.shape).numel()] * len(group.owners)
         owners = list(group.owners.values())

@@ -1,4 +1,4 @@
-"""What the ranks of `test_memory.py` do; in a module of its own so that spawned processes can import it."""
+"""Functions that the ranks of `test_memory.py` run; spawned processes import this module."""
 
 from collections.abc import Iterable
 from pathlib import Path
