@@ -62,10 +62,12 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     compiled = machine.device == "cuda" if asked == "auto" else asked
     kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}
     stages, work = {}, []
-    for each in STAGES:
-        ranks = [batches_of(group, world_size=world_size, stage=each) for group in groups]
-        stages[each] = memory(groups, ranks, kept[compiled and each < 3], options, stage=each, num=accumulation)
-        if each == stage:
+    for zero_stage in STAGES:
+        ranks = [batches_of(group, world_size=world_size, stage=zero_stage) for group in groups]
+        stages[zero_stage] = memory(
+            groups, ranks, kept[compiled and zero_stage < 3], options, stage=zero_stage, num=accumulation
+        )
+        if zero_stage == stage:
             work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
     sent = traffic(groups, work, options, stage=stage, accumulation=accumulation)
     flops, tokens = flops_per_token(config.model, train.seq_len), train.tokens_per_step // world_size
@@ -85,7 +87,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
         micro_batch_size=size,
         accumulation=accumulation,
         stages=stages,
-        fits={each: stages[each]["peak"] <= gpu_memory * GIB for each in STAGES},
+        fits={zero_stage: stages[zero_stage]["peak"] <= gpu_memory * GIB for zero_stage in STAGES},
         groups=work,
         traffic=sent,
         step=seconds,
