@@ -2,22 +2,22 @@
 
     python benchmarks/growth.py --out growth.json                                     # CPU: a few minutes of one core
     python benchmarks/growth.py --scale 8 --curves layers width seq_len micro_batch   # a GPU
-    python benchmarks/growth.py --pages-only --out growth.json                        # draw the page anew
+    python benchmarks/growth.py --pages-only --out growth.json                        # redraw the page
 
-Writes the figures and, beside them, a page with a chart for each curve: what was measured, and what the mathematics
-says from the first point on. A point of the first four curves is the median step of the real trainer (Muon, SSNorm,
-EmbProj). Mathematics is the flops of a step: those of the tokens (`flops_per_token`) and of Newton-Schulz.
+Writes the figures and, beside them, a page with a chart for each curve: what was measured, and what follows from the
+first point by arithmetic. A point of the first four curves is the median step of the real trainer (Muon, SSNorm,
+EmbProj). The arithmetic is the flops of a step: `flops_per_token` of its tokens and Newton-Schulz.
 
-The curves over ranks run 1, 2, 4 and 8 gloo processes on the CPU, each with the same number of rows, at every ZeRO
-stage. Bytes are what a rank sends in a step, counted from the collectives that it calls (whoever calls them) as ring
-algorithms send them: an all-reduce of S bytes sends 2 (W - 1) / W S, a reduce-scatter, a reduce or an all-gather the
-half of it. Mathematics, of P parameters and M elements in matrices, 4 bytes each, times (W - 1) / W:
+The curves over ranks run 1, 2, 4 and 8 gloo processes on the CPU, each with the same number of sequences, at every
+ZeRO stage. Bytes are what a rank sends in a step, counted from all collectives that it calls as ring algorithms send
+them: an all-reduce of S bytes sends 2 (W - 1) / W S; a reduce-scatter, a reduce or an all-gather half of it. The
+arithmetic, of P parameters and M elements in matrices, 4 bytes each, times (W - 1) / W:
 
     ZeRO-1, ZeRO-2   2 P: a reduce-scatter of gradients and an all-gather of weights; and Muon's exchange
     ZeRO-3           3 P: weights are gathered twice; and Muon's exchange
     Muon's exchange  at most 2 M: a matrix goes to the rank that orthogonalizes it, its update comes back
 
-Time is CPU time of a rank, for all ranks share what cores there are.
+Time is CPU time of a rank, because all ranks share the cores.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def over_sizes(curve: str, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """[{x, tokens_per_second, flops}] with one size varied and the others at BASE; flops: of a token, all told."""
+    """Return [{x, tokens_per_second, flops}] with one size varied and the others at BASE; flops: per token."""
     from osp.train.setup import setup
 
     points = []
@@ -115,14 +115,14 @@ def over_sizes(curve: str, arguments: argparse.Namespace) -> list[dict[str, floa
 
 
 def clock(threads: int | None) -> float:
-    """Seconds; CPU time where one thread computes, in which other jobs of the machine do not count."""
+    """Return seconds; with one thread CPU time, which other jobs of the machine do not change."""
     if ON_GPU:
         torch.cuda.synchronize()
     return time.process_time() if threads == 1 and not ON_GPU else time.perf_counter()
 
 
 def newton_schulz_flops(config: Config) -> int:
-    """Of a step: those of `osp.optim.muon`, of all its matrices."""
+    """Return the flops of Newton-Schulz for all matrices in a step."""
     with torch.device("meta"):
         from osp.model.transformer import Transformer
 
@@ -135,7 +135,7 @@ def newton_schulz_flops(config: Config) -> int:
 def config_of(
     *, layers: int, width: int, seq_len: int, micro_batch: int, scale: int = 1, threads: int | None = None
 ) -> Config:
-    """OSP's model of that size, with as many tokens in a step whatever the sequence length."""
+    """Return OSP's model of this size, with a number of tokens per step that does not depend on the sequence length."""
     width, seq_len, rows = width * scale, seq_len * scale, BASE["micro_batch"] * scale
     tokens = rows * BASE["seq_len"] * scale
     model = {
@@ -178,7 +178,7 @@ def values_of(
 
 
 def over_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """[{x, stage, seconds, bytes, expected, muon, ...}] of the rank that sends most, per number of ranks and stage."""
+    """Return [{x, stage, seconds, bytes, expected, muon, ...}] of the rank that sends most, per ranks and stage."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when the server of the processes imports it
     multiprocessing.set_forkserver_preload(PRELOAD)
     points = []
@@ -194,7 +194,7 @@ def over_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_rank(rank: int, world_size: int, folder: str, steps: int) -> None:
-    """One of the processes; its figures for every stage go to a file."""
+    """Run one of the processes and write its figures for every stage to a file."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
@@ -205,7 +205,7 @@ def run_rank(rank: int, world_size: int, folder: str, steps: int) -> None:
 
 
 def exchange(stage: int, *, steps: int, folder: Path) -> dict[str, Any]:
-    """CPU seconds, bytes sent in a step by kind, and what the mathematics says, of this rank at a ZeRO stage."""
+    """Return CPU seconds, bytes sent in a step by kind, and the arithmetic, of this rank at a ZeRO stage."""
     from osp.train.setup import setup
 
     world_size = dist.get_world_size()
@@ -251,7 +251,7 @@ def exchange(stage: int, *, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def expected_bytes(model: ModelConfig, *, stage: int, world_size: int) -> dict[str, float]:
-    """What a rank has to send at least in a step: `expected` without Muon, `expected_muon` of its exchange at most."""
+    """Return the bytes a rank sends in a step: `expected` without Muon, `expected_muon` at most for its exchange."""
     counts = count_parameters(model)
     share = 4 * (world_size - 1) / world_size
     matrices = counts["matrix"] + counts["embed_proj"]
@@ -262,7 +262,7 @@ def expected_bytes(model: ModelConfig, *, stage: int, world_size: int) -> dict[s
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes that this rank sends in collectives, by kind, as ring algorithms send them.
+    """Count the bytes that this rank sends in collectives, by kind, as ring algorithms send them.
 
     It sees the operators that every caller of torch.distributed ends in; what only synchronises (a barrier) is nothing.
     """
@@ -308,7 +308,7 @@ def size_of(tensors: Any) -> int:
 
 
 def charts_of(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the page draws: title, unit, axis, curves of {name, x, y, dashed}, and the verdict in words."""
+    """Return the charts of the page: title, unit, axis, curves of {name, x, y, dashed}, and the verdict in words."""
     charts = []
     for curve in POINTS:
         if points := found.get(curve):
@@ -359,7 +359,7 @@ def rank_charts(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(charts: list[dict[str, Any]], machine: str) -> str:
-    """A self-contained page with the style and the plotting library of osp.report."""
+    """Return a self-contained page with the style and the plotting library of osp.report."""
     folder = report_page.HERE
     figures = "".join(
         f'<figure class="card"><h3>{c["title"]} <span class="soft">{c["unit"]}</span></h3><div class="plot" role="img" '

@@ -3,7 +3,7 @@
     python benchmarks/muon_step.py --layers 1                  # CPU
     python benchmarks/muon_step.py --layers 24                 # a GPU
 
-One rank, the matrices of the blocks only (4 of D x D, 3 of D x F per layer), random fp32 gradients. The contenders take
+One rank, the matrices of the blocks only (4 of D x D, 3 of D x F per layer), random fp32 gradients. Optimizers take
 turns. torch and DeepSpeed run Newton-Schulz in bf16 and offer no other dtype; ours runs in the dtype of `--ns-dtype`
 (auto: bf16 where the hardware has it). `floor` is the time of the same products, 5 steps, as plain matrix
 multiplications in that dtype.
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds; CPU time where one thread computes, in which other jobs of the machine do not count."""
+    """Return seconds; with one thread CPU time, which other jobs of the machine do not change."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -124,7 +124,7 @@ def deepspeed_muon(shapes: list[tuple[int, int]], layers: int, device: torch.dev
 def products(
     shapes: list[tuple[int, int]], layers: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], object]:
-    """The matrix products of 5 standard steps and nothing else."""
+    """Return a function that computes the matrix products of 5 standard steps and nothing else."""
     made = [torch.randn(min(s), max(s), device=device, dtype=dtype) for _ in range(layers) for s in shapes]
     grams = [x @ x.mT for x in made]
     outs = [torch.empty_like(x) for x in made]

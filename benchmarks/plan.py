@@ -1,4 +1,4 @@
-"""The constants of a plan measured on this machine, and planned steps beside real ones: seconds, and bytes in tensors.
+"""Measure the constants of a plan on this machine, and compare planned steps with real ones: seconds and bytes.
 
     python benchmarks/plan.py --model nano --threads 1 --rows 16 4 32
 
@@ -68,7 +68,7 @@ def config_of(arguments: argparse.Namespace, rows: int) -> Config:
 
 
 def measured(config: Config, device: torch.device, repeats: int) -> MachineConfig:
-    """This machine, by its own measurements; one rank, so that nothing travels."""
+    """Return this machine with its constants measured; one rank, so that nothing is sent."""
     dtype = compute_dtype(config.train.precision)
     square = torch.randn(2048, 2048, device=device).to(dtype)
     best = 2 * 2048**3 / seconds_of(lambda: square @ square, device, repeats)
@@ -98,7 +98,7 @@ def measured(config: Config, device: torch.device, repeats: int) -> MachineConfi
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of `repeats`, after one to warm up."""
+    """Return the median of `repeats` runs, after one to warm up."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -110,7 +110,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def step_of(config: Config, plan: Plan, repeats: int) -> tuple[float, float]:
-    """Seconds of the real trainer's step, and the most bytes in its tensors: counted on a CPU, asked for on a GPU."""
+    """Return the seconds of the real trainer's step and its peak bytes in tensors, counted on a CPU, read on a GPU."""
     trainer = setup(config)
     device, numbers = trainer.engine.device, iter(range(100))
 

@@ -528,7 +528,6 @@ def check(config: Config) -> None:
     check_tokenizer(config.tokenizer, config.model)
     check_skip_steps(config.data)
     check_live_quantization(config)
-    check_optimizer(config.optimizer)
 
 
 def check_bounds(part: Any, path: str = "") -> None:
@@ -576,15 +575,6 @@ def check_live_quantization(config: Config) -> None:
         )
     if config.eval.quant.every and config.train.seq_len < 2:
         raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
-
-
-def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raise `UserError` for an option of Muon in an optimizer that is none."""
-    if optimizer.per_head and optimizer.rules.get("matrix") != "muon":
-        raise UserError(
-            f"optimizer.per_head=true does nothing with optimizer.rules.matrix={optimizer.rules.get('matrix')}: only "
-            "muon works on whole matrices; set optimizer.per_head=false or take optimizer=muon"
-        )
 
 
 def check_model(model: ModelConfig) -> None:

@@ -46,6 +46,12 @@ def build_groups(
         config: rules by role, and the options of the rules.
         heads: matrices that `optimizer.per_head` splits into heads, by name.
     """
+    matrix_rule = config.rules.get("matrix")
+    if config.per_head and matrix_rule in RULES and not RULES[matrix_rule].TAKES_HEADS:
+        raise UserError(
+            f"optimizer.per_head=true does nothing with optimizer.rules.matrix={matrix_rule}, which does not split "
+            "matrices into heads; set optimizer.per_head=false or take optimizer=muon"
+        )
     groups: dict[tuple[Any, ...], Group] = {}
     seen: dict[int, str] = {}
     for name, parameter, role in named_roles:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs nothing but the step."""
+"""The learning rate as a pure function of the step, so that a resumed run needs only the step."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from osp.errors import UserError
 
 
 def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> Callable[[int], float]:
-    """`factor(step)`: learning rate over peak rate of the step with this index, counted from 0.
+    """Return `factor(step)`: the learning rate divided by its peak at a step, counted from 0.
 
-    trapezoid: linear warm-up, flat, linear decay.  cosine: linear warm-up, then half a cosine.  constant: linear
-    warm-up, flat. A decay arrives at `final_ratio` right after the last step, and the first of n steps of a warm-up
-    runs at 1/n: with a rate of 0 a step would be wasted.
+    trapezoid: linear warm-up, constant, linear decay.  cosine: linear warm-up, then half a cosine.  constant: linear
+    warm-up, constant. The decay reaches `final_ratio` right after the last step. A warm-up of n steps begins at 1/n,
+    because a step with learning rate 0 would be wasted.
     """
     if config.name not in ("trapezoid", "cosine", "constant"):
         raise UserError(f"schedule.name={config.name!r}; choose from trapezoid, cosine, constant")
@@ -21,7 +21,7 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
     if config.name != "trapezoid":
         decay = 0
     if _percent(config.warmup) + _percent(config.decay) <= 100:
-        decay = min(decay, total_steps - warmup)  # both were rounded up; in a run of a few steps that can overlap
+        decay = min(decay, total_steps - warmup)  # both were rounded up and can overlap in a short run
     if warmup + decay > total_steps:
         raise UserError(
             f"schedule.warmup={config.warmup!r} ({warmup} steps) and schedule.decay={config.decay!r} ({decay} steps) "
@@ -35,7 +35,7 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
         if config.name == "constant":
             return 1.0
         length = decay if config.name == "trapezoid" else total_steps - warmup
-        done = max(0, step - (total_steps - length)) / max(1, length)  # of the way down, 1 after the last step
+        done = max(0, step - (total_steps - length)) / max(1, length)  # share of the decay, 1 after the last step
         fall = done if config.name == "trapezoid" else (1 - math.cos(math.pi * done)) / 2
         return 1 - (1 - config.final_ratio) * fall
 
@@ -43,5 +43,5 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
 
 
 def _percent(length: str | int) -> float:
-    """The percentage a length is written as, else infinity."""
+    """Return the percentage of a length such as 20%, else infinity."""
     return float(length[:-1]) if isinstance(length, str) and length.endswith("%") else math.inf

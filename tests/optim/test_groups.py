@@ -108,9 +108,12 @@ def test_matrices_with_heads_have_separate_groups() -> None:
     assert {name: group["heads"] for group in groups for name in group["names"] if group["heads"]} == heads
     assert all(len({heads.get(name) for name in group["names"]}) == 1 for group in groups if group["rule"] == "muon")
     assert "8x24 in 3 heads" in describe_groups(groups)
-    muon_of_none = replace(per_head, rules=CONFIG.rules | {"matrix": "adamw"})
-    for config, given in ((CONFIG, heads), (per_head, None), (muon_of_none, heads)):
+    for config, given in ((CONFIG, heads), (per_head, None)):
         assert not any(group["heads"] for group in build_groups(named_roles(Model()), config, given))
+    with pytest.raises(
+        UserError, match=r"per_head=true does nothing with optimizer.rules.matrix=adamw, which does not"
+    ):
+        build_groups(named_roles(Model()), replace(per_head, rules=CONFIG.rules | {"matrix": "adamw"}), heads)
 
 
 def test_groups_do_not_depend_on_values() -> None:
