@@ -3,7 +3,7 @@
 import sys
 
 from osp.errors import UserError
-from osp.run.metrics import create
+from osp.run.metrics import create_workspace
 
 
 def main(arguments: list[str]) -> None:
@@ -11,7 +11,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python scripts/panels.py ENTITY/PROJECT, the two names in the address of the project")
     entity, project = arguments[0].split("/")
     try:
-        print(create(entity, project))
+        print(create_workspace(entity, project))
     except UserError:
         raise
     except Exception as error:  # W&B raises its own, the network's and GraphQL's errors alike

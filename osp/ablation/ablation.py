@@ -9,7 +9,7 @@ from pathlib import Path
 from osp.ablation.config import AblationConfig, check_ablation
 from osp.ablation.execute import Execution, record_of, slots
 from osp.ablation.markdown import markdown
-from osp.ablation.page import page
+from osp.ablation.page import ablation_page
 from osp.ablation.results import Results, as_json, collect
 from osp.ablation.runs import Compose, Planned, plan
 from osp.errors import RunError, StoppedError, UserError
@@ -66,7 +66,7 @@ def write(config: AblationConfig, runs: list[Planned], execution: Execution, com
     folder, about = Path(config.dir), about_lines(runs, command)
     write_text(folder / "ablation.json", json.dumps({"about": about, **as_json(results)}, indent=1) + "\n")
     write_text(folder / "ablation.md", markdown(results, config, about))
-    write_text(folder / "ablation.html", page(results, config, about))
+    write_text(folder / "ablation.html", ablation_page(results, config, about))
     return results
 
 

@@ -1,8 +1,8 @@
-"""The ablation as one self-contained HTML page: the tables of `markdown`, and its charts."""
+"""The ablation as one self-contained HTML page: the tables of `osp.ablation.table`, and charts."""
 
-import html
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from osp.ablation.config import AblationConfig
@@ -24,53 +24,50 @@ from osp.ablation.paper import SCALE, TEXT
 from osp.ablation.results import HADAMARD, LAST, QUANTITIES, Line, Measured, Results
 from osp.evaluation.compare import COLUMNS
 from osp.report.downsample import rounded
-from osp.report.page import bars, document, figure, grid, html_row, html_table
+from osp.report.page import curves_figure, render
 
-CHARTS_OF_SWEEP = {
+CHARTS_OF_SWEEP = {  # quantity -> title, unit, logarithmic axis
     "loss": ("Validation loss, 16 bits", "nats per token", False),
-    "cost": (f"What {LAST} costs", "nats per token", False),
+    "cost": (f"The cost of {LAST}", "nats per token", False),
     "kurtosis": ("Kurtosis of the residual stream", "", False),
     "down_proj_max": ("Largest value at down_proj", "|x|", True),
 }
 LOWEST_KURTOSIS = 0.01  # on a logarithmic axis
+KURTOSIS_SAYS = "Mean over the layers, of the first seed. The paper's effect is a curve that rises."
 BITS_SAY = (
-    "Mean over seeds. Healthy: flat from left to right. Unhealthy: it rises where activations have 4 bits, for "
+    "Mean over seeds. Healthy: flat from left to right. Unhealthy: it rises where activations have 4 bits, because "
     "outliers take the levels."
 )
 
 
-def page(results: Results, config: AblationConfig, about: Sequence[str]) -> str:
-    """The HTML document. about: lines on what was trained where, and by which command."""
+def ablation_page(results: Results, config: AblationConfig, about: Sequence[str]) -> str:
+    """Return the HTML document. about: lines on the training, its data and the command."""
     rows = list(dict.fromkeys(line.row for line in results.lines)) or list(results.sweep)
-    payload = {"runs": rows, "lines": {}, "sites": {}, "stats": {}, "words": {}, "histograms": {}}
-    titles = {f"rates-{rates}": f"Rates: {rates}" for rates in dict.fromkeys(line.rates for line in results.lines)}
-    sections = {
-        f"rates-{rates}": _rates(rates, results, config, rows, payload)
-        for rates in dict.fromkeys(line.rates for line in results.lines)
-    }
+    data = {"runs": rows, "lines": {}, "sites": {}, "stats": {}, "words": {}, "histograms": {}}
+    names = dict.fromkeys(line.rates for line in results.lines)
+    headings = {f"rates-{rates}": f"Learning rates: {rates}" for rates in names}
     if results.sweep:
-        titles["sweep"] = f"Over {config.sweep.key}"
-        sections["sweep"] = _sweep(results, config, rows, payload)
-    titles["provenance"], sections["provenance"] = "Where the numbers are from", _provenance(results, about)
-    missing = missing_lines(results)
-    notes = "".join(f'<p class="note">{html.escape(line)}</p>' for line in ["Missing: " + m for m in missing])
-    body = "".join(
-        f'<section id="{name}"><h2>{html.escape(titles[name])}</h2>{content}</section>'
-        for name, content in sections.items()
-    )
-    return document(
-        "What outliers cost, by recipe",
-        "ablation",
-        bars(titles, [(row, "") for row in rows], shown="Rows shown"),
-        f"{notes}{body}",
-        f"Made from the runs in <code>{html.escape(config.dir)}/runs</code>.",
-        payload,
+        headings["sweep"] = f"Over {config.sweep.key}"
+    texts = [f"text {name}: SHA-256 {digest}" for name, digest in results.texts.items()]
+    return render(
+        Path(__file__).parent / "ablation.html",
+        title="What outliers cost, by recipe",
+        kind="ablation",
+        data=data,
+        headings={**headings, "provenance": "Where the numbers are from"},
+        legend=[(row, "") for row in rows],
+        missing=missing_lines(results),
+        rates={f"rates-{rates}": _rates(rates, results, config, data) for rates in names},
+        sweep=_sweep(results, config, data) if results.sweep else None,
+        about=[*about, *texts, f"commit {', '.join(results.commits) or 'unknown'}"],
+        quantizations=_card("Quantizations", provenance_rows(results), results),
+        folder=config.dir,
     )
 
 
-def _rates(rates: str, results: Results, config: AblationConfig, rows: list[str], payload: dict[str, Any]) -> str:
-    """Tables and charts of the rows at one set of rates."""
-    lines = [line for line in results.lines if line.rates == rates]
+def _rates(rates: str, results: Results, config: AblationConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Return verdict, tables and figures of the rows at one set of learning rates; their charts go into `data`."""
+    lines, rows = [line for line in results.lines if line.rates == rates], data["runs"]
     runs = [m for m in results.runs if m.planned.rates == rates and m.planned.value is None]
     seeds = seeds_words(config)
     charts = {
@@ -78,74 +75,54 @@ def _rates(rates: str, results: Results, config: AblationConfig, rows: list[str]
         f"bits-{rates}": _bits(lines, rows, "", "Perplexity from 16 to 4 bits"),
         f"had-{rates}": _bits(lines, rows, HADAMARD, "The same with the FFN's Hadamard transform"),
     }
-    payload["lines"] |= charts
-    says = {f"kurtosis-{rates}": "Mean over the layers, of the first seed. The paper's effect is a curve that rises."}
-    figures = "".join(
-        figure(name, spec, rows, unit=spec["unit"], says=says.get(name, BITS_SAY), wide=name.startswith("kurtosis"))
-        for name, spec in charts.items()
-        if spec["curves"]
-    )
-    methods = ""
+    data["lines"] |= charts
+    figures = []
+    for name, spec in charts.items():
+        wide = name.startswith("kurtosis")
+        says = KURTOSIS_SAYS if wide else BITS_SAY
+        if spec["curves"]:
+            figures.append(curves_figure(name, spec, rows, unit=spec["unit"], says=says, wide=wide))
+    explained = "; ".join(f"{quantity.title}: {quantity.says}" for quantity in QUANTITIES.values())
+    ours = f"Ours: {seeds}. In brackets the paper's: {SCALE}. {explained}."
+    tables = [_card("Outliers and quality", outlier_rows(lines), results, says=ours)]
+    if lines[1:]:
+        tables.append(_card(f"Against {lines[0].row}", against_rows(lines), results, says=against_words(lines)))
+    says = f"Ours: {', '.join(results.texts)}, {seeds}. In brackets the paper's, of {TEXT}: {SCALE}. "
+    says += "+Had: with an online Hadamard transform before down_proj."
+    title = "Perplexity by bits of weights, activations and KV cache"
+    tables.append(_card(title, bits_rows(lines), results, says=says))
     if any(method in line.cells for line in lines for method in METHODS):
-        methods = _card(f"Perplexity at {LAST} by method", methods_rows(lines), results)
-    return (
-        f'<p class="intro">{html.escape(verdict(lines).strip("*"))}</p>'
-        + _card(
-            "Outliers and quality",
-            outlier_rows(lines),
-            results,
-            says=f"Ours: {seeds}. In brackets the paper's: {SCALE}. "
-            + "; ".join(f"{quantity.title}: {quantity.says}" for quantity in QUANTITIES.values())
-            + ".",
-        )
-        + (
-            _card(f"Against {lines[0].row}", against_rows(lines), results, says=against_words(lines))
-            if lines[1:]
-            else ""
-        )
-        + _card(
-            "Perplexity by bits of weights, activations and KV cache",
-            bits_rows(lines),
-            results,
-            says=f"Ours: {', '.join(results.texts)}, {seeds}. In brackets the paper's, of {TEXT}: {SCALE}. "
-            "+Had: with an online Hadamard transform before down_proj.",
-        )
-        + methods
-        + f'<div class="below">{grid(figures, 2)}</div>'
-    )
+        tables.append(_card(f"Perplexity at {LAST} by method", methods_rows(lines), results))
+    return {"verdict": verdict(lines).strip("*"), "tables": tables, "figures": figures}
 
 
-def _sweep(results: Results, config: AblationConfig, rows: list[str], payload: dict[str, Any]) -> str:
-    """Charts over the swept key, and their numbers."""
+def _sweep(results: Results, config: AblationConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Return seed, figures and table of the sweep; its charts go into `data`."""
+    rows, key = data["runs"], config.sweep.key or ""
     values = [value for points in results.sweep.values() for value, _ in points]
     numeric = all(isinstance(value, int | float) and value > 0 for value in values)
+    names = sorted(set(values)) if numeric else list(dict.fromkeys(map(str, values)))
     figures = []
     for name, (title, unit, log) in CHARTS_OF_SWEEP.items():
-        names = sorted(set(values)) if numeric else list(dict.fromkeys(map(str, values)))
         curves = []
         for row, points in results.sweep.items():
             x = [value if numeric else names.index(str(value)) for value, _ in points]
             y = [numbers[name] if math.isfinite(numbers[name]) else None for _, numbers in points]
-            curves.append({"run": rows.index(row), "key": name, "name": "", "faint": False, "x": x, "y": y})
-        key = config.sweep.key or ""
+            curves.append(_curve(rows.index(row), x, y, key=name))
         spec = _kurtosis_spec(title, curves, x=key) if name == "kurtosis" else _spec(title, log, curves, x=key)
         spec |= {"logx": True} if numeric else {"categories": names}
-        payload["lines"][f"sweep-{name}"] = spec
-        figures.append(figure(f"sweep-{name}", spec, rows, unit=f"{unit}{', ' * bool(unit)}over {key}"))
-    charts = grid("".join(figures), 2)
-    intro = f'<p class="intro">Every row at each value, all else equal, with seed {config.seeds[0]}.</p>'
-    return intro + charts + _card("Numbers", sweep_rows(results, config), results)
+        data["lines"][f"sweep-{name}"] = spec
+        figures.append(curves_figure(f"sweep-{name}", spec, rows, unit=f"{unit}{', ' * bool(unit)}over {key}"))
+    table = _card("Numbers", sweep_rows(results, config), results)
+    return {"seed": config.seeds[0], "figures": figures, "table": table}
 
 
-def _provenance(results: Results, about: Sequence[str]) -> str:
-    lines = [*about, *(f"text {name}: SHA-256 {digest}" for name, digest in results.texts.items())]
-    lines.append(f"commit {', '.join(results.commits) or 'unknown'}")
-    listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f'<div class="card"><ul>{listed}</ul></div>' + _card("Quantizations", provenance_rows(results), results)
+def _curve(run: int, x: list[Any], y: list[Any], *, key: str = "") -> dict[str, Any]:
+    return {"run": run, "key": key, "name": "", "faint": False, "x": x, "y": y}
 
 
 def _kurtosis(runs: list[Measured], rows: list[str]) -> dict[str, Any]:
-    """The residual stream's kurtosis over tokens, of the first seed of each row."""
+    """Return the chart of the residual stream's kurtosis over tokens, of the first seed of each row."""
     curves = []
     for row in rows:
         m = next((m for m in runs if m.planned.row.name == row and m.kurtosis is not None), None)
@@ -153,13 +130,13 @@ def _kurtosis(runs: list[Measured], rows: list[str]) -> dict[str, Any]:
             per_step = m.planned.config.train.tokens_per_step
             x = (m.kurtosis.steps * per_step).tolist()
             y = rounded(m.kurtosis.values, 4)
-            curves.append({"run": rows.index(row), "key": "", "name": "", "faint": False, "x": x, "y": y})
+            curves.append(_curve(rows.index(row), x, y))
     return _kurtosis_spec("Kurtosis of the residual stream over tokens", curves, x="tokens")
 
 
 def _kurtosis_spec(title: str, curves: list[dict[str, Any]], *, x: str) -> dict[str, Any]:
-    """A logarithmic axis if the values need it; there a kurtosis below 0 has no place."""
-    log = _spread(curves)
+    """Return a chart with a logarithmic axis if the values need it; it cannot show a kurtosis below 0."""
+    log = _needs_log(curves)
     if log:
         curves = [{**c, "y": [None if y is None else max(y, LOWEST_KURTOSIS) for y in c["y"]]} for c in curves]
     return _spec(title, log, curves, x=x)
@@ -172,12 +149,12 @@ def _bits(lines: list[Line], rows: list[str], suffix: str, title: str) -> dict[s
         y = [cell.mean if cell and math.isfinite(cell.mean) else None for cell in cells]
         if any(value is not None for value in y):
             x = list(range(len(COLUMNS)))
-            curves.append({"run": rows.index(line.row), "key": "", "name": "", "faint": False, "x": x, "y": y})
+            curves.append(_curve(rows.index(line.row), x, y))
     return _spec(title, True, curves, x="bits", unit="W-A-KV") | {"categories": list(COLUMNS)}
 
 
-def _spread(curves: list[dict[str, Any]]) -> bool:
-    """Whether the values need a logarithmic axis."""
+def _needs_log(curves: list[dict[str, Any]]) -> bool:
+    """Return whether the values need a logarithmic axis."""
     values = [y for curve in curves for y in curve["y"] if y is not None]
     return bool(values) and max(values) > 20
 
@@ -186,13 +163,12 @@ def _spec(title: str, log: bool, curves: list[dict[str, Any]], *, x: str, unit: 
     return {"title": title, "log": log, "curves": curves, "levels": [], "events": [], "x": x, "unit": unit}
 
 
-def _card(title: str, table: Table, results: Results, *, says: str = "") -> str:
-    """A table; a column of a quantization has its hash in the heading."""
+def _card(title: str, table: Table, results: Results, *, says: str = "") -> dict[str, Any]:
+    """Return a table whose headings have the hash of the column's quantization."""
     head, rows = table
-    hashes = {name: f"<br><small><code>{key}</code></small>" for name, key in results.columns.items()}
-    headings = [html.escape(name) + hashes.get(name, "") for name in head]
-    body = [html_row([html.escape(cell) for cell in row]) for row in rows]
-    return (
-        f'<div class="card below"><h3>{html.escape(title)}</h3><p class="soft">{html.escape(says)}</p>'
-        f'<div class="scroll whole">{html_table(headings, body, escape=False)}</div></div>'
-    )
+    return {
+        "title": title,
+        "says": says,
+        "head": [(name, results.columns.get(name, "")) for name in head],
+        "rows": rows,
+    }

@@ -1,4 +1,4 @@
-"""Fewer points, the same picture: what a screen cannot resolve is left out, extremes never are."""
+"""Reduce curves to the points that a screen can show. Extremes are kept."""
 
 import math
 
@@ -8,10 +8,10 @@ from osp.run.read import Series, Site
 
 
 def envelope(series: Series, buckets: int) -> Series:
-    """At most 2 `buckets` + 2 points: smallest and largest value of each of `buckets` stretches of equally many points.
+    """Return the smallest and the largest value of each of `buckets` stretches with equal numbers of points.
 
-    First and last point are kept, so is one non-finite point per stretch (a gap in the curve). Drawn as a line this
-    covers the same pixels as the whole curve, however narrow a spike is.
+    Also keep the first and the last point, and one non-finite point per stretch (a gap in the curve). Drawn as a line,
+    the result covers the same pixels as the whole curve, however narrow a spike is.
     """
     if len(series.steps) <= 2 * buckets:
         return series
@@ -28,7 +28,7 @@ def envelope(series: Series, buckets: int) -> Series:
 
 
 def averaged(series: Series, buckets: int) -> Series:
-    """The mean of each of `buckets` stretches of equally many points, at the stretch's middle step."""
+    """Return the mean of each of `buckets` stretches with equal numbers of points, at the middle step of each."""
     finite = np.isfinite(series.values)
     steps, values = series.steps[finite], series.values[finite]
     stretches = [s for s in np.array_split(np.arange(len(steps)), buckets) if len(s)]
@@ -36,9 +36,9 @@ def averaged(series: Series, buckets: int) -> Series:
 
 
 def grid(sites: dict[Site, Series], buckets: int) -> tuple[list[list[int]], list[int | None], np.ndarray]:
-    """(stretches of steps, layers, values (layers, stretches)) of one statistic at one kind of site.
+    """Return (stretches of steps, layers, values (layers, stretches)) of one statistic at one kind of site.
 
-    Where there are more probes than `buckets`, neighbours share a column and the largest of their values stands in it.
+    With more probes than `buckets`, neighbours share a column, which holds the largest of their values.
     """
     ordered = sorted(sites.items(), key=lambda item: -1 if item[0].layer is None else item[0].layer)
     steps = np.unique(np.concatenate([series.steps for _, series in ordered]))
@@ -53,7 +53,7 @@ def grid(sites: dict[Site, Series], buckets: int) -> tuple[list[list[int]], list
 
 
 def rounded(values: np.ndarray, digits: int) -> list[float | int | None]:
-    """JSON numbers with so many significant digits; None for what is not finite."""
+    """Return JSON numbers with `digits` significant digits, None for values that are not finite."""
     return [_short(float(f"{v:.{digits}g}")) if math.isfinite(v) else None for v in values.tolist()]
 
 

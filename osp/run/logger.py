@@ -22,7 +22,7 @@ from tqdm import tqdm
 from osp.config import LoggerConfig
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after
-from osp.run.metrics import create, layer_grids
+from osp.run.metrics import create_workspace, layer_grids
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _add_panels(run: Any) -> None:
 
     try:
         if len(wandb.Api().runs(f"{run.entity}/{run.project}", per_page=2)) <= 1:
-            log.info("W&B panels: %s", create(run.entity, run.project))
+            log.info("W&B panels: %s", create_workspace(run.entity, run.project))
     except Exception as error:  # the package may be missing, the network down, the key without that right
         log.info("no W&B panels (%s); make them with scripts/panels.py %s/%s", error, run.entity, run.project)
 

@@ -10,7 +10,7 @@ import pytest
 
 from osp.ablation.config import AblationConfig
 from osp.ablation.markdown import against_rows, markdown, number, verdict
-from osp.ablation.page import page
+from osp.ablation.page import ablation_page
 from osp.ablation.paper import TABLE_2
 from osp.ablation.results import Cell, Line, Results, as_json, collect, difference, summary
 from osp.ablation.runs import Planned, plan
@@ -171,7 +171,7 @@ def test_papers_table() -> None:
 def test_page_in_a_browser(ablation: tuple[AblationConfig, list[Planned], Results], tmp_path: Path) -> None:
     wanted, _, results = ablation
     path = tmp_path / "ablation.html"
-    path.write_text(page(results, wanted, ["trained here"]))
+    path.write_text(ablation_page(results, wanted, ["trained here"]))
     browser = Browser()
     try:
         browser.open(path)
