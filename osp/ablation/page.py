@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from osp.ablation.config import AblationConfig
-from osp.ablation.markdown import (
-    METHODS,
+from osp.ablation.paper import SCALE, TEXT
+from osp.ablation.table import (
+    HADAMARD,
+    LAST,
+    QUANTITIES,
+    Line,
+    Measured,
+    Results,
     Table,
     against_rows,
     against_words,
@@ -20,8 +26,6 @@ from osp.ablation.markdown import (
     sweep_rows,
     verdict,
 )
-from osp.ablation.paper import SCALE, TEXT
-from osp.ablation.results import HADAMARD, LAST, QUANTITIES, Line, Measured, Results
 from osp.evaluation.compare import COLUMNS
 from osp.report.downsample import rounded
 from osp.report.page import curves_figure, render
@@ -91,8 +95,8 @@ def _rates(rates: str, results: Results, config: AblationConfig, data: dict[str,
     says += "+Had: with an online Hadamard transform before down_proj."
     title = "Perplexity by bits of weights, activations and KV cache"
     tables.append(_card(title, bits_rows(lines), results, says=says))
-    if any(method in line.cells for line in lines for method in METHODS):
-        tables.append(_card(f"Perplexity at {LAST} by method", methods_rows(lines), results))
+    if (methods := methods_rows(lines))[1]:
+        tables.append(_card(f"Perplexity at {LAST} by method", methods, results))
     return {"verdict": verdict(lines).strip("*"), "tables": tables, "figures": figures}
 
 

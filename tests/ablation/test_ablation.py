@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from osp.ablation.ablation import ablate
+from osp.ablation.ablate import ablate
 from osp.ablation.config import AblationConfig
 from osp.ablation.execute import last_step
 from osp.ablation.runs import plan

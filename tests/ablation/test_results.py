@@ -5,15 +5,27 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from osp.ablation.config import AblationConfig
-from osp.ablation.markdown import against_rows, markdown, number, verdict
 from osp.ablation.page import ablation_page
 from osp.ablation.paper import TABLE_2
-from osp.ablation.results import Cell, Line, Results, as_json, collect, difference, summary
 from osp.ablation.runs import Planned, plan
+from osp.ablation.table import (
+    Cell,
+    Line,
+    Results,
+    against_rows,
+    as_json,
+    as_markdown,
+    collect,
+    difference,
+    format_number,
+    summarize,
+    verdict,
+)
 from osp.evaluation.compare import COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
 from tests.ablation.test_ablation_runs import config
@@ -92,7 +104,7 @@ def test_mean_and_spread_over_seeds(ablation: tuple[AblationConfig, list[Planned
     assert [label.rpartition("-")[0] for label in osp.missing] == ["osp-seed1"]
     assert list(results.sweep) == ["adam"]
     assert [value for value, _ in results.sweep["adam"]] == [0.01, 0.1]
-    assert summary([{"a": 1.0}, {"a": math.inf}])["a"].mean == math.inf
+    assert summarize([{"a": 1.0}, {"a": math.inf}])["a"].mean == math.inf
     assert difference(Cell(5.0, 3.0, 2), Cell(1.0, 4.0, 2)) == (4.0, 5.0)
 
 
@@ -128,7 +140,7 @@ def test_verdict_holds_the_difference_against_the_spread(adam: Cell, osp: Cell, 
 
 def test_markdown(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
     wanted, _, results = ablation
-    text = markdown(results, wanted, ["trained here"])
+    text = as_markdown(results, wanted, ["trained here"])
     assert "- trained here" in text
     assert re.search(r"- osp-seed1-\w+: the disk is full", text)
     assert "120.00 ± 56.57 (8e4)" in text  # the paper's beside ours
@@ -143,7 +155,7 @@ def test_markdown(ablation: tuple[AblationConfig, list[Planned], Results]) -> No
             cells = line.count("|")
         elif line.startswith("|") and not line.startswith(("| row", "| method", "| column")):
             assert len(re.findall(r"(?<!\\)\|", line)) == cells, line
-    assert [number(x) for x in (0.0404, 1.8, 24.15, 1818.56, 8e4, math.inf, math.nan)] == [
+    assert [format_number(x) for x in (0.0404, 1.8, 24.15, 1818.56, 8e4, math.inf, math.nan)] == [
         "0.0404", "1.800", "24.15", "1819", "8e4", "inf", "-",
     ]  # fmt: skip
 
@@ -157,6 +169,44 @@ def test_json_says_where_each_number_is_from(ablation: tuple[AblationConfig, lis
     assert {run["commit"] for run in values["runs"]} == {"0123abcd"}
     assert values["data"] == {"held_out": "e" * 64}
     assert list(values["failures"].values()) == ["the disk is full"]
+
+
+def from_json(values: dict[str, Any]) -> Results:
+    """Return the results that the tables need from a stored ablation.json."""
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    lines, columns = [], {}
+    for row in values["rows"]:
+        cells = {k: Cell(number(c["mean"]), number(c["deviation"]), c["count"]) for k, c in row["cells"].items()}
+        columns |= {name: cell["quant"] for name, cell in row["cells"].items() if cell["quant"]}
+        lines.append(Line(row["row"], row["rates"], cells, tuple(row["missing"])))
+    sweep: dict[str, Any] = {}
+    for run in values["runs"]:
+        if run["value"] is not None:
+            sweep.setdefault(run["row"], []).append((run["value"], run["numbers"]))
+    sweep = {row: sorted(points, key=lambda point: point[0]) for row, points in sweep.items()}
+    return Results(
+        lines, [], sweep, values["failures"], values["specs"], columns, values["data"], tuple(values["commits"])
+    )
+
+
+@pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past"])
+def test_committed_json_renders_the_committed_tables(name: str) -> None:
+    """Tables of today that the committed file lacks are allowed."""
+    folder = ROOT / "benchmarks"
+    values = json.loads((folder / f"{name}.json").read_text())
+    seeds = sorted({run["seed"] for run in values["runs"]})
+    wanted = config(seeds=seeds, sweep={"key": "optimizer.lr", "values": [0.1]})
+    rendered = as_markdown(from_json(values), wanted, values["about"])
+
+    def tables(text: str) -> list[str]:
+        return [line for line in text.split("\n") if line.startswith(("|", "**"))]
+
+    remaining = iter(tables(rendered))
+    for line in tables((folder / f"{name}.md").read_text()):
+        assert line in remaining, line  # in this order
 
 
 def test_papers_table() -> None:

@@ -1,4 +1,4 @@
-"""`scripts/ablation.py`: train, measure, and write the page, the table and the numbers."""
+"""Run an ablation: train, measure, and write the page, the table and the numbers."""
 
 import json
 import logging
@@ -8,10 +8,9 @@ from pathlib import Path
 
 from osp.ablation.config import AblationConfig, check_ablation
 from osp.ablation.execute import Execution, record_of, slots
-from osp.ablation.markdown import markdown
 from osp.ablation.page import ablation_page
-from osp.ablation.results import Results, as_json, collect
 from osp.ablation.runs import Compose, Planned, plan
+from osp.ablation.table import Results, as_json, as_markdown, collect
 from osp.errors import RunError, StoppedError, UserError
 from osp.files import write_text
 from osp.model.transformer import count_parameters
@@ -21,10 +20,18 @@ log = logging.getLogger(__name__)
 
 
 def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: Sequence[str]) -> Results:
-    """Everything that `config` asks for; what is there already is kept. compose: see `plan`. command: for the page
+    """Train and measure the runs of `config` that are missing, and write ablation.html, ablation.md and ablation.json.
 
-    The page is written also when runs have failed or the ablation is stopped, with what is missing said on it. Raises
-    `RunError` if a run failed, after the others have ended.
+    The files are also written if runs failed or the ablation is stopped; they then name the missing runs.
+
+    Args:
+        compose: returns the configuration that scripts/train.py would train with these overrides.
+        scripts: the folder of train.py and compare.py.
+        command: the command line, for the page.
+
+    Raises:
+        RunError: a run failed; the others have ended.
+        StoppedError: a signal asked to stop; the runs have saved.
     """
     check_ablation(config)
     runs = plan(config, compose)
@@ -59,19 +66,19 @@ def announcement(config: AblationConfig, runs: list[Planned]) -> str:
 
 
 def write(config: AblationConfig, runs: list[Planned], execution: Execution, command: Sequence[str]) -> Results:
-    """ablation.html, ablation.md and ablation.json in the folder of the ablation."""
-    found = {run.label: record_of(run, execution.wanted(run)) for run in runs if execution.trained(run)}
-    records = {label: record for label, record in found.items() if record is not None}
+    """Write ablation.html, ablation.md and ablation.json to the folder of the ablation."""
+    newest = {run.label: record_of(run, execution.wanted(run)) for run in runs if execution.trained(run)}
+    records = {label: record for label, record in newest.items() if record is not None}
     results = collect(runs, records, execution.failures)
     folder, about = Path(config.dir), about_lines(runs, command)
     write_text(folder / "ablation.json", json.dumps({"about": about, **as_json(results)}, indent=1) + "\n")
-    write_text(folder / "ablation.md", markdown(results, config, about))
+    write_text(folder / "ablation.md", as_markdown(results, config, about))
     write_text(folder / "ablation.html", ablation_page(results, config, about))
     return results
 
 
 def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
-    """What was trained on what, by which command."""
+    """Return lines on the model, the data, the machine, the command and the rows."""
     config, machine = runs[0].config, environment()
     model = config.model
     parameters = count_parameters(model)["total"]
@@ -79,7 +86,7 @@ def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
     return [
         f"ours: {parameters / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of {model.hidden_size}, "
         f"{model.norm.name} in the first row), {tokens:,} tokens in steps of "
-        f"{config.train.tokens_per_step:,}, rows of {config.train.seq_len}",
+        f"{config.train.tokens_per_step:,}, sequences of {config.train.seq_len}",
         f"data: {config.data.source}{''.join(f' {path}' for path in config.data.paths)}",
         f"machine: {machine['cpus']} cores, torch {machine['torch']}, Python {machine['python']}",
         f"command: python {shlex.join(command)}",
