@@ -1,4 +1,4 @@
-"""The README's commands are what they say: each one composes, the make targets exist, the Python runs."""
+"""The README is true: each command composes, make targets and files exist, the Python example runs."""
 
 import re
 import runpy
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import entry
 import pytest
 
 from osp.config import Config
@@ -15,20 +16,17 @@ from osp.model.norms import NORMS, build_norm
 from osp.train.setup import train
 from tests.conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import entry
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:deepspeed|torchrun|python|sbatch) [^\n#]*scripts/[^\n#]*", README, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The script and overrides of each command give a configuration that passes every check."""
+    """The script and the overrides of each command give a valid configuration."""
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
     assert (ROOT / words[script]).exists()
-    program = words[script].replace("slurm.sh", "train.py")  # which it starts with these overrides
+    program = words[script].replace("slurm.sh", "train.py")  # slurm.sh passes its overrides on
     printed = {
         "train.py": "num_hidden_layers:",
         "verify_resume.py": "num_hidden_layers:",
@@ -42,9 +40,22 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
     }
     if key := printed.get(Path(program).name):
         monkeypatch.setattr(sys, "argv", [program, *words[script + 1 :], "--cfg", "job"])
-        monkeypatch.setattr(entry, "launch", entry.run)  # which does not end the process
+        monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
         runpy.run_path(str(ROOT / program), run_name="__main__")
         assert key in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_files_named_in_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:osp|scripts|tests|benchmarks|docs)/[\w/]+\.\w+", text))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_files_named_in_configurations_exist() -> None:
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        named = re.findall(r"\b(?:osp|scripts|configs)/[\w/]+\.py", path.read_text(encoding="utf-8"))
+        assert not [name for name in named if not (ROOT / name).exists()], path
 
 
 def test_there_are_commands() -> None:
@@ -78,8 +89,8 @@ def test_every_group_and_choice_of_the_table_exists() -> None:
         assert named & existing == existing, (group, existing - named)
 
 
-def test_table_of_normalizers_has_every_choice_and_its_options() -> None:
-    """The names of configs/norm, the three switches beside them, and the keywords of each class."""
+def test_table_of_normalizers_lists_every_choice_and_its_options() -> None:
+    """The table has the names of configs/norm, three more switches, and the options of each class."""
     rows = re.findall(r"^\| `([\w.]+)=(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", README, flags=re.MULTILINE)
     choices = [value for key, value, _, _ in rows if key == "norm"]
     assert sorted(choices) == sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))
