@@ -77,7 +77,7 @@ def measured(config: Config, device: torch.device, repeats: int) -> MachineConfi
     rows = config.train.tokens_per_step // config.train.seq_len
     ids = torch.zeros(rows, config.train.seq_len, dtype=torch.long, device=device)
     tokens = flops_per_token(config.model, config.train.seq_len) * ids.numel()
-    passes = tokens / seconds_of(lambda: model(ids, ids).backward(), device, repeats)
+    passes = tokens / seconds_of(lambda: model(ids, ids).loss.backward(), device, repeats)
     matrices: dict[torch.Size, list[torch.Tensor]] = {}
     for name, role in model.parameter_roles().items():
         if config.optimizer.rules[role] == "muon":

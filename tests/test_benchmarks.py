@@ -105,7 +105,7 @@ def test_every_operation_of_a_step_belongs_to_one_part() -> None:
     ids = torch.randint(0, 96, (8, 16))
 
     def step() -> None:
-        model(ids, ids).backward()
+        model(ids, ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -75,7 +75,7 @@ def test_groups_are_where_users_expect_them() -> None:
 def test_choice_composes_and_its_model_runs(choice: str) -> None:
     model = build_model(dataclasses.replace(chosen(choice).model, **SMALL), seed=0)
     ids = torch.arange(24).view(2, 12)
-    loss = model(ids, ids).item() / 24
+    loss = model(ids, ids).loss.item() / 24
     assert loss == pytest.approx(math.log(64), abs=1.5), "an untrained model guesses"
 
 

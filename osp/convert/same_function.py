@@ -114,7 +114,7 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
     before = model.compute_dtype
     model.compute_dtype = dtype
     try:
-        logits = model(ids.to(model.embed_tokens.weight.device))
+        logits = model(ids.to(model.embed_tokens.weight.device)).logits
     finally:
         model.compute_dtype = before
         for handle in handles:

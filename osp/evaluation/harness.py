@@ -145,7 +145,7 @@ class HarnessModel:
         width = max(len(sequence.tokens) for sequence in batch) - 1
         # padding comes after the tokens, where causal attention does not look
         ids = torch.tensor([s.tokens[:-1] + [0] * (width - len(s.tokens) + 1) for s in batch], device=device)
-        hidden = model.hidden_states(ids)
+        hidden, _ = model.hidden_states(ids)
         targets = torch.tensor([token for s in batch for token in s.tokens[-s.count :]], device=device)
         places = [(n, len(s.tokens) - 1 - s.count + i) for n, s in enumerate(batch) for i in range(s.count)]
         which, where = torch.tensor(places, device=device).unbind(1)

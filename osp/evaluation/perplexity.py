@@ -105,7 +105,7 @@ def perplexity(
         if bos_id is not None:
             rows = torch.cat((torch.full_like(rows[:, :1], bos_id), rows), dim=1)
             targets = torch.cat((torch.full_like(rows[:, :1], IGNORE), targets), dim=1)
-        nats[number] = model(rows[:, :-1].to(device), targets[:, 1:].to(device)).double()
+        nats[number] = model(rows[:, :-1].to(device), targets[:, 1:].to(device)).loss.double()
         counts += torch.stack((counted.sum(), text.token_bytes[places[counted]].sum()))
     num_tokens, num_bytes = add_up(counts.to(device)).tolist()
     return Perplexity(

@@ -75,7 +75,7 @@ class Decoder:
         ids = torch.tensor([[*prompt, *[0] * (self.longest - len(prompt))] for prompt in prompts], device=device)
         self.positions = lengths[:, None]
         self.cache.positions = None
-        return self.model(ids, cache=self.cache, wanted=lengths - 1)[:, 0]
+        return self.model(ids, cache=self.cache, wanted=lengths - 1).logits[:, 0]
 
     @torch.no_grad()
     def read_next(self, tokens: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Decoder:
 
     def _next(self, tokens: Tensor, positions: Tensor) -> Tensor:
         self.cache.positions = positions
-        return self.model(tokens, cache=self.cache)[:, 0]
+        return self.model(tokens, cache=self.cache).logits[:, 0]
 
 
 def stream(

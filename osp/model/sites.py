@@ -113,8 +113,9 @@ def replace_site(model: Transformer, name: str, function: Callable[[Tensor], Ten
         i = site.argument or 0
         return (*inputs[:i], function(inputs[i]), *inputs[i + 1 :])
 
-    def replace_output(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return function(output)
+    def replace_output(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        # a block returns its penalty beside its output
+        return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
     if site.argument is None:
         return module.register_forward_hook(replace_output)

@@ -12,7 +12,7 @@ B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V v
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from osp.model.loss import linear_cross_entropy
 from osp.model.norms import BHyT, Norm, block_norm, ffn_norm, final_norm, head_norm
 from osp.model.penalty import activation_penalty
 
-__all__ = ["Linear", "ModelConfig", "Transformer", "count_parameters", "flops_per_token"]
+__all__ = ["Linear", "ModelConfig", "Output", "Transformer", "count_parameters", "flops_per_token"]
 
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^T
@@ -150,14 +150,17 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.ffn_norm = ffn_norm(config, init=ACTIVATIONS[config.hidden_act].rms) if config.ffn_norm else None
         self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
+        self.penalty: PenaltyConfig | None = None  # of the input of down_proj, in training mode
 
-    def forward(self, x: Tensor, penalty: PenaltyConfig | None = None) -> Any:
-        """y, or with `penalty` (y, the penalty of what down_proj reads)."""
-        hidden = self.act(self.gate_proj(x)) * self.up_proj(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return y (B, T, D) and the penalty of the input of down_proj, None without one."""
+        hidden = self.act(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
         if self.ffn_norm is not None:
             hidden = self.ffn_norm(hidden)
-        y = self.down_proj(hidden)
-        return y if penalty is None else (y, activation_penalty(hidden, penalty))
+        penalty = None
+        if self.training and self.penalty is not None:
+            penalty = activation_penalty(hidden, self.penalty)
+        return self.down_proj(hidden), penalty
 
     def readers(self) -> dict[str, Linear]:
         """The matrices that read the residual stream after `post_attention_layernorm`, by name."""
@@ -180,25 +183,19 @@ class Block(nn.Module):
         peri = config.norm.placement == "peri"
         self.attention_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
         self.mlp_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
+        self.penalty: PenaltyConfig | None = None  # of the output of the block, in training mode
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: LayerCache | None = None,
-        penalty: PenaltyConfig | None = None,
-    ) -> Any:
-        """The residual stream (B, T, D), or with `penalty` (it, the penalty of this block)."""
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream (B, T, D) after the block, and the penalty of the block, None without one."""
         h, carry = self.input_layernorm(x, return_carry=True)
         x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask, cache))
-        h = self.post_attention_layernorm(x, carry)
-        if penalty is not None and penalty.site == "down_proj_in":
-            h, price = self.mlp(h, penalty)
-            return x + self.mlp_output_layernorm(h), price
-        x = x + self.mlp_output_layernorm(self.mlp(h))
-        return x if penalty is None else (x, activation_penalty(x, penalty))
+        h, penalty = self.mlp(self.post_attention_layernorm(x, carry))
+        x = x + self.mlp_output_layernorm(h)
+        if self.training and self.penalty is not None:
+            penalty = activation_penalty(x, self.penalty)
+        return x, penalty
 
 
 class Embedding(nn.Module):
@@ -236,8 +233,20 @@ class Head(Linear):
         )
 
 
+class Output(NamedTuple):
+    """What `Transformer.forward` returns. None: not asked for."""
+
+    loss: Tensor | None  # sum over tokens of the cross-entropy in nats, fp32, 0-dim
+    logits: Tensor | None  # (B, T, V) in the compute dtype
+    penalty: Tensor | None  # sum over tokens of the mean over blocks, before its weight, fp32, 0-dim
+
+
 class Transformer(nn.Module):
-    """`forward(input_ids) -> logits`, or with `targets` the summed cross-entropy in nats, and the penalty if asked."""
+    """The model: token ids in, an `Output` out.
+
+    Three settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the
+    input of each block only) and the penalty of activations (`set_penalty`).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -270,31 +279,28 @@ class Transformer(nn.Module):
         chunk_tokens: int = 8192,
         cache: KVCache | None = None,
         wanted: Tensor | None = None,
-        penalty: PenaltyConfig | None = None,
-    ) -> Any:
-        """Logits (B, T, V) in the compute dtype; with `targets` (B, T) the sum of their losses, fp32, 0-dim.
+    ) -> Output:
+        """Return the logits, or with `targets` their loss; in training mode also the penalty, if the model has one.
 
-        input_ids: (B, T). Targets equal to `IGNORE` count nothing. document_ids (B, T): a token attends only
-        inside its own document. chunk_tokens: rows of the logits that exist at a time. cache: what the tokens follow,
-        and where they are added. wanted (B,): the one token of each row whose logits (B, 1, V) are returned. penalty:
-        the result is (logits or loss, the sum over tokens of their mean penalty over layers before its weight).
+        Args:
+            input_ids: (B, T).
+            targets: (B, T) the next token of each; `IGNORE` leaves a token out of the loss.
+            document_ids: (B, T); a token attends only to tokens of the same document.
+            chunk_tokens: number of tokens whose logits are in memory at a time while the loss is computed.
+            cache: keys and values of the preceding tokens; those of `input_ids` are added to it.
+            wanted: (B,) the position of the one token of each sequence whose logits (B, 1, V) are returned.
         """
-        hidden = self.hidden_states(input_ids, document_ids=document_ids, cache=cache, penalty=penalty)
-        x, price = (hidden, None) if penalty is None else hidden
+        x, penalty = self.hidden_states(input_ids, document_ids=document_ids, cache=cache)
         if wanted is not None:
             x = x[torch.arange(len(x), device=x.device), wanted][:, None]
-        y = self.lm_head(x) if targets is None else self.lm_head(x, targets, chunk_tokens)
-        return y if price is None else (y, price)
+        if targets is None:
+            return Output(None, self.lm_head(x), penalty)
+        return Output(self.lm_head(x, targets, chunk_tokens), None, penalty)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        *,
-        document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        penalty: PenaltyConfig | None = None,
-    ) -> Any:
-        """(B, T, D) what the head reads: for who wants the logits of a few tokens alone; and the penalty if asked."""
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the input of the head (B, T, D) and the penalty, None without one."""
         mask = None if document_ids is None else document_mask(document_ids)
         if cache is None or cache.positions is None:
             cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
@@ -302,17 +308,23 @@ class Transformer(nn.Module):
             mask = cache.mask(cache.positions)
             cos, sin = (table[cache.positions] for table in self.rotary(cache.width, input_ids.device))
         x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
-        prices: list[Tensor] = []
+        penalties: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, None, penalty, use_reentrant=False)
+                x, penalty = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, None if cache is None else cache.layer(i), penalty)
+                x, penalty = layer(x, cos, sin, mask, None if cache is None else cache.layer(i))
             if penalty is not None:
-                x, price = x
-                prices.append(price)
-        x = self.head_proj(self.norm(x))
-        return x if penalty is None else (x, torch.stack(prices).mean())
+                penalties.append(penalty)
+        return self.head_proj(self.norm(x)), torch.stack(penalties).mean() if penalties else None
+
+    def set_penalty(self, config: PenaltyConfig) -> None:
+        """Compute the penalty of `config` in training mode; a weight of 0 turns it off."""
+        penalty = config if config.weight else None
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.penalty = penalty if config.site == "block_out" else None
+            block.mlp.penalty = penalty if config.site == "down_proj_in" else None
 
     def use_in_blocks(self, product: Product) -> None:
         """Let every matrix of the blocks multiply by `product` in training mode."""

@@ -105,18 +105,18 @@ def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: in
 
     hook = model.layers[0].register_forward_pre_hook(catch)
     weights = list(model.parameters())
-    x, whole = kept(lambda: model.hidden_states(ids, document_ids=documents), besides=weights)
+    x, whole = kept(lambda: model.hidden_states(ids, document_ids=documents)[0], besides=weights)
     hook.remove()
-    blocks = [kept(lambda layer=layer: layer(*inputs), besides=weights)[1] for layer in model.layers]
+    blocks = [kept(lambda layer=layer: layer(*inputs)[0], besides=weights)[1] for layer in model.layers]
     outside = whole - sum(blocks)
     if compiled:
         # the partitioner of torch.compile decides what is kept; dynamic: a second plan would make symbols of the sizes
         block = torch.compile(model.layers[0], backend="aot_eager_decomp_partition", dynamic=False)
-        blocks = [kept(lambda: block(*inputs), besides=[weights, inputs[1:]])[1]] * len(blocks)
+        blocks = [kept(lambda: block(*inputs)[0], besides=[weights, inputs[1:]])[1]] * len(blocks)
     if train.activation_checkpointing:
         blocks = [x.numel() * x.element_size()] * len(blocks) + [max(blocks)]
     loss = peak(lambda: model.lm_head(x.detach().requires_grad_(), ids, train.loss_chunk_tokens))
-    back = peak(lambda: model.layers[0](*inputs).sum().backward())
+    back = peak(lambda: model.layers[0](*inputs)[0].sum().backward())
     gradients = FP32 * sum(p.numel() for p in model.layers[0].parameters())  # counted with the gradients
     return outside + sum(blocks), max(loss, back - max(blocks) - gradients, 0)
 

@@ -1,7 +1,7 @@
 """Fake quantization of a model: its own forward pass with rounded weights and hooks, undone at the end of a context.
 
     with quantized(model, spec, calibration=rows):
-        loss = model(inputs, targets)
+        loss = model(inputs, targets).loss
 
 Only the weights that change are copied. Parameters get other tensors inside the context and their own tensors back at
 its end, so a model in training is the same bits before and after.

@@ -85,7 +85,7 @@ def quantize_weights_gptq(
     cos, sin = model.rotary(calibration.shape[1], device)
 
     def run(layer: nn.Module, rows: list[Tensor]) -> list[Tensor]:
-        return [layer(row.to(device), cos, sin, None).to(row.device) for row in rows]
+        return [layer(row.to(device), cos, sin, None)[0].to(row.device) for row in rows]
 
     # kept on the CPU: 128 sequences of 2048 tokens are larger than a block
     rows = [

@@ -92,7 +92,7 @@ def _gradients(
     totals = [torch.zeros_like(leaf) for leaf in leaves.values()]
     for part in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
         inputs, targets = part[:, :-1], part[:, 1:].contiguous()
-        loss = functional_call(model, leaves, (inputs, targets)) / rows[:, 1:].numel()
+        loss = functional_call(model, leaves, (inputs, targets)).loss / rows[:, 1:].numel()
         for total, gradient in zip(totals, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             total += gradient
     return list(torch.autograd.grad(list(weights.values()), rotations, totals))

@@ -214,6 +214,7 @@ def build_engine(resolved: Resolved) -> Engine:
     if train.precision == "fp8":
         model.use_in_blocks(fp8_linear(emulate=not native_fp8(resolved.device)))
     model.activation_checkpointing = train.activation_checkpointing
+    model.set_penalty(config.penalty)
     if resolved.compiled:
         for layer in model.layers:
             layer.compile()

@@ -7,7 +7,6 @@ run ends on a boundary; a step in progress is discarded and taken again from its
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from osp.distributed import Peers, add_up, gather_objects, on_main
 from osp.errors import LostRankError, RunError, StoppedError
 from osp.files import write_text
 from osp.model.loss import IGNORE
-from osp.model.transformer import Transformer, flops_per_token, meta_model
+from osp.model.transformer import Output, Transformer, flops_per_token, meta_model
 from osp.monitor import Monitor
 from osp.run.checkpoint import Checkpoint, Saver, load
 from osp.run.folder import RunLock, end, environment
@@ -176,7 +175,9 @@ class Trainer:
             if micro_step and micro_step % self._check_every == 0 and self._asked_to_stop():
                 self.engine.discard_gradients()
                 return None
-            loss, penalty = self._loss_and_penalty(batch)
+            loss, _, penalty = self._forward(batch)
+            assert loss is not None
+            penalty = torch.zeros_like(loss) if penalty is None else penalty
             total = loss + self.config.penalty.weight * penalty
             self.engine.backward(total / self.config.train.tokens_per_step)
             losses.append(loss.detach())
@@ -210,7 +211,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Measure and log the loss on the validation split. Stops early, without a result, when asked to stop."""
-        metrics = self.validator.loss(self._loss, self._asked_to_stop, rank=self.engine.rank)
+        metrics = self.validator.loss(self._forward, self._asked_to_stop, rank=self.engine.rank)
         if metrics is None:
             return
         self.validation = self.step, metrics
@@ -340,15 +341,8 @@ class Trainer:
         metrics = {"train/loss": loss / tokens, "train/rows_checksum": checksum}
         return metrics | ({"train/penalty": penalty / tokens} if self.config.penalty.weight else {})
 
-    def _loss_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed loss of a training batch and its summed penalty before the weight, 0 without one."""
-        if self.config.penalty.weight:
-            return self._loss(batch, penalty=self.config.penalty)
-        loss = self._loss(batch)
-        return loss, torch.zeros_like(loss)
-
-    def _loss(self, batch: Batch, *, penalty: Any = None) -> Any:
-        """Return the summed loss of the sequences of a batch; those beyond `num_rows` are padding and count nothing."""
+    def _forward(self, batch: Batch) -> Output:
+        """Return the loss and penalty of a batch; sequences beyond `num_rows` are padding and count nothing."""
         tokens = batch.tokens.to(self.engine.device, non_blocking=True)
         targets = tokens[:, 1:].clone() if batch.num_rows < len(tokens) else tokens[:, 1:]
         targets[batch.num_rows :] = IGNORE
@@ -358,7 +352,6 @@ class Trainer:
             targets,
             document_ids=None if ids is None else ids[:, :-1].to(self.engine.device, non_blocking=True),
             chunk_tokens=self.config.train.loss_chunk_tokens,
-            penalty=penalty,
         )
 
     def _costly_metrics(self, data_wait: float, *, updated: bool) -> dict[str, float]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from osp.config import Config
 from osp.data.loader import Batch, validation_batches
@@ -18,7 +17,7 @@ from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
 from osp.evaluation.texts import held_out
 from osp.files import read_lines
-from osp.model.transformer import Transformer
+from osp.model.transformer import Output, Transformer
 from osp.train.resolve import Resolved
 
 MIN_VALIDATION_STEPS, VALIDATION_SHARE = 250, 0.02  # eval.every=auto: the shortest interval, the share of the work
@@ -39,12 +38,12 @@ class Validator:
 
     @torch.no_grad()
     def loss(
-        self, loss_of: Callable[[Batch], Tensor], asked_to_stop: Callable[[], bool], *, rank: int
+        self, forward: Callable[[Batch], Output], asked_to_stop: Callable[[], bool], *, rank: int
     ) -> dict[str, float] | None:
         """Return `val/loss` in nats per token, `val/bits_per_byte` and `val/seconds`; None when asked to stop.
 
         Args:
-            loss_of: the summed loss of the sequences of a batch.
+            forward: the output of the model for a batch, whose `loss` is set.
             asked_to_stop: whether any rank was asked to stop; called before every batch.
         """
         began, train = time.perf_counter(), self.config.train
@@ -63,7 +62,9 @@ class Validator:
                 if asked_to_stop():
                     return None
                 targets = batch.tokens[: batch.num_rows, 1:].to(self.resolved.device)
-                nats = loss_of(batch).double()
+                loss = forward(batch).loss
+                assert loss is not None
+                nats = loss.double()
                 sums += torch.stack((nats, nats.new_tensor(targets.numel()), self._token_bytes[targets].sum().double()))
         finally:
             self.model.train()

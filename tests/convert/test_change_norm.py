@@ -42,7 +42,7 @@ def random_model(norm: dict[str, Any], **shape: Any) -> Transformer:
 
 @torch.no_grad()
 def logits(model: Transformer) -> Tensor:
-    return model(IDS)
+    return model(IDS).logits
 
 
 def assert_same_function(converted: Transformer, expected: Transformer, atol: float = 1e-12) -> None:

@@ -70,7 +70,7 @@ def test_exported_run_equals_the_trained_model_in_transformers(run: Path, tmp_pa
     assert {path.stat().st_mode for path in exported.folder.iterdir()} == {(run / "config.yaml").stat().st_mode}
     assert max(p.stat().st_size for p in exported.folder.glob("*.safetensors")) < 45_000  # the largest tensor: 41 kB
     theirs, ours = load_in_transformers(exported.folder), load_model(run)
-    assert relative_error(theirs(IDS).logits, ours(IDS)) < 1e-5
+    assert relative_error(theirs(IDS).logits, ours(IDS).logits) < 1e-5
     subject = open_model(run)
     text = read_text("held_out", subject)
     ours_on_text = perplexity(subject.model, text, seq_len=64)
@@ -86,7 +86,7 @@ def test_rmsnorm_without_projections_is_exported(overrides: list[str], tiny: Tin
     train(tiny("train.steps=2", "model.embed_proj=false", "norm.eps=1e-4", "model.rope_theta=500", *overrides))
     export(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "out")
     with torch.no_grad():
-        theirs, ours = load_in_transformers(tmp_path / "out")(IDS).logits, load_model(tmp_path / "run")(IDS)
+        theirs, ours = load_in_transformers(tmp_path / "out")(IDS).logits, load_model(tmp_path / "run")(IDS).logits
     assert relative_error(theirs, ours) < 1e-5
 
 
@@ -96,7 +96,7 @@ def test_exported_folder_loads_as_our_model(run: Path, tmp_path: Path) -> None:
     ours = load_hf(tmp_path / "out")
     assert ours.config.norm.name == "rmsnorm"
     assert not ours.config.embed_proj
-    assert relative_error(ours(IDS), load_model(run)(IDS)) < 1e-5
+    assert relative_error(ours(IDS).logits, load_model(run)(IDS).logits) < 1e-5
     gains = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.input_layernorm.weight"]
     assert gains.shape == (32,)
     assert gains.unique().numel() == 1
@@ -112,10 +112,10 @@ def test_public_model_is_bit_identical_after_round_trip(tmp_path: Path) -> None:
     ours = load_hf(tmp_path / "first")
     (tmp_path / "second").mkdir()
     write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, eps=1e-5, bos_id=1, eos_id=2)
-    assert torch.equal(load_hf(tmp_path / "second")(IDS), ours(IDS))
+    assert torch.equal(load_hf(tmp_path / "second")(IDS).logits, ours(IDS).logits)
     theirs = [load_in_transformers(tmp_path / name)(IDS).logits for name in ("first", "second")]
     assert torch.equal(*theirs)
-    assert relative_error(ours(IDS), theirs[0]) < 1e-5
+    assert relative_error(ours(IDS).logits, theirs[0]) < 1e-5
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_bf16_export_rounds_the_weights(run: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     theirs = load_in_transformers(tmp_path / "out")
-    assert 1e-5 < relative_error(theirs(IDS).logits, load_model(run)(IDS)) < 2e-2
+    assert 1e-5 < relative_error(theirs(IDS).logits, load_model(run)(IDS).logits) < 2e-2
     assert exported.logit_error < 1e-5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 

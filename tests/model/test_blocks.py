@@ -188,7 +188,7 @@ def mean_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def assert_is_its_formula(config: ModelConfig) -> None:
     model = lively(config)
     reference = Reference(model)
-    logits = model(IDS)
+    logits = model(IDS).logits
     mean_loss(logits, IDS).backward()
     expected = torch.stack([reference.logits(row) for row in IDS])
     mean_loss(expected, IDS).backward()
@@ -203,7 +203,7 @@ def assert_is_its_formula(config: ModelConfig) -> None:
 def assert_every_parameter_learns(config: ModelConfig) -> None:
     """One step of the loss that trains: finite, and a gradient for everything. One block says it all."""
     model = build_model(dataclasses.replace(config, num_hidden_layers=1), seed=0)
-    loss = model(IDS[:1], IDS[:1])
+    loss = model(IDS[:1], IDS[:1]).loss
     loss.backward()
     assert math.isfinite(loss.item())
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -303,7 +303,7 @@ def test_recentred_stream_has_zero_mean_everywhere() -> None:
     config = ModelConfig(**SMALL, norm=norm_config("rmsnorm"), recentre=True, attention_bias=True, mlp_bias=True)
     model, means = lively(config), []
     for layer in model.layers:
-        layer.register_forward_hook(lambda *seen: means.append((seen[1][0].mean(-1), seen[2].mean(-1))))
+        layer.register_forward_hook(lambda *seen: means.append((seen[1][0].mean(-1), seen[2][0].mean(-1))))
     model(IDS)
     assert len(means) == 2
     assert max(float(mean.detach().abs().max()) for pair in means for mean in pair) < 1e-14

@@ -13,7 +13,7 @@ from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.generate import Decoder, Sampling, TextStream, choose, generate, prepare, stream
 from osp.model.norms import NORMS
-from osp.model.transformer import Block, Transformer, build_model
+from osp.model.transformer import Block, Output, Transformer, build_model
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec
 
@@ -93,7 +93,7 @@ def test_cached_logits_and_greedy_text_are_those_without_a_cache(case: str, prep
         logits.append(decoder.read_next(tokens))
     assert len({tuple(text[-6:]) for text in texts}) == 3, "texts that repeat each other would prove little"
     for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
-        expected = trained(torch.tensor([text]))[0, len(prompt) - 1 :]
+        expected = trained(torch.tensor([text])).logits[0, len(prompt) - 1 :]
         assert expected.std() > 0.1
         torch.testing.assert_close(torch.stack(logits)[:, row], expected, rtol=0, atol=1e-10)
         assert text[len(prompt) :] == expected[:-1].argmax(-1).tolist()
@@ -108,7 +108,7 @@ FOLDED = [case for case, config in CASES.items() if not config.embed_proj]  # ab
 @torch.no_grad()
 def test_preparation_keeps_every_bit(case: str, dtype: torch.dtype) -> None:
     ids = torch.tensor(PROMPTS[2:])
-    assert torch.equal(prepare(lively(CASES[case], dtype), dtype)(ids), lively(CASES[case], dtype)(ids))
+    assert torch.equal(prepare(lively(CASES[case], dtype), dtype)(ids).logits, lively(CASES[case], dtype)(ids).logits)
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_bhyt_is_folded_into_the_scalars_of_the_paper() -> None:
     for norm in (first, second):
         norm.lam.fill_(torch.nan)  # no pass reads it any more
     second.attention_gain.fill_(torch.nan)
-    assert model(torch.tensor(PROMPTS[:1])).isfinite().all()
+    assert model(torch.tensor(PROMPTS[:1])).logits.isfinite().all()
 
 
 def test_cache_is_allocated_once_in_the_compute_dtype() -> None:
@@ -156,7 +156,7 @@ def test_a_quantized_model_generates_what_its_forward_says() -> None:
     model = lively(shape(), torch.float32)
     with quantized(model, QuantSpec(w_bits=4, a_bits=4, kv_bits=4)):
         ((*text,),) = generate(model, PROMPTS[:1], 8)
-        expected = model(torch.tensor([[*PROMPTS[0], *text]]))[0, 4:-1].argmax(-1)
+        expected = model(torch.tensor([[*PROMPTS[0], *text]])).logits[0, 4:-1].argmax(-1)
     assert text == expected.tolist()
 
 
@@ -176,8 +176,8 @@ class FixedModel(Transformer):
         super().__init__(shape(vocab_size=len(logits)))
         self.logits = logits
 
-    def forward(self, input_ids: Tensor, *_: typing.Any, **__: typing.Any) -> Tensor:
-        return self.logits.expand(len(input_ids), 1, -1)
+    def forward(self, input_ids: Tensor, *_: typing.Any, **__: typing.Any) -> Output:
+        return Output(None, self.logits.expand(len(input_ids), 1, -1), None)
 
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.7, -3.0])

@@ -113,7 +113,7 @@ def test_logits_and_greedy_text_equal_transformers(case: str) -> None:
     theirs, ids = llama(model), tokens(length=40)
     with torch.no_grad():
         expected = theirs(ids).logits
-        logits = model(ids)
+        logits = model(ids).logits
     assert expected.std() > 0.3, "logits must be far from 0 for the tolerance to mean anything"
     torch.testing.assert_close(logits, expected, **CLOSE)
     text = typing.cast(Any, theirs).generate(
@@ -126,7 +126,7 @@ def test_logits_and_greedy_text_equal_transformers(case: str) -> None:
 def test_loss_and_gradients_equal_transformers() -> None:
     model = lively(tiny(num_key_value_heads=2))
     theirs, ids = llama(model), tokens(length=17)
-    loss = model(ids[:, :-1], ids[:, 1:]) / 32
+    loss = model(ids[:, :-1], ids[:, 1:]).loss / 32
     loss.backward()
     expected = theirs(ids, labels=ids).loss
     expected.backward()
@@ -160,8 +160,8 @@ def test_bhyt_block_shares_the_variance_of_its_input() -> None:
     with torch.no_grad():
         h = torch.tanh(3.0 / 4.0 * x / variance.sqrt().float())
         middle = x + block.self_attn(h, *table, None)
-        expected = middle + block.mlp(torch.tanh(1.5 / 4.0 * middle / after.sqrt().float()))
-        torch.testing.assert_close(block(x, *table, None), expected, rtol=1e-4, atol=1e-5)
+        expected = middle + block.mlp(torch.tanh(1.5 / 4.0 * middle / after.sqrt().float()))[0]
+        torch.testing.assert_close(block(x, *table, None)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_norm_statistics_follow_the_weights_and_are_stored() -> None:
@@ -186,7 +186,7 @@ def test_norm_statistics_follow_the_weights_and_are_stored() -> None:
 def test_every_parameter_gets_a_gradient(norm: str) -> None:
     model = lively(tiny(norm, embed_proj=True))
     ids = tokens(length=17)
-    model(ids[:, :-1], ids[:, 1:]).backward()
+    model(ids[:, :-1], ids[:, 1:]).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
@@ -197,9 +197,9 @@ def test_packed_documents_equal_each_document_alone() -> None:
     model, ids = lively(tiny(num_key_value_heads=2)), tokens(rows=1)
     documents = torch.tensor([[0] * 5 + [1] + [2] * 10])
     with torch.no_grad():
-        packed = model(ids, document_ids=documents)
-        alone = torch.cat([model(part) for part in ids.split([5, 1, 10], dim=1)], dim=1)
-        mixed = model(ids)
+        packed = model(ids, document_ids=documents).logits
+        alone = torch.cat([model(part).logits for part in ids.split([5, 1, 10], dim=1)], dim=1)
+        mixed = model(ids).logits
     torch.testing.assert_close(packed, alone, **CLOSE)
     assert (mixed - packed)[:, 6:].abs().max() > 0.1, "without the mask documents must see each other"
     torch.testing.assert_close(mixed[:, :5], packed[:, :5], **CLOSE)
@@ -208,7 +208,7 @@ def test_packed_documents_equal_each_document_alone() -> None:
 def test_one_document_equals_no_mask() -> None:
     model, ids = lively(tiny()), tokens()
     with torch.no_grad():
-        torch.testing.assert_close(model(ids, document_ids=torch.ones_like(ids)), model(ids), **CLOSE)
+        torch.testing.assert_close(model(ids, document_ids=torch.ones_like(ids)).logits, model(ids).logits, **CLOSE)
 
 
 def test_a_token_does_not_see_the_future() -> None:
@@ -216,7 +216,7 @@ def test_a_token_does_not_see_the_future() -> None:
     changed = ids.clone()
     changed[:, 9] = (ids[:, 9] + 1) % TINY.vocab_size
     with torch.no_grad():
-        difference = (model(ids) - model(changed)).abs().amax((0, 2))
+        difference = (model(ids).logits - model(changed).logits).abs().amax((0, 2))
     assert difference[:9].max() == 0
     assert difference[9:].min() > 0
 
@@ -226,7 +226,7 @@ def test_a_token_does_not_see_the_future() -> None:
 
 def loss_and_gradients(model: Transformer, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(*arguments, **options)
+    loss = model(*arguments, **options).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -237,7 +237,7 @@ def test_loss_with_targets_equals_cross_entropy_of_the_logits(chunk: int) -> Non
     targets[0, 3:9] = IGNORE
     loss, gradients = loss_and_gradients(model, ids, targets, chunk_tokens=chunk)
     model.zero_grad()
-    expected = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
@@ -262,9 +262,9 @@ class Sizes(TorchDispatchMode):
 def test_training_never_makes_the_whole_logits() -> None:
     model, ids = build_model(tiny(vocab_size=997), seed=0), tokens(rows=4)
     with Sizes() as whole:
-        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
     with Sizes() as chunked:
-        model(ids, ids, chunk_tokens=8).backward()
+        model(ids, ids, chunk_tokens=8).loss.backward()
     assert max(whole.numels) == 64 * 997
     assert 8 * 997 in chunked.numels
     assert max(chunked.numels) == 32 * 997, "the largest is the head, not the logits"
@@ -321,7 +321,7 @@ def test_flops_of_the_weights_equal_what_torch_counts(config: ModelConfig) -> No
     """PyTorch counts every matrix product of a real forward and backward pass; attention's are counted apart."""
     model, ids = build_model(config, seed=0), tokens()
     with FlopCounterMode(display=False) as counter:
-        model(ids, ids, chunk_tokens=8).backward()
+        model(ids, ids, chunk_tokens=8).loss.backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(flops for operation, flops in counts.items() if "attention" not in str(operation))
     assert products == ids.numel() * flops_per_token(config, seq_len=0)
@@ -444,11 +444,11 @@ def test_bf16_compute_leaves_fp32_weights_alone() -> None:
     model, ids = lively(tiny("ssnorm", embed_proj=True)), tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        exact = model(ids)
+        exact = model(ids).logits
     _, exact_gradients = loss_and_gradients(model, ids, ids)
     model.compute_dtype = torch.bfloat16
     with torch.no_grad():
-        logits = model(ids)
+        logits = model(ids).logits
     loss, gradients = loss_and_gradients(model, ids, ids)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
@@ -491,9 +491,9 @@ def test_rows_longer_than_the_table_of_positions() -> None:
     """The table grows, and a long call changes no shorter one."""
     model, ids = lively(tiny(max_position_embeddings=4)), tokens(length=24)
     with torch.no_grad():
-        short, long = model(ids[:, :4]), model(ids)
-        expected = lively(tiny())(ids)
-        assert torch.equal(model(ids[:, :4]), short)
+        short, long = model(ids[:, :4]).logits, model(ids).logits
+        expected = lively(tiny())(ids).logits
+        assert torch.equal(model(ids[:, :4]).logits, short)
     torch.testing.assert_close(long, expected, **CLOSE)
 
 

@@ -1,4 +1,4 @@
-"""The price on large activations: its formula, its gradient, what it keeps, and its sum over batches and blocks."""
+"""The penalty on large activations: its formula, its gradient, what it keeps, and its sum over batches and blocks."""
 
 import dataclasses
 import math
@@ -65,9 +65,9 @@ def test_bf16_loses_nothing_but_the_rounding_of_its_input(scale: Any) -> None:
 def test_nothing_but_x_is_kept_for_backward() -> None:
     x, kept = normal(8, 32, dtype=torch.bfloat16).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        price = activation_penalty(x, PenaltyConfig())
+        penalty = activation_penalty(x, PenaltyConfig())
     assert sum(t.numel() for t in kept if t.data_ptr() != x.data_ptr()) <= 8
-    price.backward()
+    penalty.backward()
     assert x.grad is not None
 
 
@@ -83,7 +83,7 @@ def hooked(model: Transformer, site: Site) -> list[Tensor]:
     for block in model.layers:
         assert isinstance(block, Block)
         if site == "block_out":
-            block.register_forward_hook(lambda *call: seen.append(call[2]))
+            block.register_forward_hook(lambda *call: seen.append(call[2][0]))
         else:
             block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     return seen
@@ -96,16 +96,19 @@ def test_model_returns_loss_and_penalty_of_its_blocks(site: Site, scale: Any, ch
     """Value and every gradient against hooks on a twin; the loss is the same bits as without."""
     model, twin = model_of(ffn_norm=site == "down_proj_in"), model_of(ffn_norm=site == "down_proj_in")
     model.activation_checkpointing = checkpointing
-    loss, price = model(IDS[:, :-1], IDS[:, 1:], penalty=PenaltyConfig(site=site, scale=scale))
-    (loss + 0.5 * price).backward()
+    model.set_penalty(PenaltyConfig(weight=0.5, site=site, scale=scale))
+    loss, logits, penalty = model(IDS[:, :-1], IDS[:, 1:])
+    assert logits is None
+    (loss + 0.5 * penalty).backward()
     seen = hooked(twin, site)
-    plain = twin(IDS[:, :-1], IDS[:, 1:])
+    plain, _, none = twin(IDS[:, :-1], IDS[:, 1:])
+    assert none is None
     assert torch.equal(loss, plain)
     assert len(seen) == SHAPE.num_hidden_layers
     expected = sum(naive(x, scale) for x in seen) / len(seen)
     assert isinstance(expected, Tensor)
     (plain + 0.5 * expected).backward()
-    torch.testing.assert_close(price, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(penalty, expected, rtol=1e-10, atol=0)
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert parameter.grad is not None
         assert other.grad is not None
@@ -120,19 +123,20 @@ def test_compiled_blocks_return_the_same() -> None:
         model = model_of(ffn_norm=True, num_hidden_layers=1)
         if compiled:
             model.layers[0].compile(backend="aot_eager", fullgraph=True)
-        loss, price = model(IDS[:, :-1], IDS[:, 1:], penalty=PenaltyConfig(site="down_proj_in", scale="rms"))
-        (loss + price).backward()
-        results.append([loss, price, *(p.grad for p in model.parameters())])
+        model.set_penalty(PenaltyConfig(weight=1.0, site="down_proj_in", scale="rms"))
+        loss, _, penalty = model(IDS[:, :-1], IDS[:, 1:])
+        (loss + penalty).backward()
+        results.append([loss, penalty, *(p.grad for p in model.parameters())])
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_penalty_of_a_step_does_not_depend_on_micro_batches(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """Two trainings with 4 and 1 micro batches agree; the first loss is that of a run without a penalty."""
-    price = ("penalty.weight=0.5", "penalty.scale=1.0", "train.steps=3", "eval.every=0", "eval.sample_tokens=0")
-    train(tiny(*price, name="four"))
-    train(tiny(*price, "train.micro_batch_size=8", name="one"))
-    train(tiny(*price[2:], name="without"))
+    overrides = ("penalty.weight=0.5", "penalty.scale=1.0", "train.steps=3", "eval.every=0", "eval.sample_tokens=0")
+    train(tiny(*overrides, name="four"))
+    train(tiny(*overrides, "train.micro_batch_size=8", name="one"))
+    train(tiny(*overrides[2:], name="without"))
     four, one, without = (
         [event for event in read_metrics(tmp_path / name) if "train/loss" in event]
         for name in ("four", "one", "without")

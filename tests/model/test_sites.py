@@ -38,7 +38,7 @@ def model() -> Transformer:
 
 def logits(model: Transformer) -> Tensor:
     with torch.no_grad():
-        return model(torch.arange(6)[None])
+        return model(torch.arange(6)[None]).logits
 
 
 def last_names(paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -112,6 +112,7 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
     """Gradient norms of loss and penalty of one step over two micro batches; with checkpointing above stage 1."""
     model = build_model(PENALIZED, seed=0)
     model.activation_checkpointing = stage > 1
+    model.set_penalty(PENALTY)
     with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
         engine = Engine(
             model,
@@ -123,7 +124,7 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
             device=torch.device("cpu"),
         )
     for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
-        loss, penalty = engine(ids[:, :-1], ids[:, 1:], penalty=PENALTY)
+        loss, _, penalty = engine(ids[:, :-1], ids[:, 1:])
         engine.backward((loss + PENALTY.weight * penalty) / PENALIZED_IDS[:, 1:].numel())
     names, norms = engine.gradient_norms()
     engine.close()

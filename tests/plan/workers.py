@@ -76,7 +76,7 @@ def measure(config: Config, folder: Path) -> dict[str, int]:
     with Collectives() as collectives:
         for _ in range(engine.gradient_accumulation_steps):
             found["accumulated"] = gradients(engine, stage)  # by the micro batches before
-            engine.backward(engine(tokens, tokens) / config.train.tokens_per_step)
+            engine.backward(engine(tokens, tokens).loss / config.train.tokens_per_step)
         found["weights"] = weights(engine, stage)
         found["reduced_gradients"] = gradients(engine, stage)
         found["exchange"] = exchanged(engine)

@@ -24,7 +24,7 @@ SPECS = {
 
 @torch.no_grad()
 def logits(model: Transformer, ids: Tensor) -> Tensor:
-    return model(ids)
+    return model(ids).logits
 
 
 def with_random_biases(model: Transformer) -> Transformer:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from osp.config import AttentionConfig, NormConfig
 from osp.errors import UserError
 from osp.model.fold import absorb_projections
+from osp.model.sites import observe_site
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec
@@ -33,7 +34,7 @@ SPECS = {
 
 def logits(model: Transformer, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(ids)
+        return model(ids).logits
 
 
 def snapshot(model: Transformer) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(3):
             optimizer.zero_grad()
-            model(ids[:, :-1], ids[:, 1:].contiguous()).backward()
+            model(ids[:, :-1], ids[:, 1:].contiguous()).loss.backward()
             if evaluate:  # between backward and step: gradients stay too
                 with quantized(model, dataclasses.replace(W4A4KV4, ffn_hadamard=True)), torch.no_grad():
                     model(ids)
@@ -222,7 +223,8 @@ def test_propagated_error_is_that_of_the_definition(rotation: Any) -> None:
     clean, noisy = [], []
 
     def hidden(into: list[Tensor]) -> None:
-        handles = [m.register_forward_hook(lambda *a: into.append(a[2].double())) for m in (*model.layers, model.norm)]
+        names = [f"layer_{layer:02d}/block_out" for layer in range(len(model.layers))] + ["final_norm_out"]
+        handles = [observe_site(model, name, lambda x: into.append(x.double())) for name in names]
         logits(model, rows)
         for handle in handles:
             handle.remove()

@@ -65,7 +65,8 @@ def test_gradient_of_penalty_equals_single_process(ranks) -> None:
     ids, norms = workers.PENALIZED_IDS, {}
     for weight in (0.0, workers.PENALTY.weight):
         model = build_model(workers.PENALIZED, seed=0)
-        loss, penalty = model(ids[:, :-1], ids[:, 1:], penalty=workers.PENALTY)
+        model.set_penalty(workers.PENALTY)
+        loss, _, penalty = model(ids[:, :-1], ids[:, 1:])
         ((loss + weight * penalty) / ids[:, 1:].numel()).backward()
         norms[weight] = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
     without, expected = norms.values()

@@ -34,7 +34,7 @@ def losses(model: Transformer, dtype: torch.dtype, *, steps: int = STEPS) -> tor
         start, noise = (torch.randint(0, 24, shape, generator=draw) for shape in ((4, 1), (4, 13)))
         rows = (start + 5 * torch.arange(13)) % 24
         rows = torch.where(noise < 3, noise * 7, rows)
-        loss = model(rows[:, :-1], rows[:, 1:].contiguous()) / 48
+        loss = model(rows[:, :-1], rows[:, 1:].contiguous()).loss / 48
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

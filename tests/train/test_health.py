@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -35,14 +35,16 @@ def scaled_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]],
     """`scaled_loss({n: factor})`: multiply the n-th loss of a run, from 1, with its gradient, by `factor`."""
 
     def install(factors: dict[int, float]) -> None:
-        original, calls = Trainer._loss, [0]
+        original: Callable[..., Any] = Trainer._forward
+        calls = [0]
 
-        def scaled(self: Trainer, batch: Any) -> torch.Tensor:
+        def scaled(self: Trainer, batch: Any) -> Any:
             calls[0] += torch.is_grad_enabled()
-            loss = original(self, batch)
-            return loss * factors.get(calls[0], 1.0) if torch.is_grad_enabled() else loss
+            output = original(self, batch)
+            factor = factors.get(calls[0], 1.0) if torch.is_grad_enabled() else 1.0
+            return output._replace(loss=output.loss * factor)
 
-        monkeypatch.setattr(Trainer, "_loss", scaled)
+        monkeypatch.setattr(Trainer, "_forward", scaled)
 
     return install
 
@@ -88,7 +90,8 @@ def test_step_with_non_finite_gradient_is_skipped_and_reported(
     stage: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a finite loss: the step leaves every weight unchanged."""
-    original, calls = Trainer._loss, [0]
+    original: Callable[..., Any] = Trainer._forward
+    calls = [0]
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -99,12 +102,12 @@ def test_step_with_non_finite_gradient_is_skipped_and_reported(
         def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
             return grads[0] * (math.inf if calls[0] == 3 else 1.0)
 
-    def poisoned(self: Trainer, batch: Any) -> torch.Tensor:
+    def poisoned(self: Trainer, batch: Any) -> Any:
         calls[0] += torch.is_grad_enabled()
-        loss = original(self, batch)
-        return cast(torch.Tensor, Poison.apply(loss)) if torch.is_grad_enabled() else loss
+        output = original(self, batch)
+        return output._replace(loss=Poison.apply(output.loss)) if torch.is_grad_enabled() else output
 
-    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    monkeypatch.setattr(Trainer, "_forward", poisoned)
     config = tiny("train.on_nonfinite=skip", f"engine.zero_stage={stage}", "checkpoint.every=1", *ONE_BATCH)
     train(config)
     (event,) = events(tmp_path / "run", "nonfinite")
@@ -127,7 +130,7 @@ def test_exceeding_max_skips_ends_the_run_with_a_checkpoint(
 ) -> None:
     scaled_loss({2: math.nan, 4: math.nan})
     config = tiny("train.on_nonfinite=skip", "train.max_skips=1", "checkpoint.every=0", *ONE_BATCH)
-    with pytest.raises(RunError, match=r"step 4: the loss is not finite; .* train.max_skips=1 updates are left out"):
+    with pytest.raises(RunError, match=r"step 4: the loss is not finite in .* train.max_skips=1 updates are left out"):
         train(config)
     marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert marker["step"] == 3

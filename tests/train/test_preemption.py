@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from osp.config import Config
 from osp.data.loader import Loader
@@ -216,16 +215,16 @@ def test_signal_during_validation_saves_without_finishing_it(
     """The restart validates again from the beginning."""
     overrides = ("train.steps=4", "eval.every=2", "eval.tokens=4096", "checkpoint.every=0")
     train(tiny(*overrides, name="straight"))
-    original, batches = Trainer._loss, []
+    original, batches = Trainer._forward, []
 
-    def loss(self: Trainer, batch: Any) -> torch.Tensor:
+    def forward(self: Trainer, batch: Any) -> Any:
         if not self.model.training:
             batches.append(batch)
             if len(batches) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Trainer, "_forward", forward)
     with pytest.raises(StoppedError, match="SIGTERM on rank 0: stopped after step 2 of 4"):
         train(tiny(*overrides, name="run"))
     assert len(batches) == 3

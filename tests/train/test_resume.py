@@ -201,10 +201,10 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def change_loss(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Replace the loss of every training batch by `change(trainer, step, loss)`."""
-    original = Trainer._loss
+    original: Callable[..., Any] = Trainer._forward
 
-    def changed(self: Trainer, batch: Any) -> torch.Tensor:
-        loss = original(self, batch)
-        return change(self, self.step, loss) if self.model.training else loss
+    def changed(self: Trainer, batch: Any) -> Any:
+        output = original(self, batch)
+        return output._replace(loss=change(self, self.step, output.loss)) if self.model.training else output
 
-    monkeypatch.setattr(Trainer, "_loss", changed)
+    monkeypatch.setattr(Trainer, "_forward", changed)

@@ -112,7 +112,7 @@ def test_validation_loss_equals_a_plain_loop(tiny: Tiny, plain_run: Path) -> Non
     for row in range(min(1024, len(tokens) - 1) // 32):
         window = tokens[row * 32 : row * 32 + 33]
         with torch.no_grad():
-            nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
+            nats += F.cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
         count += 32
         text += b"".join(_bytes(tokenizer, token) for token in window[1:].tolist())
     last = [event for event in read_metrics(plain_run) if "val/loss" in event][-1]
@@ -149,7 +149,7 @@ def test_live_quantized_perplexity_equals_a_plain_loop(tiny: Tiny, tmp_path: Pat
     shard_folder = next(Path(config.data.cache_dir).iterdir())
     windows = torch.from_numpy(Shards(shard_folder, "val")[0][:128].astype("int64")).view(4, 32)
     with torch.no_grad():
-        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).item()
+        loss = F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
@@ -261,14 +261,15 @@ def test_ranks_change_only_rounding(
 def test_non_finite_loss_stops_before_the_weights_change(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Trainer._loss
+    original: Callable[..., Any] = Trainer._forward
     calls = []
 
-    def poisoned(self: Trainer, batch: Any) -> torch.Tensor:
+    def poisoned(self: Trainer, batch: Any) -> Any:
         calls.append(batch)
-        return original(self, batch) * (math.nan if len(calls) == 7 else 1.0)  # step 2, third micro batch of four
+        output = original(self, batch)
+        return output._replace(loss=output.loss * (math.nan if len(calls) == 7 else 1.0))  # step 2, micro batch 3 of 4
 
-    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    monkeypatch.setattr(Trainer, "_forward", poisoned)
     with pytest.raises(RunError, match=r"step 2: the loss is not finite in sequences 12 to 13 of"):
         train(tiny("checkpoint.every=1", "eval.every=0"))
     report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
@@ -409,7 +410,7 @@ def test_different_configuration_in_the_same_folder_is_refused(tiny: Tiny, tmp_p
 def test_load_model_returns_the_trained_model(plain_run: Path) -> None:
     model = load_model(plain_run)
     assert isinstance(model, Transformer)
-    assert model(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 320)
+    assert model(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, 320)
     from osp import load_model as public
 
     assert torch.equal(public(plain_run).lm_head.weight, model.lm_head.weight)
