@@ -35,14 +35,12 @@ from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.fold import fold_into_weights, norm_gain, residual_norms
 from osp.model.hf_llama import TOKENIZER
-from osp.model.norms import CRMSNorm, LayerNorm, Norm, SSNorm, block_norm, final_norm, head_norm
+from osp.model.norms import NORMS, CRMSNorm, LayerNorm, Norm, block_norm, final_norm, final_norm_name, head_norm
 from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
 from osp.run.checkpoint import Saver, whole_parameters
 
-CONVERTIBLE = ("layernorm", "rmsnorm", "ssnorm", "crmsnorm")
-# How a norm treats the mean of the residual stream: all norms of a model must treat it alike.
-KINDS = {"layernorm": "subtracts the mean", "crmsnorm": "counts a channel that is not stored"}
+CONVERTIBLE = tuple(name for name, norm in NORMS.items() if norm.mean is not None)
 # Largest mean of a recentred matrix rounded to fp32, relative to its largest weight.
 ZERO_MEAN = 1e-6
 
@@ -103,14 +101,13 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
     if to not in CONVERTIBLE:
         raise UserError(f"to={to}: choose from {', '.join(CONVERTIBLE)}")
     block, final = block_norm(config), final_norm(config)
-    name, final_name = config.norm.name, type(final).__name__.lower()
-    if name not in CONVERTIBLE:
-        raise UserError(f"norm.name={name} cannot be converted: it is a bounded function, no division by a statistic")
-    if final_name not in CONVERTIBLE or KINDS.get(name) != KINDS.get(final_name):
-        odd = final_name if final_name in KINDS or final_name not in CONVERTIBLE else name
+    name, final_name = config.norm.name, final_norm_name(config.norm)
+    if block.mean is None:
+        raise UserError(f"norm.name={name} cannot be converted: {block.not_rmsnorm}; train with another norm")
+    if block.mean != final.mean:
         raise UserError(
-            f"norm.name={name} with norm.final={final_name} cannot be converted: {odd} "
-            f"{KINDS.get(odd, 'is a bounded function')} and the other does not"
+            f"norm.name={name} with norm.final={final_name} cannot be converted: {name} {block.mean} and {final_name} "
+            f"{final.mean or 'does not divide by a statistic'}"
         )
     if config.norm.placement == "peri":
         raise UserError(
@@ -168,7 +165,7 @@ def conversion_steps(config: ModelConfig, to: str) -> list[str]:
 def _keeps_gain(norm: Norm, to: str) -> bool:
     """Return whether a norm of the kind `to` can hold the gain of `norm`."""
     if to == "ssnorm":
-        return isinstance(norm, SSNorm)
+        return norm.one_gain
     return to in ("rmsnorm", "layernorm") and not isinstance(norm, CRMSNorm)
 
 

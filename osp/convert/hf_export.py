@@ -34,20 +34,11 @@ from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.fold import fold_into_weights, norm_gain
 from osp.model.hf_llama import BODY, CONFIG, HEAD, TOKENIZER, load_hf
-from osp.model.norms import NORMS, Norm, RMSNorm, SSNorm
+from osp.model.norms import NORMS, Norm, final_norm_name
 from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.apply import quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-WHY_NOT = {
-    "bhyt": "it bounds activations with a tanh and shares a statistic between two norms",
-    "bhyt_star": "it bounds activations with a tanh",
-    "dyt": "it is a tanh without a statistic",
-    "derf": "it is an error function without a statistic",
-    "layernorm": "it subtracts the mean",
-    "crmsnorm": "its statistic holds a channel that is not stored",
-}
 
 
 def export(
@@ -103,11 +94,11 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
 
     path: the argument of the user, for the message.
     """
-    final = config.norm.final or NORMS[config.norm.name].final or config.norm.name
-    for key, name in (("norm.name", config.norm.name), ("norm.final", final)):
-        if name not in ("rmsnorm", "ssnorm"):
+    for key, name in (("norm.name", config.norm.name), ("norm.final", final_norm_name(config.norm))):
+        reason = NORMS[name].not_rmsnorm
+        if reason is not None:
             raise UserError(
-                f"{key}={name}: a stock Llama has no such norm, {WHY_NOT[name]}; {_suggest_conversion(config, path)}"
+                f"{key}={name}: a stock Llama has no such norm, {reason}; {_suggest_conversion(config, path)}"
             )
     for key, holds, what in (
         ("norm.placement=peri", config.norm.placement == "peri", "norm after a sublayer"),
@@ -132,7 +123,7 @@ def _suggest_conversion(config: ModelConfig, path: str | Path) -> str:
     try:
         check_exportable(change_config(config, "rmsnorm"), path=path)
     except UserError as error:
-        reason = f" ({error})" if config.norm.name in ("layernorm", "crmsnorm") else ""
+        reason = f" ({error})" if NORMS[config.norm.name].mean is not None else ""
         return f"runs with norm=ssnorm and norm=rmsnorm export{reason}"
     return f"convert it first: python scripts/convert.py {path} to=rmsnorm out=DIR"
 
@@ -237,7 +228,7 @@ def _token(subject: LanguageModel, token_id: int | None) -> str | None:
 
 def _shared_eps(model: Transformer) -> float:
     """Return the eps of all norms; `UserError` if they differ, because a stock Llama has one."""
-    values = {module.eps for module in model.modules() if isinstance(module, RMSNorm | SSNorm)}
+    values = {module.eps for module in model.modules() if isinstance(module, Norm)}
     if len(values) > 1:
         raise UserError(f"the norms have several eps, {sorted(values)}; a stock Llama has one for all")
     return values.pop()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from osp.model.norms import Norm, RMSNorm, SSNorm
+from osp.model.norms import Norm
 from osp.model.sites import SITES
 from osp.model.transformer import Embedding, Linear, Transformer
 
@@ -69,7 +69,7 @@ def fold_norm_gains(model: Transformer) -> None:
     assert isinstance(model.head_proj, nn.Identity)
     modules = dict(model.named_modules())
     for _, norm, readers in residual_norms(model):
-        assert isinstance(norm, RMSNorm | SSNorm)
+        assert norm.not_rmsnorm is None
         if norm.weight is None:
             continue
         for weight in (modules[name].weight for name in readers):
@@ -81,7 +81,6 @@ def fold_norm_gains(model: Transformer) -> None:
 def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
     """(D,) fp64: what a norm multiplies each channel by after its division, `norm.lns` included."""
     weight = torch.ones(1) if norm.weight is None else norm.weight
-    assert isinstance(weight, Tensor)
     return weight.detach().double().expand(hidden_size) * norm.output_scale
 
 

@@ -24,7 +24,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +46,37 @@ class Carry(NamedTuple):
 class Norm(nn.Module):
     """Base of the norms: subclasses give `normalize`, and `final`, the key of the norm that goes before the head."""
 
-    final: str | None = None  # None: the norm itself
+    final: ClassVar[str | None] = None  # key of the norm before the head; None: the norm itself
+    inner: ClassVar[str] = "rmsnorm"  # key of the norm of heads and of the FFN in a model of these norms
+    # Why the norm is no RMSNorm, as a clause. None: it is one, with an `eps` and perhaps gains. Then a stock Llama
+    # computes it, its gains fold into the next matrix, and a rotation of the residual stream passes through it.
+    not_rmsnorm: ClassVar[str | None] = "it is not an RMSNorm"
+    # How a norm that can be converted treats the mean of its input; norms that treat it alike are interchangeable.
+    mean: ClassVar[str | None] = None
+    one_gain: ClassVar[bool] = False  # one gain for all channels
+
+    refreshes = False  # whether `refresh` derives statistics from weights
     output_scale: float = 1.0  # of LayerNorm scaling
+    init: float = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
 
     def normalize(self, x: Tensor) -> Tensor:
+        """Return the normalized x (..., D) in the dtype of x."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        raise NotImplementedError
+        """Set gains to `init` and biases to 0. Subclasses with other parameters extend it."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.init)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:
+        """Derive statistics from the weights of the attention before the norm; see `BHyT`."""
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
         """y, or (y, carry) when `return_carry`."""
@@ -73,6 +96,9 @@ class LayerNorm(Norm):
     Ba et al. 2016 (arXiv 1607.06450); gain starts at `init`, bias at 0. eps is torch's default.
     """
 
+    not_rmsnorm = "it subtracts the mean"
+    mean = "subtracts the mean"
+
     def __init__(
         self, hidden_size: int, *, eps: float = 1e-5, init: float = 1.0, affine: bool = True, bias: bool = False
     ):
@@ -84,15 +110,10 @@ class LayerNorm(Norm):
         self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        if self.weight is not None:
-            nn.init.constant_(self.weight, self.init)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
     def normalize(self, x: Tensor) -> Tensor:
         # torch's own is fused on every device, and keeps its input alone for backward
-        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
 
@@ -102,15 +123,14 @@ class RMSNorm(Norm):
     Zhang & Sennrich 2019 (arXiv 1910.07467), as in Hugging Face's LlamaRMSNorm.
     """
 
+    not_rmsnorm = None
+    mean = "keeps the mean"
+
     def __init__(self, hidden_size: int, *, eps: float = 1e-6, init: float = 1.0, affine: bool = True):
         super().__init__()
         self.eps, self.init = eps, init
         self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.weight is not None:
-            nn.init.constant_(self.weight, self.init)
 
     def normalize(self, x: Tensor) -> Tensor:
         return Divided.apply(x, None, None, self.weight, self.eps)[0]
@@ -124,14 +144,16 @@ class SSNorm(Norm):
     `normalized`: a step of +-0.2 times the learning rate.
     """
 
+    inner = "ssnorm"
+    not_rmsnorm = None
+    mean = "keeps the mean"
+    one_gain = True
+
     def __init__(self, hidden_size: int, *, eps: float = 1e-6, init: float = 1.0):
         super().__init__()
         self.eps, self.init = eps, init
         self.weight = nn.Parameter(torch.empty(1))  # not 0-dim: DeepSpeed cannot broadcast a 0-dim parameter
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, self.init)
 
     def normalize(self, x: Tensor) -> Tensor:
         return Divided.apply(x, None, None, self.weight, self.eps)[0]
@@ -145,15 +167,14 @@ class CRMSNorm(Norm):
     hidden size D, which then equals a Pre-LN model of D + 1. No gain by default, as in the paper.
     """
 
+    not_rmsnorm = "its statistic holds a channel that is not stored"
+    mean = "counts a channel that is not stored"
+
     def __init__(self, hidden_size: int, *, eps: float = 1e-5, init: float = 1.0, affine: bool = False):
         super().__init__()
         self.eps, self.init = eps, init
         self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.weight is not None:
-            nn.init.constant_(self.weight, self.init)
 
     def normalize(self, x: Tensor) -> Tensor:
         wide = upcast(x)
@@ -171,7 +192,10 @@ class DyT(Norm):
     that it needs a lower learning rate than RMSNorm does (arXiv 2601.22966: 5e-4 at 2B).
     """
 
+    not_rmsnorm = "it is a tanh without a statistic"
     shifts = False
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -192,9 +216,8 @@ class DyT(Norm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         nn.init.constant_(self.alpha, self.initial_alpha)
-        nn.init.constant_(self.weight, self.init)
-        nn.init.zeros_(self.bias)
         if self.shift is not None:
             nn.init.zeros_(self.shift)
 
@@ -215,6 +238,7 @@ class Derf(DyT):
     arXiv 2512.10938, whose language models are GPT-2 only; what `DyT` says of alpha and learning rates holds here.
     """
 
+    not_rmsnorm = "it is an error function without a statistic"
     shifts = True
 
     def squash(self, argument: Tensor) -> Tensor:
@@ -249,8 +273,10 @@ class BHyTStar(Norm):
     tuned for RMSNorm do not carry over. With `learnable_lambda=False` lambda is a buffer: stored, never trained.
     """
 
+    not_rmsnorm = "it bounds activations with a tanh"
     final = "rmsnorm"  # the authors' pretraining scripts (last_layer_lam = 0.0)
     lam: Tensor
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -278,7 +304,7 @@ class BHyTStar(Norm):
         BHyTStar.reset_parameters(self)
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, self.init)
+        super().reset_parameters()
         with torch.no_grad():
             self.lam.fill_(self.initial_lam)
 
@@ -325,6 +351,7 @@ class BHyT(BHyTStar):
     and before the head the norm measures.
     """
 
+    not_rmsnorm = "it bounds activations with a tanh and shares a statistic between two norms"
     attention_gain: Tensor
 
     def __init__(
@@ -357,7 +384,7 @@ class BHyT(BHyTStar):
         )
         if gain_variance and approximation == "eta":
             raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
-        self.approximates = after_attention and layer not in exact_layers
+        self.approximates = self.refreshes = after_attention and layer not in exact_layers
         self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
         self.terms: tuple[Tensor | None, Tensor | None] | None = None  # of the approximation, once folded
         self.approximation, self.gain_variance, self.seq_len = approximation, gain_variance, seq_len
@@ -462,11 +489,16 @@ def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
 
 def final_norm(config: ModelConfig) -> Norm:
     """The norm before the head: `norm.final`, or the one that the source of `norm.name` uses there."""
-    name = config.norm.final or NORMS[config.norm.name].final or config.norm.name
+    name = final_norm_name(config.norm)
     if name not in NORMS:
         raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
     given = {key: value for key, value in _given(config.norm).items() if key in _keywords(NORMS[name])}
     return build_norm(name, config.hidden_size, **given)
+
+
+def final_norm_name(config: NormConfig) -> str:
+    """Return the key of the norm before the head."""
+    return config.final or NORMS[config.name].final or config.name
 
 
 def head_norm(config: ModelConfig) -> Norm:
@@ -497,9 +529,8 @@ def bound_warning(config: ModelConfig) -> str | None:
 
 def _inner_norm(config: ModelConfig, size: int, **options: float) -> Norm:
     """A norm of `size` channels inside a sublayer, with the eps of the block's norms."""
-    name = "ssnorm" if config.norm.name == "ssnorm" else "rmsnorm"
     given = {} if config.norm.eps is None else {"eps": config.norm.eps}
-    return build_norm(name, size, **given, **options)
+    return build_norm(NORMS[config.norm.name].inner, size, **given, **options)
 
 
 def _keywords(norm: type[Norm]) -> set[str]:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
 from osp.model.attention import KVCache, LayerCache, apply_rotary, causal_attention, document_mask, rotary_table
 from osp.model.loss import linear_cross_entropy
-from osp.model.norms import BHyT, Norm, block_norm, ffn_norm, final_norm, head_norm
+from osp.model.norms import Norm, block_norm, ffn_norm, final_norm, head_norm
 from osp.model.penalty import activation_penalty
 
 __all__ = ["Linear", "ModelConfig", "Output", "Transformer", "count_parameters", "flops_per_token"]
@@ -406,7 +406,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Block)
             norm, attention = layer.post_attention_layernorm, layer.self_attn
-            if isinstance(norm, BHyT) and norm.approximates:
+            if norm.refreshes:
                 norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=attention.head_dim)
 
     @torch.no_grad()
@@ -428,7 +428,7 @@ class Transformer(nn.Module):
     @property
     def has_norm_statistics(self) -> bool:
         """Whether `refresh_norms` has anything to do."""
-        return any(isinstance(module, BHyT) and module.approximates for module in self.layers.modules())
+        return any(isinstance(module, Norm) and module.refreshes for module in self.layers.modules())
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:

@@ -23,9 +23,6 @@ SITES = (*WEIGHT_SITES, *GATE_SITES, *ACTIVATION_SITES, *CACHE_SITES, *END_WEIGH
 
 PARTS = ("w", "a", "kv")  # prefixes of the keys for weights, activations and cache
 
-# Norms that commute with a rotation of the residual stream: their gain can be folded into the next matrix.
-ROTATABLE_NORMS = ("rmsnorm", "ssnorm")
-
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -229,13 +226,16 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
     if spec.kv_bits < 16 and size is not None and model.head_size % size:
         raise UserError(f"quant.kv_group_size={size} does not divide the head size {model.head_size}")
     if spec.rotation != "none" and not spec.is_identity:
-        for name in (model.norm.name, model.norm.final or model.norm.name):
-            if name not in ROTATABLE_NORMS:
+        from osp.model.norms import NORMS, final_norm_name  # a spec is checked without torch until here
+
+        for name in (model.norm.name, final_norm_name(model.norm)):
+            if NORMS[name].not_rmsnorm is not None:
+                rotatable = [name for name, norm in NORMS.items() if norm.not_rmsnorm is None]
                 raise UserError(
                     f"quant.rotation={spec.rotation}: a rotation does not pass through the norm {name}, only through "
-                    f"{' and '.join(ROTATABLE_NORMS)}; set quant.rotation=none"
+                    f"{' and '.join(rotatable)}; set quant.rotation=none"
                 )
-        if model.norm.placement == "peri" and model.norm.name == "rmsnorm" and model.norm.affine is not False:
+        if model.norm.placement == "peri" and not NORMS[model.norm.name].one_gain and model.norm.affine is not False:
             raise UserError(
                 f"quant.rotation={spec.rotation}: a rotation does not pass through the gains of norms after a sublayer "
                 "(norm.placement=peri), which no next matrix can take in; set quant.rotation=none"
