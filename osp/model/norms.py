@@ -58,6 +58,7 @@ class Norm(nn.Module):
     refreshes = False  # whether `refresh` derives statistics from weights
     output_scale: float = 1.0  # of LayerNorm scaling
     init: float = 1.0
+    eps: float | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -476,7 +477,8 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
     for key in sorted(options.keys() - {*PLACE, *keywords}):
         valid = sorted(keywords - {*PLACE})
         raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
-    return NORMS[name](hidden_size, **{key: value for key, value in options.items() if key in keywords})
+    norm: Callable[..., Norm] = NORMS[name]
+    return norm(hidden_size, **{key: value for key, value in options.items() if key in keywords})
 
 
 def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:

@@ -27,6 +27,7 @@ class MaximumNorm(Norm):
     """y = g * x / (max |x| + eps), one gain per channel."""
 
     not_rmsnorm = "it divides by the largest channel"
+    weight: nn.Parameter
 
     def __init__(self, hidden_size: int, *, eps: float = 1e-6):
         super().__init__()
@@ -38,9 +39,10 @@ class MaximumNorm(Norm):
 
 
 class RootMeanSquare(Norm):
-    """y = g * x / sqrt(mean(x^2) + eps), with a gain for each half of the channels."""
+    """y = g * x / sqrt(mean(x^2) + eps), one gain per channel."""
 
     not_rmsnorm = None
+    weight: nn.Parameter
 
     def __init__(self, hidden_size: int, *, eps: float = 1e-5):
         super().__init__()
