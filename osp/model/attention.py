@@ -1,6 +1,6 @@
-"""Rotary positions, causal attention and its cache.
+"""Rotary position embedding, causal attention and the key-value cache.
 
-B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
+Dimensions: B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
 """
 
 import math
@@ -17,9 +17,9 @@ from osp.model.attention_cpu import BlockwiseAttention
 def rotary_table(
     head_dim: int, length: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (length, head_dim / 2) fp32: pair i at position t turns by t * theta^(-2 i / head_dim).
+    """Return (cos, sin), each (length, head_dim / 2) fp32, of the angles t * theta^(-2 i / head_dim).
 
-    scaling: slows some or all pairs down.
+    t is the position and i the pair of channels; `scaling` lowers some or all frequencies.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if scaling is not None:
@@ -29,7 +29,7 @@ def rotary_table(
 
 
 def _slowing(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """What each frequency (head_dim / 2,) is multiplied by: 1 / factor, and up to 1 for fast ones with llama3."""
+    """Return a factor per frequency (head_dim / 2,): 1 / factor; with llama3 up to 1 for high frequencies."""
     if scaling.rope_type == "linear":
         return torch.full_like(frequency, 1 / scaling.factor)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -39,9 +39,9 @@ def _slowing(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (B, T, H, K) rotated by position; pairs are (i, i + K/2), Hugging Face's half-split layout.
+    """Return x (B, T, H, K) rotated by position. Pairs are (i, i + K/2), Hugging Face's half-split layout.
 
-    cos, sin: (T, K/2), or (B, T, K/2) where rows stand at different positions.
+    cos, sin: (T, K/2), or (B, T, K/2) if the sequences are at different positions.
     """
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # (..., T, 1, K/2)
     first, second = x.chunk(2, dim=-1)
@@ -49,7 +49,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """(B, 1, T, T) bool, True where query t may see key s: s <= t and both in the same document.
+    """Return (B, 1, T, T) bool, True where query t may see key s: s <= t and both in the same document.
 
     document_ids: (B, T).
     """
@@ -61,15 +61,18 @@ def document_mask(document_ids: Tensor) -> Tensor:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
 ) -> Tensor:
-    """(B, T, H, K) softmax(q k^T / sqrt(K)) v over the tokens that each query may see.
+    """Return softmax(q k^T / sqrt(K)) v (B, T, H, K) over the tokens that each query may see.
 
-    q: (B, T, H, K), k and v: (B, T, G, K) with H a multiple of G; mask as `document_mask` makes it, None: causal.
-    off_by_one: exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax, which lets a head attend to nothing without a token
-    as its sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
+    Args:
+        q: (B, T, H, K).
+        k, v: (B, T, G, K), with H a multiple of G.
+        mask: as returned by `document_mask`; None: causal.
+        off_by_one: use exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax. A head can then attend to nothing, without
+            an attention sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
     """
     if off_by_one:
-        # The 1 is exp(0) of a key of zeros, whose value is zeros, before the first token. A query of zeros stands
-        # there too, whose output is dropped: SDPA's fast causal kernels want as many queries as keys.
+        # The 1 is exp(0) for a zero key with a zero value before the first token. A zero query is added too, and its
+        # output dropped, because SDPA's fast causal kernels need as many queries as keys.
         q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
         mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
         return causal_attention(q, k, v, mask)[:, 1:]
@@ -87,7 +90,7 @@ def causal_attention(
 
 
 class LayerCache(NamedTuple):
-    """The part of a `KVCache` that one layer writes and reads."""
+    """The part of a `KVCache` that belongs to one layer."""
 
     keys: Tensor  # (B, S, G, K)
     values: Tensor  # (B, S, G, K)
@@ -96,7 +99,7 @@ class LayerCache(NamedTuple):
     width: int
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, G, K) of the new tokens; returns what their queries attend to."""
+        """Store k and v (B, T, G, K) of the new tokens and return the keys and values that their queries attend to."""
         if self.positions is None:
             self.keys[:, : k.shape[1]] = k
             self.values[:, : v.shape[1]] = v
@@ -107,16 +110,16 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values (L, B, S, G, K) of the tokens that a model has read; slot s holds position s.
+    """Keys and values (L, B, S, G, K) of the preceding tokens; slot s holds position s.
 
-    Allocated once, so that a pass of one token has the same shapes and addresses every time, as CUDA graphs need. The
-    first pass (`positions` None) reads prompts that all begin in slot 0. What follows a shorter one of them is
-    overwritten, slot by slot, as its row goes on, and until then lies behind every query of the row: unequal prompts
-    need neither padding masks nor shifted positions.
+    The cache is allocated once: a pass of one token always has the same shapes and addresses, as CUDA graphs need. The
+    first pass (`positions` None) reads all prompts from slot 0. Padding after a shorter prompt is at later positions
+    than every query of its sequence, and the tokens that follow overwrite it slot by slot. So prompts of different
+    lengths need neither padding masks nor shifted positions.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, device: torch.device):
-        # zeros: attention gives slots not yet written the weight 0, and 0 times whatever memory held may be nan
+        # zeros: unwritten slots have the attention weight 0, and 0 times uninitialized memory may be nan
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(shape[1], device=device)[:, None]
@@ -127,5 +130,5 @@ class KVCache:
         return LayerCache(self.keys[index], self.values[index], self.rows, self.positions, self.width)
 
     def mask(self, positions: Tensor) -> Tensor:
-        """(B, 1, T, width) bool, True where the query at a position (B, T) may see a slot."""
+        """Return (B, 1, T, width) bool, True where the query at a position (B, T) may see a slot."""
         return (torch.arange(self.width, device=self.keys.device) <= positions[..., None])[:, None]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 64  # queries at a time: _BLOCK / 2 scores per query are computed in vain, above the diagonal
+_BLOCK = 64  # queries at a time; _BLOCK / 2 scores per query are wasted above the diagonal
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Causal attention for training in bf16 on a CPU, where torch's own takes nearly twice as long.
+    """Causal attention that trains in bf16 on a CPU nearly twice as fast as torch's.
 
-    Scores, softmax and their gradients are fp32 as in a flash kernel, all other products bf16. It keeps the
-    probabilities for backward: T / 2 per query and head, in bf16. N = B G, R = H / G query heads share a key.
+    Scores, softmax and their gradients are fp32 as in a flash kernel; all other products are bf16. The probabilities,
+    T / 2 per query and head on average, are kept in bf16 for backward. N = B G; R = H / G query heads share a key.
     """
 
     @staticmethod
@@ -42,9 +42,9 @@ class BlockwiseAttention(torch.autograd.Function):
         q, k, v, out, *kept = ctx.saved_tensors
         length, size = q.shape[2:]
         grad = grad_outputs[0].transpose(1, 2).reshape(q.shape)
-        delta = (grad.float() * out).sum(-1, keepdim=True)  # of a query: the sum over keys of p dp
+        delta = (grad.float() * out).sum(-1, keepdim=True)  # per query: the sum over keys of p dp
         wide_v = v.float()
-        # fp32 where blocks add up
+        # fp32 for sums over blocks
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(wide_v), torch.zeros_like(wide_v)
         for p, start in zip(kept, range(0, length, _BLOCK), strict=True):
             stop = min(start + _BLOCK, length)
@@ -55,6 +55,6 @@ class BlockwiseAttention(torch.autograd.Function):
             grad_q[:, :, start:stop] = torch.bmm(ds, k[:, :stop]).view(grad_q[:, :, start:stop].shape)
             grad_k[:, :stop] += torch.bmm(ds.mT, q_rows)
         batch = len(grad_outputs[0])
-        found = (grad_q * size**-0.5, (grad_k * size**-0.5).to(k.dtype), grad_v.to(v.dtype))
-        a, b, c = (x.view(batch, -1, length, size).transpose(1, 2) for x in found)
+        grads = (grad_q * size**-0.5, (grad_k * size**-0.5).to(k.dtype), grad_v.to(v.dtype))
+        a, b, c = (x.view(batch, -1, length, size).transpose(1, 2) for x in grads)
         return a, b, c

@@ -1,4 +1,7 @@
-"""Conversions in place that leave the function of a model as it is."""
+"""Folds: changes of weights in place that leave the function of a model unchanged.
+
+All compute in fp64 and round once, except `fold_constants`, which keeps the bits of every output.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,11 +11,11 @@ from torch import Tensor, nn
 
 from osp.model.norms import Norm
 from osp.model.sites import SITES
-from osp.model.transformer import Embedding, Linear, Transformer
+from osp.model.transformer import Block, Embedding, Linear, Transformer
 
 
 def fold_into_weights(model: Transformer) -> None:
-    """Move what a plain Llama has no place for into the weights: recentring, projections, scale of the embedding."""
+    """Move everything that a plain Llama lacks into the weights: recentring, projections, scale of the embedding."""
     bake_recentring(model)
     absorb_projections(model)
     fold_embedding_scale(model)
@@ -22,7 +25,7 @@ def fold_into_weights(model: Transformer) -> None:
 def absorb_projections(model: Transformer) -> None:
     """Fold `embed_proj` into the embedding and `head_proj` into the head: E' = E W1^T and H' = H W2, products in fp64.
 
-    What is left is a plain Llama (OSP, arXiv 2506.19697, section 3); `model.config` says so too.
+    The result is a plain Llama (OSP, arXiv 2506.19697, section 3), and `model.config` is updated.
     """
     if isinstance(model.embed_proj, nn.Identity):
         return
@@ -37,7 +40,7 @@ def absorb_projections(model: Transformer) -> None:
 
 @torch.no_grad()
 def bake_recentring(model: Transformer) -> None:
-    """Give the weights of a model with `recentre` the zero mean that its forward pass gives them."""
+    """Subtract the means from the weights that the forward pass of a model with `recentre` subtracts."""
     for module in model.modules():
         if isinstance(module, Linear | Embedding) and module.zero_mean:
             weight, channels = module.weight, 0 if isinstance(module, Linear) else 1
@@ -61,8 +64,33 @@ def fold_embedding_scale(model: Transformer) -> None:
 
 
 @torch.no_grad()
+def fold_constants(model: Transformer) -> None:
+    """Compute once what every forward pass derives from parameters alone; every output keeps its bits.
+
+    This covers the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            weight, bias = module.affine()
+            module.weight.data = weight
+            if module.bias is not None and bias is not None:
+                module.bias.data = bias
+            module.zero_mean = False
+        elif isinstance(module, Embedding):
+            module.weight.data = module(torch.arange(len(module.weight), device=module.weight.device))
+            module.zero_mean, module.scale = False, None
+        elif isinstance(module, Norm):
+            module.fold()
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        layer.post_attention_layernorm.fold(layer.input_layernorm)
+    norm = dataclasses.replace(model.config.norm, embed_scale=False)
+    model.config = dataclasses.replace(model.config, recentre=False, norm=norm)
+
+
+@torch.no_grad()
 def fold_norm_gains(model: Transformer) -> None:
-    """Fold the gains of RMSNorms and SSNorms into the matrices that read them, W' = W diag(g), and set them to 1.
+    """Fold the gains of RMSNorms into the matrices that read them, W' = W diag(g), and set the gains to 1.
 
     The projections must have been absorbed: the head reads the last norm.
     """
@@ -79,7 +107,7 @@ def fold_norm_gains(model: Transformer) -> None:
 
 
 def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
-    """(D,) fp64: what a norm multiplies each channel by after its division, `norm.lns` included."""
+    """Return the factor of each channel after the division of a norm, (D,) fp64, with the scale of `norm.lns`."""
     weight = torch.ones(1) if norm.weight is None else norm.weight
     return weight.detach().double().expand(hidden_size) * norm.output_scale
 

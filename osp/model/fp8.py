@@ -1,9 +1,9 @@
-"""`train.precision=fp8`: the matrix products of the blocks in 8-bit floats, by torchao; on other devices emulated.
+"""`train.precision=fp8`: matrix products of the blocks in 8-bit floats by torchao, emulated on other devices.
 
 In the three products of a linear layer x and W are e4m3 and the gradient of y is e5m2 (Micikevicius et al. 2022, arXiv
-2209.05433), each tensor divided by one scale that makes its largest value the format's largest: what one outlier takes
-from all others. Everything else is bf16 as with `precision=bf16`: embedding, projections of it, head, norms, attention,
-sums. Only training computes so. Validation, probes and what is stored see the model itself.
+2209.05433). Each tensor has one scale, which maps its largest value to the largest of the format; one outlier therefore
+costs all other values precision. Everything else is bf16 as with `precision=bf16`: embedding, projections, head, norms,
+attention, sums. Validation, probes and stored weights do not use fp8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from osp.errors import UserError
 
-MULTIPLE = 16  # of every side of a product, for the hardware's
+MULTIPLE = 16  # the hardware needs every side of a product to be a multiple
 
 
 def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """x W^T with gradients, as a function of x (..., in) and W (out, in) of one dtype, which the result has too."""
+    """Return a differentiable function x (..., in), W (out, in) -> x W^T, all of one dtype."""
     product, mm, config = _torchao(emulate)
 
     def multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _torchao(emulate: bool) -> tuple[Callable[..., Tensor], Any, Any]:
     except ImportError as error:
         raise UserError("train.precision=fp8 needs torchao: pip install 'osp[fp8]'") from error
     config = public.Float8LinearConfig(emulate=emulate)
-    # its own layer has what its function needs, and the conversion mends torch.compile for it
+    # a converted layer holds the settings of the function, and the conversion prepares torch.compile for it
     plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")
     layer = public.convert_to_float8_training(plain, config=config)
     return linear.matmul_with_hp_or_float8_args.apply, layer.linear_mm_config, config

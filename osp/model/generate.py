@@ -1,9 +1,9 @@
-"""Text from a model: a static cache, one token per pass, and the choice of the next token.
+"""Generate text: a static cache, one token per forward pass, and sampling.
 
     for tokens in stream(model, [[1, 5, 7], [1, 9]], 100, sampling=Sampling(temperature=0.8)):
-        ...  # one token of each row, None where a row has ended
+        ...  # the next token of each sequence, None once a sequence has ended
 
-A model that only generates is made ready by `prepare`; one in training generates as it is.
+Call `prepare` first on a model that is used for nothing else. A model in training generates without it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,29 +15,33 @@ from torch import Tensor, nn
 
 from osp.errors import UserError
 from osp.model.attention import KVCache
-from osp.model.fold import absorb_projections
+from osp.model.fold import absorb_projections, fold_constants
 from osp.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen: from softmax(logits / temperature) over the tokens that `top_k` and `top_p` leave."""
+    """Draw a token from softmax(logits / temperature), restricted by `top_k` and `top_p`."""
 
-    temperature: float = 0.0  # 0: the most likely token
-    top_k: int | None = None  # of the k most likely tokens
-    top_p: float = 1.0  # of the fewest most likely tokens whose probabilities, after top_k, sum to this or more
+    temperature: float = 0.0  # 0: greedy
+    top_k: int | None = None  # keep the k most likely tokens
+    top_p: float = 1.0  # then keep the fewest most likely tokens whose probabilities sum to this or more
     seed: int = 0
 
 
 @torch.no_grad()
 def prepare(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """`model` made ready, in place, to generate in `dtype`: all that does not depend on the text is done once.
+    """Prepare a model in place for generation only, and return it.
 
-    Recentred weights, the embedding's scale and the norms' constants are folded (the same bits), the projections
-    absorbed (exact up to rounding), and weights, biases and gains cast. The scalars of norms stay as they are: their
-    arithmetic is fp32.
+    Constants are folded (`fold_constants`, the same bits), projections are absorbed (exact up to rounding), and
+    weights, biases and gains are cast. Scalars of norms stay fp32, like their arithmetic.
+
+    Args:
+        model: it cannot be trained afterwards.
+        dtype: of weights, activations and the cache.
     """
-    model.eval().fold_for_inference()
+    model.eval()
+    fold_constants(model)
     absorb_projections(model)
     for module in model.modules():
         for name in ("weight", "bias"):
@@ -48,9 +52,9 @@ def prepare(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 class Decoder:
-    """A model with the cache of `batch_size` rows of at most `max_length` tokens, which are read one pass at a time.
+    """A model with a cache for `batch_size` sequences of at most `max_length` tokens.
 
-    compile: passes of one token run as one CUDA graph (on a CPU: as compiled code). The first of them compiles.
+    compile: run passes of one token as one CUDA graph, on a CPU as compiled code. The first such pass compiles.
     """
 
     def __init__(self, model: Transformer, batch_size: int, max_length: int, *, compile: bool = False):
@@ -61,14 +65,14 @@ class Decoder:
         self._pass = self._next
         if compile:
             for tensor in (self.cache.keys, self.cache.values):
-                # a graph may write only into memory that it knows to stay where it is
+                # a CUDA graph may write only to memory with a static address
                 torch._dynamo.mark_static_address(tensor)
-            model.rotary(max_length, weight.device)  # outside of the graph: it is kept
+            model.rotary(max_length, weight.device)  # outside of the graph, because the table is cached
             self._pass = torch.compile(self._next, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read `prompts` from the beginning; (B, V) logits of the token after each."""
+        """Read `prompts` from the beginning and return the logits (B, V) of the token after each."""
         device = self.cache.keys.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.longest = max(map(len, prompts))
@@ -79,7 +83,7 @@ class Decoder:
 
     @torch.no_grad()
     def read_next(self, tokens: Tensor) -> Tensor:
-        """Read one more token (B,) of each row; (B, V) logits of the one after it, valid until the next call."""
+        """Read one more token (B,) per sequence; return the logits (B, V) of the next, valid until the next call."""
         self.longest += 1
         if not self.compiled:
             self.cache.width = self.longest
@@ -103,13 +107,22 @@ def stream(
     eos_id: int | None = None,
     compile: bool = False,
 ) -> Iterator[list[int | None]]:
-    """The next token of every row, one list per pass, until all rows have ended or have `max_new_tokens`.
+    """Yield the next token of every sequence, one list per forward pass.
 
-    A row ends with `eos_id`, which is yielded, and is None from then on. Every row draws with the same random numbers,
-    from the CPU: its text depends on the seed and its prompt, not on its place, on the other rows (beyond rounding) or
-    on the device, and all ranks of a sharded model choose the same tokens.
+    All sequences draw with the same random numbers, made on the CPU. So a text depends on the seed and its prompt, not
+    on its index, the other sequences (beyond rounding) or the device, and all ranks of a sharded model choose the same
+    tokens.
 
-    Raises `UserError` for an empty prompt and for a text longer than the model has positions.
+    Args:
+        model: in eval mode.
+        prompts: token ids of each sequence.
+        max_new_tokens: stop after this many tokens per sequence.
+        sampling: None for greedy decoding.
+        eos_id: ends a sequence; it is yielded, and the sequence yields None afterwards.
+        compile: see `Decoder`.
+
+    Raises:
+        UserError: a prompt is empty, or prompt and new tokens need more positions than the model has.
     """
     check_lengths(model, prompts, max_new_tokens)
     sampling = sampling or Sampling()
@@ -139,7 +152,7 @@ def generate(
     eos_id: int | None = None,
     compile: bool = False,
 ) -> list[list[int]]:
-    """All that `stream` yields, row by row: the tokens after each prompt, up to and with `eos_id`."""
+    """Return the new tokens of each sequence, up to and including `eos_id`. Arguments and errors: see `stream`."""
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, sampling=sampling, eos_id=eos_id, compile=compile):
         for row, token in zip(rows, tokens, strict=True):
@@ -149,7 +162,7 @@ def generate(
 
 
 def check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise `UserError` for an empty prompt and where prompt and text need more positions than the model has."""
+    """Raise `UserError` if a prompt is empty or prompt and new tokens need more positions than the model has."""
     positions = model.config.max_position_embeddings
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
@@ -167,34 +180,34 @@ def check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
-    """(B,) int64: one token of each row of logits (B, V).
+    """Return one token (B,) int64 for each sequence from its logits (B, V).
 
-    The token at the quantile `uniform`, from [0, 1), of the distribution that `sampling` describes; its tokens are
-    sorted by falling probability where `top_k` or `top_p` cuts it, else by id.
+    It is the token at the quantile `uniform`, in [0, 1), of the distribution of `sampling`, whose tokens are sorted by
+    falling probability with `top_k` or `top_p` and by id otherwise.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores, order = logits.double(), None
     if sampling.top_k is not None or sampling.top_p < 1:
         scores, order = scores.topk(min(sampling.top_k or scores.shape[-1], scores.shape[-1]))
-    # the maximum first, for a low temperature would overflow the others
+    # subtract the maximum first: with a low temperature the quotients would overflow
     cumulative = ((scores - scores.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1).cumsum(-1)
-    # where the sum of probabilities first reaches top_p is the last token that is kept
+    # the last token kept is where the sum of probabilities first reaches top_p
     last = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     index = (cumulative <= uniform * cumulative.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
     return (index if order is None else order.gather(-1, index))[:, 0]
 
 
 class TextStream:
-    """The text of tokens that come one by one, in pieces that are whole characters."""
+    """Decode tokens one by one into pieces of whole characters."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        """prompt: what the tokens follow; its text is not returned, but spaces and characters go on from it."""
+        """Continue the text of `prompt`, which is not returned but decides about spaces and split characters."""
         self.tokenizer, self.ids = tokenizer, list(prompt)
         self.begin, self.end = 0, len(self.ids)  # the tokens of the last piece: context of the next one
 
     def push(self, token: int) -> str:
-        """The text that is complete with `token`; empty where it ends inside a character."""
+        """Return the text completed by `token`, empty if it ends inside a character."""
         self.ids.append(token)
         text, known = self._text(self.begin, len(self.ids)), self._text(self.begin, self.end)
         if text.endswith("\ufffd") or len(text) <= len(known):
@@ -203,7 +216,7 @@ class TextStream:
         return text[len(known) :]
 
     def finish(self) -> str:
-        """What is left: the beginning of a character that never came, as replacement characters."""
+        """Return the rest: an incomplete character as replacement characters."""
         return self._text(self.begin, len(self.ids))[len(self._text(self.begin, self.end)) :]
 
     def _text(self, begin: int, end: int) -> str:

@@ -1,8 +1,7 @@
-"""Hugging Face Llama folders, read without `transformers`: `load_hf(folder)` is the way back from export.
+"""Read Hugging Face Llama folders without `transformers`; `load_hf(folder)` is the inverse of export.
 
-Our model has Hugging Face's names and layout, so a folder is read as it is; what our model cannot express (another
-architecture or kind of RoPE, quantized weights) is refused with the reason. Weights come from safetensors alone:
-pickled ones could hold code.
+Names and layout are the same as ours. Models that `Transformer` cannot express (another architecture or kind of RoPE,
+quantized weights) are refused with the reason. Only safetensors are read, because pickled weights can hold code.
 """
 
 import json
@@ -25,28 +24,35 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BODY = "model."  # what Hugging Face puts before the names of all parameters but the head's
+BODY = "model."  # Hugging Face's prefix of all parameters but the head
 HEAD = "lm_head.weight"
 ROTARY_TABLE = "rotary_emb.inv_freq"  # a buffer that old versions stored
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that begin and end a text; None where the folder names none."""
+    """Ids of the tokens that begin and end a text; None if the folder does not name one."""
 
     bos_id: int | None
     eos_id: int | None
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether `folder` looks like a Hugging Face model."""
+    """Return whether `folder` is a Hugging Face model."""
     return (folder / CONFIG).is_file()
 
 
 def load_hf(folder: str | Path) -> Transformer:
-    """The Llama in a Hugging Face folder, fp32 on the CPU, in eval mode; a tied head becomes a copy of the embedding.
+    """Load the Llama in a Hugging Face folder.
 
-    Raises `UserError` for what our model cannot express and for weights that are missing, damaged or too many.
+    Args:
+        folder: a folder with `config.json` and safetensors, in one file or in shards with an index.
+
+    Returns:
+        The model in fp32 on the CPU, in eval mode. A tied head becomes a copy of the embedding.
+
+    Raises:
+        UserError: the model cannot be expressed, or weights are missing, damaged or unknown.
     """
     folder = Path(folder)
     values = _read_json(folder / CONFIG)
@@ -78,7 +84,7 @@ def load_hf(folder: str | Path) -> Transformer:
 
 
 def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
-    """The tokenizer of a Hugging Face folder and its special tokens; `UserError` if the model has fewer embeddings."""
+    """Return the tokenizer of a Hugging Face folder and its special tokens; `UserError` if it has too many."""
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
     if not (folder / TOKENIZER).is_file():
@@ -89,7 +95,7 @@ def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
 
 
 def check_vocabulary(path: Path, tokenizer: Tokenizer, *, rows: int) -> None:
-    """Raise `UserError` if `tokenizer` has tokens that a model with `rows` embeddings does not know."""
+    """Raise `UserError` if `tokenizer` has more tokens than the model has embeddings, `rows`."""
     if vocab_size(tokenizer) > rows:
         raise UserError(
             f"{path}: the tokenizer of another vocabulary, its ids go up to {vocab_size(tokenizer) - 1} and the model "
@@ -98,7 +104,7 @@ def check_vocabulary(path: Path, tokenizer: Tokenizer, *, rows: int) -> None:
 
 
 def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
-    """Our configuration of the model that `config.json` describes; `UserError` with the reason where there is none."""
+    """Return the configuration of the model in `config.json`; `UserError` with the reason if it cannot be expressed."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path}: model_type={values.get('model_type')!r}; only models of type 'llama' can be read")
     if values.get("hidden_act", "silu") != "silu":
@@ -142,18 +148,18 @@ def _rope_scaling(path: Path, values: Any) -> RopeScaling | None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every stored tensor, one in memory at a time."""
+    """Yield the name and value of every stored tensor, one in memory at a time."""
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                names = file.keys()  # a list: safe_open is no mapping
+                names = file.keys()  # a list: safe_open is not a mapping
                 yield from ((name, file.get_tensor(name)) for name in names)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: missing or no whole safetensors file: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model: one, or the shards that the index names."""
+    """Return the safetensors files of the model: one, or the shards in the index."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -199,7 +205,7 @@ def _number(path: Path, key: str, value: Any) -> float:
 
 
 def _token_id(config: dict[str, Any], key: str) -> int | None:
-    """A special token's id; of several the first."""
+    """Return the id of a special token, the first of several."""
     value = config.get(key)
     if isinstance(value, list):
         value = value[0] if value else None

@@ -1,4 +1,4 @@
-"""The division of every norm by a statistic, with its own backward pass."""
+"""Division by a root mean square with a hand-written backward pass, shared by the norms."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from torch import Tensor
 class Divided(torch.autograd.Function):
     """(y, v): y = x * slope / sqrt(v + eps) * gain in the dtype of x (..., D), v (..., 1) fp32 (fp64 of fp64).
 
-    v is given, or None: then it is mean(x^2), and returned. slope (1,) and gain (1,) or (D,) are None for 1; y is
-    rounded to the dtype of x before it is multiplied by the gain. With r = 1 / sqrt(v + eps), a = sum(dy gain x) over
-    channels and sums over tokens,
+    v is an argument, or None to compute mean(x^2), which is then returned. slope (1,) and gain (1,) or (D,) may be None
+    for 1. y is rounded to the dtype of x before the multiplication by the gain. With r = 1 / sqrt(v + eps) and
+    a = sum over channels of dy gain x, where dslope and dgain are summed over tokens,
 
         dslope = sum(r a)    dgain = sum(slope r dy x)    dv = -slope r^3 a / 2    dx = slope r gain dy
 
-    and where v is measured 2 dv x / D on top of dx. Autograd comes to the same in up to three times as many passes over
-    memory, which is what an eager norm takes its time for, and keeps the normalized x and an fp32 copy of x besides x.
+    and if v is computed from x, dx gets 2 dv x / D in addition. Autograd needs up to three times as many passes over
+    memory, which bound the speed of an eager norm, and keeps the normalized x and an fp32 copy of x besides x.
     """
 
     @staticmethod
@@ -54,5 +54,5 @@ class Divided(torch.autograd.Function):
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype of statistics: fp32, or fp64."""
+    """Return x in the dtype of statistics: fp64 for fp64, fp32 otherwise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,11 +1,11 @@
-"""A price on large activations: what `penalty.weight` adds to the loss of training.
+"""A penalty on large activations, which `penalty.weight` adds to the training loss.
 
     penalty of a token = mean over layers and channels of (|x| / s)^4,    loss + weight * mean over tokens of it
 
-With a fixed `penalty.scale` s and x the output of each block this is TWEO (arXiv 2511.23225), which takes s between 2
-and 5: values below s cost next to nothing. `site=down_proj_in` has the inputs of down_proj for x, where outliers are
-largest in outlier-safe models. `scale=rms` divides by the token's own RMS: the penalty is then the kurtosis over
-channels (uncentred, 3 for a Gaussian), which a smaller x does not lower.
+With x the output of each block and a fixed scale s (`penalty.scale`) this is TWEO (arXiv 2511.23225). Its authors use s
+from 2 to 5; values far below s hardly count. With `site=down_proj_in` x is the input of down_proj, where outliers are
+largest in outlier-safe models. With `scale=rms` s is the RMS of the token: the penalty is the kurtosis over channels
+(uncentred, 3 for a Gaussian), and scaling x down does not lower it.
 """
 
 import torch
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from osp.config import PenaltyConfig
 
-EPS = 1e-12  # added to the mean square of a token that is divided by it
+EPS = 1e-12  # added to the mean square of a token before the division
 
 
 def activation_penalty(x: Tensor, config: PenaltyConfig) -> Tensor:
-    """Sum over tokens of mean over channels of (|x| / scale)^4, fp32, 0-dim. x: (..., D)
+    """Return the sum over tokens of mean over channels of (|x| / scale)^4, fp32, 0-dim. x: (..., D)
 
-    Nothing but x is kept for backward, which computes the powers again.
+    Autograd keeps only x; backward recomputes the powers.
     """
     penalty = checkpoint(_sum_of_fourth_powers, x, config.scale, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(penalty, Tensor)

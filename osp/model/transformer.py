@@ -1,15 +1,14 @@
 """The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, untied head, no biases by default.
 
-Names of modules and config keys are Hugging Face's, so that export renames nothing; `embed_proj` and `head_proj` are
-OSP's learnable projections and are absorbed at export.
+Modules and config keys have Hugging Face's names, so export renames nothing. `embed_proj` and `head_proj` are the
+learnable projections of OSP; export absorbs them into the embedding and the head.
 
-Weights stay fp32. Each layer casts its weight to the dtype of its input at the matmul, and the embedding sets that
-dtype (`Transformer.compute_dtype`), so bf16 training needs neither autocast nor a second copy of the weights.
+Parameters are fp32. Each layer casts its weight to the dtype of its input at the matmul, and the embedding's output has
+the dtype `Transformer.compute_dtype`. So bf16 training needs neither autocast nor a second copy of the weights.
 
-B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V vocabulary.
+Dimensions: B batch, T tokens, D hidden, H heads, G key/value heads, K head size, F FFN, V vocabulary.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,10 +31,10 @@ Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W (out, in) and b (out,) cast to the dtype of x. In training mode by `training_product` if set.
+    """y = x W^T + b, with W (out, in) and b (out,) cast to the dtype of x.
 
-    zero_mean: y has mean 0 over its channels, for W and b lose their mean over the outputs in every forward pass; their
-    gradients are those of the layer followed by a subtraction of the mean (arXiv 2305.14858, section 3.3).
+    In training mode `training_product`, if set, computes x W^T. With `zero_mean` every forward pass subtracts from W
+    and b their means over the outputs, so that y has mean 0 over its channels (arXiv 2305.14858, section 3.3).
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, zero_mean: bool = False):
@@ -54,22 +53,14 @@ class Linear(nn.Module):
         return F.linear(x, weight, bias)
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
-        """W and b as they act: without their mean if `zero_mean`."""
+        """Return W and b as the forward pass uses them: with `zero_mean` minus their means."""
         if not self.zero_mean:
             return self.weight, self.bias
         return self.weight - self.weight.mean(0), None if self.bias is None else self.bias - self.bias.mean()
 
-    def fold(self) -> None:
-        """Make W and b what `affine` says, once, for inference."""
-        weight, bias = self.affine()
-        self.weight.data = weight
-        if self.bias is not None and bias is not None:
-            self.bias.data = bias
-        self.zero_mean = False
-
 
 class CausalAttention(nn.Module):
-    """`causal_attention` as a module: where hooks see q, k and v as attention does, after RoPE."""
+    """`causal_attention` as a module, so that hooks see q, k and v after RoPE."""
 
     def __init__(self, *, off_by_one: bool = False):
         super().__init__()
@@ -80,10 +71,10 @@ class CausalAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; with `attention.gate` o_proj reads out * sigmoid(gate(x)), element by element.
+    """Grouped-query attention. With `attention.gate` the input of o_proj is out * sigmoid(gate(x)), element by element.
 
-    The gate (arXiv 2505.06708, its best position: after attention, from what attention reads) takes away the need for
-    attention sinks. It adds a matrix like o_proj's, which Muon trains like the others, and starts near 1/2.
+    The gate removes the need for attention sinks (arXiv 2505.06708; this is the best position in the paper). It adds a
+    matrix of the size of o_proj, which Muon trains like the others. At initialization it is near 1/2.
     """
 
     def __init__(self, config: ModelConfig):
@@ -102,25 +93,26 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
     ) -> Tensor:
+        # x (B, T, D) -> q (B, T, H, K), k and v (B, T, G, K)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = self.attend(q, k, v, mask).flatten(2)
+        out = self.attend(q, k, v, mask).flatten(2)  # (B, T, H, K) -> (B, T, H K)
         if self.attention_gate is not None:
             out = out * torch.sigmoid(self.attention_gate(x))
         return self.o_proj(out)
 
     def readers(self) -> dict[str, Linear]:
-        """The matrices that read the residual stream after `input_layernorm`, by name."""
+        """Return the matrices whose input is the output of `input_layernorm`, by name."""
         gate = {} if self.attention_gate is None else {"attention_gate": self.attention_gate}
         return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj, **gate}
 
 
 class Activation(NamedTuple):
-    """f, and the RMS of f(z) u for independent standard normal z and u: sqrt(E[f(z)^2])."""
+    """An activation f and the RMS of f(z) u for independent standard normal z and u, which is sqrt(E[f(z)^2])."""
 
     function: Callable[[Tensor], Tensor]
     rms: float
@@ -130,7 +122,7 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-# of a gated MLP (Shazeer 2020, arXiv 2002.05202), by Hugging Face's names; sigmoid is the first GLU's
+# Activations of a gated MLP (Shazeer 2020, arXiv 2002.05202) by Hugging Face's names; sigmoid is that of the first GLU.
 ACTIVATIONS = {
     "silu": Activation(F.silu, 0.5965),
     "gelu": Activation(F.gelu, 0.6521),
@@ -140,7 +132,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """down(norm(act(gate(x)) * up(x))): SwiGLU by default; the norm only with `ffn_norm`."""
+    """y = down(norm(act(gate(x)) * up(x))): SwiGLU by default; the norm only with `ffn_norm`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -163,18 +155,18 @@ class MLP(nn.Module):
         return self.down_proj(hidden), penalty
 
     def readers(self) -> dict[str, Linear]:
-        """The matrices that read the residual stream after `post_attention_layernorm`, by name."""
+        """Return the matrices whose input is the output of `post_attention_layernorm`, by name."""
         return {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the two norms may share a statistic (see osp.model.norms).
+    """x = x + attention(norm(x)), then x = x + mlp(norm(x)). The two norms may share a statistic, see osp.model.norms.
 
-    With `norm.placement=peri` what attention and mlp return passes a norm of its own before it is added.
+    With `norm.placement=peri` a second norm follows each sublayer: x = x + norm(attention(norm(x))).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
-        """layer: counted from 1."""
+        """Build block `layer`, counted from 1."""
         super().__init__()
         self.input_layernorm = block_norm(config, layer=layer, before_attention=True)
         self.self_attn = Attention(config)
@@ -199,9 +191,10 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of W (V, D), times a learnable scalar that starts at sqrt(D) if `scaled`; all in the dtype of W.
+    """Look up input ids (B, T) in W (V, D): (B, T, D) in the dtype of W.
 
-    zero_mean: every row loses its mean, in every forward pass.
+    With `scaled` the result is multiplied by a learnable scalar that starts at sqrt(D). With `zero_mean` every forward
+    pass subtracts from each vector its mean.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, scaled: bool = False, zero_mean: bool = False):
@@ -216,14 +209,9 @@ class Embedding(nn.Module):
             rows = rows - rows.mean(-1, keepdim=True)
         return rows if self.scale is None else rows * self.scale
 
-    def fold(self) -> None:
-        """Make W the rows that `forward` returns, once, for inference."""
-        self.weight.data = self(torch.arange(len(self.weight), device=self.weight.device))
-        self.zero_mean, self.scale = False, None
-
 
 class Head(Linear):
-    """The unembedding; with targets it returns the summed loss and the logits never exist whole."""
+    """The unembedding. With targets it returns the summed loss and never holds all logits at once."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:
         if targets is None:
@@ -327,13 +315,13 @@ class Transformer(nn.Module):
             block.mlp.penalty = penalty if config.site == "down_proj_in" else None
 
     def use_in_blocks(self, product: Product) -> None:
-        """Let every matrix of the blocks multiply by `product` in training mode."""
+        """Compute x W^T of every matrix in the blocks by `product` in training mode."""
         for module in self.layers.modules():
             if isinstance(module, Linear):
                 module.training_product = product
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the first `length` positions; the table is made once, outside of parameters and buffers."""
+        """Return cos and sin (T, K / 2) of the first `length` positions, from a cached table."""
         if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
             positions = max(length, self.config.max_position_embeddings)
             self._rotary = rotary_table(
@@ -343,7 +331,7 @@ class Transformer(nn.Module):
         return cos[:length], sin[:length]
 
     def parameter_roles(self) -> dict[str, Role]:
-        """The role of every parameter by name; the optimizer's groups and rules follow from it."""
+        """Return the role of every parameter by name. The optimizer derives groups and update rules from it."""
         modules: dict[str, Role] = {
             "embed_tokens": "embedding",
             "lm_head": "head",
@@ -356,7 +344,7 @@ class Transformer(nn.Module):
         }
 
     def parameter_heads(self) -> dict[str, Heads]:
-        """How the matrices of attention consist of those of heads, by name: for `optimizer.per_head`."""
+        """Return how the matrices of attention divide into heads, by name, for `optimizer.per_head`."""
         heads, groups = self.config.num_attention_heads, self.config.kv_heads
         kinds = {
             "q_proj": Heads(heads, 0),
@@ -373,11 +361,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Initialise every parameter and buffer: the only place that does.
+        """Initialize every parameter and buffer.
 
-        Matrices, embedding and head are normal with standard deviation `initializer_range` (1/sqrt(D) by default);
-        EmbProj matrices are orthogonal; biases are 0; norms reset themselves. The values depend on the seed and the
-        shapes alone: they are drawn on the CPU, so every device and rank starts from the same model.
+        Matrices, embedding and head are normal with standard deviation `initializer_range` (1/sqrt(D) by default),
+        EmbProj matrices are orthogonal, biases are 0, and norms reset themselves. Values are drawn on the CPU and
+        depend only on the seed and the shapes, so every device and rank starts from the same model.
         """
         config = self.config
         std = config.initializer_range or 1 / math.sqrt(config.hidden_size)
@@ -402,37 +390,21 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def refresh_norms(self) -> None:
-        """Recompute what norms derive from weights (BHyT's attention gain). Needs whole weights: gather them first."""
+        """Recompute the statistics that norms derive from weights. Under ZeRO-3 gather the parameters first."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             norm, attention = layer.post_attention_layernorm, layer.self_attn
             if norm.refreshes:
                 norm.refresh(attention.v_proj.weight, attention.o_proj.weight, head_dim=attention.head_dim)
 
-    @torch.no_grad()
-    def fold_for_inference(self) -> None:
-        """Compute once what every forward pass would compute from the weights alone; the same bits come out.
-
-        That is the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
-        """
-        for module in self.modules():
-            if isinstance(module, Linear | Embedding | Norm):
-                module.fold()
-        for layer in self.layers:
-            assert isinstance(layer, Block)
-            layer.post_attention_layernorm.fold(layer.input_layernorm)
-        self.config = dataclasses.replace(
-            self.config, recentre=False, norm=dataclasses.replace(self.config.norm, embed_scale=False)
-        )
-
     @property
     def has_norm_statistics(self) -> bool:
-        """Whether `refresh_norms` has anything to do."""
+        """Whether `refresh_norms` does anything."""
         return any(isinstance(module, Norm) and module.refreshes for module in self.layers.modules())
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
-    """An initialised `Transformer` on `device`; the memory is allocated once, there."""
+    """Return an initialized `Transformer`, allocated directly on `device`."""
     model = meta_model(config)
     model.to_empty(device=device)
     model.init_weights(seed)
@@ -446,7 +418,7 @@ def meta_model(config: ModelConfig) -> Transformer:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters by role, and their `total`."""
+    """Return the number of parameters by role, and the `total`."""
     model = meta_model(config)
     counts: dict[str, int] = {}
     roles = model.parameter_roles()
@@ -456,10 +428,11 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Floating point operations of one training token, forward and backward: 6 N + 6 L T H K.
+    """Return the floating point operations of one training token, forward and backward: 6 N + 6 L T H K.
 
-    N counts the weights that multiply (all matrices and the head, not the embedding lookup nor gains); the second term
-    is causal attention: two products of T/2 keys on average in H heads of size K, counted 2 flops and three times.
+    N is the number of weights in matrix products: all matrices and the head, without the embedding and the gains. The
+    second term is causal attention: per layer two products with T/2 keys on average in H heads of size K, at 2 flops,
+    three times (once forward, twice backward).
     """
     counts = count_parameters(config)
     weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", "head"))

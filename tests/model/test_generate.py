@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
+from osp.model.fold import fold_constants
 from osp.model.generate import Decoder, Sampling, TextStream, choose, generate, prepare, stream
 from osp.model.norms import NORMS
 from osp.model.transformer import Block, Output, Transformer, build_model
@@ -115,7 +116,7 @@ def test_preparation_keeps_every_bit(case: str, dtype: torch.dtype) -> None:
 def test_bhyt_is_folded_into_the_scalars_of_the_paper() -> None:
     """lambda / kappa of both norms and c lambda_first^2 / kappa^2 (arXiv 2601.09719), by hand."""
     model = lively(shape(BHYT), torch.float32)
-    model.fold_for_inference()
+    fold_constants(model)
     block = typing.cast(Block, model.layers[1])
     first, second = typing.cast(typing.Any, (block.input_layernorm, block.post_attention_layernorm))
     energy = (block.self_attn.o_proj.weight.double() @ block.self_attn.v_proj.weight.double()).square().sum().item()
