@@ -1,23 +1,24 @@
 """Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT, Derf, and how a model builds them from its config.
 
-Shapes: x (..., D) -> (..., D), in the dtype of x. What is divided by a statistic, or multiplied by a slope, is fp32
-(fp64 of fp64) and is rounded to the dtype of x before tanh and gain are applied: Hugging Face's order. (LayerNorm is
-torch's, which rounds once, at the end.) LayerNorm, RMSNorm and SSNorm keep x alone for backward, BHyT its tanh too. A
-norm is an ordinary module, `y = norm(x)`. Two norms of one block may share a statistic (BHyT does):
-`y, carry = first(x, return_carry=True)`, then `second(x, carry)`; other norms carry nothing. To add a norm: one class
-with its NORMS entry, one YAML in `configs/norm`, one test.
+Every norm maps x (..., D) to (..., D) in the dtype of x. The division by a statistic, or the multiplication by a slope,
+is fp32 (fp64 for fp64) and is rounded to the dtype of x before tanh and gain, in Hugging Face's order. (LayerNorm is
+torch's, which rounds once, at the end.) `y = norm(x)` works for every norm. The two norms of a block may also share a
+statistic, as BHyT does: `y, carry = first(x, return_carry=True)`, then `second(x, carry)`.
 
-Where the norms of a block stand is configuration too:
+To add a norm, write one class with its `NORMS` entry, one YAML in `configs/norm` and one test. The class attributes of
+`Norm` tell the rest of the project what it needs to know.
+
+Options of the block (D channels, layers l counted from 1):
 - `norm.placement=peri` (Peri-LN, arXiv 2502.02732): x + norm_out(f(norm_in(x))), so that the residual stream grows
   linearly with depth. The optional norm of the embedding in that paper is left out.
-- `norm.lns=true` (LayerNorm scaling, arXiv 2502.05795): what the norms before and after a sublayer of layer l return is
-  scaled by 1 / sqrt(l), l from 1; not the norm before the head. No parameter; learning rates stay.
-- `qk_norm=true`: queries and keys of every head are normalized over the head's channels before RoPE, with one gain that
-  all heads share; SSNorm in a model of SSNorms, RMSNorm else (as in Qwen3 and OLMo 2). It bounds attention logits by
-  g_q g_k sqrt(K), so larger learning rates stay stable.
-- `ffn_norm=true`: what down_proj reads is normalized over its channels, by the same choice of norm (Magneto's Sub-LN,
-  arXiv 2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS that a model of initial deviation
-  1/sqrt(hidden_size) has there without it, so that training starts from blocks of the same strength.
+- `norm.lns=true` (LayerNorm scaling, arXiv 2502.05795): the outputs of the norms of layer l are scaled by 1 / sqrt(l);
+  the final norm is not. No parameter; learning rates stay.
+- `qk_norm=true`: queries and keys are normalized over the K channels of each head before RoPE, with one gain shared by
+  all heads (as in Qwen3 and OLMo 2). This bounds attention logits by g_q g_k sqrt(K), so larger learning rates stay
+  stable. The norm is SSNorm in a model of SSNorms and RMSNorm in all others.
+- `ffn_norm=true`: the input of down_proj is normalized over its channels by the same choice of norm (Magneto's Sub-LN,
+  arXiv 2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS that this input has without the norm in
+  a model of initial deviation 1/sqrt(D), so that training starts from blocks of the same strength.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from osp.model.norm_function import Divided, upcast
 
 
 class Carry(NamedTuple):
-    """What BHyT's first norm of a block hands to the second: fp32, no gradient through `scale`."""
+    """Statistics that the first BHyT norm of a block passes to the second: fp32, no gradient through `scale`."""
 
     variance: Tensor  # (..., 1) mean square of the block's input
     scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm, and its output scale squared
@@ -44,7 +45,7 @@ class Carry(NamedTuple):
 
 
 class Norm(nn.Module):
-    """Base of the norms: subclasses give `normalize`, and `final`, the key of the norm that goes before the head."""
+    """Base class of the norms: subclasses define `normalize`, and class attributes that describe the norm to others."""
 
     final: ClassVar[str | None] = None  # key of the norm before the head; None: the norm itself
     inner: ClassVar[str] = "rmsnorm"  # key of the norm of heads and of the FFN in a model of these norms
@@ -80,12 +81,12 @@ class Norm(nn.Module):
         """Derive statistics from the weights of the attention before the norm; see `BHyT`."""
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
-        """y, or (y, carry) when `return_carry`."""
+        """Return y, or (y, carry) with `return_carry`."""
         y = self._scaled(self.normalize(x))
         return (y, None) if return_carry else y
 
     def fold(self, first: "Norm | None" = None) -> None:
-        """Compute once, for inference, what follows from parameters alone. first: the other norm of the block."""
+        """Precompute for inference what depends on parameters alone. first: the first norm of the block."""
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.output_scale == 1.0 else y * self.output_scale
@@ -112,14 +113,14 @@ class LayerNorm(Norm):
         self.reset_parameters()
 
     def normalize(self, x: Tensor) -> Tensor:
-        # torch's own is fused on every device, and keeps its input alone for backward
+        # torch's function is fused on every device and keeps only its input for backward
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
 
 class RMSNorm(Norm):
-    """y = g * x / sqrt(mean(x^2) + eps), one gain per channel (none without `affine`), gains start at `init`.
+    """y = g * x / sqrt(mean(x^2) + eps), one gain per channel (none without `affine`), starting at `init`.
 
     Zhang & Sennrich 2019 (arXiv 1910.07467), as in Hugging Face's LlamaRMSNorm.
     """
@@ -140,8 +141,8 @@ class RMSNorm(Norm):
 class SSNorm(Norm):
     """Single-Scale RMSNorm: y = g * x / sqrt(mean(x^2) + eps) with ONE scalar gain g.
 
-    OSP (arXiv 2506.19697, eq. 3) writes gamma * x / ||x||_2; g = gamma / sqrt(D), and g starts at 1 as in the authors'
-    code. Without a gain per channel no channel is privileged by the norm. Under Muon the scalar takes the rule
+    OSP (arXiv 2506.19697, eq. 3) writes gamma * x / ||x||_2 with gamma = g sqrt(D); g starts at 1 as in the authors'
+    code. Without a gain per channel the norm privileges no channel. With Muon the scalar is trained by the rule
     `normalized`: a step of +-0.2 times the learning rate.
     """
 
@@ -163,9 +164,9 @@ class SSNorm(Norm):
 class CRMSNorm(Norm):
     """Compressed RMSNorm: y = x / sqrt((sum(x^2) + sum(x)^2) / (D + 1) + eps), optionally times a gain per channel.
 
-    The RMSNorm of the zero-mean vector (x, -sum(x)) in D + 1 channels whose last channel is left out, hence equal to
-    LayerNorm in D + 1 (Jiang et al. 2023, arXiv 2305.14858, eq. 5). For training the authors advise to keep the
-    hidden size D, which then equals a Pre-LN model of D + 1. No gain by default, as in the paper.
+    This is the RMSNorm of the zero-mean vector (x, -sum(x)) of D + 1 channels without its last channel, hence equal to
+    LayerNorm in D + 1 channels (Jiang et al. 2023, arXiv 2305.14858, eq. 5). A model of hidden size D thus equals a
+    Pre-LN model of D + 1. No gain by default, as in the paper.
     """
 
     not_rmsnorm = "its statistic holds a channel that is not stored"
@@ -189,8 +190,8 @@ class DyT(Norm):
 
     Zhu et al. 2025 (arXiv 2503.10622); g starts at `init`, b at 0, alpha at `alpha`. In Llamas the authors start the
     norms before attention at a larger alpha than the others (7B: 0.8 and 0.2; `alpha_attention` and `alpha`) and put a
-    learnable scalar sqrt(D) after the embedding (`norm.embed_scale`). No statistic holds the scale of x: others report
-    that it needs a lower learning rate than RMSNorm does (arXiv 2601.22966: 5e-4 at 2B).
+    learnable scalar sqrt(D) after the embedding (`norm.embed_scale`). Because no statistic fixes the scale of x, DyT is
+    reported to need a lower learning rate than RMSNorm (arXiv 2601.22966: 5e-4 at 2B).
     """
 
     not_rmsnorm = "it is a tanh without a statistic"
@@ -236,7 +237,7 @@ class DyT(Norm):
 class Derf(DyT):
     """Dynamic erf: y = g * erf(alpha * x + s) + b; the shift s is a learnable scalar that starts at 0.
 
-    arXiv 2512.10938, whose language models are GPT-2 only; what `DyT` says of alpha and learning rates holds here.
+    arXiv 2512.10938, whose language models are GPT-2 only. The notes on alpha and learning rates in `DyT` apply.
     """
 
     not_rmsnorm = "it is an error function without a statistic"
@@ -246,14 +247,14 @@ class Derf(DyT):
         return torch.erf(argument)
 
 
-# kappa of layer l, counted from 1, over norm.kappa
+# Factor on norm.kappa in layer l, counted from 1
 KAPPA_SCHEDULES: dict[str, Callable[[int], float]] = {
     "constant": lambda layer: 1.0,
     "decay": lambda layer: layer**-0.5,
     "grow": lambda layer: layer**0.5,
     "mild_grow": lambda layer: layer**0.25,
 }
-# the learnable scalars of BHyT's approximations
+# Learnable scalars of BHyT's approximations
 LEARNED: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "beta": ("beta",),
@@ -265,13 +266,13 @@ LEARNED: dict[str, tuple[str, ...]] = {
 class BHyTStar(Norm):
     """Bounded hyperbolic tanh, exact: y = g * tanh(lambda * x / (kappa * s)), s^2 = mean(x^2) + eps at every norm.
 
-    BHyT* of arXiv 2601.09719 as its code has it (`bhytstar`; the mean is taken for 0): one learnable scalar lambda per
+    BHyT* of arXiv 2601.09719 as in its code (`bhytstar`, which assumes mean 0): one learnable scalar lambda per
     norm, gain per channel starting at `init`, no bias. By Chebyshev the argument stays in [-lambda, lambda] with
     probability 1 - kappa^-2. kappa of layer l, counted from 1, is `kappa` (constant), / sqrt(l) (decay), * sqrt(l)
     (grow) or * l^(1/4) (mild_grow).
 
-    The output starts with an RMS near lambda / kappa, several times below RMSNorm's: learning rates and initial values
-    tuned for RMSNorm do not carry over. With `learnable_lambda=False` lambda is a buffer: stored, never trained.
+    The output starts with an RMS near lambda / kappa, several times below that after RMSNorm, so learning rates and
+    initial values tuned for RMSNorm do not carry over. With `learnable_lambda=False` lambda is a buffer.
     """
 
     not_rmsnorm = "it bounds activations with a tanh"
@@ -310,16 +311,16 @@ class BHyTStar(Norm):
             self.lam.fill_(self.initial_lam)
 
     def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
-        """(..., 1) the mean square of x (..., D), fp32 (fp64 of fp64), measured or approximated."""
+        """Return the mean square (..., 1) of x (..., D), fp32 (fp64 for fp64), measured or approximated."""
         approximated = self.approximated(carry)
         return upcast(x).square().mean(-1, keepdim=True) if approximated is None else approximated
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
-        """(..., 1) the mean square that follows from the first norm of the block; None where it is measured."""
+        """Return the mean square (..., 1) approximated from the first norm of the block; None: measure it."""
         return None
 
     def carry(self, variance: Tensor) -> Carry | None:
-        """What the second norm of the block needs of this one."""
+        """Return what the second norm of the block needs."""
         return None
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
@@ -329,27 +330,27 @@ class BHyTStar(Norm):
         return (y, self.carry(variance)) if return_carry else y
 
     def fold(self, first: Norm | None = None) -> None:
-        """lambda / kappa as one scalar: the same bits as before, for the parameters as they are now."""
+        """Precompute lambda / kappa; the output keeps its bits."""
         self.slope = (self.lam / self.kappa).detach()
 
 
 class BHyT(BHyTStar):
-    """`BHyTStar` whose norm after attention approximates the variance instead of measuring it (arXiv 2601.09719).
+    """`BHyTStar` that approximates the variance after attention instead of measuring it (arXiv 2601.09719).
 
-    The first norm of a block hands on v, its mean square. The second adds what uniform attention over `seq_len` tokens
-    contributes, a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D):
+    The first norm of a block passes on v, the mean square of its input. The second adds the contribution of uniform
+    attention over `seq_len` tokens, a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D):
 
         approximation   variance after attention
         baseline        v + a
         beta            v + beta * a                        beta starts at 1
         eta             v * (1 + eta)                       eta starts at 0
-        residual_aware  v * (1 + eta) + beta * a            for what the stream and attention have in common
+        residual_aware  v * (1 + eta) + beta * a            for the correlation of the stream and attention
 
     beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
-    LayerNorm scaling divides it by the layer. c is the buffer `attention_gain`, which `refresh` recomputes from the
-    weights; gradients flow through neither c nor the first norm's lambda and gain. c leaves out biases and the 1 of
-    `attention.off_by_one`, and takes a gate (`attention.gate`) for open. In `exact_layers` (from 1), without a carry,
-    and before the head the norm measures.
+    LayerNorm scaling divides it by l. c is the buffer `attention_gain`, which `refresh` recomputes from the weights; no
+    gradient flows through c and the first norm's lambda and gain. c ignores biases and the 1 of `attention.off_by_one`,
+    and treats the gate of `attention.gate` as open. In `exact_layers` (from 1), without a carry, and before the head
+    the norm measures.
     """
 
     not_rmsnorm = "it bounds activations with a tanh and shares a statistic between two norms"
@@ -413,7 +414,7 @@ class BHyT(BHyTStar):
         return variance if added is None else variance + added
 
     def _terms(self, scale: Tensor, gain_square: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(1 + eta, beta * a), each (1,) or None where the approximation has no such term."""
+        """Return (1 + eta, beta * a), each (1,), or None if the approximation has no such term."""
         factor = None if self.eta is None else 1 + self.eta
         if self.approximation == "eta":
             return factor, None
@@ -431,7 +432,7 @@ class BHyT(BHyTStar):
 
     @torch.no_grad()
     def fold(self, first: Norm | None = None) -> None:
-        """c * (lambda_first / kappa)^2 and what the approximation makes of it too, as scalars: the same bits."""
+        """Precompute c * (lambda_first / kappa)^2 and the terms of the approximation; the output keeps its bits."""
         super().fold()
         self.constants = self._constants()
         if self.approximates and isinstance(first, BHyT):
@@ -441,8 +442,7 @@ class BHyT(BHyTStar):
     def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:
         """Recompute `attention_gain` of the norm that follows this attention.
 
-        v_weight: (kv_heads * head_dim, D), o_weight: (D, heads * head_dim). A value head that several query heads
-        share counts once for each of them.
+        v_weight: (G K, D), o_weight: (D, H K). A value head counts once for each query head that shares it.
         """
         assert self.seq_len is not None, "BHyT needs the sequence length it is trained for"
         hidden_size, value_size = o_weight.shape
@@ -462,14 +462,14 @@ NORMS: dict[str, type[Norm]] = {
     "dyt": DyT,
     "derf": Derf,
 }
-# Keywords that say where a norm stands. The model sets them; they are no options.
+# Keywords for the position of a norm. The model sets them; they are not options.
 PLACE = ("layer", "before_attention", "after_attention")
 
 
 def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
-    """The normalizer `name` over `hidden_size` channels; `options` are the keywords of its class.
+    """Return the norm `name` over `hidden_size` channels; `options` are keywords of its class.
 
-    Raises `UserError` for an unknown name or an option that this normalizer does not have.
+    Raises `UserError` for an unknown name and for an option that the norm does not have.
     """
     if name not in NORMS:
         raise UserError(f"unknown norm {name!r}; choose from {sorted(NORMS)}")
@@ -482,7 +482,7 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
 
 
 def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
-    """One norm of block `layer`, counted from 1. place: `before_attention` or `after_attention`, for the norm there."""
+    """Return a norm of block `layer`, counted from 1. place: `before_attention` or `after_attention`, if it is."""
     norm = build_norm(config.norm.name, config.hidden_size, **_given(config.norm), layer=layer, **place)
     if config.norm.lns:
         norm.output_scale = layer**-0.5
@@ -490,7 +490,7 @@ def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
 
 
 def final_norm(config: ModelConfig) -> Norm:
-    """The norm before the head: `norm.final`, or the one that the source of `norm.name` uses there."""
+    """Return the norm before the head: `norm.final`, or the default of the class of `norm.name`."""
     name = final_norm_name(config.norm)
     if name not in NORMS:
         raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
@@ -504,19 +504,19 @@ def final_norm_name(config: NormConfig) -> str:
 
 
 def head_norm(config: ModelConfig) -> Norm:
-    """The norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block's norms."""
+    """Return the norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block."""
     return _inner_norm(config, config.head_size)
 
 
 def ffn_norm(config: ModelConfig, *, init: float) -> Norm:
-    """The norm of what down_proj reads (`ffn_norm`); its gain starts at `init`."""
+    """Return the norm of the input of down_proj (`ffn_norm`); its gain starts at `init`."""
     return _inner_norm(config, config.intermediate_size, init=init)
 
 
 def bound_warning(config: ModelConfig) -> str | None:
-    """A sentence when BHyT's bound lambda / kappa < 1 / sqrt(num_hidden_layers) does not hold at the start, else None.
+    """Return a warning if lambda / kappa < 1 / sqrt(num_hidden_layers), BHyT's bound, is violated at the start.
 
-    Below the bound the output variance of every layer stays under that of LayerNorm scaling (arXiv 2601.09719).
+    Within the bound the output variance of every layer is below that with LayerNorm scaling (arXiv 2601.09719).
     """
     norms = [block_norm(config, layer=layer) for layer in (1, config.num_hidden_layers)]
     bound = 1 / math.sqrt(config.num_hidden_layers)
@@ -530,7 +530,7 @@ def bound_warning(config: ModelConfig) -> str | None:
 
 
 def _inner_norm(config: ModelConfig, size: int, **options: float) -> Norm:
-    """A norm of `size` channels inside a sublayer, with the eps of the block's norms."""
+    """Return a norm of `size` channels inside a sublayer, with the eps of the block."""
     given = {} if config.norm.eps is None else {"eps": config.norm.eps}
     return build_norm(NORMS[config.norm.name].inner, size, **given, **options)
 
@@ -540,7 +540,7 @@ def _keywords(norm: type[Norm]) -> set[str]:
 
 
 def _given(config: NormConfig) -> dict[str, Any]:
-    """The options of the normalizer that the user set."""
+    """Return the options of the norm that the user set."""
     of_model = ("name", "final", "placement", "lns", "embed_scale")
     values = dataclasses.asdict(config)
     return {key: value for key, value in values.items() if key not in of_model and value is not None}
