@@ -62,7 +62,7 @@ def test_models_of_an_old_run_and_an_old_export_are_loaded(home: Path, expected:
     ids = torch.tensor(expected["ids"])
     for name, logits in expected["logits"].items():
         model = osp.load_hf(home / name) if name == "exported" else osp.load_model(home / "runs" / name)
-        torch.testing.assert_close(model(ids)[0, -1], torch.tensor(logits), rtol=TOLERANCE, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits[0, -1], torch.tensor(logits), rtol=TOLERANCE, atol=1e-5)
 
 
 def test_old_run_continues_to_the_losses_of_its_own_version(home: Path, expected: dict[str, Any]) -> None:
