@@ -132,7 +132,7 @@ def test_old_run_is_compared_and_exported(home: Path, script: Callable[..., None
     script("compare", "runs/finished", "methods=none", "threads=1", "progress=false", *options)
     script("export", "runs/finished", "out=again", "device=cpu")
     with torch.no_grad():
-        logits = osp.load_hf(home / "again")(torch.tensor(expected["ids"]))[0, -1]
+        logits = osp.load_hf(home / "again")(torch.tensor(expected["ids"])).logits[0, -1]
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]["exported"]), rtol=TOLERANCE, atol=1e-5)
 
 
