@@ -314,7 +314,7 @@ class Saver:
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
             for name, tensors in files.items():
-                share.files[name] = _write_tensors(self._temporary / name, tensors)
+                share.files[name] = write_tensors(self._temporary / name, tensors)
         except (OSError, SafetensorError) as error:
             share.error = f"{self._final}: {error}"
         share.seconds = time.perf_counter() - began
@@ -411,27 +411,6 @@ def remove_unfinished(folder: Path, token: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def checkpoint_bytes(shapes: dict[str, list[int]], states_per_weight: float) -> int:
-    """Return the size of a checkpoint: fp32 weights, and `states_per_weight` fp32 optimizer values for each."""
-    numel = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return int(4 * numel * (1 + states_per_weight))
-
-
-def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> float:
-    """Return the seconds to write, flush and hash `num_bytes` in `folder`, measured with `sample` bytes.
-
-    All ranks measure at the same time, as they save at the same time. The test file is removed.
-    """
-    path = folder / f".write_test.{os.getpid()}.tmp"
-    sample = max(1, min(sample, num_bytes))
-    began = time.perf_counter()
-    try:
-        _write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
-    finally:
-        path.unlink(missing_ok=True)
-    return (time.perf_counter() - began) * num_bytes / sample
-
-
 def load_model(path: str | Path) -> Transformer:
     """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode.
 
@@ -487,7 +466,7 @@ def _latest(folder: Path) -> Path | None:
     return folder / name if name else None
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write and flush a safetensors file; return its size and checksum."""
     save_file(tensors, path)
     with path.open("rb") as file:

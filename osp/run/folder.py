@@ -207,28 +207,6 @@ def git_revision() -> str | None:
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
-def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
-    """Raise `UserError` unless the checkpoints of `num_bytes` that a run keeps fit on the disk of its folder.
-
-    Existing checkpoints need no more room. The next one is written before the oldest is removed.
-    """
-    copies = max(1, max(1, keep_last) + 1 - len(candidates(folder)))
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"run.dir={folder}: {place} is a file; choose another run.dir")
-    free = shutil.disk_usage(place).free
-    if free < num_bytes * copies:
-        raise UserError(
-            f"run.dir={folder}: {copies} more checkpoint{'s' * (copies > 1)} of {num_bytes / 1e9:.2f} GB, as "
-            f"checkpoint.keep_last={keep_last} needs, do not fit into the {free / 1e9:.2f} GB free there; choose "
-            "another run.dir or a smaller checkpoint.keep_last"
-        )
-    if not os.access(place, os.W_OK):
-        raise UserError(f"run.dir={folder}: cannot write there")
-
-
 def _read_starts(path: Path) -> list[dict[str, Any]]:
     """Return the entries of environment.json; none if a power failure cut it short, which must not prevent a start."""
     try:

@@ -33,8 +33,8 @@ from osp.run.checkpoint import (
     load_model,
     prune,
     remove_unfinished,
-    seconds_to_write,
 )
+from osp.run.disk import seconds_to_write
 from osp.train.guards import SpikeDetector
 from osp.train.setup import check_continues
 
@@ -256,13 +256,13 @@ def test_loaded_model_needs_neither_deepspeed_nor_hydra(tmp_path: Path) -> None:
 def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`begin` returns before anything is on disk, and the file holds the state at that moment."""
     gate, source = threading.Event(), model()
-    write_tensors = checkpoint_module._write_tensors
+    write_tensors = checkpoint_module.write_tensors
 
     def slowly(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         assert gate.wait(timeout=120)
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "_write_tensors", slowly)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", slowly)
     (saver,) = savers(tmp_path, source)
     before = source.lm_head.weight.detach().clone()
     assert saver.busy
@@ -283,14 +283,14 @@ def test_write_error_on_one_rank_fails_the_save_everywhere_and_keeps_the_old_one
     rank: int, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, model(), ranks=2, step=1)
-    write_tensors = checkpoint_module._write_tensors
+    write_tensors = checkpoint_module.write_tensors
 
     def full(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         if path.name == f"rank_{rank:05d}.safetensors":
             raise error
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
     saved = save(savers(tmp_path, model(), ranks=2, step=2))
     assert saved.error is not None
     assert saved.error.startswith(f"rank {rank}: ")

@@ -14,7 +14,8 @@ import pytest
 from osp.config import Config
 from osp.errors import RunError, UserError
 from osp.run import checkpoint as checkpoint_module
-from osp.run.folder import RunLock, check_disk
+from osp.run.disk import check_disk
+from osp.run.folder import RunLock
 from osp.train.setup import train
 from tests.conftest import losses, read_metrics
 from tests.train.test_trainer import assert_same_weights
@@ -129,14 +130,14 @@ def test_resuming_from_an_older_checkpoint_holds_without_a_later_save(tiny: Tiny
 def test_full_disk_costs_a_checkpoint_but_not_the_run(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tensors = checkpoint_module._write_tensors
+    write_tensors = checkpoint_module.write_tensors
 
     def full(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
         if ".step_00000002." in str(path):
             raise OSError(28, "No space left on device", str(path))
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
     train(tiny("checkpoint.every=1"))
     (event,) = events(tmp_path / "run", "checkpoint_failed")
     assert "checkpoint of step 2 not written: rank 0: " in event["message"]
@@ -150,14 +151,14 @@ def test_run_without_its_last_checkpoint_is_not_complete(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        write_tensors = checkpoint_module._write_tensors
+        write_tensors = checkpoint_module.write_tensors
 
         def full(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
             if ".step_00000006." in str(path):
                 raise OSError(28, "No space left on device", str(path))
             return write_tensors(path, tensors)
 
-        patch.setattr(checkpoint_module, "_write_tensors", full)
+        patch.setattr(checkpoint_module, "write_tensors", full)
         with pytest.raises(RunError, match=r"step 6: the last checkpoint could not be written to .*make room there"):
             train(tiny())
     assert marker(tmp_path / "run")["checkpoint"].endswith("step_00000003")
