@@ -120,7 +120,7 @@ class TrainConfig:
     )
     seq_len: Annotated[int, AT_LEAST_1, at_most(2**24)] = 2048  # tokens a row predicts
     tokens_per_step: Annotated[int, AT_LEAST_1, at_most(2**30)] = 524_288  # tokens of one optimizer step over all ranks
-    micro_batch_size: Count | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.train.setup
+    micro_batch_size: Count | Literal["auto"] = "auto"  # rows per rank and backward pass; auto: see osp.train.resolve
     grad_clip: NotNegative = 1.0  # bound on the global norm of the raw gradient; 0 switches clipping off
     compile: bool | Literal["auto"] = "auto"  # torch.compile per block; auto: on for CUDA below ZeRO-3
     # Of matmuls and activations; auto: bf16 where it is native; fp8: bf16, blocks in 8 bits (osp.model.fp8)

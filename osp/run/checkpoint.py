@@ -384,15 +384,15 @@ def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
     """
     if not keep_last:
         return
-    newest = _latest(folder)
-    for old in sorted(p.parent for p in folder.glob(f"step_*/{MANIFEST}"))[:-keep_last]:
-        step = old.name.removeprefix("step_")
-        kept = keep_every and step.isdigit() and int(step) % keep_every == 0
-        if old != newest and not kept:
-            try:
+    try:
+        newest = _latest(folder)
+        for old in sorted(p.parent for p in folder.glob(f"step_*/{MANIFEST}"))[:-keep_last]:
+            step = old.name.removeprefix("step_")
+            kept = keep_every and step.isdigit() and int(step) % keep_every == 0
+            if old != newest and not kept:
                 remove(old)
-            except OSError as error:
-                log.warning("%s is not removed: %s", old, error)
+    except OSError as error:
+        log.warning("%s: old checkpoints are not removed: %s", folder, error)
 
 
 def remove(folder: Path) -> None:

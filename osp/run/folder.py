@@ -137,14 +137,13 @@ def begin(
     Raises:
         UserError: if the run in the folder has another tokenizer, so that its shards were other ones.
     """
-    stored = folder / "tokenizer.json"
-    if stored.exists() and stored.read_bytes() != tokenizer.read_bytes():
-        raise UserError(
-            f"run.dir={folder} was trained with another tokenizer than that of {tokenizer.parent}; "
-            "the text has changed since: choose another run.name"
-        )
-    path = folder / "environment.json"
+    stored, path = folder / "tokenizer.json", folder / "environment.json"
     try:
+        if stored.exists() and stored.read_bytes() != tokenizer.read_bytes():
+            raise UserError(
+                f"run.dir={folder} was trained with another tokenizer than {tokenizer}; "
+                "the text has changed since: choose another run.name"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder)
         write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -102,7 +102,7 @@ class Engine:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.groups = groups_of(model, config)
         self.optimizer = PartitionedOptimizer(self.groups)
-        self.deepspeed_config = deepspeed_config(
+        settings = deepspeed_config(
             zero_stage=zero_stage,
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -119,7 +119,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=cast(nn.Module, model),
             optimizer=self.optimizer,
-            config=self.deepspeed_config,
+            config=settings,
             dist_init_required=False,
         )
         logger.setLevel(logging.WARNING)
@@ -134,18 +134,14 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    @property
-    def is_boundary(self) -> bool:
-        """Whether the next `backward` is the last one before `step`."""
-        return self._micro_step == self.gradient_accumulation_steps - 1
-
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, the share of this rank and micro batch in the global mean loss.
 
         Shares add up over micro batches and ranks: loss = sum of token losses here / tokens of the step everywhere.
         """
         assert self._micro_step < self.gradient_accumulation_steps, "step() or discard_gradients() is due"
-        self._engine.set_gradient_accumulation_boundary(self.is_boundary)
+        is_last = self._micro_step == self.gradient_accumulation_steps - 1
+        self._engine.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed averages over ranks and micro batches, but shares must be summed. The factor undoes the former
         # (exactly for 2^n ranks), scale_wrt_gas=False the latter.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)

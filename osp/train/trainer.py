@@ -135,7 +135,8 @@ class Trainer:
                 raise stopped
             if self.step == self.total_steps:
                 self._conclude(first)
-            dist.barrier()
+            if self.engine.world_size > 1:
+                dist.barrier()
         except Exception as error:
             reason = error.signal if isinstance(error, StoppedError) else str(error) or type(error).__name__
             if dead := self.peers.cause(error):
