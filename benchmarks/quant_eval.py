@@ -3,9 +3,9 @@
     python benchmarks/quant_eval.py                                                   # CPU, a small model
     python benchmarks/quant_eval.py --hidden 2048 --ffn 5504 --layers 24 --heads 16   # a GPU, osp_1b's blocks
 
-A randomly initialised model on random tokens: the time does not depend on their values. `none` is the plain forward
-that `over plain` compares with, the aim being 2. Memory is the peak of the GPU, or what the process has added to its
-resident memory, during quantization and forward together.
+A randomly initialised model reads random tokens: the time does not depend on their values. `none` is the plain forward
+pass, the reference of `over plain`, whose target is 2. Memory is the peak of the GPU, or the growth of the resident
+memory of the process, during quantization and forward pass.
 """
 
 import argparse
@@ -66,20 +66,20 @@ def main() -> None:
     )
     print("| preset | quantize, s | read, s | over plain | memory, MiB |\n|---|---|---|---|---|")
     plain = figures[arguments.presets[0]]["read"]
-    for name, found in figures.items():
-        ratio = found["read"] / plain
-        print(f"| {name} | {found['quantize']:.2f} | {found['read']:.2f} | {ratio:.2f} | {found['memory']:.0f} |")
+    for name, figure in figures.items():
+        ratio = figure["read"] / plain
+        print(f"| {name} | {figure['quantize']:.2f} | {figure['read']:.2f} | {ratio:.2f} | {figure['memory']:.0f} |")
     if arguments.out:
         arguments.out.write_text(json.dumps({"device": place, **vars(arguments), "figures": figures}, default=str))
 
 
 def preset(name: str, arguments: Any) -> QuantSpec:
-    """The spec of a file of configs/quant, with this benchmark's amount of calibration text."""
+    """Return the spec of a file of configs/quant, with this benchmark's amount of calibration text."""
     return spec_from_dict({**group("quant", name), "calibration_tokens": arguments.calibration_tokens})
 
 
 def measured(model: Transformer, text: Text, spec: QuantSpec, arguments: Any) -> dict[str, float]:
-    """Seconds to enter the context, seconds of the perplexity inside, MiB of memory that both add."""
+    """Return seconds to quantize, seconds of the perplexity, and MiB of memory that both add."""
     device = model.embed_tokens.weight.device
     calibration = draw_calibration(text.tokens, spec, seq_len=arguments.seq_len).to(device)
     before = memory(device, reset=True)
@@ -101,7 +101,7 @@ def clock(device: torch.device) -> float:
 
 
 def memory(device: torch.device, *, reset: bool = False) -> float:
-    """Bytes: the peak on the GPU since the last reset (with `reset`, what is in use), or of the process so far."""
+    """Return bytes: the peak on the GPU since the last reset (with `reset`, the bytes in use), or of the process."""
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     if reset:

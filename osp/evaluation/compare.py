@@ -118,8 +118,8 @@ def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Input
     tokens = inputs.texts[0].tokens[: min(KURTOSIS_TOKENS, config.max_tokens or KURTOSIS_TOKENS)]
     length = min(inputs.seq_len, len(tokens))
     rows = Rows(tokens[: len(tokens) // length * length].view(-1, length))
-    found = probe(subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
-    return found.metrics["monitor/kurtosis/osp_script"]
+    reading = probe(subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
+    return reading.metrics["monitor/kurtosis/osp_script"]
 
 
 def markdown(comparisons: list[Comparison]) -> str:
@@ -136,7 +136,7 @@ def markdown(comparisons: list[Comparison]) -> str:
             markdown_table(["model", "ex. kurtosis", *COLUMNS], table_2),
             *([markdown_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
             f"Cells: {'mean accuracy in percent / perplexity' if _has_tasks(comparisons) else 'perplexity'}; "
-            "columns are bits of weights, activations and KV cache. Excess kurtosis is that of the paper's script.",
+            "columns are bits of weights, activations and KV cache. Excess kurtosis follows the paper's script.",
             "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),
         ]
     )

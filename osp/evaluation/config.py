@@ -19,9 +19,9 @@ class MeasureConfig:
     overlap: CountOrZero = 0  # tokens of a window that are context only
     bos: bool = False  # the BOS token before every window and context
     max_tokens: Annotated[int, AT_LEAST_2, at_most(10**15)] | None = (
-        None  # read the first so many tokens of each text; None: all
+        None  # tokens to read from the start of each text; None: all
     )
-    tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: those of OSP's ten that are there
+    tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: OSP's ten as far as present
     tasks_dir: str = "."
     num_fewshot: CountOrZero = 0  # examples before each item of a local task
     limit: Count | None = None  # items of each task; None: all
@@ -42,13 +42,13 @@ class MeasureConfig:
 class EvaluateConfig(MeasureConfig):
     path: str = ""  # a run, a checkpoint or a Hugging Face folder
     quant: QuantSpec = field(default_factory=QuantSpec)
-    ablate: bool = False  # perplexity with each site alone quantized and each alone left out, and R_L per layer
+    ablate: bool = False  # perplexity with only one site quantized and with one left out, for each site; R_L per layer
 
 
 @dataclass(frozen=True)
 class CompareConfig(MeasureConfig):
     paths: tuple[str, ...] = ()
-    quant: QuantSpec = field(default_factory=QuantSpec)  # the rows are this spec at other bits and with other methods
+    quant: QuantSpec = field(default_factory=QuantSpec)  # the rows vary its bits and methods
     # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
     methods: Literal["none", "last", "all"] = "last"
     spinquant: bool = False  # the last row of table 4, which takes longest

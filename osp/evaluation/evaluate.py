@@ -260,7 +260,7 @@ def ablation_table(ablation: SiteAblation) -> str:
     lines = [
         f"perplexity of {ablation.text}: {_number(ablation.unquantized)} unquantized, "
         f"{_number(ablation.quantized)} quantized",
-        f"{'site':<14}{'alone':>10}{'left out':>10}  nats per token that it costs alone",
+        f"{'site':<14}{'alone':>10}{'left out':>10}  nats per token for this site alone",
     ]
     for cost in ablation.sites:
         nats = costs[cost.site]

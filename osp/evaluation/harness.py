@@ -37,7 +37,7 @@ PAPER_TEN = {
     "winogrande": 0,
 }
 DEFAULT_NEW_TOKENS = 256
-LOGIT_ROWS = 1024  # rows of logits that exist at a time
+LOGIT_ROWS = 1024  # logits (tokens) that exist at a time
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
 
 

@@ -210,8 +210,11 @@ def _quantize_weights(model: Transformer, spec: QuantSpec, sites: Collection[str
 def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack) -> None:
     """Quantize what passes the active sites of activations and cache, until `stack` ends."""
     by_head = spec.o_proj_by_head and spec.activation_format.block_size is None
-    group_sizes = dict.fromkeys(ACTIVATION_SITES + END_ACTIVATION_SITES, spec.a_group_size)
-    group_sizes |= dict.fromkeys(CACHE_SITES, spec.kv_group_size)
+    group_sizes: dict[str, int | None] = {}
+    for site in (*ACTIVATION_SITES, *END_ACTIVATION_SITES):
+        group_sizes[site] = spec.a_group_size
+    for site in CACHE_SITES:
+        group_sizes[site] = spec.kv_group_size
     if by_head:
         group_sizes["o_proj_in"] = model.config.head_size
     for name in site_names(len(model.layers), active & group_sizes.keys()):

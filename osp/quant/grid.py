@@ -17,7 +17,7 @@ class Grid(NamedTuple):
     """The values s * (n - z) for the integers n from `low` to `high`."""
 
     scale: Tensor  # (..., 1) s, fp32, above 0
-    zero: Tensor  # (..., 1) z, integer-valued fp32: the n that stands for 0
+    zero: Tensor  # (..., 1) z, integer-valued fp32: the n of the value 0
     low: int
     high: int
 

@@ -7,7 +7,7 @@ n * sum(orders) instead of n^2. 5504, the FFN of OSP's model, is 16 x 344 and 34
 
 If n has no such product (172 = 4 x 43: neither 172 nor 43 x 4 is Paley's), its odd part is rotated by the discrete
 Hartley transform, cos + sin of 2 pi i j / m over sqrt(m): orthogonal for every m, and its entries are at most
-sqrt(2) times those of a Hadamard matrix.
+sqrt(2) times the entries of a Hadamard matrix.
 """
 
 import functools

@@ -12,7 +12,7 @@ from osp.errors import UserError
 if TYPE_CHECKING:
     from osp.quant.formats import NumberFormat
 
-# Where a model can be quantized. Names are those of the monitor's sites and of the model's own modules.
+# Where a model can be quantized: names of sites (osp.model.sites) and of the modules of the model.
 WEIGHT_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GATE_SITES = ("attention_gate",)  # one more matrix of blocks that have it
 ACTIVATION_SITES = ("attn_in", "o_proj_in", "mlp_in", "down_proj_in")

@@ -73,7 +73,7 @@ def naive(model: Any, subject: LanguageModel, pair: Pair, *, bos: bool = False) 
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_likelihoods_are_those_of_transformers(bos: bool, llama: LanguageModel, transformers_llama: Any) -> None:
+def test_likelihoods_match_transformers(bos: bool, llama: LanguageModel, transformers_llama: Any) -> None:
     pairs = [*PAIRS, ("", "alone"), (" ", "alone"), ("word " * 90, "and then")]
     model = HarnessModel(llama, bos=bos, batch_tokens=100)
     answers = model.loglikelihood([request(*pair) for pair in pairs])
@@ -84,7 +84,7 @@ def test_likelihoods_are_those_of_transformers(bos: bool, llama: LanguageModel, 
         assert is_greedy == greedy
 
 
-def test_greedy_continuation_is_seen(llama: LanguageModel, transformers_llama: Any) -> None:
+def test_greedy_continuations_are_recognized(llama: LanguageModel, transformers_llama: Any) -> None:
     ids = llama.encode("some context of words")
     for _ in range(3):
         ids.append(int(transformers_llama(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -121,7 +121,7 @@ def choices(n: int, *, gold: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
-def test_scores_of_choices_are_those_of_a_plain_loop(
+def test_scores_of_choices_match_a_plain_loop(
     num_fewshot: int, llama: LanguageModel, transformers_llama: Any, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "quiz.jsonl", *(choices(n, gold=n % 3) for n in range(15)))
@@ -157,7 +157,9 @@ def test_acc_norm_counts_bytes_not_characters(
     assert scores(evaluate_local_task(HarnessModel(llama), task)) == {"acc": 0.0, "acc_norm": 1.0}
 
 
-def test_other_forms_of_a_line(llama: LanguageModel, transformers_llama: Any, tmp_path: Path) -> None:
+def test_context_options_and_continuations_are_scored(
+    llama: LanguageModel, transformers_llama: Any, tmp_path: Path
+) -> None:
     record = {"context_options": ["He said", "They said that"], "continuation": "it rains.", "gold": 1}
     task = read_task(write(tmp_path / "schema.jsonl", record))
     (doc,) = task.docs
@@ -234,7 +236,7 @@ def test_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_task_that_cannot_be(tmp_path: Path, llama: LanguageModel) -> None:
+def test_impossible_tasks_are_refused(tmp_path: Path, llama: LanguageModel) -> None:
     with pytest.raises(UserError, match=r"tasks: cannot read .*nowhere.jsonl: No such file"):
         read_task(tmp_path / "nowhere.jsonl")
     (tmp_path / "two.jsonl").write_text(GOOD * 2)
@@ -274,7 +276,7 @@ def test_right_answers_are_told_from_wrong_ones() -> None:
     assert not any(is_right(text, **reasoned) for text in wrong)
 
 
-def test_answers_are_the_greedy_text_of_transformers(
+def test_answers_match_the_greedy_text_of_transformers(
     llama: LanguageModel, transformers_llama: Any, tmp_path: Path
 ) -> None:
     """Each question by itself, uncached; ours in batches with a cache. Half of the questions are given their answer."""
@@ -353,7 +355,7 @@ def test_harness_gets_greedy_text(llama: LanguageModel, transformers_llama: Any)
         HarnessModel(llama).generate_until([request("a", {"do_sample": True})])
 
 
-def test_papers_ten_are_eleven_tasks_of_the_harness() -> None:
+def test_paper_ten_names_eleven_tasks_of_the_harness() -> None:
     assert len(PAPER_TEN) == 11  # ARC is both its parts
     assert (PAPER_TEN["gsm8k"], PAPER_TEN["triviaqa"]) == (8, 5)
 

@@ -48,7 +48,7 @@ def naive(model: Any, tokens: list[int], *, seq_len: int, overlap: int, bos_id: 
     ("seq_len", "overlap", "bos_id"),
     [(32, 0, None), (32, 0, 0), (32, 20, None), (32, 20, 0), (64, 1, None), (7, 5, 0), (2, 0, None), (2, 0, 0)],
 )
-def test_perplexity_is_that_of_transformers(
+def test_perplexity_matches_transformers(
     seq_len: int, overlap: int, bos_id: int | None, llama: LanguageModel, transformers_llama: Any, text: Text
 ) -> None:
     found = perplexity(
@@ -124,7 +124,9 @@ def test_infinite_loss_is_infinite_perplexity() -> None:
         ({"seq_len": 8, "max_tokens": 1}, r"1 tokens; there is nothing to predict"),
     ],
 )
-def test_windows_that_cannot_be(options: dict[str, Any], message: str, llama: LanguageModel, text: Text) -> None:
+def test_impossible_windows_are_refused(
+    options: dict[str, Any], message: str, llama: LanguageModel, text: Text
+) -> None:
     with pytest.raises(UserError, match=message):
         perplexity(llama.model, text, **options)
 
@@ -165,7 +167,7 @@ def test_any_other_file_is_one_text(llama: LanguageModel, tmp_path: Path) -> Non
         ("held_out", None, r"held_out: .* is no run; name the run folder"),
     ],
 )
-def test_texts_that_cannot_be_read(
+def test_unreadable_texts_are_refused(
     name: str, content: bytes | None, message: str, llama: LanguageModel, tmp_path: Path
 ) -> None:
     if content is not None:

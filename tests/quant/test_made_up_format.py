@@ -21,7 +21,7 @@ from tests.conftest import made_text
 
 
 class PowersOfTwo(NumberFormat):
-    """A sign and a power of two: 0 and +-2^e with 2^(bits-1) - 1 exponents below that of the largest |x| of a group."""
+    """A sign and a power of two: 0 and +-2^e for the 2^(bits-1) - 1 largest exponents of a group."""
 
     name = "powers_of_two"
     widths = range(3, 6)
@@ -79,7 +79,7 @@ def test_weights_activations_and_cache_are_rounded_to_it(llama: LanguageModel) -
         see("layers.0.mlp.down_proj", 0)  # hooks run in the order of their registration
         see("layers.1.self_attn.attend", 2)
         llama.model(torch.arange(20)[None])
-        weight = llama.model.get_submodule("layers.0.mlp.down_proj").weight
+        weight = llama.model.get_parameter("layers.0.mlp.down_proj.weight")
         assert torch.equal(weight, PowersOfTwo(4).round(before["layers.0.mlp.down_proj.weight"]))
     for handle in handles:
         handle.remove()

@@ -35,7 +35,7 @@ def objective(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 def naive_gptq(
     weight: np.ndarray, hessian: np.ndarray, bits: int, group_size: int, symmetric: bool, clip: bool, act_order: bool
 ) -> list[list[int]]:
-    """Integers by the formula of optimal brain surgery: after each channel H of the rest is inverted anew."""
+    """Return integers by the formula of optimal brain surgery: after each channel, invert H of the remaining ones."""
     channels = weight.shape[1]
     h = hessian + 0.01 * np.diag(hessian).mean() * np.eye(channels)
     order = sorted(range(channels), key=lambda c: -hessian[c, c]) if act_order else list(range(channels))
@@ -59,7 +59,7 @@ def naive_gptq(
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("symmetric", "clip", "group_size"), [(True, True, 24), (False, False, 8)])
-def test_integers_are_those_of_optimal_brain_surgery(
+def test_integers_match_optimal_brain_surgery(
     symmetric: bool, clip: bool, group_size: int, act_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("osp.quant.gptq.COLUMNS", 7)  # blocks that divide neither channels nor groups

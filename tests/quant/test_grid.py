@@ -20,8 +20,8 @@ def values() -> torch.Tensor:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [None, 8])
-def test_integers_are_those_of_the_oracle(group_size: int | None, symmetric: bool, clip: bool) -> None:
-    for bits in (2, 3, 4, 8):  # tests/test_quantize.py has all of them, in fp32 like the code
+def test_integers_match_the_oracle(group_size: int | None, symmetric: bool, clip: bool) -> None:
+    for bits in (2, 3, 4, 8):  # test_formats.py has all of them, in fp32 as the code
         groups = grouped(values(), group_size=group_size)
         grid = (clipped_grid if clip else full_grid)(groups, bits=bits, symmetric=symmetric)
         levels = grid.levels(groups).flatten(0, 1)
@@ -34,7 +34,7 @@ def test_integers_are_those_of_the_oracle(group_size: int | None, symmetric: boo
             assert int(zero) == expected_zero
 
 
-def test_functions_are_the_grids() -> None:
+def test_rounding_matches_the_oracle() -> None:
     x = values().double()
     for symmetric in (False, True):
         for clip in (False, True):
@@ -46,7 +46,7 @@ def test_functions_are_the_grids() -> None:
         torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
 
 
-def test_clip_search_gives_up_the_outlier() -> None:
+def test_clip_search_clips_the_outlier() -> None:
     x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
     x[0, 7] = 6.0
     full, clipped = (f(x, bits=4, symmetric=True) for f in (full_grid, clipped_grid))

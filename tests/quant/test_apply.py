@@ -80,7 +80,7 @@ def test_each_site_alone(site: str) -> None:
     assert (got - logits(model, ids)[0]).abs().max() > 1e-3
 
 
-def test_ends_are_those_of_the_exported_model() -> None:
+def test_embedding_and_head_match_the_exported_model() -> None:
     """With projections: the head's input is what the absorbed head reads."""
     model, ids = outlier_model(embed_proj=True), some_tokens(1, 12)
     exported = outlier_model(embed_proj=True)
@@ -127,7 +127,7 @@ def test_model_is_put_back_bit_for_bit(spec: QuantSpec) -> None:
     assert_untouched(model, before)
 
 
-def test_model_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = outlier_model(embed_proj=True)
     before = snapshot(model)
     spec = dataclasses.replace(W4A4KV4, rotation="quarot", ffn_hadamard=True)
@@ -145,7 +145,7 @@ def test_model_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert_untouched(model, before)
 
 
-def test_training_goes_on_as_if_nothing_had_been() -> None:
+def test_training_is_unchanged_by_quantized_evaluation() -> None:
     def train(*, evaluate: bool) -> list[Tensor]:
         model, ids = outlier_model(norm=NormConfig(name="ssnorm"), embed_proj=True), some_tokens(2, 12)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -216,7 +216,7 @@ def test_calibration_rows_are_windows_of_the_text() -> None:
 
 
 @pytest.mark.parametrize("rotation", ["none", "quarot"])
-def test_propagated_error_is_that_of_the_definition(rotation: Any) -> None:
+def test_propagated_error_matches_its_definition(rotation: Any) -> None:
     """R_L over all tokens; for a rotated model in the basis of the plain one."""
     model, rows = outlier_model(), some_tokens(4, 12)
     spec = dataclasses.replace(W4A4KV4, rotation=rotation, ffn_hadamard=True)

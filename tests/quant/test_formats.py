@@ -40,7 +40,7 @@ def rows() -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", range(2, 17))
 @pytest.mark.parametrize("group_size", [None, 8])
-def test_grid_is_that_of_the_oracle_bit_for_bit(bits: int, group_size: int | None) -> None:
+def test_rounding_matches_the_oracle_bit_for_bit(bits: int, group_size: int | None) -> None:
     x = rows()
     for quantize, naive in ((round_weight, naive_weight), (round_activation, naive_activation)):
         size = group_size or 24
@@ -51,7 +51,7 @@ def test_grid_is_that_of_the_oracle_bit_for_bit(bits: int, group_size: int | Non
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_levels_are_as_many_as_bits_hold_and_zero_is_one(bits: int) -> None:
+def test_levels_fit_the_bits_and_include_zero(bits: int) -> None:
     x = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 0.0
     for quantize in (round_weight, round_activation):
@@ -71,7 +71,7 @@ def test_one_outlier_ruins_its_group_only() -> None:
     assert torch.equal(round_activation(x, bits=4, group_size=8)[0, 8:], torch.ones(8))
 
 
-def test_dtype_and_argument_stay() -> None:
+def test_dtype_is_kept_and_argument_unchanged() -> None:
     x = rows().bfloat16()
     before = x.clone()
     assert round_activation(x, bits=4).dtype == torch.bfloat16
@@ -80,6 +80,6 @@ def test_dtype_and_argument_stay() -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(1, None), (17, None), (4, 7), (4, 0)])
-def test_settings_without_meaning_are_refused(bits: int, group_size: int | None) -> None:
+def test_invalid_settings_are_refused(bits: int, group_size: int | None) -> None:
     with pytest.raises(ValueError, match=r"bits=|group_size="):
         round_weight(rows(), bits=bits, group_size=group_size)

@@ -26,7 +26,7 @@ def test_preset_builds_and_fits_the_models(path: Path) -> None:
     assert spec.is_identity == (path.stem == "none")
 
 
-def test_presets_say_what_they_mean() -> None:
+def test_presets_set_what_their_names_say() -> None:
     paper, strict = preset("osp_paper"), preset("strict")
     assert paper == dataclasses.replace(QuantSpec(), w_bits=4, a_bits=4, kv_bits=4)  # the defaults are the paper's
     assert (paper.qk_hadamard, paper.o_proj_by_head, paper.w_clip, paper.embedding_and_head) == (
@@ -82,14 +82,14 @@ def test_mistake_is_one_line(values: dict[str, Any], message: str) -> None:
         ({"w_bits": 4, "rotation": "spinquant"}, {"norm": NormConfig(final="crmsnorm")}, "the norm crmsnorm"),
     ],
 )
-def test_a_model_it_does_not_fit(spec: dict[str, Any], model: dict[str, Any], message: str) -> None:
+def test_spec_that_does_not_fit_the_model_is_refused(spec: dict[str, Any], model: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_spec(QuantSpec(**spec), ModelConfig(**model))
     untouched = {key: value for key, value in spec.items() if not key.endswith("_bits")}
     check_spec(QuantSpec(**untouched), ModelConfig(**model))  # at 16 bits nothing is grouped or rotated
 
 
-def test_bits_as_the_papers_write_them() -> None:
+def test_bits_are_written_as_in_the_papers() -> None:
     assert preset("osp_paper").at("4-8-16") == QuantSpec(w_bits=4, a_bits=8, kv_bits=16)
     assert QuantSpec(3, 5, 7).bits == "3-5-7"
     for wrong in ("4-8", "4-8-x", "4-4-4-4", "1-4-4"):
@@ -97,7 +97,7 @@ def test_bits_as_the_papers_write_them() -> None:
             QuantSpec().at(wrong)
 
 
-def test_line_and_hash_tell_specs_apart() -> None:
+def test_line_and_hash_distinguish_specs() -> None:
     specs = [preset(path.stem) for path in PRESETS]
     assert len({str(spec) for spec in specs}) == len({spec.hash for spec in specs}) == len(specs)
     assert str(preset("none")) == "16-16-16 (not quantized)"

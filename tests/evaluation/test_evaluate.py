@@ -55,7 +55,7 @@ def config(text_file: Path) -> EvaluateConfig:
     return EvaluateConfig(texts=(str(text_file),), seq_len=32, max_tokens=256, progress=False)
 
 
-def test_results_are_those_of_the_parts(llama: LanguageModel, config: EvaluateConfig, tmp_path: Path) -> None:
+def test_results_match_their_parts(llama: LanguageModel, config: EvaluateConfig, tmp_path: Path) -> None:
     text = read_text(config.texts[0], llama)
     with quantized(llama.model, FOUR):
         expected = perplexity(llama.model, text, seq_len=32, max_tokens=256)
@@ -110,7 +110,7 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
     assert f"{math.log(worst.alone / ablation.unquantized):+.4f}" in line
 
 
-def test_a_model_that_diverged_has_a_table_too() -> None:
+def test_diverged_model_has_a_table() -> None:
     """Where a perplexity is infinite, unquantized or not: infinite bars, none where there is nothing to compare."""
     sites = (SiteCost("q_proj", math.inf, 3.0), SiteCost("k", 8.0, 2.0), SiteCost("v", 4.0, 2.0))
     lines = ablation_table(SiteAblation("t", 2.0, math.inf, sites, (math.nan,), math.nan)).split("\n")
@@ -181,7 +181,7 @@ def test_calibration_is_never_the_text_that_is_measured(
         calibration_rows(llama, dataclasses.replace(gptq, calibration="train"), inputs)
 
 
-def test_kurtosis_is_that_of_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
+def test_kurtosis_matches_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
     """On hidden states of transformers, as the script does it: every token by itself, all but the last block's."""
     config = CompareConfig(texts=(str(text_file),), seq_len=16, max_tokens=70)
     inputs = read_inputs(llama, config)
