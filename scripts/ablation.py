@@ -1,6 +1,6 @@
-"""The paper's table from runs of one's own: `python scripts/ablation.py scale=nano seeds=[0,1]`.
+"""Reproduce the paper's table with new runs: `python scripts/ablation.py scale=nano seeds=[0,1]`.
 
-Keys of a training, `train.steps=500` say, hold for all rows.
+Keys of a training, for instance `train.steps=500`, apply to all rows.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def main(values: dict[str, Any]) -> None:
 
 
 def is_override(argument: str) -> bool:
-    """Whether an argument is a key of a training, which Hydra must not look for among this script's own."""
+    """Return whether an argument is a key of a training and not of this script."""
     key, equals, _ = argument.partition("=")
     return bool(equals) and key.lstrip("+~").split(".")[0].split("@")[0] in OF_A_TRAINING
 

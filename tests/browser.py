@@ -1,4 +1,4 @@
-"""A real Chromium without a window, driven over its DevTools pipe: no driver, no package, no network."""
+"""Drive a headless Chromium over its DevTools pipe, without a driver, a package or a network."""
 
 import base64
 import itertools
@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One tab. `errors` collects what the page writes to the console as an error, and exceptions it does not catch."""
+    """One tab. `errors` collects console errors and uncaught exceptions of the page."""
 
     def __init__(self) -> None:
         assert CHROMIUM is not None
@@ -51,7 +51,7 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of one DevTools command."""
+        """Return the result of one DevTools command."""
         number = next(self._ids)
         message = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -65,7 +65,7 @@ class Browser:
                 return reply["result"]
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> float:
-        """Open a file; seconds until the page says that it is ready, from the browser's own clock."""
+        """Open a file and return the seconds until the page is ready, by the browser's clock."""
         self.errors.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride",
@@ -78,14 +78,14 @@ class Browser:
         return self.run("Number(document.documentElement.dataset.ready) / 1000")
 
     def run(self, script: str) -> Any:
-        """The JSON value of a JavaScript expression."""
+        """Return the JSON value of a JavaScript expression."""
         result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"].get("description", script))
         return result["result"].get("value")
 
     def hover(self, selector: str, across: float = 0.6, down: float = 0.5) -> None:
-        """Move the mouse over an element, to that share of its width and height."""
+        """Move the mouse over an element, to shares of its width and height."""
         self.run(
             f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center', behavior: 'instant'}})"
         )
@@ -100,7 +100,7 @@ class Browser:
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
     def wait(self, condition: Callable[[], Any], seconds: float = 60) -> Any:
-        """The first true value of `condition`."""
+        """Return the first true value of `condition`."""
         until = time.monotonic() + seconds
         while not (value := condition()):
             if time.monotonic() > until:

@@ -1,6 +1,6 @@
-"""Run folders with made-up numbers in the format of the trainer: any length and depth, in a second, without training.
+"""Write run folders with made-up numbers in the format of the trainer, of any length and depth, without training.
 
-`python -m tests.made_run FOLDER [steps]` writes two runs to look at: one that grows outliers, one that does not.
+`python -m tests.made_run FOLDER [steps]` writes two runs: one that grows outliers, one that does not.
 """
 
 import json
@@ -22,7 +22,7 @@ TOKENS_PER_STEP = 524_288
 def made_run(
     folder: Path, *, steps: int = 10_000, layers: int = 12, outliers: bool = True, probe_every: int = 50, seed: int = 0
 ) -> Path:
-    """A complete run folder. With `outliers`, channel 17 of the residual grows from 30% of the run on."""
+    """Write a complete run folder. With `outliers`, channel 17 of the residual stream grows after 30% of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
     norm, rule = ("rmsnorm", "adamw") if outliers else ("ssnorm", "muon")
@@ -92,7 +92,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def growth(step: int, steps: int, outliers: bool) -> float:
-    """0 in a healthy run, 0 to 1 over the last 70% of one that grows outliers."""
+    """Return 0 in a healthy run; 0 to 1 over the last 70% of a run that grows outliers."""
     return 1 / (1 + math.exp(-14 * (step / steps - 0.55))) if outliers else 0.0
 
 

@@ -1,1 +1,1 @@
-"""The paper's table from the user's own runs: `scripts/ablation.py`."""
+"""Reproduce the paper's table with new runs: `scripts/ablation.py`."""

@@ -12,16 +12,16 @@ PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp") 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Each row at several values of one key of the training, with the first seed: where an effect begins."""
+    """Train each row at several values of one key, with the first seed."""
 
     key: str | None = None  # for example optimizer.lr
     values: tuple[Any, ...] = ()
-    rows: tuple[str, ...] = ()  # names of rows, of which those in the table are trained; none: all of them
+    rows: tuple[str, ...] = ()  # names of rows; names without a row are ignored; empty: all rows
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Which runs are trained and what is measured of them. The presets are `configs/scale/`.
+    """Which runs to train and what to measure. The presets are `configs/scale/`.
 
     A row is the name of an experiment, or `NAME: OVERRIDE OVERRIDE ...`, for example
     `gated: +experiment=osp attention.gate=true`.
@@ -30,33 +30,35 @@ class AblationConfig:
     dir: FilePath = "ablations/nano"
     rows: tuple[str, ...] = PAPER_ROWS
     seeds: tuple[Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)], ...] = (0,)
-    common: tuple[str, ...] = ()  # overrides of every training, the preset's
-    overrides: tuple[str, ...] = ()  # and the user's: keys of a training on the command line
-    # Named sets of overrides by row, see `settings_of`. `rates` says which of them are trained; `paper` stands for no
-    # overrides at all: what the experiments have.
+    common: tuple[str, ...] = ()  # overrides of every training, from the preset
+    overrides: tuple[str, ...] = ()  # overrides of every training, from the command line
+    # Named sets of overrides by row, see `settings_of`. `rates` selects the sets to train with; `paper` is the empty
+    # set: the learning rates of the experiments.
     settings: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     rates: tuple[str, ...] = ("paper",)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     ranks: Count = 1  # processes of each training
-    parallel: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # trainings at a time; None: what the machine has
-    texts: tuple[str, ...] = ()  # that perplexity is taken of; none: the held-out split
+    parallel: Annotated[int, AT_LEAST_1, at_most(4096)] | None = (
+        None  # trainings at a time; None: as many as the machine allows
+    )
+    texts: tuple[str, ...] = ()  # for perplexity; empty: the validation split
     max_tokens: Count | None = None  # of each text
     calibration_tokens: Count = 262_144  # of GPTQ
-    methods: Literal["ends", "all", "none"] = "ends"  # which rows are measured with GPTQ and QuaRot; ends: first, last
+    methods: Literal["ends", "all", "none"] = "ends"  # rows to measure with GPTQ and QuaRot; ends: first and last
     progress: bool = True
     debug: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a name, and the overrides that make a training it."""
+    """One line of the table: a name, and the overrides of its training."""
 
     name: str
     overrides: tuple[str, ...]
 
 
 def parse_rows(config: AblationConfig) -> list[Row]:
-    """The rows of `config`; `UserError` for one that is none or stands twice."""
+    """Return the rows of `config`; raise `UserError` for a malformed or repeated row."""
     rows = []
     for text in config.rows:
         name, colon, rest = text.partition(":")
@@ -68,15 +70,17 @@ def parse_rows(config: AblationConfig) -> list[Row]:
         except ValueError as error:
             raise UserError(f"rows: {text!r}: {error}") from error
         if name in [row.name for row in rows]:
-            raise UserError(f"rows: {name!r} stands twice; give each row a name of its own")
+            raise UserError(f"rows: {name!r} is repeated; give each row another name")
         rows.append(Row(name, overrides))
     return rows
 
 
 def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The overrides that `settings` has for a row: under its name or that of its experiment, or the longest key that
-    such a name continues with an underscore (`osp` for `osp_gate`); none if there is no such key. What a row says
-    itself wins over them."""
+    """Return the overrides that `settings` has for a row.
+
+    The key is the name of the row or of its experiment, or the longest prefix of that name before an underscore (`osp`
+    for `osp_gate`). The overrides of the row itself win over these.
+    """
     experiments = [text.partition("=")[2] for text in row.overrides if text.lstrip("+").startswith("experiment=")]
     for name in (row.name, *experiments):
         for key in sorted(settings, key=len, reverse=True):
@@ -86,7 +90,7 @@ def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ..
 
 
 def check_ablation(config: AblationConfig) -> None:
-    """Raise `UserError` for values that are well-typed and make no ablation."""
+    """Raise `UserError` for well-typed values that are not a valid ablation."""
     check_bounds(config)
     rows = [row.name for row in parse_rows(config)]
     if not rows:
@@ -94,18 +98,18 @@ def check_ablation(config: AblationConfig) -> None:
     if not config.seeds:
         raise UserError("seeds=[]: name at least one, for example seeds=[0,1,2]")
     if repeated := [seed for seed in config.seeds if config.seeds.count(seed) > 1]:
-        raise UserError(f"seeds={list(config.seeds)}: {repeated[0]} stands twice and would be the same run")
+        raise UserError(f"seeds={list(config.seeds)}: {repeated[0]} is repeated and would be the same run")
     for name in config.rates:
         if name != "paper" and name not in config.settings:
             raise UserError(f"rates={list(config.rates)}: {name!r}; choose from {['paper', *config.settings]}")
     if len(set(config.rates)) < len(config.rates):
-        raise UserError(f"rates={list(config.rates)}: one stands twice")
+        raise UserError(f"rates={list(config.rates)}: one is repeated")
     sweep = config.sweep
     if (sweep.key is None) != (not sweep.values):
         raise UserError("a sweep needs both sweep.key=KEY and sweep.values=[VALUE,...]")
     if len(set(map(str, sweep.values))) < len(sweep.values):
-        raise UserError(f"sweep.values={list(sweep.values)}: one stands twice")
+        raise UserError(f"sweep.values={list(sweep.values)}: one is repeated")
     if sweep.rows and not set(sweep.rows) & set(rows):
-        raise UserError(f"sweep.rows={list(sweep.rows)}: none of them is a row; choose from {rows}")
+        raise UserError(f"sweep.rows={list(sweep.rows)}: no such rows; choose from {rows}")
     if not config.rates and sweep.key is None:
         raise UserError("rates=[] and no sweep: nothing to train")

@@ -1,4 +1,4 @@
-"""Trains and measures the runs of an ablation, each step in a process of its own, several beside each other."""
+"""Train and measure the runs of an ablation in separate processes, several at a time."""
 
 import json
 import logging
@@ -23,14 +23,14 @@ from osp.train.launch import Process, training_command
 from osp.train.stop import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
-MEASURING = 0.1  # of a training, in the bar and the time that is left
+MEASURING = 0.1  # share of a training, for the progress bar and the remaining time
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one run at a time has to itself."""
+    """The threads and GPUs of one run at a time."""
 
     threads: int
     gpus: tuple[int, ...] = ()
@@ -42,18 +42,18 @@ class Slot:
 
 
 def slots(config: AblationConfig, runs: list[Planned]) -> list[Slot]:
-    """Places for runs beside each other: as many as there are GPUs or cores for `ranks` processes of each."""
+    """Return one slot for each run at a time: as many as the GPUs or cores allow with `ranks` processes a run."""
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     on_gpu = gpus > 0 and all(run.config.engine.device != "cpu" for run in runs)
     available = max(1, (gpus if on_gpu else cores) // config.ranks)
     number = min(config.parallel or available, len(runs), available if on_gpu else cores)
     threads = max(1, cores // (number * config.ranks))
-    each = range(config.ranks)
-    return [Slot(threads, tuple(i * config.ranks + r for r in each) if on_gpu else ()) for i in range(max(number, 1))]
+    ranks = range(config.ranks)
+    return [Slot(threads, tuple(i * config.ranks + r for r in ranks) if on_gpu else ()) for i in range(max(number, 1))]
 
 
 class Execution:
-    """The runs of an ablation on their way. `failures`: label -> why it ended; the others go on."""
+    """Trains and measures runs. `failures`: label -> reason; a failed run does not stop the others."""
 
     def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
         """scripts: the folder of train.py and compare.py."""
@@ -63,13 +63,13 @@ class Execution:
             first.setdefault(run.label, run)
         self.runs = list(first.values())
         self.failures: dict[str, str] = {}
-        self._finished: set[str] = set()  # labels; what tells is a file to read and parse, so not at every look
+        self._finished: set[str] = set()  # labels; cached, because the check parses a file
         self._logs = Path(config.dir) / "logs"
         rows = [row.name for row in parse_rows(config)]
         self._with_methods = {"ends": {rows[0], rows[-1]}, "all": set(rows), "none": set[str]()}[config.methods]
 
     def __call__(self) -> None:
-        """Train and measure whatever is missing. Raises `StoppedError` when asked to stop; the runs have saved then."""
+        """Train and measure what is missing; raise `StoppedError` after a signal, when the runs have saved."""
         self._finished = {run.label for run in self.runs if self.trained(run) and self.measured(run)}
         waiting = [run for run in self.runs if run.label not in self._finished]
         free, active = slots(self.config, self.runs), {}
@@ -99,12 +99,12 @@ class Execution:
                     self._show(bar, list(active))
                     time.sleep(SECONDS_BETWEEN_LOOKS)
             finally:
-                for _, _, process in active.values():  # all of them first: they save beside each other
+                for _, _, process in active.values():  # all first, so that they save at the same time
                     process.terminate()
                 for _, _, process in active.values():
                     process.stop()
         if stop.signal:
-            log.info("stopped; the same command continues where each run was")
+            log.info("stopped; the same command continues each run")
             raise StoppedError("the ablation was asked to stop", signal=stop.signal)
 
     def trained(self, run: Planned) -> bool:
@@ -114,7 +114,7 @@ class Execution:
         return record_of(run, self.wanted(run)) is not None
 
     def wanted(self, run: Planned) -> dict[str, Any]:
-        """Values of keys of scripts/compare.py that decide what is measured of a run."""
+        """Return the keys of scripts/compare.py that decide what is measured."""
         methods = "last" if run.row.name in self._with_methods and run.value is None else "none"
         return {
             "texts": list(self.config.texts),
@@ -124,7 +124,7 @@ class Execution:
         }
 
     def _next(self, run: Planned, slot: Slot) -> Process:
-        """Start what the run needs next: its training or, when that is complete, its measurement."""
+        """Start the training of a run or, after it, the measurement."""
         if not self.trained(run):
             config = with_threads(run.config, slot.threads)
             path, script = self._logs / f"{run.label}.yaml", self.scripts / "train.py"
@@ -144,7 +144,7 @@ class Execution:
 
     @contextmanager
     def _bar(self) -> Iterator["tqdm[Any]"]:
-        """Progress over all runs, in trainings; it starts where the folder stands."""
+        """Show progress over all runs, counted in trainings, from the state of the folder."""
         done = sum(map(self._progress, self.runs))
         total = (1 + MEASURING) * len(self.runs)
         shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
@@ -164,14 +164,14 @@ class Execution:
         bar.update(sum(map(self._progress, self.runs)) + over - bar.n)
 
     def _progress(self, run: Planned) -> float:
-        """Of one run: 1 for its training, and `MEASURING`."""
+        """Return the progress of one run: 1 for its training plus `MEASURING`."""
         if self.trained(run):
             return 1 + MEASURING * (run.label in self._finished)
         return last_step(run.folder / "metrics.jsonl") / run.num_steps
 
 
 def record_of(run: Planned, wanted: dict[str, Any]) -> ComparisonRecord | None:
-    """The newest record of scripts/compare.py about the end of a run that measured what is wanted."""
+    """Return the newest record of scripts/compare.py in a run that measured what is wanted, or None."""
     for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("*.json"), reverse=True):
         try:
             record = read_comparison(path)
@@ -186,7 +186,7 @@ def record_of(run: Planned, wanted: dict[str, Any]) -> ComparisonRecord | None:
 
 
 def last_step(path: Path) -> int:
-    """The step of the last whole line of a metrics.jsonl; 0 before the first."""
+    """Return the step of the last complete line of a metrics.jsonl, 0 before the first."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""From the rows, rates and seeds of an ablation to the configurations of its runs, all checked before one starts."""
+"""Plan the runs of an ablation: one checked configuration for each row, set of learning rates and seed."""
 
 import dataclasses
 import hashlib
@@ -12,16 +12,16 @@ from osp.ablation.config import AblationConfig, Row, parse_rows, settings_of
 from osp.config import FREE, Config, RunConfig, from_dict, leaves, to_dict
 from osp.errors import UserError
 
-Compose = Callable[[Sequence[str]], dict[str, Any]]  # what `scripts/train.py OVERRIDES` would train
+Compose = Callable[[Sequence[str]], dict[str, Any]]  # returns the configuration of `scripts/train.py OVERRIDES`
 
-# What all rows must have in common, or their numbers do not compare. A sweep may change its own key.
+# All rows must agree in these keys, or their numbers do not compare. A sweep may change its key.
 SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "model.vocab_size")
 NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One training of the ablation. rates: the name of the settings; a swept one has a `value` instead."""
+    """One training of the ablation. `rates` names its settings; a run of the sweep has a `value` instead."""
 
     row: Row
     rates: str
@@ -46,9 +46,10 @@ class Planned:
 
 
 def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
-    """The runs of `config`, in the order they are trained: seed by seed, the first row and the last row first.
+    """Return the runs of `config` in the order of training: seed by seed, the first row and the last row first.
 
-    Raises `UserError` if a row cannot be composed, or if rows differ in what they must share.
+    Raises:
+        UserError: a row cannot be composed, or rows differ in a shared key.
     """
     rows, runs = parse_rows(config), []
 
@@ -76,10 +77,10 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
 
 
 def named(config: Config, row: str, *, folder: Path) -> Config:
-    """`config` with a run folder below `folder` that is the same for the same training.
+    """Return `config` with a run folder below `folder` whose name has a hash of the training.
 
-    So what two places of the page need, at the paper's rates and in a sweep say, is trained once, and a run of another
-    configuration is never taken for it.
+    A training that appears twice on the page, for instance in a sweep, runs once. A run with another configuration is
+    never mistaken for it.
     """
     values = {key: value for key, value in leaves(to_dict(config)) if not key.startswith(FREE)}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
@@ -88,27 +89,27 @@ def named(config: Config, row: str, *, folder: Path) -> Config:
 
 
 def _check_shared(runs: list[Planned], swept: str | None) -> None:
-    """Raise `UserError` where a row changes what all rows must have in common."""
+    """Raise `UserError` if a row changes a key that all rows must share."""
     first = dict(leaves(to_dict(runs[0].config)))
     if runs[0].config.train.minutes is not None and runs[0].config.train.steps is None:
-        raise UserError("train.minutes gives every row another length; set train.steps or train.tokens")
+        raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")
     for run in runs[1:]:
         for key, value in leaves(to_dict(run.config)):
             shared = key.startswith(SHARED) and not key.startswith(NOT_SHARED) and key != swept
             if shared and value != first.get(key):
                 raise UserError(
                     f"rows {runs[0].row.name} and {run.row.name} do not compare: {key}={first.get(key)} and {value}; "
-                    f"only what a row is about may differ. Give {key}=VALUE for all rows, beside rows=[...]"
+                    f"rows must agree in this key. Give {key}=VALUE for all rows, beside rows=[...]"
                 )
 
 
 def quoted(text: str) -> str:
-    """A value for Hydra's grammar, whatever characters it has."""
+    """Return a value quoted for Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def with_threads(config: Config, threads: int) -> Config:
-    """`config` on so many CPU threads, if it does not say how many."""
+    """Return `config` with `threads` CPU threads, unless it sets a number."""
     if config.engine.threads is not None:
         return config
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, threads=threads))

@@ -43,7 +43,7 @@ function mix(ramp, share) {
 const steps = (from, to) => (from === to ? `step ${number(to)}` : `steps ${number(from)} to ${number(to)}`);
 const several = data.runs.length > 1;
 
-// What the axes are: written where no label of theirs stands.
+// The names of the axes, in free corners.
 const named = (texts) => texts.map(([text, place]) => ({
   type: "text", silent: true, ...place, style: { text, fill: colour("soft"), font: "11px system-ui, -apple-system, sans-serif" },
 }));
@@ -86,7 +86,7 @@ function series(curve, log, floor) {
     showSymbol: points.length < 40, lineStyle: { width: curve.faint ? 1 : 1.8, opacity: curve.faint ? 0.35 : 1, type: curve.run >= PARTS.length ? [6, 4] : "solid" }, silent: true,
   };
 }
-// The library's own list leaves out curves without a point at exactly this step: here each shows its nearest one.
+// The tooltip of the library omits curves without a point at exactly this step; this one shows the nearest point.
 function tooltip(curves, spec = {}) {
   const name = spec.categories ? (x) => escape(spec.categories[x]) : (x) => `${escape(spec.x || "step")} ${spec.x ? short(x) : number(x)}`;
   return (items) => {
@@ -363,7 +363,7 @@ all(".legend button").forEach((button, run) => button.addEventListener("click", 
 }));
 all("figure details").forEach((details) => details.addEventListener("toggle", () => details.open && fillTable(details)));
 dark.addEventListener("change", redraw);
-// A link into the page must not end below the bars that stay on top.
+// A link into the page must not scroll its target below the sticky bars.
 function clearBars() {
   const bars = all(".bar").filter((bar) => getComputedStyle(bar).position === "sticky");
   document.documentElement.style.scrollPaddingTop = bars.reduce((sum, bar) => sum + bar.offsetHeight, 10) + "px";

@@ -1,16 +1,13 @@
-"""How the largest values of a channel grew over the probes of a run, and since when it has been large.
-
-One definition for the forensics of a training, scripts/inspect_outliers.py and the report, which needs no torch.
-"""
+"""The growth of a channel over the probes of a run, and the step since which it is large. Needs no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
 def growth(history: Iterable[Mapping[str, Any]], name: str, channel: int) -> list[tuple[int, float | None]]:
-    """(step, max|x| of the channel at site `name`) by the lines of a probes.jsonl that measured the site.
+    """Return (step, max|x| of a channel at site `name`) for every line of probes.jsonl that measured the site.
 
-    None where the channel was not among the largest of its site.
+    The value is None if the channel was not among the largest of its site.
     """
     return [
         (int(probe["step"]), dict(map(tuple, probe["sites"][name]["channels"])).get(channel))
@@ -20,9 +17,9 @@ def growth(history: Iterable[Mapping[str, Any]], name: str, channel: int) -> lis
 
 
 def since(grown: Sequence[tuple[int, float | None]]) -> int | None:
-    """The step from whose probe on a channel has been at least half as large as it is at the end of its `growth`.
+    """Return the step since which a channel has been at least half as large as at the end of its `growth`, or None.
 
-    Not the step from which it is the largest: of several large channels the text decides which one that is.
+    This is not the step since which it is the largest: which of several large channels is largest depends on the text.
     """
     start, last = None, grown[-1][1] if grown else None
     for step, value in grown:

@@ -1,6 +1,6 @@
-"""What a run folder holds, read back: curves, probes, events and what the run is. Reads files only, needs no torch.
+"""Read a run folder: curves, probes, events, evaluations and configuration. Needs no torch.
 
-Whatever is missing or broken is said in `Run.notes` and the rest is read: a run may have been killed, may still be
+Missing or broken parts are named in `Run.notes` and the rest is read. The run may have been killed, may still be
 writing, or may never have been validated or probed.
 """
 
@@ -19,24 +19,24 @@ import yaml
 from osp.errors import UserError
 from osp.run.evaluations import Evaluations, read_evaluations
 
-QUIET_SECONDS = 600  # a run without a closing summary that has written nothing for so long is called interrupted
+QUIET_SECONDS = 600  # without a summary and without new metrics for this long, a run counts as interrupted
 
 
 class Series(NamedTuple):
-    """One metric over the run: `steps` (n,) increasing, `values` (n,) with nan where the number was not finite."""
+    """One metric over the run: increasing `steps` (n,) and `values` (n,), nan for numbers that are not finite."""
 
     steps: np.ndarray
     values: np.ndarray
 
     @property
     def last(self) -> float:
-        """The newest finite value, nan if there is none."""
+        """The newest finite value, or nan."""
         finite = self.values[np.isfinite(self.values)]
         return float(finite[-1]) if len(finite) else math.nan
 
 
 class Site(NamedTuple):
-    """A key of the monitor taken apart: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
+    """The parts of a key of the monitor: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
 
     stat: str
     layer: int | None
@@ -45,7 +45,7 @@ class Site(NamedTuple):
 
 @dataclass
 class Run:
-    """A run folder, read. `probes` and `events` are the lines of probes.jsonl and events.jsonl."""
+    """The content of a run folder. `probes` and `events` are the lines of probes.jsonl and events.jsonl."""
 
     folder: Path
     name: str
@@ -59,12 +59,12 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def last(self, key: str) -> float:
-        """The newest finite value of a metric, nan if there is none."""
+        """Return the newest finite value of a metric, or nan."""
         return self.series[key].last if key in self.series else math.nan
 
     @property
     def step(self) -> int:
-        """The last optimizer step that anything was written about."""
+        """The last optimizer step with a metric."""
         return max((int(series.steps[-1]) for series in self.series.values()), default=0)
 
     @property
@@ -84,7 +84,7 @@ class Run:
         return "running" if quiet < QUIET_SECONDS else "interrupted"
 
     def num_parameters(self) -> int | None:
-        """From the manifest of a checkpoint; None before the first one."""
+        """Return the number of parameters by the manifest of a checkpoint, or None before the first checkpoint."""
         for manifest in sorted(self.folder.glob("checkpoints/step_*/manifest.json")):
             try:
                 shapes = json.loads(manifest.read_text(encoding="utf-8"))["shapes"]
@@ -94,12 +94,12 @@ class Run:
         return None
 
     def sites(self) -> dict[Site, Series]:
-        """Every monitored quantity that belongs to a site, a norm or a weight."""
+        """Return every monitored quantity of a site, a norm or a weight."""
         return {site: series for key, series in self.series.items() if (site := site_of(key))}
 
 
 def site_of(key: str) -> Site | None:
-    """The parts of a key of the monitor; None for a key that is no monitor's or describes the whole model."""
+    """Return the parts of a key of the monitor; None for other keys and for keys of the whole model."""
     prefix, _, rest = key.partition("/")
     stat, _, name = rest.partition("/")
     if prefix not in ("monitor", "bhyt") or name in ("", "max", "mean", "osp_script"):
@@ -111,7 +111,7 @@ def site_of(key: str) -> Site | None:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`; `UserError` if there is nothing to draw."""
+    """Return the run in `folder`; raise `UserError` if it has no metrics."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder{_runs_near(folder)}")
     notes: list[str] = []
@@ -137,13 +137,13 @@ def read_run(folder: Path) -> Run:
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file that have a step; others are counted in `notes`. A missing file is empty."""
+    """Yield the objects of a .jsonl file that have a step; `notes` counts the other lines. A missing file is empty."""
     if not path.exists():
         return
     broken = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):  # it is being written this moment
+            if not line.endswith("\n"):  # the run is writing it
                 break
             try:
                 value = json.loads(line)
@@ -159,7 +159,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
-    """Key -> series. Of two values for one step the later line counts: a resumed run took that step again."""
+    """Return key -> series. The last line for a step counts: a resumed run took that step again."""
     columns: dict[str, tuple[array, array]] = {}  # a long run has millions of values
     for line in lines:
         step = line["step"]
@@ -172,13 +172,13 @@ def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
 
 
 def _in_order(steps: np.ndarray, values: np.ndarray) -> Series:
-    """The last value of every step, by step."""
+    """Return the last value of every step, by step."""
     unique, last = np.unique(steps[::-1], return_index=True)
     return Series(unique, values[::-1][last])
 
 
 def _probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """In order of the steps, the later line where a step was probed again."""
+    """Return the probes in order of the steps; the last line for a step counts."""
     by_step = {}
     for probe in _json_lines(path, notes):
         sites = probe.get("sites")
@@ -188,7 +188,7 @@ def _probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _is_site(value: Any) -> bool:
-    """Whether a site of a probe holds what is read of it without asking: [channel, max|x|] of its largest ones."""
+    """Return whether a site of a probe has `channels`, [channel, max|x|] of its largest channels."""
     channels = value.get("channels") if isinstance(value, dict) else None
     if not isinstance(channels, list) or not channels:
         return False
@@ -196,12 +196,12 @@ def _is_site(value: Any) -> bool:
 
 
 def _read(path: Path, kind: type, notes: list[str]) -> Any:
-    """The YAML or JSON file's content, an empty `kind` with a note where that cannot be."""
+    """Return the content of a YAML or JSON file, or an empty `kind` and a note."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(value, kind):
             return value
-        notes.append(f"{path.name}: not what a run writes there; left out")
+        notes.append(f"{path.name}: not the format of a run; left out")
     except FileNotFoundError:
         notes.append(f"{path.name} is missing")
     except (OSError, ValueError, yaml.YAMLError):
@@ -210,8 +210,8 @@ def _read(path: Path, kind: type, notes: list[str]) -> Any:
 
 
 def _runs_near(folder: Path) -> str:
-    """`; runs here: ...`, the run folders below or beside a path that is none."""
+    """Return `; runs here: ...`, the run folders below or beside a path that is not a run folder."""
     for place in (folder, folder.parent, Path("runs")):
         if names := sorted(str(path.parent) for path in place.glob("*/metrics.jsonl"))[:6]:
             return f"; runs here: {', '.join(names)}"
-    return "; a run folder is what scripts/train.py writes, runs/NAME"
+    return "; scripts/train.py writes run folders, runs/NAME"

@@ -1,4 +1,4 @@
-"""The whole of `scripts/ablation.py` on two tiny rows, stopped on the way; failures leave the others alone."""
+"""`scripts/ablation.py` on two tiny rows, stopped and continued; a failed row does not affect the others."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def run(config: AblationConfig) -> dict[str, Any]:
     return json.loads((Path(config.dir) / "ablation.json").read_text())
 
 
-def test_two_rows_stopped_and_started_again(tiny: Tiny, tmp_path: Path) -> None:
-    """The same losses as a run that nobody stopped; what is finished is not done again."""
+def test_stopped_ablation_continues_with_equal_losses(tiny: Tiny, tmp_path: Path) -> None:
+    """The losses equal an uninterrupted run; finished work is not repeated."""
     config = tiny_ablation(tiny, tmp_path / "table")
     (run_of_osp,) = [planned for planned in plan(config, entry.compose) if planned.row.name == "osp"]
     metrics = run_of_osp.folder / "metrics.jsonl"
@@ -77,8 +77,8 @@ def test_two_rows_stopped_and_started_again(tiny: Tiny, tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_row_that_fails_leaves_the_others_alone(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started here in place of a training: a script that fails for one row."""
+def test_failed_row_does_not_affect_the_others(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training is replaced by a script that fails for one row."""
 
     class Failing:
         def __init__(self, command: list[str], output: Path, **_: Any):

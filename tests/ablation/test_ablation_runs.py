@@ -1,4 +1,4 @@
-"""From rows, rates and seeds to runs: what is trained, and every mistake in one line before anything starts."""
+"""Plan of an ablation: which runs are trained; every mistake is one line before anything starts."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ def config(folder: Path = Path("ablations/test"), **values: Any) -> AblationConf
 
 
 def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
-    """Seed by seed, first and last row first; later overrides win: common, rates, row, the user's, the sweep's."""
+    """Seed by seed, first and last row first; later overrides win: common, settings, row, command line, sweep."""
     settings = {"tuned": {"adam": ("optimizer.lr=1e-3",)}}
     sweep = {"key": "optimizer.lr", "values": [0.02, 0.5], "rows": ["osp"]}
     runs = plan(
@@ -57,37 +57,40 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"rows": ["adam", "ospp"]}, r"row ospp: Could not find 'experiment/ospp'(?s:.)*adam"),
-        ({"rows": ["adam", "adam"]}, r"rows: 'adam' stands twice"),
+        ({"rows": ["adam", "adam"]}, r"rows: 'adam' is repeated"),
         ({"rows": []}, r"rows=\[\]: name at least one"),
         ({"rows": ["a b"]}, r"rows: 'a b'; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'"),
         ({"rows": ["x: 'y"]}, r"rows: \"x: 'y\": No closing quotation"),
         ({"rows": ["x: optimizer.lrr=1"]}, r"row x: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'\?"),
         ({"rows": ["x: optimizer.lr=-1"]}, r"row x: optimizer.lr=-1"),
         ({"seeds": []}, r"seeds=\[\]: name at least one"),
-        ({"seeds": [1, 2, 1]}, r"seeds=\[1, 2, 1\]: 1 stands twice and would be the same run"),
+        ({"seeds": [1, 2, 1]}, r"seeds=\[1, 2, 1\]: 1 is repeated and would be the same run"),
         ({"seeds": [-1]}, r"seeds\[0\]=-1: must be"),
         ({"rates": ["best"]}, r"rates=\['best'\]: 'best'; choose from \['paper'\]"),
-        ({"rates": ["paper", "paper"]}, r"one stands twice"),
+        ({"rates": ["paper", "paper"]}, r"one is repeated"),
         ({"rates": []}, r"nothing to train"),
         ({"sweep": {"key": "optimizer.lr"}}, r"a sweep needs both"),
         ({"sweep": {"values": [1]}}, r"a sweep needs both"),
-        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"one stands twice"),
+        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"one is repeated"),
         (
             {"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}},
-            r"sweep.rows=\['muon'\]: none of them is a row; choose from",
+            r"sweep.rows=\['muon'\]: no such rows; choose from",
         ),
         ({"parallel": 0}, r"parallel=0: must be at least 1"),
         ({"methods": "some"}, r"methods='some'; choose from ends, all, none"),
         ({"scale": "nano"}, r"unknown key 'scale'"),
         (
             {"rows": ["adam", "longer: +experiment=osp train.steps=5"]},
-            r"rows adam and longer do not compare: train.steps=4 and 5; only what a row is about may differ",
+            r"rows adam and longer do not compare: train.steps=4 and 5; rows must agree in this key",
         ),
         ({"rows": ["adam", "osp_1b"]}, r"rows adam and osp_1b do not compare: \S+="),
-        ({"overrides": ["train.steps=null", "train.minutes=1"]}, r"train.minutes gives every row another length"),
+        (
+            {"overrides": ["train.steps=null", "train.minutes=1"]},
+            r"train.minutes gives every row another number of steps",
+        ),
     ],
 )
-def test_mistakes(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_before_anything_is_written(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     def checked() -> None:
         wanted = config(tmp_path, **values)
         check_ablation(wanted)
@@ -106,8 +109,8 @@ def test_settings_of_a_row() -> None:
     assert found == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
 
 
-def test_the_same_training_is_one_run(tmp_path: Path) -> None:
-    """Whatever it is trained for; another rate, seed or row is another run."""
+def test_equal_trainings_share_one_run(tmp_path: Path) -> None:
+    """Another learning rate, seed or row is another run."""
     settings = {"same": {"osp": ("optimizer.lr=5e-4",)}}
     sweep = {"key": "optimizer.lr", "values": [5e-4, 1e-3], "rows": ["osp"]}
     runs = plan(config(tmp_path, seeds=[0, 1], settings=settings, rates=["paper", "same"], sweep=sweep), entry.compose)
@@ -123,7 +126,7 @@ def test_the_same_training_is_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [path.stem for path in (ROOT / "configs" / "scale").iterdir()])
-def test_presets_compose(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_preset_composes(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every preset, with its experiments and the settings of its rows, is a set of runs."""
     monkeypatch.setattr("sys.argv", ["ablation.py", f"scale={scale}", f"dir={tmp_path}"])
     found: list[dict[str, Any]] = []
@@ -139,8 +142,8 @@ def test_presets_compose(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert {"adam", "osp"} <= set(wanted.rows)
 
 
-def test_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As many runs beside each other as there are GPUs or cores for their ranks."""
+def test_slots_share_the_cores_or_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As many runs at a time as there are GPUs or cores for their ranks."""
     monkeypatch.setattr("osp.ablation.execute.os.cpu_count", lambda: 8)
     runs = plan(config(tmp_path, rows=["adam", "muon", "osp"], common=[*SMALL[:3]]), entry.compose)
     assert [slot.threads for slot in slots(config(), runs)] == [2, 2, 2]

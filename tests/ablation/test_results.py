@@ -1,4 +1,4 @@
-"""Numbers, tables and page of made-up runs: each number from where it was put, mean and spread by hand."""
+"""Numbers, tables and page of an ablation with made-up runs."""
 
 import json
 import math
@@ -40,7 +40,7 @@ PERPLEXITY = {"adam": (20.0, 80.0), "osp": (21.0, 22.0)}  # at 16-16-16 and at 4
 
 
 def made_record(row: str, seed: int) -> ComparisonRecord:
-    """What scripts/compare.py would leave; the second seed's perplexities are twice the first's."""
+    """Return a record of scripts/compare.py; the second seed has twice the perplexities of the first."""
     first, last = PERPLEXITY[row]
 
     def score(value: float | None) -> Score:
@@ -77,7 +77,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationConfig, 
     return wanted, runs, collect(runs, records, {failed: "the disk is full"})
 
 
-def test_numbers_are_those_of_the_folders(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def test_numbers_equal_the_run_folders(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
     _, runs, results = ablation
     events = [json.loads(line) for line in (runs[0].folder / "metrics.jsonl").read_text().split("\n")[:-1]]
     last: dict[str, float] = {}
@@ -108,7 +108,7 @@ def test_mean_and_spread_over_seeds(ablation: tuple[AblationConfig, list[Planned
     assert difference(Cell(5.0, 3.0, 2), Cell(1.0, 4.0, 2)) == (4.0, 5.0)
 
 
-def test_rows_are_better_that_lose_less_at_4_bits_and_nothing_at_16() -> None:
+def test_better_rows_lose_less_at_4_bits_and_nothing_at_16() -> None:
     def line(row: str, at_16: float, at_4: float, deviation: float = 0.03) -> Line:
         values = {"nats_16": at_16, "nats_4": at_4}
         return Line(row, "tuned", {name: Cell(value, deviation, 2) for name, value in values.items()}, ())
@@ -133,12 +133,12 @@ def test_rows_are_better_that_lose_less_at_4_bits_and_nothing_at_16() -> None:
         (Cell(0.1, math.nan, 1), Cell(0.4, math.nan, 1), r"osp loses 0\.3000 more; one seed, so the spread is unknown"),
     ],
 )
-def test_verdict_holds_the_difference_against_the_spread(adam: Cell, osp: Cell, says: str) -> None:
+def test_verdict_compares_the_difference_with_the_spread(adam: Cell, osp: Cell, says: str) -> None:
     lines = [Line("adam", "paper", {"cost": adam}, ()), Line("osp", "paper", {"cost": osp}, ())]
     assert re.search(says, verdict(lines))
 
 
-def test_markdown(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def test_markdown_has_every_table_with_equal_columns(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
     wanted, _, results = ablation
     text = as_markdown(results, wanted, ["trained here"])
     assert "- trained here" in text
@@ -160,7 +160,7 @@ def test_markdown(ablation: tuple[AblationConfig, list[Planned], Results]) -> No
     ]  # fmt: skip
 
 
-def test_json_says_where_each_number_is_from(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def test_json_names_the_source_of_each_number(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
     _, _, results = ablation
     values = json.loads(json.dumps(as_json(results), allow_nan=False))
     cell = values["rows"][0]["cells"]["4-4-4"]
@@ -209,7 +209,7 @@ def test_committed_json_renders_the_committed_tables(name: str) -> None:
         assert line in remaining, line  # in this order
 
 
-def test_papers_table() -> None:
+def test_table_of_the_paper_is_complete() -> None:
     """Every row has a number for every cell, and of the +Had rows of the paper only Adam stays without use."""
     for row in TABLE_2.values():
         assert set(row) == {"osp_script", *COLUMNS, *(f"{bits} +Had" for bits in COLUMNS)}
@@ -218,7 +218,9 @@ def test_papers_table() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_page_in_a_browser(ablation: tuple[AblationConfig, list[Planned], Results], tmp_path: Path) -> None:
+def test_page_draws_its_charts_in_a_browser(
+    ablation: tuple[AblationConfig, list[Planned], Results], tmp_path: Path
+) -> None:
     wanted, _, results = ablation
     path = tmp_path / "ablation.html"
     path.write_text(ablation_page(results, wanted, ["trained here"]))

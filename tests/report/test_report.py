@@ -47,7 +47,7 @@ from tests.made_run import made_run
 
 @pytest.fixture(scope="module")
 def long_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """10,000 steps and 12 layers, once with outliers and once without."""
+    """Two runs of 10,000 steps and 12 layers, with and without outliers."""
     folder = tmp_path_factory.mktemp("runs")
     return made_run(folder / "adam"), made_run(folder / "osp", outliers=False, seed=1)
 
@@ -57,7 +57,7 @@ def write_lines(path: Path, *lines: dict[str, Any] | str) -> None:
 
 
 def small_run(folder: Path, **config: Any) -> Path:
-    """Four steps of loss, nothing else."""
+    """Write a run with four steps of loss."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": folder.name}, **config}))
     (folder / "environment.json").write_text("[]")
@@ -66,7 +66,7 @@ def small_run(folder: Path, **config: Any) -> Path:
 
 
 def data_of(page: Path) -> dict[str, Any]:
-    """The numbers inside a written page."""
+    """Return the data inside a page."""
     match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), flags=re.DOTALL)
     assert match
     return json.loads(match[1])
@@ -114,17 +114,17 @@ def test_series_are_the_numbers_of_the_lines(tmp_path: Path) -> None:
         ("train/loss", None),
     ],
 )
-def test_keys_of_the_monitor_are_taken_apart(key: str, site: Site | None) -> None:
+def test_keys_of_the_monitor_are_split_into_parts(key: str, site: Site | None) -> None:
     assert site_of(key) == site
 
 
-def test_broken_lines_are_skipped_and_said(tmp_path: Path) -> None:
+def test_broken_lines_are_skipped_with_a_note(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(
             '{"step": 5, "train/loss"\n[1, 2]\n{"train/loss": 3}\n{"step": 6, "tokens": 60, "train/loss": 0.5}\n'
         )
-        file.write('{"step": 7, "tokens": 70, "train/lo')  # being written: no word about it
+        file.write('{"step": 7, "tokens": 70, "train/lo')  # being written: no note
     write_lines(folder / "probes.jsonl", "not json")
     run = read_run(folder)
     assert run.series["train/loss"].steps.tolist() == [1, 2, 3, 4, 6]
@@ -167,7 +167,7 @@ def test_folder_without_a_run_gets_one_line(prepare: Any, message: str, tmp_path
     assert data_of(tmp_path / "report.html")["runs"] == ["fine"]
 
 
-def test_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+def test_command_line_mistake_is_one_line(tmp_path: Path) -> None:
     for name, arguments, message in (
         ("report.py", (), "error: usage: python scripts/report.py RUN"),
         ("report.py", (str(tmp_path / "no"),), f"error: {tmp_path / 'no'}: no such run folder"),
@@ -211,13 +211,13 @@ def test_envelope_keeps_every_extreme_and_few_points() -> None:
         assert (np.nanmin(mine), np.nanmax(mine)) == (np.nanmin(values[stretch]), np.nanmax(values[stretch]))
 
 
-def test_short_series_are_left_as_they_are() -> None:
+def test_short_series_are_unchanged() -> None:
     series = Series(np.arange(5), np.array([1.0, 2.0, math.nan, 4.0, 5.0]))
     assert envelope(series, 400) is series
     assert averaged(series, 2).values.tolist() == [1.5, 4.5]
 
 
-def test_grid_has_a_row_per_layer_and_keeps_the_largest_of_a_column() -> None:
+def test_grid_has_one_row_per_layer_and_keeps_the_largest_value_of_a_column() -> None:
     sites = {
         Site("kurtosis", 1, "q"): Series(np.array([1, 2, 4, 8]), np.array([1.0, 9.0, 2.0, 3.0])),
         Site("kurtosis", 0, "q"): Series(np.array([2, 8]), np.array([-1.0, math.nan])),
@@ -228,7 +228,7 @@ def test_grid_has_a_row_per_layer_and_keeps_the_largest_of_a_column() -> None:
     np.testing.assert_array_equal(values, [[-1.0, math.nan], [9.0, 3.0]])
 
 
-def test_site_data_is_the_probe_of_the_run(tmp_path: Path) -> None:
+def test_site_data_equals_the_probes(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", steps=40, layers=3, probe_every=10)
     cell = site_data([read_run(folder)])["max_abs"]["down_proj_in"][0]
     assert [pair[1] for pair in cell["x"]] == [1, 2, 4, 8, 10, 16, 20, 30, 32, 40]
@@ -252,7 +252,7 @@ def test_histograms_of_several_runs_have_the_same_octaves(tmp_path: Path) -> Non
     assert (b["first"], b["v"]) == (-1, [[None, -300, None, 0]])
 
 
-def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None:
+def test_outliers_name_site_channel_token_and_first_step(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run")
 
     def probe(step: int, channel: int, value: float) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def test_outliers_name_site_channel_token_and_since_when(tmp_path: Path) -> None
     ]  # fmt: skip
 
 
-def test_legend_names_what_differs_and_not_the_paths(tmp_path: Path) -> None:
+def test_legend_names_differences_except_paths(tmp_path: Path) -> None:
     a = small_run(tmp_path / "a", norm={"name": "ssnorm"}, optimizer={"lr": 0.01}, engine={"zero_stage": 1})
     b = small_run(tmp_path / "b", norm={"name": "rmsnorm"}, optimizer={"lr": 0.01}, engine={"zero_stage": 3})
     c = small_run(tmp_path / "c", norm={"name": "rmsnorm"}, optimizer={"lr": 0.02}, engine={"zero_stage": 3})
@@ -313,7 +313,7 @@ def test_legend_names_what_differs_and_not_the_paths(tmp_path: Path) -> None:
     assert all(label in legend[0] for label in labels(runs))
 
 
-def test_missing_parts_say_why_and_what_to_set(tmp_path: Path) -> None:
+def test_missing_parts_name_the_key_to_set(tmp_path: Path) -> None:
     write_report([small_run(tmp_path / "run")], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "Set <code>monitor=light</code>" in page
@@ -332,7 +332,7 @@ def test_text_of_a_run_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     assert evil not in (tmp_path / "report.html").read_text()
 
 
-def test_library_is_the_released_one() -> None:
+def test_plotting_library_is_the_released_file() -> None:
     """The file of the npm package echarts 6.1.0, byte for byte."""
     import hashlib
 
@@ -344,7 +344,7 @@ def test_library_is_the_released_one() -> None:
 
 
 def evaluated(folder: Path, worst: float = 8.0) -> Path:
-    """Records of one evaluation with its ablation and of one comparison, through the functions that write them."""
+    """Write records of an evaluation with an ablation and of a comparison."""
     from osp.evaluation.compare import COLUMNS
     from osp.quant.spec import WEIGHT_SITES, QuantSpec
 
@@ -366,7 +366,7 @@ def evaluated(folder: Path, worst: float = 8.0) -> Path:
 
 
 def section_of(page: Path, name: str) -> list[list[str]]:
-    """The rows of the tables of a section, as text."""
+    """Return the rows of the tables of a section, as text."""
     match = re.search(f'<section id="{name}">.*?</section>', page.read_text(), flags=re.DOTALL)
     assert match
     rows = re.findall("<tr>(.*?)</tr>", match[0], flags=re.DOTALL)
@@ -398,7 +398,7 @@ def test_records_of_evaluations_are_shown(tmp_path: Path) -> None:
     assert "perplexity 4 unquantized, 64 with all sites quantized" in page
 
 
-def test_comparing_leaves_rows_that_the_report_shows(tiny: Any, tmp_path: Path) -> None:
+def test_report_shows_the_rows_of_a_comparison(tiny: Any, tmp_path: Path) -> None:
     from osp.evaluation.compare import COLUMNS, compare
     from osp.evaluation.config import CompareConfig
     from osp.quant.spec import QuantSpec
@@ -420,13 +420,13 @@ def test_comparing_leaves_rows_that_the_report_shows(tiny: Any, tmp_path: Path) 
     assert all([method, str(score)] in rows for method, score in made.methods.items())
 
 
-def test_runs_without_evaluations_say_how_to_get_them(tmp_path: Path) -> None:
+def test_page_without_evaluations_names_the_commands(tmp_path: Path) -> None:
     write_report([small_run(tmp_path / "run")], tmp_path / "report.html")
     assert section_of(tmp_path / "report.html", "quantized") == []
     assert "No evaluation of these runs yet" in (tmp_path / "report.html").read_text()
 
 
-def test_records_that_are_none_are_left_out_and_said(tmp_path: Path) -> None:
+def test_invalid_records_are_left_out_with_a_note(tmp_path: Path) -> None:
     folder = evaluated(small_run(tmp_path / "run"))
     for name in ("broken.json", "compare/other.json"):
         (folder / "evaluation" / name).write_text('{"model": 3}')
@@ -461,7 +461,7 @@ def pages(long_runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def tip(browser: Browser, selector: str) -> str:
-    """What hovering the middle of a chart says."""
+    """Return the tooltip at the middle of a chart."""
     browser.hover(selector)
     return browser.wait(lambda: browser.run(f"document.querySelector('{selector} .values')?.innerText"))
 
@@ -606,7 +606,7 @@ def test_layers_of_a_probe_become_one_heatmap_column() -> None:
     assert panels.layer_grids(metrics) == {"heatmap/kurtosis/q": [0.0, 3.0], "heatmap/top_channel_share/q": [0.25]}
 
 
-def test_panels_that_cannot_be_made_leave_the_run_alone(
+def test_run_goes_on_if_panels_cannot_be_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import wandb
