@@ -76,7 +76,7 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
         "Curves": _curves(events, subject.step),
         "Evaluation": _evaluations(run),
         "Export": (
-            f"Weights are {exported.dtype}. Absorbing projections and scales moved the logits by "
+            f"Weights are {exported.dtype}. Folding projections and scales moved the logits by "
             f"{exported.logit_error:.1e} of the largest. Perplexity of the first tokens of `{exported.text}`: "
             f"{exported.perplexity:.4f} as trained, {exported.exported_perplexity:.4f} as exported, "
             f"{exported.quantized_perplexity:.4f} fake-quantized to {FOUR_BITS} [{FOUR_BITS.hash}]."
@@ -109,12 +109,11 @@ def _recipe(subject: LanguageModel, config: Config, events: Events) -> list[list
 
 
 def _conversion(certificate: Certificate) -> str:
-    perplexity = certificate.perplexity
+    perplexity, before, after = certificate.perplexity, certificate.before, certificate.after
     return (
-        f"Converted from {certificate.before.norm} ({certificate.before.hidden_size} channels) to "
-        f"{certificate.after.norm} ({certificate.after.hidden_size} channels): {', '.join(certificate.steps)}. That "
-        f"moved the logits by {certificate.stored.relative:.1e} of the largest, and the perplexity of "
-        f"`{perplexity.text}` from {perplexity.before:.5f} to {perplexity.after:.5f}."
+        f"Converted from {before.norm} ({before.hidden_size} channels) to {after.norm} ({after.hidden_size} channels): "
+        f"{', '.join(certificate.steps)}. This moved the logits by {certificate.stored.relative:.1e} of the largest, "
+        f"and the perplexity of `{perplexity.text}` from {perplexity.before:.5f} to {perplexity.after:.5f}."
     )
 
 
@@ -128,15 +127,11 @@ def _curves(events: Events, step: int | None) -> str:
     if len(rows) > CURVE_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
     shown = {heading: key for heading, key in CURVES.items() if any(row.get(key) is not None for row in rows)}
-    if not shown:
-        return ""
-    return markdown_table(
-        ["step", "tokens", *shown],
-        [
-            [f"{row['step']:,}", f"{row['tokens']:,}", *(_number(row.get(key)) for key in shown.values())]
-            for row in rows
-        ],
-    )
+    table = []
+    for row in rows:
+        numbers = [_number(row.get(key)) for key in shown.values()]
+        table.append([f"{row['step']:,}", f"{row['tokens']:,}", *numbers])
+    return markdown_table(["step", "tokens", *shown], table) if table else ""
 
 
 def _evaluations(run: Path) -> str:
