@@ -62,12 +62,10 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     compiled = machine.device == "cuda" if asked == "auto" else asked
     kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}
     stages, work = {}, []
-    for zero_stage in STAGES:
-        ranks = [batches_of(group, world_size=world_size, stage=zero_stage) for group in groups]
-        stages[zero_stage] = memory(
-            groups, ranks, kept[compiled and zero_stage < 3], options, stage=zero_stage, num=accumulation
-        )
-        if zero_stage == stage:
+    for zero in STAGES:
+        ranks = [batches_of(group, world_size=world_size, stage=zero) for group in groups]
+        stages[zero] = memory(groups, ranks, kept[compiled and zero < 3], options, stage=zero, num=accumulation)
+        if zero == stage:
             work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
     sent = traffic(groups, work, options, stage=stage, accumulation=accumulation)
     flops, tokens = flops_per_token(config.model, train.seq_len), train.tokens_per_step // world_size
@@ -87,7 +85,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
         micro_batch_size=size,
         accumulation=accumulation,
         stages=stages,
-        fits={zero_stage: stages[zero_stage]["peak"] <= gpu_memory * GIB for zero_stage in STAGES},
+        fits={zero: stages[zero]["peak"] <= gpu_memory * GIB for zero in STAGES},
         groups=work,
         traffic=sent,
         step=seconds,
