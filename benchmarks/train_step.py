@@ -205,7 +205,7 @@ class Ours:
         self.trainer.train_step(number, record=False)
 
     def forward(self) -> Any:
-        return self.trainer._loss(self.trainer.loader.step(0)[0])
+        return self.trainer._forward(self.trainer.loader.step(0)[0]).loss
 
     def state(self) -> list[Any]:
         shares = self.trainer.engine.local_state()

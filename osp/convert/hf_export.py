@@ -228,7 +228,7 @@ def _token(subject: LanguageModel, token_id: int | None) -> str | None:
 
 def _shared_eps(model: Transformer) -> float:
     """Return the eps of all norms; `UserError` if they differ, because a stock Llama has one."""
-    values = {module.eps for module in model.modules() if isinstance(module, Norm) and module.eps is not None}
+    values = {module.eps for module in model.modules() if isinstance(module, Norm) and isinstance(module.eps, float)}
     if len(values) > 1:
         raise UserError(f"the norms have several eps, {sorted(values)}; a stock Llama has one for all")
     return values.pop()

@@ -25,7 +25,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,6 @@ class Norm(nn.Module):
     refreshes = False  # whether `refresh` derives statistics from weights
     output_scale: float = 1.0  # of LayerNorm scaling
     init: float = 1.0
-    eps: float | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -477,7 +476,7 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
     for key in sorted(options.keys() - {*PLACE, *keywords}):
         valid = sorted(keywords - {*PLACE})
         raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
-    norm: Callable[..., Norm] = NORMS[name]
+    norm = cast(Callable[..., Norm], NORMS[name])  # each class has its own keywords
     return norm(hidden_size, **{key: value for key, value in options.items() if key in keywords})
 
 

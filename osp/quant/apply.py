@@ -220,7 +220,7 @@ def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset
     for name in site_names(len(model.layers), active & group_sizes.keys()):
         _, kind = split_site(name)
         number_format = spec.cache_format if kind in CACHE_SITES else spec.activation_format
-        quantize = functools.partial(number_format.round, group_size=group_sizes[kind])
+        quantize = functools.partial(number_format.round, group_size=group_sizes[str(kind)])
         stack.callback(replace_site(model, name, _with_gradient(quantize)).remove)
 
 

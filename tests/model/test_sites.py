@@ -61,7 +61,7 @@ def test_quantizer_and_panels_name_the_sites_of_the_map() -> None:
     assert {*spec.WEIGHT_SITES, *spec.GATE_SITES} == set(last_names(READERS))
     assert tuple(name for name, site in SITES.items() if site.in_block and site.readers) == spec.ACTIVATION_SITES
     assert tuple(last_names(site.readers) for site in SITES.values() if site.in_block and site.readers) == STAGES
-    assert set(metrics.SITES) < set(SITES)
+    assert set(metrics.SITE_TITLES) < set(SITES)
 
 
 def test_every_module_of_the_map_exists(model: Transformer) -> None:
