@@ -20,7 +20,7 @@ from osp.evaluation.evaluate import (
     store_record,
 )
 from osp.evaluation.language_model import LanguageModel, find_model
-from osp.monitor.probe import Rows, probe
+from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec, check_spec
 from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short
@@ -117,7 +117,7 @@ def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Input
         return None
     tokens = inputs.texts[0].tokens[: min(KURTOSIS_TOKENS, config.max_tokens or KURTOSIS_TOKENS)]
     length = min(inputs.seq_len, len(tokens))
-    rows = Rows(tokens[: len(tokens) // length * length].view(-1, length))
+    rows = ProbeText(tokens[: len(tokens) // length * length].view(-1, length))
     reading = probe(subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
     return reading.metrics["monitor/kurtosis/osp_script"]
 

@@ -2,6 +2,6 @@
 
 from osp.monitor.inspect import inspect
 from osp.monitor.monitor import Monitor
-from osp.monitor.probe import Reading, Rows, probe
+from osp.monitor.probe import ProbeText, Reading, probe
 
-__all__ = ["Monitor", "Reading", "Rows", "inspect", "probe"]
+__all__ = ["Monitor", "ProbeText", "Reading", "inspect", "probe"]

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from osp.config import Config
 from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
-from osp.monitor.probe import Rows, SiteReading, row_norms
+from osp.monitor.probe import ProbeText, SiteReading, row_norms
 from osp.optim.groups import groups_of
 from osp.optim.schedule import build_schedule
 from osp.run.history import growth, since
@@ -25,7 +25,7 @@ CONTEXT = 8  # tokens of text shown before the token of an outlier
 SHOWN_WRITERS = 4  # weights shown of those that add to a channel of the residual stream
 
 
-def site_record(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> dict[str, Any]:
+def site_record(site: SiteReading, rows: ProbeText, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the entry of a site in a line of probes.jsonl."""
     first, counts = site.octaves
     return {
@@ -41,7 +41,7 @@ def site_record(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def text_before(site: SiteReading, rows: Rows, tokenizer: Tokenizer) -> str:
+def text_before(site: SiteReading, rows: ProbeText, tokenizer: Tokenizer) -> str:
     """Return the text up to and including the token of the outlier."""
     tokens = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
@@ -52,7 +52,7 @@ def bundle(
     site: SiteReading,
     *,
     step: int,
-    rows: Rows,
+    rows: ProbeText,
     tokenizer: Tokenizer,
     history: Sequence[Mapping[str, Any]],
     model: Transformer,
@@ -105,11 +105,11 @@ def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{contents['step']:08d}_{contents['site'].replace('/', '_')}.json"
     path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(describe(contents), encoding="utf-8")
+    path.with_suffix(".md").write_text(_markdown(contents), encoding="utf-8")
     return path
 
 
-def describe(contents: Mapping[str, Any]) -> str:
+def _markdown(contents: Mapping[str, Any]) -> str:
     """Return a bundle as Markdown."""
     numbers, token = contents["statistics"], contents["token"]
     growth_rows = [[str(step), "not among the largest" if v is None else _number(v)] for step, v in contents["growth"]]

@@ -14,7 +14,7 @@ from osp.errors import UserError
 from osp.files import read_lines
 from osp.monitor.forensics import bundle, site_record, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_rows
-from osp.monitor.probe import Reading, Rows, probe
+from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
 from osp.run.history import growth, since
 from osp.tables import text_table
@@ -61,7 +61,7 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     return _table(order, reading, history, now["sites"], checkpoint.step), bundle_path
 
 
-def _read_text(config: Config, run: Path, text: Path | None) -> tuple[Rows, Tokenizer]:
+def _read_text(config: Config, run: Path, text: Path | None) -> tuple[ProbeText, Tokenizer]:
     """Return the text to probe and its tokenizer."""
     if text is None:
         shards = shard_folder(config.data, config.tokenizer)
@@ -78,7 +78,7 @@ def _read_text(config: Config, run: Path, text: Path | None) -> tuple[Rows, Toke
     if len(ids) < 2:
         raise UserError(f"text={text}: has {len(ids)} tokens; moments over tokens need at least 2")
     length = min(config.train.seq_len, len(ids))
-    return Rows(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)), tokenizer
+    return ProbeText(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)), tokenizer
 
 
 def _table(order: Sequence[str], reading: Reading, history: Sequence[Any], now: dict[str, Any], step: int) -> str:

@@ -19,7 +19,7 @@ from osp.model.sites import split_site
 from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
 from osp.monitor.forensics import bundle, null_nonfinite, site_record, write_bundle
-from osp.monitor.probe import Reading, Rows, probe
+from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.logger import Logger
 
 PROBES = "probes.jsonl"
@@ -174,7 +174,7 @@ def next_probe(
     return min(power, affordable_step) if step < DENSE_STEPS else affordable_step
 
 
-def held_out_rows(shards: Path, config: Config) -> Rows:
+def held_out_rows(shards: Path, config: Config) -> ProbeText:
     """Return the first `monitor.tokens` tokens of the validation split in sequences of `train.seq_len`, or fewer."""
     batches = list(
         validation_batches(
@@ -186,7 +186,7 @@ def held_out_rows(shards: Path, config: Config) -> Rows:
         )
     )
     ids = [batch.document_ids[:, :-1] for batch in batches if batch.document_ids is not None]
-    rows = Rows(torch.cat([batch.tokens[:, :-1] for batch in batches]), torch.cat(ids) if ids else None)
+    rows = ProbeText(torch.cat([batch.tokens[:, :-1] for batch in batches]), torch.cat(ids) if ids else None)
     if rows.tokens.numel() < 2:
         raise UserError(f"{shards}: validation split too short to monitor; raise data.val_fraction or set monitor=off")
     return rows

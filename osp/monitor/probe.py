@@ -38,7 +38,7 @@ VAR_ERROR = "bhyt/var_error"
 
 
 @dataclass(frozen=True)
-class Rows:
+class ProbeText:
     """The text of a probe, R sequences of T tokens: all of them on every rank."""
 
     tokens: Tensor  # (R, T) int64, on the CPU
@@ -68,7 +68,7 @@ class Reading:
     sites: dict[str, SiteReading]
 
 
-def probe(model: Transformer, rows: Rows, config: MonitorConfig) -> Reading:
+def probe(model: Transformer, rows: ProbeText, config: MonitorConfig) -> Reading:
     """Measure `model` on `rows`. Collective: the ranks share the sequences, and all return the same `Reading`."""
     recorder = _Recorder(model, config)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -204,7 +204,7 @@ class _Recorder:
             self.sums = dict(zip(self.sums, _all_reduce(self.sums.values(), dist.ReduceOp.SUM), strict=True))
             self.maxima = dict(zip(self.maxima, _all_reduce(self.maxima.values(), dist.ReduceOp.MAX), strict=True))
 
-    def reading(self, rows: Rows) -> Reading:
+    def reading(self, rows: ProbeText) -> Reading:
         sites = {name: _site_reading(self.samples[name], rows) for name in self.sites}
         metrics = {
             f"monitor/{statistic}/{name}": value
@@ -325,7 +325,7 @@ def _all_reduce(tensors: Collection[Tensor], operation: dist.ReduceOp.RedOpType)
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def _site_reading(sample: Sample, rows: Rows) -> SiteReading:
+def _site_reading(sample: Sample, rows: ProbeText) -> SiteReading:
     num_channels = sample.channel_max.numel()
     token, channel = divmod(int(sample.peak[1]), num_channels)
     row, position = divmod(token, rows.tokens.shape[1])

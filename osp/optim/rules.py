@@ -25,7 +25,7 @@ from osp.optim.muon import (
     update_scale,
     whole_shape,
 )
-from osp.optim.zero import Batch, Piece
+from osp.optim.zero import MatrixBatch, Piece
 
 Group = dict[str, Any]  # a parameter group; its keys are listed at `osp.optim.groups.build_groups`
 FP32 = 4  # bytes
@@ -67,7 +67,7 @@ class UpdateRule(ABC):
         """Return the floating point operations of one parameter's matrix products."""
         return 0
 
-    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[Batch], *, native_bf16: bool) -> int:
+    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
         """Return the most bytes that `step` allocates at a time: here one update of the size of the flat tensor.
 
         Args:
@@ -112,10 +112,10 @@ class WholeRule(UpdateRule):
                 squares = total if squares is None else squares + total
         return squares
 
-    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[Batch], *, native_bf16: bool) -> int:
+    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
         return max((self.batch_bytes(group, batch, native_bf16=native_bf16) for batch in batches), default=0)
 
-    def batch_bytes(self, group: Group, batch: Batch, *, native_bf16: bool) -> int:
+    def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
         """Return the bytes of u, of the whole parameters collected from it, and of two tensors in `direction`."""
         return FP32 * (batch.local.stop - batch.local.start + 3 * batch.num_owned * batch.numel)
 
@@ -147,7 +147,7 @@ class Muon(WholeRule):
         shape = whole_shape(group["shapes"][0], heads)
         return count * newton_schulz_flops(shape, self.config.ns_steps, self.config.ns_method)
 
-    def batch_bytes(self, group: Group, batch: Batch, *, native_bf16: bool) -> int:
+    def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
         """Return the bytes of u, of the whole matrices, and of Newton-Schulz: input, X, next X, A and A^2.
 
         The result is fp32. Matrices that were transposed, and heads that are columns, are copied once more.
@@ -186,7 +186,7 @@ class AdamW(UpdateRule):
     def base_lr(self) -> float:
         return self.config.lr if self.config.adam_lr is None else self.config.adam_lr
 
-    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[Batch], *, native_bf16: bool) -> int:
+    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
         return 0  # the fused kernel updates in place
 
     def step(

@@ -66,7 +66,7 @@ def rank_intervals(numels: Sequence[int], *, rank: int, world_size: int, stage: 
 
 
 @dataclass(frozen=True)
-class Batch:
+class MatrixBatch:
     """Parameters of one shape that are made whole, updated and sent back together, as one rank sees them."""
 
     local: slice  # where this rank's parts of them lie in its flat tensor
@@ -101,12 +101,12 @@ class Piece:
 
     flat: Tensor
     intervals: list[Interval]
-    batches: list[Batch]  # empty for a rule that works elementwise
+    batches: list[MatrixBatch]  # empty for a rule that works elementwise
 
 
 def batches(
     numel: int, count: int, *, world_size: int, rank: int, stage: int, workspace: int = WORKSPACE
-) -> list[Batch]:
+) -> list[MatrixBatch]:
     """Return the work of one rank on a group of `count` parameters of `numel` elements.
 
     Where ZeRO's pieces are whole parameters each rank works alone, in views. Elsewhere parameter k of a batch of K
@@ -143,13 +143,13 @@ class _Cut:
         ]
 
 
-def _whole_batch(intervals: list[Interval], numel: int) -> Batch:
+def _whole_batch(intervals: list[Interval], numel: int) -> MatrixBatch:
     first, count = intervals[0], len(intervals)
     local = slice(first.offset, first.offset + count * numel)
-    return Batch(local, first=first.index, num_owned=count, numel=numel)
+    return MatrixBatch(local, first=first.index, num_owned=count, numel=numel)
 
 
-def _exchange_batch(cut: _Cut, intervals: list[Interval], parameters: range, *, rank: int) -> Batch:
+def _exchange_batch(cut: _Cut, intervals: list[Interval], parameters: range, *, rank: int) -> MatrixBatch:
     count, world_size = len(parameters), cut.world_size
     held = [iv for iv in intervals if iv.index in parameters]
     begin, end = (held[0].place.start, held[-1].place.stop) if held else (0, 0)
@@ -161,7 +161,7 @@ def _exchange_batch(cut: _Cut, intervals: list[Interval], parameters: range, *, 
         sends[(iv.index - parameters.start) * world_size // count] += iv.size
     for sender, _, start, stop in parts:
         receives[sender] += stop - start
-    return Batch(
+    return MatrixBatch(
         local=slice(begin, end),
         first=parameters.start + first,
         num_owned=last - first,

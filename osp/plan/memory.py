@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_leaves
 from osp.config import Config
 from osp.model.transformer import Block, CausalAttention, Transformer
 from osp.optim.rules import FP32, Group
-from osp.optim.zero import Batch, flat_size, rank_intervals
+from osp.optim.zero import MatrixBatch, flat_size, rank_intervals
 from osp.plan.config import PlanConfig
 from osp.train.engine import deepspeed_config
 
 # DeepSpeed's stage3_param_persistence_threshold, _max_live_parameters and _prefetch_bucket_size, in elements
 PERSISTENT, LIVE, PREFETCHED = 100_000, 10**9, 50_000_000
 
-Ranks = Sequence[Sequence[Batch]]  # the batches of one group on every rank
+Ranks = Sequence[Sequence[MatrixBatch]]  # the batches of one group on every rank
 
 
 def memory(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from osp.optim.rules import FP32, Group, WholeRule
-from osp.optim.zero import Batch, batches, flat_size
+from osp.optim.zero import MatrixBatch, batches, flat_size
 from osp.plan.config import PlanConfig
 from osp.train.engine import reduces_to_owners
 
@@ -28,7 +28,7 @@ class GroupWork:
     critical_bytes: int
 
 
-def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]]:
+def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[MatrixBatch]]:
     """Return the batches of every rank, as `PartitionedOptimizer` builds them; none for an elementwise rule."""
     if not isinstance(group["update_rule"], WholeRule):
         return []
@@ -36,7 +36,7 @@ def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Batch]
     return [batches(numel, count, world_size=world_size, rank=rank, stage=stage) for rank in range(world_size)]
 
 
-def group_work(group: Group, ranks: Sequence[Sequence[Batch]]) -> GroupWork:
+def group_work(group: Group, ranks: Sequence[Sequence[MatrixBatch]]) -> GroupWork:
     """Return the work of a group from `batches_of` it."""
     owners: dict[str, int] = {}
     sent: list[list[tuple[int, int]]] = []  # by rank and batch: bytes of `collect`, and of `distribute`

@@ -16,7 +16,7 @@ from osp.model.attention import rotary_table
 from osp.model.norms import NORMS
 from osp.model.transformer import ACTIVATIONS, Block, Transformer, build_model
 from osp.monitor.forensics import behind
-from osp.monitor.probe import Rows, probe
+from osp.monitor.probe import ProbeText, probe
 
 SMALL: dict[str, Any] = {
     "vocab_size": 17,
@@ -347,7 +347,7 @@ def test_probe_sees_what_blocks_with_these_options_compute() -> None:
     reference = Reference(model)
     for row in IDS:
         reference.logits(row)
-    metrics = probe(model, Rows(IDS), MonitorConfig(sites="all", statistics="all")).metrics
+    metrics = probe(model, ProbeText(IDS), MonitorConfig(sites="all", statistics="all")).metrics
     for layer in ("layer_00", "layer_01"):
         for site in ("q", "k", "o_proj_in"):
             values = torch.stack(reference.seen[f"{layer}/{site}"])
@@ -369,7 +369,7 @@ def test_probe_sees_what_blocks_with_these_options_compute() -> None:
 def test_var_error_is_of_the_layers_that_approximate() -> None:
     for norm, layers in ((norm_config("bhyt", exact_layers=(1,)), {"layer_01"}), (norm_config("bhyt_star"), set())):
         model = lively(ModelConfig(**SMALL, norm=norm))
-        metrics = probe(model, Rows(IDS), MonitorConfig(sites=(), statistics=("var_error",))).metrics
+        metrics = probe(model, ProbeText(IDS), MonitorConfig(sites=(), statistics=("var_error",))).metrics
         assert set(metrics) == {f"bhyt/var_error/{layer}" for layer in layers}
 
 

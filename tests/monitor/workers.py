@@ -10,7 +10,7 @@ from osp.config import AlertConfig, Config, ModelConfig, MonitorConfig, NormConf
 from osp.model.transformer import Block, Transformer, build_model
 from osp.monitor.alerts import Alerts
 from osp.monitor.forensics import bundle
-from osp.monitor.probe import Reading, Rows, probe
+from osp.monitor.probe import ProbeText, Reading, probe
 from osp.train.setup import train
 
 FULL = MonitorConfig(sites="all", statistics="all")
@@ -47,11 +47,11 @@ def small_model(norm: str = "rmsnorm", **options: Any) -> Transformer:
     return build_model(config, seed=0)
 
 
-def rows(count: int = 3) -> Rows:
+def rows(count: int = 3) -> ProbeText:
     """Return sequences of 12 tokens; TOKEN occurs once."""
     tokens = torch.randint(0, TOKEN, (count, 12), generator=torch.Generator().manual_seed(1))
     tokens[ROW, POSITION] = TOKEN
-    return Rows(tokens)
+    return ProbeText(tokens)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def heavy_reading() -> Reading:
         for parameter in model.parameters():
             parameter.copy_(_heavier(parameter))
     ids = torch.arange(12).div(5, rounding_mode="floor").repeat(5, 1)
-    return probe(model, Rows(rows(5).tokens, ids), FULL)
+    return probe(model, ProbeText(rows(5).tokens, ids), FULL)
 
 
 def _heavier(weight: Tensor) -> Tensor:

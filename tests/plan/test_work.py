@@ -19,7 +19,7 @@ from osp.optim.groups import build_groups
 from osp.optim.groups import groups_of as make_groups
 from osp.optim.muon import newton_schulz
 from osp.optim.rules import Group
-from osp.optim.zero import Batch, batches, flat_size
+from osp.optim.zero import MatrixBatch, batches, flat_size
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
 from tests.conftest import ROOT
@@ -77,7 +77,7 @@ def test_every_element_of_every_matrix_is_held_once_and_owned_once(world_size: i
         assert all(tiles(parts, numel) for parts in held.values())
 
 
-def check_batch(work: Sequence[Batch], numel: int, held: dict[int, list[tuple[int, int]]]) -> None:
+def check_batch(work: Sequence[MatrixBatch], numel: int, held: dict[int, list[tuple[int, int]]]) -> None:
     """One batch on all ranks: what each sends is what the other expects, and makes whole parameters."""
     sends, receives = np.array([b.sends for b in work]), np.array([b.receives for b in work])
     assert (sends == receives.T).all()
