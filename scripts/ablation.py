@@ -11,7 +11,8 @@ from typing import Any
 from entry import compose, launch
 
 from osp.ablation.config import AblationConfig
-from osp.config import AT_TOP, Config, build
+from osp.config import AT_TOP, Config
+from osp.schema import build
 
 OF_A_TRAINING = {field.name for field in dataclasses.fields(Config)} - {"debug"} | set(AT_TOP)
 

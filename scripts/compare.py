@@ -6,13 +6,12 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import build, check_bounds
 from osp.evaluation.config import CompareConfig
+from osp.schema import build
 
 
 def main(values: dict[str, Any]) -> None:
-    config = build(CompareConfig, values, path="")
-    check_bounds(config)
+    config = build(CompareConfig, values)
     from osp.distributed import is_main, shutdown
     from osp.evaluation.compare import compare, comparison_record, markdown
     from osp.run.evaluations import write_record

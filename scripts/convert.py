@@ -5,13 +5,13 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import build
 from osp.convert.config import ConvertConfig
 from osp.errors import UserError
+from osp.schema import build
 
 
 def main(values: dict[str, Any]) -> None:
-    config = build(ConvertConfig, values, path="")
+    config = build(ConvertConfig, values)
     if not config.path or not config.to or not config.out:
         raise UserError("name the model, its norm and the folder: python scripts/convert.py MODEL to=rmsnorm out=DIR")
     from osp.convert.change_norm import convert_folder

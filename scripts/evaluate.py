@@ -5,14 +5,13 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import build, check_bounds
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
+from osp.schema import build
 
 
 def main(values: dict[str, Any]) -> None:
-    config = build(EvaluateConfig, values, path="")
-    check_bounds(config)
+    config = build(EvaluateConfig, values)
     if not config.path:
         raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
     from osp.distributed import is_main, shutdown

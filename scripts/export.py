@@ -6,13 +6,13 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import build
 from osp.convert.config import ExportConfig
 from osp.errors import UserError
+from osp.schema import build
 
 
 def main(values: dict[str, Any]) -> None:
-    config = build(ExportConfig, values, path="")
+    config = build(ExportConfig, values)
     if not config.path or not config.out:
         raise UserError("name the run and the folder to write: python scripts/export.py RUN out=DIR")
     from osp.convert.hf_export import export

@@ -10,22 +10,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from entry import launch
+from pydantic import Field
 
-from osp.config import (
-    AT_LEAST_1,
-    NOT_NEGATIVE,
-    Count,
-    FilePath,
-    NotNegative,
-    PositiveFraction,
-    at_most,
-    build,
-    check_bounds,
-)
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.model.generate import Sampling, TextStream, check_lengths, prepare, stream
+from osp.schema import Count, Device, FilePath, Int, NotNegative, PositiveFraction, Seed, Threads, build
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -35,23 +26,22 @@ class GenerateConfig:
     """Keys besides the model and the prompts, which come first."""
 
     prompts: FilePath | None = None  # a text file with another prompt on every line
-    max_new_tokens: Annotated[int, AT_LEAST_1, at_most(2**24)] | None = None  # None: 256, or the positions left
+    max_new_tokens: Annotated[Int, Field(ge=1, le=2**24)] | None = None  # None: 256, or the positions left
     temperature: NotNegative = 0.8  # 0: always the most likely token
     top_k: Count | None = None  # sample from the k most likely tokens only
     top_p: PositiveFraction = 1.0  # ... and from the smallest set of tokens with this probability
-    seed: Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)] = 0
+    seed: Seed = 0
     bos: bool = True  # put the model's BOS token before every prompt
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # weights, activations, cache; auto: bf16 on a GPU that has it
     compile: bool | Literal["auto"] = "auto"  # run one token as one CUDA graph; auto: on a GPU
-    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = None  # CPU threads; None: all cores
+    threads: Threads | None = None  # CPU threads; None: all cores
     debug: bool = False
 
 
 def main(values: dict[str, Any]) -> None:
     path, *prompts = values.pop("arguments") or ("",)
-    config = build(GenerateConfig, values, path="")
-    check_bounds(config)
+    config = build(GenerateConfig, values)
     if not path or not (prompts or config.prompts):
         raise UserError('name the model and a prompt: python scripts/generate.py MODEL "Once upon a time"')
     speed = complete(path, prompts, config, lambda piece: print(piece, end="", flush=True))

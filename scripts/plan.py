@@ -8,9 +8,10 @@ from typing import Any
 
 from entry import launch
 
-from osp.config import Config, build, check_bounds, from_dict, to_dict
+from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
 from osp.plan.config import PlanConfig
+from osp.schema import build
 
 OPTIONS = dataclasses.asdict(PlanConfig())
 DEFAULTS = to_dict(Config()) | OPTIONS
@@ -18,7 +19,6 @@ DEFAULTS = to_dict(Config()) | OPTIONS
 
 def main(values: dict[str, Any]) -> None:
     options = build(PlanConfig, {key: values.pop(key) for key in OPTIONS if key in values})
-    check_bounds(options)
     config = from_dict(values)
     # a constant that was typed is no longer what the file says of it
     typed = {word.lstrip("+").split("=")[0].removeprefix("machine.") for word in sys.argv if "machine." in word}

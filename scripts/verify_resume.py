@@ -24,11 +24,12 @@ from typing import Any, Literal
 import torch
 from entry import launch
 
-from osp.config import Config, Count, FilePath, ScheduleConfig, build, check_bounds, from_dict, length_in_steps, to_dict
+from osp.config import Config, ScheduleConfig, from_dict, length_in_steps, to_dict
 from osp.errors import RunError, UserError
 from osp.files import read_lines, write_text
 from osp.run.checkpoint import Checkpoint, find
 from osp.run.folder import STOPPED, environment
+from osp.schema import Count, FilePath, Int, ZeroStage, build
 from osp.train.launch import Process, training_command
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -45,9 +46,9 @@ class VerifyResumeConfig:
     steps: tuple[Count, Count] = (3, 3)  # before and after the interruption
     rows: Count | None = None  # sequences per step; None: two per rank of the largest topology
     ranks: tuple[Count, ...] | None = None  # None: 1, 2 and 4, as far as the GPUs of this host go
-    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    stages: tuple[ZeroStage, ...] = (1, 2, 3)
     pairs: Literal["cycle", "all"] = "cycle"  # which topology resumes whose checkpoint: the next one, or all
-    seed: int = 0  # of the moments at which SIGTERM is sent
+    seed: Int = 0  # of the moments at which SIGTERM is sent
     dir: FilePath | None = None  # of the short runs; None: a temporary folder in run.dir
     keep: bool = False  # keep the short runs and their logs
     out: FilePath | None = None  # JSON file of the certificate; None: verify_resume.json in run.dir
@@ -55,7 +56,6 @@ class VerifyResumeConfig:
 
 def main(values: dict[str, Any]) -> None:
     options = build(VerifyResumeConfig, values.pop("verify"), path="verify")
-    check_bounds(options, "verify")
     verify(from_dict(values), options)
 
 

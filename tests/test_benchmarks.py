@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from verify_resume import VerifyResumeConfig
 
-from osp.config import ModelConfig, NormConfig, build, from_dict
+from osp.config import ModelConfig, NormConfig, from_dict
 from osp.model.transformer import build_model
+from osp.schema import build
 from tests.conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))

@@ -4,8 +4,10 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from osp.config import AT_LEAST_1, NAME, NOT_EMPTY, NOT_NEGATIVE, Count, FilePath, at_most, check_bounds
+from pydantic import Field
+
 from osp.errors import UserError
+from osp.schema import Count, FilePath, Int, Seed
 
 PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
 
@@ -29,7 +31,7 @@ class AblationConfig:
 
     dir: FilePath = "ablations/nano"
     rows: tuple[str, ...] = PAPER_ROWS
-    seeds: tuple[Annotated[int, NOT_NEGATIVE, at_most(2**32 - 1)], ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     common: tuple[str, ...] = ()  # overrides of every training, from the preset
     overrides: tuple[str, ...] = ()  # overrides of every training, from the command line
     # Named sets of overrides by row, see `settings_of`. `rates` selects the sets to train with; `paper` is the empty
@@ -38,7 +40,7 @@ class AblationConfig:
     rates: tuple[str, ...] = ("paper",)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     ranks: Count = 1  # processes of each training
-    parallel: Annotated[int, AT_LEAST_1, at_most(4096)] | None = (
+    parallel: Annotated[Int, Field(ge=1, le=4096)] | None = (
         None  # trainings at a time; None: as many as the machine allows
     )
     texts: tuple[str, ...] = ()  # for perplexity; empty: the validation split
@@ -63,7 +65,7 @@ def parse_rows(config: AblationConfig) -> list[Row]:
     for text in config.rows:
         name, colon, rest = text.partition(":")
         name = name.strip()
-        if not (NOT_EMPTY.holds(name) and NAME.holds(name)) or set(name) & set(" ,="):
+        if not 0 < len(name) <= 200 or name in (".", "..") or set(name) & set(" ,=/\\"):
             raise UserError(f"rows: {text!r}; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'")
         try:
             overrides = tuple(shlex.split(rest)) if colon else (f"+experiment={name}",)
@@ -91,7 +93,6 @@ def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ..
 
 def check_ablation(config: AblationConfig) -> None:
     """Raise `UserError` for well-typed values that are not a valid ablation."""
-    check_bounds(config)
     rows = [row.name for row in parse_rows(config)]
     if not rows:
         raise UserError(f"rows=[]: name at least one, for example rows=[{','.join(PAPER_ROWS)}]")

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.config import build
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
 from osp.model.sites import observe_site, site_names
 from osp.model.transformer import Transformer
 from osp.run.folder import environment
+from osp.schema import build
 from osp.tables import text_table
 
 FILE_NAME = "certificate.json"

@@ -10,16 +10,16 @@ lock                held by the process that prepares the folder
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from osp.config import Bound, Count, CountOrZero, build, check_bounds
 from osp.errors import UserError
 from osp.files import write_atomically
+from osp.schema import Count, CountOrZero, build
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -27,10 +27,8 @@ FILE_NAME = "manifest.json"
 SplitName = Literal["train", "val"]
 
 
-# a damaged or foreign manifest must not name files of other folders
-FileName = Annotated[
-    str, Bound("the name of a shard beside it", lambda name: re.fullmatch(r"(train|val)-\d+\.bin", name) is not None)
-]
+# a damaged or foreign manifest must not make the reader open files of other folders
+FileName = Annotated[str, Field(pattern=r"^(train|val)-[0-9]+\.bin$")]
 
 
 @dataclass
@@ -92,7 +90,6 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path} is not of format {FORMAT}; delete {folder} and prepare it again")
     try:
         manifest = build(Manifest, values)
-        check_bounds(manifest)
         if manifest.eos_id >= manifest.vocab_size > 0:
             raise UserError(f"eos_id={manifest.eos_id} is no id of a vocabulary of {manifest.vocab_size}")
         if manifest.vocab_size - 1 > np.iinfo(manifest.dtype).max:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from osp.config import AT_LEAST_1, AT_LEAST_2, Count, CountOrZero, at_most
+from pydantic import Field
+
 from osp.quant.spec import QuantSpec
+from osp.schema import Count, CountOrZero, Device, Int, Threads
 
 
 @dataclass(frozen=True)
@@ -13,12 +15,12 @@ class MeasureConfig:
 
     texts: tuple[str, ...] = ()  # wikitext2, held_out, a run folder, files; see osp.evaluation.texts
     text_field: str = "text"  # of records: the field that holds the document
-    seq_len: Annotated[int, AT_LEAST_2, at_most(2**24)] | None = (
+    seq_len: Annotated[Int, Field(ge=2, le=2**24)] | None = (
         None  # tokens of a window; None: what the model was trained at, 2048 at most
     )
     overlap: CountOrZero = 0  # tokens of a window that are context only
     bos: bool = False  # the BOS token before every window and context
-    max_tokens: Annotated[int, AT_LEAST_2, at_most(10**15)] | None = (
+    max_tokens: Annotated[Int, Field(ge=2, le=10**15)] | None = (
         None  # tokens to read from the start of each text; None: all
     )
     tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: OSP's ten as far as present
@@ -28,11 +30,9 @@ class MeasureConfig:
     lm_eval: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or paper_ten
     lm_eval_dir: str | None = None  # folder of further task files for it
     batch_tokens: Count = 8192  # that the model reads at a time
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of matmuls; auto: bf16 where it is native
-    threads: Annotated[int, AT_LEAST_1, at_most(4096)] | None = (
-        None  # CPU threads per rank; None: all cores shared among the ranks of a host
-    )
+    threads: Threads | None = None  # CPU threads per rank; None: all cores shared among the ranks of a host
     out: str | None = None  # the JSON file; None: below `evaluation` of a run, nowhere for a Hugging Face folder
     progress: bool = True
     debug: bool = False

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from osp.config import AT_LEAST_1, Count, FilePath, NotNegative, Positive, PositiveFraction, Text, at_most
+from pydantic import Field
+
+from osp.schema import Count, FilePath, Int, NotNegative, Positive, PositiveFraction, Text
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class MachineConfig:
 class PlanConfig:
     """Keys of scripts/plan.py beside those of a training; see osp.plan.plan."""
 
-    world_size: Annotated[int, AT_LEAST_1, at_most(4096)] = 8
+    world_size: Annotated[Int, Field(ge=1, le=4096)] = 8
     gpu_memory: Positive | None = None  # GiB; None: the machine's
     machine: MachineConfig = field(default_factory=MachineConfig)
     out: FilePath | None = None  # JSON file for the figures

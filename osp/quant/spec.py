@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from osp.config import ModelConfig, build
+from osp.config import ModelConfig
 from osp.errors import UserError
+from osp.schema import Int, build
 
 if TYPE_CHECKING:
     from osp.quant.formats import NumberFormat
@@ -32,17 +33,17 @@ class QuantSpec:
     them. A rotation is applied only where something in its basis is quantized.
     """
 
-    w_bits: int = 16
-    a_bits: int = 16
-    kv_bits: int = 16
+    w_bits: Int = 16
+    a_bits: Int = 16
+    kv_bits: Int = 16
     w_symmetric: bool = True
-    w_group_size: int | None = None  # input channels that share a scale; None: all of an output channel
+    w_group_size: Int | None = None  # input channels that share a scale; None: all of an output channel
     w_clip: bool = True  # narrow the range of each scale to the least rounding error
     a_symmetric: bool = False
-    a_group_size: int | None = None  # channels of a token that share a scale; None: all
+    a_group_size: Int | None = None  # channels of a token that share a scale; None: all
     o_proj_by_head: bool = True  # the input of o_proj has one scale per head
     kv_symmetric: bool = False
-    kv_group_size: int | None = None  # channels of a head that share a scale; None: all
+    kv_group_size: Int | None = None  # channels of a head that share a scale; None: all
     embedding_and_head: bool = False  # the embedding and the head at w_bits too, the head's input at a_bits
     ffn_hadamard: bool = False  # online Hadamard transform of the input of down_proj
     qk_hadamard: bool = True  # online Hadamard transform of queries and keys after RoPE
@@ -52,11 +53,11 @@ class QuantSpec:
     rotation: Literal["none", "quarot", "spinquant"] = (
         "none"  # of the residual stream and of values, fused into weights
     )
-    rotation_steps: int = 100  # spinquant: steps of the optimization
+    rotation_steps: Int = 100  # spinquant: steps of the optimization
     rotation_lr: float = 1.5  # spinquant: first learning rate; falls linearly to 0
     calibration: str = "train"  # gptq, spinquant: name of the text; train: the training split. Never the test text
-    calibration_tokens: int = 262_144  # 128 sequences of 2048, as in QuaRot's code
-    seed: int = 0  # of calibration sequences and random rotations
+    calibration_tokens: Int = 262_144  # 128 sequences of 2048, as in QuaRot's code
+    seed: Int = 0  # of calibration sequences and random rotations
     # Number formats by their names in osp.quant.formats; None: integers, symmetric or not as the keys above say
     w_format: str | None = None
     a_format: str | None = None

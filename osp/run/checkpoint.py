@@ -29,10 +29,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import CountOrZero, build, check_bounds, from_dict
+from osp.config import from_dict
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
 from osp.model.transformer import Transformer, meta_model
+from osp.schema import CountOrZero, build
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -448,7 +449,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
     try:
         known = {field.name for field in dataclasses.fields(_Manifest)}
-        check_bounds(build(_Manifest, {key: value for key, value in manifest.items() if key in known}))
+        build(_Manifest, {key: value for key, value in manifest.items() if key in known})
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}; take an older checkpoint") from error
     for name in manifest["files"]:

@@ -17,8 +17,9 @@ from osp.ablation.ablate import ablate
 from osp.ablation.config import AblationConfig
 from osp.ablation.execute import last_step
 from osp.ablation.runs import plan
-from osp.config import Config, build, from_dict
+from osp.config import Config, from_dict
 from osp.errors import RunError, StoppedError
+from osp.schema import build
 from osp.train.setup import train
 from tests.conftest import ROOT, losses, overrides_of
 

@@ -11,8 +11,8 @@ import pytest
 from osp.ablation.config import AblationConfig, check_ablation, parse_rows, settings_of
 from osp.ablation.execute import slots
 from osp.ablation.runs import plan
-from osp.config import build
 from osp.errors import UserError
+from osp.schema import build
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -77,7 +77,7 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
             r"sweep.rows=\['muon'\]: no such rows; choose from",
         ),
         ({"parallel": 0}, r"parallel=0: must be at least 1"),
-        ({"methods": "some"}, r"methods='some'; choose from ends, all, none"),
+        ({"methods": "some"}, r"methods='some': must be 'ends', 'all' or 'none'"),
         ({"scale": "nano"}, r"unknown key 'scale'"),
         (
             {"rows": ["adam", "longer: +experiment=osp train.steps=5"]},

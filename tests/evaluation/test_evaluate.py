@@ -288,7 +288,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["LLAMA", "texts=[t.txt]", "max_tokens=-5"], r"max_tokens=-5: must be at least 2"),
         (["LLAMA", "texts=[t.txt]", "batch_tokens=0"], r"batch_tokens=0: must be at least 1"),
         (["LLAMA", "tasks=[nowhere]", "limit=0"], r"limit=0: must be at least 1"),
-        (["LLAMA", "texts=t.txt"], r"texts='t.txt': expected a list of str; write texts=\[t.txt\]"),
+        (["LLAMA", "texts=t.txt"], r"texts='t.txt': must be a list; write texts=\[t.txt\]"),
         (["LLAMA", "texts=[t.txt]", "out=t.txt/x.json"], r"out=t.txt/x.json: t.txt is not a folder"),
         (["LLAMA", "texts=[t.txt]", "out=."], r"out=.: is a folder; name a JSON file"),
         (["LLAMA", "texts=[t.txt]", "quant=gptq"], r"quant.calibration=train: .* is no run"),

@@ -118,20 +118,20 @@ def test_gpu_without_a_known_peak_is_refused(tiny: Callable[..., Config]) -> Non
 
 MISTAKES = [
     ("world_size=0", r"error: world_size=0: must be at least 1"),
-    ("world_size=abc", r"error: world_size='abc': expected int"),
+    ("world_size=abc", r"error: world_size='abc': must be a valid integer"),
     ("world_size=100000", r"error: world_size=100000: must be at most 4096"),
     ("wrold_size=8", r"error: unknown key 'wrold_size'; did you mean 'world_size'\?"),
     ("machine.disc=1", r"error: unknown key 'machine.disc'; did you mean 'machine.disk'\?"),
     ("machine=b300", r"error: Could not find 'machine/b300' Available options in 'machine': .*h100"),
-    ("machine.matmul_share=0", r"error: machine.matmul_share=0.0: must be in \(0, 1\]"),
-    ("gpu_memory=-1", r"error: gpu_memory=-1.0: must be a finite number above 0"),
+    ("machine.matmul_share=0", r"error: machine.matmul_share=0: must be above 0"),
+    ("gpu_memory=-1", r"error: gpu_memory=-1: must be above 0"),
     ("train.step=3", r"error: unknown key 'train.step'; did you mean 'train.steps'\?"),
     ("+experiment=osp_2b", r"error: Could not find 'experiment/osp_2b' Available options .* osp_1b"),
     (
         "+experiment=osp_1b world_size=48",
         r"error: train.tokens_per_step=4194304 is 2048 sequences .* 48 ranks do not divide; .*tokens_per_step=4227072",
     ),
-    ("train.tokens_per_step=4095", r"error: train.tokens_per_step=4095 is no multiple of train.seq_len=256"),
+    ("train.tokens_per_step=4095", r"error: train.tokens_per_step=4095 is not a multiple of train.seq_len=256"),
     (
         "world_size=2 train.micro_batch_size=3",
         r"error: train.micro_batch_size=3 does not divide the 8 sequences that each of 2 ranks",

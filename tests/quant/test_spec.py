@@ -52,7 +52,7 @@ def test_presets_set_what_their_names_say() -> None:
         ({"w_bits": 1}, r"quant\.w_bits=1: .* from 2 to 16"),
         ({"a_bits": 17}, r"quant\.a_bits=17: .* from 2 to 16"),
         ({"kv_bits": 0}, r"quant\.kv_bits=0: "),
-        ({"w_bits": 4.5}, r"quant\.w_bits=4\.5: expected int"),
+        ({"w_bits": 4.5}, r"quant\.w_bits=4\.5: must be a valid integer"),
         ({"w_group_size": 0}, r"quant\.w_group_size=0: must be at least 1"),
         ({"calibration_tokens": -1}, r"quant\.calibration_tokens=-1: "),
         ({"damping": 0.0}, r"quant\.damping=0\.0: "),
@@ -60,7 +60,7 @@ def test_presets_set_what_their_names_say() -> None:
         ({"seed": -1}, r"quant\.seed=-1: "),
         ({"calibration": ""}, r"quant\.calibration is empty"),
         ({"act_order": True}, r"quant\.act_order=true does nothing with quant\.method=rtn"),
-        ({"method": "awq"}, r"quant\.method='awq'; choose from rtn, gptq"),
+        ({"method": "awq"}, r"quant\.method='awq': must be 'rtn' or 'gptq'"),
         ({"w_bit": 4}, r"unknown key 'quant\.w_bit'; did you mean 'quant\.w_bits'"),
     ],
 )
