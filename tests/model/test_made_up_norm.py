@@ -15,7 +15,7 @@ from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
 from osp.model.norms import NORMS, Norm
-from osp.monitor.probe import Rows, probe
+from osp.monitor.probe import ProbeText, probe
 from osp.run.checkpoint import load_model
 from osp.train.setup import train
 from tests.conftest import losses
@@ -72,7 +72,7 @@ def test_made_up_norm_trains_resumes_and_is_measured(tiny: Tiny, tmp_path: Path)
 
     text = read_text("held_out", open_model(tmp_path / "straight"))
     assert math.isfinite(perplexity(model, text, seq_len=32).perplexity)
-    reading = probe(model, Rows(text.tokens[:64].view(2, 32)), MonitorConfig())
+    reading = probe(model, ProbeText(text.tokens[:64].view(2, 32)), MonitorConfig())
     assert reading.metrics["monitor/kurtosis/layer_01/attn_in"] == pytest.approx(
         reading.sites["layer_01/attn_in"].statistics["kurtosis"]
     )
