@@ -105,11 +105,6 @@ class Attention(nn.Module):
             out = out * torch.sigmoid(self.attention_gate(x))
         return self.o_proj(out)
 
-    def readers(self) -> dict[str, Linear]:
-        """Return the matrices whose input is the output of `input_layernorm`, by name."""
-        gate = {} if self.attention_gate is None else {"attention_gate": self.attention_gate}
-        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj, **gate}
-
 
 class Activation(NamedTuple):
     """An activation f and the RMS of f(z) u for independent standard normal z and u, which is sqrt(E[f(z)^2])."""
@@ -153,10 +148,6 @@ class MLP(nn.Module):
         if self.training and self.penalty is not None:
             penalty = activation_penalty(hidden, self.penalty)
         return self.down_proj(hidden), penalty
-
-    def readers(self) -> dict[str, Linear]:
-        """Return the matrices whose input is the output of `post_attention_layernorm`, by name."""
-        return {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
 
 
 class Block(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osp.model.fold import residual_norms
 from osp.model.transformer import Attention, Block, Transformer
 from osp.quant.hadamard import hadamard_transform, random_hadamard
 
@@ -35,29 +36,25 @@ def rotated_weights(model: Transformer, residual: Tensor, values: Sequence[Tenso
     values: one R2 per layer, or none.
     """
     dtype = residual.dtype
-    new = {
-        "embed_tokens.weight": model.embed_tokens.weight.to(dtype) @ residual,
-        "lm_head.weight": model.lm_head.weight.to(dtype) @ residual,
-    }
+    parameters = dict(model.named_parameters())
+    new = {"embed_tokens.weight": model.embed_tokens.weight.to(dtype) @ residual}
+    for _, _, readers in residual_norms(model):
+        new |= {f"{reader}.weight": parameters[f"{reader}.weight"].to(dtype) @ residual for reader in readers}
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
-        attention, mlp, size = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-        of_layer: dict[str, Tensor] = {}
-        for part, module in (("self_attn", attention), ("mlp", mlp)):
-            for name, reader in module.readers().items():
-                of_layer[f"{part}.{name}.weight"] = reader.weight.to(dtype) @ residual
-        for name, writer in (("self_attn.o_proj", attention.o_proj), ("mlp.down_proj", mlp.down_proj)):
-            of_layer[f"{name}.weight"] = residual.T @ writer.weight.to(dtype)
+        attention, size, of_layer = layer.self_attn, layer.self_attn.head_dim, f"layers.{index}."
+        for name, writer in (("self_attn.o_proj", attention.o_proj), ("mlp.down_proj", layer.mlp.down_proj)):
+            new[f"{of_layer}{name}.weight"] = residual.T @ writer.weight.to(dtype)
             if writer.bias is not None:
-                of_layer[f"{name}.bias"] = writer.bias.to(dtype) @ residual
+                new[f"{of_layer}{name}.bias"] = writer.bias.to(dtype) @ residual
         if values:
-            value, v, o = values[index], of_layer["self_attn.v_proj.weight"], of_layer["self_attn.o_proj.weight"]
-            of_layer["self_attn.v_proj.weight"] = (value.T @ v.unflatten(0, (-1, size))).flatten(0, 1)
-            of_layer["self_attn.o_proj.weight"] = (o.unflatten(1, (-1, size)) @ value).flatten(1)
+            value, v_name, o_name = values[index], f"{of_layer}self_attn.v_proj", f"{of_layer}self_attn.o_proj.weight"
+            v, o = new[f"{v_name}.weight"], new[o_name]
+            new[f"{v_name}.weight"] = (value.T @ v.unflatten(0, (-1, size))).flatten(0, 1)
+            new[o_name] = (o.unflatten(1, (-1, size)) @ value).flatten(1)
             if attention.v_proj.bias is not None:
                 bias = attention.v_proj.bias.to(dtype).unflatten(0, (-1, size))
-                of_layer["self_attn.v_proj.bias"] = (bias @ value).flatten()
-        new |= {f"layers.{index}.{name}": weight for name, weight in of_layer.items()}
+                new[f"{v_name}.bias"] = (bias @ value).flatten()
     return new
 
 
