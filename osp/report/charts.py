@@ -1,4 +1,4 @@
-"""The charts of a report: which metrics they draw, how to read them, and their data. No HTML here.
+"""The data of a report's charts. charts.yaml says which metrics they draw and how to read them. No HTML here.
 
 Titles, units and axes come from `osp.run.metrics.METRICS`. A `Lines` chart holds curves over optimizer steps. Charts of
 sites (curves and a heatmap for each statistic) and histograms are grids of numbers; the user selects one.
@@ -7,9 +7,11 @@ sites (curves and a heatmap for each statistic) and histograms are grids of numb
 import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from osp.config import FREE, ROLES, leaves
 from osp.report.downsample import averaged, envelope, grid, rounded
@@ -38,78 +40,6 @@ class Lines:
         return METRICS.get(self.keys[0]) or METRICS[f"{self.keys[0].rpartition('/')[0]}/<role>"]
 
 
-NO_VALIDATION = "No validation yet: it runs every eval.every steps and at the end."
-LINES = (
-    Lines(
-        "train_loss", "loss", ("train/loss",),
-        "Healthy: falls fast, then slowly, in a narrow band. Unhealthy: spikes, or a band that rises or widens.",
-    ),
-    Lines(
-        "val_loss", "loss", ("val/loss",),
-        "Healthy: follows the training loss. Unhealthy: turns upwards while the training loss falls (overfitting).",
-        missing=NO_VALIDATION,
-    ),
-    Lines(
-        "bits_per_byte", "loss", ("val/bits_per_byte",),
-        "The validation loss in a unit that does not depend on the tokenizer; the dashed line is gzip -9.",
-        missing=NO_VALIDATION,
-    ),
-    Lines(
-        "kurtosis", "outliers", ("monitor/kurtosis/max", "monitor/kurtosis/mean", "monitor/kurtosis/osp_script"),
-        "Healthy: the mean stays near its start. Unhealthy: it grows by powers of ten; the paper's Adam model ends at "
-        "1,800, its outlier-safe model at 0.04 (both by its script).",
-    ),
-    Lines(
-        "max_abs", "outliers", ("monitor/max_abs/max",),
-        "Healthy: flat, tens. Unhealthy: hundreds or more in a few channels; 4 bits then leave nothing for the rest.",
-    ),
-    Lines(
-        "error", "outliers", ("monitor/R_L",),
-        "The effect of 4-bit weights and activations on the last hidden state: 0 is no change, 1 is pure noise.",
-    ),
-    Lines(
-        "quantized", "outliers", ("quant/perplexity/16-16-16", "quant/perplexity/4-4-4"),
-        "On a fixed slice of the validation split, round to nearest. Healthy: 4-4-4 stays close above 16-16-16 and "
-        "falls with it. Unhealthy: it turns upwards while 16-16-16 falls, with the kurtosis: outliers take the 4 bits.",
-        missing="No quantized perplexity of the model in training: set eval.quant.every for the next run.",
-    ),
-    Lines(
-        "grad_norm", "optimizer", ("train/grad_norm",),
-        "Before clipping. Healthy: falls, then flat. Unhealthy: spikes far above its usual level, or steady growth.",
-    ),
-    Lines(
-        "lr", "optimizer", tuple(f"train/lr/{role}" for role in ROLES),
-        "The learning rate of each group of parameters: warm-up, plateau and decay as configured by schedule.",
-    ),
-    Lines(
-        "update_rms", "optimizer", tuple(f"train/update_rms/{role}" for role in ROLES),
-        "Healthy: follows the learning rate. Unhealthy: one group moves much more than its learning rate says.",
-    ),
-    Lines(
-        "param_norm", "optimizer", ("train/param_norm",),
-        "Healthy: grows ever more slowly. Unhealthy: grows as fast at the end as at the start.",
-    ),
-    Lines(
-        "speed", "speed", ("train/tokens_per_second",),
-        "Healthy: flat. Dips are waits for data, for the file system or for other users of the machine.",
-    ),
-    Lines(
-        "mfu", "speed", ("train/mfu",),
-        "The share of the hardware's peak that the model's own arithmetic takes.",
-        missing="MFU is not measured: the peak of this hardware is unknown; set logger.peak_tflops.",
-    ),
-    Lines(
-        "data_wait", "speed", ("train/data_wait_seconds",),
-        "Healthy: milliseconds. If it is a visible share of a step, raise data.num_workers or use a faster disk.",
-    ),
-    Lines("memory", "speed", ("train/memory_gib",), "Healthy: flat. Steady growth is a leak."),
-    Lines(
-        "cost", "speed", ("monitor/cost",),
-        "Dense probes at the start cost more; the share settles below one percent.",
-    ),
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Statistic:
     """How to read a statistic of sites, layers or weights."""
@@ -118,46 +48,15 @@ class Statistic:
     floor: float = 1e-3  # smaller values are drawn here: the axis is logarithmic
 
 
-STATISTICS = {  # of the site that the user selects
-    "kurtosis": Statistic(
-        "0 is a Gaussian; the input of down_proj, a product, starts above 10. Healthy: near its start, alike in all "
-        "layers. Unhealthy: hundreds, growing; the ceiling, all energy in one channel, is the number of channels.",
-        floor=0.01,
-    ),
-    "max_abs": Statistic("Healthy: tens. Unhealthy: it leaves the other values behind and stays there.", floor=0.01),
-    "max_over_median": Statistic(
-        "The range that quantization has to cover. Healthy: below about 20. Unhealthy: hundreds.", floor=1.0
-    ),
-    "top_channel_share": Statistic(
-        "Healthy: near one over the number of channels. Unhealthy: one channel holds most of it."
-    ),
-    "top_token_share": Statistic("Unhealthy: a single token (often the first) holds most of it."),
-    "massive_count": Statistic("Values beyond six standard deviations. Healthy: zero.", floor=0.5),
-    "few_channels": Statistic(
-        "1: all channels alike. Unhealthy: hundreds, the same channels for every token; its ceiling is their number.",
-        floor=1.0,
-    ),
-    "few_tokens": Statistic(
-        "1: all tokens alike. Large: a few tokens, often the first, hold most of the energy.", floor=1.0
-    ),
-    "rms": Statistic("The size of a typical value; the residual stream may grow with depth."),
-    "kurtosis_pooled": Statistic("As above, tokens and channels pooled.", floor=0.01),
-    "kurtosis_channel": Statistic("Large: a channel is quiet for most tokens, huge for a few.", floor=0.01),
-}
-ATTENTION = {  # always shown
-    "attn_logit_max": Statistic("Healthy: tens. Unhealthy: grows without end.", floor=0.1),
-    "attn_sink": Statistic(
-        "The mean probability of the first token: a sink. Common, and harmless without massive activations."
-    ),
-    "R_L": Statistic("Where quantization does its damage."),
-    "var_error": Statistic(
-        "Relative to the true one. Healthy: percents. Unhealthy: near 1 or above; norm.exact_layers measures instead."
-    ),
-}
-WEIGHTS = {
-    "gain_max": Statistic("A few large gains of a norm are how a model builds outlier channels.", floor=1e-2),
-    "weight_row_max": Statistic("The row of a weight that writes or reads an outlier.", floor=1e-2),
-}
+_FILE = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text(encoding="utf-8"))
+LINES = tuple(
+    Lines(**fields | {"keys": tuple(dict.fromkeys(key.replace("<role>", r) for key in fields["keys"] for r in ROLES))})
+    for fields in _FILE["lines"]
+)
+STATISTICS, ATTENTION, WEIGHTS = (
+    {name: Statistic(**fields) for name, fields in _FILE[table].items()}
+    for table in ("statistics", "attention", "weights")
+)
 ALL_STATISTICS = STATISTICS | ATTENTION | WEIGHTS
 STATISTIC_TITLES = {
     key.split("/")[1]: metric.title

@@ -8,15 +8,19 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, TypeAdapter
 
 from osp.config import COMPARISONS, EVALUATIONS
 from osp.errors import UserError
 from osp.files import write_text
 
 T = TypeVar("T")
+# a number that was not finite when it was written
+Number = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Result:
 
     what: str  # text or task, and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`
     metric: str
-    value: float
+    value: Number
     stderr: float | None = None
     truncated: int = 0  # contexts of a task that were too long for the model
 
@@ -35,8 +39,8 @@ class SiteCost:
     """Perplexity with only this site quantized, and with every site but this one."""
 
     site: str
-    alone: float
-    left_out: float
+    alone: Number
+    left_out: Number
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,11 @@ class SiteAblation:
     """The cost of each quantized site on one text, and the error R_L of the hidden states (see `osp.quant.apply`)."""
 
     text: str
-    unquantized: float  # perplexity
-    quantized: float
+    unquantized: Number  # perplexity
+    quantized: Number
     sites: tuple[SiteCost, ...]
-    layer_errors: tuple[float, ...] = ()
-    last_error: float = math.nan
+    layer_errors: tuple[Number, ...] = ()
+    last_error: Number = math.nan
 
     def cost_alone(self, site: SiteCost) -> float:
         """Return the nats per token that quantizing only `site` costs; nan if both perplexities are infinite."""
@@ -172,25 +176,25 @@ def read_evaluations(run: Path, notes: list[str]) -> Evaluations:
 
 def read_evaluation(path: Path) -> Evaluation:
     """Return the record of `scripts/evaluate.py` at `path`, or raise `UserError`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        ablation = values.get("ablation")
-        results = tuple(_result(result) for result in values["results"])
-        record = _make(Evaluation, values, results=results, ablation=_ablation(ablation) if ablation else None)
-        _ = (record.step, record.quant["text"])  # an older record may lack anything else
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a record of scripts/evaluate.py; remove it") from error
+    record = _read(path, Evaluation, "evaluate")
+    if "step" not in record.model or "text" not in record.quant:  # an older record may lack anything else
+        raise UserError(f"{path}: not a record of scripts/evaluate.py; remove it")
     return record
 
 
 def read_comparison(path: Path) -> ComparisonRecord:
     """Return the record of `scripts/compare.py` at `path`, or raise `UserError`."""
+    record = _read(path, ComparisonRecord, "compare")
+    models = tuple(replace(model, step=model.step or record.step or 0) for model in record.models)
+    return replace(record, models=models)
+
+
+def _read(path: Path, kind: type[T], script: str) -> T:
+    """Return the record at `path`. Keys that are not fields are left out: records of other versions have them."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        models = tuple(_comparison(model, values.get("step") or 0) for model in values["models"])
-        return _make(ComparisonRecord, values, models=models)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a record of scripts/compare.py; remove it") from error
+        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a record of scripts/{script}.py; remove it") from error
 
 
 def replace_nonfinite(value: Any) -> Any:
@@ -205,41 +209,3 @@ def replace_nonfinite(value: Any) -> Any:
 def format_short(value: float) -> str:
     """Return a perplexity or kurtosis for a table: 11.40, 934.30, 1.2e+04."""
     return f"{value:.1e}" if value >= 1e4 else f"{value:.2f}"
-
-
-def _make(kind: type[T], values: dict[str, Any], **parsed: Any) -> T:
-    """Return the dataclass `kind` of the items of `values`, those in `parsed` replaced.
-
-    Keys that are not fields are left out: records of other versions have them.
-    """
-    names = {item.name for item in dataclasses.fields(cast(Any, kind))}
-    return kind(**{key: value for key, value in values.items() if key in names} | parsed)
-
-
-def _result(values: dict[str, Any]) -> Result:
-    return _make(Result, values, value=_finite_or_inf(values["value"]))
-
-
-def _ablation(values: dict[str, Any]) -> SiteAblation:
-    sites = tuple(
-        SiteCost(site["site"], _finite_or_inf(site["alone"]), _finite_or_inf(site["left_out"]))
-        for site in values["sites"]
-    )
-    return SiteAblation(
-        values["text"],
-        _finite_or_inf(values["unquantized"]),
-        _finite_or_inf(values["quantized"]),
-        sites,
-        tuple(map(_finite_or_inf, values.get("layer_errors", ()))),
-        _finite_or_inf(values.get("last_error")),
-    )
-
-
-def _comparison(values: dict[str, Any], step: int) -> Comparison:
-    bits = {row: {key: Score(**score) for key, score in cells.items()} for row, cells in values["bits"].items()}
-    methods = {method: Score(**score) for method, score in values["methods"].items()}
-    return _make(Comparison, {"step": step, **values}, bits=bits, methods=methods)
-
-
-def _finite_or_inf(value: float | None) -> float:
-    return math.inf if value is None else float(value)

@@ -1,14 +1,17 @@
 """The metrics of a run: title, unit and direction of every logged number, and the W&B panels that draw them.
 
-`METRICS` is the only table of titles: the report, the panels and docs/metrics.md follow it. `PANELS` names metrics only
-and can be checked without W&B and without a network; `wandb-workspaces` (extra `wandb`) turns it into a workspace.
+`METRICS`, read from metrics.yaml, is the only table of titles: the report, the panels and docs/metrics.md follow it.
+`PANELS` can be checked without W&B and without a network; `wandb-workspaces` (extra `wandb`) makes it a workspace.
 """
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from osp.config import ROLES
 from osp.errors import UserError
@@ -25,18 +28,6 @@ class Metric:
     log: bool = False  # drawn on a logarithmic axis
 
 
-SITE_TITLES = {  # <site> in a key, within a block as layer_00/<site>; sites where outliers show first come first
-    "block_out": "Residual stream after the block",
-    "down_proj_in": "Input of down_proj",
-    "attn_in": "Input of attention",
-    "mlp_in": "Input of the MLP",
-    "o_proj_in": "Input of o_proj",
-    "q": "Queries (after RoPE)",
-    "k": "Keys (after RoPE)",
-    "v": "Values",
-    "embed_out": "Embedding output",
-    "final_norm_out": "Final norm output",
-}
 PLACEHOLDERS = {
     "<role>": r"\w+",
     "<layer>": r"layer_\d+",
@@ -44,57 +35,9 @@ PLACEHOLDERS = {
     "<weight>": r"(layer_\d+/)?\w+",
     "<statistic>": r"\w+",
 }
-_KURTOSIS, _PERPLEXITY = "Excess kurtosis, whole model", "Perplexity at 16 and 4 bits"
-METRICS = {
-    "train/loss": Metric("Training loss", "nats per token", "lower"),
-    "train/penalty": Metric("Penalty", "", "lower"),
-    "train/grad_norm": Metric("Gradient norm", "L2", log=True),
-    "train/lr/<role>": Metric("Learning rate"),
-    "train/update_rms/<role>": Metric("Size of the updates", "RMS", log=True),
-    "train/param_norm": Metric("Norm of the parameters", "L2"),
-    "train/param_norm/<role>": Metric("Norm of the parameters of a role", "L2"),
-    "train/tokens_per_second": Metric("Throughput", "tokens/s", "higher"),
-    "train/step_seconds": Metric("Time of a step", "s", "lower"),
-    "train/data_wait_seconds": Metric("Waiting for data", "s per step", "lower"),
-    "train/memory_gib": Metric("Memory", "GiB per rank", "lower"),
-    "train/rows_checksum": Metric("Checksum of the sequences"),
-    "train/mfu": Metric("Model FLOPs utilization", "share of peak", "higher"),
-    "val/loss": Metric("Validation loss", "nats per token", "lower"),
-    "val/bits_per_byte": Metric("Bits per byte", "bits", "lower"),
-    "val/seconds": Metric("Time of a validation", "s", "lower"),
-    "checkpoint/blocked_seconds": Metric("Training blocked by a checkpoint", "s", "lower"),
-    "checkpoint/write_seconds": Metric("Time to write a checkpoint", "s", "lower"),
-    "checkpoint/bytes": Metric("Size of a checkpoint", "bytes", "lower"),
-    "quant/perplexity/16-16-16": Metric(_PERPLEXITY, "W-A-KV", "lower", log=True),
-    "quant/perplexity/4-4-4": Metric(_PERPLEXITY, "W-A-KV", "lower", log=True),
-    "quant/seconds": Metric("Time of the quantized perplexity", "s", "lower"),
-    "monitor/kurtosis/<site>": Metric("Excess kurtosis, per token", "", "lower", log=True),
-    "monitor/kurtosis_pooled/<site>": Metric("Excess kurtosis, all values at once", "", "lower", log=True),
-    "monitor/kurtosis_channel/<site>": Metric("Excess kurtosis, per channel over tokens", "", "lower", log=True),
-    "monitor/max_abs/<site>": Metric("Largest |x|", "", "lower", log=True),
-    "monitor/max_over_median/<site>": Metric("Largest |x| over the median |x|", "", "lower", log=True),
-    "monitor/rms/<site>": Metric("RMS"),
-    "monitor/top_channel_share/<site>": Metric("Share of the energy in the top channel", "", "lower"),
-    "monitor/top_token_share/<site>": Metric("Share of the energy in the top token", "", "lower"),
-    "monitor/massive_count/<site>": Metric("Massive activations", "values", "lower", log=True),
-    "monitor/few_channels/<site>": Metric("Kurtosis that comes from few channels", "factor", "lower", log=True),
-    "monitor/few_tokens/<site>": Metric("Kurtosis that comes from few tokens", "factor", "lower", log=True),
-    "monitor/kurtosis/max": Metric(_KURTOSIS, "", "lower", "worst site", log=True),
-    "monitor/kurtosis/mean": Metric(_KURTOSIS, "", "lower", "mean of the sites", log=True),
-    "monitor/kurtosis/osp_script": Metric(_KURTOSIS, "", "lower", "the paper's script", log=True),
-    "monitor/max_abs/max": Metric("Largest activation", "|x|", "lower", log=True),
-    "monitor/attn_logit_max/<layer>": Metric("Largest attention logit", "", "lower", log=True),
-    "monitor/attn_sink/<layer>": Metric("Attention on the first token", "probability"),
-    "monitor/gain_max/<weight>": Metric("Largest gain", "", "lower"),
-    "monitor/weight_row_max/<weight>": Metric("Largest row norm", "L2", "lower"),
-    "monitor/R_L": Metric("Error of 4-bit quantization", "relative error", "lower"),
-    "monitor/R_L/<layer>": Metric("4-bit error of the residual, by layer", "relative error", "lower"),
-    "bhyt/var_error/<layer>": Metric("Error of BHyT's variance after attention", "relative error", "lower"),
-    "monitor/alerts": Metric("Alerts", "rules", "lower"),
-    "monitor/seconds": Metric("Time of a probe", "s", "lower"),
-    "monitor/cost": Metric("Cost of monitoring", "share of the training time", "lower"),
-    "heatmap/<statistic>/<site>": Metric("Layers over steps"),
-}
+_FILE = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
+SITE_TITLES: dict[str, str] = _FILE["sites"]
+METRICS = {key: Metric(**fields) for key, fields in _FILE["metrics"].items()}
 
 
 def metric_of(key: str) -> Metric | None:

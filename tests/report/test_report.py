@@ -36,6 +36,7 @@ from osp.run.evaluations import (
     Score,
     SiteAblation,
     SiteCost,
+    read_comparison,
     write_record,
 )
 from osp.run.metrics import METRICS, metric_of
@@ -396,6 +397,21 @@ def test_records_of_evaluations_are_shown(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert f"width:{100 * math.log(8) / math.log(64 / 3):.1f}%" in page  # of the longest bar
     assert "perplexity 4 unquantized, 64 with all sites quantized" in page
+
+
+def test_model_without_a_step_takes_the_step_of_its_record(tmp_path: Path) -> None:
+    """Records of several versions: the step is on the model, or on the record alone."""
+    evaluated(tmp_path)
+    path = tmp_path / "evaluation" / "compare" / "step_00001200.json"
+    (model,) = read_comparison(path).models
+    assert model.step == 1200
+    values = json.loads(path.read_text())
+    del values["models"][0]["step"]
+    path.write_text(json.dumps(values))
+    assert read_comparison(path).models == (model,)
+    values["models"][0]["step"] = 7
+    path.write_text(json.dumps(values))
+    assert read_comparison(path).models[0].step == 7
 
 
 def test_report_shows_the_rows_of_a_comparison(tiny: Any, tmp_path: Path) -> None:
