@@ -1,6 +1,10 @@
-"""Rows of text as a table: in Markdown, and for a terminal."""
+"""Rows of text as a table, in Markdown and for a terminal, and Markdown from a template."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
 
 Rows = Sequence[Sequence[str]]
 
@@ -23,3 +27,17 @@ def text_table(rows: Rows, *, left: int | None = None) -> str:
         cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def render_markdown(template: Path, **values: Any) -> str:
+    """Return the text of a Jinja template with these values.
+
+    Filters: `cell` escapes a text for a table; `number` gives 4 digits, and "not finite" for None.
+    """
+    loader = jinja2.FileSystemLoader(template.parent)
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    environment.filters["number"] = lambda value: "not finite" if value is None else f"{value:.4g}"
+    return environment.get_template(template.name).render(**values)

@@ -176,8 +176,7 @@ def _has_bias(norm: Norm) -> bool:
 def _stream_writers(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Return the names of the tensors that write into the residual stream, each with its dimension of channels."""
     matrices = tuple(matrix for matrix, _ in SUBLAYER_WRITERS)
-    writers = {name: 0 for name in tensors if name.rpartition(".")[0].endswith(matrices)}
-    return {"embed_tokens.weight": 1, **writers}
+    return {"embed_tokens.weight": 1} | {name: 0 for name in tensors if name.rpartition(".")[0].endswith(matrices)}
 
 
 def _stream_readers(model: Transformer) -> list[str]:
@@ -235,34 +234,28 @@ def _check_zero_mean(tensors: dict[str, Tensor], model: Transformer, to: str) ->
 @torch.no_grad()
 def _build(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
     """Return the fp64 model of `config` with these tensors; gains that are missing are 1, biases 0."""
-    with torch.device("meta"):
-        model = Transformer(config).double()
-    model.to_empty(device=tensors["lm_head.weight"].device)
+    with tensors["lm_head.weight"].device:
+        model = Transformer(config).double().eval()  # whose norms have gains of 1
     model.compute_dtype = torch.float64
-    for module in model.modules():
-        if isinstance(module, Norm):
-            module.reset_parameters()
     for name, parameter in model.named_parameters():
-        value = tensors.pop(name, None)
-        if value is None:
-            assert name.endswith((".bias", "norm.weight")), name
-            value = torch.zeros_like(parameter) if name.endswith(".bias") else parameter.detach()
-        elif value.numel() > parameter.numel():  # a gain per channel for a norm with a single one
+        assert name in tensors or name.endswith((".bias", "norm.weight")), name
+        default = torch.zeros_like(parameter) if name.endswith(".bias") else parameter
+        value = tensors.pop(name, default)
+        if value.numel() > parameter.numel():  # a gain per channel for a norm with a single one
             if (value != value[0]).any():
                 raise UserError(f"{name}: its gains differ, and to={config.norm.name} has one for all channels")
             value = value[:1]
         parameter.copy_(value)
     assert not tensors, list(tensors)
-    return model.eval()
+    return model
 
 
 def _write(folder: Path, subject: LanguageModel, model: Transformer, config: Config, steps: list[str]) -> None:
     write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     shutil.copyfile((subject.run or subject.folder) / TOKENIZER, folder / TOKENIZER)
-    step = subject.step or 0
     manifest: dict[str, Any] = {
-        "step": step,
-        "tokens": step * config.train.tokens_per_step,
+        "step": subject.step or 0,
+        "tokens": (subject.step or 0) * config.train.tokens_per_step,
         "config": to_dict(config),
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
         "conversion": {"steps": steps, "bos_id": subject.bos_id},

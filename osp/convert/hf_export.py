@@ -34,11 +34,16 @@ from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.fold import fold_into_weights, norm_gain
 from osp.model.hf_llama import BODY, CONFIG, HEAD, TOKENIZER, load_hf
-from osp.model.norms import NORMS, Norm, final_norm_name
+from osp.model.norms import NORMS, Norm, block_norm, final_norm, final_norm_name
 from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.apply import quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Keys of `config.json` that are keys of `ModelConfig` as well
+SHARED_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "rope_theta", "hidden_act", "attention_bias", "mlp_bias"),
+)
 
 
 def export(
@@ -66,14 +71,13 @@ def export(
             raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
         model = subject.model
         check_exportable(model.config, path=run)
-        eps = _shared_eps(model)
         certificate = None if subject.conversion is None else read_certificate(subject)
         tokens = read_text(text, subject)
         trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
         fold_into_weights(model)
         folded = check_same_function("folding projections and scales", trained, observe_function(model), FP32_TOLERANCE)
         special = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
-        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, eps=eps, **special)
+        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, **special)
         _write_tokenizer(subject, folder)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype]).float()
@@ -111,6 +115,9 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
     ):
         if holds:
             raise UserError(f"{key}: a stock Llama has no {what}")
+    eps = {norm.eps for norm in (block_norm(config), final_norm(config))}
+    if len(eps) > 1:
+        raise UserError(f"the norms have several eps, {sorted(map(str, eps))}; a stock Llama has one for all")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"model.hidden_size={config.hidden_size} is no multiple of model.num_attention_heads="
@@ -128,41 +135,6 @@ def _suggest_conversion(config: ModelConfig, path: str | Path) -> str:
     return f"convert it first: python scripts/convert.py {path} to=rmsnorm out=DIR"
 
 
-def hf_config(model: Transformer, *, dtype: str, eps: float, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """Return `config.json` of a model without projections, in the layout that all versions of transformers read."""
-    config = model.config
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling(config),
-        "rms_norm_eps": eps,
-        "hidden_act": "silu",
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-    }
-
-
-def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    """Return RoPE scaling for `config.json`; linear scaling has a factor only."""
-    if config.rope_scaling is None:
-        return None
-    values = dataclasses.asdict(config.rope_scaling)
-    return values if values["rope_type"] == "llama3" else {key: values[key] for key in ("rope_type", "factor")}
-
-
 def size_in_bytes(size: str) -> int:
     """Return the bytes of a size such as `5GB` or `500MB`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip().upper())
@@ -172,24 +144,36 @@ def size_in_bytes(size: str) -> int:
 
 
 def write_llama(
-    model: Transformer,
-    folder: Path,
-    *,
-    dtype: str,
-    shard_bytes: int,
-    eps: float,
-    bos_id: int | None,
-    eos_id: int | None,
+    model: Transformer, folder: Path, *, dtype: str, shard_bytes: int, bos_id: int | None, eos_id: int | None
 ) -> None:
     """Write `config.json` and the weights of a model without projections.
 
     The weights are safetensors of at most `shard_bytes` each (no tensor is cut), and an index if there are several.
     """
-    _write_json(folder / CONFIG, hf_config(model, dtype=dtype, eps=eps, bos_id=bos_id, eos_id=eos_id))
+    _write_json(folder / CONFIG, _hf_config(model, dtype) | {"bos_token_id": bos_id, "eos_token_id": eos_id})
     tensors = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in _hf_tensors(model)}
     save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
     for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
         path.chmod((folder / CONFIG).stat().st_mode)
+
+
+def _hf_config(model: Transformer, dtype: str) -> dict[str, Any]:
+    """Return `config.json` without the special tokens, in the layout that all versions of transformers read."""
+    config = model.config
+    scaling = None if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
+    if scaling and scaling["rope_type"] == "linear":
+        scaling = {"rope_type": "linear", "factor": scaling["factor"]}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, key) for key in SHARED_KEYS},
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "rope_scaling": scaling,
+        "rms_norm_eps": model.norm.eps,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
 
 
 def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -209,10 +193,12 @@ def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
     """Write the run's tokenizer.json and the settings of `transformers`."""
     assert subject.run is not None
     shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
+    ids = (subject.bos_id, subject.eos_id)
+    bos, eos = (None if token_id is None else subject.tokenizer.id_to_token(token_id) for token_id in ids)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _token(subject, subject.bos_id),
-        "eos_token": _token(subject, subject.eos_id),
+        "bos_token": bos,
+        "eos_token": eos,
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -220,18 +206,6 @@ def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
     }
     _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "generation_config.json", {"bos_token_id": subject.bos_id, "eos_token_id": subject.eos_id})
-
-
-def _token(subject: LanguageModel, token_id: int | None) -> str | None:
-    return None if token_id is None else subject.tokenizer.id_to_token(token_id)
-
-
-def _shared_eps(model: Transformer) -> float:
-    """Return the eps of all norms; `UserError` if they differ, because a stock Llama has one."""
-    values = {module.eps for module in model.modules() if isinstance(module, Norm) and isinstance(module.eps, float)}
-    if len(values) > 1:
-        raise UserError(f"the norms have several eps, {sorted(values)}; a stock Llama has one for all")
-    return values.pop()
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ first of these activations that differs tells where two models diverge.
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osp.distributed import device_of
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
@@ -107,19 +110,13 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
     size = (sequences, min(length, model.config.max_position_embeddings))
     ids = torch.randint(0, model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
     seen: dict[str, Tensor] = {}
-    handles = []
-    for name in site_names(len(model.layers), ("o_proj_in", "down_proj_in")):
-        keep = lambda x, name=name: seen.update({name: x.double().cpu()})  # noqa: E731
-        handles.append(observe_site(model, name, keep))
-    before = model.compute_dtype
-    model.compute_dtype = dtype
-    try:
-        logits = model(ids.to(model.embed_tokens.weight.device)).logits
-    finally:
-        model.compute_dtype = before
-        for handle in handles:
-            handle.remove()
-    return {**seen, "logits": logits.double().cpu()}
+    with ExitStack() as stack:
+        for name in site_names(len(model.layers), ("o_proj_in", "down_proj_in")):
+            stack.callback(observe_site(model, name, functools.partial(seen.__setitem__, name)).remove)
+        stack.callback(setattr, model, "compute_dtype", model.compute_dtype)
+        model.compute_dtype = dtype
+        logits = model(ids.to(device_of(model))).logits
+    return {name: x.double().cpu() for name, x in {**seen, "logits": logits}.items()}
 
 
 def check_same_function(

@@ -5,7 +5,6 @@ A bundle is a JSON file and the same as Markdown. The weights of the model must 
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from osp.model.transformer import Linear, Transformer
 from osp.monitor.probe import ProbeText, SiteReading, row_norms
 from osp.optim.groups import groups_of
 from osp.optim.schedule import build_schedule
+from osp.run.evaluations import replace_nonfinite
 from osp.run.history import growth, since
-from osp.tables import markdown_table
+from osp.tables import render_markdown
 
 CONTEXT = 8  # tokens of text shown before the token of an outlier
 SHOWN_WRITERS = 4  # weights shown of those that add to a channel of the residual stream
@@ -28,6 +28,7 @@ SHOWN_WRITERS = 4  # weights shown of those that add to a channel of the residua
 def site_record(site: SiteReading, rows: ProbeText, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the entry of a site in a line of probes.jsonl."""
     first, counts = site.octaves
+    until = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
     return {
         "top_channel": site.top_channel,
         "top_channel_share": site.statistics["top_channel_share"],
@@ -35,16 +36,10 @@ def site_record(site: SiteReading, rows: ProbeText, tokenizer: Tokenizer) -> dic
         "top_row": site.row,
         "top_position": site.position,
         "top_token": site.token,
-        "top_text": text_before(site, rows, tokenizer),
+        "top_text": tokenizer.decode(until.tolist(), skip_special_tokens=False),
         "channels": [[channel, value] for channel, value in site.channels],
         "histogram": {"edges_log2": [first, first + len(counts)], "counts": counts},
     }
-
-
-def text_before(site: SiteReading, rows: ProbeText, tokenizer: Tokenizer) -> str:
-    """Return the text up to and including the token of the outlier."""
-    tokens = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 
 def bundle(
@@ -68,6 +63,7 @@ def bundle(
     layer, kind = split_site(name)
     weights = behind(kind, layer, site.channel, model)
     grown = growth(history, name, site.channel)
+    record = site_record(site, rows, tokenizer)
     contents = {
         "step": step,
         "tokens": step * config.train.tokens_per_step,
@@ -79,25 +75,16 @@ def bundle(
         "position": site.position,
         "token": site.token,
         "token_text": tokenizer.decode([site.token], skip_special_tokens=False),
-        "text": text_before(site, rows, tokenizer),
+        "text": record["top_text"],
         "statistics": site.statistics,
-        "channels": [[channel, value] for channel, value in site.channels],
+        "channels": record["channels"],
         "growth": grown,
         "since": since(grown),
         "weights": weights,
         "optimizer": _optimizer(sorted({weight["parameter"] for weight in weights}), model, config, step),
         "alerts": list(alerts),
     }
-    return null_nonfinite(contents)
-
-
-def null_nonfinite(value: Any) -> Any:
-    """Return `value` with None, JSON's null, in place of every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: null_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(null_nonfinite(item) for item in value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return replace_nonfinite(contents)
 
 
 def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
@@ -105,32 +92,9 @@ def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{contents['step']:08d}_{contents['site'].replace('/', '_')}.json"
     path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(_markdown(contents), encoding="utf-8")
+    markdown = render_markdown(Path(__file__).with_suffix(".md"), **contents)
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     return path
-
-
-def _markdown(contents: Mapping[str, Any]) -> str:
-    """Return a bundle as Markdown."""
-    numbers, token = contents["statistics"], contents["token"]
-    growth_rows = [[str(step), "not among the largest" if v is None else _number(v)] for step, v in contents["growth"]]
-    weight_rows = [
-        [w["parameter"], f"{w['axis']} {w['index']}", _number(w["norm"]), _number(w["ratio"])]
-        for w in contents["weights"]
-    ]
-    optimizer_rows = [[f"{v:g}" if isinstance(v, float) else str(v) for v in o.values()] for o in contents["optimizer"]]
-    lines = [
-        f"# {contents['site']}, channel {contents['channel']}, after step {contents['step']}\n",
-        *(f"* {alert['message']}" for alert in contents["alerts"]),
-        f"* value {_number(contents['value'])}: {_number(numbers['max_over_median'])} times the median; kurtosis of "
-        f"the site {_number(numbers['kurtosis'])}",
-        f"* token {token} {contents['token_text']!r} at position {contents['position']} of sequence "
-        f"{contents['row']}; the text up to it: {contents['text']!r}",
-        f"* at least half as large since the probe after step {contents['since']}\n",
-        markdown_table(["step", "max abs of the channel"], growth_rows) + "\n",
-        markdown_table(["weights that write it", "which", "norm", "over the median"], weight_rows) + "\n",
-        markdown_table(["parameter", "role", "rule", "learning rate", "weight decay"], optimizer_rows),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> list[dict[str, Any]]:
@@ -208,7 +172,3 @@ def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, st
         for group in groups_of(model, config.optimizer)
         if name in group["names"]
     ]
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"

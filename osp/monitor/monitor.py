@@ -18,8 +18,9 @@ from osp.files import LineWriter, drop_after, read_lines
 from osp.model.sites import split_site
 from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
-from osp.monitor.forensics import bundle, null_nonfinite, site_record, write_bundle
+from osp.monitor.forensics import bundle, site_record, write_bundle
 from osp.monitor.probe import ProbeText, Reading, probe
+from osp.run.evaluations import replace_nonfinite
 from osp.run.logger import Logger
 
 PROBES = "probes.jsonl"
@@ -126,7 +127,7 @@ class Monitor:
             metrics = {**reading.metrics, "monitor/alerts": float(self._alerts.num_active)}
             metrics |= {"monitor/seconds": seconds, "monitor/cost": cost}
             self.logger.log(metrics, step=step, tokens=tokens)
-            self._lines.write(null_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": record}))
+            self._lines.write(replace_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": record}))
             for alert in alerts:
                 name, details = _site_of(alert, reading), _details(alert)
                 where = f"; channel {reading.sites[name].channel} of {name}, see {FORENSICS}/" if name else ""

@@ -111,7 +111,7 @@ def test_public_model_is_bit_identical_after_round_trip(tmp_path: Path) -> None:
     write_stories260k(tmp_path / "first")
     ours = load_hf(tmp_path / "first")
     (tmp_path / "second").mkdir()
-    write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, eps=1e-5, bos_id=1, eos_id=2)
+    write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, bos_id=1, eos_id=2)
     assert torch.equal(load_hf(tmp_path / "second")(IDS).logits, ours(IDS).logits)
     theirs = [load_in_transformers(tmp_path / name)(IDS).logits for name in ("first", "second")]
     assert torch.equal(*theirs)

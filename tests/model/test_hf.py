@@ -73,7 +73,7 @@ def test_scaled_positions(scaling: dict[str, Any], tmp_path: Path) -> None:
     with torch.no_grad():
         assert (plain(IDS).logits - ours(IDS).logits).abs().max() > 0.1
     (tmp_path / "ours").mkdir()
-    write_llama(ours, tmp_path / "ours", dtype="fp32", shard_bytes=10**9, eps=1e-5, bos_id=0, eos_id=0)
+    write_llama(ours, tmp_path / "ours", dtype="fp32", shard_bytes=10**9, bos_id=0, eos_id=0)
     shutil.copytree(tmp_path / "5", tmp_path / "4")
     edit_json(tmp_path / "4" / "config.json", rope_parameters=None, rope_theta=5000.0, rope_scaling=scaling)
     for name in ("ours", "4"):

@@ -92,7 +92,7 @@ def test_forensics_name_the_planted_outlier(site: str, by_rank: list[dict[str, A
         assert (contents["token"], contents["token_text"]) == (TOKEN, f" t{TOKEN}")
         tokens = workers.rows().tokens[ROW, POSITION - 8 :].tolist()
         assert contents["text"] == "".join(f" t{token}" for token in tokens)
-        assert contents["growth"] == [(0, None), (1, abs(contents["value"]))]
+        assert contents["growth"] == [[0, None], [1, abs(contents["value"])]]
         assert contents["since"] == 1
         loudest = max(contents["weights"], key=lambda weight: weight["ratio"])
         assert loudest["parameter"] == parameter
