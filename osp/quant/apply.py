@@ -43,7 +43,6 @@ from osp.quant.spinquant import StraightThrough, learn_rotations
 class Quantized:
     """The state of a model inside `quantized`."""
 
-    spec: QuantSpec
     sites: frozenset[str]  # that are quantized
     basis: Tensor | None = None  # (D, D) fp64 R1: the residual stream is h R1; None: h
 
@@ -76,7 +75,7 @@ def quantized(
         raise UserError(f"quant.method={spec.method} with quant.rotation={spec.rotation} needs calibration text")
     active = active_sites(spec, model.config) & set(sites)
     if not active:
-        yield Quantized(spec, frozenset())
+        yield Quantized(frozenset())
         return
     with ExitStack() as stack:
         _restore_at_exit(model, stack)
@@ -92,7 +91,7 @@ def quantized(
                 _quantize_weights(model, spec, of_blocks, progress=progress)
             _quantize_weights(model, spec, of_ends)
         _quantize_activations(model, spec, active, stack)
-        yield Quantized(spec, active, basis)
+        yield Quantized(active, basis)
 
 
 class PropagatedError(NamedTuple):
@@ -110,26 +109,21 @@ def propagated_error(
     *,
     calibration: Tensor | None = None,
     sites: Collection[str] = SITES,
-    rows_per_batch: int = 1,
 ) -> PropagatedError:
     """Return the relative error of the hidden states of `model` on `rows` (N, T) under quantization.
 
-    The residual streams of the unquantized model are kept on the CPU: num_hidden_layers * N * T * D values.
+    The residual streams with and without quantization are kept on the CPU: 2 * num_hidden_layers * N * T * D values.
     """
-    batches = rows.split(rows_per_batch)
+    batches = rows.split(1)
     clean = [_residuals(model, batch) for batch in batches]
-    sums = torch.zeros(2, len(model.layers) + 1, dtype=torch.float64)  # (error, energy) of each
-    norm = model.norm
-    for_last: list[Tensor] = []
     with quantized(model, spec, calibration=calibration, sites=sites) as state:
-        for batch, before in zip(batches, clean, strict=True):
-            after = [state.in_own_basis(h) for h in _residuals(model, batch)]
-            sums[:, :-1] += torch.stack([_error_and_energy(q, h) for q, h in zip(after, before, strict=True)], dim=1)
-            for_last.append(after[-1])
-    # outside the context, where the norm has its own gain
+        noisy = [[state.in_own_basis(h) for h in _residuals(model, batch)] for batch in batches]
+    sums = torch.zeros(2, len(model.layers) + 1, dtype=torch.float64)  # (error, energy) of each
     device = model.embed_tokens.weight.device
-    for after_last, before in zip(for_last, clean, strict=True):
-        sums[:, -1] += _error_and_energy(norm(after_last.to(device)), norm(before[-1].to(device)))
+    for states in zip(noisy, clean, strict=True):
+        for hidden in states:  # the last norm has its own gain outside the context only
+            hidden.append(model.norm(hidden[-1].to(device)).cpu())
+        sums += torch.stack([_error_and_energy(h_q, h) for h_q, h in zip(*states, strict=True)], dim=1)
     *layers, last = (sums[0] / sums[1]).tolist()
     return PropagatedError(layers, last)
 
@@ -179,7 +173,8 @@ def _rotate(
     """Apply the rotations of `spec`, the online ones until `stack` ends; return R1."""
     if spec.rotation != "none" or active & {*END_WEIGHT_SITES, *END_ACTIVATION_SITES}:
         absorb_projections(model)
-    for block in _blocks(model):
+    for block in model.layers:
+        assert isinstance(block, Block)
         if spec.ffn_hadamard and active & {"down_proj", "down_proj_in"}:
             stack.callback(rotate_ffn_online(block.mlp.down_proj).remove)
         if spec.qk_hadamard and "k" in active:
@@ -204,35 +199,25 @@ def _quantize_weights(model: Transformer, spec: QuantSpec, sites: Collection[str
     for module in tqdm(modules, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        weight.data = spec.weight_format.round(weight.data, group_size=spec.w_group_size, clip_search=spec.w_clip)
+        weight.data = spec.number_format("w").round(weight.data, group_size=spec.w_group_size, clip_search=spec.w_clip)
 
 
 def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack) -> None:
     """Quantize what passes the active sites of activations and cache, until `stack` ends."""
-    by_head = spec.o_proj_by_head and spec.activation_format.block_size is None
-    group_sizes: dict[str, int | None] = {}
-    for site in (*ACTIVATION_SITES, *END_ACTIVATION_SITES):
-        group_sizes[site] = spec.a_group_size
-    for site in CACHE_SITES:
-        group_sizes[site] = spec.kv_group_size
-    if by_head:
+    group_sizes: dict[str, int | None] = dict.fromkeys((*ACTIVATION_SITES, *END_ACTIVATION_SITES), spec.a_group_size)
+    if spec.o_proj_by_head and "a" in spec.parts and spec.number_format("a").block_size is None:
         group_sizes["o_proj_in"] = model.config.head_size
+    group_sizes |= dict.fromkeys(CACHE_SITES, spec.kv_group_size)
     for name in site_names(len(model.layers), active & group_sizes.keys()):
         _, kind = split_site(name)
-        number_format = spec.cache_format if kind in CACHE_SITES else spec.activation_format
-        quantize = functools.partial(number_format.round, group_size=group_sizes[str(kind)])
+        number_format = spec.number_format("kv" if kind in CACHE_SITES else "a")
+        quantize = functools.partial(number_format.round, group_size=group_sizes[kind])
         stack.callback(replace_site(model, name, _with_gradient(quantize)).remove)
 
 
 def _with_gradient(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return `quantize` with the straight-through gradient."""
     return lambda x: StraightThrough.apply(x, quantize(x.detach()))
-
-
-def _blocks(model: Transformer) -> Iterator[Block]:
-    for layer in model.layers:
-        assert isinstance(layer, Block)
-        yield layer
 
 
 # --- propagated error ---------------------------------------------------------------------------------------------
@@ -255,4 +240,4 @@ def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
 def _error_and_energy(h_q: Tensor, h: Tensor) -> Tensor:
     """Return (||h_q - h||^2, ||h||^2), fp64."""
     h_q, h = h_q.double(), h.double()
-    return torch.stack(((h_q - h).square().sum(), h.square().sum())).cpu()
+    return torch.stack(((h_q - h).square().sum(), h.square().sum()))

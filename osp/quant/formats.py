@@ -6,14 +6,18 @@ quantization): the arithmetic is fp32, the result has the dtype of the input.
 
 To add a format, write a class with `name`, `widths` and `round`, and enter it in `FORMATS`. `quant.w_format=NAME`,
 `a_format` and `kv_format` then select it for weights, activations and the cache.
+
+The defaults are those of OSP's evaluation (arXiv 2506.19697; the quantizers of QuaRot, arXiv 2404.00456): weights
+symmetric per output channel, activations asymmetric per token.
 """
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from osp.quant.grid import Grid, clipped_grid, full_grid, grouped
+from osp.quant.grid import Grid, clipped, grouped
 
 
 class NumberFormat(ABC):
@@ -48,7 +52,6 @@ class NumberFormat(ABC):
 class Integer(NumberFormat):
     """Integers times a scale; the classes below say where zero is."""
 
-    symmetric: ClassVar[bool]
     has_grid = True
 
     def round(self, x: Tensor, *, group_size: int | None = None, clip_search: bool = False) -> Tensor:
@@ -56,21 +59,39 @@ class Integer(NumberFormat):
         return self.grid(groups, clip_search=clip_search).nearest(groups).reshape(x.shape).to(x.dtype)
 
     def grid(self, groups: Tensor, *, clip_search: bool = False) -> Grid:
-        return (clipped_grid if clip_search else full_grid)(groups, bits=self.bits, symmetric=self.symmetric)
+        full = self.full_grid(groups.float())
+        return clipped(full, groups) if clip_search else full
+
+    @abstractmethod
+    def full_grid(self, groups: Tensor) -> Grid:
+        """Return the grid that reaches the extremes of each group; its step is 1 where a group is all zero."""
 
 
 class SymmetricInteger(Integer):
     """s clamp(round(x / s), -2^(b-1), 2^(b-1) - 1) with s = max|x| / (2^(b-1) - 1)."""
 
     name = "sym"
-    symmetric = True
+
+    def full_grid(self, groups: Tensor) -> Grid:
+        high = 2 ** (self.bits - 1) - 1
+        scale = groups.abs().amax(-1, keepdim=True) / high
+        scale = torch.where(scale == 0, 1.0, scale)
+        return Grid(scale, torch.zeros_like(scale), -high - 1, high)
 
 
 class AsymmetricInteger(Integer):
-    """s (clamp(round(x / s) + z, 0, 2^b - 1) - z); the range of s and z includes 0."""
+    """s (clamp(round(x / s) + z, 0, 2^b - 1) - z) with s = (max(x, 0) - min(x, 0)) / (2^b - 1).
+
+    z = round(-min(x, 0) / s). The range includes 0, so that 0 is a level.
+    """
 
     name = "asym"
-    symmetric = False
+
+    def full_grid(self, groups: Tensor) -> Grid:
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / (2**self.bits - 1)
+        scale = torch.where(scale == 0, 1.0, scale)
+        return Grid(scale, (-low / scale).round(), 0, 2**self.bits - 1)
 
 
 FORMATS: dict[str, type[NumberFormat]] = {cls.name: cls for cls in (SymmetricInteger, AsymmetricInteger)}

@@ -106,7 +106,7 @@ def quantize_weights_gptq(
                 weight.data = gptq(
                     weight,
                     hessian(),
-                    number_format=spec.weight_format,
+                    number_format=spec.number_format("w"),
                     group_size=spec.w_group_size,
                     clip_search=spec.w_clip,
                     act_order=spec.act_order,

@@ -25,7 +25,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = x.shape[-1]
     for order in reversed(orders(n)):
-        matrix = _factor_on(order, wide.dtype, wide.device)
+        matrix = _factor(order, wide.dtype, wide.device)
         # after one transposition per factor every axis is back at its place
         wide = (wide.reshape(-1, n // order, order) @ matrix).transpose(1, 2)
     return wide.reshape(x.shape).to(x.dtype)
@@ -46,22 +46,24 @@ def random_hadamard(n: int, *, generator: torch.Generator) -> Tensor:
 def orders(n: int) -> tuple[int, ...]:
     """Return the orders of the factors of n at the least cost: powers of two, Paley's orders, at most one other."""
     assert n >= 1
-    rest, twos = _odd_part(n)
     hadamard = _products(n)
     if hadamard is None:  # no product of known Hadamard matrices: Hartley for the odd part
-        return (*_powers_of_two(2**twos), rest)
+        even = n & -n
+        return (*_powers_of_two(even), n // even)
     paley = [order for order in hadamard if order & (order - 1)]
     return (*_powers_of_two(n // math.prod(paley)), *paley)
 
 
 @functools.cache
-def factor(order: int) -> Tensor:
-    """Return (order, order) float64, orthogonal up to rounding: one factor of a rotation."""
+def _factor(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (order, order), orthogonal up to rounding: one factor of a rotation, computed in float64."""
     if order & (order - 1) == 0 or paley_kind(order):
-        return sign_matrix(order).double() / math.sqrt(order)
-    angle = torch.arange(order, dtype=torch.float64)
-    angle = torch.outer(angle, angle) % order * (2 * math.pi / order)
-    return (angle.cos() + angle.sin()) / math.sqrt(order)
+        matrix = sign_matrix(order).double()
+    else:
+        angle = torch.arange(order, dtype=torch.float64)
+        angle = torch.outer(angle, angle) % order * (2 * math.pi / order)
+        matrix = angle.cos() + angle.sin()
+    return (matrix / math.sqrt(order)).to(device=device, dtype=dtype)
 
 
 def sign_matrix(order: int) -> Tensor:
@@ -107,12 +109,9 @@ def jacobsthal(q: int) -> Tensor:
     # element i of GF(p^k) is the polynomial whose coefficients are the digits of i in base p
     place = p ** torch.arange(k)
     digits = torch.arange(q)[:, None] // place % p  # (q, k)
-    modulus = _irreducible(p, k)
-    chi = torch.full((q,), -1, dtype=torch.int64)
-    for element in digits.tolist():
-        square = _times(element, element, modulus, p)
-        chi[sum(c * p**i for i, c in enumerate(square))] = 1
-    chi[0] = 0
+    powers = (torch.tensor(_powers_of_primitive_element(p, k)) * place).sum(1)
+    chi = torch.zeros(q, dtype=torch.int64)
+    chi[powers[0::2]], chi[powers[1::2]] = 1, -1  # the squares are the even powers
     difference = (digits[:, None] - digits[None]) % p  # (q, q, k)
     return chi[(difference * place).sum(-1)]
 
@@ -147,46 +146,22 @@ def _powers_of_two(n: int) -> tuple[int, ...]:
     return tuple(2 ** ((exponent + i) // count) for i in range(count))
 
 
-def _odd_part(n: int) -> tuple[int, int]:
-    """Return (m, k) with n = m 2^k and m odd."""
-    twos = (n & -n).bit_length() - 1
-    return n >> twos, twos
+def _powers_of_primitive_element(p: int, k: int) -> list[list[int]]:
+    """Return the powers x^0, x^1, ... in GF(p)[x] / (x^k + m), coefficients from the lowest: all nonzero elements.
 
-
-@functools.cache
-def _factor_on(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return factor(order).to(device=device, dtype=dtype)
-
-
-def _times(a: list[int], b: list[int], modulus: list[int], p: int) -> list[int]:
-    """Return a b in GF(p)[x] / modulus, coefficients from the lowest; the modulus is monic without its leading 1."""
-    k = len(modulus)
-    out = [0] * (2 * k - 1)
-    for i, u in enumerate(a):
-        for j, v in enumerate(b):
-            out[i + j] += u * v
-    for top in range(2 * k - 2, k - 1, -1):  # x^k = -modulus
-        for i, m in enumerate(modulus):
-            out[top - k + i] -= out[top] * m
-    return [c % p for c in out[:k]]
-
-
-def _irreducible(p: int, k: int) -> list[int]:
-    """Return an irreducible monic polynomial of degree k: coefficients from the lowest, without the leading 1.
-
-    It is the first one modulo which the powers of x are all p^k - 1 nonzero elements: primitive, hence irreducible.
+    The polynomial m is the first one for which x has all p^k - 1 nonzero elements as powers.
     """
-    if k == 1:
-        return [0]
-    for tail in product(range(p), repeat=k):
-        modulus = list(tail)
-        if modulus[0] == 0:
+    one = [1] + [0] * (k - 1)
+    for m in product(range(p), repeat=k):
+        if m[0] == 0:  # x has no inverse
             continue
-        x, power, period = [0, 1] + [0] * (k - 2), [1] + [0] * (k - 1), 0
+        powers = [one]
         while True:
-            power, period = _times(power, x, modulus, p), period + 1
-            if power == [1] + [0] * (k - 1):
+            *low, top = powers[-1]
+            power = [(c - top * d) % p for c, d in zip([0, *low], m, strict=True)]  # x^k = -m
+            if power == one:
                 break
-        if period == p**k - 1:
-            return modulus
-    raise AssertionError("every finite field has a primitive polynomial")
+            powers.append(power)
+        if len(powers) == p**k - 1:
+            return powers
+    raise AssertionError("every finite field has a primitive element")

@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from osp.config import ModelConfig
 from osp.errors import UserError
-from osp.schema import Int, build
+from osp.schema import Count, CountOrZero, Int, Positive, Text, build
 
 if TYPE_CHECKING:
     from osp.quant.formats import NumberFormat
@@ -22,7 +24,17 @@ END_WEIGHT_SITES = ("embed_tokens", "lm_head")
 END_ACTIVATION_SITES = ("head_in",)
 SITES = (*WEIGHT_SITES, *GATE_SITES, *ACTIVATION_SITES, *CACHE_SITES, *END_WEIGHT_SITES, *END_ACTIVATION_SITES)
 
-PARTS = ("w", "a", "kv")  # prefixes of the keys for weights, activations and cache
+Part = Literal["w", "a", "kv"]  # weights, activations and cache: prefix of their keys
+PARTS: tuple[Part, ...] = ("w", "a", "kv")
+
+
+def _bits(bits: int) -> int:
+    if not 2 <= bits <= 16:
+        raise ValueError("must be an integer from 2 to 16; 16 leaves the tensor as it is")
+    return bits
+
+
+Bits = Annotated[Int, AfterValidator(_bits)]
 
 
 @dataclass(frozen=True)
@@ -33,58 +45,41 @@ class QuantSpec:
     them. A rotation is applied only where something in its basis is quantized.
     """
 
-    w_bits: Int = 16
-    a_bits: Int = 16
-    kv_bits: Int = 16
+    w_bits: Bits = 16
+    a_bits: Bits = 16
+    kv_bits: Bits = 16
     w_symmetric: bool = True
-    w_group_size: Int | None = None  # input channels that share a scale; None: all of an output channel
+    w_group_size: Count | None = None  # input channels that share a scale; None: all of an output channel
     w_clip: bool = True  # narrow the range of each scale to the least rounding error
     a_symmetric: bool = False
-    a_group_size: Int | None = None  # channels of a token that share a scale; None: all
+    a_group_size: Count | None = None  # channels of a token that share a scale; None: all
     o_proj_by_head: bool = True  # the input of o_proj has one scale per head
     kv_symmetric: bool = False
-    kv_group_size: Int | None = None  # channels of a head that share a scale; None: all
+    kv_group_size: Count | None = None  # channels of a head that share a scale; None: all
     embedding_and_head: bool = False  # the embedding and the head at w_bits too, the head's input at a_bits
     ffn_hadamard: bool = False  # online Hadamard transform of the input of down_proj
     qk_hadamard: bool = True  # online Hadamard transform of queries and keys after RoPE
     method: Literal["rtn", "gptq"] = "rtn"  # how weights are rounded
     act_order: bool = False  # gptq: channels with the largest inputs first
-    damping: float = 0.01  # gptq: share of the Hessian's mean diagonal that is added to its diagonal
-    rotation: Literal["none", "quarot", "spinquant"] = (
-        "none"  # of the residual stream and of values, fused into weights
-    )
-    rotation_steps: Int = 100  # spinquant: steps of the optimization
-    rotation_lr: float = 1.5  # spinquant: first learning rate; falls linearly to 0
-    calibration: str = "train"  # gptq, spinquant: name of the text; train: the training split. Never the test text
-    calibration_tokens: Int = 262_144  # 128 sequences of 2048, as in QuaRot's code
-    seed: Int = 0  # of calibration sequences and random rotations
+    damping: Positive = 0.01  # gptq: share of the Hessian's mean diagonal that is added to its diagonal
+    rotation: Literal["none", "quarot", "spinquant"] = "none"  # of residual stream and values, fused into weights
+    rotation_steps: Count = 100  # spinquant: steps of the optimization
+    rotation_lr: Positive = 1.5  # spinquant: first learning rate; falls linearly to 0
+    calibration: Text = "train"  # gptq, spinquant: name of the text; train: the training split. Never the test text
+    calibration_tokens: Count = 262_144  # 128 sequences of 2048, as in QuaRot's code
+    seed: CountOrZero = 0  # of calibration sequences and random rotations
     # Number formats by their names in osp.quant.formats; None: integers, symmetric or not as the keys above say
     w_format: str | None = None
     a_format: str | None = None
     kv_format: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("w_bits", "a_bits", "kv_bits"):
-            bits = getattr(self, key)
-            if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
-                raise UserError(f"quant.{key}={bits}: must be an integer from 2 to 16; 16 leaves the tensor as it is")
         for part in PARTS:
             self._check_format(part)
-        for key in ("w_group_size", "a_group_size", "kv_group_size", "calibration_tokens", "rotation_steps"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"quant.{key}={value}: must be at least 1")
-        for key in ("damping", "rotation_lr"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"quant.{key}={getattr(self, key)}: must be a finite number above 0")
-        if self.seed < 0:
-            raise UserError(f"quant.seed={self.seed}: must be 0 or more")
-        if not self.calibration:
-            raise UserError("quant.calibration is empty; name the text, or write train for the training split")
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
 
-    def _check_format(self, part: str) -> None:
+    def _check_format(self, part: Part) -> None:
         name, bits = getattr(self, f"{part}_format"), getattr(self, f"{part}_bits")
         if name is None:
             return
@@ -106,19 +101,8 @@ class QuantSpec:
         if part == "w" and self.method == "gptq" and not chosen.has_grid:
             raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
 
-    @property
-    def weight_format(self) -> "NumberFormat":
-        return self._format("w")
-
-    @property
-    def activation_format(self) -> "NumberFormat":
-        return self._format("a")
-
-    @property
-    def cache_format(self) -> "NumberFormat":
-        return self._format("kv")
-
-    def _format(self, part: str) -> "NumberFormat":
+    def number_format(self, part: Part) -> "NumberFormat":
+        """Return the format of weights, activations or cache."""
         from osp.quant.formats import FORMATS
 
         name = getattr(self, f"{part}_format") or ("sym" if getattr(self, f"{part}_symmetric") else "asym")
@@ -130,8 +114,13 @@ class QuantSpec:
         return f"{self.w_bits}-{self.a_bits}-{self.kv_bits}"
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """What has fewer than 16 bits."""
+        return tuple(part for part in PARTS if getattr(self, f"{part}_bits") < 16)
+
+    @property
     def is_identity(self) -> bool:
-        return min(self.w_bits, self.a_bits, self.kv_bits) == 16
+        return not self.parts
 
     @property
     def needs_calibration(self) -> bool:
@@ -145,8 +134,7 @@ class QuantSpec:
         for part in PARTS:
             if values[f"{part}_format"] is None:
                 del values[f"{part}_format"]
-        text = json.dumps(values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def at(self, bits: str) -> "QuantSpec":
         """Return this spec at other bits, "4-8-16" for W-A-KV."""
@@ -154,22 +142,25 @@ class QuantSpec:
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             raise UserError(f"bits {bits!r}: write weights-activations-cache such as 4-8-16")
         w, a, kv = map(int, parts)
-        return dataclasses.replace(self, w_bits=w, a_bits=a, kv_bits=kv)
+        return spec_from_dict(dataclasses.asdict(self) | {"w_bits": w, "a_bits": a, "kv_bits": kv})
 
     def __str__(self) -> str:
         """Return one line with every setting that has an effect."""
         if self.is_identity:
             return "16-16-16 (not quantized)"
         parts = [f"{self.bits} {self._method()}"]
-        if self.w_bits < 16:
-            clip = " clip" if self.w_clip and self.weight_format.has_grid else ""
-            parts.append(_kind("W", self.weight_format, self.w_group_size, "channel") + clip)
-        if self.a_bits < 16:
-            by_head = " (o_proj by head)" if self.o_proj_by_head else ""
-            parts.append(_kind("A", self.activation_format, self.a_group_size, "token") + by_head)
-        if self.kv_bits < 16:
-            hadamard = " (K Hadamard)" if self.qk_hadamard else ""
-            parts.append(_kind("KV", self.cache_format, self.kv_group_size, "head") + hadamard)
+        whole = {"w": "channel", "a": "token", "kv": "head"}
+        more = {
+            "w": " clip" if self.w_clip else "",
+            "a": " (o_proj by head)" if self.o_proj_by_head else "",
+            "kv": " (K Hadamard)" if self.qk_hadamard else "",
+        }
+        for part in self.parts:
+            number_format, size = self.number_format(part), getattr(self, f"{part}_group_size")
+            if part == "w" and not number_format.has_grid:
+                more[part] = ""
+            groups = f"group {size}" if size else whole[part]
+            parts.append(f"{part.upper()} {number_format.name}/{groups}{more[part]}")
         if self.embedding_and_head and min(self.w_bits, self.a_bits) < 16:
             parts.append("embedding and head too")
         if self.needs_calibration:
@@ -186,10 +177,12 @@ class QuantSpec:
         rotation = self.rotation
         if rotation == "spinquant":
             rotation = f"spinquant {self.rotation_steps} steps lr {self.rotation_lr:g}"
-        hadamard = self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16
-        return " + ".join(
-            [rounding, *([rotation] if rotation != "none" else []), *(["ffn Hadamard"] if hadamard else [])]
-        )
+        methods = [rounding]
+        if rotation != "none":
+            methods.append(rotation)
+        if self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16:
+            methods.append("ffn Hadamard")
+        return " + ".join(methods)
 
 
 def spec_from_dict(values: dict[str, Any]) -> QuantSpec:
@@ -213,19 +206,13 @@ def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:
 
 def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
     """Raise `UserError` if `spec` does not fit a model of this shape: groups that do not divide, norms."""
-    widths = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
-    widths["num_attention_heads * head_dim"] = model.num_attention_heads * model.head_size
-    for key, bits, prescribed in (
-        ("w_group_size", spec.w_bits, spec.weight_format.block_size),
-        ("a_group_size", spec.a_bits, spec.activation_format.block_size),
-    ):
-        size = getattr(spec, key) or prescribed
-        for name, width in widths.items():
-            if bits < 16 and size is not None and width % size:
-                raise UserError(f"quant.{key}={size} does not divide model.{name}={width}")
-    size = spec.kv_group_size or spec.cache_format.block_size
-    if spec.kv_bits < 16 and size is not None and model.head_size % size:
-        raise UserError(f"quant.kv_group_size={size} does not divide the head size {model.head_size}")
+    widths = {"model.hidden_size": model.hidden_size, "model.intermediate_size": model.intermediate_size}
+    widths["model.num_attention_heads * head_dim"] = model.num_attention_heads * model.head_size
+    for part in spec.parts:
+        size = getattr(spec, f"{part}_group_size") or spec.number_format(part).block_size
+        for name, width in ({"the head size": model.head_size} if part == "kv" else widths).items():
+            if size is not None and width % size:
+                raise UserError(f"quant.{part}_group_size={size} does not divide {name}={width}")
     if spec.rotation != "none" and not spec.is_identity:
         from osp.model.norms import NORMS, final_norm_name  # a spec is checked without torch until here
 
@@ -241,7 +228,3 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
                 f"quant.rotation={spec.rotation}: a rotation does not pass through the gains of norms after a sublayer "
                 "(norm.placement=peri), which no next matrix can take in; set quant.rotation=none"
             )
-
-
-def _kind(part: str, number_format: "NumberFormat", group_size: int | None, whole: str) -> str:
-    return f"{part} {number_format.name}/{f'group {group_size}' if group_size else whole}"

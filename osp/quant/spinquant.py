@@ -85,7 +85,7 @@ def _gradients(
     weights = rotated_weights(model, rotations[0], rotations[1:])
     for name, weight in weights.items():
         if name.endswith(".weight") and name.split(".")[-2] in rounded:
-            nearest = spec.weight_format.round(weight.detach(), group_size=spec.w_group_size)
+            nearest = spec.number_format("w").round(weight.detach(), group_size=spec.w_group_size)
             weights[name] = StraightThrough.apply(weight, nearest)
     # first the gradients of the weights, part by part, then once the gradients of the rotations
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}

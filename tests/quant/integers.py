@@ -2,14 +2,17 @@
 
 from torch import Tensor
 
-from osp.quant.formats import AsymmetricInteger, SymmetricInteger
+from osp.quant.formats import AsymmetricInteger, Integer, SymmetricInteger
+
+
+def integers(bits: int, *, symmetric: bool) -> Integer:
+    return (SymmetricInteger if symmetric else AsymmetricInteger)(bits)
 
 
 def round_weight(
     x: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = True, clip_search: bool = False
 ) -> Tensor:
-    number_format = (SymmetricInteger if symmetric else AsymmetricInteger)(bits)
-    return number_format.round(x, group_size=group_size, clip_search=clip_search)
+    return integers(bits, symmetric=symmetric).round(x, group_size=group_size, clip_search=clip_search)
 
 
 def round_activation(x: Tensor, *, bits: int, group_size: int | None = None, symmetric: bool = False) -> Tensor:

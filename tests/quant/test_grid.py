@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from osp.quant.grid import clipped_grid, full_grid, grouped
-from tests.quant.integers import round_activation, round_weight
+from osp.quant.grid import grouped
+from tests.quant.integers import integers, round_activation, round_weight
 from tests.quant.quant_oracle import naive_levels, naive_quantize
 
 
@@ -23,7 +23,7 @@ def values() -> torch.Tensor:
 def test_integers_match_the_oracle(group_size: int | None, symmetric: bool, clip: bool) -> None:
     for bits in (2, 3, 4, 8):  # test_formats.py has all of them, in fp32 as the code
         groups = grouped(values(), group_size=group_size)
-        grid = (clipped_grid if clip else full_grid)(groups, bits=bits, symmetric=symmetric)
+        grid = integers(bits, symmetric=symmetric).grid(groups, clip_search=clip)
         levels = grid.levels(groups).flatten(0, 1)
         for row, scale, zero, x in zip(
             levels.tolist(), grid.scale.flatten(), grid.zero.flatten(), groups.flatten(0, 1).tolist(), strict=True
@@ -49,7 +49,7 @@ def test_rounding_matches_the_oracle() -> None:
 def test_clip_search_clips_the_outlier() -> None:
     x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
     x[0, 7] = 6.0
-    full, clipped = (f(x, bits=4, symmetric=True) for f in (full_grid, clipped_grid))
+    full, clipped = (integers(4, symmetric=True).grid(x, clip_search=clip) for clip in (False, True))
     assert clipped.scale < 0.95 * full.scale
     errors = [float((grid.nearest(x) - x).abs().pow(2.4).sum()) for grid in (clipped, full)]
     assert errors[0] < 0.8 * errors[1]

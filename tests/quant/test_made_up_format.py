@@ -128,6 +128,16 @@ def test_prescribed_blocks_are_checked_against_the_model(llama: LanguageModel) -
     check_spec(spec, dataclasses.replace(llama.model.config, intermediate_size=56))
 
 
+def test_it_is_not_looked_at_where_16_bits_leave_a_tensor_as_it_is(llama: LanguageModel) -> None:
+    """It has at most 5 bits, so that it does not exist at 16."""
+    for bits in ("16-16-16", "4-16-16", "16-4-16", "16-16-4"):
+        spec = spec_from_dict({"w_format": NAME, "a_format": NAME, "kv_format": NAME}).at(bits)
+        check_spec(spec, llama.model.config)
+        assert str(spec).count(NAME) == bits.count("4")
+        with quantized(llama.model, spec), torch.no_grad():
+            assert llama.model(torch.arange(9)[None]).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

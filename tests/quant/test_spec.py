@@ -58,7 +58,7 @@ def test_presets_set_what_their_names_say() -> None:
         ({"damping": 0.0}, r"quant\.damping=0\.0: "),
         ({"rotation_lr": float("nan")}, r"quant\.rotation_lr=nan: "),
         ({"seed": -1}, r"quant\.seed=-1: "),
-        ({"calibration": ""}, r"quant\.calibration is empty"),
+        ({"calibration": ""}, r"quant\.calibration='': must be text that is not empty"),
         ({"act_order": True}, r"quant\.act_order=true does nothing with quant\.method=rtn"),
         ({"method": "awq"}, r"quant\.method='awq': must be 'rtn' or 'gptq'"),
         ({"w_bit": 4}, r"unknown key 'quant\.w_bit'; did you mean 'quant\.w_bits'"),
@@ -75,7 +75,7 @@ def test_mistake_is_one_line(values: dict[str, Any], message: str) -> None:
     [
         ({"w_bits": 4, "w_group_size": 128}, {}, r"w_group_size=128 does not divide model\.intermediate_size=688"),
         ({"a_bits": 4, "a_group_size": 48}, {}, r"a_group_size=48 does not divide model\.hidden_size=256"),
-        ({"kv_bits": 4, "kv_group_size": 48}, {}, r"kv_group_size=48 does not divide the head size 64"),
+        ({"kv_bits": 4, "kv_group_size": 48}, {}, r"kv_group_size=48 does not divide the head size=64"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="bhyt")}, "not pass through the norm bhyt"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="dyt")}, "not pass through the norm dyt"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="layernorm")}, "the norm layernorm"),
