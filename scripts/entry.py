@@ -113,6 +113,10 @@ def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
     except SystemExit as stop:  # of argparse, which prints its usage as well
         if stop.code != 2:
             raise
+        for argument, after in itertools.pairwise([*sys.argv[1:], "VALUE"]):
+            name, equals, value = argument.removeprefix("--").partition("=")
+            if argument.startswith("--") and name in defaults:
+                raise UserError(f"there is no option --{name}; write {name}={value if equals else after}") from stop
         raise UserError(said.getvalue().strip().split("error: ")[-1] + "; see --help") from stop
     except Exception as error:  # among them plain ones of the parser, `norm=null` for example
         raise UserError(_explained(error, defaults)) from error

@@ -1,33 +1,35 @@
-"""Where are the outliers of a model, and since when: `python scripts/inspect_outliers.py RUN_OR_CHECKPOINT`."""
+"""Find the outliers of a model and the step they appeared: `python scripts/inspect_outliers.py RUN_OR_CHECKPOINT`."""
 
-import argparse
-import sys
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
+
+from entry import launch
 
 from osp.errors import UserError
+from osp.schema import FilePath, build
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+@dataclass(frozen=True)
+class InspectConfig:
+    path: FilePath | None = None  # a run folder or one of its checkpoints
+    text: FilePath | None = None  # a text file; None: the run's validation split
+    out: FilePath | None = None  # folder of the bundle; None: forensics of the run
+    debug: bool = False
 
 
-def main() -> None:
-    parser = Parser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("path", type=Path, help="a run folder or one of its checkpoints")
-    parser.add_argument("--text", type=Path, default=None, help="a text file; default: the run's held-out text")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the bundle; default: forensics of the run")
-    try:
-        arguments = parser.parse_args()
-        from osp.monitor import inspect  # torch after the arguments: a typing mistake is reported at once
+def main(values: dict[str, Any]) -> None:
+    config = build(InspectConfig, values)
+    if config.path is None:
+        raise UserError("usage: python scripts/inspect_outliers.py RUN_OR_CHECKPOINT [text=FILE] [out=DIR]")
+    # torch after the checks: a typing mistake is reported at once
+    from osp.monitor import inspect
 
-        table, bundle = inspect(arguments.path, arguments.text, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    text, out = (Path(name) if name else None for name in (config.text, config.out))
+    table, bundle = inspect(Path(config.path), text, out)
     print(f"{table}\n\nthe first line in full: {bundle} and .md beside it")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, "inspect_outliers", defaults=dataclasses.asdict(InspectConfig()), positional="path")

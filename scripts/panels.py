@@ -1,26 +1,34 @@
 """Make the W&B workspace of a project: `python scripts/panels.py ENTITY/PROJECT`, for instance after `wandb sync`."""
 
-import sys
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from entry import launch
 
 from osp.errors import UserError
-from osp.run.metrics import create_workspace
+from osp.schema import build
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 1 or arguments[0].count("/") != 1 or not all(arguments[0].split("/")):
+@dataclass(frozen=True)
+class PanelsConfig:
+    project: str = ""  # ENTITY/PROJECT, as in the address of the project
+    debug: bool = False
+
+
+def main(values: dict[str, Any]) -> None:
+    entity, _, project = build(PanelsConfig, values).project.partition("/")
+    if not entity or not project or "/" in project:
         raise UserError("usage: python scripts/panels.py ENTITY/PROJECT, the two names in the address of the project")
-    entity, project = arguments[0].split("/")
+    from osp.run.metrics import create_workspace
+
     try:
         print(create_workspace(entity, project))
     except UserError:
         raise
-    except Exception as error:  # W&B raises its own, the network's and GraphQL's errors alike
-        raise UserError(f"W&B did not take the workspace: {type(error).__name__}: {error}") from error
+    except Exception as error:  # W&B raises its own errors, the network's and GraphQL's
+        raise UserError(f"W&B refused the workspace: {type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    launch(main, "panels", defaults=dataclasses.asdict(PanelsConfig()), positional="project")

@@ -1,31 +1,37 @@
 """Write runs as one HTML page: `python scripts/report.py runs/a runs/b out=comparison.html`."""
 
+import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from entry import launch
 
 from osp.errors import UserError
 from osp.report import write_report
+from osp.schema import FilePath, build
 
-USAGE = "usage: python scripts/report.py RUN [RUN...] [out=FILE]; RUN is a folder such as runs/quickstart"
+
+@dataclass(frozen=True)
+class ReportConfig:
+    paths: tuple[FilePath, ...] = ()  # run folders
+    out: FilePath | None = None  # the file to write; None: report.html in the first run folder
+    debug: bool = False
 
 
-def main(arguments: list[str]) -> None:
-    outs = [Path(argument.removeprefix("out=")) for argument in arguments if argument.startswith("out=")]
-    folders = [Path(argument) for argument in arguments if not argument.startswith("out=")]
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
-    if not folders:
-        raise UserError(USAGE)
-    out = outs[-1] if outs else folders[0] / "report.html"
+def main(values: dict[str, Any]) -> None:
+    config = build(ReportConfig, values)
+    if not config.paths:
+        raise UserError(
+            "usage: python scripts/report.py RUN [RUN ...] [out=FILE]; RUN is a folder like runs/quickstart"
+        )
+    folders = [Path(path) for path in config.paths]
+    out = Path(config.out) if config.out else folders[0] / "report.html"
     for line in write_report(folders, out):
         print(f"left out: {line}", file=sys.stderr)
     print(out)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch(main, "report", defaults=dataclasses.asdict(ReportConfig()), positional="paths")

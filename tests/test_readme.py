@@ -37,6 +37,9 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
         "generate.py": "max_new_tokens:",
         "convert.py": "out: converted",
         "ablation.py": "seeds:",
+        "inspect_outliers.py": "text:",
+        "report.py": "paths:",
+        "panels.py": "project:",
     }
     if key := printed.get(Path(program).name):
         monkeypatch.setattr(sys, "argv", [program, *words[script + 1 :], "--cfg", "job"])

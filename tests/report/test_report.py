@@ -172,6 +172,7 @@ def test_command_line_mistake_is_one_line(tmp_path: Path) -> None:
     for name, arguments, message in (
         ("report.py", (), "error: usage: python scripts/report.py RUN"),
         ("report.py", (str(tmp_path / "no"),), f"error: {tmp_path / 'no'}: no such run folder"),
+        ("report.py", ("run", "--out", "page.html"), "error: there is no option --out; write out=page.html"),
         ("panels.py", ("project",), "error: usage: python scripts/panels.py ENTITY/PROJECT"),
     ):
         result = script(name, *arguments, cwd=tmp_path)
@@ -185,8 +186,12 @@ def test_command_line_mistake_is_one_line(tmp_path: Path) -> None:
 
 def test_report_needs_no_torch_to_start(tmp_path: Path) -> None:
     folder = small_run(tmp_path / "run")
-    code = f"import sys; sys.argv = ['report.py', {str(folder)!r}]; sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
-    code += "import report; report.main(sys.argv[1:]); assert not {'torch', 'deepspeed', 'wandb'} & set(sys.modules)"
+    code = (
+        f"import sys, runpy; sys.argv = ['report.py', {str(folder)!r}]; sys.path.insert(0, {str(ROOT / 'scripts')!r})"
+    )
+    code += "\nimport entry; entry.launch = entry.run\n"
+    code += f"runpy.run_path({str(ROOT / 'scripts' / 'report.py')!r}, run_name='__main__')\n"
+    code += "assert not {'torch', 'deepspeed', 'wandb'} & set(sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
