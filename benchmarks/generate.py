@@ -24,7 +24,7 @@ from torch import Tensor
 from osp.config import ModelConfig, NormConfig
 from osp.convert.hf_export import write_llama
 from osp.device import prepare_cpu
-from osp.model.generate import Decoder, Sampling, choose, prepare
+from osp.model.generate import Decoder, Sampling, choose, prepare_for_generation
 from osp.model.transformer import build_model
 from osp.schema import build
 
@@ -41,7 +41,7 @@ class Ours:
     def __init__(self, config: ModelConfig, prompts: Tensor, arguments: Any):
         device = prompts.device
         model = build_model(config, seed=0, device=device)
-        prepare(model, DTYPES[arguments.dtype])
+        prepare_for_generation(model, DTYPES[arguments.dtype])
         self.prompts, self.new_tokens = prompts.tolist(), arguments.new_tokens
         length = prompts.shape[1] + arguments.new_tokens
         self.decoder = Decoder(model, len(prompts), length, compile=arguments.compile)

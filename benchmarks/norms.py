@@ -100,7 +100,8 @@ def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...])
 
 
 def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
-    from osp.model.norms import NORMS, BHyT, Carry, build_norm
+    from osp.model.build_norms import build_norm
+    from osp.model.norms import NORMS, BHyT, Carry
 
     class AfterAttention(nn.Module):
         """The second norm of a block, which receives its variance."""

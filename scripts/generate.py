@@ -15,7 +15,7 @@ from pydantic import Field
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
-from osp.model.generate import Sampling, TextStream, check_lengths, prepare, stream
+from osp.model.generate import Sampling, TextStream, check_lengths, prepare_for_generation, stream
 from osp.schema import Count, Device, FilePath, Int, NotNegative, PositiveFraction, Seed, Threads, build
 
 DEFAULT_NEW_TOKENS = 256
@@ -80,7 +80,7 @@ def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: C
     positions_left = subject.model.config.max_position_embeddings - max(map(len, ids))
     limit = config.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, positions_left))
     check_lengths(subject.model, ids, limit)
-    prepare(subject.model, choose_dtype(config.dtype, device))
+    prepare_for_generation(subject.model, choose_dtype(config.dtype, device))
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     compile = device.type == "cuda" if config.compile == "auto" else config.compile
 

@@ -12,7 +12,8 @@ import pytest
 
 from osp.config import Config
 from osp.errors import UserError
-from osp.model.norms import NORMS, build_norm
+from osp.model.build_norms import build_norm
+from osp.model.norms import NORMS
 from osp.train.setup import train
 from tests.conftest import ROOT
 

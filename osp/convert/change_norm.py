@@ -33,9 +33,10 @@ from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
+from osp.model.build_norms import block_norm, final_norm, final_norm_name, inner_norm
 from osp.model.fold import fold_into_weights, norm_gain, residual_norms
 from osp.model.hf_llama import TOKENIZER
-from osp.model.norms import NORMS, CRMSNorm, LayerNorm, Norm, block_norm, final_norm, final_norm_name, head_norm
+from osp.model.norms import NORMS, CRMSNorm, LayerNorm, Norm
 from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
 from osp.run.checkpoint import Saver, whole_parameters
@@ -135,10 +136,11 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
         recentre=False,
         norm=NormConfig(name=to, eps=eps.pop()),
     )
-    if (config.qk_norm or config.ffn_norm) and head_norm(config).eps != head_norm(converted).eps:
+    inner, inner_after = (inner_norm(model, config.head_size) for model in (config, converted))
+    if (config.qk_norm or config.ffn_norm) and inner.eps != inner_after.eps:
         key = "qk_norm" if config.qk_norm else "ffn_norm"
         raise UserError(
-            f"{key}=true has eps={head_norm(config).eps} and the other norms eps={converted.norm.eps}, but rmsnorm "
+            f"{key}=true has eps={inner.eps} and the other norms eps={converted.norm.eps}, but rmsnorm "
             "has one for both; name norm.eps before training"
         )
     return converted

@@ -32,9 +32,10 @@ from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
+from osp.model.build_norms import block_norm, final_norm, final_norm_name
 from osp.model.fold import fold_into_weights, norm_gain
 from osp.model.hf_llama import BODY, CONFIG, HEAD, TOKENIZER, load_hf
-from osp.model.norms import NORMS, Norm, block_norm, final_norm, final_norm_name
+from osp.model.norms import NORMS, Norm
 from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.apply import quantized
 

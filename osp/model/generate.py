@@ -3,7 +3,7 @@
     for tokens in stream(model, [[1, 5, 7], [1, 9]], 100, sampling=Sampling(temperature=0.8)):
         ...  # the next token of each sequence, None once a sequence has ended
 
-Call `prepare` first on a model that is used for nothing else. A model in training generates without it.
+Call `prepare_for_generation` first on a model that is used for nothing else. A model in training generates without it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Sampling:
 
 
 @torch.no_grad()
-def prepare(model: Transformer, dtype: torch.dtype) -> Transformer:
+def prepare_for_generation(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Prepare a model in place for generation only, and return it.
 
     Constants are folded (`fold_constants`, the same bits), projections are absorbed (exact up to rounding), and

@@ -1,4 +1,4 @@
-"""Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT, Derf, and how a model builds them from its config.
+"""Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT and Derf.
 
 Every norm maps x (..., D) to (..., D) in the dtype of x. The division by a statistic, or the multiplication by a slope,
 is fp32 (fp64 for fp64) and is rounded to the dtype of x before tanh and gain, in Hugging Face's order. (LayerNorm is
@@ -21,17 +21,13 @@ Options of the block (D channels, layers l counted from 1):
   a model of initial deviation 1/sqrt(D), so that training starts from blocks of the same strength.
 """
 
-import dataclasses
-import inspect
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.config import ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.norm_function import Divided, upcast
 
@@ -461,85 +457,3 @@ NORMS: dict[str, type[Norm]] = {
     "dyt": DyT,
     "derf": Derf,
 }
-# Keywords for the position of a norm. The model sets them; they are not options.
-PLACE = ("layer", "before_attention", "after_attention")
-
-
-def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
-    """Return the norm `name` over `hidden_size` channels; `options` are keywords of its class.
-
-    Raises `UserError` for an unknown name and for an option that the norm does not have.
-    """
-    if name not in NORMS:
-        raise UserError(f"unknown norm {name!r}; choose from {sorted(NORMS)}")
-    keywords = _keywords(NORMS[name])
-    for key in sorted(options.keys() - {*PLACE, *keywords}):
-        valid = sorted(keywords - {*PLACE})
-        raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
-    norm = cast(Callable[..., Norm], NORMS[name])  # each class has its own keywords
-    return norm(hidden_size, **{key: value for key, value in options.items() if key in keywords})
-
-
-def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
-    """Return a norm of block `layer`, counted from 1. place: `before_attention` or `after_attention`, if it is."""
-    norm = build_norm(config.norm.name, config.hidden_size, **_given(config.norm), layer=layer, **place)
-    if config.norm.lns:
-        norm.output_scale = layer**-0.5
-    return norm
-
-
-def final_norm(config: ModelConfig) -> Norm:
-    """Return the norm before the head: `norm.final`, or the default of the class of `norm.name`."""
-    name = final_norm_name(config.norm)
-    if name not in NORMS:
-        raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
-    given = {key: value for key, value in _given(config.norm).items() if key in _keywords(NORMS[name])}
-    return build_norm(name, config.hidden_size, **given)
-
-
-def final_norm_name(config: NormConfig) -> str:
-    """Return the key of the norm before the head."""
-    return config.final or NORMS[config.name].final or config.name
-
-
-def head_norm(config: ModelConfig) -> Norm:
-    """Return the norm of queries or keys over the channels of a head (`qk_norm`), with the eps of the block."""
-    return _inner_norm(config, config.head_size)
-
-
-def ffn_norm(config: ModelConfig, *, init: float) -> Norm:
-    """Return the norm of the input of down_proj (`ffn_norm`); its gain starts at `init`."""
-    return _inner_norm(config, config.intermediate_size, init=init)
-
-
-def bound_warning(config: ModelConfig) -> str | None:
-    """Return a warning if lambda / kappa < 1 / sqrt(num_hidden_layers), BHyT's bound, is violated at the start.
-
-    Within the bound the output variance of every layer is below that with LayerNorm scaling (arXiv 2601.09719).
-    """
-    norms = [block_norm(config, layer=layer) for layer in (1, config.num_hidden_layers)]
-    bound = 1 / math.sqrt(config.num_hidden_layers)
-    ratio = max((norm.initial_lam / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
-    if ratio < bound:
-        return None
-    return (
-        f"norm.lam / norm.kappa = {ratio:.3g} is not below 1 / sqrt(num_hidden_layers) = {bound:.3g}: "
-        "BHyT's variance bound does not hold at this depth"
-    )
-
-
-def _inner_norm(config: ModelConfig, size: int, **options: float) -> Norm:
-    """Return a norm of `size` channels inside a sublayer, with the eps of the block."""
-    given = {} if config.norm.eps is None else {"eps": config.norm.eps}
-    return build_norm(NORMS[config.norm.name].inner, size, **given, **options)
-
-
-def _keywords(norm: type[Norm]) -> set[str]:
-    return {p.name for p in inspect.signature(norm).parameters.values() if p.kind is p.KEYWORD_ONLY}
-
-
-def _given(config: NormConfig) -> dict[str, Any]:
-    """Return the options of the norm that the user set."""
-    of_model = ("name", "final", "placement", "lns", "embed_scale")
-    values = dataclasses.asdict(config)
-    return {key: value for key, value in values.items() if key not in of_model and value is not None}

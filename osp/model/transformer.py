@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
 from osp.model.attention import KVCache, LayerCache, apply_rotary, causal_attention, document_mask, rotary_table
+from osp.model.build_norms import block_norm, final_norm, inner_norm
 from osp.model.loss import linear_cross_entropy
-from osp.model.norms import Norm, block_norm, ffn_norm, final_norm, head_norm
+from osp.model.norms import Norm
 from osp.model.penalty import activation_penalty
 
 __all__ = ["Linear", "ModelConfig", "Output", "Transformer", "count_parameters", "flops_per_token"]
@@ -86,7 +87,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden_size, key_size, bias=bias)
         self.v_proj = Linear(hidden_size, key_size, bias=bias)
         self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=zero_mean)
-        self.q_norm, self.k_norm = (head_norm(config), head_norm(config)) if config.qk_norm else (None, None)
+        self.q_norm = inner_norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = inner_norm(config, self.head_dim) if config.qk_norm else None
         self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
         self.attend = CausalAttention(off_by_one=config.attention.off_by_one)
 
@@ -132,10 +134,11 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden_size, ffn_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.act = ACTIVATIONS[config.hidden_act].function
+        activation = ACTIVATIONS[config.hidden_act]
+        self.act = activation.function
         self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
-        self.ffn_norm = ffn_norm(config, init=ACTIVATIONS[config.hidden_act].rms) if config.ffn_norm else None
+        self.ffn_norm = inner_norm(config, ffn_size, init=activation.rms) if config.ffn_norm else None
         self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
         self.penalty: PenaltyConfig | None = None  # of the input of down_proj, in training mode
 

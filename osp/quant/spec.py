@@ -214,7 +214,8 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
             if size is not None and width % size:
                 raise UserError(f"quant.{part}_group_size={size} does not divide {name}={width}")
     if spec.rotation != "none" and not spec.is_identity:
-        from osp.model.norms import NORMS, final_norm_name  # a spec is checked without torch until here
+        from osp.model.build_norms import final_norm_name  # a spec is checked without torch until here
+        from osp.model.norms import NORMS
 
         for name in (model.norm.name, final_norm_name(model.norm)):
             if NORMS[name].not_rmsnorm is not None:

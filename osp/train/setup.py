@@ -29,8 +29,8 @@ from osp.distributed import (
     on_main,
 )
 from osp.errors import LostRankError, RunError, UserError
+from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
-from osp.model.norms import bound_warning
 from osp.model.transformer import build_model, meta_model
 from osp.optim.groups import groups_of
 from osp.run.checkpoint import Checkpoint, candidates, load

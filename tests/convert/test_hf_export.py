@@ -26,7 +26,7 @@ from osp.evaluation.evaluate import calibration_rows, evaluate, read_inputs, sto
 from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
-from osp.model.generate import generate, prepare
+from osp.model.generate import generate, prepare_for_generation
 from osp.model.hf_llama import load_hf
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec
@@ -147,7 +147,8 @@ def test_transformers_generates_the_same_tokens(run: Path, tmp_path: Path) -> No
     model = load_in_transformers(tmp_path / "out")
     assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 0
     generated = model.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert generate(prepare(load_model(run), torch.float32), IDS[:1, :5].tolist(), 6) == generated[:, 5:].tolist()
+    ours = prepare_for_generation(load_model(run), torch.float32)
+    assert generate(ours, IDS[:1, :5].tolist(), 6) == generated[:, 5:].tolist()
 
 
 def test_card_shows_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.fold import fold_constants
-from osp.model.generate import Decoder, Sampling, TextStream, choose, generate, prepare, stream
+from osp.model.generate import Decoder, Sampling, TextStream, choose, generate, prepare_for_generation, stream
 from osp.model.norms import NORMS
 from osp.model.transformer import Block, Output, Transformer, build_model
 from osp.quant.apply import quantized
@@ -73,7 +73,7 @@ def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transform
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return prepare(lively(shape()), torch.float64)
+    return prepare_for_generation(lively(shape()), torch.float64)
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["as trained", "prepared"])
@@ -83,7 +83,7 @@ def test_cached_logits_and_greedy_text_are_those_without_a_cache(case: str, prep
     """One batch of unequal prompts; each row against the plain forward of the trained model on that row alone."""
     trained, model = lively(CASES[case]), lively(CASES[case])
     if prepared:
-        prepare(model, torch.float64)
+        prepare_for_generation(model, torch.float64)
     texts = [list(prompt) for prompt in PROMPTS]
     decoder = Decoder(model, len(texts), max(map(len, texts)) + 10)
     logits = [decoder.read(texts)]
@@ -109,7 +109,8 @@ FOLDED = [case for case, config in CASES.items() if not config.embed_proj]  # ab
 @torch.no_grad()
 def test_preparation_keeps_every_bit(case: str, dtype: torch.dtype) -> None:
     ids = torch.tensor(PROMPTS[2:])
-    assert torch.equal(prepare(lively(CASES[case], dtype), dtype)(ids).logits, lively(CASES[case], dtype)(ids).logits)
+    prepared = prepare_for_generation(lively(CASES[case], dtype), dtype)
+    assert torch.equal(prepared(ids).logits, lively(CASES[case], dtype)(ids).logits)
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def test_bhyt_is_folded_into_the_scalars_of_the_paper() -> None:
 
 
 def test_cache_is_allocated_once_in_the_compute_dtype() -> None:
-    model = prepare(lively(shape(num_key_value_heads=2), torch.float32), torch.bfloat16)
+    model = prepare_for_generation(lively(shape(num_key_value_heads=2), torch.float32), torch.bfloat16)
     decoder = Decoder(model, 3, 20)
     assert decoder.cache.keys.shape == decoder.cache.values.shape == (2, 3, 20, 2, 4)
     assert decoder.cache.keys.dtype == torch.bfloat16
@@ -163,7 +164,7 @@ def test_a_quantized_model_generates_what_its_forward_says() -> None:
 
 @pytest.mark.slow
 def test_compiled_text_is_the_eager_one() -> None:
-    model = prepare(lively(shape(BHYT, num_key_value_heads=2)), torch.float64)
+    model = prepare_for_generation(lively(shape(BHYT, num_key_value_heads=2)), torch.float64)
     assert generate(model, PROMPTS, 12, compile=True) == generate(model, PROMPTS, 12)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig
 from osp.errors import UserError
-from osp.model.norms import NORMS, BHyT, BHyTStar, Norm, block_norm, bound_warning, build_norm, final_norm, head_norm
+from osp.model.build_norms import block_norm, bound_warning, build_norm, final_norm, inner_norm
+from osp.model.norms import NORMS, BHyT, BHyTStar, Norm
 from osp.model.transformer import Attention
 
 SHAPES = [(5, 123, 37), (2, 64), (1, 1, 8)]
@@ -424,7 +425,7 @@ def test_layernorm_scaling_divides_output_and_gradients_by_the_root_of_the_layer
 @pytest.mark.parametrize(("name", "kind"), [("ssnorm", "ssnorm"), ("dyt", "rmsnorm"), ("layernorm", "rmsnorm")])
 def test_norm_of_queries_and_keys_is_over_a_head(name: str, kind: str) -> None:
     config = ModelConfig(hidden_size=16, num_attention_heads=4, norm=NormConfig(name))
-    norm, x = randomized(head_norm(config)), sample((2, 5, 4, 4))
+    norm, x = randomized(inner_norm(config, config.head_size)), sample((2, 5, 4, 4))
     assert type(norm) is NORMS[kind]
     wide = {key: value.double() for key, value in norm.state_dict().items()}
     torch.testing.assert_close(norm(x).double(), rmsnorm(x.double(), wide, 1e-6), **CLOSE)
