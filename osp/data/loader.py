@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -113,8 +114,6 @@ class Rows:
     def __init__(self, shards: Shards, *, seq_len: int, seed: int) -> None:
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.stop = threading.Event()  # ends a wait for shards
-        self._orders: dict[tuple[int, int], Array] = {}
-        self._ends = np.zeros(0, dtype=np.int64)  # sequences up to and including each shard, (shards,)
 
     def num_rows(self, shard: int) -> int:
         return (len(self.shards[shard]) - 1) // self.seq_len
@@ -131,8 +130,8 @@ class Rows:
                 f"the training split in {self.shards.folder} has {self.shards.manifest.train.tokens} tokens, fewer "
                 f"than one sequence of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
             )
-        for shard in range(min(1, len(self.shards))):
-            self.shards.check_ids(self.shards[shard][:CHECKED_TOKENS], shard)
+        if len(self.shards):
+            self.shards.check_ids(self.shards[0][:CHECKED_TOKENS], 0)
 
     def read(self, numbers: Array) -> Array:
         """Return the sequences with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
@@ -143,7 +142,8 @@ class Rows:
         for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
-            tokens = self._strided(shard)[self._order(epoch, shard)[places[chosen] - first]]
+            order = _order(self.seed, epoch, shard, self.num_rows(shard))
+            tokens = self._strided(shard)[order[places[chosen] - first]]
             self.shards.check_ids(tokens, shard)
             rows[chosen] = tokens
         return rows
@@ -164,9 +164,7 @@ class Rows:
 
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
-        if len(self._ends) != len(self.shards):
-            self._ends = np.cumsum([self.num_rows(shard) for shard in range(len(self.shards))], dtype=np.int64)
-        return self._ends
+        return np.cumsum([self.num_rows(shard) for shard in range(len(self.shards))], dtype=np.int64)
 
     def _strided(self, shard: int) -> Array:
         """Return a view of one shard as its sequences, (n, T+1); neighbours share one token."""
@@ -174,15 +172,13 @@ class Rows:
         shape = (self.num_rows(shard), self.seq_len + 1)
         return np.lib.stride_tricks.as_strided(tokens, shape, (self.seq_len * stride, stride), writeable=False)
 
-    def _order(self, epoch: int, shard: int) -> Array:
-        """Return the order of one shard's sequences in one epoch, a permutation (n,)."""
-        if (epoch, shard) not in self._orders:
-            while len(self._orders) >= 4:  # a step touches one shard, or a few neighbours
-                del self._orders[next(iter(self._orders))]
-            # sorting raw bits, not Generator.permutation: NumPy guarantees only the raw streams across versions
-            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, shard])).random_raw(self.num_rows(shard))
-            self._orders[epoch, shard] = np.argsort(bits, kind="stable")
-        return self._orders[epoch, shard]
+
+@lru_cache(maxsize=4)  # a step touches one shard, or a few neighbours
+def _order(seed: int, epoch: int, shard: int, num_rows: int) -> Array:
+    """Return the order of one shard's sequences in one epoch, a permutation (n,)."""
+    # sorting raw bits, not Generator.permutation: NumPy guarantees only the raw streams across versions
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, shard])).random_raw(num_rows)
+    return np.argsort(bits, kind="stable")
 
 
 class Loader:
@@ -204,9 +200,7 @@ class Loader:
         document_ids: bool = False,
         skip_steps: Sequence[tuple[int, int]] = (),  # see `data_step`
     ) -> None:
-        assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, (
-            "osp.train.resolve divides the batch"
-        )
+        assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
         self.rows = Rows(Shards(folder, "train"), seq_len=seq_len, seed=seed)
         self.rows.check()
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
@@ -263,10 +257,12 @@ class Loader:
         """Read the micro batches of a step."""
         first = data_step(step, self.skip_steps) * self.rows_per_step
         rows = self.rows.read(first + self.indices)  # (M*b, T+1)
-        ids = number_documents(rows, self.rows.shards.eos_id) if self.document_ids else None
-        sums = [zlib.crc32(row) for row in rows]
-        parts = [slice(i, i + self.micro_batch_size) for i in range(0, len(rows), self.micro_batch_size)]
-        return [_batch(rows, ids, part)._replace(checksum=sum(sums[part])) for part in parts]
+        eos_id = self.rows.shards.eos_id if self.document_ids else None
+        batches = []
+        for i in range(0, len(rows), self.micro_batch_size):
+            part = rows[i : i + self.micro_batch_size]
+            batches.append(_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))))
+        return batches
 
     def _log_epoch(self, step: int) -> None:
         rows_per_epoch = self.rows.rows_per_epoch
@@ -308,7 +304,7 @@ def validation_batches(
         raise UserError(f"{folder} has no validation split yet; it is sealed with the first training shard")
     for shard in range(len(shards)):
         shards.check_ids(shards[shard], shard)
-    tokens = np.concatenate([shards[shard] for shard in range(len(shards))])
+    tokens = np.concatenate(list(shards))
     seq_len = min(seq_len, len(tokens) - 1)
     num_rows = (len(tokens) - 1) // seq_len
     if max_tokens is not None:
@@ -317,8 +313,7 @@ def validation_batches(
         first += rank * batch_size
         numbers = np.minimum(np.arange(first, first + batch_size), num_rows - 1)
         rows = tokens[numbers[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
-        ids = number_documents(rows, shards.eos_id) if document_ids else None
-        yield _batch(rows, ids, slice(None), num_rows=max(0, min(batch_size, num_rows - first)))
+        yield _batch(rows, shards.eos_id if document_ids else None, max(0, min(batch_size, num_rows - first)))
 
 
 def number_documents(rows: Array, eos_id: int) -> Array:
@@ -328,6 +323,7 @@ def number_documents(rows: Array, eos_id: int) -> Array:
     return ids
 
 
-def _batch(rows: Array, ids: Array | None, part: slice, *, num_rows: int | None = None) -> Batch:
-    tokens, documents = torch.from_numpy(rows[part]), None if ids is None else torch.from_numpy(ids[part])
-    return Batch(tokens, documents, len(tokens) if num_rows is None else num_rows)
+def _batch(rows: Array, eos_id: int | None, num_rows: int, *, checksum: int = 0) -> Batch:
+    """Return a batch of all `rows`. eos_id: number documents; None: do not"""
+    document_ids = None if eos_id is None else torch.from_numpy(number_documents(rows, eos_id))
+    return Batch(torch.from_numpy(rows), document_ids, num_rows, checksum)

@@ -8,7 +8,6 @@ lock                held by the process that prepares the folder
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 
 SplitName = Literal["train", "val"]
-
 
 # a damaged or foreign manifest must not make the reader open files of other folders
 FileName = Annotated[str, Field(pattern=r"^(train|val)-[0-9]+\.bin$")]
@@ -115,14 +113,3 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 f"shard {path} has {path.stat().st_size} bytes, the manifest says {expected}; "
                 f"delete {folder} and prepare it again"
             )
-
-
-def verify(folder: str | Path) -> None:
-    """Raise `UserError` for the first shard of `folder` whose bytes differ from its hash. Reads every shard."""
-    folder = Path(folder)
-    manifest = load_manifest(folder)
-    check_sizes(folder, manifest)
-    for shard in manifest.val.shards + manifest.train.shards:
-        with (folder / shard.file).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise UserError(f"shard {folder / shard.file} is damaged; delete {folder} and prepare it again")

@@ -43,7 +43,7 @@ from osp.config import DataConfig, TokenizerConfig
 from osp.data import sources
 from osp.data.manifest import FILE_NAME, FORMAT, Manifest, Shard, check_sizes, load_manifest, save_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, tokenizer_hash, train_tokenizer, vocab_size
+from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_hash, train_tokenizer, vocab_size
 from osp.errors import UserError
 from osp.files import lock, write_atomically
 
@@ -64,12 +64,33 @@ class Encoded(NamedTuple):
     gzip_bytes: int  # compressed alone with gzip -9; 0 for a training document
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True, in_background: bool = False
+) -> Path:
     """Return the folder with the complete shards of this configuration; prepare it first if it does not exist.
 
     Existing shards are used without reading the corpus. Waits if another process is preparing the same shards.
+    in_background: close the progress bar once a run can start, because the run then uses the terminal.
     """
-    return _prepare(data, tokenizer, progress=progress, background=False)
+    folder = shard_folder(data, tokenizer)
+    manifest = _find_manifest(folder)
+    if manifest and manifest.complete:
+        return folder
+    with lock(folder):
+        manifest = _find_manifest(folder)
+        if manifest and manifest.complete:  # by the previous holder of the lock
+            return folder
+        try:
+            _write_shards(data, tokenizer, folder, progress=progress, in_background=in_background)
+        except UserError as error:
+            manifest = _find_manifest(folder)
+            if manifest and manifest.usable:  # a run may be waiting for the next shard
+                manifest.error = str(error)
+                save_manifest(manifest, folder)
+            else:
+                shutil.rmtree(folder)
+            raise
+    return folder
 
 
 def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
@@ -78,10 +99,11 @@ def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True
     A child process prepares the rest. It ends with this process; sealed shards are kept and the next call continues.
     """
     folder = shard_folder(data, tokenizer)
-    if _is_complete(folder):
+    manifest = _find_manifest(folder)
+    if manifest and manifest.complete:
         return folder
     child = subprocess.Popen(
-        [sys.executable, "-c", "from osp.data.prepare import _background; _background()"],
+        [sys.executable, "-c", f"from osp.data.prepare import _background; _background({os.getpid()})"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
@@ -91,8 +113,11 @@ def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True
     assert child.stdin is not None
     assert child.stdout is not None
     with child.stdin:
-        child.stdin.write(pickle.dumps((sources.SOURCES, data, tokenizer, progress, os.getpid())))
-    while child.poll() is None and not _can_start(folder):
+        child.stdin.write(pickle.dumps((sources.SOURCES, data, tokenizer, progress)))
+    while child.poll() is None:
+        manifest = _find_manifest(folder)
+        if manifest and manifest.usable and manifest.error is None:  # the child clears an error of an earlier one
+            break
         time.sleep(POLL_SECONDS)
     if child.returncode == 2:
         raise UserError(child.stdout.read().decode().strip())
@@ -106,7 +131,10 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     settings = dataclasses.asdict(dataclasses.replace(data, skip_steps=()))
     for key in ("cache_dir", "num_workers"):  # like skip_steps these do not change a byte
         del settings[key]
-    spec = hashlib.sha256(_read_bytes(tokenizer.path)).hexdigest() if tokenizer.path else None
+    try:
+        spec = hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest() if tokenizer.path else None
+    except OSError as error:
+        raise UserError(f"tokenizer.path={tokenizer.path} cannot be read: {error.strerror}") from error
     source = sources.make_source(data)
     identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, source.fingerprint()]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -114,35 +142,21 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     return Path(data.cache_dir) / f"{name}-{digest}"
 
 
-def _prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool, background: bool) -> Path:
-    folder = shard_folder(data, tokenizer)
-    if _is_complete(folder):
-        return folder
-    with lock(folder):
-        if _is_complete(folder):  # by the previous holder of the lock
-            return folder
-        try:
-            _write_shards(data, tokenizer, folder, progress=progress, background=background)
-        except UserError as error:
-            if (folder / FILE_NAME).exists() and load_manifest(folder).usable:
-                manifest = load_manifest(folder)  # a run may be waiting for the next shard
-                manifest.error = str(error)
-                save_manifest(manifest, folder)
-            else:
-                shutil.rmtree(folder)
-            raise
-    return folder
+def _find_manifest(folder: Path) -> Manifest | None:
+    return load_manifest(folder) if (folder / FILE_NAME).exists() else None
 
 
-def _write_shards(data: DataConfig, config: TokenizerConfig, folder: Path, *, progress: bool, background: bool) -> None:
+def _write_shards(
+    data: DataConfig, config: TokenizerConfig, folder: Path, *, progress: bool, in_background: bool
+) -> None:
     """Fill `folder`, whose lock is held, from the start or after the last sealed shard."""
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
+    manifest = _find_manifest(folder)
     num_workers = data.num_workers or _num_cores()
     bar = tqdm(total=data.max_tokens, unit=" tokens", unit_scale=True, disable=not progress)
     with bar, _executor(num_workers) as executor:
-        if (folder / FILE_NAME).exists():
-            manifest = load_manifest(folder)
+        if manifest:
             check_sizes(folder, manifest)
             manifest.error = None
         else:
@@ -156,18 +170,18 @@ def _write_shards(data: DataConfig, config: TokenizerConfig, folder: Path, *, pr
         encoded = _encode_all(executor, texts, manifest, folder, max_pending=2 * num_workers)
         bar.set_description("preparing data")
         bar.update(manifest.train.tokens)
-        while not writer.full and (item := next(encoded, None)) is not None:
+        while writer.room and (item := next(encoded, None)) is not None:
             writer.add(*item)
             bar.update(len(item[1].tokens))
-            if background and manifest.usable:
-                bar.close()  # the terminal now belongs to the run
+            if in_background and manifest.usable:
+                bar.close()
         writer.finish()
 
 
 def _make_tokenizer(data: DataConfig, config: TokenizerConfig, folder: Path) -> None:
     """Write the tokenizer.json of `folder`: trained on the training split, or an existing one."""
     if config.train:
-        limit = _limit(data.val_fraction)
+        limit = int(data.val_fraction * 2**64)
         texts = (text for text in sources.documents(data) if text and text_hash(text) >= limit)
         tokenizer = train_tokenizer(texts, config)
     else:
@@ -181,23 +195,18 @@ def _new_manifest(data: DataConfig, config: TokenizerConfig, folder: Path) -> Ma
     size = vocab_size(tokenizer)
     return Manifest(
         source=dataclasses.asdict(data),
-        tokenizer_hash=tokenizer_hash(tokenizer),
+        tokenizer_hash=spec_hash(tokenizer.to_str()),
         vocab_size=size,
         eos_id=eos_id(tokenizer, config.eos_token),
         dtype="uint16" if size <= 1 << 16 else "uint32",
         shard_tokens=data.shard_tokens,
-        held_out_below=_limit(data.val_fraction),
+        held_out_below=int(data.val_fraction * 2**64),
     )
 
 
 def text_hash(text: str) -> int:
     """Return 64 bits of the sha256 of `text`, which decide its split."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _limit(val_fraction: float) -> int:
-    """Return the hash below which this share of all documents falls."""
-    return int(val_fraction * 2**64)
 
 
 def _encode_all(
@@ -265,15 +274,10 @@ class _Writer:
 
     @property
     def room(self) -> int:
-        """Tokens of the next shard when full."""
+        """Tokens of the next shard when full; 0 once `data.max_tokens` training tokens are written."""
         if self.max_tokens is None:
             return self.manifest.shard_tokens
         return min(self.manifest.shard_tokens, self.max_tokens - self.manifest.train.tokens)
-
-    @property
-    def full(self) -> bool:
-        """Whether `data.max_tokens` training tokens are written."""
-        return self.room == 0
 
     def add(self, text: str, document: Encoded) -> None:
         """Add the next document of the source and seal the shards that it fills."""
@@ -291,7 +295,7 @@ class _Writer:
         self.num_tokens += len(self.train[-1].tokens)
         if self.smallest is None or document.hash < self.smallest[0]:
             self.smallest = document.hash, text
-        while not self.full and self.num_tokens >= self.room:
+        while 0 < self.room <= self.num_tokens:
             self._ensure_validation()
             if self.num_tokens >= self.room:
                 self._seal_train(self.room)
@@ -302,7 +306,7 @@ class _Writer:
         if not self.manifest.usable:
             self._check_corpus()
             self._ensure_validation()
-        if not self.full:
+        if self.room:
             if self.num_tokens:
                 self._seal_train(self.num_tokens)
             self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
@@ -375,16 +379,16 @@ class _Writer:
 def _executor(num_workers: int) -> Iterator[Executor]:
     """Run `_encode` in processes, or for a single worker in a thread, which starts faster."""
     if num_workers == 1:
-        with ThreadPoolExecutor(1) as executor:
-            yield executor
-        return
-    with ProcessPoolExecutor(num_workers, _Fork(), initializer=_init_worker, initargs=(os.getpid(),)) as executor:
-        try:
-            yield executor
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a tokenizing process was killed, perhaps for lack of memory; set data.num_workers to fewer processes"
-            ) from error
+        pool: Executor = ThreadPoolExecutor(1)
+    else:
+        pool = ProcessPoolExecutor(num_workers, _Fork(), initializer=_follow, initargs=(os.getpid(),))
+    try:
+        with pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenizing process was killed, perhaps for lack of memory; set data.num_workers to fewer processes"
+        ) from error
 
 
 class _Worker(ForkProcess):
@@ -398,28 +402,19 @@ class _Fork(ForkContext):
     Process = _Worker
 
 
-def _init_worker(parent: int) -> None:
-    _ignore_requests_to_stop()
-    _end_with(parent)
+def _follow(parent: int) -> None:
+    """Let only the end of the process `parent`, even if that is killed, end this one.
 
-
-def _ignore_requests_to_stop() -> None:
-    """Ignore the signals that a launcher sends to all processes: the trainer may need data to finish its step.
-
-    `_end_with` still ends this process after its parent.
+    A launcher signals every process of a job, and the trainer may need data to finish its step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent process `parent`, even if that is killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
         os._exit(1)
 
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -428,33 +423,14 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _is_complete(folder: Path) -> bool:
-    return (folder / FILE_NAME).exists() and load_manifest(folder).complete
-
-
-def _can_start(folder: Path) -> bool:
-    if not (folder / FILE_NAME).exists():
-        return False
-    manifest = load_manifest(folder)
-    return manifest.usable and manifest.error is None
-
-
-def _read_bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer.path={path} cannot be read: {error.strerror}") from error
-
-
-def _background() -> None:
+def _background(parent: int) -> None:
     """Run the child process of `start`; the message of a `UserError` goes to standard output."""
-    _ignore_requests_to_stop()
-    registered, data, tokenizer, progress, parent = pickle.load(sys.stdin.buffer)
+    _follow(parent)
+    registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
     sources.SOURCES.update(registered)
-    _end_with(parent)
     reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
     try:
-        _prepare(data, tokenizer, progress=progress, background=True)
+        prepare(data, tokenizer, progress=progress, in_background=True)
     except UserError as error:
         print(error, file=reply, flush=True)
         sys.exit(2)

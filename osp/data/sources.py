@@ -6,6 +6,7 @@ for everything they need. A document may be empty: preparation leaves empty docu
 
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from osp.data.tokenizer import HUB_TIMEOUT, ask_hub
 from osp.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +128,8 @@ class HubDataset(Source):
                 ask_hub(f"{name} cannot be reached", request, config.dataset, timeout=HUB_TIMEOUT)
             stream = datasets.load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
             for number, record in enumerate(stream, start=1):
-                if config.text_field not in record:
-                    choices = sorted(record)
-                    raise UserError(f"{name}: no field {config.text_field!r}; set data.text_field to one of {choices}")
-                text = record[config.text_field]
-                if text is not None and not isinstance(text, str):
-                    kind = type(text).__name__
-                    raise UserError(f"{name}, record {number}: field {config.text_field!r} holds {kind}")
-                yield text or ""
+                is_null = record.get(config.text_field, "") is None
+                yield "" if is_null else _field(record, config.text_field, where=f"{name}, record {number}")
         except UserError:
             raise
         except (OSError, ValueError, DatasetsError) as error:
@@ -212,9 +207,9 @@ def interleave(streams: list[Iterator[str]], weights: list[float], *, names: lis
         yield text
 
 
-def holds_documents(path: Path) -> bool:
-    """Return whether the format of the documents in a file is known from its name."""
-    return _suffix(path) is not None
+def known_suffix(path: Path) -> str | None:
+    """Return the suffix that names the format of a file of documents, or None if there is no such format."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def list_files(paths: tuple[str, ...]) -> list[Path]:
@@ -222,14 +217,16 @@ def list_files(paths: tuple[str, ...]) -> list[Path]:
     files = []
     for entry in map(Path, paths):
         if entry.is_dir():
-            inside = sorted(path for path in entry.rglob("*") if _suffix(path) and path.is_file())
+            inside = sorted(path for path in entry.rglob("*") if known_suffix(path) and path.is_file())
             if not inside:
-                raise UserError(f"data.paths: folder {entry} holds no file that ends in {_all_suffixes()}")
+                raise UserError(f"data.paths: folder {entry} holds no file that ends in {', '.join(SUFFIXES)}")
             files += inside
         elif not entry.exists():
             raise UserError(f"data.paths: {entry} does not exist")
-        elif not _suffix(entry):
-            raise UserError(f"data.paths: cannot tell the format of {entry}; its name must end in {_all_suffixes()}")
+        elif not known_suffix(entry):
+            raise UserError(
+                f"data.paths: cannot tell the format of {entry}; its name must end in {', '.join(SUFFIXES)}"
+            )
         else:
             files.append(entry)
     return files
@@ -237,10 +234,11 @@ def list_files(paths: tuple[str, ...]) -> list[Path]:
 
 def _read(path: Path, text_field: str) -> Iterator[str]:
     """Yield the documents of one file."""
+    suffix = known_suffix(path)
     try:
-        if _suffix(path) in TEXT_SUFFIXES:
+        if suffix in TEXT_SUFFIXES:
             yield _decode(path.read_bytes(), path, line=1)
-        elif _suffix(path) == ".parquet":
+        elif suffix == ".parquet":
             yield from _parquet_documents(path, text_field)
         else:
             yield from _jsonl_documents(path, text_field)
@@ -252,10 +250,13 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
     """Yield one document per line. Lines end at "\\n" only: str.splitlines() would also split at U+2028."""
     number = 0
     try:
-        for number, line in enumerate(_lines(path), start=1):
-            if line.strip():
-                yield _record_text(_decode(line, path, line=number), text_field, where=f"{path}, line {number}")
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _record_text(_decode(line, path, line=number), text_field, where=f"{path}, line {number}")
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of gzip or pyarrow
+            raise
         raise UserError(f"{path}, after line {number}: the archive is damaged or cut short ({error})") from error
 
 
@@ -263,54 +264,35 @@ def _record_text(line: str, text_field: str, *, where: str) -> str:
     """Return the text of one JSON record."""
     try:
         record = json.loads(line)
+        if isinstance(record, dict):
+            text = _field(record, text_field, where=where)
+            text.encode()
+            return text
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    if text_field not in record:
-        raise UserError(f"{where}: no field {text_field!r}; set data.text_field to one of {sorted(record)}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
-    try:
-        text.encode()
     except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair
         raise UserError(f"{where}: field {text_field!r} is no valid Unicode ({error})") from error
-    return text
+    raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a plain or compressed file, split at b"\\n"."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        yield from _zstd_lines(path)
-        return
+def _field(record: dict[str, Any], text_field: str, *, where: str) -> str:
+    """Return the text of a record."""
+    if text_field not in record:
+        raise UserError(f"{where}: no field {text_field!r}; set data.text_field to one of {sorted(record)}")
+    if not isinstance(record[text_field], str):
+        kind = type(record[text_field]).__name__
+        raise UserError(f"{where}: field {text_field!r} holds {kind}, not a string")
+    return record[text_field]
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    """Open a plain or compressed file."""
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".jsonl": open}
-    with openers[suffix](path, "rb") as file:
-        yield from file
-
-
-def _zstd_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a zstandard file. Raises EOFError if it is truncated, which zstandard's reader accepts."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs the package zstandard: pip install zstandard") from error
-    frame, rest = None, b""
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 18):
-            while chunk:  # a file is one frame or several
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-                except zstandard.ZstdError as error:
-                    raise EOFError(str(error)) from error
-                yield from lines
-                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("the last frame has no end")
-    if rest:
-        yield rest
+    return openers[path.suffix.lower()](path, "rb")
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
@@ -340,13 +322,3 @@ def _decode(data: bytes, path: Path, *, line: int) -> str:
     except UnicodeDecodeError as error:
         bad_line = line + data.count(b"\n", 0, error.start)
         raise UserError(f"{path}, line {bad_line}: not UTF-8 (byte 0x{data[error.start]:02x})") from error
-
-
-def _suffix(path: Path) -> str | None:
-    """Return the known suffix of a file name, or None."""
-    name = path.name.lower()
-    return next((suffix for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES if name.endswith(suffix)), None)
-
-
-def _all_suffixes() -> str:
-    return ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)

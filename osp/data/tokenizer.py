@@ -35,18 +35,12 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's regular expression
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[config.eos_token],
-        initial_alphabet=alphabet,
-        show_progress=False,
+        vocab_size=config.vocab_size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_first_bytes(texts, config.sample_bytes), trainer)
-    if tokenizer.get_vocab_size() < config.vocab_size:
-        logger.warning(
-            "the text yields %d tokens, fewer than tokenizer.vocab_size=%d",
-            tokenizer.get_vocab_size(),
-            config.vocab_size,
-        )
+    size = tokenizer.get_vocab_size()
+    if size < config.vocab_size:
+        logger.warning("the text yields %d tokens, fewer than tokenizer.vocab_size=%d", size, config.vocab_size)
     return _plain(tokenizer)
 
 
@@ -96,13 +90,8 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of the tokenizer's JSON, independent of white space and the order of keys."""
-    return spec_hash(tokenizer.to_str())
-
-
 def spec_hash(spec: str) -> str:
-    """Return the `tokenizer_hash` of the text of a tokenizer.json."""
+    """Return the sha256 of a tokenizer.json, independent of white space and the order of keys."""
     canonical = json.dumps(json.loads(spec), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -114,7 +103,8 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
     SentencePiece-like tokenizers may count the space that they insert in front.
     """
     sizes = np.zeros(vocab_size(tokenizer), dtype=np.int32)
-    byte_level = _is_byte_level(json.loads(tokenizer.to_str()))
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    byte_level = "ByteLevel" in [part["type"] for part in decoder.get("decoders", [decoder]) if part]
     for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
         if byte_level:
             sizes[token_id] = len(token)  # the alphabet spells every byte with one character
@@ -125,12 +115,6 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         sizes[token_id] = 0 if token.special else len(token.content.encode())
     return sizes
-
-
-def _is_byte_level(spec: Any) -> bool:
-    """Return whether the decoder of a tokenizer.json maps characters back to bytes."""
-    decoder = spec["decoder"] or {}
-    return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

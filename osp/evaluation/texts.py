@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from osp.config import SourceConfig, from_dict
 from osp.data.loader import Shards
 from osp.data.prepare import prepare
-from osp.data.sources import documents, holds_documents
-from osp.data.tokenizer import token_bytes, tokenizer_hash
+from osp.data.sources import documents, known_suffix
+from osp.data.tokenizer import spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
@@ -48,7 +48,7 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
     if checkpoint is not None:
         config = from_dict(Checkpoint(checkpoint).manifest["config"])
         return held_out(f"{path.name}/{HELD_OUT}", prepare(config.data, config.tokenizer), subject.tokenizer)
-    if path.is_file() and not holds_documents(path):
+    if path.is_file() and not known_suffix(path):
         return encode(path.name, [_utf8(path)], subject)
     source = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:
@@ -78,7 +78,7 @@ def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int |
         UserError: The shards were made with another tokenizer.
     """
     split = Shards(shards, "val")
-    if split.tokenizer_hash != tokenizer_hash(tokenizer):
+    if split.tokenizer_hash != spec_hash(tokenizer.to_str()):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
     tokens = np.concatenate([split[i] for i in range(len(split))] or [np.zeros(0)])[:max_tokens].astype(np.int64)
     digest = hashlib.sha256("".join(shard.sha256 for shard in split.manifest.val.shards).encode())

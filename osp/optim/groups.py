@@ -20,11 +20,7 @@ class Trainable(Protocol):
 
 
 def groups_of(model: Trainable, config: OptimizerConfig) -> list[Group]:
-    """Return the parameter groups of a whole model; see `build_groups`.
-
-    Raises:
-        UserError: a role belongs to no parameter, a parameter is in no group or in two, or a rule does not fit.
-    """
+    """Return the parameter groups of a whole model; see `build_groups`."""
     named, roles = list(model.named_parameters(remove_duplicate=False)), model.parameter_roles()
     if unknown := sorted(set(roles) - {name for name, _ in named}):
         raise UserError(f"the model gives a role to {unknown[0]!r}, which is not one of its parameters")
@@ -45,6 +41,9 @@ def build_groups(
         named_roles: (name, parameter, role); a tied weight under each of its names.
         config: rules by role, and the options of the rules.
         heads: matrices that `optimizer.per_head` splits into heads, by name.
+
+    Raises:
+        UserError: a parameter is in no group or in two, or a rule does not fit.
     """
     matrix_rule = config.rules.get("matrix")
     if config.per_head and matrix_rule in RULES and not RULES[matrix_rule].TAKES_HEADS:

@@ -25,21 +25,22 @@ from osp.errors import UserError
 
 Triple = tuple[float, float, float]
 
+_RESTART = 3  # steps between fresh Gram matrices
+
 
 @dataclass(frozen=True)
 class Coefficients:
     """Polynomials s -> a s + b s^3 + c s^5, one per step, the last one repeated. X starts as X / (margin |X| + eps)."""
 
     triples: tuple[Triple, ...]
-    margin: float
-    eps: float
-    source: str
+    margin: float = 1.0
+    eps: float = 1e-8
 
 
 COEFFICIENTS = {
-    "keller_jordan": Coefficients(
-        ((3.4445, -4.7750, 2.0315),), margin=1.0, eps=1e-8, source="Jordan et al. 2024; OSP's optimization.py"
-    ),
+    # Jordan et al. 2024; OSP's optimization.py
+    "keller_jordan": Coefficients(((3.4445, -4.7750, 2.0315),)),
+    # Amsel et al. 2025, arXiv 2505.16932: optimal for 5 steps, 2% safety
     "polar_express": Coefficients(
         (
             (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -50,11 +51,9 @@ COEFFICIENTS = {
         ),
         margin=1.02,
         eps=1e-6,
-        source="Amsel et al. 2025, arXiv 2505.16932: optimal for 5 steps, 2% safety",
     ),
-    "cubic": Coefficients(
-        ((1.5, -0.5, 0.0),), margin=1.0, eps=1e-8, source="Newton-Schulz for the polar factor, Higham 2008, eq. 8.20"
-    ),
+    # Newton-Schulz for the polar factor, Higham 2008, eq. 8.20
+    "cubic": Coefficients(((1.5, -0.5, 0.0),)),
 }
 
 
@@ -107,26 +106,12 @@ def newton_schulz_dtype(
     return torch.float16 if method == "gram" else torch.bfloat16
 
 
-def update_scale(shape: Sequence[int]) -> float:
-    """Return 0.2 sqrt(max(shape)): an orthogonal matrix or a unit vector so scaled has entries of RMS 0.2, as AdamW."""
-    return 0.2 * max(shape) ** 0.5
-
-
 def whole_shape(shape: Sequence[int], heads: Heads | None) -> tuple[int, ...]:
     """Return the shape that is orthogonalized as a whole: the parameter's, or with `heads` the shape of one head."""
-    return tuple(
-        size // heads.count if heads is not None and dim == heads.dim else size for dim, size in enumerate(shape)
-    )
-
-
-def split_heads(stack: Tensor, heads: Heads) -> Tensor:
-    """Return the matrices of the heads, (k, H, head_dim, n) or (k, H, m, head_dim). stack: (k, m, n)"""
-    return stack.unflatten(heads.dim + 1, (heads.count, -1)).movedim(heads.dim + 1, 1)
-
-
-def merge_heads(stack: Tensor, heads: Heads) -> Tensor:
-    """Invert `split_heads`."""
-    return stack.movedim(1, heads.dim + 1).flatten(heads.dim + 1, heads.dim + 2)
+    whole = list(shape)
+    if heads is not None:
+        whole[heads.dim] //= heads.count
+    return tuple(whole)
 
 
 def newton_schulz_flops(shape: Sequence[int], steps: int = 5, method: str = "standard") -> int:
@@ -142,9 +127,6 @@ def _iterate(x: Tensor, triples: Sequence[Triple]) -> Tensor:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-_RESTART = 3  # steps between fresh Gram matrices
 
 
 def _iterate_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:

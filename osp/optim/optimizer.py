@@ -28,7 +28,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         self._number = 0
         self._recording = False
         self._pieces: list[Piece] = []
-        self._squares: dict[str, Tensor] = {}
+        # This rank's sum of squares of the last recorded update, per role: with learning rate, without weight decay
+        self.update_squares: dict[str, Tensor] = {}
         self._sources = list(self.param_groups)  # DeepSpeed replaces `param_groups` while it steps
 
     def bind(self, flats: Sequence[Tensor], *, stage: int, rank: int = 0, world_size: int = 1) -> None:
@@ -53,11 +54,11 @@ class PartitionedOptimizer(torch.optim.Optimizer):
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
         """Prepare optimizer step `number`, counted from 1: every learning rate becomes its base times `factor`.
 
-        record: keep the sum of squares of the update for `update_squares`.
+        record: keep the sum of squares of the update in `update_squares`.
         """
         assert number >= 1, number
         self._number, self._recording = number, record
-        self._squares = {}
+        self.update_squares = {}
         for group in self._sources:
             group["lr"] = group["base_lr"] * factor
 
@@ -74,15 +75,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                     pieces[id(flat)], flat.grad, self.state[flat], group, number=self._number, record=self._recording
                 )
                 if squares is not None:
-                    total = self._squares.get(group["role"])
-                    self._squares[group["role"]] = squares if total is None else total + squares
-
-    def update_squares(self) -> dict[str, Tensor]:
-        """Return this rank's sum of squares, per role, of the last recorded update.
-
-        Learning rate and scale are included, weight decay is not.
-        """
-        return self._squares
+                    total = self.update_squares.get(group["role"])
+                    self.update_squares[group["role"]] = squares if total is None else total + squares
 
     @torch.no_grad()
     def parameter_squares(self) -> dict[str, Tensor]:

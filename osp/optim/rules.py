@@ -15,16 +15,7 @@ from torch.optim.adamw import adamw
 
 from osp.config import OptimizerConfig
 from osp.errors import UserError
-from osp.optim.muon import (
-    COEFFICIENTS,
-    merge_heads,
-    newton_schulz,
-    newton_schulz_dtype,
-    newton_schulz_flops,
-    split_heads,
-    update_scale,
-    whole_shape,
-)
+from osp.optim.muon import COEFFICIENTS, newton_schulz, newton_schulz_dtype, newton_schulz_flops, whole_shape
 from osp.optim.zero import MatrixBatch, Piece
 
 Group = dict[str, Any]  # a parameter group; its keys are listed at `osp.optim.groups.build_groups`
@@ -92,8 +83,8 @@ class WholeRule(UpdateRule):
         """Return the update before scaling of a stack of whole parameters. stack: (k, *shape)"""
 
     def scale(self, group: Group) -> float:
-        """Return the factor of `direction`."""
-        return update_scale(whole_shape(group["shapes"][0], group["heads"]))
+        """Return the factor of `direction` that gives an orthogonal matrix or a unit vector AdamW's RMS of 0.2."""
+        return 0.2 * max(whole_shape(group["shapes"][0], group["heads"])) ** 0.5
 
     def step(
         self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
@@ -130,16 +121,16 @@ class Muon(WholeRule):
     def __init__(self, config: OptimizerConfig) -> None:
         super().__init__(config)
         if config.ns_coefficients not in COEFFICIENTS:
-            raise UserError(
-                f"optimizer.ns_coefficients={config.ns_coefficients!r}: choose from {', '.join(COEFFICIENTS)}"
-            )
+            choices = ", ".join(COEFFICIENTS)
+            raise UserError(f"optimizer.ns_coefficients={config.ns_coefficients!r}: choose from {choices}")
 
     def direction(self, stack: Tensor, group: Group) -> Tensor:
         config, heads = self.config, group["heads"]
         dtype = newton_schulz_dtype(stack.device, method=config.ns_method, choice=config.ns_dtype)
-        matrices = stack if heads is None else split_heads(stack, heads)
-        matrices = newton_schulz(matrices, config.ns_steps, config.ns_method, config.ns_coefficients, dtype=dtype)
-        return matrices if heads is None else merge_heads(matrices, heads)
+        if heads is not None:  # (k, m, n) -> (k, H, head_dim, n) or (k, H, m, head_dim)
+            stack = stack.unflatten(heads.dim + 1, (heads.count, -1)).movedim(heads.dim + 1, 1)
+        update = newton_schulz(stack, config.ns_steps, config.ns_method, config.ns_coefficients, dtype=dtype)
+        return update if heads is None else update.movedim(1, heads.dim + 1).flatten(heads.dim + 1, heads.dim + 2)
 
     def flops(self, group: Group) -> int:
         heads = group["heads"]

@@ -20,7 +20,8 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
     decay = length_in_steps("schedule.decay", config.decay, tokens_per_step=tokens_per_step, total_steps=total_steps)
     if config.name != "trapezoid":
         decay = 0
-    if _percent(config.warmup) + _percent(config.decay) <= 100:
+    percents = [float(s[:-1]) if s.endswith("%") else math.inf for s in (str(config.warmup), str(config.decay))]
+    if sum(percents) <= 100:
         decay = min(decay, total_steps - warmup)  # both were rounded up and can overlap in a short run
     if warmup + decay > total_steps:
         raise UserError(
@@ -40,8 +41,3 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
         return 1 - (1 - config.final_ratio) * fall
 
     return factor
-
-
-def _percent(length: str | int) -> float:
-    """Return the percentage of a length such as 20%, else infinity."""
-    return float(length[:-1]) if isinstance(length, str) and length.endswith("%") else math.inf

@@ -33,6 +33,9 @@ class Interval(NamedTuple):
         return slice(self.offset, self.offset + self.size)
 
 
+Parts = Sequence[Interval]
+
+
 def flat_size(numels: Sequence[int], *, world_size: int, stage: int) -> int:
     """Return the elements of the flat tensor that every rank holds for a group, DeepSpeed's padding included."""
     if stage == 3:
@@ -73,8 +76,8 @@ class MatrixBatch:
     first: int  # first parameter in the group that this rank owns; the others follow
     num_owned: int
     numel: int  # of each parameter
-    held: tuple[Interval, ...] = ()  # this rank's parts, by owner; places relative to `local`
-    owned: tuple[Interval, ...] = ()  # the parts of the owned parameters, by sender; `index` counts owned parameters
+    held: tuple[Interval, ...] = ()  # this rank's parts, by owner; places in `local`
+    owned: tuple[Interval, ...] = ()  # parts of the owned parameters, by sender; index and places among those
     sends: list[int] | None = None  # elements per rank; None where every rank holds whole parameters
     receives: list[int] | None = None
 
@@ -82,17 +85,16 @@ class MatrixBatch:
         """Return the whole parameters this rank owns, (num_owned, numel). values: the `local` part of a flat tensor"""
         if self.sends is None or self.receives is None:
             return values[: self.num_owned * self.numel].view(self.num_owned, self.numel)
-        received = _all_to_all(_pack(values, self.held), sends=self.sends, receives=self.receives)
-        targets = [iv.index * self.numel + iv.start for iv in self.owned]
-        return _unpack(received, self.owned, targets, self.num_owned * self.numel).view(self.num_owned, self.numel)
+        size = self.num_owned * self.numel
+        whole = _exchange(values, self.held, self.sends, self.receives, self.owned, size)
+        return whole.view(self.num_owned, self.numel)
 
     def distribute(self, whole: Tensor) -> Tensor:
         """Invert `collect`: return the `local` part, zero in the padding. whole: (num_owned, numel)"""
         if self.sends is None or self.receives is None:
             return whole.reshape(-1)
-        parts = [Interval(0, 0, iv.size, iv.index * self.numel + iv.start) for iv in self.owned]
-        received = _all_to_all(_pack(whole.reshape(-1), parts), sends=self.receives, receives=self.sends)
-        return _unpack(received, self.held, [iv.offset for iv in self.held], self.local.stop - self.local.start)
+        size = self.local.stop - self.local.start
+        return _exchange(whole.reshape(-1), self.owned, self.receives, self.sends, self.held, size)
 
 
 @dataclass(frozen=True)
@@ -114,96 +116,56 @@ def batches(
     The time is proportional to what the rank holds and owns, not to K W: every rank of a large job does this at start.
     """
     intervals = rank_intervals([numel] * count, rank=rank, world_size=world_size, stage=stage)
-    cut = _Cut(numel, count, world_size=world_size, stage=stage)
-    if cut.is_whole:
+    piece, stride = flat_size([numel] * count, world_size=world_size, stage=stage), numel
+    if stage == 3:
+        piece, stride = piece // count, 0  # every parameter is cut by itself
+    if piece % numel == 0 or piece >= (numel if stage == 3 else numel * count):
         size = max(1, workspace // numel)
-        return [_whole_batch(intervals[i : i + size], numel) for i in range(0, len(intervals), size)]
+        runs = [intervals[i : i + size] for i in range(0, len(intervals), size)]
+        return [MatrixBatch(slice(run[0].offset, run[-1].place.stop), run[0].index, len(run), numel) for run in runs]
     size = max(1, workspace // numel) * world_size
-    ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    return [_exchange_batch(cut, intervals, parameters, rank=rank) for parameters in ranges]
+    work = []
+    for begin in range(0, count, size):
+        length = min(size, count - begin)
+        held = [iv for iv in intervals if begin <= iv.index < begin + length]
+        local = slice(held[0].offset, held[-1].place.stop) if held else slice(0, 0)
+        # parameter i of the batch belongs to rank i*W//K: the first one of rank r is ceil(r K / W)
+        first, last = (-(-r * length // world_size) for r in (rank, rank + 1))
+        sends, receives = [0] * world_size, [0] * world_size
+        for iv in held:
+            sends[(iv.index - begin) * world_size // length] += iv.size
+        parts = []
+        for index in range(last - first):
+            place = (begin + first + index) * stride
+            for sender in range(place // piece, -(-(place + numel) // piece)):
+                start, stop = max(sender * piece - place, 0), min((sender + 1) * piece - place, numel)
+                parts.append((sender, Interval(index, start, stop, index * numel + start)))
+                receives[sender] += stop - start
+        held = tuple(iv._replace(offset=iv.offset - local.start) for iv in held)
+        owned = tuple(part for _, part in sorted(parts))
+        work.append(MatrixBatch(local, begin + first, last - first, numel, held, owned, sends, receives))
+    return work
 
 
-class _Cut:
-    """How ZeRO cuts `count` parameters of `numel` elements: which ranks hold which part of one of them."""
+def _exchange(values: Tensor, parts: Parts, sends: list[int], receives: list[int], targets: Parts, size: int) -> Tensor:
+    """Send the places `parts` of `values`; return (size,) with the answers at the places `targets`, zero elsewhere.
 
-    def __init__(self, numel: int, count: int, *, world_size: int, stage: int):
-        self.numel, self.world_size = numel, world_size
-        piece = flat_size([numel] * count, world_size=world_size, stage=stage)
-        # elements from one cut to the next, and from one parameter to the next where cuts run through all of them
-        self.piece, self.stride = (piece // count, 0) if stage == 3 else (piece, numel)
-        self.is_whole = self.piece % numel == 0 or self.piece >= (numel if stage == 3 else numel * count)
-
-    def parts(self, index: int) -> list[tuple[int, int, int]]:
-        """Return (rank, start, stop) of every part of parameter `index`, in order."""
-        begin = index * self.stride
-        end = begin + self.numel
-        return [
-            (rank, max(rank * self.piece, begin) - begin, min((rank + 1) * self.piece, end) - begin)
-            for rank in range(begin // self.piece, -(-end // self.piece))
-        ]
-
-
-def _whole_batch(intervals: list[Interval], numel: int) -> MatrixBatch:
-    first, count = intervals[0], len(intervals)
-    local = slice(first.offset, first.offset + count * numel)
-    return MatrixBatch(local, first=first.index, num_owned=count, numel=numel)
-
-
-def _exchange_batch(cut: _Cut, intervals: list[Interval], parameters: range, *, rank: int) -> MatrixBatch:
-    count, world_size = len(parameters), cut.world_size
-    held = [iv for iv in intervals if iv.index in parameters]
-    begin, end = (held[0].place.start, held[-1].place.stop) if held else (0, 0)
-    # parameter i of the batch belongs to rank i*W//K: the first one of rank r is ceil(r K / W)
-    first, last = (-(-r * count // world_size) for r in (rank, rank + 1))
-    parts = sorted((r, k, a, b) for k in range(first, last) for r, a, b in cut.parts(parameters[k]))
-    sends, receives = [0] * world_size, [0] * world_size
-    for iv in held:
-        sends[(iv.index - parameters.start) * world_size // count] += iv.size
-    for sender, _, start, stop in parts:
-        receives[sender] += stop - start
-    return MatrixBatch(
-        local=slice(begin, end),
-        first=parameters.start + first,
-        num_owned=last - first,
-        numel=cut.numel,
-        held=tuple(iv._replace(offset=iv.offset - begin) for iv in held),
-        owned=tuple(Interval(k - first, start, stop, 0) for _, k, start, stop in parts),
-        sends=sends,
-        receives=receives,
-    )
-
-
-def _all_to_all(values: Tensor, *, sends: list[int], receives: list[int]) -> Tensor:
-    """Return what all ranks sent to this one, by sender; parts may be uneven and empty. Works on gloo and NCCL."""
+    Collective, on gloo and NCCL. Nothing is copied where the places are in order without gaps. sends, receives:
+    elements per rank, which may be 0
+    """
+    if not _is_dense(parts, values.numel()):
+        values = torch.cat([values[iv.place] for iv in parts]) if parts else values.new_empty(0)
     received = values.new_empty(sum(receives))
-    dist.all_to_all_single(received, values, output_split_sizes=receives, input_split_sizes=sends)
-    return received
-
-
-def _pack(values: Tensor, parts: Sequence[Interval]) -> Tensor:
-    """Return the parts of `values` one after the other, without a copy where they lie so already."""
-    if _consecutive([iv.offset for iv in parts], parts, values.numel()):
-        return values.contiguous()
-    return torch.cat([values[iv.place] for iv in parts]) if parts else values.new_empty(0)
-
-
-def _unpack(values: Tensor, parts: Sequence[Interval], targets: Sequence[int], size: int) -> Tensor:
-    """Return a tensor of `size` elements with the consecutive parts of `values` at `targets`, zero elsewhere."""
-    if _consecutive(targets, parts, size):
-        return values
+    dist.all_to_all_single(received, values.contiguous(), output_split_sizes=receives, input_split_sizes=sends)
+    if _is_dense(targets, size):
+        return received
     result = values.new_zeros(size)
-    position = 0
-    for iv, target in zip(parts, targets, strict=True):
-        result[target : target + iv.size] = values[position : position + iv.size]
-        position += iv.size
+    for iv, part in zip(targets, received.split([iv.size for iv in targets]), strict=True):
+        result[iv.place] = part
     return result
 
 
-def _consecutive(offsets: Sequence[int], parts: Sequence[Interval], size: int) -> bool:
-    """Return whether parts at these offsets tile [0, size) in order."""
-    position = 0
-    for offset, part in zip(offsets, parts, strict=True):
-        if offset != position:
-            return False
-        position += part.size
-    return position == size
+def _is_dense(parts: Parts, size: int) -> bool:
+    """Return whether the places of the parts are [0, size) in order."""
+    ends = [0, *(iv.place.stop for iv in parts)]
+    return [iv.offset for iv in parts] == ends[:-1] and ends[-1] == size

@@ -206,7 +206,7 @@ class Engine:
         The update includes learning rate and scale, but not weight decay. Waits for the device.
         """
         numels, rates = self.optimizer.numels(), self.optimizer.learning_rates()
-        updates, parameters = self.optimizer.update_squares(), self.optimizer.parameter_squares()
+        updates, parameters = self.optimizer.update_squares, self.optimizer.parameter_squares()
         zero = torch.zeros((), device=self.device)
         # a rank may hold nothing of a role, but all ranks must reduce the same vector
         squares = torch.stack([updates.get(role, zero) for role in numels] + [parameters[role] for role in numels])

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from osp.config import DataConfig, TokenizerConfig
-from osp.data.manifest import load_manifest, verify
+from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder
 from osp.errors import UserError
 from osp.files import is_locked
-from tests.data.test_prepare import contents, long_corpus, with_text
+from tests.data.test_prepare import contents, long_corpus, verify, with_text
 
 fork = multiprocessing.get_context("fork")
 

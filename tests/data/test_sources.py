@@ -4,7 +4,6 @@ import gzip
 import json
 import lzma
 import os
-import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -218,7 +217,7 @@ def test_hub_source_streams_a_local_data_set(texts: list[str], tmp_path: Path) -
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t or None}) + "\n" for t in texts))
     config = SourceConfig(source="hf", dataset=str(tmp_path))
     assert list(documents(config)) == texts
-    with pytest.raises(UserError, match=r"no field 'body'; set data\.text_field to one of \['text'\]"):
+    with pytest.raises(UserError, match=r"^data\.dataset=\S+, record 1: no field .body.; set data\.text_field to"):
         list(documents(SourceConfig(source="hf", dataset=str(tmp_path), text_field="body")))
     with pytest.raises(UserError, match=r"\(subset nope\), split train: cannot be read after record 0: .*nope"):
         list(documents(SourceConfig(source="hf", dataset=str(tmp_path), subset="nope")))
@@ -230,13 +229,6 @@ def test_hub_source_streams_a_local_data_set(texts: list[str], tmp_path: Path) -
 def test_missing_data_set_fails_in_seconds() -> None:
     with pytest.raises(UserError, match=r"data\.dataset=osp-tests/no-such-data-set cannot be reached"):
         list(documents(SourceConfig(source="hf", dataset="osp-tests/no-such-data-set")))
-
-
-def test_missing_zstandard_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    with pytest.raises(ImportError, match="pip install zstandard"):
-        read(tmp_path)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from osp.config import OptimizerConfig
 from osp.errors import UserError
-from osp.optim.muon import COEFFICIENTS, newton_schulz, newton_schulz_dtype, newton_schulz_flops, update_scale
-from osp.optim.rules import Normalized
+from osp.optim.muon import COEFFICIENTS, newton_schulz, newton_schulz_dtype, newton_schulz_flops
+from osp.optim.rules import Muon, Normalized
 
 DTYPES: dict[typing.Literal["standard", "gram"], torch.dtype] = {"standard": torch.bfloat16, "gram": torch.float16}
 SHAPES = [(16, 16), (16, 48), (48, 16), (1, 7), (7, 1), (123, 5)]
@@ -134,8 +134,9 @@ def test_dtype_follows_choice_and_method() -> None:
 def test_scaled_updates_have_the_rms_of_adamw() -> None:
     for shape in ((16, 16), (16, 64), (64, 16)):
         orthogonal = torch.linalg.svd(random(*shape), full_matrices=False)
-        update = update_scale(shape) * orthogonal[0] @ orthogonal[2]
+        update = Muon(OptimizerConfig()).scale({"shapes": [shape], "heads": None}) * orthogonal[0] @ orthogonal[2]
         assert float(update.square().mean().sqrt()) == pytest.approx(0.2)
     for size in (1, 64):
-        update = update_scale((size,)) * Normalized(OptimizerConfig()).direction(random(3, size), {})
+        rule = Normalized(OptimizerConfig())
+        update = rule.scale({"shapes": [(size,)], "heads": None}) * rule.direction(random(3, size), {})
         assert float(update.square().mean().sqrt()) == pytest.approx(0.2)

@@ -183,9 +183,9 @@ def test_recorded_squares_equal_the_update(role: str) -> None:
         flats[0].grad = torch.randn_like(flats[0])
         optimizer.set_step(number, 0.5, record=number == 3)
         optimizer.step()
-    squares = float(optimizer.update_squares()[role])
+    squares = float(optimizer.update_squares[role])
     assert squares == pytest.approx(float((flats[0] - before).square().sum()), rel=1e-4)
     assert float(optimizer.parameter_squares()[role]) == pytest.approx(float(flats[0].square().sum()), rel=1e-5)
     optimizer.set_step(4, 0.5)
     optimizer.step()
-    assert optimizer.update_squares() == {}
+    assert optimizer.update_squares == {}

@@ -69,5 +69,5 @@ def test_overlong_phases_are_a_user_error() -> None:
         values(ScheduleConfig("trapezoid", warmup=6, decay=5), 10)
     with pytest.raises(UserError, match=r"exceed"):
         values(ScheduleConfig("trapezoid", warmup="60%", decay="50%"), 10)
-    with pytest.raises(UserError, match=r"schedule.warmup='soon' is no length"):
+    with pytest.raises(UserError, match=r"schedule.warmup='soon' is not a length"):
         values(ScheduleConfig("trapezoid", warmup="soon"), 10)
