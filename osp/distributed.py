@@ -60,7 +60,7 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     os.environ["DS_ACCELERATOR"] = place.type  # else DeepSpeed takes a GPU it finds, or warns that it finds none
     import deepspeed
 
-    deepspeed_logger().setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
     # an optional shared-memory all-reduce for CPU ranks, which takes a compiler and most of a minute to build
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls renamed collectives of torch at every step
@@ -134,10 +134,8 @@ class Peers:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process of another user
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # the process of another user
     return True
 
 
@@ -186,12 +184,6 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def deepspeed_logger() -> logging.Logger:
-    from deepspeed.utils import logger
-
-    return logger
-
-
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Return the indices of the sequences of each batch, longest first, at most `batch_tokens` with padding."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -217,8 +209,3 @@ def add_up(results: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(results)
     return results
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    """Return the device of the model's parameters."""
-    return next(model.parameters()).device

@@ -1,6 +1,5 @@
 """Files that must survive a crash, locks on folders, and the lines of a run folder."""
 
-import contextlib
 import fcntl
 import json
 import logging
@@ -18,22 +17,31 @@ log = logging.getLogger(__name__)
 LOCK_NAME = "lock"
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` so that a reader, or a crash, sees all of it or nothing."""
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file and flush it to disk, so that a reader, or a crash, sees all of `data` or none of it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
+        temporary.replace(path)
+        flush_folder(path.parent)
+    except OSError:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by `text` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Do what `write_bytes` does; raise `UserError` where the file cannot be written."""
+    try:
+        write_bytes(path, data)
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -63,7 +71,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of `folder`."""
+    """Return whether a process holds the lock of `folder`."""
     try:
         with (folder / LOCK_NAME).open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -74,12 +82,9 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-@contextlib.contextmanager
+@contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is named `out` if the context ends well, and is gone if not.
-
-    Raises `UserError` if `out` exists or cannot be written.
-    """
+    """Yield a temporary folder, renamed to `out` on success and removed otherwise. `out` must not exist."""
     if out.exists():
         raise UserError(f"out={out} exists; name a folder that does not")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -93,19 +98,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at once, flushed to disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush_folder(path.parent)
-
-
 def flush_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk."""
+    """Flush the entries of `folder` to disk: new names survive a crash."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -114,7 +108,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of `metrics.jsonl` and its like, all with their step; a line cut short by a crash is left out."""
+    """Return the entries of `metrics.jsonl` or another file of lines with a step, without incomplete lines."""
     objects = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
@@ -125,14 +119,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of `path` after `step`, and incomplete ones: a run resumed at `step` writes them again."""
+    """Remove incomplete lines and the lines after `step`: a run that resumes at `step` writes them again."""
     if path.exists():
         lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
         write_text(path, "".join(lines))
 
 
 class LineWriter:
-    """Appends JSON objects to a file, one per line, unbuffered. A full disk is reported once and loses lines."""
+    """Append JSON objects to a file, one per line, unbuffered. A full disk is reported once and loses lines."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -141,9 +135,9 @@ class LineWriter:
         self._reported = False
 
     def write(self, values: dict[str, Any]) -> None:
-        line = ("" if self._whole else "\n") + json.dumps(values) + "\n"
+        line = (("" if self._whole else "\n") + json.dumps(values) + "\n").encode()
         try:
-            self._whole = self._file.write(line.encode()) == len(line.encode())
+            self._whole = self._file.write(line) == len(line)
         except OSError as error:
             self._whole = False
             if not self._reported:

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from osp.config import Config, from_dict
 from osp.data.tokenizer import eos_id, load_tokenizer
-from osp.distributed import device_of
 from osp.errors import UserError
 from osp.model.hf_llama import check_vocabulary, is_hf, load_hf, load_hf_tokenizer
 from osp.model.transformer import Transformer
@@ -34,7 +33,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return device_of(self.model)
+        return next(self.model.parameters()).device
 
     @property
     def begin_id(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osp.distributed import add_up, device_of, my_share
+from osp.distributed import add_up, my_share
 from osp.errors import UserError
 from osp.model.loss import IGNORE
 from osp.model.transformer import Transformer
@@ -94,7 +94,7 @@ def perplexity(
     """
     tokens = text.tokens[:max_tokens]
     starts, length = window_starts(len(tokens), seq_len=seq_len, overlap=overlap, bos=bos_id is not None, model=model)
-    device = device_of(model)
+    device = next(model.parameters()).device
     batches = starts.split(max(1, batch_tokens // length))
     nats = torch.zeros(len(batches), dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.int64)  # tokens, bytes

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from osp.config import OptimizerConfig
-from osp.distributed import add_up, deepspeed_logger
+from osp.distributed import add_up
 from osp.optim.groups import Trainable, groups_of
 from osp.optim.optimizer import PartitionedOptimizer
 
@@ -113,7 +113,7 @@ class Engine:
         )
         self._stage = zero_stage
         self._micro_step = 0
-        logger = deepspeed_logger()
+        logger = deepspeed.utils.logger
         logger.setLevel(logging.ERROR)  # DeepSpeed warns that it does not know our optimizer
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
