@@ -1,8 +1,7 @@
 """DeepSpeed behind one class: the only file that calls `deepspeed.initialize`.
 
 DeepSpeed sees fp32 parameters, gradients, accumulation and reduction on every ZeRO stage and number of ranks; the model
-casts weights to its compute dtype at each matmul. `deepspeed_config` derives the DeepSpeed JSON from our settings.
-DeepSpeed is imported inside functions: it is slow, and it fixes its accelerator at import.
+casts weights to its compute dtype at each matmul. DeepSpeed is imported late: it is slow, and fixes its accelerator.
 """
 
 import itertools
@@ -20,18 +19,14 @@ from osp.distributed import add_up
 from osp.optim.groups import Trainable, groups_of
 from osp.optim.optimizer import PartitionedOptimizer
 
-# Elements of the buffer that gradients pass through on their way to the reduction. DeepSpeed allocates it in every
-# step, and its default is 7 times larger.
+# Elements of the reduction buffer. DeepSpeed allocates it in every step, and its default is 7 times larger.
 _BUCKET = 2**26
-
-log = logging.getLogger(__name__)
 
 
 def reduces_to_owners(world_size: int) -> bool:
     """Return whether ZeRO-1 and -2 reduce each part of a bucket to its owner only, instead of all of it to all ranks.
 
-    That sends half the bytes, but as one collective per part, whose latency grows with the ranks: so only up to the
-    ranks of one host.
+    That sends half the bytes in one collective per part, whose latency grows with the ranks: only inside one host.
     """
     return world_size <= 8
 
@@ -111,8 +106,7 @@ class Engine:
             num_parameters=sum(p.numel() for _, p in parameters),
             device=device,
         )
-        self._stage = zero_stage
-        self._micro_step = 0
+        self._stage, self._micro_step = zero_stage, 0
         logger = deepspeed.utils.logger
         logger.setLevel(logging.ERROR)  # DeepSpeed warns that it does not know our optimizer
         self._engine: Any
@@ -123,13 +117,9 @@ class Engine:
             dist_init_required=False,
         )
         logger.setLevel(logging.WARNING)
+        self.module: nn.Module = self._engine.module  # below ZeRO-3 it can be called directly, e.g. for evaluation
         self._zero: Any = self._engine.optimizer
         self.optimizer.bind(self._share_masters(), stage=zero_stage, rank=self.rank, world_size=self.world_size)
-
-    @property
-    def module(self) -> nn.Module:
-        """The model. Below ZeRO-3 it can be called directly, for example for evaluation."""
-        return self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -148,13 +138,7 @@ class Engine:
         self._micro_step += 1
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
-        """Prepare the next `step`.
-
-        Args:
-            number: counted from 1.
-            factor: learning rate over its peak.
-            record: keep what `optimizer_statistics` needs.
-        """
+        """Prepare step `number`, from 1, at `factor` times the peak learning rate; `record` for the statistics."""
         self.optimizer.set_step(number, factor, record=record)
 
     def step(self) -> bool:

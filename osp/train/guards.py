@@ -22,7 +22,7 @@ _NUM_LARGEST = 8  # gradients named in nonfinite.json
 
 
 class SpikeDetector:
-    """Robust z-score of a value against the last `window` values; 0 until a quarter of them is known.
+    """Robust z-score of a value against the last `window` values, 0 until a quarter of them is known.
 
     z = (x - median) / max(1.4826 median(|x_i - median|), 0.01 |median|)
     """
@@ -31,8 +31,7 @@ class SpikeDetector:
         self.values = deque(values, maxlen=window)
 
     def score(self, value: float) -> float:
-        """Return the z-score of `value`, 0 while there are too few values to compare with."""
-        if len(self.values) < max(2, math.ceil(self.values.maxlen / 4) if self.values.maxlen else 2):
+        if len(self.values) < max(2, math.ceil((self.values.maxlen or 0) / 4)):
             return 0.0
         median = statistics.median(self.values)
         deviation = _MAD_TO_DEVIATION * statistics.median(abs(x - median) for x in self.values)
@@ -62,7 +61,7 @@ class StepGuard:
     """
 
     def __init__(self, config: Config, loader: Loader, *, report: Path | None):
-        """report: nonfinite.json of the run folder; None on all ranks but the first."""
+        """`report` is the path of nonfinite.json; None on all ranks but the first."""
         self.config, self.loader, self.report = config, loader, report
         self.num_skipped = 0
         self.spikes = {key: SpikeDetector(config.spike.window) for key in ("loss", "grad_norm")}
@@ -83,11 +82,9 @@ class StepGuard:
     def examine(
         self, step: int, loss: float, grad_norm: float, *, losses: torch.Tensor, norms: dict[str, float]
     ) -> Verdict:
-        """Decide whether the update of `step`, counted from 0, is applied. Collective, the same on all ranks.
+        """Decide whether the update of `step`, counted from 0, is applied. Collective: every rank decides the same.
 
-        Args:
-            losses: summed loss of each micro batch of this rank.
-            norms: norm of the raw gradient of every parameter.
+        `losses` are the sums of this rank's micro batches, `norms` belong to the raw gradients of all parameters.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             kind, action = "spike", self.config.spike.action
@@ -95,13 +92,13 @@ class StepGuard:
         else:
             kind, action = "nonfinite", self.config.train.on_nonfinite
             message = self._describe_nonfinite(step, loss, losses, norms)
-        limit = self.config.train.max_skips
         if not message:
             return Verdict()
         if action == "stop":
             return Verdict(kind, f"{message}; no weight was changed", stop=True)
         if action == "warn":
             return Verdict(kind, message)
+        limit = self.config.train.max_skips
         if self.num_skipped == limit:
             reason = f"no weight was changed, and train.max_skips={limit} updates are left out already"
             return Verdict(kind, f"{message}; {reason}", stop=True)

@@ -15,13 +15,9 @@ from osp.errors import RunError, UserError
 SECONDS_TO_END = 60.0  # for a child that is asked to end
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # with these variables a child would be a rank
+_QUIET = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
 _HYDRA = {
-    "defaults": [
-        "defaults",
-        "_self_",
-        {"override hydra/job_logging": "none"},
-        {"override hydra/hydra_logging": "none"},
-    ],
+    "defaults": ["defaults", "_self_", *_QUIET],
     "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
 }
 
@@ -38,8 +34,8 @@ def training_command(config: Config, *, script: Path, ranks: int, path: Path) ->
     ]  # fmt: skip
 
 
-class Process:
-    """A child process that writes its output to the file `output`.
+class Process(subprocess.Popen[bytes]):
+    """A child process that writes its output to the file `output`; after SIGTERM a training saves its state and ends.
 
     It does not receive signals of the terminal: Ctrl-C reaches this process, which calls `stop`.
     """
@@ -48,33 +44,24 @@ class Process:
         self.output = output
         inherited = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
         with output.open("w", encoding="utf-8") as file:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env=inherited | dict(environment or {}),
-                start_new_session=True,
+            env = inherited | dict(environment or {})
+            super().__init__(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
             )
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
-
-    def terminate(self) -> None:
-        """Send SIGTERM: a training saves its state and ends."""
-        self._process.terminate()
+        return self.poll() is None
 
     def stop(self) -> None:
         """End the process if it runs, and wait for it."""
         if self.running:
             self.terminate()
-            self._process.wait(SECONDS_TO_END)
+            self.wait(SECONDS_TO_END)
 
     def error(self, *, hint: str = "") -> UserError | RunError | None:
         """Return the error that ended the process, None after success. hint: see `failure`."""
-        status = self._process.returncode
-        return failure(self.output, status, hint=hint) if status else None
+        return failure(self.output, self.returncode, hint=hint) if self.returncode else None
 
 
 def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunError:

@@ -14,8 +14,7 @@ from osp.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# One request reaches a rank several times: from the terminal or the scheduler, and again from the launcher, which
-# passes it on within this many seconds.
+# The launcher passes the signal of a terminal or scheduler on, so one request may arrive twice within this time.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
@@ -34,10 +33,10 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Catch the signals inside this context. Only the main thread of a process can; elsewhere nothing is caught."""
+        """Catch the signals inside this context. Only the main thread of a process can catch them."""
         try:
             before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        except ValueError:  # not the main thread
+        except ValueError:  # another thread
             before = {}
         try:
             yield
@@ -47,13 +46,9 @@ class StopRequest:
 
     def error(self, step: int, total_steps: int) -> StoppedError:
         """Return the error that ends a run after `step` and names the first rank that was asked. Collective."""
-        requests = [(name, rank) for rank, name in enumerate(gather_objects(self.signal)) if name]
-        name, rank = requests[0]
-        message = (
-            f"{name} on rank {rank}: stopped after step {step} of {total_steps} with a checkpoint; "
-            "the same command continues it"
-        )
-        return StoppedError(message, signal=name)
+        name, rank = next((name, rank) for rank, name in enumerate(gather_objects(self.signal)) if name)
+        end = f"stopped after step {step} of {total_steps} with a checkpoint; the same command continues it"
+        return StoppedError(f"{name} on rank {rank}: {end}", signal=name)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

@@ -20,7 +20,7 @@ PROMPT_TOKENS = 32
 
 
 def describe_start(resolved: Resolved, engine: Engine, shards: Path, tflops: float | None) -> str:
-    """Return what is about to run: sizes, engine, and the table of the optimizer's groups."""
+    """Return the sizes of the run, its engine, and the table of the optimizer's groups."""
     config = resolved.config
     parameters, flops = count_parameters(config.model)["total"], flops_per_token(config.model, config.train.seq_len)
     text = (

@@ -62,6 +62,8 @@ class Trainer:
         self.resolved, self.config = resolved, config
         self.engine, self.loader, self.folder, self.logger = engine, loader, folder, logger
         self.peers, self.lock = peers, lock
+        assert isinstance(engine.module, Transformer)
+        self.model: Transformer = engine.module
         self.total_steps = resolved.total_steps
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = resolved.build_schedule()
@@ -94,21 +96,12 @@ class Trainer:
         self.peak_tflops = config.logger.peak_tflops or peak_tflops(engine.device)
 
     @property
-    def model(self) -> Transformer:
-        module = self.engine.module
-        assert isinstance(module, Transformer)
-        return module
-
-    @property
     def tokens(self) -> int:
         """Training tokens seen so far."""
         return self.step * self.config.train.tokens_per_step
 
     def fit(self) -> None:
-        """Train from `self.step` to the end, or until a signal arrives; validate, save and log on the way.
-
-        Leaves `stopped.json`, which says why the run ended. Raises `StoppedError` after a signal.
-        """
+        """Train to the end, and leave stopped.json, which says why the run ended. Raises `StoppedError` on a signal."""
         self._say(describe_start(self.resolved, self.engine, self.shards, self.peak_tflops))
         if self.step == self.total_steps:
             self._say("this run is complete")
@@ -157,14 +150,10 @@ class Trainer:
             self.lock.release()
 
     def train_step(self, step: int, *, record: bool) -> dict[str, float] | None:
-        """Take one optimizer step and return its metrics. Collective.
+        """Take optimizer step `step`, counted from 0, and return its metrics. Collective: every rank calls it.
 
-        Returns None, without a change of any weight, when a rank was asked to stop meanwhile or the guard ends the run.
-        Every sequence predicts seq_len tokens, so the number of tokens over all ranks is tokens_per_step.
-
-        Args:
-            step: counted from 0.
-            record: add the metrics that cost time to collect.
+        Returns None, with every weight unchanged, when a rank was asked to stop or the guard ends the run.
+        `record` adds the metrics that cost time to collect.
         """
         began = time.perf_counter()
         if not self._wait_for_data(step):
@@ -232,8 +221,7 @@ class Trainer:
         """Begin a checkpoint of this boundary; training goes on while it is written."""
         if self.saver.busy:
             self._finish_save()
-        config = self.config
-        run_id = self.folder / "wandb_run_id"
+        config, run_id = self.config, self.folder / "wandb_run_id"
         manifest = {
             "step": self.step,
             "tokens": self.tokens,
@@ -271,7 +259,7 @@ class Trainer:
         self._event("resumed", f"continuing after step {self.step} from {checkpoint.folder}", self.step)
 
     def build_monitor(self) -> Monitor:
-        """Return what looks at the activations of this run, from the present step on. Collective."""
+        """Return the monitor of this run, which probes it from the present step on. Collective."""
         return Monitor(
             self.config,
             self.model,
@@ -284,7 +272,7 @@ class Trainer:
         )
 
     def refresh_norms(self, step: int) -> None:
-        """Let norms derive their statistics from the weights again, about 50 times a run (BHyT's callback)."""
+        """Recompute the norm statistics that depend on weights, about 50 times a run (BHyT's callback)."""
         every = self.config.train.norm_refresh_every
         if every == "auto":
             every = min(max(self.total_steps // 50, 1), 1000)
@@ -293,23 +281,20 @@ class Trainer:
                 self.model.refresh_norms()
 
     def _at_boundary(self, monitor: Monitor) -> bool:
-        """Save, probe and validate as far as it is due between two steps; return whether to go on."""
-        if self.saved != self.step and (self._due(self.config.checkpoint.every) or self.step == self.last_step):
+        """Save, probe and validate what is due between two steps; return whether to go on."""
+        step, every = self.step, self.config.eval.quant.every
+        if self.saved != step and (self._due(self.config.checkpoint.every, step) or step == self.last_step):
             self.save()
-        if monitor.due(self.step):
-            monitor.probe(self.step, tokens=self.tokens, train_seconds=self.train_seconds)
-        if self.validation[0] != self.step and self._due(self.validator.every):
+        if monitor.due(step):
+            monitor.probe(step, tokens=self.tokens, train_seconds=self.train_seconds)
+        if self.validation[0] != step and self._due(self.validator.every, step):
             self.validate()
-        every = self.config.eval.quant.every
-        if every and self.quantized[0] != self.step and self._due(every) and not self._asked_to_stop():
+        if every and self.quantized[0] != step and self._due(every, step) and not self._asked_to_stop():
             self.validate_quantized()
         return not self.interrupted
 
     def _wait_for_data(self, step: int) -> bool:
-        """Wait until all ranks have the sequences of `step`; return False if one was asked to stop. Collective.
-
-        The same exchange tells whether all ranks have done their part of a save in the background.
-        """
+        """Wait until all ranks have the sequences of `step`; return False if one was asked to stop. Collective."""
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
@@ -318,7 +303,7 @@ class Trainer:
             )
             if num_written == world_size and self.saver.published:
                 self._finish_save()
-            elif num_written == world_size:
+            elif num_written == world_size:  # every rank has written its part of a save in the background
                 self.saver.publish()
             self.interrupted = num_stopped > 0
             if self.interrupted or num_ready == world_size:
@@ -410,13 +395,11 @@ class Trainer:
             if self.logger:
                 write_text(path, json.dumps(summary, indent=1) + "\n")
         if self.logger:
-            text = describe_summary(summary, self.folder)
             self.logger.end_progress()
-            self.logger.say(text)
+            self.logger.say(describe_summary(summary, self.folder))
 
-    def _due(self, every: int, step: int | None = None) -> bool:
-        """Return whether something with this period is due after `step`, default now. After the last step all is."""
-        step = self.step if step is None else step
+    def _due(self, every: int, step: int) -> bool:
+        """Return whether an action with this period is due after `step`; after the last step it is."""
         return step > 0 and (step == self.total_steps or (every > 0 and step % every == 0))
 
     def _speed(self, first: int) -> float:
