@@ -39,21 +39,15 @@ class Resolved:
 
 
 def resolve(
-    config: Config,
-    *,
-    device: torch.device,
-    world_size: int,
-    total_steps: int | None = None,
-    bf16: bool | None = None,
+    config: Config, *, device: torch.device, world_size: int, total_steps: int | None = None, bf16: bool | None = None
 ) -> Resolved:
     """Decide everything that `config` leaves open.
+
+    Raises `UserError` if the batch does not divide among the ranks, or `checkpoint.init_from` does not fit.
 
     Args:
         total_steps: length of a run that gives `train.minutes`, once it is known.
         bf16: whether the device multiplies bf16 natively. None: ask the device of this process.
-
-    Raises:
-        UserError: if the batch does not divide among the ranks, or `checkpoint.init_from` does not fit.
     """
     config = _with_initial_model(config)
     train = config.train

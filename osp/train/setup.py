@@ -50,9 +50,7 @@ SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deeps
 def train(config: Config) -> None:
     """Run or continue the training that `config` describes. Collective: every rank calls it.
 
-    Raises:
-        UserError: before the first step, for a mistake that the user can correct.
-        RunError: if the run cannot go on; `StoppedError` after a signal, with the state saved.
+    Raises `UserError` only before the first step, `RunError` if the run cannot go on, `StoppedError` after a signal.
     """
     trainer = setup(config)
     # listen until all is closed: a launcher may pass a signal on after the run has ended
@@ -142,10 +140,9 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
 
 
 def first_whole(folders: list[Path]) -> Checkpoint | None:
-    """Return the first undamaged checkpoint; None if `folders` is empty. Collective.
+    """Return the first undamaged checkpoint, None if `folders` is empty. Collective; every rank reads a share.
 
-    Every rank reads a share of the files of each checkpoint. Raises `UserError` if all are damaged: replacing an
-    existing run by a new one is the user's decision.
+    Raises `UserError` if all are damaged: replacing an existing run by a new one is the user's decision.
     """
     error = None
     for folder in folders:
@@ -180,15 +177,11 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
     before, now = checkpoint.config.data.skip_steps, config.data.skip_steps
     position = data_step(checkpoint.step, before)
-    if _up_to(position, before) != _up_to(position, now):
+    if {pair for pair in before if pair[0] <= position} != {pair for pair in now if pair[0] <= position}:
         raise UserError(
             f"data.skip_steps={[list(pair) for pair in now]} changes what was read before step "
             f"{checkpoint.step}, where {checkpoint.folder} continues; go back with resume=CHECKPOINT to one before it"
         )
-
-
-def _up_to(position: int, skip_steps: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
-    return [pair for pair in sorted(skip_steps) if pair[0] <= position]
 
 
 def build_loader(resolved: Resolved, shards: Path, *, rank: int) -> Loader:
@@ -233,8 +226,7 @@ def build_engine(resolved: Resolved) -> Engine:
 def load_initial_weights(path: str, engine: Engine) -> None:
     """Load the weights and norm statistics of `checkpoint.init_from` into the engine's model. Collective."""
     checkpoint = first_whole(candidates(Path(path)))
-    if checkpoint is None:
-        raise UserError(f"checkpoint.init_from={path}: no model there")
+    assert checkpoint is not None  # `resolve` checks that there is one
     slices = ((name, start, stop, {"weight": states["weight"]}) for name, start, stop, states in engine.local_state())
     load(checkpoint, slices, engine.module)
     engine.sync_weights_from_master()
@@ -276,13 +268,9 @@ def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
     longest, total = max(seconds for seconds, *_ in measured), sum(size for _, size, _ in measured)
     if longest > SECONDS_TO_KILL and engine.rank == 0:
         log.warning(
-            "a checkpoint of %.2f GB takes %.0f s to write to %s, and a launcher kills a run %.0f s after SIGTERM: the "
-            "last checkpoint will be that of checkpoint.every; use a faster disk, more ranks, or an earlier signal "
-            "(scripts/slurm.sh)",
-            total / 1e9,
-            longest,
-            folder,
-            SECONDS_TO_KILL,
+            f"a checkpoint of {total / 1e9:.2f} GB takes {longest:.0f} s to write to {folder}, and a launcher kills a "
+            f"run {SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint will be that of checkpoint.every; use a "
+            "faster disk, more ranks, or an earlier signal (scripts/slurm.sh)"
         )
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from osp.config import to_dict
 from osp.data.loader import Batch, Loader, data_step
-from osp.data.tokenizer import load_tokenizer
 from osp.device import peak_tflops
 from osp.distributed import Peers, add_up, gather_objects, on_main
 from osp.errors import LostRankError, RunError, StoppedError
@@ -29,8 +28,7 @@ from osp.train.engine import Engine
 from osp.train.guards import StepGuard
 from osp.train.resolve import Resolved
 from osp.train.stop import StopRequest, count_flags
-from osp.train.summary import compare_and_sample, describe_start, describe_summary
-from osp.train.validate import Measurement, Validator, last_measurement
+from osp.train.validate import Measurement, Validator, describe_start, describe_summary, last_measurement
 
 SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a request to stop may go unnoticed
 SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
@@ -68,8 +66,7 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = resolved.build_schedule()
         self.shards = loader.rows.shards.folder
-        self.tokenizer = load_tokenizer(self.shards / "tokenizer.json")
-        self.validator = Validator(resolved, self.model, self.shards, self.tokenizer)
+        self.validator = Validator(resolved, self.model, self.shards)
         self.guard = StepGuard(config, loader, report=folder / "nonfinite.json" if logger else None)
         self.saver = Saver(
             folder / "checkpoints",
@@ -391,7 +388,7 @@ class Trainer:
         else:
             figures = {"tokens_per_second": self._speed(first), "train_seconds": self.train_seconds}
             summary = {"steps": self.step, "tokens": self.tokens, **self.validation[1], **figures}
-            summary |= compare_and_sample(self.model, self.config, self.shards, self.tokenizer)
+            summary |= self.validator.compare_and_sample()
             if self.logger:
                 write_text(path, json.dumps(summary, indent=1) + "\n")
         if self.logger:

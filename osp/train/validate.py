@@ -1,25 +1,30 @@
-"""Measurements of a model in training on its validation split: loss, bits per byte, perplexity at 4 bits."""
+"""What a run measures on its validation split, and the figures that it prints at its start and end."""
 
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from osp.config import Config
 from osp.data.loader import Batch, validation_batches
 from osp.data.manifest import load_manifest
-from osp.data.tokenizer import token_bytes
+from osp.data.tokenizer import load_tokenizer, token_bytes
 from osp.distributed import add_up
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
 from osp.evaluation.texts import held_out
 from osp.files import read_lines
-from osp.model.transformer import Output, Transformer
+from osp.model.generate import Sampling, generate
+from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
+from osp.optim.groups import describe_groups
+from osp.report import write_report
+from osp.train.engine import Engine
 from osp.train.resolve import Resolved
 
+PROMPT_TOKENS = 32
 MIN_VALIDATION_STEPS, VALIDATION_SHARE = 250, 0.02  # eval.every=auto: the shortest interval, the share of the work
 
 Measurement = tuple[int, dict[str, float]]  # after which step, and the metrics
@@ -28,24 +33,20 @@ Measurement = tuple[int, dict[str, float]]  # after which step, and the metrics
 class Validator:
     """Measures `model` on the validation split below `shards`. All methods are collective."""
 
-    def __init__(self, resolved: Resolved, model: Transformer, shards: Path, tokenizer: Tokenizer):
+    def __init__(self, resolved: Resolved, model: Transformer, shards: Path):
         self.resolved, self.model, self.shards = resolved, model, shards
         self.config, quant = resolved.config, resolved.config.eval.quant
         self.every = validation_every(self.config, load_manifest(shards).val.tokens)
-        self._token_bytes = torch.from_numpy(token_bytes(tokenizer)).to(resolved.device)
+        self.tokenizer = load_tokenizer(shards / "tokenizer.json")
+        self._token_bytes = torch.from_numpy(token_bytes(self.tokenizer)).to(resolved.device)
         if quant.every:
-            self._text = held_out("held_out", shards, tokenizer, max_tokens=quant.tokens)
+            self._text = held_out("held_out", shards, self.tokenizer, max_tokens=quant.tokens)
 
     @torch.no_grad()
     def loss(
         self, forward: Callable[[Batch], Output], asked_to_stop: Callable[[], bool], *, rank: int
     ) -> dict[str, float] | None:
-        """Return `val/loss` in nats per token, `val/bits_per_byte` and `val/seconds`; None when asked to stop.
-
-        Args:
-            forward: the output of the model for a batch, whose `loss` is set.
-            asked_to_stop: whether any rank was asked to stop; called before every batch.
-        """
+        """Return `val/loss` in nats per token, `val/bits_per_byte` and `val/seconds`; None when asked to stop."""
         began, train = time.perf_counter(), self.config.train
         sums = torch.zeros(3, dtype=torch.float64, device=self.resolved.device)  # nats, tokens, bytes
         self.model.eval()
@@ -89,6 +90,27 @@ class Validator:
             )
         return metrics | {"quant/seconds": time.perf_counter() - began}
 
+    def compare_and_sample(self) -> dict[str, Any]:
+        """Return `gzip_bits_per_byte` of the validation split, and `sample`: its first tokens, continued by the model.
+
+        The sample is empty with eval.sample_tokens=0.
+        """
+        manifest = load_manifest(self.shards)
+        gzip = 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1)
+        num_tokens, seq_len = self.config.eval.sample_tokens, self.config.train.seq_len
+        if not num_tokens:
+            return {"gzip_bits_per_byte": gzip, "sample": ""}
+        batches = validation_batches(
+            self.shards, seq_len=seq_len, batch_size=1, rank=0, world_size=1, max_tokens=seq_len, document_ids=False
+        )
+        prompt = next(iter(batches)).tokens[0, : min(PROMPT_TOKENS, (seq_len + 1) // 2)].tolist()
+        sampling = Sampling(temperature=0.8, seed=self.config.train.seed)
+        self.model.eval()
+        with torch.compiler.set_stance("force_eager"):  # torch.compile would compile every length
+            (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)
+        self.model.train()
+        return {"gzip_bits_per_byte": gzip, "sample": self.tokenizer.decode([*prompt, *tokens])}
+
 
 def validation_every(config: Config, val_tokens: int) -> int:
     """Return the steps between validations on a split of `val_tokens` tokens.
@@ -109,3 +131,43 @@ def last_measurement(folder: Path, name: str) -> Measurement:
         if name in event:
             last = event["step"], {key: value for key, value in event.items() if key.startswith(kind)}
     return last
+
+
+def describe_start(resolved: Resolved, engine: Engine, shards: Path, tflops: float | None) -> str:
+    """Return the sizes of the run, its engine, and the table of the optimizer's groups."""
+    config = resolved.config
+    parameters, flops = count_parameters(config.model)["total"], flops_per_token(config.model, config.train.seq_len)
+    text = (
+        f"{config.run.name}: {parameters / 1e6:.1f} M parameters, norm {config.model.norm.name}, "
+        f"{flops / 1e6:.0f} MFLOP per token; {resolved.world_size} x {resolved.device.type}, "
+        f"{config.train.precision}, ZeRO-{config.engine.zero_stage}; {resolved.total_steps:,} steps of "
+        f"{config.train.tokens_per_step:,} tokens from {shards}\n{describe_groups(engine.groups)}"
+    )
+    return f"{text}\nMFU is measured against {tflops:g} TFLOP/s per rank" if tflops else text
+
+
+def describe_summary(summary: dict[str, Any], folder: Path) -> str:
+    """Return summary.json as text, after writing the report page of the run."""
+    lines = [
+        "",
+        f"trained             {summary['steps']:,} steps, {summary['tokens']:,} tokens",
+        f"validation loss     {summary['val/loss']:.4f} nats per token",
+        f"bits per byte       {summary['val/bits_per_byte']:.4f}   "
+        f"(gzip -9, file by file: {summary['gzip_bits_per_byte']:.4f})",
+        f"tokens per second   {summary['tokens_per_second']:,.0f}",
+        f"run folder          {folder}",
+        f"report              {_write_page(folder)}",
+    ]
+    if summary["sample"]:
+        lines += ["sample, continuing a held-out text:", *(f"    {line}" for line in summary["sample"].split("\n"))]
+    return "\n".join(lines)
+
+
+def _write_page(folder: Path) -> str:
+    """Write the report page; return its path, or why there is none. A finished run must not fail here."""
+    path = folder / "report.html"
+    try:
+        write_report([folder], path)
+    except Exception as error:
+        return f"not written, {type(error).__name__}: {error}"
+    return str(path)
