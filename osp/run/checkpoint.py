@@ -128,7 +128,7 @@ class Checkpoint:
         return out
 
     def rng(self, rank: int) -> dict[str, Tensor]:
-        """Return the RNG states of that rank by device type; empty if the run had fewer ranks."""
+        """Return the RNG states of a rank by device type; empty if the run had fewer ranks."""
         states = {}
         for (kind, name), slices in self._index().items():
             if kind == "rng" and name.endswith(f"_{rank:05d}"):
@@ -140,10 +140,7 @@ class Checkpoint:
         """Return the slices of every (kind, parameter), read from the headers of the files on the first call."""
         if self._stored:
             return self._stored
-        for name in self.manifest["files"]:
-            if name == BUFFERS:
-                continue
-            path = self.folder / name
+        for path in (self.folder / name for name in self.manifest["files"] if name != BUFFERS):
             for key in self._file(path).keys():  # noqa: SIM118 - safe_open is no mapping
                 try:
                     label, start = key.rsplit("@", 1)
@@ -194,10 +191,8 @@ class Saver:
 
     Training continues between the calls. All three are collective: every rank calls them in the same order, and
     `publish` and `finish` wait for work that is not done. Nothing is exchanged in the background.
-
-    Args:
-        token: part of the name of the temporary folder, the same on all ranks and unique to this run's process.
-        gather: returns the values of all ranks on every rank.
+    `token` is part of the name of the temporary folder, the same on all ranks and unique to this run's process.
+    `gather` returns the values of all ranks on every rank.
     """
 
     def __init__(
@@ -228,8 +223,9 @@ class Saver:
 
     @property
     def write_done(self) -> bool:
-        """Whether the background work of the save in progress is done on this rank."""
-        return self._background is not None and self._background.done()
+        """Whether this rank has written its files and, after `publish`, rank 0 has published them."""
+        background = self._publishing or self._writing
+        return background is not None and background.done()
 
     @property
     def published(self) -> bool:
@@ -239,11 +235,7 @@ class Saver:
     def begin(
         self, slices: Iterable[Slice], *, rng: dict[str, Tensor], buffers: dict[str, Tensor], manifest: dict[str, Any]
     ) -> None:
-        """Copy this rank's state to host memory and start to write it.
-
-        Args:
-            manifest: everything but the keys `format` and `files`, which the saver adds.
-        """
+        """Copy this rank's state to host memory and start to write it. `format` and `files` join the `manifest`."""
         assert not self.busy, "finish() the last save first"
         began = time.perf_counter()
         tensors = {
@@ -290,22 +282,15 @@ class Saver:
 
     def close(self) -> None:
         """End the thread after old checkpoints are removed. A save that was not finished is abandoned."""
-        if self._background is not None:
-            wait([self._background], timeout=CLOSE_SECONDS)
-        self._thread.shutdown(wait=self._background is None or self._background.done())
-
-    @property
-    def _background(self) -> Future[Any] | None:
-        """The background work of the save in progress."""
-        return self._publishing or self._writing
+        background = [future for future in (self._writing, self._publishing) if future]
+        _, hanging = wait(background, timeout=CLOSE_SECONDS)
+        self._thread.shutdown(wait=not hanging)
 
     def _to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
         for key, values in tensors.items():
             if key not in self._host:
-                self._host[key] = torch.empty(
-                    values.shape, dtype=values.dtype, device="cpu", pin_memory=values.device.type == "cuda"
-                )
+                self._host[key] = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)
             copies[key] = self._host[key].copy_(values.detach(), non_blocking=True)
         return copies
 
@@ -359,7 +344,7 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
 def candidates(path: Path) -> list[Path]:
     """Return the checkpoint folders that `path` names, best first; empty if there is none.
 
-    A checkpoint folder names itself. A run folder or its `checkpoints` name the target of `latest` and all older ones.
+    `path` is a checkpoint, or a run folder or its `checkpoints`: these name the target of `latest` and all older ones.
     """
     if (path / MANIFEST).exists():
         return [path]

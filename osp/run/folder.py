@@ -25,7 +25,7 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -51,12 +51,9 @@ class RunLock:
         """Raises `UserError` if another process trains in `folder`."""
         self.token = f"{socket.gethostname()}-{os.getpid()}"
         file = (folder / ".lock").open("a+", encoding="utf-8")
-        if not _try_lock(file.fileno()):
-            file.close()
-            raise UserError(_occupied(folder))
+        _take_lock(file, folder)
         file.seek(0)
-        former = file.read().strip()
-        if former:
+        if former := file.read().strip():
             remove_unfinished(folder / "checkpoints", former)
         file.truncate(0)
         file.write(self.token)
@@ -76,16 +73,14 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
 
     `resume=auto` takes the newest checkpoint of the run folder. `resume=PATH` begins with the checkpoint of another
     run, or takes this run back to one of its checkpoints; the same command, given again, continues from there.
-
-    Raises:
-        UserError: if the folder belongs to another configuration or process, or there is nothing to resume from.
+    Raises `UserError` if the folder belongs to another configuration or process, or there is nothing to resume from.
     """
     folder = Path(config.run.dir)
+    stored, lock = folder / "config.yaml", folder / ".lock"
     if config.resume is True:
         raise UserError("resume=true; write resume=auto, resume=false or the path of a run or checkpoint")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; choose another run.name or run.dir")
-    stored = folder / "config.yaml"
     before: dict[str, Any] = {}
     if stored.exists():
         before = _read_yaml(stored)
@@ -98,11 +93,9 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
             raise UserError(
                 f"run.dir={folder} exists and resume=false would overwrite it; choose another run.name or remove it"
             )
-    lock = folder / ".lock"
     if lock.exists():
         with lock.open(encoding="utf-8") as file:
-            if not _try_lock(file.fileno()):
-                raise UserError(_occupied(folder))
+            _take_lock(file, folder)
     own = candidates(folder)
     if config.resume == "auto" or config.resume is False:
         return folder, own
@@ -115,10 +108,7 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
 
 
 def recorded_steps(config: Config) -> int | None:
-    """Return the length that was measured for `train.minutes` when the run in the folder of `config` began.
-
-    None if there is no such run, or `config` gives a length that needs no measurement.
-    """
+    """Return the length measured for `train.minutes` when the run began; None for a new run or a given length."""
     stored = Path(config.run.dir) / "config.yaml"
     if config.train.num_steps is not None or not stored.exists():
         return None
@@ -128,14 +118,9 @@ def recorded_steps(config: Config) -> int | None:
 def begin(
     folder: Path, config: Config, *, checkpoint: Path | None, tokenizer: Path, world_size: int, device: str
 ) -> RunLock:
-    """Lock the run folder and write the files that describe the run.
+    """Lock the run folder and write the files that describe the run, which resumes from `checkpoint`.
 
-    Args:
-        checkpoint: the one it resumes from.
-        tokenizer: tokenizer.json of the shards.
-
-    Raises:
-        UserError: if the run in the folder has another tokenizer, so that its shards were other ones.
+    Raises `UserError` if the run in the folder has another tokenizer than the shards.
     """
     stored, path = folder / "tokenizer.json", folder / "environment.json"
     try:
@@ -215,20 +200,18 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed; return whether that worked. True too on a file system without locks."""
+def _take_lock(file: TextIO, folder: Path) -> None:
+    """Lock `file` until it is closed. Raises `UserError` if another process holds the lock."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        holder = (folder / ".lock").read_text(encoding="utf-8").strip()
+        raise UserError(
+            f"run.dir={folder}: another training ({holder}) is writing there; choose another run.name or stop it first"
+        ) from error
     except OSError as error:
         log.warning("the file system of the run folder has no locks (%s): start one training at a time there", error)
-    return True
-
-
-def _occupied(folder: Path) -> str:
-    holder = (folder / ".lock").read_text(encoding="utf-8").strip()
-    return f"run.dir={folder}: another training ({holder}) is writing there; choose another run.name or stop it first"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from osp.config import LoggerConfig
+from osp.config import Config, LoggerConfig, to_dict
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after
 from osp.run.metrics import create_workspace, layer_grids
@@ -32,34 +32,25 @@ AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", 
 
 
 class Logger:
-    """Writes metrics and events of a run to its folder, to W&B and to the terminal."""
+    """Write metrics and events of a run to its folder, to W&B and to the terminal."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: LoggerConfig,
-        *,
-        run_name: str,
-        run_config: dict[str, Any],
-        step: int,
-        total_steps: int,
-    ):
+    def __init__(self, folder: Path, config: Config, *, step: int, total_steps: int):
         """Begin the files of `folder`, or continue them at `step`: metrics of later steps are removed."""
-        self._config = config
+        self._config = config.logger
         metrics = folder / "metrics.jsonl"
         drop_after(metrics, step)
         self._metrics, self._events = LineWriter(metrics), LineWriter(folder / "events.jsonl")
         self._bar = tqdm(
             total=total_steps,
             initial=step,
-            desc=run_name,
+            desc=config.run.name,
             unit="step",
-            disable=not config.progress,
+            disable=not config.logger.progress,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
             smoothing=0.05,
         )
-        self._wandb = WandB(folder, config, run_name=run_name, run_config=run_config, resumed=step > 0)
+        self._wandb = WandB(folder, config, resumed=step > 0)
 
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
         """Append the metrics after `step` and `tokens` to metrics.jsonl and send them to W&B. NaN becomes null."""
@@ -105,9 +96,10 @@ class Logger:
 class WandB:
     """A W&B run, or a no-op. Its id is stored in the run folder, so that a resumed run continues the same W&B run."""
 
-    def __init__(self, folder: Path, config: LoggerConfig, *, run_name: str, run_config: dict[str, Any], resumed: bool):
+    def __init__(self, folder: Path, config: Config, *, resumed: bool):
         self._run: Any = None
-        if config.wandb == "disabled":
+        options = config.logger
+        if options.wandb == "disabled":
             return
         with self._guard():
             import wandb
@@ -116,20 +108,20 @@ class WandB:
             known = id_file.read_text().strip() if resumed and id_file.exists() else ""
             run_id = known or secrets.token_hex(4)
             self._run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=run_name,
+                project=options.project,
+                entity=options.entity,
+                name=config.run.name,
                 id=run_id,
                 resume="allow",
-                mode=config.wandb,
+                mode=options.wandb,
                 dir=str(folder),
-                config=run_config,
+                config=to_dict(config),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
             )
             id_file.write_text(run_id + "\n")
             for pattern, axis in AXES.items():
                 self._run.define_metric(pattern, step_metric=axis)
-            if config.wandb == "online" and not resumed:
+            if options.wandb == "online" and not resumed:
                 _add_panels(self._run)
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -147,25 +139,19 @@ class WandB:
         run = self._run
         if run is None:
             return
-        problems: list[Exception] = []
 
         def finish() -> None:
             try:
                 run.finish(exit_code=exit_code)
             except Exception as error:  # see _guard
-                problems.append(error)
+                log.warning("W&B: %s: %s", type(error).__name__, error)
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()
         thread.join(SECONDS_TO_FINISH)  # W&B itself would wait for ever
-        if problems:
-            log.warning("W&B: %s: %s", type(problems[0]).__name__, problems[0])
-        elif thread.is_alive():
-            log.warning(
-                "W&B has not taken everything within %.0f s; `wandb sync %s` sends it later",
-                SECONDS_TO_FINISH,
-                Path(run.dir).parent,
-            )
+        if thread.is_alive():
+            late = f"W&B has not taken everything within {SECONDS_TO_FINISH:.0f} s"
+            log.warning("%s; `wandb sync %s` sends it later", late, Path(run.dir).parent)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -184,10 +170,8 @@ def _heatmaps(metrics: dict[str, float]) -> dict[str, Any]:
         return {}
     import wandb
 
-    return {
-        name: wandb.Histogram(np_histogram=(np.array(values), np.arange(len(values) + 1)))
-        for name, values in grids.items()
-    }
+    bins = {name: (np.array(values), np.arange(len(values) + 1)) for name, values in grids.items()}
+    return {name: wandb.Histogram(np_histogram=histogram) for name, histogram in bins.items()}
 
 
 def _add_panels(run: Any) -> None:

@@ -3,6 +3,7 @@
 Every mistake in the configuration, data, machine or folder is reported here, before the first step.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -125,14 +126,9 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     _warn_of_slow_saves(folder, engine)
     logger = None
     if rank == 0:
-        logger = Logger(
-            folder,
-            logger_config,
-            run_name=config.run.name,
-            run_config=to_dict(resolved.config),
-            step=checkpoint.step if checkpoint else 0,
-            total_steps=resolved.total_steps,
-        )
+        logged = dataclasses.replace(resolved.config, logger=logger_config)
+        step = checkpoint.step if checkpoint else 0
+        logger = Logger(folder, logged, step=step, total_steps=resolved.total_steps)
     trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock)
     if checkpoint:
         trainer.restore(checkpoint)

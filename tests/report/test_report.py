@@ -632,7 +632,7 @@ def test_run_goes_on_if_panels_cannot_be_created(
 ) -> None:
     import wandb
 
-    from osp.config import LoggerConfig
+    from osp.config import Config, LoggerConfig
     from osp.run.logger import Logger
 
     logged = []
@@ -651,8 +651,8 @@ def test_run_goes_on_if_panels_cannot_be_created(
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
     monkeypatch.setattr(wandb, "Api", unreachable)
     caplog.set_level("INFO")
-    config = LoggerConfig(wandb="online", progress=False)
-    logger = Logger(tmp_path, config, run_name="run", run_config={}, step=0, total_steps=2)
+    config = Config(logger=LoggerConfig(wandb="online", progress=False))
+    logger = Logger(tmp_path, config, step=0, total_steps=2)
     logger.log({"monitor/kurtosis/layer_00/q": 9.0, "monitor/kurtosis/layer_01/q": 99.0}, step=1, tokens=1)
     logger.close()
     assert "no W&B panels (no route); make them with scripts/panels.py me/osp" in caplog.text

@@ -367,8 +367,8 @@ def test_unreachable_wandb_does_not_block_the_end(
 
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
     monkeypatch.setattr("osp.run.logger.SECONDS_TO_FINISH", 0.05)
-    config = LoggerConfig(wandb="offline", progress=False)
-    Logger(tmp_path, config, run_name="run", run_config={}, step=0, total_steps=2).close()
+    config = Config(logger=LoggerConfig(wandb="offline", progress=False))
+    Logger(tmp_path, config, step=0, total_steps=2).close()
     released.set()
     assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}` sends it later" in caplog.text
 
