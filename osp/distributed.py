@@ -51,11 +51,8 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_seconds)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
+        ranks: dict[str, Any] = {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **ranks)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
     os.environ["DS_ACCELERATOR"] = place.type  # else DeepSpeed takes a GPU it finds, or warns that it finds none
     import deepspeed
@@ -177,18 +174,16 @@ def is_main() -> bool:
 
 def gather_objects(value: Any) -> list[Any]:
     """Return the values of all ranks, in order, on every rank. Collective."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        values = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Return the indices of the sequences of each batch, longest first, at most `batch_tokens` with padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    for i in order:
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(i)
         else:

@@ -282,7 +282,7 @@ class Saver:
 
     def close(self) -> None:
         """End the thread after old checkpoints are removed. A save that was not finished is abandoned."""
-        background = [future for future in (self._writing, self._publishing) if future]
+        background: list[Future[Any]] = [future for future in (self._writing, self._publishing) if future]
         _, hanging = wait(background, timeout=CLOSE_SECONDS)
         self._thread.shutdown(wait=not hanging)
 
