@@ -67,7 +67,7 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
 
 
 class Peers:
-    """The ranks of this run, watched so that none waits for a dead one for ever.
+    """The ranks of this run, watched so that a dead rank ends the others.
 
     A rank on this host is dead when its process is gone. A rank on another host is noticed by its connection: at once
     on gloo, after the timeout of the process group on NCCL.

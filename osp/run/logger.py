@@ -148,7 +148,7 @@ class WandB:
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()
-        thread.join(SECONDS_TO_FINISH)  # W&B itself would wait for ever
+        thread.join(SECONDS_TO_FINISH)  # W&B itself would wait without end
         if thread.is_alive():
             late = f"W&B has not taken everything within {SECONDS_TO_FINISH:.0f} s"
             log.warning("%s; `wandb sync %s` sends it later", late, Path(run.dir).parent)
@@ -158,7 +158,7 @@ class WandB:
         """Switch W&B off with one warning at any error inside this context."""
         try:
             yield
-        except Exception as error:  # W&B raises errors of its own, of the network and of the file system
+        except Exception as error:  # errors of W&B, the network or the file system
             log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
             self._run = None
 

@@ -262,7 +262,7 @@ def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
     if longest > SECONDS_TO_KILL and engine.rank == 0:
         log.warning(
             f"a checkpoint of {total / 1e9:.2f} GB takes {longest:.0f} s to write to {folder}, and a launcher kills a "
-            f"run {SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint will be that of checkpoint.every; use a "
+            f"run {SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint is one of checkpoint.every; use a "
             "faster disk, more ranks, or an earlier signal (scripts/slurm.sh)"
         )
 

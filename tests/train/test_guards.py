@@ -119,7 +119,7 @@ def test_step_with_non_finite_gradient_is_skipped_and_reported(
     assert all(math.isfinite(value) for value in curve)
     before, after = (load_model(tmp_path / "run" / "checkpoints" / f"step_0000000{n}").state_dict() for n in (2, 3))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert curve[3] != curve[2]  # other sequences: those of the skipped step are not read again
+    assert curve[3] != curve[2]  # other sequences: a skipped step is not read again
     report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert report["rows"] == []
     assert {"inf", "nan"} & set(report["gradients"].values())

@@ -291,7 +291,7 @@ def test_bhyt_constants_derive_from_weights_and_are_saved(stage: int, tiny: Tiny
     for event in probes:
         assert 0 < event["bhyt/var_error/layer_00"] < 1
         assert "bhyt/var_error/layer_01" in event
-    # the refresh before step 3 saw the weights after step 2, so the constants are near, not equal, those of the end
+    # the refresh before step 3 saw the weights after step 2, so the constants are near the final ones, not equal
     for layer in model.layers:
         assert isinstance(layer, Block)
         assert isinstance(layer.post_attention_layernorm, BHyT)
