@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 Slice = tuple[str, int, int, dict[str, Tensor]]  # parameter name, start, stop, kind -> flat fp32 slice
 StoredSlice = tuple[Path, str, int, int]  # file, key in it, start, stop
+GatherObjects = Callable[[Any], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -195,16 +196,7 @@ class Saver:
     `gather` returns the values of all ranks on every rank.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep_last: int,
-        keep_every: int,
-        token: str,
-        rank: int,
-        gather: Callable[[Any], list[Any]],
-    ):
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int, token: str, rank: int, gather: GatherObjects):
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self._token, self._rank, self._gather = token, rank, gather
         self._host: dict[str, Tensor] = {}  # reused by every save: allocating page-locked memory is slow

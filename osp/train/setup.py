@@ -19,15 +19,7 @@ from osp.data.prepare import start
 from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
 from osp.device import native_fp8, prepare_cpu
-from osp.distributed import (
-    Peers,
-    count_ranks,
-    device_of_rank,
-    gather_objects,
-    init_distributed,
-    local_ranks,
-    on_main,
-)
+from osp.distributed import Peers, count_ranks, device_of_rank, gather_objects, init_distributed, local_ranks, on_main
 from osp.errors import LostRankError, RunError, UserError
 from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
@@ -79,12 +71,11 @@ def setup(config: Config) -> Trainer:
     try:
         return _set_up(config, resolved, shapes, peers)
     except BaseException as error:
-        try:
-            if dead := peers.cause(error):
-                raise LostRankError(f"before the first step: {dead}; start all of them again") from error
-            raise
-        finally:
-            peers.dismiss()
+        dead = peers.cause(error)
+        peers.dismiss()
+        if dead:
+            raise LostRankError(f"before the first step: {dead}; start all of them again") from error
+        raise
 
 
 def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], peers: Peers) -> Trainer:
