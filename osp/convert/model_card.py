@@ -12,20 +12,16 @@ from osp.files import read_lines
 from osp.model.transformer import count_parameters
 from osp.quant.spec import QuantSpec
 from osp.run.evaluations import read_evaluation
+from osp.run.metrics import METRICS
 from osp.tables import markdown_table, render_markdown
 
 FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest
 TRAINED_BY = " trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697)"
 CURVE_ROWS = 10
-CURVES = {  # heading -> key of metrics.jsonl
-    "validation loss": "val/loss",
-    "bits per byte": "val/bits_per_byte",
-    "perplexity at 16-16-16": "quant/perplexity/16-16-16",
-    "at 4-4-4": "quant/perplexity/4-4-4",
-    "kurtosis": "monitor/kurtosis/mean",
-    "kurtosis (script of OSP)": "monitor/kurtosis/osp_script",
-    "largest activation": "monitor/max_abs/max",
-}
+CURVES = (  # keys of metrics.jsonl
+    *("val/loss", "val/bits_per_byte", "quant/perplexity/16-16-16", "quant/perplexity/4-4-4"),
+    *("monitor/kurtosis/mean", "monitor/kurtosis/osp_script", "monitor/max_abs/max"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,15 +72,12 @@ def _curves(events: Sequence[dict[str, Any]], step: int) -> str:
     for event in events:
         if event["step"] <= step:
             steps.setdefault(event["step"], {}).update(event)
-    rows = [event for event in steps.values() if any(event.get(key) is not None for key in CURVES.values())]
+    rows = [event for event in steps.values() if any(event.get(key) is not None for key in CURVES)]
     if len(rows) > CURVE_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
-    shown = {heading: key for heading, key in CURVES.items() if any(row.get(key) is not None for row in rows)}
-    table = []
-    for row in rows:
-        numbers = [_number(row.get(key)) for key in shown.values()]
-        table.append([f"{row['step']:,}", f"{row['tokens']:,}", *numbers])
-    return markdown_table(["step", "tokens", *shown], table) if table else ""
+    keys = [key for key in CURVES if any(row.get(key) is not None for row in rows)]
+    table = [[f"{row['step']:,}", f"{row['tokens']:,}", *(_number(row.get(key)) for key in keys)] for row in rows]
+    return markdown_table(["step", "tokens", *(METRICS[key].full_title for key in keys)], table) if table else ""
 
 
 def _evaluations(run: Path) -> str:

@@ -24,8 +24,12 @@ class Metric:
     title: str
     unit: str = ""
     better: Literal["lower", "higher", ""] = ""
-    name: str = ""  # among metrics of the same title; default: the last part of the key
+    name: str = ""  # among metrics of the same title
     log: bool = False  # drawn on a logarithmic axis
+
+    @property
+    def full_title(self) -> str:
+        return ": ".join(filter(None, [self.title, self.name]))
 
 
 PLACEHOLDERS = {

@@ -163,7 +163,7 @@ def test_card_shows_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| training tokens | 1,536 in 6 steps of 256 |" in card
     assert "| norm | ssnorm |" in card
-    assert "\n| step | tokens | validation loss | bits per byte | at 4-4-4 |\n" in card
+    assert "\n| step | tokens | Validation loss | Bits per byte | Perplexity at 16 and 4 bits: 4-4-4 |\n" in card
     assert re.search(r"^\| 3 \| 768 \| 5\.\d+ \| \d\.\d+ \| 321.5 \|$", card, flags=re.MULTILINE)
     exported, text = load_hf(tmp_path / "out"), read_text("held_out", open_model(run))
     with quantized(exported, QuantSpec().at("4-4-4")):

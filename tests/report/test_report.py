@@ -571,9 +571,8 @@ def test_documentation_has_key_title_unit_and_direction_of_every_metric() -> Non
     text = (ROOT / "docs" / "metrics.md").read_text()
     rows = re.findall(r"^\| `([^`]+)` \|(.+)\|$", text, flags=re.MULTILINE)
     cells = {key: [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", rest)] for key, rest in rows}
-    titles = {key: ": ".join(filter(None, [metric.title, metric.name])) for key, metric in METRICS.items()}
     assert {key: row[:3] for key, row in cells.items()} == {
-        key: [titles[key], metric.unit, metric.better] for key, metric in METRICS.items()
+        key: [metric.full_title, metric.unit, metric.better] for key, metric in METRICS.items()
     }
     assert all(len(row) == 4 and row[3] for row in cells.values())
 
