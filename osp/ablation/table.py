@@ -2,19 +2,22 @@
 
 import dataclasses
 import math
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from osp.ablation.config import AblationConfig
-from osp.ablation.paper import SCALE, TABLE_2, TEXT
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS
 from osp.report import Run, Series, read_run
-from osp.run.evaluations import ComparisonRecord, Score, replace_nonfinite
+from osp.run.evaluations import ComparisonRecord, replace_nonfinite
+from osp.run.metrics import key_regex
 from osp.tables import markdown_table
 
 HADAMARD = " +Had"
@@ -28,53 +31,25 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heading, rows
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a run: its title, its meaning, and how to read it from the folder."""
+    """A number of a run: its title, its meaning, and its key in metrics.jsonl."""
 
     title: str
     says: str
-    read: Callable[[Run], float]
+    key: str  # with <layer>: over all layers, the mean or the largest
+    largest: bool = False
+
+    def read(self, run: Run) -> float:
+        values = [series.last for key, series in run.series.items() if re.fullmatch(key_regex(self.key), key)]
+        if not values:
+            return math.nan
+        return max(values) if self.largest else statistics.fmean(values)
 
 
-def _last(key: str) -> Callable[[Run], float]:
-    return lambda run: run.last(key)
-
-
-def _over_layers(stat: str, kind: str, reduce: Callable[[list[float]], float]) -> Callable[[Run], float]:
-    """Return a function that reduces the last values of a statistic at one kind of site."""
-
-    def read(run: Run) -> float:
-        values = [s.last for site, s in run.sites().items() if (site.stat, site.kind) == (stat, kind)]
-        return reduce(values) if values else math.nan
-
-    return read
-
-
-QUANTITIES = {
-    "kurtosis": Quantity(
-        "kurtosis in context",
-        "excess kurtosis of the residual stream after each block, per token over channels, mean over tokens and "
-        "layers, on the validation split",
-        _over_layers("kurtosis", "block_out", statistics.fmean),
-    ),
-    "osp_script": Quantity(
-        "kurtosis, paper's script",
-        "the same by the paper's evaluate_kurtosis.py, every token alone at position 0",
-        _last("monitor/kurtosis/osp_script"),
-    ),
-    "down_proj_max": Quantity(
-        "max |x| at down_proj",
-        "largest input of down_proj in any layer, on the validation split",
-        _over_layers("max_abs", "down_proj_in", max),
-    ),
-    "down_proj_kurtosis": Quantity(
-        "kurtosis at down_proj",
-        "excess kurtosis of the input of down_proj, the largest of all layers",
-        _over_layers("kurtosis", "down_proj_in", max),
-    ),
-    "R_L": Quantity("R_L", "relative error of the last hidden state under fake W4A4", _last("monitor/R_L")),
-    "loss": Quantity("validation loss", "nats per token on the validation split", _last("val/loss")),
-}
-COST_TITLE = f"{LAST} costs, nats"
+_FILE = yaml.safe_load(Path(__file__).with_name("table.yaml").read_text(encoding="utf-8"))
+QUANTITIES = {name: Quantity(**fields) for name, fields in _FILE["quantities"].items()}
+PAPER: dict[str, dict[str, float]] = _FILE["paper"]["rows"]  # row -> quantity or column -> number
+SCALE, TEXT = _FILE["paper"]["scale"], _FILE["paper"]["text"]
+TITLES = {name: quantity.title for name, quantity in QUANTITIES.items()} | {"cost": f"{LAST} costs, nats"}
 
 
 @dataclass(frozen=True)
@@ -122,44 +97,35 @@ class Results:
 
 def collect(runs: list[Planned], records: dict[str, ComparisonRecord], failures: dict[str, str]) -> Results:
     """Return the results of the finished runs. records: label -> record of scripts/compare.py."""
-    measured = [measure(run, records[run.label]) for run in runs if run.label in records]
-    planned: dict[tuple[str, str], list[str]] = {}
+    results = Results([], [measure(run, records[run.label]) for run in runs if run.label in records], {}, failures)
+    planned: dict[tuple[str, str], list[Planned]] = {}
     for run in sorted(runs, key=lambda run: run.order):
         if run.value is None:
-            planned.setdefault((run.row.name, run.rates), []).append(run.label)
-    lines = []
-    for (row, rates), run_labels in planned.items():
-        numbers = {
-            m.planned.label: m.numbers for m in measured if (m.planned.row.name, m.planned.rates) == (row, rates)
-        }
-        missing = tuple(label for label in run_labels if label not in numbers)
-        lines.append(Line(row, rates, summarize(list(numbers.values())), missing))
-    sweep: dict[str, list[tuple[float | str, dict[str, float]]]] = {}
-    for m in measured:
+            planned.setdefault((run.row.name, run.rates), []).append(run)
+    for (row, rates), of_row in planned.items():
+        numbers = [m.numbers for m in results.runs if m.planned in of_row]
+        missing = tuple(run.label for run in of_row if run.label not in records)
+        results.lines.append(Line(row, rates, summarize(numbers), missing))
+    for m in results.runs:
         if m.planned.value is not None:
-            sweep.setdefault(m.planned.row.name, []).append((m.planned.value, m.numbers))
-    for points in sweep.values():
-        points.sort(key=lambda point: (isinstance(point[0], str), point[0]))
-    results = Results(lines, measured, sweep, failures)
-    for m in measured:
+            results.sweep.setdefault(m.planned.row.name, []).append((m.planned.value, m.numbers))
         (model,) = m.record.models
         results.specs |= model.specs
         results.texts |= model.texts
         results.columns |= model.hashes
-    results.commits = tuple(dict.fromkeys(str(m.record.commit) for m in measured))
+    for points in results.sweep.values():
+        points.sort(key=lambda point: (isinstance(point[0], str), point[0]))
+    results.commits = tuple(dict.fromkeys(str(m.record.commit) for m in results.runs))
     return results
 
 
 def measure(run: Planned, record: ComparisonRecord) -> Measured:
     """Return the numbers of one finished run."""
-
-    def perplexity(score: Score) -> float:
-        return math.inf if score.perplexity is None else score.perplexity
-
     folder, (model,) = read_run(run.folder), record.models
     numbers = {name: quantity.read(folder) for name, quantity in QUANTITIES.items()}
     for row, cells in model.bits.items():
-        numbers |= {bits + HADAMARD * bool(row): perplexity(score) for bits, score in cells.items()}
+        for bits, score in cells.items():
+            numbers[bits + HADAMARD * bool(row)] = math.inf if score.perplexity is None else score.perplexity
     # a method that cannot be applied to a model has no score
     numbers |= {method: s.perplexity for method, s in model.methods.items() if s.perplexity is not None}
     first, last = math.log(numbers[FIRST]), math.log(numbers[LAST])
@@ -186,20 +152,14 @@ def difference(a: Cell, b: Cell) -> tuple[float, float]:
 
 def as_json(results: Results) -> dict[str, Any]:
     """Return every number with the hashes of its quantization and data, and its commit."""
-    rows = [
-        {
-            "row": line.row,
-            "rates": line.rates,
-            "cells": {k: {**dataclasses.asdict(c), "quant": results.columns.get(k)} for k, c in line.cells.items()},
-            "missing": list(line.missing),
-        }
-        for line in results.lines
-    ]
+    rows = [dataclasses.asdict(line) for line in results.lines]
+    for row in rows:
+        row["cells"] = {name: {**cell, "quant": results.columns.get(name)} for name, cell in row["cells"].items()}
     runs = [
         {
             "label": m.planned.label,
             "row": m.planned.row.name,
-            "overrides": list(m.planned.row.overrides),
+            "overrides": m.planned.row.overrides,
             "rates": m.planned.rates,
             "seed": m.planned.seed,
             "value": m.planned.value,
@@ -209,11 +169,64 @@ def as_json(results: Results) -> dict[str, Any]:
         }
         for m in results.runs
     ]
-    values = {"data": results.texts, "commits": list(results.commits), "specs": results.specs, "rows": rows}
+    values = {"data": results.texts, "commits": results.commits, "specs": results.specs, "rows": rows}
     return replace_nonfinite({**values, "runs": runs, "failures": results.failures})
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """A table with a title and a caption."""
+
+    title: str
+    says: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what the tables say in one sentence, and the tables."""
+
+    id: str
+    heading: str
+    says: str
+    cards: list[Card]
+
+
+def sections(results: Results, config: AblationConfig) -> list[Section]:
+    """Return the text of the page and of the Markdown: one section per set of learning rates, sweep, sources."""
+    seeds = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    meanings = "; ".join(f"{quantity.title}: {quantity.says}" for quantity in QUANTITIES.values())
+    parts = []
+    for rates in dict.fromkeys(line.rates for line in results.lines):
+        lines = [line for line in results.lines if line.rates == rates]
+        says = f"Ours: {seeds}. In brackets the paper's: {SCALE}. {meanings}."
+        cards = [Card("Outliers and quality", says, *outlier_rows(lines))]
+        if len(lines) > 1:
+            says = (
+                f"Nats per token, ± the spread over seeds. A row is better if it loses less at {LAST} and not more at "
+                f"{FIRST}, each by more than twice that spread."
+            )
+            cards.append(Card(f"Against {lines[0].row}", says, *against_rows(lines)))
+        says = (
+            f"Ours: {', '.join(results.texts) or 'no text'}, {seeds}. In brackets the paper's, of {TEXT}: {SCALE}. "
+            "+Had: with an online Hadamard transform before down_proj."
+        )
+        cards.append(Card("Perplexity by bits of weights, activations and KV cache", says, *bits_rows(lines)))
+        if (methods := methods_rows(lines))[1]:
+            says = "Each row adds to the rows above it."
+            cards.append(Card(f"Perplexity at {LAST} by method", says, *methods))
+        parts.append(Section(f"rates-{rates}", f"Learning rates: {rates}", verdict(lines), cards))
+    if results.sweep:
+        says = f"Every row at each value, all else equal, with seed {config.seeds[0]}."
+        cards = [Card("Numbers", "", *sweep_rows(results, config))]
+        parts.append(Section("sweep", f"Over {config.sweep.key}", says, cards))
+    rows = [[column, key, results.specs.get(key, "")] for column, key in results.columns.items()]
+    quantizations = Card("Quantizations", "", ["column", "quantization", "in words"], rows)
+    return [*parts, Section("provenance", "Where the numbers are from", "", [quantizations])]
 
 
 def as_markdown(results: Results, config: AblationConfig, about: Sequence[str]) -> str:
@@ -221,37 +234,19 @@ def as_markdown(results: Results, config: AblationConfig, about: Sequence[str]) 
     parts: list[str] = ["# What outliers cost, by recipe", "\n".join(f"- {line}" for line in about)]
     if missing := missing_lines(results):
         parts += ["**Missing from this table:**", "\n".join(f"- {line}" for line in missing)]
-    for rates in dict.fromkeys(line.rates for line in results.lines):
-        lines = [line for line in results.lines if line.rates == rates]
-        parts += [
-            f"## Learning rates: {rates}",
-            verdict(lines),
-            f"Ours: {seeds_words(config)}. In brackets the paper's: {SCALE}, perplexity of {TEXT}.",
-            markdown_table(*outlier_rows(lines)),
-        ]
-        if len(lines) > 1:
-            parts += [against_words(lines), markdown_table(*against_rows(lines))]
-        parts += [
-            f"Perplexity by bits of weights, activations and KV cache. Ours: {', '.join(results.texts) or 'no text'}; "
-            f"in brackets the paper's, of {TEXT}.",
-            markdown_table(*bits_rows(lines)),
-        ]
-        if (methods := methods_rows(lines))[1]:
-            parts += [f"Perplexity at {LAST} by method; each row adds to the rows above it.", markdown_table(*methods)]
-    if results.sweep:
-        parts += [f"## Over {config.sweep.key}", f"With seed {config.seeds[0]}."]
-        parts.append(markdown_table(*sweep_rows(results, config)))
-    texts = [f"- text {name}: SHA-256 `{digest}`" for name, digest in results.texts.items()]
-    commits = f"- commit {', '.join(f'`{commit}`' for commit in results.commits) or 'unknown'}"
-    parts += ["## Where the numbers are from", "\n".join([*texts, commits])]
-    parts.append(markdown_table(*provenance_rows(results)))
+    for section in sections(results, config):
+        parts += [f"## {section.heading}", f"**{section.says}**" if section.says else ""]
+        if section.id == "provenance":
+            parts.append("\n".join(f"- {line}" for line in source_lines(results)))
+        for card in section.cards:
+            parts += [" ".join(filter(None, [f"{card.title}.", card.says])), markdown_table(card.head, card.rows)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def seeds_words(config: AblationConfig) -> str:
-    """Return what a cell says about the seeds."""
-    count = len(config.seeds)
-    return f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+def source_lines(results: Results) -> list[str]:
+    """Return lines on the texts and the code."""
+    texts = [f"text {name}: SHA-256 {digest}" for name, digest in results.texts.items()]
+    return [*texts, f"commit {', '.join(results.commits) or 'unknown'}"]
 
 
 def missing_lines(results: Results) -> list[str]:
@@ -269,27 +264,17 @@ def verdict(lines: Sequence[Line]) -> str:
     by, spread = difference(a, b)
     costs = f"{LAST} costs {first.row} {cell_text(a)} and {last.row} {cell_text(b)} nats per token"
     if not math.isfinite(by):
-        return f"**{costs}.**"
+        return f"{costs}."
     if math.isfinite(spread) and abs(by) <= 2 * spread:
-        return f"**{costs}: no difference beyond twice the spread over seeds ({spread:.4f}).**"
+        return f"{costs}: no difference beyond twice the spread over seeds ({spread:.4f})."
     known = f", {abs(by) / spread:.1f} times the spread over seeds" if math.isfinite(spread) and spread else ""
     one_seed = "" if math.isfinite(spread) else "; one seed, so the spread is unknown"
-    return f"**{costs}: {last.row} loses {abs(by):.4f} {'less' if by > 0 else 'more'}{known}{one_seed}.**"
+    return f"{costs}: {last.row} loses {abs(by):.4f} {'less' if by > 0 else 'more'}{known}{one_seed}."
 
 
 def outlier_rows(lines: Sequence[Line]) -> Table:
     """Return kurtosis, largest values, R_L, loss, and the cost of 4-4-4."""
-    names = [*QUANTITIES, "cost"]
-    titles = [*(quantity.title for quantity in QUANTITIES.values()), COST_TITLE]
-    return ["row", *titles], [[line.row, *(with_paper(line, name) for name in names)] for line in lines]
-
-
-def against_words(lines: Sequence[Line]) -> str:
-    """Return the caption of `against_rows`."""
-    return (
-        f"Against {lines[0].row}, nats per token, ± the spread over seeds. A row is better if it loses less at {LAST} "
-        f"and not more at {FIRST}, each by more than twice that spread."
-    )
+    return ["row", *TITLES.values()], [[line.row, *(with_paper(line, name) for name in TITLES)] for line in lines]
 
 
 def against_rows(lines: Sequence[Line]) -> Table:
@@ -333,24 +318,17 @@ def methods_rows(lines: Sequence[Line]) -> Table:
 def sweep_rows(results: Results, config: AblationConfig) -> Table:
     """Return loss, kurtosis and the cost of 4-4-4 for every row and value."""
     names = ["loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost"]
-    titles = {name: quantity.title for name, quantity in QUANTITIES.items()} | {"cost": COST_TITLE}
     rows = [
         [row, str(value), *(format_number(numbers.get(name, math.nan)) for name in names)]
         for row, points in results.sweep.items()
         for value, numbers in points
     ]
-    return ["row", config.sweep.key or "", *(titles.get(name, name) for name in names)], rows
-
-
-def provenance_rows(results: Results) -> Table:
-    """Return the quantization of each column and method, by hash and in words."""
-    rows = [[column, key, results.specs.get(key, "")] for column, key in results.columns.items()]
-    return ["column", "quantization", "in words"], rows
+    return ["row", config.sweep.key or "", *(TITLES.get(name, name) for name in names)], rows
 
 
 def with_paper(line: Line, name: str) -> str:
     """Return our number, and in brackets the paper's if there is one."""
-    paper = TABLE_2.get(line.row, {}).get(name)
+    paper = PAPER.get(line.row, {}).get(name)
     return cell_text(line.cells.get(name)) + ("" if paper is None else f" ({format_number(paper)})")
 
 

@@ -113,18 +113,17 @@ def render(template: Path, **values: Any) -> str:
     return environment.get_template(template.name).render(time=time, **values) + "\n"
 
 
-def curves_figure(
-    name: str, spec: dict[str, Any], runs: list[str], *, unit: str = "", says: str = "", wide: bool = False
-) -> dict[str, Any]:
-    """Return the figure of the chart `spec`, which is `data.lines[name]` of the page.
+def curves_figure(name: str, chart: dict[str, Any], runs: list[str]) -> dict[str, Any]:
+    """Return the figure of `chart`, which is `data.lines[name]` of the page.
 
     Args:
-        spec: "title", "log" (y axis), "curves" (each {"run", "key", "name", "faint", "x", "y"}), "levels", "events"; if
-            x is not a step also "x" (what it is), "logx" and "categories" (names of x = 0, 1, ...).
+        chart: "title", "log" (y axis), "curves" (each {"run", "key", "name", "faint", "x", "y"}), "levels", "events";
+            optional "unit", "says", "wide"; if x is not a step also "x" (what it is), "logx" and "categories" (names of
+            x = 0, 1, ...).
         runs: the names of the curves' runs.
     """
-    about = {"name": name, "title": spec["title"], "unit": unit, "says": says, "wide": wide}
-    return about | {"words": _line_words(spec, runs)}
+    figure = {key: chart.get(key, "") for key in ("title", "unit", "says", "wide")}
+    return figure | {"name": name, "words": _line_words(chart, runs)}
 
 
 # ---- data of the charts ----------------------------------------------------------------------------------------------
@@ -159,20 +158,25 @@ def _all_lines(runs: list[Run]) -> dict[str, Any]:
     """Return name -> chart. With several runs, a chart of several keys becomes one chart for each key."""
     drawn = {}
     for chart in LINES:
-        all_curves = charts.lines_data(chart, runs)
-        for key in chart.keys if len(runs) > 1 and len(chart.keys) > 1 else [None]:
-            curves = [curve for curve in all_curves if key in (None, curve["key"])]
-            if not curves and key is not None:
-                continue
-            metric = chart.metric
-            drawn[chart.name if key is None else f"{chart.name}_{key.rpartition('/')[2]}"] = {
-                "chart": chart.name,
-                "title": metric.title if key is None else f"{metric.title}: {charts.curve_name(key)}",
-                "log": metric.log,
-                "curves": [{**curve, "name": ""} for curve in curves] if key else curves,
-                "levels": _levels(chart, runs),
-                "events": _marks(runs) if chart.name in ("train_loss", "kurtosis") else [],
-            }
+        all_curves, metric = charts.lines_data(chart, runs), chart.metric
+        better = f"{metric.better} is better" if metric.better else ""
+        about = {
+            "chart": chart.name,
+            "title": metric.title,
+            "unit": ", ".join(filter(None, [metric.unit, better])),
+            "says": chart.says,
+            "wide": chart.name == "train_loss",
+            "log": metric.log,
+            "levels": _levels(chart, runs),
+            "events": _marks(runs) if chart.name in ("train_loss", "kurtosis") else [],
+        }
+        if len(runs) == 1 or len(chart.keys) == 1:
+            drawn[chart.name] = about | {"curves": all_curves}
+            continue
+        for key in chart.keys:
+            if curves := [{**curve, "name": ""} for curve in all_curves if curve["key"] == key]:
+                title = f"{metric.title}: {charts.curve_name(key)}"
+                drawn[f"{chart.name}_{key.rpartition('/')[2]}"] = about | {"title": title, "curves": curves}
     return drawn
 
 
@@ -207,11 +211,7 @@ def _line_section(data: dict[str, Any], section: str) -> dict[str, Any]:
     for name, spec in data["lines"].items():
         chart = by_name.get(spec["chart"])
         if chart and spec["curves"]:
-            better = chart.metric.better and f"{chart.metric.better} is better"
-            unit = ", ".join(filter(None, [chart.metric.unit, better]))
-            figures.append(
-                curves_figure(name, spec, data["runs"], unit=unit, says=chart.says, wide=name == "train_loss")
-            )
+            figures.append(curves_figure(name, spec, data["runs"]))
         elif chart and chart.missing:
             missing.append(chart.missing)
     narrow = sum(not figure["wide"] for figure in figures)

@@ -11,9 +11,9 @@ import pytest
 
 from osp.ablation.config import AblationConfig
 from osp.ablation.page import ablation_page
-from osp.ablation.paper import TABLE_2
 from osp.ablation.runs import Planned, plan
 from osp.ablation.table import (
+    PAPER,
     Cell,
     Line,
     Results,
@@ -147,7 +147,7 @@ def test_markdown_has_every_table_with_equal_columns(ablation: tuple[AblationCon
     assert "| +Had | 30.00 ± 14.14 (11.40) |" in text
     assert "max \\|x\\| at down_proj" in text
     assert "| 4-4-4 | abc123 | 4-4-4 rtn |" in text
-    assert f"text held_out: SHA-256 `{'e' * 64}`" in text
+    assert f"text held_out: SHA-256 {'e' * 64}" in text
     assert "0123abcd" in text
     assert text.count("## Over optimizer.lr") == 1
     for line in text.split("\n"):  # every row of a table has as many cells as its heading
@@ -211,10 +211,10 @@ def test_committed_json_renders_the_committed_tables(name: str) -> None:
 
 def test_table_of_the_paper_is_complete() -> None:
     """Every row has a number for every cell, and of the +Had rows of the paper only Adam stays without use."""
-    for row in TABLE_2.values():
+    for row in PAPER.values():
         assert set(row) == {"osp_script", *COLUMNS, *(f"{bits} +Had" for bits in COLUMNS)}
-    assert TABLE_2["osp"]["4-4-4"] == 19.6
-    assert TABLE_2["adam"]["4-4-4"] == 8e4
+    assert PAPER["osp"]["4-4-4"] == 19.6
+    assert PAPER["adam"]["4-4-4"] == 8e4
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
