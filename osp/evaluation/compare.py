@@ -10,15 +10,7 @@ from osp.config import COMPARISONS, MonitorConfig
 from osp.distributed import is_main
 from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
-from osp.evaluation.evaluate import (
-    Inputs,
-    calibration_rows,
-    measure,
-    prepare_out,
-    read_inputs,
-    start,
-    store_record,
-)
+from osp.evaluation.evaluate import Inputs, calibration_rows, measure, prepare_out, read_inputs, start, store_record
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
@@ -35,29 +27,18 @@ ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated
 KURTOSIS_TOKENS = 16_384  # of the text, at most
 
 
-def table_2_specs(spec: QuantSpec, *, all_methods: bool = False) -> dict[str, dict[str, QuantSpec]]:
-    """Return row -> column -> quantization: round to nearest without and with the Hadamard transform of the FFN.
-
-    all_methods: also the methods of table 4.
-    """
-    rows = {"": spec, **_methods(spec)}
-    names = rows if all_methods else ("", "+Had")
-    return {name: {bits: rows[name].at(bits) for bits in COLUMNS} for name in names}
+def _methods(spec: QuantSpec) -> dict[str, QuantSpec]:
+    """Return `spec` with one more method per entry, as in the authors' scripts."""
+    hadamard = dataclasses.replace(spec, ffn_hadamard=True)
+    gptq = dataclasses.replace(hadamard, method="gptq")
+    return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
 def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
-    """Return row -> quantization at 4-4-4; each row adds to the one before, as in the authors' scripts."""
-    spec = spec.at(LAST_BITS)
-    added = _methods(spec)
-    rows = {"RTN": spec, "+ FFN Had": added["+Had"], "+ GPTQ": added["+GPTQ"], "+ QuaRot": added["+QuaRot"]}
-    return rows | ({"+ SpinQuant": dataclasses.replace(added["+QuaRot"], rotation="spinquant")} if spinquant else {})
-
-
-def _methods(spec: QuantSpec) -> dict[str, QuantSpec]:
-    """Return `spec` with one more method per entry."""
-    hadamard = dataclasses.replace(spec, ffn_hadamard=True)
-    gptq = dataclasses.replace(hadamard, method="gptq")
-    return {"+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
+    """Return row -> quantization at 4-4-4; each row adds to the one before."""
+    titles = ("RTN", "+ FFN Had", "+ GPTQ", "+ QuaRot")
+    rows = dict(zip(titles, _methods(spec.at(LAST_BITS)).values(), strict=True))
+    return rows | ({"+ SpinQuant": dataclasses.replace(rows["+ QuaRot"], rotation="spinquant")} if spinquant else {})
 
 
 def compare(config: CompareConfig) -> list[Comparison]:
@@ -82,7 +63,11 @@ def compare(config: CompareConfig) -> list[Comparison]:
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     """Return both tables of one model; a quantization that several cells share is measured once."""
     inputs = read_inputs(subject, config)
-    rows = table_2_specs(config.quant, all_methods=config.methods == "all")
+    named = _methods(config.quant)
+    rows = {
+        name: {bits: named[name].at(bits) for bits in COLUMNS}
+        for name in (named if config.methods == "all" else ("", "+Had"))
+    }
     methods = {} if config.methods == "none" else table_4_specs(config.quant, spinquant=config.spinquant)
     wanted = [spec for row in rows.values() for spec in row.values()] + list(methods.values())
     scores = {str(spec): Score(None, None) for spec in wanted if not _is_possible(spec, subject)}
@@ -90,7 +75,9 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     sha256, names, kurtosis = subject.sha256(), "", script_kurtosis(subject, config, inputs)
     shown = tqdm(possible.items(), desc=subject.name, unit="cell", disable=not (config.progress and is_main()))
     for words, spec in shown:
-        results = _measure(subject, config, inputs, spec)
+        calibration = calibration_rows(subject, spec, inputs)
+        with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
+            results = measure(subject, config, inputs)
         scores[words] = _score(results)
         names = names or ", ".join(dict.fromkeys(result.what for result in results))
     return Comparison(
@@ -125,6 +112,7 @@ def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Input
 def markdown(comparisons: list[Comparison]) -> str:
     """Return table 2, then table 4, and below them what the numbers are."""
     names = _names(comparisons)
+    has_tasks = any(score.accuracy is not None for c in comparisons for score in c.methods.values())
     table_2 = []
     for c, name in zip(comparisons, names, strict=True):
         first = [name, "-" if c.kurtosis is None else format_short(c.kurtosis)]
@@ -135,7 +123,7 @@ def markdown(comparisons: list[Comparison]) -> str:
         [
             markdown_table(["model", "ex. kurtosis", *COLUMNS], table_2),
             *([markdown_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
-            f"Cells: {'mean accuracy in percent / perplexity' if _has_tasks(comparisons) else 'perplexity'}; "
+            f"Cells: {'mean accuracy in percent / perplexity' if has_tasks else 'perplexity'}; "
             "columns are bits of weights, activations and KV cache. Excess kurtosis follows the paper's script.",
             "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),
         ]
@@ -154,12 +142,6 @@ def comparison_record(config: CompareConfig, comparisons: list[Comparison]) -> C
     )
 
 
-def _measure(subject: LanguageModel, config: CompareConfig, inputs: Inputs, spec: QuantSpec) -> list[Result]:
-    calibration = calibration_rows(subject, spec, inputs)
-    with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
-        return measure(subject, config, inputs)
-
-
 def _score(results: list[Result]) -> Score:
     perplexities = [result.value for result in results if result.metric == "perplexity"]
     accuracies = [result.value for result in results if result.metric in ACCURACIES]
@@ -175,10 +157,6 @@ def _is_possible(spec: QuantSpec, subject: LanguageModel) -> bool:
         logger.warning("%s: cells left out, %s", subject.name, error)
         return False
     return True
-
-
-def _has_tasks(comparisons: list[Comparison]) -> bool:
-    return any(score.accuracy is not None for c in comparisons for score in c.methods.values())
 
 
 def _names(comparisons: list[Comparison]) -> list[str]:

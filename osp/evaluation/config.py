@@ -15,14 +15,12 @@ class MeasureConfig:
 
     texts: tuple[str, ...] = ()  # wikitext2, held_out, a run folder, files; see osp.evaluation.texts
     text_field: str = "text"  # of records: the field that holds the document
-    seq_len: Annotated[Int, Field(ge=2, le=2**24)] | None = (
-        None  # tokens of a window; None: what the model was trained at, 2048 at most
-    )
+    # Tokens of a window; None: what the model was trained at, 2048 at most
+    seq_len: Annotated[Int, Field(ge=2, le=2**24)] | None = None
     overlap: CountOrZero = 0  # tokens of a window that are context only
     bos: bool = False  # the BOS token before every window and context
-    max_tokens: Annotated[Int, Field(ge=2, le=10**15)] | None = (
-        None  # tokens to read from the start of each text; None: all
-    )
+    # Tokens to read from the start of each text; None: all
+    max_tokens: Annotated[Int, Field(ge=2, le=10**15)] | None = None
     tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: OSP's ten as far as present
     tasks_dir: str = "."
     num_fewshot: CountOrZero = 0  # examples before each item of a local task

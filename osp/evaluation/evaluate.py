@@ -17,13 +17,7 @@ from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import init_distributed, is_main, local_ranks
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
-from osp.evaluation.harness import (
-    PAPER_TEN,
-    HarnessModel,
-    evaluate_local_task,
-    evaluate_named_tasks,
-    require_harness,
-)
+from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_local_task, evaluate_named_tasks, require_harness
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.local_tasks import LocalTask, read_task
 from osp.evaluation.perplexity import Perplexity, Text, perplexity
@@ -35,19 +29,9 @@ from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblati
 from osp.run.folder import environment
 
 # OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are missing
-PAPER_TASKS = {
-    "arc_easy": 0,
-    "arc_challenge": 0,
-    "commonsense_qa": 0,
-    "gsm8k": 8,
-    "openbook_qa": 0,
-    "piqa": 0,
-    "siqa": 0,
-    "triviaqa_sm_sub": 5,
-    "winogrande": 0,
-}
+PAPER_TASKS = dict.fromkeys(("arc_easy", "arc_challenge", "commonsense_qa"), 0) | {"gsm8k": 8}
+PAPER_TASKS |= dict.fromkeys(("openbook_qa", "piqa", "siqa"), 0) | {"triviaqa_sm_sub": 5, "winogrande": 0}
 LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
-LIVE_BITS = "4-4-4"
 BAR_WIDTH = 40
 
 
@@ -113,13 +97,8 @@ def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
         require_harness()
     tasks = tuple(read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config))
     texts = tuple(read_text(name, subject, text_field=config.text_field) for name in names)
-    return Inputs(texts, tasks, seq_len=config.seq_len or window_length(subject))
-
-
-def window_length(subject: LanguageModel) -> int:
-    """Return the default tokens of a window: the length of training, at most `LONGEST_WINDOW`."""
     trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
-    return min(LONGEST_WINDOW, trained)
+    return Inputs(texts, tasks, seq_len=config.seq_len or min(LONGEST_WINDOW, trained))
 
 
 def calibration_rows(subject: LanguageModel, spec: QuantSpec, inputs: Inputs) -> Tensor | None:
@@ -199,12 +178,11 @@ def live_perplexity(
     The weights are the same bits afterwards. Collective: every rank calls it with the whole model, under ZeRO-3 inside
     `gathered_parameters`.
     """
-    spec = spec or QuantSpec().at(LIVE_BITS)
     was_training = model.training
     model.eval()
     try:
         metrics = {}
-        for current in (QuantSpec(), spec):
+        for current in (QuantSpec(), spec or QuantSpec().at("4-4-4")):
             with quantized(model, current):
                 value = perplexity(model, text, seq_len=seq_len, batch_tokens=batch_tokens).perplexity
             metrics[f"quant/perplexity/{current.bits}"] = value
@@ -268,8 +246,7 @@ def ablation_table(ablation: SiteAblation) -> str:
         bar = "#" * max(0, round(BAR_WIDTH * share))
         lines.append(f"{cost.site:<14}{_number(cost.alone):>10}{_number(cost.left_out):>10}  {bar} {nats:+.4f}")
     lines.append("R_L, relative error of the residual stream after each block, and of the last norm")
-    for layer, error in enumerate(ablation.layer_errors):
-        lines.append(f"layer {layer:02d}  {error:.4f}")
+    lines += [f"layer {layer:02d}  {error:.4f}" for layer, error in enumerate(ablation.layer_errors)]
     lines.append(f"last norm {ablation.last_error:.4f}")
     return "\n".join(lines)
 
@@ -279,15 +256,15 @@ def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
     folder = Path(config.tasks_dir)
     files = []
     for name in config.tasks:
-        if name != "paper":
+        if name == "paper":
+            paths = [(folder / f"{task}.jsonl", shots) for task, shots in PAPER_TASKS.items()]
+            present = [(path, shots) for path, shots in paths if path.exists()]
+            if not present:
+                raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
+            files += present
+        else:
             path = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
             files.append((path, config.num_fewshot))
-            continue
-        paths = {folder / f"{task}.jsonl": shots for task, shots in PAPER_TASKS.items()}
-        present = [(path, shots) for path, shots in paths.items() if path.exists()]
-        if not present:
-            raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
-        files += present
     return files
 
 

@@ -4,17 +4,20 @@ The harness builds the requests and computes the metrics. `HarnessModel` answers
 shared by all ranks. Every rank gives the harness all requests and gets all answers, so it sees a single process.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from osp.distributed import add_up, batches_by_tokens, my_share
+from osp.distributed import add_up, batches_by_tokens, is_main, my_share
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.local_tasks import LocalTask, as_harness_task
@@ -23,19 +26,9 @@ from osp.run.evaluations import Result
 
 # The ten benchmarks of OSP (arXiv 2506.19697, tables 2, 3 and 5) by the harness's names, with their numbers of
 # examples. ARC is both its parts; MMLU is in cloze form.
-PAPER_TEN = {
-    "arc_easy": 0,
-    "arc_challenge": 0,
-    "commonsense_qa": 0,
-    "gsm8k": 8,
-    "hellaswag": 0,
-    "mmlu_continuation": 0,
-    "openbookqa": 0,
-    "piqa": 0,
-    "social_iqa": 0,
-    "triviaqa": 5,
-    "winogrande": 0,
-}
+PAPER_TEN = dict.fromkeys(("arc_easy", "arc_challenge", "commonsense_qa"), 0) | {"gsm8k": 8}
+PAPER_TEN |= dict.fromkeys(("hellaswag", "mmlu_continuation", "openbookqa", "piqa", "social_iqa"), 0)
+PAPER_TEN |= {"triviaqa": 5, "winogrande": 0}
 DEFAULT_NEW_TOKENS = 256
 LOGIT_ROWS = 1024  # logits (tokens) that exist at a time
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
@@ -127,8 +120,12 @@ class HarnessModel:
                 texts = self._continue([prompts[i] for i in chosen], limit, [stops[i] for i in chosen])
                 for i, tokens in zip(chosen, texts, strict=True):
                     results[i, : len(tokens)] = torch.tensor(tokens) + 1
-        texts = [self.subject.tokenizer.decode([id - 1 for id in row if id]) for row in add_up(results).tolist()]
-        return [cut_text(text, own) for text, own in zip(texts, stops, strict=True)]
+        answers = []
+        for row, own in zip(add_up(results).tolist(), stops, strict=True):
+            text = self.subject.tokenizer.decode([id - 1 for id in row if id])
+            end = min((text.find(stop) for stop in own if stop in text), default=len(text))
+            answers.append(text[:end])
+        return answers
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
@@ -193,11 +190,6 @@ def encode_pair(
     return head, tail
 
 
-def cut_text(text: str, stops: Sequence[str]) -> str:
-    """Return `text` up to the first stop string in it."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
-
-
 def require_harness() -> None:
     """Raise `UserError` where the harness is not installed."""
     try:
@@ -219,15 +211,10 @@ def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
 def evaluate_named_tasks(
     model: HarnessModel, tasks: dict[str, int], *, limit: int | None = None, include_path: str | None = None
 ) -> list[Result]:
-    """Return the scores of tasks or groups of the harness.
+    """Return the scores of tasks or groups of the harness, each with its number of examples before an item.
 
-    Args:
-        tasks: Name of each task or group -> number of examples before each item.
-        limit: Items of each task; None: all.
-        include_path: Folder of further task files.
-
-    Raises:
-        UserError: A task is unknown, or its data cannot be loaded.
+    limit: items of each task, None for all. include_path: folder of further task files. Raises `UserError` for an
+    unknown task, and for one whose data cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
@@ -260,9 +247,12 @@ def _evaluate(model: HarnessModel, name: str, tasks: Any, *, limit: int | None =
     """Return (metrics of the task or group `name` with their `_stderr`, number of truncated contexts)."""
     from lm_eval.evaluator import evaluate
 
+    # the harness has no option for its bar over the items
+    quiet = mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=not (model.progress and is_main())))
     model.what, before = name, model.truncated
     lm: Any = model  # not a subclass, so that this module can be imported without the harness
-    answer: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
+    with quiet:
+        answer: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
     # {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}
     metrics = {key.split(",")[0]: value for key, value in answer["results"][name].items()}
     return {key: value for key, value in metrics.items() if isinstance(value, float)}, model.truncated - before

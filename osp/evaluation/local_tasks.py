@@ -27,6 +27,7 @@ from osp.errors import UserError
 FEWSHOT_DELIMITER = "\n\n"
 ANSWER_IS = "The answer is"
 ARTICLES = {"a", "an", "the"}
+LISTS = {"choices": 2, "context_options": 2, "aliases": 0}  # fields that hold a list -> the least number of texts
 
 Doc = dict[str, Any]
 
@@ -69,45 +70,36 @@ def normalize_answer(answer: str) -> str:
     return " ".join(word for word in words if word not in ARTICLES) or answer.strip()
 
 
-QUESTION = {"output_type": "generate_until", "doc_to_text": "context", "doc_to_target": "shown"}
+def _config(output_type: str, text: str, target: str, **more: Any) -> dict[str, Any]:
+    """Return the configuration of a task; `text` and `target` are fields of its documents."""
+    return {"output_type": output_type, "doc_to_text": text, "doc_to_target": target, **more}
+
+
+QUESTION = _config("generate_until", "context", "shown", process_results=score_answer)
 FORMS = {
     "choices": Form(
         ("query", "choices", "gold"),
-        {
-            "output_type": "multiple_choice",
-            "doc_to_text": "context",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-        },
+        _config("multiple_choice", "context", "gold", doc_to_choice="choices"),
         {"acc": "acc", "acc_norm": "acc_bytes"},
     ),
     "context_options": Form(
         ("context_options", "continuation", "gold"),
-        {
-            "output_type": "multiple_choice",
-            "doc_to_text": "gold",
-            "doc_to_choice": "contexts",
-            "doc_to_target": "continuation",
-        },
+        _config("multiple_choice", "gold", "continuation", doc_to_choice="contexts"),
         {"acc": "acc", "acc_norm": "acc"},  # all options have the same continuation, whose bytes make no difference
     ),
     "continuation": Form(
         ("context", "continuation"),
-        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "continuation"},
+        _config("loglikelihood", "context", "continuation"),
         {"acc": "acc", "log_likelihood": "perplexity"},  # the mean of log-likelihoods, not exponentiated
     ),
     "reasoning": Form(
         ("context", "answer", "chain_of_thought"),
-        QUESTION
-        | {
-            "generation_kwargs": {"until": [FEWSHOT_DELIMITER, "Question:"], "max_gen_toks": 256},
-            "process_results": score_answer,
-        },
+        QUESTION | {"generation_kwargs": {"until": [FEWSHOT_DELIMITER, "Question:"], "max_gen_toks": 256}},
         {"exact_match": "exact_match"},
     ),
     "question": Form(
         ("context", "answer"),
-        QUESTION | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 32}, "process_results": score_answer},
+        QUESTION | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 32}},
         {"exact_match": "exact_match"},
     ),
 }
@@ -176,36 +168,49 @@ def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
             f"{where}: fields {sorted(record)}; a line has query, choices, gold, or context, continuation, or "
             "context_options, continuation, gold, or context, answer"
         )
+    _check_values(record, FORMS[name].fields, where)
     if name == "choices":
-        query, choices = _text(record, "query", where), _texts(record, "choices", where)
-        context, gold = query.strip() + delimiter(query), _gold(record, len(choices), where)
-        return name, {"context": context, "choices": choices, "gold": gold, "example": context + choices[gold]}
+        context, choices = record["query"].strip() + delimiter(record["query"]), record["choices"]
+        example = context + choices[record["gold"]]
+        return name, {"context": context, "choices": choices, "gold": record["gold"], "example": example}
     if name == "context_options":
-        contexts = [context.strip() + " " for context in _texts(record, "context_options", where)]
-        continuation, gold = _text(record, "continuation", where), _gold(record, len(contexts), where)
-        example = contexts[gold] + continuation
-        return name, {"contexts": contexts, "continuation": continuation, "gold": gold, "example": example}
+        contexts, continuation = [text.strip() + " " for text in record["context_options"]], record["continuation"]
+        example = contexts[record["gold"]] + continuation
+        return name, {"contexts": contexts, "continuation": continuation, "gold": record["gold"], "example": example}
+    context = record["context"].strip()
     if name == "continuation":
-        context, continuation = _text(record, "context", where).strip() + " ", _text(record, "continuation", where)
+        context, continuation = context + " ", record["continuation"]
         return name, {"context": context, "continuation": continuation, "example": context + continuation}
-    return name, _question(record, where)
-
-
-def _question(record: dict[str, Any], where: str) -> Doc:
-    """Return the document of a question. The space after "Answer:" belongs to the answer."""
-    context, answer = _text(record, "context", where).strip(), _text(record, "answer", where).strip()
-    aliases = _texts(record, "aliases", where, at_least=0) if "aliases" in record else []
-    reasons = "chain_of_thought" in record
-    shown = f"{_text(record, 'chain_of_thought', where).strip()}\n{ANSWER_IS} {answer}" if reasons else answer
     context = context if "Question:" in context else f"Question: {context}"
     context += delimiter(context)
-    return {
-        "context": context.rstrip(),
-        "answers": [answer, *aliases],
-        "reasons": reasons,
+    answer = shown = record["answer"].strip()
+    if name == "reasoning":
+        shown = f"{record['chain_of_thought'].strip()}\n{ANSWER_IS} {answer}"
+    return name, {
+        "context": context.rstrip(),  # the space after "Answer:" belongs to the answer
+        "answers": [answer, *record.get("aliases", [])],
+        "reasons": name == "reasoning",
         "shown": shown,
         "example": context + shown,
     }
+
+
+def _check_values(record: dict[str, Any], fields: tuple[str, ...], where: str) -> None:
+    """Raise `UserError` for the first field with a wrong value."""
+    for key, value in record.items():
+        if key == "gold" or key not in (*fields, "aliases"):
+            continue
+        texts = value if key in LISTS else [value]
+        are_texts = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+        if not are_texts or len(texts) < LISTS.get(key, 1):
+            what = "text that is not empty"
+            if key in LISTS:
+                what = f"list of {'two texts or more' if LISTS[key] else 'texts'}, none of them empty"
+            raise UserError(f"{where}: {key}={value!r:.60}: must be a {what}")
+    if "gold" in fields:
+        gold, num_choices = record["gold"], len(next(record[key] for key in fields if key in LISTS))
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < num_choices:
+            raise UserError(f"{where}: gold={gold!r}: must be the number of a choice, 0 to {num_choices - 1}")
 
 
 def _with_examples(docs: list[Doc], number: int, *, num_fewshot: int, seed: int) -> Doc:
@@ -221,26 +226,3 @@ def _with_examples(docs: list[Doc], number: int, *, num_fewshot: int, seed: int)
     else:
         doc["context"] = prefix + doc["context"]
     return doc
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record[key]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key}={value!r:.60}: must be a text that is not empty")
-    return value
-
-
-def _texts(record: dict[str, Any], key: str, where: str, *, at_least: int = 2) -> list[str]:
-    values = record[key]
-    are_texts = isinstance(values, list) and all(isinstance(value, str) and value.strip() for value in values)
-    if not are_texts or len(values) < at_least:
-        number = "two texts or more" if at_least else "texts"
-        raise UserError(f"{where}: {key}={values!r:.60}: must be a list of {number}, none of them empty")
-    return values
-
-
-def _gold(record: dict[str, Any], num_choices: int, where: str) -> int:
-    gold = record["gold"]
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < num_choices:
-        raise UserError(f"{where}: gold={gold!r}: must be the number of a choice, 0 to {num_choices - 1}")
-    return gold

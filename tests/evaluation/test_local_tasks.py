@@ -378,6 +378,15 @@ def test_named_task_of_the_harness_agrees_with_the_file(llama: LanguageModel, tm
         evaluate_named_tasks(HarnessModel(llama), {"nonsense_task": 0})
 
 
+@pytest.mark.parametrize("progress", [False, True])
+def test_bars_are_shown_only_with_progress(
+    progress: bool, llama: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = read_task(write(tmp_path / "quiz.jsonl", *(choices(n, gold=0) for n in range(3))))
+    evaluate(llama, task, progress=progress)
+    assert ("3/3" in capsys.readouterr().err) == progress
+
+
 def test_missing_harness_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"lm-eval is not installed; pip install 'osp\[lm-eval\]'"):
