@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from osp.data.manifest import SplitName, check_sizes, load_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -109,11 +110,21 @@ class Shards:
 
 
 class Rows:
-    """Training sequences by number, for one (seed, seq_len): number g is always the same sequence."""
+    """Training sequences by number, for one (seed, seq_len): number g is always the same sequence.
+
+    Raises `UserError` if there is no sequence to read, or the first shard holds an id outside the vocabulary.
+    """
 
     def __init__(self, shards: Shards, *, seq_len: int, seed: int) -> None:
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.stop = threading.Event()  # ends a wait for shards
+        if self.rows_per_epoch == 0:
+            raise UserError(
+                f"the training split in {shards.folder} has {shards.manifest.train.tokens} tokens, fewer than one "
+                f"sequence of train.seq_len={seq_len} plus 1; lower train.seq_len or add text"
+            )
+        if len(shards):
+            shards.check_ids(shards[0][:CHECKED_TOKENS], 0)
 
     def num_rows(self, shard: int) -> int:
         return (len(self.shards[shard]) - 1) // self.seq_len
@@ -122,16 +133,6 @@ class Rows:
     def rows_per_epoch(self) -> int | None:
         """Sequences of the whole split; None while it is being prepared."""
         return int(self._row_ends()[-1:].sum()) if self.shards.manifest.complete else None
-
-    def check(self) -> None:
-        """Raise `UserError` if there is no sequence to read, or the first shard holds an id outside the vocabulary."""
-        if self.rows_per_epoch == 0:
-            raise UserError(
-                f"the training split in {self.shards.folder} has {self.shards.manifest.train.tokens} tokens, fewer "
-                f"than one sequence of train.seq_len={self.seq_len} plus 1; lower train.seq_len or add text"
-            )
-        if len(self.shards):
-            self.shards.check_ids(self.shards[0][:CHECKED_TOKENS], 0)
 
     def read(self, numbers: Array) -> Array:
         """Return the sequences with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
@@ -143,34 +144,27 @@ class Rows:
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
             order = _order(self.seed, epoch, shard, self.num_rows(shard))
-            tokens = self._strided(shard)[order[places[chosen] - first]]
-            self.shards.check_ids(tokens, shard)
-            rows[chosen] = tokens
+            # windows of T+1 tokens, of which every T-th is a sequence: neighbours share one token
+            windows = sliding_window_view(self.shards[shard], self.seq_len + 1)
+            rows[chosen] = windows[order[places[chosen] - first] * self.seq_len]
+            self.shards.check_ids(rows[chosen], shard)
         return rows
 
     def _wait_for(self, number: int) -> Array:
         """Return `_row_ends` once sequence `number` is in a sealed shard or all shards are sealed."""
         waiting = False
-        while True:
-            ends = self._row_ends()
-            if self.shards.manifest.complete or (len(ends) and number < ends[-1]):
-                return ends
+        while not self.shards.manifest.complete and number >= self._row_ends()[-1:].sum():
             if self.stop.is_set():
                 raise RuntimeError("the loader was closed")
             if not waiting:
                 logger.warning("waiting for the preparation of %s to reach sequence %d", self.shards.folder, number)
-                waiting = True
+            waiting = True
             self.shards.wait(self.stop)
+        return self._row_ends()
 
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
         return np.cumsum([self.num_rows(shard) for shard in range(len(self.shards))], dtype=np.int64)
-
-    def _strided(self, shard: int) -> Array:
-        """Return a view of one shard as its sequences, (n, T+1); neighbours share one token."""
-        tokens, (stride,) = self.shards[shard], self.shards[shard].strides
-        shape = (self.num_rows(shard), self.seq_len + 1)
-        return np.lib.stride_tricks.as_strided(tokens, shape, (self.seq_len * stride, stride), writeable=False)
 
 
 @lru_cache(maxsize=4)  # a step touches one shard, or a few neighbours
@@ -202,7 +196,6 @@ class Loader:
     ) -> None:
         assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
         self.rows = Rows(Shards(folder, "train"), seq_len=seq_len, seed=seed)
-        self.rows.check()
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
         self.rank, self.document_ids, self.skip_steps = rank, document_ids, tuple(skip_steps)
         indices = np.arange(rows_per_step, dtype=np.int64).reshape(-1, world_size, micro_batch_size)
@@ -222,7 +215,11 @@ class Loader:
         """Return this rank's micro batches of optimizer step `step`, counted from 0, in any order of steps."""
         self._request(step)
         batches = self._ahead.pop(step).result()
-        self._log_epoch(step)
+        rows_per_epoch = self.rows.rows_per_epoch
+        epoch = data_step(step, self.skip_steps) * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
+        if epoch > self._epoch and self.rank == 0:
+            logger.warning("step %d: the training split was read %d times; reading it again", step, epoch)
+        self._epoch = epoch
         return batches
 
     def _request(self, step: int) -> None:
@@ -263,13 +260,6 @@ class Loader:
             part = rows[i : i + self.micro_batch_size]
             batches.append(_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))))
         return batches
-
-    def _log_epoch(self, step: int) -> None:
-        rows_per_epoch = self.rows.rows_per_epoch
-        epoch = data_step(step, self.skip_steps) * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
-        if epoch > self._epoch and self.rank == 0:
-            logger.warning("step %d: the training split was read %d times; reading it again", step, epoch)
-        self._epoch = epoch
 
 
 def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:

@@ -162,8 +162,7 @@ def _write_shards(
         else:
             bar.set_description("training the tokenizer" if config.train else "loading the tokenizer")
             # in a worker: after `tokenizers` has used threads, a process can no longer fork workers
-            executor.submit(_make_tokenizer, data, config, folder).result()
-            manifest = _new_manifest(data, config, folder)
+            manifest = executor.submit(_begin, data, config, folder).result()
         save_manifest(manifest, folder)
         writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
         texts = itertools.islice(sources.documents(data), manifest.next_document, None)
@@ -178,20 +177,15 @@ def _write_shards(
         writer.finish()
 
 
-def _make_tokenizer(data: DataConfig, config: TokenizerConfig, folder: Path) -> None:
-    """Write the tokenizer.json of `folder`: trained on the training split, or an existing one."""
+def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
+    """Write the tokenizer.json of `folder`, trained on the training split or an existing one; return a manifest."""
+    limit = int(data.val_fraction * 2**64)
     if config.train:
-        limit = int(data.val_fraction * 2**64)
         texts = (text for text in sources.documents(data) if text and text_hash(text) >= limit)
         tokenizer = train_tokenizer(texts, config)
     else:
         tokenizer = existing_tokenizer(config)
     write_atomically(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True).encode())
-
-
-def _new_manifest(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
-    """Return the manifest of a folder that holds its tokenizer and no shard yet."""
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     size = vocab_size(tokenizer)
     return Manifest(
         source=dataclasses.asdict(data),
@@ -200,7 +194,7 @@ def _new_manifest(data: DataConfig, config: TokenizerConfig, folder: Path) -> Ma
         eos_id=eos_id(tokenizer, config.eos_token),
         dtype="uint16" if size <= 1 << 16 else "uint32",
         shard_tokens=data.shard_tokens,
-        held_out_below=int(data.val_fraction * 2**64),
+        held_out_below=limit,
     )
 
 
@@ -213,13 +207,13 @@ def _encode_all(
     executor: Executor, texts: Iterable[str], manifest: Manifest, folder: Path, *, max_pending: int
 ) -> Iterator[tuple[str, Encoded]]:
     """Yield every text with its encoding, in order; at most `max_pending` batches wait beside the current one."""
-    arguments = (folder / TOKENIZER_FILE, manifest.tokenizer_hash, manifest.eos_id, manifest.dtype)
-    limit = manifest.held_out_below
+    path, limit = folder / TOKENIZER_FILE, manifest.held_out_below
+    arguments = (path, manifest.tokenizer_hash, manifest.eos_id, manifest.dtype, limit)
     pending: deque[tuple[list[str], Future[list[Encoded]]]] = deque()
     batches = _batches(texts)
     while True:
         while len(pending) < max_pending and (batch := next(batches, None)):
-            pending.append((batch, executor.submit(_encode, batch, *arguments, limit)))
+            pending.append((batch, executor.submit(_encode, batch, *arguments)))
         if not pending:
             return
         batch, future = pending.popleft()

@@ -35,14 +35,9 @@ class Source(ABC):
     IN_MIXTURE = True  # may be a part of a mixture
 
     def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
-        """Check the configuration.
+        """Check `config`: the whole `data`, or a part of `data.mixture`. key: its name in messages
 
-        Args:
-            config: the whole `data`, or one part of `data.mixture`.
-            key: the name of `config` in messages.
-
-        Raises:
-            UserError: `config` lacks something that the source needs.
+        Raises `UserError` if `config` lacks something that the source needs.
         """
         self.config, self.key = config, key
 
@@ -309,8 +304,7 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"{path}: column {text_field!r} holds {kind}, not strings")
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield text or ""
+                yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 

@@ -145,9 +145,8 @@ class Muon(WholeRule):
         """
         config, heads = self.config, group["heads"]
         shape = whole_shape(group["shapes"][0], heads)
-        choice = config.ns_dtype
-        if choice == "auto":
-            choice = "bf16" if native_bf16 else "fp32"
+        planned = "bf16" if native_bf16 else "fp32"
+        choice = planned if config.ns_dtype == "auto" else config.ns_dtype
         size = newton_schulz_dtype(torch.device("meta"), method=config.ns_method, choice=choice).itemsize
         held, whole = batch.local.stop - batch.local.start, batch.num_owned * batch.numel
         moved = whole if batch.sends is not None else 0
