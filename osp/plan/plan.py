@@ -15,7 +15,7 @@ from osp.optim.groups import groups_of
 from osp.plan.config import PlanConfig
 from osp.plan.memory import activation_bytes, memory
 from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic
-from osp.run.disk import checkpoint_bytes
+from osp.run.checkpoint import checkpoint_bytes
 from osp.tables import text_table
 from osp.train.resolve import resolve
 from osp.train.setup import SECONDS_TO_KILL

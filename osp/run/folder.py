@@ -1,4 +1,4 @@
-"""The run folder: its files, whether a configuration may continue it, and where a run resumes.
+"""The run folder: its files and disk, whether a configuration may continue it, and where a run resumes.
 
 config.yaml        the resolved configuration
 environment.json   one entry per start: git revision, versions, command, machine
@@ -22,17 +22,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
 
 from osp.config import Config, differences, to_dict
 from osp.errors import UserError
 from osp.files import write_text
-from osp.run.checkpoint import LATEST, candidates, remove_unfinished
+from osp.run.checkpoint import LATEST, candidates, remove_unfinished, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,43 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
     is_own = named[0].resolve().parent == (folder / "checkpoints").resolve()
     goes_back = is_own and before.get("resume") != config.resume
     return folder, named if goes_back or not own else own
+
+
+def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
+    """Raise `UserError` unless the checkpoints of `num_bytes` that a run keeps fit on the disk of its folder.
+
+    Existing checkpoints need no more room. The next one is written before the oldest is removed.
+    """
+    copies = max(1, max(1, keep_last) + 1 - len(candidates(folder)))
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"run.dir={folder}: {place} is a file; choose another run.dir")
+    free = shutil.disk_usage(place).free
+    if free < num_bytes * copies:
+        raise UserError(
+            f"run.dir={folder}: {copies} more checkpoint{'s' * (copies > 1)} of {num_bytes / 1e9:.2f} GB, as "
+            f"checkpoint.keep_last={keep_last} needs, do not fit into the {free / 1e9:.2f} GB free there; choose "
+            "another run.dir or a smaller checkpoint.keep_last"
+        )
+    if not os.access(place, os.W_OK):
+        raise UserError(f"run.dir={folder}: cannot write there")
+
+
+def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> float:
+    """Return the seconds to write, flush and hash `num_bytes` in `folder`, measured with `sample` bytes.
+
+    All ranks measure at the same time, as they save at the same time. The test file is removed.
+    """
+    path = folder / f".write_test.{os.getpid()}.tmp"
+    sample = max(1, min(sample, num_bytes))
+    began = time.perf_counter()
+    try:
+        write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
+    finally:
+        path.unlink(missing_ok=True)
+    return (time.perf_counter() - began) * num_bytes / sample
 
 
 def recorded_steps(config: Config) -> int | None:

@@ -25,9 +25,8 @@ from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import build_model, meta_model
 from osp.optim.groups import groups_of
-from osp.run.checkpoint import Checkpoint, candidates, load
-from osp.run.disk import check_disk, checkpoint_bytes, seconds_to_write
-from osp.run.folder import begin, open_run, recorded_steps
+from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
+from osp.run.folder import begin, check_disk, open_run, recorded_steps, seconds_to_write
 from osp.run.logger import Logger, check_wandb
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved, resolve

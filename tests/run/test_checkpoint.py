@@ -34,7 +34,7 @@ from osp.run.checkpoint import (
     prune,
     remove_unfinished,
 )
-from osp.run.disk import seconds_to_write
+from osp.run.folder import seconds_to_write
 from osp.train.guards import SpikeDetector
 from osp.train.setup import check_continues
 

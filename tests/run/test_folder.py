@@ -14,8 +14,7 @@ import pytest
 from osp.config import Config
 from osp.errors import RunError, UserError
 from osp.run import checkpoint as checkpoint_module
-from osp.run.disk import check_disk
-from osp.run.folder import RunLock
+from osp.run.folder import RunLock, check_disk
 from osp.train.setup import train
 from tests.conftest import losses, read_metrics
 from tests.train.test_trainer import assert_same_weights
