@@ -109,13 +109,23 @@ def flush_folder(folder: Path) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the entries of `metrics.jsonl` or another file of lines with a step, without incomplete lines."""
-    objects = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [entry for entry in objects if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+    return list(iterate_lines(path, []))
+
+
+def iterate_lines(path: Path, broken: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield what `read_lines` returns, one entry at a time, and append the numbers of the other lines to `broken`."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield entry
+            elif line.endswith("\n"):  # else it is being written
+                broken.append(number)
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -5,9 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from osp.ablation.config import AblationConfig, parse_rows
-from osp.ablation.runs import Planned, quoted, with_threads
+from osp.ablation.runs import Planned, quoted
 from osp.config import COMPARISONS, EVALUATIONS
 from osp.errors import StoppedError, UserError
 from osp.run.evaluations import ComparisonRecord, read_comparison
@@ -58,10 +56,8 @@ class Execution:
     def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
         """scripts: the folder of train.py and compare.py."""
         self.config, self.scripts = config, scripts
-        first: dict[str, Planned] = {}
-        for run in runs:
-            first.setdefault(run.label, run)
-        self.runs = list(first.values())
+        labels = [run.label for run in runs]
+        self.runs = [run for i, run in enumerate(runs) if run.label not in labels[:i]]  # equal trainings run once
         self.failures: dict[str, str] = {}
         self._finished: set[str] = set()  # labels; cached, because the check parses a file
         self._logs = Path(config.dir) / "logs"
@@ -77,7 +73,15 @@ class Execution:
             return
         self._logs.mkdir(parents=True, exist_ok=True)
         stop = StopRequest()
-        with stop.listen(), self._bar() as bar:
+        bar = tqdm(
+            desc="ablation",
+            total=(1 + MEASURING) * len(self.runs),
+            initial=sum(map(self._progress, self.runs)),
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
+            disable=not self.config.progress,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        )
+        with stop.listen(), bar:
             try:
                 while (waiting or active) and not stop:
                     while waiting and free:
@@ -96,7 +100,9 @@ class Execution:
                             self._finished.add(label)
                         del active[label]
                         free.append(slot)
-                    self._show(bar, list(active))
+                    done = f"{len(self._finished)} of {len(self.runs)} runs; {', '.join(active)}"
+                    bar.set_postfix_str(done, refresh=False)
+                    bar.update(sum(map(self._progress, self.runs)) - bar.n)
                     time.sleep(SECONDS_BETWEEN_LOOKS)
             finally:
                 for _, _, process in active.values():  # all first, so that they save at the same time
@@ -126,7 +132,9 @@ class Execution:
     def _next(self, run: Planned, slot: Slot) -> Process:
         """Start the training of a run or, after it, the measurement."""
         if not self.trained(run):
-            config = with_threads(run.config, slot.threads)
+            config = run.config
+            if config.engine.threads is None:
+                config = replace(config, engine=replace(config.engine, threads=slot.threads))
             path, script = self._logs / f"{run.label}.yaml", self.scripts / "train.py"
             command = training_command(config, script=script, ranks=self.config.ranks, path=path)
             return Process(command, self._logs / f"{run.label}.train.log", environment=slot.environment)
@@ -142,29 +150,10 @@ class Execution:
         ]
         return Process(command, self._logs / f"{run.label}.compare.log", environment=slot.environment)
 
-    @contextmanager
-    def _bar(self) -> Iterator["tqdm[Any]"]:
-        """Show progress over all runs, counted in trainings, from the state of the folder."""
-        done = sum(map(self._progress, self.runs))
-        total = (1 + MEASURING) * len(self.runs)
-        shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
-        with tqdm(
-            total=total,
-            initial=done,
-            bar_format=shape,
-            desc="ablation",
-            disable=not self.config.progress,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        ) as bar:
-            yield bar
-
-    def _show(self, bar: "tqdm[Any]", active: list[str]) -> None:
-        over = sum((1 + MEASURING) - self._progress(run) for run in self.runs if run.label in self.failures)
-        bar.set_postfix_str(f"{len(self._finished)} of {len(self.runs)} runs; {', '.join(active)}", refresh=False)
-        bar.update(sum(map(self._progress, self.runs)) + over - bar.n)
-
     def _progress(self, run: Planned) -> float:
-        """Return the progress of one run: 1 for its training plus `MEASURING`."""
+        """Return the progress of one run, in trainings: 1 plus `MEASURING`; a failed run counts as finished."""
+        if run.label in self.failures:
+            return 1 + MEASURING
         if self.trained(run):
             return 1 + MEASURING * (run.label in self._finished)
         return last_step(run.folder / "metrics.jsonl") / run.num_steps

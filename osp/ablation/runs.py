@@ -106,10 +106,3 @@ def _check_shared(runs: list[Planned], swept: str | None) -> None:
 def quoted(text: str) -> str:
     """Return a value quoted for Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def with_threads(config: Config, threads: int) -> Config:
-    """Return `config` with `threads` CPU threads, unless it sets a number."""
-    if config.engine.threads is not None:
-        return config
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, threads=threads))

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from osp.errors import UserError
+from osp.files import iterate_lines
 from osp.run.evaluations import Evaluations, read_evaluations
 
 QUIET_SECONDS = 600  # without a summary and without new metrics for this long, a run counts as interrupted
@@ -137,22 +138,9 @@ def read_run(folder: Path) -> Run:
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a .jsonl file that have a step; `notes` counts the other lines. A missing file is empty."""
-    if not path.exists():
-        return
-    broken = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):  # the run is writing it
-                break
-            try:
-                value = json.loads(line)
-                if not isinstance(value["step"], int):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                broken.append(number)
-                continue
-            yield value
+    """Yield the entries of a .jsonl file; `notes` counts the broken lines. A missing file is empty."""
+    broken: list[int] = []
+    yield from iterate_lines(path, broken)
     if broken:
         numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
         notes.append(f"{path.name}: {len(broken)} unreadable line{'s' * (len(broken) > 1)} skipped (line {numbers})")
@@ -168,13 +156,11 @@ def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
                 steps, values = columns.setdefault(key, (array("q"), array("d")))
                 steps.append(step)
                 values.append(math.nan if value is None else value)
-    return {key: _in_order(np.array(steps), np.array(values)) for key, (steps, values) in columns.items()}
-
-
-def _in_order(steps: np.ndarray, values: np.ndarray) -> Series:
-    """Return the last value of every step, by step."""
-    unique, last = np.unique(steps[::-1], return_index=True)
-    return Series(unique, values[::-1][last])
+    series = {}
+    for key, (steps, values) in columns.items():
+        unique, last = np.unique(np.array(steps)[::-1], return_index=True)
+        series[key] = Series(unique, np.array(values)[::-1][last])
+    return series
 
 
 def _probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
