@@ -76,8 +76,13 @@ def bound_warning(config: ModelConfig) -> str | None:
     )
 
 
-def _keywords(norm: type[Norm]) -> set[str]:
-    return {p.name for p in inspect.signature(norm).parameters.values() if p.kind is p.KEYWORD_ONLY}
+def _keywords(norm: type) -> set[str]:
+    """Return the keywords of a norm. A class that takes `**options` has the keywords of its base class too."""
+    parameters = inspect.signature(norm).parameters.values()
+    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        keywords |= _keywords(norm.__bases__[0])
+    return keywords
 
 
 def _given(config: NormConfig) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def residual_norms(model: Transformer) -> Iterator[tuple[str, Norm, list[str]]]:
     modules = dict(model.named_modules())
     for i in range(len(model.layers)):
         for site in (SITES["attn_in"], SITES["mlp_in"]):
-            (name,) = (f"layers.{i}.{path}" for path in site.writers)
+            name = f"layers.{i}.{site.writers[0]}"
             norm = modules[name]
             assert isinstance(norm, Norm)
             readers = [f"layers.{i}.{path}" for path in site.readers]

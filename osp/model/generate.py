@@ -8,6 +8,7 @@ Call `prepare_for_generation` first on a model that is used for nothing else. A 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -144,21 +145,15 @@ def stream(
 
 
 def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    sampling: Sampling | None = None,
-    eos_id: int | None = None,
-    compile: bool = False,
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
 ) -> list[list[int]]:
     """Return the new tokens of each sequence, up to and including `eos_id`. Arguments and errors: see `stream`."""
-    rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, sampling=sampling, eos_id=eos_id, compile=compile):
-        for row, token in zip(rows, tokens, strict=True):
+    sequences: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, **options):
+        for sequence, token in zip(sequences, tokens, strict=True):
             if token is not None:
-                row.append(token)
-    return rows
+                sequence.append(token)
+    return sequences
 
 
 def check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

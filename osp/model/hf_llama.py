@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig, RopeScaling
+from osp.config import ModelConfig
 from osp.data.tokenizer import load_tokenizer, vocab_size
 from osp.errors import UserError
-from osp.model.transformer import Transformer
+from osp.model.transformer import Transformer, meta_model
+from osp.schema import build
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -27,6 +28,10 @@ INDEX = "model.safetensors.index.json"
 BODY = "model."  # Hugging Face's prefix of all parameters but the head
 HEAD = "lm_head.weight"
 ROTARY_TABLE = "rotary_emb.inv_freq"  # a buffer that old versions stored
+# Keys of config.json that are fields of `ModelConfig` and `RopeScaling`
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL = ("num_key_value_heads", "max_position_embeddings", "head_dim", "attention_bias", "mlp_bias")
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,7 @@ def load_hf(folder: str | Path) -> Transformer:
     """
     folder = Path(folder)
     values = _read_json(folder / CONFIG)
-    with torch.device("meta"):
-        model = Transformer(_model_config(folder / CONFIG, values))
+    model = meta_model(_model_config(folder / CONFIG, values))
     model.to_empty(device="cpu")
     missing = dict(model.named_parameters())
     with torch.no_grad():
@@ -90,7 +94,7 @@ def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
     if not (folder / TOKENIZER).is_file():
         raise UserError(f"{folder}: {TOKENIZER} is missing; save the tokenizer there in the fast format")
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    check_vocabulary(folder / TOKENIZER, tokenizer, rows=_integer(folder / CONFIG, config, "vocab_size"))
+    check_vocabulary(folder / TOKENIZER, tokenizer, rows=_model_config(folder / CONFIG, config).vocab_size)
     return tokenizer, SpecialTokens(_token_id(config, "bos_token_id"), _token_id(config, "eos_token_id"))
 
 
@@ -108,43 +112,36 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     if values.get("model_type") != "llama":
         raise UserError(f"{path}: model_type={values.get('model_type')!r}; only models of type 'llama' can be read")
     if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act={values['hidden_act']!r}, and our model has silu alone")
+        raise UserError(f"{path}: hidden_act={values['hidden_act']!r}; only silu can be read")
     if values.get("quantization_config"):
         raise UserError(f"{path}: the weights are quantized (quantization_config); take the unquantized model")
+    eps = values.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, int | float) or not 0 < eps < float("inf"):
+        raise UserError(f"{path}: rms_norm_eps={eps!r}: must be a number above 0")
     # transformers 5 keeps theta and scaling in rope_parameters, older versions in two keys
     rope = values.get("rope_parameters") or {}
-    return ModelConfig(
-        vocab_size=_integer(path, values, "vocab_size"),
-        hidden_size=_integer(path, values, "hidden_size"),
-        intermediate_size=_integer(path, values, "intermediate_size"),
-        num_hidden_layers=_integer(path, values, "num_hidden_layers"),
-        num_attention_heads=_integer(path, values, "num_attention_heads"),
-        num_key_value_heads=_integer(path, values, "num_key_value_heads", values.get("num_attention_heads")),
-        max_position_embeddings=_integer(path, values, "max_position_embeddings", 2048),
-        rope_theta=_number(path, "rope_theta", rope.get("rope_theta", values.get("rope_theta", 10_000.0))),
-        rope_scaling=_rope_scaling(path, values.get("rope_scaling") or rope),
-        head_dim=None if values.get("head_dim") is None else _integer(path, values, "head_dim"),
-        attention_bias=bool(values.get("attention_bias")),
-        mlp_bias=bool(values.get("mlp_bias")),
-        norm=NormConfig(name="rmsnorm", eps=_number(path, "rms_norm_eps", values.get("rms_norm_eps", 1e-6))),
-    )
+    model = {key: values.get(key) for key in REQUIRED}
+    model |= {key: values[key] for key in OPTIONAL if values.get(key) is not None}
+    model.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    model["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+    model["rope_scaling"] = _rope_scaling(path, values.get("rope_scaling") or rope)
+    model["norm"] = {"name": "rmsnorm", "eps": eps}
+    try:
+        return build(ModelConfig, model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def _rope_scaling(path: Path, values: Any) -> RopeScaling | None:
+def _rope_scaling(path: Path, values: Any) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise UserError(f"{path}: rope_scaling={values!r}: expected a JSON object")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ("default", "linear", "llama3") or values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: RoPE of the type {kind!r}, and our model has plain, linear and llama3 RoPE alone")
+        raise UserError(f"{path}: RoPE of the type {kind!r}; only plain, linear and llama3 RoPE can be read")
     if kind == "default":
         return None
-    factor = _number(path, "rope_scaling.factor", values.get("factor"))
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    low, high = (
-        _number(path, f"rope_scaling.{key}", values.get(key)) for key in ("low_freq_factor", "high_freq_factor")
-    )
-    return RopeScaling("llama3", factor, low, high, _integer(path, values, "original_max_position_embeddings"))
+    keys = ROPE_SCALING if kind == "llama3" else ROPE_SCALING[:1]
+    return {"rope_type": kind, **{key: values.get(key) for key in keys}}
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -188,20 +185,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
-
-
-def _integer(path: Path, values: dict[str, Any], key: str, default: Any = None) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {key}={value!r}: must be a whole number above 0")
-    return value
-
-
-def _number(path: Path, key: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise UserError(f"{path}: {key}={value!r}: must be a number above 0")
-    return float(value)
 
 
 def _token_id(config: dict[str, Any], key: str) -> int | None:

@@ -21,7 +21,7 @@ Options of the block (D channels, layers l counted from 1):
   a model of initial deviation 1/sqrt(D), so that training starts from blocks of the same strength.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ class RMSNorm(Norm):
         return Divided.apply(x, None, None, self.weight, self.eps)[0]
 
 
-class SSNorm(Norm):
+class SSNorm(RMSNorm):
     """Single-Scale RMSNorm: y = g * x / sqrt(mean(x^2) + eps) with ONE scalar gain g.
 
     OSP (arXiv 2506.19697, eq. 3) writes gamma * x / ||x||_2 with gamma = g sqrt(D); g starts at 1 as in the authors'
@@ -142,18 +142,10 @@ class SSNorm(Norm):
     """
 
     inner = "ssnorm"
-    not_rmsnorm = None
-    mean = "keeps the mean"
     one_gain = True
 
     def __init__(self, hidden_size: int, *, eps: float = 1e-6, init: float = 1.0):
-        super().__init__()
-        self.eps, self.init = eps, init
-        self.weight = nn.Parameter(torch.empty(1))  # not 0-dim: DeepSpeed cannot broadcast a 0-dim parameter
-        self.reset_parameters()
-
-    def normalize(self, x: Tensor) -> Tensor:
-        return Divided.apply(x, None, None, self.weight, self.eps)[0]
+        super().__init__(1, eps=eps, init=init)  # (1,), because DeepSpeed cannot broadcast a 0-dim parameter
 
 
 class CRMSNorm(Norm):
@@ -191,6 +183,7 @@ class DyT(Norm):
 
     not_rmsnorm = "it is a tanh without a statistic"
     shifts = False
+    squash = staticmethod(torch.tanh)
     weight: nn.Parameter
     bias: nn.Parameter
 
@@ -219,14 +212,10 @@ class DyT(Norm):
             nn.init.zeros_(self.shift)
 
     def normalize(self, x: Tensor) -> Tensor:
-        return self.squash(self._argument(x).to(x.dtype)) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
-
-    def squash(self, argument: Tensor) -> Tensor:
-        return torch.tanh(argument)
-
-    def _argument(self, x: Tensor) -> Tensor:
         argument = self.alpha * upcast(x)
-        return argument if self.shift is None else argument + self.shift
+        if self.shift is not None:
+            argument = argument + self.shift
+        return self.squash(argument.to(x.dtype)) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
 
 
 class Derf(DyT):
@@ -237,25 +226,11 @@ class Derf(DyT):
 
     not_rmsnorm = "it is an error function without a statistic"
     shifts = True
-
-    def squash(self, argument: Tensor) -> Tensor:
-        return torch.erf(argument)
+    squash = staticmethod(torch.erf)
 
 
-# Factor on norm.kappa in layer l, counted from 1
-KAPPA_SCHEDULES: dict[str, Callable[[int], float]] = {
-    "constant": lambda layer: 1.0,
-    "decay": lambda layer: layer**-0.5,
-    "grow": lambda layer: layer**0.5,
-    "mild_grow": lambda layer: layer**0.25,
-}
-# Learnable scalars of BHyT's approximations
-LEARNED: dict[str, tuple[str, ...]] = {
-    "baseline": (),
-    "beta": ("beta",),
-    "eta": ("eta",),
-    "residual_aware": ("beta", "eta"),
-}
+# kappa of layer l, counted from 1, is norm.kappa * l^exponent
+KAPPA_EXPONENTS = {"constant": 0.0, "decay": -0.5, "grow": 0.5, "mild_grow": 0.25}
 
 
 class BHyTStar(Norm):
@@ -291,7 +266,7 @@ class BHyTStar(Norm):
         if not (lam > 0 and kappa > 0):
             raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
         self.eps, self.init, self.initial_lam = eps, init, lam
-        self.kappa = kappa * KAPPA_SCHEDULES[kappa_schedule](layer)
+        self.kappa = kappa * layer ** KAPPA_EXPONENTS[kappa_schedule]
         self.slope: Tensor | None = None  # lambda / kappa, once folded
         self.weight = nn.Parameter(torch.empty(hidden_size))
         if learnable_lambda:
@@ -355,39 +330,26 @@ class BHyT(BHyTStar):
         self,
         hidden_size: int,
         *,
-        eps: float = 1e-6,
-        init: float = 1.0,
-        lam: float = 1.0,
-        kappa: float = 10.0,
-        kappa_schedule: str = "constant",
-        learnable_lambda: bool = True,
         approximation: str = "baseline",
         gain_variance: bool = False,
         exact_layers: Sequence[int] = (),
         seq_len: int | None = None,
         layer: int = 1,
         after_attention: bool = False,
+        **options: Any,
     ):
         """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
-        super().__init__(
-            hidden_size,
-            eps=eps,
-            init=init,
-            lam=lam,
-            kappa=kappa,
-            kappa_schedule=kappa_schedule,
-            learnable_lambda=learnable_lambda,
-            layer=layer,
-        )
+        super().__init__(hidden_size, layer=layer, **options)
         if gain_variance and approximation == "eta":
             raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
         self.approximates = self.refreshes = after_attention and layer not in exact_layers
         self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
         self.terms: tuple[Tensor | None, Tensor | None] | None = None  # of the approximation, once folded
         self.approximation, self.gain_variance, self.seq_len = approximation, gain_variance, seq_len
-        learned = LEARNED[approximation] if self.approximates else ()
-        self.beta = nn.Parameter(torch.empty(1)) if "beta" in learned else None
-        self.eta = nn.Parameter(torch.empty(1)) if "eta" in learned else None
+        learns_beta = self.approximates and approximation in ("beta", "residual_aware")
+        learns_eta = self.approximates and approximation in ("eta", "residual_aware")
+        self.beta = nn.Parameter(torch.empty(1)) if learns_beta else None
+        self.eta = nn.Parameter(torch.empty(1)) if learns_eta else None
         if self.approximates:
             self.register_buffer("attention_gain", torch.empty(1))
         self.reset_parameters()

@@ -10,6 +10,7 @@ Dimensions: B batch, T tokens, D hidden, H heads, G key/value heads, K head size
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,9 +25,6 @@ from osp.model.build_norms import block_norm, final_norm, inner_norm
 from osp.model.loss import linear_cross_entropy
 from osp.model.norms import Norm
 from osp.model.penalty import activation_penalty
-
-__all__ = ["Linear", "ModelConfig", "Output", "Transformer", "count_parameters", "flops_per_token"]
-
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^T
 
@@ -115,15 +113,11 @@ class Activation(NamedTuple):
     rms: float
 
 
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
 # Activations of a gated MLP (Shazeer 2020, arXiv 2002.05202) by Hugging Face's names; sigmoid is that of the first GLU.
 ACTIVATIONS = {
     "silu": Activation(F.silu, 0.5965),
     "gelu": Activation(F.gelu, 0.6521),
-    "relu2": Activation(_relu2, 1.2247),
+    "relu2": Activation(lambda x: F.relu(x).square(), 1.2247),
     "sigmoid": Activation(torch.sigmoid, 0.5416),
 }
 
@@ -134,11 +128,10 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden_size, ffn_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        activation = ACTIVATIONS[config.hidden_act]
-        self.act = activation.function
+        self.act, rms = ACTIVATIONS[config.hidden_act]
         self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
-        self.ffn_norm = inner_norm(config, ffn_size, init=activation.rms) if config.ffn_norm else None
+        self.ffn_norm = inner_norm(config, ffn_size, init=rms) if config.ffn_norm else None
         self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
         self.penalty: PenaltyConfig | None = None  # of the input of down_proj, in training mode
 
@@ -147,10 +140,9 @@ class MLP(nn.Module):
         hidden = self.act(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
         if self.ffn_norm is not None:
             hidden = self.ffn_norm(hidden)
-        penalty = None
         if self.training and self.penalty is not None:
-            penalty = activation_penalty(hidden, self.penalty)
-        return self.down_proj(hidden), penalty
+            return self.down_proj(hidden), activation_penalty(hidden, self.penalty)
+        return self.down_proj(hidden), None
 
 
 class Block(nn.Module):
@@ -414,11 +406,11 @@ def meta_model(config: ModelConfig) -> Transformer:
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters by role, and the `total`."""
     model = meta_model(config)
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     roles = model.parameter_roles()
     for name, parameter in model.named_parameters():
-        counts[roles[name]] = counts.get(roles[name], 0) + parameter.numel()
-    return {**counts, "total": sum(counts.values())}
+        counts[roles[name]] += parameter.numel()
+    return {**counts, "total": counts.total()}
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:

@@ -62,7 +62,7 @@ def test_rotary_equals_transformers() -> None:
     torch.testing.assert_close(apply_rotary(k, *table), expected[1].transpose(1, 2), **CLOSE)
 
 
-def test_rotary_scores_depend_on_the_distance_alone() -> None:
+def test_rotary_scores_depend_on_the_distance_only() -> None:
     q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
     cos, sin = rotary_table(16, 64, 10_000.0, "cpu")
 
@@ -74,7 +74,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     assert abs(score(10, 3) - score(11, 3)) > 1e-2
 
 
-def test_rotary_keeps_bf16() -> None:
+def test_rotary_returns_bf16_for_bf16() -> None:
     x = normal(1, 5, 2, 8).bfloat16()
     table = rotary_table(8, 5, 10_000.0, "cpu")
     y = apply_rotary(x, *table)
@@ -131,7 +131,7 @@ def test_packed_documents_equal_each_document_alone() -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups", "length"), [(4, 4, 150), (6, 2, 64), (2, 1, 37)])
-def test_training_in_bf16_on_a_cpu_is_about_as_exact_as_torch(heads: int, groups: int, length: int) -> None:
+def test_bf16_cpu_attention_is_about_as_exact_as_torch(heads: int, groups: int, length: int) -> None:
     """Output and gradients against float64, beside `scaled_dot_product_attention` in bf16; odd lengths and blocks."""
     shapes = [(2, length, n, 16) for n in (heads, groups, groups)]
     inputs = [(3 * normal(*shape, seed=i)).bfloat16() for i, shape in enumerate(shapes)]

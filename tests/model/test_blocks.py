@@ -234,7 +234,7 @@ def norm_config(name: str, **options: Any) -> NormConfig:
 
 @pytest.mark.parametrize("placement", ["pre", "peri"])
 @pytest.mark.parametrize("name", sorted(NORMS))
-def test_every_combination_trains_or_is_refused(name: str, placement: Any) -> None:
+def test_every_combination_of_options_trains_or_is_refused(name: str, placement: Any) -> None:
     """And with none and all of the other options it is its formula."""
     for options in itertools.product((False, True), repeat=5):
         recentre, lns, qk_norm, gate, embed_proj = options
@@ -261,7 +261,7 @@ def test_every_combination_trains_or_is_refused(name: str, placement: Any) -> No
 
 @pytest.mark.parametrize("kappa_schedule", [None, "decay", "grow", "mild_grow"])
 @pytest.mark.parametrize("approximation", ["baseline", "beta", "eta", "residual_aware"])
-def test_bhyt_approximations_are_their_formulas(approximation: Any, kappa_schedule: Any) -> None:
+def test_bhyt_approximations_equal_their_formulas(approximation: Any, kappa_schedule: Any) -> None:
     gain_variance = None if approximation == "eta" else True
     options = {"approximation": approximation, "kappa_schedule": kappa_schedule}
     for more in ({"lns": True, "gain_variance": gain_variance}, {"exact_layers": (2,)}):
@@ -295,7 +295,7 @@ def test_bhyt_approximations_are_their_formulas(approximation: Any, kappa_schedu
         "relu2",
     ],
 )
-def test_other_options_are_their_formulas(changes: dict[str, Any]) -> None:
+def test_other_options_equal_their_formulas(changes: dict[str, Any]) -> None:
     assert_is_its_formula(ModelConfig(**{**SMALL, "norm": norm_config("ssnorm"), **changes}))
 
 
@@ -310,7 +310,7 @@ def test_recentred_stream_has_zero_mean_everywhere() -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_rms_of_an_activation_is_its_integral(name: str) -> None:
+def test_rms_of_activation_equals_its_integral(name: str) -> None:
     z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     square = torch.trapezoid(ACTIVATIONS[name].function(z) ** 2 * density, z)
@@ -328,7 +328,7 @@ def rms_before_down_proj(config: ModelConfig) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_ffn_norm_starts_blocks_at_the_strength_they_have_without_it(name: Any) -> None:
+def test_ffn_norm_keeps_the_initial_strength_of_blocks(name: Any) -> None:
     """RMS of what down_proj reads; and that every token has it, which only a norm sees to."""
     config = ModelConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=1, hidden_act=name)
     without, normalized = rms_before_down_proj(config), rms_before_down_proj(dataclasses.replace(config, ffn_norm=True))
@@ -339,7 +339,7 @@ def test_ffn_norm_starts_blocks_at_the_strength_they_have_without_it(name: Any) 
 # --- the probe ----------------------------------------------------------------------------------------------------
 
 
-def test_probe_sees_what_blocks_with_these_options_compute() -> None:
+def test_probe_measures_values_computed_by_blocks_with_all_options() -> None:
     """Queries and keys after their norm and RoPE, what o_proj reads behind the gate, all gains and rows."""
     norm = norm_config("bhyt", approximation="residual_aware")
     config = ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True, attention_bias=True)
@@ -366,7 +366,7 @@ def test_probe_sees_what_blocks_with_these_options_compute() -> None:
     assert not [key for key in metrics if "weight_row_max" in key and "norm" in key]
 
 
-def test_var_error_is_of_the_layers_that_approximate() -> None:
+def test_var_error_is_reported_for_approximating_layers_only() -> None:
     for norm, layers in ((norm_config("bhyt", exact_layers=(1,)), {"layer_01"}), (norm_config("bhyt_star"), set())):
         model = lively(ModelConfig(**SMALL, norm=norm))
         metrics = probe(model, ProbeText(IDS), MonitorConfig(sites=(), statistics=("var_error",))).metrics

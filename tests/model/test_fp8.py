@@ -38,7 +38,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @needs_torchao
-def test_product_and_gradients_equal_float64_with_the_formats_rounding() -> None:
+def test_fp8_product_and_gradients_equal_float64_with_rounding() -> None:
     x, weight, g = normal(3, 16, 64), normal(32, 64, seed=1), normal(3, 16, 32, seed=2)
     x.requires_grad_()
     weight.requires_grad_()
@@ -55,7 +55,7 @@ def test_product_and_gradients_equal_float64_with_the_formats_rounding() -> None
 
 
 @needs_torchao
-def test_one_outlier_beyond_the_range_of_the_format_takes_all_other_values() -> None:
+def test_one_outlier_beyond_the_range_rounds_all_other_values_to_zero() -> None:
     x, weight = torch.ones(16, 16), torch.eye(16)
     x[0, 0] = 2.0**19  # 448 is 2^18 times the smallest number of e4m3
     y = fp8_linear(emulate=True)(x, weight)
@@ -66,7 +66,7 @@ def test_one_outlier_beyond_the_range_of_the_format_takes_all_other_values() -> 
 
 
 @needs_torchao
-def test_blocks_alone_and_training_alone_compute_in_8_bits() -> None:
+def test_only_blocks_compute_in_fp8_and_only_in_training() -> None:
     shape = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                         num_attention_heads=4, embed_proj=True)  # fmt: skip
     model, ids = build_model(shape, seed=0), torch.arange(32).view(2, 16)
@@ -87,7 +87,7 @@ def test_blocks_alone_and_training_alone_compute_in_8_bits() -> None:
     assert 0.001 < (coarse - plain).norm() / plain.norm() < 0.2
 
 
-def test_bias_and_zero_mean_are_those_of_the_layer() -> None:
+def test_fp8_layer_keeps_bias_and_zero_mean() -> None:
     layer, x = Linear(16, 16, bias=True, zero_mean=True), normal(16, 16)
     torch.nn.init.normal_(layer.weight)
     assert layer.bias is not None
@@ -99,7 +99,7 @@ def test_bias_and_zero_mean_are_those_of_the_layer() -> None:
 
 @needs_torchao
 @pytest.mark.parametrize("stage", [1, 3])
-def test_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
+def test_fp8_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
     """Against bf16 without 8 bits: other losses, and nearly the same."""
     zero = f"engine.zero_stage={stage}"
     coarse, plain = tiny("train.precision=fp8", zero, name="fp8"), tiny("train.precision=bf16", zero, name="bf16")
@@ -116,7 +116,7 @@ def test_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
 
 
 @needs_torchao
-def test_two_ranks_train_in_8_bits_and_one_says_that_it_is_emulated(tiny: Tiny, tmp_path: Path) -> None:
+def test_two_ranks_train_in_fp8_and_one_logs_the_emulation(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("train.precision=fp8", "engine.zero_stage=2")
     result = run_script(*overrides_of(config), launcher=("torchrun", "--nproc-per-node", "2"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -124,7 +124,7 @@ def test_two_ranks_train_in_8_bits_and_one_says_that_it_is_emulated(tiny: Tiny, 
     assert len(losses(Path(config.run.dir))) == 6
 
 
-def test_sizes_that_the_hardware_cannot_multiply_are_named() -> None:
+def test_sizes_unsuitable_for_fp8_are_refused() -> None:
     check_fp8({"layers.0.mlp.up_proj.weight": (1376, 512)}, 2048)
     with pytest.raises(UserError, match=r"up_proj.weight is 344x128: change model.hidden_size or"):
         check_fp8({"layers.0.mlp.up_proj.weight": (344, 128)}, 2048)
@@ -132,7 +132,7 @@ def test_sizes_that_the_hardware_cannot_multiply_are_named() -> None:
         check_fp8({}, 24)
 
 
-def test_without_torchao_the_message_says_what_to_install(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchao_is_reported_with_the_package_to_install(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     _torchao.cache_clear()
     config: Any = tiny("train.precision=fp8")

@@ -79,7 +79,7 @@ def model() -> Transformer:
 @pytest.mark.parametrize("prepared", [False, True], ids=["as trained", "prepared"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_cached_logits_and_greedy_text_are_those_without_a_cache(case: str, prepared: bool) -> None:
+def test_cached_logits_and_greedy_text_equal_uncached_ones(case: str, prepared: bool) -> None:
     """One batch of unequal prompts; each row against the plain forward of the trained model on that row alone."""
     trained, model = lively(CASES[case]), lively(CASES[case])
     if prepared:
@@ -107,14 +107,14 @@ FOLDED = [case for case, config in CASES.items() if not config.embed_proj]  # ab
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FOLDED)
 @torch.no_grad()
-def test_preparation_keeps_every_bit(case: str, dtype: torch.dtype) -> None:
+def test_preparation_is_bit_identical(case: str, dtype: torch.dtype) -> None:
     ids = torch.tensor(PROMPTS[2:])
     prepared = prepare_for_generation(lively(CASES[case], dtype), dtype)
     assert torch.equal(prepared(ids).logits, lively(CASES[case], dtype)(ids).logits)
 
 
 @torch.no_grad()
-def test_bhyt_is_folded_into_the_scalars_of_the_paper() -> None:
+def test_folded_bhyt_holds_the_scalars_of_the_paper() -> None:
     """lambda / kappa of both norms and c lambda_first^2 / kappa^2 (arXiv 2601.09719), by hand."""
     model = lively(shape(BHYT), torch.float32)
     fold_constants(model)
@@ -154,7 +154,7 @@ def test_hooks_on_attention_see_all_keys_and_values(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def test_a_quantized_model_generates_what_its_forward_says() -> None:
+def test_quantized_model_generates_the_argmax_of_its_forward_pass() -> None:
     model = lively(shape(), torch.float32)
     with quantized(model, QuantSpec(w_bits=4, a_bits=4, kv_bits=4)):
         ((*text,),) = generate(model, PROMPTS[:1], 8)
@@ -163,7 +163,7 @@ def test_a_quantized_model_generates_what_its_forward_says() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_text_is_the_eager_one() -> None:
+def test_compiled_text_equals_eager_text() -> None:
     model = prepare_for_generation(lively(shape(BHYT, num_key_value_heads=2)), torch.float64)
     assert generate(model, PROMPTS, 12, compile=True) == generate(model, PROMPTS, 12)
 
@@ -208,7 +208,7 @@ def closed_form(temperature: float, kept: list[int]) -> Tensor:
         (Sampling(temperature=1.0, top_k=3, top_p=0.86), [1, 3, 4]),
     ],
 )
-def test_sampling_against_the_closed_form(sampling: Sampling, kept: list[int]) -> None:
+def test_sampling_equals_the_closed_form(sampling: Sampling, kept: list[int]) -> None:
     """A grid of quantiles gives the distribution itself, up to one step of the grid for every token."""
     grid = 1000
     found = [choose(LOGITS[None], sampling, (i + 0.5) / grid).item() for i in range(grid)]
@@ -217,7 +217,7 @@ def test_sampling_against_the_closed_form(sampling: Sampling, kept: list[int]) -
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
-def test_choice_at_the_edges(uniform: float) -> None:
+def test_choice_at_extreme_quantiles(uniform: float) -> None:
     """The first and the last quantile are tokens that are kept; next to temperature 0 it is the most likely token."""
     logits = torch.tensor([[1e4, -1e4, 9e3], [-1e30, 0.0, 1.0]])
     assert choose(logits, Sampling(temperature=1e-300), uniform).tolist() == [0, 2]
@@ -245,7 +245,7 @@ def test_random_numbers_are_uniform_and_independent() -> None:
         assert ((found - expected).abs() < 4 * deviation).all(), (found, expected)
 
 
-def test_same_seed_same_text(model: Transformer) -> None:
+def test_same_seed_gives_the_same_text(model: Transformer) -> None:
     def text(seed: int, length: int = 16, temperature: float = 1.0) -> list[int]:
         return generate(model, PROMPTS[:1], length, sampling=Sampling(temperature=temperature, seed=seed))[0]
 
@@ -260,13 +260,13 @@ def test_same_seed_same_text(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=3)], ids=str)
-def test_rows_do_not_depend_on_their_batch(model: Transformer, sampling: Sampling) -> None:
+def test_text_does_not_depend_on_the_batch(model: Transformer, sampling: Sampling) -> None:
     alone = [generate(model, [prompt], 15, sampling=sampling)[0] for prompt in PROMPTS]
     assert generate(model, PROMPTS, 15, sampling=sampling) == alone
     assert generate(model, PROMPTS[::-1] + PROMPTS[:1], 15, sampling=sampling) == [*alone[::-1], alone[0]]
 
 
-def test_end_of_text_stops_its_row_alone(model: Transformer) -> None:
+def test_end_of_text_stops_only_its_sequence(model: Transformer) -> None:
     free = generate(model, PROMPTS, 12)
     end = free[0][3]
     assert end not in free[0][:3] + free[2], "choose another seed"
@@ -277,7 +277,7 @@ def test_end_of_text_stops_its_row_alone(model: Transformer) -> None:
     assert len(list(stream(model, PROMPTS[:1], 12, eos_id=end))) == 4, "nothing is computed when all have ended"
 
 
-def test_numbers_of_tokens_at_the_limits(model: Transformer) -> None:
+def test_generation_of_zero_and_the_maximum_number_of_tokens(model: Transformer) -> None:
     assert generate(model, PROMPTS, 0) == [[], [], []]
     assert [len(row) for row in generate(model, PROMPTS, 1)] == [1, 1, 1]
     assert [len(row) for row in generate(model, PROMPTS, 24)] == [24, 24, 24], "8 + 24 is all that the model has"
@@ -292,7 +292,9 @@ def test_numbers_of_tokens_at_the_limits(model: Transformer) -> None:
     ],
     ids=["empty", "long prompt", "long text"],
 )
-def test_text_that_does_not_fit(model: Transformer, prompts: list[list[int]], num_tokens: int, message: str) -> None:
+def test_prompts_that_do_not_fit_are_refused(
+    model: Transformer, prompts: list[list[int]], num_tokens: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         generate(model, prompts, num_tokens)
 
@@ -326,7 +328,7 @@ def sentencepiece_like() -> Tokenizer:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like()], ids=["bytes", "sentencepiece"])
-def test_streamed_text_is_whole_characters(tokenizer: Tokenizer) -> None:
+def test_streamed_text_consists_of_whole_characters(tokenizer: Tokenizer) -> None:
     text = "ab cd\u00e9 \u20ac\U0001f600 \u4f60\u597d e\u0301fg ha"
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text
@@ -338,7 +340,7 @@ def test_streamed_text_is_whole_characters(tokenizer: Tokenizer) -> None:
         assert texts.finish() == ""
 
 
-def test_character_that_never_ends() -> None:
+def test_incomplete_character_becomes_a_replacement_character() -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode("a\U0001f600").ids
     texts = TextStream(tokenizer)

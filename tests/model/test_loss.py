@@ -67,14 +67,14 @@ def test_loss_and_gradients_equal_cross_entropy(chunk: int, ignored: tuple[int, 
     assert_gradients(x, weight, expected, 1e-5)
 
 
-def test_ignored_rows_get_no_gradient() -> None:
+def test_ignored_tokens_get_no_gradient() -> None:
     x, weight, targets = problem(ignored=(3, 4))
     linear_cross_entropy(x, weight, targets, chunk_tokens=5).backward()
     assert x.grad is not None
     assert [i for i in range(N) if not x.grad[i].any()] == [3, 4]
 
 
-def test_all_targets_ignored_is_zero() -> None:
+def test_loss_is_zero_when_all_targets_are_ignored() -> None:
     x, weight, targets = problem(ignored=tuple(range(N)))
     loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
     loss.backward()
@@ -93,7 +93,7 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(loss.double(), reference(x, weight, targets)[0], rtol=1e-5, atol=1e-2)
 
 
-def test_without_gradient_the_value_is_the_same() -> None:
+def test_loss_is_the_same_without_gradient() -> None:
     x, weight, targets = problem(ignored=(5,))
     with torch.no_grad():
         value = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
@@ -119,7 +119,7 @@ def test_bf16_input_keeps_fp32_loss_and_weight_gradient() -> None:
     assert float((weight.grad.double() - grad_weight).norm() / grad_weight.norm()) < 0.02
 
 
-def test_logits_never_exist_whole() -> None:
+def test_all_logits_are_never_in_memory_at_once() -> None:
     def largest(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
         x, weight, targets = problem()
         with LargestTensor() as probe:
@@ -131,7 +131,7 @@ def test_logits_never_exist_whole() -> None:
     assert largest(lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=9)) == 9 * V
 
 
-def test_a_chunk_is_gone_before_the_next_one_is_made() -> None:
+def test_a_chunk_is_freed_before_the_next_is_allocated() -> None:
     """The most bytes alive with 4 chunks, less what the whole has anyway, are those of one chunk alone."""
     x, weight = torch.randn(256, 8, dtype=torch.bfloat16), torch.randn(1024, 8, requires_grad=True)
     targets = torch.randint(0, 1024, (256,))

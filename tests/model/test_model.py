@@ -211,7 +211,7 @@ def test_one_document_equals_no_mask() -> None:
         torch.testing.assert_close(model(ids, document_ids=torch.ones_like(ids)).logits, model(ids).logits, **CLOSE)
 
 
-def test_a_token_does_not_see_the_future() -> None:
+def test_logits_do_not_depend_on_later_tokens() -> None:
     model, ids = lively(tiny()), tokens()
     changed = ids.clone()
     changed[:, 9] = (ids[:, 9] + 1) % TINY.vocab_size
@@ -259,7 +259,7 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def test_training_never_makes_the_whole_logits() -> None:
+def test_training_never_allocates_all_logits() -> None:
     model, ids = build_model(tiny(vocab_size=997), seed=0), tokens(rows=4)
     with Sizes() as whole:
         F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
@@ -347,7 +347,7 @@ def poison(model: Transformer) -> None:
     ],
     ids=lambda n: f"{n.name}-{n.final}",
 )
-def test_init_weights_touches_everything_and_only_it_does(norm: NormConfig, embed_proj: bool) -> None:
+def test_init_weights_sets_every_parameter_and_buffer(norm: NormConfig, embed_proj: bool) -> None:
     config = dataclasses.replace(tiny(), norm=norm, embed_proj=embed_proj)
     model, same = build_model(config, seed=3), Transformer(config)
     poison(same)
@@ -360,7 +360,7 @@ def test_init_weights_touches_everything_and_only_it_does(norm: NormConfig, embe
 
 
 @pytest.mark.parametrize(("given", "std"), [(None, 1 / math.sqrt(96)), (0.02, 0.02)])
-def test_standard_deviation_and_mean(given: float | None, std: float) -> None:
+def test_initial_matrices_have_the_given_standard_deviation_and_mean_zero(given: float | None, std: float) -> None:
     model = build_model(dataclasses.replace(tiny(), hidden_size=96, initializer_range=given), seed=0)
     for name, value in model.named_parameters():
         if value.ndim == 2:
@@ -369,7 +369,7 @@ def test_standard_deviation_and_mean(given: float | None, std: float) -> None:
             assert abs(float(value.detach().mean())) < 4 * std / math.sqrt(n), name
 
 
-def test_matrices_are_drawn_independently() -> None:
+def test_initial_matrices_are_independent() -> None:
     model = build_model(tiny(), seed=0)
     squares = [p.detach().flatten() for p in model.parameters() if p.shape == (32, 32)]
     assert len(squares) == 8
@@ -377,14 +377,14 @@ def test_matrices_are_drawn_independently() -> None:
     assert correlation.abs().max() < 5 / 32
 
 
-def test_residual_scaling_shrinks_residual_outputs_alone() -> None:
+def test_scale_residual_init_affects_residual_outputs_only() -> None:
     plain, scaled = build_model(tiny(), seed=0), build_model(tiny(scale_residual_init=True), seed=0)
     for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         factor = 1 / math.sqrt(2 * 2) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
         torch.testing.assert_close(b, a * factor, rtol=1e-6, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_embed_proj_is_orthogonal_and_both_differ() -> None:
+def test_initial_projections_are_orthogonal_and_different() -> None:
     model = build_model(tiny(embed_proj=True), seed=0)
     one, two = model.get_parameter("embed_proj.weight"), model.get_parameter("head_proj.weight")
     for weight in (one, two):
@@ -392,7 +392,7 @@ def test_embed_proj_is_orthogonal_and_both_differ() -> None:
     assert not torch.equal(one, two)
 
 
-def test_initial_weights_depend_on_the_seed_alone() -> None:
+def test_initial_weights_depend_on_the_seed_only() -> None:
     torch.manual_seed(1)
     first = build_model(tiny(embed_proj=True), seed=5)
     state = torch.get_rng_state()
@@ -409,7 +409,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("norm", sorted(NORMS))
-def test_every_parameter_has_the_role_of_its_place(norm: str) -> None:
+def test_every_parameter_has_the_expected_role(norm: str) -> None:
     model = Transformer(tiny(norm, embed_proj=True))
     roles = model.parameter_roles()
     assert list(roles) == [name for name, _ in model.named_parameters()]
@@ -424,7 +424,7 @@ def test_every_parameter_has_the_role_of_its_place(norm: str) -> None:
     assert set(roles.values()) == set(ROLES) - ({"gain"} if norm == "crmsnorm" else set())
 
 
-def test_heads_are_blocks_of_every_matrix_of_attention() -> None:
+def test_parameter_heads_divide_every_attention_matrix() -> None:
     """With grouped queries and a gate: along the dimension that has the heads, as many blocks of a head's size."""
     gate = AttentionConfig(gate=True)
     config = dataclasses.replace(tiny("ssnorm"), num_key_value_heads=2, attention=gate, attention_bias=True)
@@ -440,7 +440,7 @@ def test_heads_are_blocks_of_every_matrix_of_attention() -> None:
 # --- precision and memory -----------------------------------------------------------------------------------------
 
 
-def test_bf16_compute_leaves_fp32_weights_alone() -> None:
+def test_bf16_compute_keeps_fp32_weights() -> None:
     model, ids = lively(tiny("ssnorm", embed_proj=True)), tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -464,7 +464,7 @@ def test_bf16_compute_leaves_fp32_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("norm", ["ssnorm", "bhyt"])
-def test_activation_checkpointing_changes_no_bit(norm: str) -> None:
+def test_activation_checkpointing_is_bit_identical(norm: str) -> None:
     model, ids = lively(tiny(norm)), tokens()
     documents = (torch.arange(16) // 6).expand(2, 16)
     calls = 0
@@ -487,7 +487,7 @@ def test_activation_checkpointing_changes_no_bit(norm: str) -> None:
     assert calls == 4, "evaluation recomputes nothing"
 
 
-def test_rows_longer_than_the_table_of_positions() -> None:
+def test_sequences_may_exceed_the_table_of_positions() -> None:
     """The table grows, and a long call changes no shorter one."""
     model, ids = lively(tiny(max_position_embeddings=4)), tokens(length=24)
     with torch.no_grad():

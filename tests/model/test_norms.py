@@ -131,7 +131,7 @@ def test_value_and_gradients_equal_float64_formula(case: str, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("case", ["rmsnorm", "ssnorm", "bhyt"])
-def test_gradients_are_differences_of_values(case: str) -> None:
+def test_gradients_equal_finite_differences(case: str) -> None:
     """In float64, where the backward of our own has all its digits; for BHyT that of both norms of a block."""
     name, options, _ = CASES[case]
     first, second = (randomized(build_norm(name, 5, **options, **place)).double() for place in PLACES[name])
@@ -163,7 +163,7 @@ def test_parameter_count_and_shape(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bf16_is_the_rounded_float64_formula(case: str) -> None:
+def test_bf16_equals_the_rounded_float64_formula(case: str) -> None:
     """Statistics in bf16 would differ in a third of the entries; one rounding at the end differs in next to none.
 
     Norms with a tanh round its argument too.
@@ -200,7 +200,7 @@ def test_bf16_gradient_has_the_dtype_of_its_tensor(case: str) -> None:
 @pytest.mark.parametrize(
     ("name", "eps"), [("layernorm", 1e-5), ("rmsnorm", 1e-6), ("ssnorm", 1e-6), ("crmsnorm", 1e-5)]
 )
-def test_default_eps_is_that_of_the_source(name: str, eps: float) -> None:
+def test_default_eps_equals_the_value_of_the_source(name: str, eps: float) -> None:
     x = torch.tensor([[3e-3, -1e-3, 1e-3, 2e-3]])
     formula = {"layernorm": layernorm, "crmsnorm": crmsnorm}.get(name, rmsnorm)
     torch.testing.assert_close(build_norm(name, 4)(x).double(), formula(x.double(), {}, eps), rtol=1e-5, atol=1e-7)
@@ -243,7 +243,7 @@ def test_crmsnorm_equals_layernorm_of_the_zero_mean_vector_in_one_more_dimension
 
 
 @pytest.mark.parametrize("name", sorted(set(NORMS) - {"crmsnorm"}))
-def test_initial_values(name: str) -> None:
+def test_initial_values_of_norms(name: str) -> None:
     """Gains at `init`, every other scalar at the default of its paper."""
     expected = {"weight": 0.3, "alpha": 0.5, "bias": 0.0, "lam": 1.0, "shift": 0.0}
     for key, value in build_norm(name, 5, init=0.3).state_dict().items():
@@ -431,7 +431,7 @@ def test_norm_of_queries_and_keys_is_over_a_head(name: str, kind: str) -> None:
     torch.testing.assert_close(norm(x).double(), rmsnorm(x.double(), wide, 1e-6), **CLOSE)
 
 
-def test_slope_before_attention_is_its_own() -> None:
+def test_dyt_has_a_separate_slope_before_attention() -> None:
     config = ModelConfig(norm=NormConfig("derf", alpha=0.2, alpha_attention=0.8))
     assert block_norm(config, before_attention=True).state_dict()["alpha"].item() == pytest.approx(0.8)
     assert block_norm(config, after_attention=True).state_dict()["alpha"].item() == pytest.approx(0.2)
@@ -469,7 +469,7 @@ def test_bytes_kept_for_backward(name: str) -> None:
     assert got == KEPT[name]
 
 
-def test_norm_after_attention_keeps_no_more() -> None:
+def test_norm_after_attention_keeps_no_more_bytes_for_backward() -> None:
     first, second = build_norm("bhyt", 256), second_norm(hidden_size=256)
     _, carry = first(sample((64, 256)).requires_grad_(), return_carry=True)
 
@@ -485,7 +485,7 @@ def test_norm_after_attention_keeps_no_more() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))
-def test_final_norm_is_the_norm_itself_but_rmsnorm_for_bhyt(name: str) -> None:
+def test_final_norm_is_rmsnorm_for_bhyt_and_the_norm_itself_otherwise(name: str) -> None:
     norm = final_norm(ModelConfig(norm=NormConfig(name=name)))
     assert type(norm) is NORMS["rmsnorm" if name in ("bhyt", "bhyt_star") else name]
 

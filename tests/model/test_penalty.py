@@ -35,7 +35,7 @@ def naive(x: Tensor, scale: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.7, "rms"])
-def test_penalty_and_gradient_are_the_formula(scale: Any) -> None:
+def test_penalty_and_gradient_equal_the_formula(scale: Any) -> None:
     x, twin = (normal(2, 3, 5).mul(2).requires_grad_() for _ in range(2))
     found, expected = activation_penalty(x, PenaltyConfig(scale=scale)), naive(twin, scale)
     (found * 0.3).backward()
@@ -44,7 +44,7 @@ def test_penalty_and_gradient_are_the_formula(scale: Any) -> None:
     torch.testing.assert_close(x.grad, twin.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_known_values() -> None:
+def test_penalty_of_known_values() -> None:
     spike = torch.tensor([[6.0, 0.0, 0.0, 0.0], [3.0, -3.0, 3.0, -3.0]])
     assert activation_penalty(spike, PenaltyConfig(scale=3.0)).item() == pytest.approx(16 / 4 + 1)
     assert activation_penalty(spike, PenaltyConfig(scale="rms")).item() == pytest.approx(4 + 1)
@@ -55,14 +55,14 @@ def test_known_values() -> None:
 
 
 @pytest.mark.parametrize("scale", [3.0, "rms"])
-def test_bf16_loses_nothing_but_the_rounding_of_its_input(scale: Any) -> None:
+def test_penalty_of_bf16_equals_fp32_of_the_rounded_input(scale: Any) -> None:
     x = normal(64, 48).mul(3).bfloat16()
     found, expected = activation_penalty(x, PenaltyConfig(scale=scale)), naive(x.double(), scale)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_nothing_but_x_is_kept_for_backward() -> None:
+def test_only_the_input_is_kept_for_backward() -> None:
     x, kept = normal(8, 32, dtype=torch.bfloat16).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         penalty = activation_penalty(x, PenaltyConfig())
@@ -116,7 +116,7 @@ def test_model_returns_loss_and_penalty_of_its_blocks(site: Site, scale: Any, ch
         assert (parameter.grad - other.grad).abs().max() < 1e-9 * max(scale_of_gradient, 1), name
 
 
-def test_compiled_blocks_return_the_same() -> None:
+def test_compiled_blocks_return_the_same_penalty() -> None:
     """As one graph each, without a break."""
     results = []
     for compiled in (False, True):

@@ -75,12 +75,12 @@ def test_every_module_of_the_map_exists(model: Transformer) -> None:
         assert isinstance(model.layers[0].get_submodule(norm), Norm)
 
 
-def test_readers_are_all_matrices_of_a_block(model: Transformer) -> None:
+def test_readers_cover_all_matrices_of_a_block(model: Transformer) -> None:
     matrices = [name for name, module in model.layers[0].named_modules() if isinstance(module, Linear)]
     assert sorted(matrices) == sorted(READERS)
 
 
-def test_names_follow_the_forward_pass() -> None:
+def test_site_names_follow_the_forward_pass() -> None:
     names = site_names(2, ("final_norm_out", "q", "attn_in", "embed_out", "head_in"))
     in_blocks = ["layer_00/attn_in", "layer_00/q", "layer_01/attn_in", "layer_01/q"]
     assert names == ["embed_out", *in_blocks, "final_norm_out", "head_in"]
@@ -100,7 +100,7 @@ def test_sites_are_observed_in_the_order_of_the_forward_pass(model: Transformer)
 
 
 @pytest.mark.parametrize("name", site_names(2, SITES))
-def test_replaced_site_changes_what_the_model_computes_until_it_is_removed(name: str, model: Transformer) -> None:
+def test_replaced_site_changes_the_output_until_it_is_removed(name: str, model: Transformer) -> None:
     before = logits(model)
     handle = replace_site(model, name, lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1]))
     changed = logits(model)
