@@ -38,8 +38,10 @@ SHAPE = {
 def random_llama(
     folder: Path, *, max_shard_size: str = "5GB", dtype: torch.dtype = torch.float32, **config: Any
 ) -> Any:
-    """A random `transformers` Llama, saved in `folder`; norms and biases too are random, for ones and zeros hide
-    mistakes."""
+    """Return a random `transformers` Llama saved in `folder`.
+
+    Gains and biases are random too, because ones and zeros hide mistakes.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -60,7 +62,7 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def write_stories260k(folder: Path) -> None:
-    """stories260K as a Hugging Face folder: tied head, and RoPE pairs (2i, 2i + 1) moved to (i, i + K / 2)."""
+    """Write stories260K as a Hugging Face folder: tied head, RoPE pairs (2i, 2i + 1) moved to (i, i + K / 2)."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = (STORIES / "stories260K.bin").read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, seq_len = struct.unpack("7i", raw[:28])
@@ -114,7 +116,7 @@ def write_stories260k(folder: Path) -> None:
 
 
 def _tok512() -> Tokenizer:
-    """llama2.c's tokenizer: pieces in order of their merge, bytes for what no piece spells."""
+    """Return llama2.c's tokenizer: pieces in order of merging, and bytes for all other text."""
     raw = (STORIES / "tok512.bin").read_bytes()[4:]
     pieces = []
     while raw:

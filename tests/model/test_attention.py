@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def naive_attention(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, *, off_by_one: bool = False
 ) -> Tensor:
-    """(B, T, H, K) in float64, one softmax at a time."""
+    """Return the attention (B, T, H, K) in float64, one softmax at a time."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
     out = torch.zeros_like(q)
@@ -38,7 +38,7 @@ def naive_attention(
 
 
 def test_rotary_is_multiplication_by_a_complex_phase() -> None:
-    """Channels i and i + K/2 are real and imaginary part; position t turns them by t theta^(-2 i / K)."""
+    """Channels i and i + K/2 are real and imaginary part; position t rotates them by t theta^(-2 i / K)."""
     length, head_dim, theta = 50, 12, 1000.0
     x = normal(2, length, 3, head_dim)
     y = apply_rotary(x, *rotary_table(head_dim, length, theta, "cpu")).double()
@@ -94,7 +94,7 @@ def test_causal_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool)
 @pytest.mark.parametrize("off_by_one", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_masked_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool) -> None:
-    """Documents of length 1, and a different packing in each row; ids need not be sorted or start at 0."""
+    """Documents of length 1 and a different packing in each sequence; ids need not be sorted or start at 0."""
     documents = torch.tensor([[7, 7, 7, 2, 2, 2, 2, 5], [0, 1, 1, 1, 1, 1, 3, 3]])
     q, k, v = 2 * normal(2, 8, 4, 6), normal(2, 8, kv_heads, 6, seed=1), normal(2, 8, kv_heads, 6, seed=2)
     got = causal_attention(q, k, v, document_mask(documents), off_by_one=off_by_one)
@@ -116,7 +116,7 @@ def test_mask_of_one_document_equals_no_mask() -> None:
 
 
 def test_packed_documents_equal_each_document_alone() -> None:
-    """Rotated at their packed positions: only distances matter."""
+    """Tokens are rotated at their packed positions, because only distances matter."""
     lengths, table = (5, 1, 10), rotary_table(8, 16, 10_000.0, "cpu")
     ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
     q, k, v = normal(1, 16, 4, 8), normal(1, 16, 2, 8, seed=1), normal(1, 16, 2, 8, seed=2)
@@ -124,15 +124,15 @@ def test_packed_documents_equal_each_document_alone() -> None:
     start = 0
     for length in lengths:
         rows = slice(start, start + length)
-        alone = rotary_table(8, length, 10_000.0, "cpu")
-        expected = causal_attention(apply_rotary(q[:, rows], *alone), apply_rotary(k[:, rows], *alone), v[:, rows])
+        table = rotary_table(8, length, 10_000.0, "cpu")
+        expected = causal_attention(apply_rotary(q[:, rows], *table), apply_rotary(k[:, rows], *table), v[:, rows])
         torch.testing.assert_close(packed[:, rows], expected, **CLOSE)
         start += length
 
 
 @pytest.mark.parametrize(("heads", "groups", "length"), [(4, 4, 150), (6, 2, 64), (2, 1, 37)])
 def test_bf16_cpu_attention_is_about_as_exact_as_torch(heads: int, groups: int, length: int) -> None:
-    """Output and gradients against float64, beside `scaled_dot_product_attention` in bf16; odd lengths and blocks."""
+    """Errors of output and gradients are compared with `scaled_dot_product_attention` in bf16, at odd lengths too."""
     shapes = [(2, length, n, 16) for n in (heads, groups, groups)]
     inputs = [(3 * normal(*shape, seed=i)).bfloat16() for i, shape in enumerate(shapes)]
     grad = normal(2, length, heads, 16, seed=9).bfloat16()

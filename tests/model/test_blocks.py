@@ -33,16 +33,16 @@ EPS = 1e-3
 
 
 class Reference:
-    """The formula of a model, spelled out for its parameters as they are in `p`; nothing here knows osp.model.norms."""
+    """The formula of a model with the parameters `p`, written without `osp.model.norms`."""
 
     def __init__(self, model: Transformer):
         self.config = model.config
         self.p = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.b = dict(model.named_buffers())
-        self.seen: dict[str, list[Tensor]] = {}  # by the monitor's names: what the last rows showed
+        self.seen: dict[str, list[Tensor]] = {}  # activations of the last sequences by site
 
     def logits(self, ids: Tensor) -> Tensor:
-        """(T, V) of one row (T,)."""
+        """Return the logits (T, V) of one sequence (T,)."""
         config, p = self.config, self.p
         x = p["embed_tokens.weight"][ids]
         if config.norm.embed_scale:
@@ -72,7 +72,7 @@ class Reference:
         return self.norm(name, y, layer) if self.config.norm.placement == "peri" else y
 
     def norm(self, name: str, x: Tensor, layer: int, before: Tensor | None = None) -> Tensor:
-        """before: the stream before attention, of the norm after it."""
+        """before: the residual stream before attention, for the norm after attention."""
         y = self.formula(self.config.norm.name, name, x, layer, before)
         return y / math.sqrt(layer) if self.config.norm.lns else y
 
@@ -168,7 +168,7 @@ class Reference:
 
 
 def lively(config: ModelConfig) -> Transformer:
-    """A model in float64, every parameter away from where it starts."""
+    """Return a model in float64 with every parameter away from its initial value."""
     model = build_model(dataclasses.replace(config, initializer_range=0.4), seed=0).double()
     model.compute_dtype = torch.float64
     generator = torch.Generator().manual_seed(1)
@@ -201,7 +201,7 @@ def assert_is_its_formula(config: ModelConfig) -> None:
 
 
 def assert_every_parameter_learns(config: ModelConfig) -> None:
-    """One step of the loss that trains: finite, and a gradient for everything. One block says it all."""
+    """Check that the training loss is finite and that every parameter gets a gradient, with one block."""
     model = build_model(dataclasses.replace(config, num_hidden_layers=1), seed=0)
     loss = model(IDS[:1], IDS[:1]).loss
     loss.backward()
@@ -235,7 +235,7 @@ def norm_config(name: str, **options: Any) -> NormConfig:
 @pytest.mark.parametrize("placement", ["pre", "peri"])
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_every_combination_of_options_trains_or_is_refused(name: str, placement: Any) -> None:
-    """And with none and all of the other options it is its formula."""
+    """With none and with all other options the model also equals its formula."""
     for options in itertools.product((False, True), repeat=5):
         recentre, lns, qk_norm, gate, embed_proj = options
         config = ModelConfig(
@@ -318,7 +318,7 @@ def test_rms_of_activation_equals_its_integral(name: str) -> None:
 
 
 def rms_before_down_proj(config: ModelConfig) -> Tensor:
-    """(T,) of the tokens of a new model of one block."""
+    """Return the RMS (T,) of each token in a new model of one block."""
     model, seen = build_model(config, seed=0), list[Tensor]()
     block = model.layers[0]
     assert isinstance(block, Block)
@@ -329,7 +329,7 @@ def rms_before_down_proj(config: ModelConfig) -> Tensor:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_ffn_norm_keeps_the_initial_strength_of_blocks(name: Any) -> None:
-    """RMS of what down_proj reads; and that every token has it, which only a norm sees to."""
+    """The RMS of the input of down_proj is the same, and with the norm it is the same for every token."""
     config = ModelConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=1, hidden_act=name)
     without, normalized = rms_before_down_proj(config), rms_before_down_proj(dataclasses.replace(config, ffn_norm=True))
     assert float(normalized.mean()) == pytest.approx(float(without.mean()), rel=0.1)
@@ -340,7 +340,7 @@ def test_ffn_norm_keeps_the_initial_strength_of_blocks(name: Any) -> None:
 
 
 def test_probe_measures_values_computed_by_blocks_with_all_options() -> None:
-    """Queries and keys after their norm and RoPE, what o_proj reads behind the gate, all gains and rows."""
+    """Queries and keys after norm and RoPE, the input of o_proj after the gate, all gains and matrix rows."""
     norm = norm_config("bhyt", approximation="residual_aware")
     config = ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True, attention_bias=True)
     model = lively(config)
@@ -380,8 +380,8 @@ def test_weights_behind_an_outlier_include_gates_head_norms_and_norms_after_subl
         model.get_parameter("layers.0.mlp_output_layernorm.weight")[5] = 300
 
     def places(kind: str, channel: int) -> list[tuple[str, str, int]]:
-        found = behind(kind, 1, channel, model)
-        return [(w["parameter"].removeprefix("layers.1.self_attn."), w["axis"], w["index"]) for w in found]
+        actual = behind(kind, 1, channel, model)
+        return [(w["parameter"].removeprefix("layers.1.self_attn."), w["axis"], w["index"]) for w in actual]
 
     # channel 13 is the second one of head 3, which reads value head 1; RoPE turns it with the fourth one
     assert places("o_proj_in", 13) == [("v_proj.weight", "row", 5), ("attention_gate.weight", "row", 13)]

@@ -1,4 +1,4 @@
-"""Products in 8-bit floats: against rounding written out in float64, and where a model and a run use them."""
+"""Products in 8-bit floats against explicit rounding in float64, and their use in models and runs."""
 
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ E4M3, E5M2 = (3, -6, 448.0), (2, -14, 57344.0)  # bits of mantissa, smallest exp
 
 
 def rounded(x: Tensor, form: tuple[int, int, float]) -> Tensor:
-    """x in float64 as a tensor of that format with one scale, by the definition of the format."""
+    """Return x rounded to the format with one scale per tensor, in float64, by the definition of the format."""
     bits, smallest, largest = form
     x = x.double()
     scale = largest / x.abs().max()
@@ -47,9 +47,9 @@ def test_fp8_product_and_gradients_equal_float64_with_rounding() -> None:
     x8, w8, g8 = rounded(x, E4M3), rounded(weight, E4M3), rounded(g, E5M2)
     assert y.dtype == torch.bfloat16
     expected = {"y": (y, x8 @ w8.T), "x": (x.grad, g8 @ w8), "w": (weight.grad, g8.flatten(0, 1).T @ x8.flatten(0, 1))}
-    for name, (found, exact) in expected.items():
-        assert found is not None
-        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=2**-8 * exact.std().item(), msg=name)
+    for name, (actual, exact) in expected.items():
+        assert actual is not None
+        torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=2**-8 * exact.std().item(), msg=name)
     plain = (x @ weight.T).double()
     assert (y.double() - plain).norm() / plain.norm() > 0.02, "three bits of mantissa are seen"
 
@@ -100,19 +100,19 @@ def test_fp8_layer_keeps_bias_and_zero_mean() -> None:
 @needs_torchao
 @pytest.mark.parametrize("stage", [1, 3])
 def test_fp8_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
-    """Against bf16 without 8 bits: other losses, and nearly the same."""
+    """Losses differ from bf16 training, but only a little."""
     zero = f"engine.zero_stage={stage}"
     coarse, plain = tiny("train.precision=fp8", zero, name="fp8"), tiny("train.precision=bf16", zero, name="bf16")
     train(plain)
     train(coarse)
-    found, expected = (losses(Path(config.run.dir)) for config in (coarse, plain))
-    assert found != expected
-    assert found == pytest.approx(expected, abs=0.05)
+    actual, expected = (losses(Path(config.run.dir)) for config in (coarse, plain))
+    assert actual != expected
+    assert actual == pytest.approx(expected, abs=0.05)
     again = tiny("train.precision=fp8", zero, "train.steps=3", name="again")
     train(again)
     more = tiny("train.precision=fp8", zero, f"resume={again.run.dir}", name="more")
     train(more)
-    assert losses(Path(again.run.dir)) + losses(Path(more.run.dir)) == found
+    assert losses(Path(again.run.dir)) + losses(Path(more.run.dir)) == actual
 
 
 @needs_torchao

@@ -58,7 +58,7 @@ CASES = {
 
 
 def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
-    """A random model in eval mode; what starts at 0 or 1 is random too, for those values hide mistakes."""
+    """Return a random model in eval mode. Gains and biases are random too, because ones and zeros hide mistakes."""
     model = build_model(config, seed=0).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -80,7 +80,7 @@ def model() -> Transformer:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_cached_logits_and_greedy_text_equal_uncached_ones(case: str, prepared: bool) -> None:
-    """One batch of unequal prompts; each row against the plain forward of the trained model on that row alone."""
+    """A batch of prompts of different lengths against a forward pass of each prompt by itself without a cache."""
     trained, model = lively(CASES[case]), lively(CASES[case])
     if prepared:
         prepare_for_generation(model, torch.float64)
@@ -172,7 +172,7 @@ def test_compiled_text_equals_eager_text() -> None:
 
 
 class FixedModel(Transformer):
-    """The same logits at every position, whatever is read."""
+    """A model that returns the same logits at every position for every input."""
 
     def __init__(self, logits: Tensor):
         super().__init__(shape(vocab_size=len(logits)))
@@ -186,7 +186,7 @@ LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.7, -3.0])
 
 
 def closed_form(temperature: float, kept: list[int]) -> Tensor:
-    """Probabilities of all tokens where those of `kept` alone are left."""
+    """Return the probabilities of all tokens if only the tokens `kept` remain."""
     weights = torch.zeros(6, dtype=torch.float64)
     weights[kept] = (LOGITS.double()[kept] / temperature).exp()
     return weights / weights.sum()
@@ -209,16 +209,16 @@ def closed_form(temperature: float, kept: list[int]) -> Tensor:
     ],
 )
 def test_sampling_equals_the_closed_form(sampling: Sampling, kept: list[int]) -> None:
-    """A grid of quantiles gives the distribution itself, up to one step of the grid for every token."""
+    """A grid of quantiles gives the distribution up to one step of the grid per token."""
     grid = 1000
-    found = [choose(LOGITS[None], sampling, (i + 0.5) / grid).item() for i in range(grid)]
-    frequency = torch.bincount(torch.tensor(found), minlength=6) / grid
+    actual = [choose(LOGITS[None], sampling, (i + 0.5) / grid).item() for i in range(grid)]
+    frequency = torch.bincount(torch.tensor(actual), minlength=6) / grid
     torch.testing.assert_close(frequency.double(), closed_form(sampling.temperature, kept), rtol=0, atol=1.01 / grid)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
 def test_choice_at_extreme_quantiles(uniform: float) -> None:
-    """The first and the last quantile are tokens that are kept; next to temperature 0 it is the most likely token."""
+    """The first and last quantile choose kept tokens; close to temperature 0 they choose the most likely one."""
     logits = torch.tensor([[1e4, -1e4, 9e3], [-1e30, 0.0, 1.0]])
     assert choose(logits, Sampling(temperature=1e-300), uniform).tolist() == [0, 2]
     assert choose(logits, Sampling(temperature=1.0, top_k=1), uniform).tolist() == [0, 2]
@@ -229,12 +229,12 @@ def test_choice_at_extreme_quantiles(uniform: float) -> None:
 
 
 def test_random_numbers_are_uniform_and_independent() -> None:
-    """Frequencies of single tokens and of pairs that follow each other, in one long text of a known distribution."""
+    """Frequencies of tokens and of consecutive pairs in one long text of a known distribution."""
     model = FixedModel(torch.tensor([0.0, 1.0, 2.0]))
     model.config = dataclasses.replace(model.config, max_position_embeddings=5000)
     (text,) = generate(model, [[0]], 3000, sampling=Sampling(temperature=1.0, seed=0))
     single = torch.tensor([0.0, 1.0, 2.0]).double().softmax(-1)
-    for expected, found in (
+    for expected, actual in (
         (single, torch.bincount(torch.tensor(text), minlength=3) / 3000),
         (
             torch.outer(single, single).flatten(),
@@ -242,7 +242,7 @@ def test_random_numbers_are_uniform_and_independent() -> None:
         ),
     ):
         deviation = (expected * (1 - expected) / 3000).sqrt()
-        assert ((found - expected).abs() < 4 * deviation).all(), (found, expected)
+        assert ((actual - expected).abs() < 4 * deviation).all(), (actual, expected)
 
 
 def test_same_seed_gives_the_same_text(model: Transformer) -> None:
@@ -261,9 +261,9 @@ def test_same_seed_gives_the_same_text(model: Transformer) -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=3)], ids=str)
 def test_text_does_not_depend_on_the_batch(model: Transformer, sampling: Sampling) -> None:
-    alone = [generate(model, [prompt], 15, sampling=sampling)[0] for prompt in PROMPTS]
-    assert generate(model, PROMPTS, 15, sampling=sampling) == alone
-    assert generate(model, PROMPTS[::-1] + PROMPTS[:1], 15, sampling=sampling) == [*alone[::-1], alone[0]]
+    separate = [generate(model, [prompt], 15, sampling=sampling)[0] for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 15, sampling=sampling) == separate
+    assert generate(model, PROMPTS[::-1] + PROMPTS[:1], 15, sampling=sampling) == [*separate[::-1], separate[0]]
 
 
 def test_end_of_text_stops_only_its_sequence(model: Transformer) -> None:
@@ -280,7 +280,7 @@ def test_end_of_text_stops_only_its_sequence(model: Transformer) -> None:
 def test_generation_of_zero_and_the_maximum_number_of_tokens(model: Transformer) -> None:
     assert generate(model, PROMPTS, 0) == [[], [], []]
     assert [len(row) for row in generate(model, PROMPTS, 1)] == [1, 1, 1]
-    assert [len(row) for row in generate(model, PROMPTS, 24)] == [24, 24, 24], "8 + 24 is all that the model has"
+    assert [len(row) for row in generate(model, PROMPTS, 24)] == [24, 24, 24], "8 + 24 are all positions of the model"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_prompts_that_do_not_fit_are_refused(
 
 
 def byte_level() -> Tokenizer:
-    """Every byte is a token of its own."""
+    """Return a tokenizer with one token per byte."""
     vocabulary = {"<|endoftext|>": 0} | {
         letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
     }
@@ -315,7 +315,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece_like() -> Tokenizer:
-    """Words begin with U+2581, whose first one the decoder takes away; other characters are bytes, <0xE2> say."""
+    """Words begin with U+2581, and the decoder removes the first one; other characters are bytes such as <0xE2>."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefgh"]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)

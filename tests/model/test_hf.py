@@ -1,4 +1,4 @@
-"""Reading Hugging Face folders: `transformers` is the oracle, and what cannot be read says why in one line."""
+"""Reading of Hugging Face folders against `transformers`, and the refusals of unreadable ones."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ def assert_same_logits(theirs: Any, folder: Path, ids: torch.Tensor = IDS) -> No
     ours = load_hf(folder)
     assert not ours.training
     with torch.no_grad():
-        expected, found = theirs(ids).logits, ours(ids).logits
+        expected, actual = theirs(ids).logits, ours(ids).logits
     scale = expected.abs().max()
-    assert scale > 0.5, "a model that says nothing would prove nothing"
-    assert (found - expected).abs().max() <= 1e-5 * scale, (found - expected).abs().max() / scale
+    assert scale > 0.5, "the logits are too small for a meaningful comparison"
+    assert (actual - expected).abs().max() <= 1e-5 * scale, (actual - expected).abs().max() / scale
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ LLAMA3 = {
     "scaling", [LLAMA3, {"rope_type": "linear", "factor": 3.0}], ids=lambda scaling: scaling["rope_type"]
 )
 def test_logits_with_scaled_rope_equal_transformers(scaling: dict[str, Any], tmp_path: Path) -> None:
-    """As both layouts of the configuration say it, and as we write it."""
+    """Read both layouts of the configuration, and the layout of our export."""
     from transformers import LlamaForCausalLM
 
     theirs = random_llama(tmp_path / "5", head_dim=16, rope_parameters={"rope_theta": 5000.0, **scaling})
@@ -183,7 +183,7 @@ def test_unreadable_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
         load_hf(tmp_path)
 
 
-needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the shared checkpoint is not here")
+needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the shared checkpoint")
 
 
 @needs_stories

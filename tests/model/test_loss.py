@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against torch's, value and gradient, and the memory it must not use."""
+"""The chunked cross-entropy against torch's: value, gradient and memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ N, D, V = 29, 8, 53
 
 
 class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation returns."""
+    """Record the number of elements of the largest tensor that any operation returns."""
 
     numel = 0
 
@@ -38,7 +38,7 @@ def problem(dtype: torch.dtype = torch.float32, ignored: tuple[int, ...] = ()) -
 
 
 def reference(x: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, d loss / d x, d loss / d weight) by torch in float64."""
+    """Return (loss, d loss / d x, d loss / d weight), computed by torch in float64."""
     x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     loss = scale * F.cross_entropy(x64 @ weight64.T, targets, reduction="sum", ignore_index=-100)
     loss.backward()
@@ -102,7 +102,7 @@ def test_loss_is_the_same_without_gradient() -> None:
 
 
 def test_bf16_input_keeps_fp32_loss_and_weight_gradient() -> None:
-    """Only the products are bf16: the loss is that of bf16 logits in fp32, the gradients are within bf16 rounding."""
+    """The loss equals the fp32 loss of bf16 logits, and gradients agree within bf16 rounding."""
     x, weight, targets = problem(torch.bfloat16, ignored=(5,))
     loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
     loss.backward()
@@ -132,7 +132,7 @@ def test_all_logits_are_never_in_memory_at_once() -> None:
 
 
 def test_a_chunk_is_freed_before_the_next_is_allocated() -> None:
-    """The most bytes alive with 4 chunks, less what the whole has anyway, are those of one chunk alone."""
+    """The peak memory of 4 chunks, without inputs and gradients, equals the peak memory of one chunk."""
     x, weight = torch.randn(256, 8, dtype=torch.bfloat16), torch.randn(1024, 8, requires_grad=True)
     targets = torch.randint(0, 1024, (256,))
 

@@ -1,4 +1,4 @@
-"""A norm is one class: made-up ones, registered here, train, resume, are measured, and export or are refused."""
+"""A norm is one class: norms that only this file defines train, resume, are measured, and export or are refused."""
 
 import math
 from collections.abc import Callable

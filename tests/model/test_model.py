@@ -43,7 +43,7 @@ def tokens(rows: int = 2, length: int = 16, seed: int = 0) -> Tensor:
 
 
 def lively(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model whose gains differ from 1 and whose weights are large enough for every part to matter."""
+    """Return a model whose gains differ from 1 and whose weights are large enough for every part to matter."""
     model = build_model(dataclasses.replace(config, initializer_range=0.3), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def bhyt_norms(block: Block) -> tuple[BHyT, BHyT]:
 
 
 def llama(model: Transformer) -> LlamaForCausalLM:
-    """transformers' model with the same function: SSNorm as a constant gain vector, EmbProj absorbed by hand."""
+    """Return the `transformers` model with the same function: SSNorm as constant gains, EmbProj absorbed."""
     config = model.config
     theirs = LlamaForCausalLM(
         LlamaConfig(
@@ -144,7 +144,7 @@ def test_loss_and_gradients_equal_transformers() -> None:
 
 
 def test_bhyt_block_shares_the_variance_of_its_input() -> None:
-    """The second norm reads the block's input and the attention gain, not what attention really added."""
+    """The second norm uses the block's input and the attention gain, not the actual output of attention."""
     config = dataclasses.replace(tiny(), norm=NormConfig(name="bhyt", lam=2.0, kappa=4.0, seq_len=9))
     model = build_model(config, seed=0)
     block = blocks(model)[1]
@@ -198,9 +198,9 @@ def test_packed_documents_equal_each_document_alone() -> None:
     documents = torch.tensor([[0] * 5 + [1] + [2] * 10])
     with torch.no_grad():
         packed = model(ids, document_ids=documents).logits
-        alone = torch.cat([model(part).logits for part in ids.split([5, 1, 10], dim=1)], dim=1)
+        separate = torch.cat([model(part).logits for part in ids.split([5, 1, 10], dim=1)], dim=1)
         mixed = model(ids).logits
-    torch.testing.assert_close(packed, alone, **CLOSE)
+    torch.testing.assert_close(packed, separate, **CLOSE)
     assert (mixed - packed)[:, 6:].abs().max() > 0.1, "without the mask documents must see each other"
     torch.testing.assert_close(mixed[:, :5], packed[:, :5], **CLOSE)
 
@@ -247,7 +247,7 @@ def test_loss_with_targets_equals_cross_entropy_of_the_logits(chunk: int) -> Non
 
 
 class Sizes(TorchDispatchMode):
-    """Number of elements of every tensor that an operation returns."""
+    """Record the number of elements of every tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_flops_of_osp_1b() -> None:
 
 @pytest.mark.parametrize("config", [tiny(), tiny("ssnorm", num_key_value_heads=2, embed_proj=True)], ids=["mha", "gqa"])
 def test_flops_of_the_weights_equal_what_torch_counts(config: ModelConfig) -> None:
-    """PyTorch counts every matrix product of a real forward and backward pass; attention's are counted apart."""
+    """PyTorch counts every matrix product of a forward and backward pass; attention is counted separately."""
     model, ids = build_model(config, seed=0), tokens()
     with FlopCounterMode(display=False) as counter:
         model(ids, ids, chunk_tokens=8).loss.backward()
@@ -425,7 +425,7 @@ def test_every_parameter_has_the_expected_role(norm: str) -> None:
 
 
 def test_parameter_heads_divide_every_attention_matrix() -> None:
-    """With grouped queries and a gate: along the dimension that has the heads, as many blocks of a head's size."""
+    """With grouped queries and a gate, the dimension with the heads is the number of heads times the head size."""
     gate = AttentionConfig(gate=True)
     config = dataclasses.replace(tiny("ssnorm"), num_key_value_heads=2, attention=gate, attention_bias=True)
     model = Transformer(config)
@@ -488,7 +488,7 @@ def test_activation_checkpointing_is_bit_identical(norm: str) -> None:
 
 
 def test_sequences_may_exceed_the_table_of_positions() -> None:
-    """The table grows, and a long call changes no shorter one."""
+    """The table grows, and a longer call does not change a shorter one."""
     model, ids = lively(tiny(max_position_embeddings=4)), tokens(length=24)
     with torch.no_grad():
         short, long = model(ids[:, :4]).logits, model(ids).logits

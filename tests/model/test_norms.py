@@ -81,7 +81,7 @@ NUM_PARAMETERS = {  # scalars of a norm over D channels, as multiples of D and c
 
 
 def randomized(norm: Norm, seed: int = 1) -> Norm:
-    """`norm` with every parameter away from its initial value."""
+    """Return `norm` with every parameter away from its initial value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in norm.parameters():
@@ -90,7 +90,7 @@ def randomized(norm: Norm, seed: int = 1) -> Norm:
 
 
 def sample(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Rows of very different size and with a mean, so that eps and centring matter."""
+    """Return tokens of very different size with a nonzero mean, so that eps and centring matter."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.logspace(-2, 2, math.prod(shape[:-1])).view(*shape[:-1], 1)
     return (torch.randn(shape, generator=generator) + 0.5) * rows
@@ -121,7 +121,7 @@ def test_value_and_gradients_equal_float64_formula(case: str, shape: tuple[int, 
     torch.testing.assert_close(y.double(), expected, **CLOSE)
     assert x.grad is not None
     assert x64.grad is not None
-    scale = x64.grad.abs().amax(-1, keepdim=True)  # gradients of small rows are large: compare row by row
+    scale = x64.grad.abs().amax(-1, keepdim=True)  # gradients of small tokens are large: compare token by token
     torch.testing.assert_close(x.grad.double() / scale, x64.grad / scale, **CLOSE)
     for key, parameter in norm.named_parameters():
         assert parameter.grad is not None, key
@@ -132,7 +132,7 @@ def test_value_and_gradients_equal_float64_formula(case: str, shape: tuple[int, 
 
 @pytest.mark.parametrize("case", ["rmsnorm", "ssnorm", "bhyt"])
 def test_gradients_equal_finite_differences(case: str) -> None:
-    """In float64, where the backward of our own has all its digits; for BHyT that of both norms of a block."""
+    """Check the hand-written backward pass in float64; for BHyT through both norms of a block."""
     name, options, _ = CASES[case]
     first, second = (randomized(build_norm(name, 5, **options, **place)).double() for place in PLACES[name])
     if isinstance(second, BHyT):
@@ -169,7 +169,7 @@ def test_bf16_equals_the_rounded_float64_formula(case: str) -> None:
     Norms with a tanh round its argument too.
     """
     name, options, formula = CASES[case]
-    norm = build_norm(name, 512, **options)  # initial gains of 1 add no rounding of their own
+    norm = build_norm(name, 512, **options)  # initial gains of 1 add no rounding
     x = sample((16, 512)).bfloat16()
     y = norm(x)
     assert y.dtype == torch.bfloat16
@@ -178,7 +178,7 @@ def test_bf16_equals_the_rounded_float64_formula(case: str) -> None:
     if name in SQUASHING:
         squash, inverse = (torch.erf, torch.erfinv) if name == "derf" else (torch.tanh, torch.atanh)
         exact = formula(x.double(), wide, options.get("eps", 0.0))
-        shown = exact.abs() < 1  # of a saturated one the argument is lost
+        shown = exact.abs() < 1  # a saturated output does not determine its argument
         argument = torch.where(shown, inverse(exact), 9.0 * exact)
         expected = squash(argument.bfloat16().double()).bfloat16()
     different = (y != expected).double().mean().item()
@@ -405,20 +405,20 @@ def test_bound_warning_concerns_bhyt_only() -> None:
         assert bound_warning(ModelConfig(num_hidden_layers=10_000, norm=NormConfig(name=name))) is None
 
 
-# --- where norms stand ----------------------------------------------------------------------------------------------
+# --- norms in a model ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_layernorm_scaling_divides_output_and_gradients_by_the_root_of_the_layer(name: str) -> None:
-    found = {}
+    actual = {}
     for lns in (False, True):
         config = ModelConfig(hidden_size=16, norm=NormConfig(name, lns=lns))
         norm, x = randomized(block_norm(config, layer=9)), sample((3, 16)).requires_grad_()
         y = norm(x)
         y.backward(sample((3, 16), seed=2))
-        found[lns] = [y.detach(), x.grad, *(p.grad for p in norm.parameters())]
+        actual[lns] = [y.detach(), x.grad, *(p.grad for p in norm.parameters())]
         assert final_norm(config).output_scale == 1.0
-    for scaled, plain in zip(found[True], found[False], strict=True):
+    for scaled, plain in zip(actual[True], actual[False], strict=True):
         torch.testing.assert_close(3 * scaled, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -457,7 +457,7 @@ def kept_for_backward(norm: Norm, dtype: torch.dtype) -> float:
     return sum(kept.values()) / x.numel()
 
 
-# in fp32 and bf16: the input alone; with a tanh; with the input in fp32; Derf's slope needs its argument too
+# in fp32 and bf16: only the input; with a tanh; with the input in fp32; Derf's slope needs its argument too
 KEPT = {"layernorm": (4, 2), "rmsnorm": (4, 2), "ssnorm": (4, 2), "bhyt": (8, 4), "bhyt_star": (8, 4)}
 KEPT |= {"dyt": (8, 6), "derf": (12, 8)}
 

@@ -1,4 +1,4 @@
-"""The penalty on large activations: its formula, its gradient, what it keeps, and its sum over batches and blocks."""
+"""The penalty on large activations: formula, gradient, memory, and sums over batches and blocks."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def naive(x: Tensor, scale: Any) -> Tensor:
-    """Sum over tokens, one token and channel at a time."""
+    """Return the penalty as a sum over one token and channel at a time."""
     total = x.new_zeros(())
     for token in x.flatten(0, -2):
         unit = torch.stack([v**2 for v in token]).mean().sqrt() if scale == "rms" else scale
@@ -37,10 +37,10 @@ def naive(x: Tensor, scale: Any) -> Tensor:
 @pytest.mark.parametrize("scale", [3.0, 0.7, "rms"])
 def test_penalty_and_gradient_equal_the_formula(scale: Any) -> None:
     x, twin = (normal(2, 3, 5).mul(2).requires_grad_() for _ in range(2))
-    found, expected = activation_penalty(x, PenaltyConfig(scale=scale)), naive(twin, scale)
-    (found * 0.3).backward()
+    actual, expected = activation_penalty(x, PenaltyConfig(scale=scale)), naive(twin, scale)
+    (actual * 0.3).backward()
     (expected * 0.3).backward()
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(x.grad, twin.grad, rtol=1e-9, atol=1e-9)
 
 
@@ -57,9 +57,9 @@ def test_penalty_of_known_values() -> None:
 @pytest.mark.parametrize("scale", [3.0, "rms"])
 def test_penalty_of_bf16_equals_fp32_of_the_rounded_input(scale: Any) -> None:
     x = normal(64, 48).mul(3).bfloat16()
-    found, expected = activation_penalty(x, PenaltyConfig(scale=scale)), naive(x.double(), scale)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    actual, expected = activation_penalty(x, PenaltyConfig(scale=scale)), naive(x.double(), scale)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_only_the_input_is_kept_for_backward() -> None:
@@ -78,7 +78,7 @@ def model_of(**changes: Any) -> Transformer:
 
 
 def hooked(model: Transformer, site: Site) -> list[Tensor]:
-    """A list that the next forward pass fills with the activations of every block, as hooks see them."""
+    """Return a list that hooks fill with the activations of every block in the next forward pass."""
     seen: list[Tensor] = []
     for block in model.layers:
         assert isinstance(block, Block)
@@ -93,7 +93,7 @@ def hooked(model: Transformer, site: Site) -> list[Tensor]:
 @pytest.mark.parametrize("scale", [2.0, "rms"])
 @pytest.mark.parametrize("site", ["block_out", "down_proj_in"])
 def test_model_returns_loss_and_penalty_of_its_blocks(site: Site, scale: Any, checkpointing: bool) -> None:
-    """Value and every gradient against hooks on a twin; the loss is the same bits as without."""
+    """Value and gradients against hooks on a copy; the loss is bit-identical to a model without a penalty."""
     model, twin = model_of(ffn_norm=site == "down_proj_in"), model_of(ffn_norm=site == "down_proj_in")
     model.activation_checkpointing = checkpointing
     model.set_penalty(PenaltyConfig(weight=0.5, site=site, scale=scale))
@@ -117,7 +117,7 @@ def test_model_returns_loss_and_penalty_of_its_blocks(site: Site, scale: Any, ch
 
 
 def test_compiled_blocks_return_the_same_penalty() -> None:
-    """As one graph each, without a break."""
+    """Blocks compile as one graph each."""
     results = []
     for compiled in (False, True):
         model = model_of(ffn_norm=True, num_hidden_layers=1)
@@ -132,7 +132,7 @@ def test_compiled_blocks_return_the_same_penalty() -> None:
 
 
 def test_penalty_of_a_step_does_not_depend_on_micro_batches(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    """Two trainings with 4 and 1 micro batches agree; the first loss is that of a run without a penalty."""
+    """Two trainings with 4 and 1 micro batches agree; the first loss equals the loss of a run without a penalty."""
     overrides = ("penalty.weight=0.5", "penalty.scale=1.0", "train.steps=3", "eval.every=0", "eval.sample_tokens=0")
     train(tiny(*overrides, name="four"))
     train(tiny(*overrides, "train.micro_batch_size=8", name="one"))
