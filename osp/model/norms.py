@@ -1,9 +1,8 @@
 """Normalizers: LayerNorm, RMSNorm, SSNorm, CRMSNorm, BHyT, DyT and Derf.
 
 Every norm maps x (..., D) to (..., D) in the dtype of x. The division by a statistic, or the multiplication by a slope,
-is fp32 (fp64 for fp64) and is rounded to the dtype of x before tanh and gain, in Hugging Face's order. (LayerNorm is
-torch's, which rounds once, at the end.) `y = norm(x)` works for every norm. The two norms of a block may also share a
-statistic, as BHyT does: `y, carry = first(x, return_carry=True)`, then `second(x, carry)`.
+is fp32 (fp64 for fp64) and is rounded to the dtype of x before tanh and gain, in Hugging Face's order. The two norms of
+a block may share a statistic, as BHyT does: `y, carry = first(x, return_carry=True)`, then `second(x, carry)`.
 
 To add a norm, write one class with its `NORMS` entry, one YAML in `configs/norm` and one test. The class attributes of
 `Norm` tell the rest of the project what it needs to know.

@@ -190,10 +190,10 @@ class Embedding(nn.Module):
         self.scale = nn.Parameter(torch.empty(1)) if scaled else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        rows = F.embedding(input_ids, self.weight)
+        x = F.embedding(input_ids, self.weight)
         if self.zero_mean:
-            rows = rows - rows.mean(-1, keepdim=True)
-        return rows if self.scale is None else rows * self.scale
+            x = x - x.mean(-1, keepdim=True)
+        return x if self.scale is None else x * self.scale
 
 
 class Head(Linear):
@@ -202,13 +202,12 @@ class Head(Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:
         if targets is None:
             return super().forward(x)
-        return linear_cross_entropy(
-            x.flatten(0, -2), self.weight, targets.flatten(), bias=self.bias, chunk_tokens=chunk_tokens
-        )
+        x, targets = x.flatten(0, -2), targets.flatten()
+        return linear_cross_entropy(x, self.weight, targets, bias=self.bias, chunk_tokens=chunk_tokens)
 
 
 class Output(NamedTuple):
-    """What `Transformer.forward` returns. None: not asked for."""
+    """The result of `Transformer.forward`. None: not requested."""
 
     loss: Tensor | None  # sum over tokens of the cross-entropy in nats, fp32, 0-dim
     logits: Tensor | None  # (B, T, V) in the compute dtype
@@ -228,18 +227,15 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
-        self.embed_tokens = Embedding(
-            config.vocab_size,
-            config.hidden_size,
-            scaled=config.norm.embed_scale,
-            zero_mean=config.recentre and not config.embed_proj,
-        )
+        vocab_size, hidden_size = config.vocab_size, config.hidden_size
+        zero_mean = config.recentre and not config.embed_proj
+        self.embed_tokens = Embedding(vocab_size, hidden_size, scaled=config.norm.embed_scale, zero_mean=zero_mean)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(1, config.num_hidden_layers + 1))
         self.norm = final_norm(config)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.lm_head = Head(hidden_size, vocab_size, bias=config.head_bias)
         if config.embed_proj:
-            self.embed_proj = Linear(config.hidden_size, config.hidden_size, zero_mean=config.recentre)
-            self.head_proj = Linear(config.hidden_size, config.hidden_size)
+            self.embed_proj = Linear(hidden_size, hidden_size, zero_mean=config.recentre)
+            self.head_proj = Linear(hidden_size, hidden_size)
         else:
             self.embed_proj = self.head_proj = nn.Identity()
         self._rotary: tuple[Tensor, Tensor] | None = None
@@ -261,7 +257,7 @@ class Transformer(nn.Module):
             targets: (B, T) the next token of each; `IGNORE` leaves a token out of the loss.
             document_ids: (B, T); a token attends only to tokens of the same document.
             chunk_tokens: number of tokens whose logits are in memory at a time while the loss is computed.
-            cache: keys and values of the preceding tokens; those of `input_ids` are added to it.
+            cache: keys and values of the preceding tokens; the pass adds the keys and values of `input_ids`.
             wanted: (B,) the position of the one token of each sequence whose logits (B, 1, V) are returned.
         """
         x, penalty = self.hidden_states(input_ids, document_ids=document_ids, cache=cache)
@@ -309,10 +305,9 @@ class Transformer(nn.Module):
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos and sin (T, K / 2) of the first `length` positions, from a cached table."""
         if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
-            positions = max(length, self.config.max_position_embeddings)
-            self._rotary = rotary_table(
-                self.config.head_size, positions, self.config.rope_theta, device, self.config.rope_scaling
-            )
+            config = self.config
+            positions = max(length, config.max_position_embeddings)
+            self._rotary = rotary_table(config.head_size, positions, config.rope_theta, device, config.rope_scaling)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 

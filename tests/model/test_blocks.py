@@ -213,9 +213,9 @@ def assert_every_parameter_learns(config: ModelConfig) -> None:
 
 # what may not be combined, and the words that say why
 REFUSED = {
-    "recentre": "a zero mean makes an RMSNorm equal to LayerNorm and serves no other",
+    "recentre": "a zero mean makes RMSNorm equal to LayerNorm and is useless for other norms",
     "recentre-peri": "a norm after a sublayer makes its mean other than 0",
-    "bhyt-peri": "the approximation holds for what attention adds to the residual stream",
+    "bhyt-peri": "the variance approximation covers the output of attention, not a norm of it",
 }
 
 
@@ -396,7 +396,7 @@ def test_weights_behind_an_outlier_include_gates_head_norms_and_norms_after_subl
     assert places("block_out", 5)[0] == ("layers.0.mlp_output_layernorm.weight", "gain", 5)
 
 
-# --- options that do not go together --------------------------------------------------------------------------------
+# --- options without effect ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
