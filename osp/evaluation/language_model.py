@@ -70,7 +70,11 @@ def open_model(
     """
     folder = Path(path)
     checkpoint = find_model(folder)
-    subject = _open_hf(folder) if checkpoint is None else _open_checkpoint(folder, checkpoint)
+    if checkpoint is None:
+        tokenizer, ids = load_hf_tokenizer(folder)  # before the weights, which take longer
+        subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, ids.bos_id, ids.eos_id)
+    else:
+        subject = _open_checkpoint(folder, checkpoint)
     subject.model.to(device).compute_dtype = dtype
     return subject
 
@@ -85,11 +89,6 @@ def find_model(folder: Path) -> Path | None:
             f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
         )
     return checkpoint
-
-
-def _open_hf(folder: Path) -> LanguageModel:
-    tokenizer, special = load_hf_tokenizer(folder)  # before the weights, which take longer
-    return LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, special.bos_id, special.eos_id)
 
 
 def _open_checkpoint(folder: Path, checkpoint_folder: Path) -> LanguageModel:

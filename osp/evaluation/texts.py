@@ -20,7 +20,7 @@ from osp.run.checkpoint import Checkpoint, find
 
 WIKITEXT2 = "wikitext2"
 HELD_OUT = "held_out"
-HUB_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+HUB_WIKITEXT2 = SourceConfig(source="hf", dataset="Salesforce/wikitext", subset="wikitext-2-raw-v1", split="test")
 
 
 def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") -> Text:
@@ -115,10 +115,9 @@ def _utf8(path: Path) -> str:
 
 
 def _hub_rows() -> list[str]:
-    name, subset = HUB_WIKITEXT2
-    hub = SourceConfig(source="hf", dataset=name, subset=subset, split="test")
     try:
-        return list(documents(hub))
+        return list(documents(HUB_WIKITEXT2))
     except UserError as error:  # it names the key of a training run
+        name = HUB_WIKITEXT2.dataset
         reason = str(error).removeprefix(f"data.dataset={name} ")
         raise UserError(f"{WIKITEXT2}: {name} {reason}; name the file instead: texts=[wiki.test.raw]") from error

@@ -118,7 +118,7 @@ def propagated_error(
     clean = [_residuals(model, batch) for batch in batches]
     with quantized(model, spec, calibration=calibration, sites=sites) as state:
         noisy = [[state.in_own_basis(h) for h in _residuals(model, batch)] for batch in batches]
-    sums = torch.zeros(2, len(model.layers) + 1, dtype=torch.float64)  # (error, energy) of each
+    sums = torch.zeros(2, len(model.layers) + 1, dtype=torch.float64)  # (error, energy) of each layer and the norm
     device = model.embed_tokens.weight.device
     for states in zip(noisy, clean, strict=True):
         for hidden in states:  # the last norm has its own gain outside the context only
@@ -145,9 +145,6 @@ def _eager() -> AbstractContextManager[Any]:
     """Return a context in which compiled blocks run eagerly; compiled code ignores hooks."""
     # a compiled model has loaded dynamo already; loading it takes seconds
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-# --- preparation --------------------------------------------------------------------------------------------------
 
 
 def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
@@ -218,9 +215,6 @@ def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset
 def _with_gradient(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return `quantize` with the straight-through gradient."""
     return lambda x: StraightThrough.apply(x, quantize(x.detach()))
-
-
-# --- propagated error ---------------------------------------------------------------------------------------------
 
 
 def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ text. Scales are computed as for round-to-nearest from the original weight ("sta
 the order of the channels. If H is a multiple of the identity, GPTQ is round-to-nearest.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -105,7 +105,7 @@ def quantize_weights_gptq(
                 assert isinstance(weight, nn.Parameter)
                 weight.data = gptq(
                     weight,
-                    hessian(),
+                    hessian,
                     number_format=spec.number_format("w"),
                     group_size=spec.w_group_size,
                     clip_search=spec.w_clip,
@@ -116,8 +116,8 @@ def quantize_weights_gptq(
 
 
 @contextmanager
-def _second_moments(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """Yield a function that returns X^T X (in, in), fp32, of all inputs of `module` inside the context."""
+def _second_moments(module: nn.Module) -> Iterator[Tensor]:
+    """Yield X^T X (in, in), fp32, which every call of `module` inside the context adds its input to."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
@@ -128,6 +128,6 @@ def _second_moments(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
     handle = module.register_forward_pre_hook(add)
     try:
-        yield lambda: total
+        yield total
     finally:
         handle.remove()
