@@ -36,7 +36,7 @@ from osp.files import new_folder, write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name, inner_norm
 from osp.model.fold import fold_into_weights, norm_gain, residual_norms
 from osp.model.hf_llama import TOKENIZER
-from osp.model.norms import NORMS, CRMSNorm, LayerNorm, Norm
+from osp.model.norms import NORMS, CRMSNorm, Norm
 from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
 from osp.run.checkpoint import Saver, whole_parameters
@@ -76,8 +76,7 @@ def change_norms(model: Transformer, to: str) -> Transformer:
     """Return a fp64 model with the norms `to` (a name of `CONVERTIBLE`) that computes the same as `model`.
 
     Projections, the scale of the embedding, recentring, the scales of `norm.lns` and the biases of norms move into the
-    weights first. Gains stay if both norms have one per channel and move otherwise. crmsnorm has one channel less.
-    Raises `UserError` with the reason if there is no such model.
+    weights first, and so do gains unless both norms have one per channel. Raises `UserError` if there is no such model.
     """
     config = change_config(model.config, to)
     source = copy.deepcopy(model).double()
@@ -118,7 +117,7 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
     eps = {norm.eps for norm in (block, final) if isinstance(norm.eps, float)}
     if len(eps) > 1:
         raise UserError(f"the norms have several eps, {sorted(eps)}; name one, norm.eps, before training")
-    bias = _has_bias(block)
+    bias = block.bias is not None
     if bias and config.attention.gate:
         raise UserError("norm.bias=true with attention.gate=true cannot be converted: the gate has no bias")
     hidden_size = config.hidden_size + (name == "crmsnorm") - (to == "crmsnorm")
@@ -131,7 +130,7 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
         head_dim=None if heads_fill else config.head_size,
         attention_bias=config.attention_bias or bias,
         mlp_bias=config.mlp_bias or bias,
-        head_bias=config.head_bias or _has_bias(final),
+        head_bias=config.head_bias or final.bias is not None,
         embed_proj=False,
         recentre=False,
         norm=NormConfig(name=to, eps=eps.pop()),
@@ -154,7 +153,7 @@ def conversion_steps(config: ModelConfig, to: str) -> list[str]:
         "embedding projections absorbed": config.embed_proj,
         "scale of the embedding folded": config.norm.embed_scale,
         "LayerNorm scaling folded": config.norm.lns,
-        "biases of norms folded": any(map(_has_bias, norms)),
+        "biases of norms folded": any(norm.bias is not None for norm in norms),
         "gains of norms folded": any(norm.weight is not None and not _keeps_gain(norm, to) for norm in norms),
         "residual stream recentred": config.norm.name == "layernorm" and to != "layernorm",
         "last channel appended": after.hidden_size > config.hidden_size,
@@ -165,14 +164,10 @@ def conversion_steps(config: ModelConfig, to: str) -> list[str]:
 
 
 def _keeps_gain(norm: Norm, to: str) -> bool:
-    """Return whether a norm of the kind `to` can hold the gain of `norm`."""
-    if to == "ssnorm":
+    """Return whether a norm of the kind `to` can hold the gain of `norm`; crmsnorm has one channel less."""
+    if NORMS[to].one_gain:
         return norm.one_gain
-    return to in ("rmsnorm", "layernorm") and not isinstance(norm, CRMSNorm)
-
-
-def _has_bias(norm: Norm) -> bool:
-    return isinstance(norm, LayerNorm) and norm.bias is not None
+    return to != "crmsnorm" and not isinstance(norm, CRMSNorm)
 
 
 def _stream_writers(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -11,9 +11,9 @@ from osp.evaluation.language_model import LanguageModel
 from osp.files import read_lines
 from osp.model.transformer import count_parameters
 from osp.quant.spec import QuantSpec
-from osp.run.evaluations import read_evaluation
+from osp.run.evaluations import Evaluations, read_evaluation
 from osp.run.metrics import METRICS
-from osp.tables import markdown_table, render_markdown
+from osp.tables import render_markdown
 
 FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest
 TRAINED_BY = " trained with `osp` (Outlier-Safe Pre-Training, arXiv 2506.19697)"
@@ -48,7 +48,8 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
     assert config is not None
     assert run is not None
     events = read_lines(run / "metrics.jsonl")
-    data = config.data
+    data, curves = config.data, _curves(events, step)
+    records = [read_evaluation(path) for path in sorted((run / EVALUATIONS).glob("*.json"))]
     return render_markdown(
         Path(__file__).with_suffix(".md"),
         config=config,
@@ -59,15 +60,16 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
         rules=[f"{role} {rule}" for role, rule in config.optimizer.rules.items()],
         sources=[source for source in (data.source, data.dataset, data.subset, *data.paths) if source],
         certificate=certificate,
-        curves=_curves(events, step),
-        evaluations=_evaluations(run),
+        curves=curves,
+        shown={METRICS[key].full_title: key for key in CURVES if any(row.get(key) is not None for row in curves)},
+        results=Evaluations(records).results(),
         exported=exported,
         four_bits=FOUR_BITS,
     )
 
 
-def _curves(events: Sequence[dict[str, Any]], step: int) -> str:
-    """Return a table of at most `CURVE_ROWS` evenly spaced measurements up to `step`."""
+def _curves(events: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Return at most `CURVE_ROWS` evenly spaced measurements up to `step`."""
     steps: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["step"] <= step:
@@ -75,22 +77,4 @@ def _curves(events: Sequence[dict[str, Any]], step: int) -> str:
     rows = [event for event in steps.values() if any(event.get(key) is not None for key in CURVES)]
     if len(rows) > CURVE_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
-    keys = [key for key in CURVES if any(row.get(key) is not None for row in rows)]
-    table = [[f"{row['step']:,}", f"{row['tokens']:,}", *(_number(row.get(key)) for key in keys)] for row in rows]
-    return markdown_table(["step", "tokens", *(METRICS[key].full_title for key in keys)], table) if table else ""
-
-
-def _evaluations(run: Path) -> str:
-    """Return a table of the results that `scripts/evaluate.py` stored in the run."""
-    rows = []
-    for path in sorted((run / EVALUATIONS).glob("*.json")):
-        record = read_evaluation(path)
-        for result in record.results:
-            error = "" if result.stderr is None else f" ± {_number(result.stderr)}"
-            value = _number(result.value) + error
-            rows.append([f"{record.step:,}", f"{result.what} {result.metric}", record.quant["text"], value])
-    return markdown_table(["step", "metric", "W-A-KV", "value"], rows) if rows else ""
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return rows

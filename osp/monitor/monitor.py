@@ -61,11 +61,9 @@ class Monitor:
             gathered_parameters: a context in which weights are whole on every rank (`Engine.gathered_parameters`).
         """
         self.config, self.model, self.folder, self.logger = config, model, folder, logger
-        self._gathered = gathered_parameters
-        self._total = total_steps
-        self._first = step
+        self._gathered, self._total, self._first = gathered_parameters, total_steps, step
         self._spent = 0.0
-        self._interval = max(1, self._total // MOST_PROBES)
+        self._interval = max(1, total_steps // MOST_PROBES)
         self._next = step + self._interval if step else 0
         if not config.monitor.enabled:
             return
@@ -205,11 +203,5 @@ def _details(alert: Alert) -> dict[str, Any]:
     """Return the fields of an alert for events.jsonl and forensics."""
     is_layer = alert.place.startswith("layer_") and "/" not in alert.place
     layer, site = split_site(f"{alert.place}/" if is_layer else alert.place)
-    return {
-        "rule": alert.rule,
-        "key": alert.key,
-        "site": site or None,
-        "layer": layer,
-        "value": alert.value,
-        "threshold": alert.threshold,
-    }
+    where = {"site": site or None, "layer": layer}
+    return {"rule": alert.rule, "key": alert.key, **where, "value": alert.value, "threshold": alert.threshold}

@@ -13,6 +13,7 @@ input for the second copy, and the copies are compared at the end of each block.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,9 +104,7 @@ class _Recorder:
         self.samples: dict[str, Sample] = {}
         self.sums: dict[str, Tensor] = {}  # pairs (numerator, denominator)
         self.maxima: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}  # maxima of gains and of norms of rows: the same on every rank
-        self.row, self.counted = 0, True
-        self.tokens_per_row = 0
+        self.row, self.counted, self.tokens_per_row = 0, True, 0
         self._mask: Tensor | None = None
 
     def run(self, tokens: Tensor, document_ids: Tensor | None, *, row: int, counted: bool) -> None:
@@ -115,14 +114,13 @@ class _Recorder:
         ids = None if document_ids is None else document_ids.to(device)
         self.row, self.counted, self.tokens_per_row = row, counted, tokens.shape[1]
         self._mask = None if ids is None else document_mask(ids)[0, 0]
-        with_error = "R_L" in self.statistics
+        times = 2 if "R_L" in self.statistics else 1
         with ExitStack() as stack:
             self._hook(stack)
-            if with_error:
+            if times == 2:
                 for module in self.model.layers.modules():
                     if isinstance(module, Linear):
                         stack.enter_context(_forward(module, functools.partial(_lockstep_linear, module)))
-            times = 2 if with_error else 1
             self.model(tokens.repeat(times, 1), document_ids=None if ids is None else ids.repeat(times, 1))
         if "osp_script" in self.statistics:
             with ExitStack() as stack:
@@ -151,7 +149,7 @@ class _Recorder:
             if "var_error" in self.statistics and isinstance(norm, BHyT) and norm.approximates:
                 hook(norm, self._add_variance_error, f"{VAR_ERROR}/{name}", norm)
         for name, module in _weighted(model):
-            if name.split("/")[0] in self.statistics and name not in self.weights:
+            if name.split("/")[0] in self.statistics and name not in self.maxima:
                 hook(module, self._add_weight, name, module)
 
     def _add_sample(self, name: str, x: Tensor) -> None:
@@ -187,7 +185,7 @@ class _Recorder:
     def _add_weight(self, name: str, module: nn.Module, *_: Any) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        self.weights[name] = (row_norms(weight) if weight.ndim == 2 else weight.float().abs()).max()
+        self._add_maximum(name, (row_norms(weight) if weight.ndim == 2 else weight.float().abs()).max())
 
     def _add_sum(self, name: str, value: Tensor) -> None:
         value = value if self.counted else torch.zeros_like(value)
@@ -216,7 +214,7 @@ class _Recorder:
             numerator, denominator = pair.tolist()
             key = name if name.startswith(VAR_ERROR) else f"monitor/{name}"
             metrics[key] = numerator / denominator if denominator else 0.0
-        metrics |= {f"monitor/{name}": float(value) for name, value in {**self.maxima, **self.weights}.items()}
+        metrics |= {f"monitor/{name}": float(value) for name, value in self.maxima.items()}
         if sites and "kurtosis" in self.statistics:
             kurtosis = [site.statistics["kurtosis"] for site in sites.values()]
             metrics |= {"monitor/kurtosis/max": max(kurtosis), "monitor/kurtosis/mean": sum(kurtosis) / len(kurtosis)}
@@ -293,26 +291,24 @@ def _merge_over_ranks(samples: dict[str, Sample]) -> dict[str, Sample]:
     """Return the samples of all ranks: moments are taken about the common mean, then everything adds up."""
     if not samples:
         return {}
-    local = list(samples.values())
-    counts = _all_reduce([s.channels.count for s in local], dist.ReduceOp.SUM)
-    sums = _all_reduce([s.channels.count * s.channels.mean for s in local], dist.ReduceOp.SUM)
+    channels, channel_max, kurtosis, squares, token_max, histograms, peaks = zip(*samples.values(), strict=True)
+    counts = _all_reduce([m.count for m in channels], dist.ReduceOp.SUM)
+    sums = _all_reduce([m.count * m.mean for m in channels], dist.ReduceOp.SUM)
     means = [total / count.clamp(min=1) for total, count in zip(sums, counts, strict=True)]
-    about = [st.recentre_moments(s.channels, mean) for s, mean in zip(local, means, strict=True)]
-    m2, m3, m4 = (_all_reduce([m[power] for m in about], dist.ReduceOp.SUM) for power in (2, 3, 4))
-    kurtosis = _all_reduce([s.token_kurtosis for s in local], dist.ReduceOp.SUM)
-    squares = _all_reduce([s.token_energy_squares for s in local], dist.ReduceOp.SUM)
-    histograms = _all_reduce([s.counts for s in local], dist.ReduceOp.SUM)
-    channel_max = _all_reduce([s.channel_max for s in local], dist.ReduceOp.MAX)
-    token_max = _all_reduce([s.token_energy_max for s in local], dist.ReduceOp.MAX)
-    peaks = torch.stack([s.peak for s in local])
-    of_ranks = [torch.empty_like(peaks) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, peaks)
-    merged = {}
-    for i, name in enumerate(samples):
-        moments = st.Moments(counts[i], means[i], m2[i], m3[i], m4[i])
-        peak = st.first_peak(torch.stack(of_ranks)[:, i])
-        merged[name] = Sample(moments, channel_max[i], kurtosis[i], squares[i], token_max[i], histograms[i], peak)
-    return merged
+    about = [st.recentre_moments(m, mean) for m, mean in zip(channels, means, strict=True)]
+    powers = (_all_reduce([m[power] for m in about], dist.ReduceOp.SUM) for power in (2, 3, 4))
+    of_ranks = [torch.empty_like(torch.stack(peaks)) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, torch.stack(peaks))
+    columns = (  # the fields of Sample, in order
+        itertools.starmap(st.Moments, zip(counts, means, *powers, strict=True)),
+        _all_reduce(channel_max, dist.ReduceOp.MAX),
+        _all_reduce(kurtosis, dist.ReduceOp.SUM),
+        _all_reduce(squares, dist.ReduceOp.SUM),
+        _all_reduce(token_max, dist.ReduceOp.MAX),
+        _all_reduce(histograms, dist.ReduceOp.SUM),
+        map(st.first_peak, torch.stack(of_ranks, dim=1)),
+    )
+    return {name: Sample(*values) for name, *values in zip(samples, *columns, strict=True)}
 
 
 def _all_reduce(tensors: Collection[Tensor], operation: dist.ReduceOp.RedOpType) -> list[Tensor]:
