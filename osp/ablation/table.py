@@ -198,7 +198,8 @@ class Section:
 
 def sections(results: Results, config: AblationConfig) -> list[Section]:
     """Return the text of the page and of the Markdown: one section per set of learning rates, sweep, sources."""
-    seeds = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    num_seeds = len(config.seeds)
+    seeds = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
     meanings = "; ".join(f"{quantity.title}: {quantity.says}" for quantity in QUANTITIES.values())
     parts = []
     for rates in dict.fromkeys(line.rates for line in results.lines):

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.distributed import device_of
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
@@ -115,7 +114,7 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
             stack.callback(observe_site(model, name, functools.partial(seen.__setitem__, name)).remove)
         stack.callback(setattr, model, "compute_dtype", model.compute_dtype)
         model.compute_dtype = dtype
-        logits = model(ids.to(device_of(model))).logits
+        logits = model(ids.to(next(model.parameters()).device)).logits
     return {name: x.double().cpu() for name, x in {**seen, "logits": logits}.items()}
 
 

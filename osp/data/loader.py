@@ -294,7 +294,7 @@ def validation_batches(
         raise UserError(f"{folder} has no validation split yet; it is sealed with the first training shard")
     for shard in range(len(shards)):
         shards.check_ids(shards[shard], shard)
-    tokens = np.concatenate(list(shards))
+    tokens = np.concatenate([shards[shard] for shard in range(len(shards))])
     seq_len = min(seq_len, len(tokens) - 1)
     num_rows = (len(tokens) - 1) // seq_len
     if max_tokens is not None:
