@@ -411,31 +411,6 @@ class Config:
     debug: bool = False  # show tracebacks of user errors
 
 
-# Keys that may change when a run continues: they do not affect the model or what it learns.
-FREE = (
-    "run.",
-    "resume",
-    "debug",
-    "logger.",
-    "monitor.",
-    "checkpoint.every",
-    "checkpoint.keep_",
-    "eval.",
-    "engine.",
-    "spike.",
-    "data.cache_dir",
-    "data.num_workers",
-    "data.skip_steps",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.activation_checkpointing",
-    "train.loss_chunk_tokens",
-    "train.on_nonfinite",
-    "train.max_skips",
-    "train.stop_at",
-)
-
-
 def from_dict(values: dict[str, Any]) -> Config:
     """Return the checked `Config` of a composed, resolved YAML tree.
 
@@ -472,20 +447,6 @@ def _tuples_to_lists(value: Any) -> Any:
     return [_tuples_to_lists(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key that differs and is not `FREE`, sorted by key.
-
-    A missing key has its default: a run may be older than the key.
-    """
-    defaults = dict(leaves(to_dict(Config())))
-    before, after = defaults | dict(leaves(old)), defaults | dict(leaves(new))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(FREE)
-    ]
-
-
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     """Return (dotted key, value) for every value of a configuration that is not a table."""
     if isinstance(tree, dict):
@@ -506,25 +467,6 @@ def unknown_key(path: str, tree: Any = None) -> str:
         known = join(known, key)
         tree = tree[key]
     return f"{path} cannot be overridden like this"
-
-
-def length_in_steps(key: str, value: str | int, *, tokens_per_step: int, total_steps: int) -> int:
-    """Return the steps of a schedule length: `100` steps, `5e9 tokens` or `20%` of the run, rounded up.
-
-    key: the configuration key, for the message of the `UserError` for a malformed length.
-    """
-    try:
-        if isinstance(value, str) and value.endswith("%"):
-            steps = math.ceil(float(value[:-1]) * total_steps / 100)  # multiply first: 0.07 * 100 > 7
-        elif isinstance(value, str) and value.endswith("tokens"):
-            steps = math.ceil(float(value.removesuffix("tokens")) / tokens_per_step)
-        else:
-            steps = int(str(value).removesuffix("steps"))
-    except (ValueError, OverflowError):
-        steps = -1
-    if steps < 0:
-        raise UserError(f"{key}={value!r} is not a length; write 100 (steps), '5e9 tokens' or 20%")
-    return steps
 
 
 def check(config: Config) -> None:

@@ -24,9 +24,10 @@ from typing import Any, Literal
 import torch
 from entry import launch
 
-from osp.config import Config, ScheduleConfig, from_dict, length_in_steps, to_dict
+from osp.config import Config, ScheduleConfig, from_dict, to_dict
 from osp.errors import RunError, UserError
 from osp.files import read_lines, write_text
+from osp.optim.schedule import length_in_steps
 from osp.run.checkpoint import Checkpoint, find
 from osp.run.folder import STOPPED, environment
 from osp.schema import Count, FilePath, Int, ZeroStage, build

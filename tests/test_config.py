@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from osp.config import Config, check_model, differences, from_dict, length_in_steps, to_dict, unknown_key
+from osp.config import Config, check_model, from_dict, to_dict, unknown_key
 from osp.errors import UserError
+from osp.run.read import differences
 
 
 def tree(**changes: Any) -> dict[str, Any]:
@@ -275,47 +276,3 @@ def test_check_model_is_what_from_dict_uses() -> None:
 def test_unknown_key_sentence(path: str, fragments: tuple[str, ...]) -> None:
     message = unknown_key(path)
     assert not [fragment for fragment in fragments if fragment not in message], message
-
-
-# --- lengths ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "steps"),
-    [
-        (0, 0),
-        (100, 100),
-        ("100", 100),
-        ("100 steps", 100),
-        ("4000 tokens", 4),
-        ("4001 tokens", 5),
-        ("5e3 tokens", 5),
-        ("0 tokens", 0),
-        ("20%", 40),
-        ("0.2%", 1),  # 0.4 steps, rounded up
-        ("0%", 0),
-        ("100%", 200),
-        ("12.5 %", 25),
-        ("7%", 14),
-    ],
-)
-def test_length_in_steps(value: str | int, steps: int) -> None:
-    assert length_in_steps("schedule.warmup", value, tokens_per_step=1000, total_steps=200) == steps
-
-
-@pytest.mark.parametrize("percent", range(101))
-def test_percent_of_a_hundred_steps_is_exact(percent: int) -> None:
-    """0.07 * 100 is above 7 in floating point: rounding up must not turn it into 8."""
-    assert length_in_steps("schedule.decay", f"{percent}%", tokens_per_step=1, total_steps=100) == percent
-
-
-@pytest.mark.parametrize(
-    "value", ["", "many", "20 %%", "-1", -1, "-5%", "1.5", "5e9", "5e9 token", "nan%", "inf tokens"]
-)
-def test_malformed_length_names_key_value_and_the_forms(value: str | int) -> None:
-    with pytest.raises(UserError) as caught:
-        length_in_steps("schedule.decay", value, tokens_per_step=1000, total_steps=200)
-    message = str(caught.value)
-    assert f"schedule.decay={value!r}" in message
-    assert "5e9 tokens" in message
-    assert "20%" in message

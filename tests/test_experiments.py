@@ -16,10 +16,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from osp.config import Config, Rule, differences, from_dict, length_in_steps, to_dict
+from osp.config import Config, Rule, from_dict, to_dict
+from osp.data.sources import make_source
 from osp.errors import UserError
 from osp.model.norms import NORMS
 from osp.model.transformer import build_model, count_parameters
+from osp.optim.schedule import length_in_steps
+from osp.run.read import differences
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -30,7 +33,7 @@ CHOICES = [
     f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in OTHERS
 ]
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
-# choices that need a word of the user, and the line that asks for it
+# choices that need another key, the line that asks for it, and an override that sets it
 NEEDS = {
     "data=text": ("data.paths is empty", "data.paths=[corpus.txt]"),
     "data=hf": ("data.dataset is not set", "data.dataset=allenai/c4"),
@@ -106,10 +109,10 @@ def test_every_value_of_the_file_arrives(choice: str) -> None:
 def test_choice_that_needs_the_user_says_so(choice: str) -> None:
     message, given = NEEDS[choice]
     with pytest.raises(UserError) as caught:
-        config(choice)
+        make_source(config(choice).data)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    config(choice, given)  # with it, nothing is missing
+    make_source(config(choice, given).data)  # with it, nothing is missing
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------
@@ -291,7 +294,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
         received: list[dict[str, Any]] = []
 
         def main(values: dict[str, Any]) -> None:
-            from_dict(values)
+            make_source(from_dict(values).data)
             received.append(values)
 
         GlobalHydra.instance().clear()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from osp.ablation.config import AblationConfig, Row, parse_rows, settings_of
-from osp.config import FREE, Config, RunConfig, from_dict, leaves, to_dict
+from osp.config import Config, RunConfig, from_dict, leaves, to_dict
 from osp.errors import UserError
+from osp.run.read import FREE
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # returns the configuration of `scripts/train.py OVERRIDES`
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from osp.config import ScheduleConfig, length_in_steps
+from osp.config import ScheduleConfig
 from osp.errors import UserError
 
 
@@ -41,3 +41,22 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
         return 1 - (1 - config.final_ratio) * fall
 
     return factor
+
+
+def length_in_steps(key: str, value: str | int, *, tokens_per_step: int, total_steps: int) -> int:
+    """Return the steps of a schedule length: `100` steps, `5e9 tokens` or `20%` of the run, rounded up.
+
+    key: the configuration key, for the message of the `UserError` for a malformed length.
+    """
+    try:
+        if isinstance(value, str) and value.endswith("%"):
+            steps = math.ceil(float(value[:-1]) * total_steps / 100)  # multiply first: 0.07 * 100 > 7
+        elif isinstance(value, str) and value.endswith("tokens"):
+            steps = math.ceil(float(value.removesuffix("tokens")) / tokens_per_step)
+        else:
+            steps = int(str(value).removesuffix("steps"))
+    except (ValueError, OverflowError):
+        steps = -1
+    if steps < 0:
+        raise UserError(f"{key}={value!r} is not a length; write 100 (steps), '5e9 tokens' or 20%")
+    return steps

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from osp.config import FREE, ROLES, leaves
+from osp.config import ROLES, leaves
 from osp.report.downsample import averaged, envelope, grid, rounded
 from osp.run.history import growth, since
 from osp.run.metrics import METRICS, Metric
-from osp.run.read import Run, Series, Site, site_of
+from osp.run.read import FREE, Run, Series, Site, site_of
 
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
 HISTOGRAMS = 40  # probes shown as histograms

@@ -18,14 +18,14 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from osp.config import FREE, leaves
+from osp.config import leaves
 from osp.errors import UserError
 from osp.files import write_text
 from osp.report import charts
 from osp.report.charts import ALL_STATISTICS, ATTENTION, LINES, STATISTIC_TITLES, STATISTICS, WEIGHTS, Lines
 from osp.run.evaluations import SiteAblation
 from osp.run.metrics import SITE_TITLES
-from osp.run.read import Run, read_run
+from osp.run.read import FREE, Run, read_run
 
 HERE = Path(__file__).parent
 DASH = "\N{EN DASH}"  # in place of a number that is unknown

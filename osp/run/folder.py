@@ -31,10 +31,11 @@ from typing import Any, TextIO
 import torch
 import yaml
 
-from osp.config import Config, differences, to_dict
+from osp.config import Config, to_dict
 from osp.errors import UserError
 from osp.files import write_text
 from osp.run.checkpoint import LATEST, candidates, remove_unfinished, write_tensors
+from osp.run.read import differences
 
 log = logging.getLogger(__name__)
 

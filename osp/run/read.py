@@ -16,11 +16,36 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from osp.config import Config, leaves, to_dict
 from osp.errors import UserError
 from osp.files import iterate_lines
 from osp.run.evaluations import Evaluations, read_evaluations
 
 QUIET_SECONDS = 600  # without a summary and without new metrics for this long, a run counts as interrupted
+
+# Keys that may change when a run continues: they do not affect the model or what it learns.
+FREE = (
+    "run.",
+    "resume",
+    "debug",
+    "logger.",
+    "monitor.",
+    "checkpoint.every",
+    "checkpoint.keep_",
+    "eval.",
+    "engine.",
+    "spike.",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.skip_steps",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.loss_chunk_tokens",
+    "train.on_nonfinite",
+    "train.max_skips",
+    "train.stop_at",
+)
 
 
 class Series(NamedTuple):
@@ -201,3 +226,17 @@ def _runs_near(folder: Path) -> str:
         if names := sorted(str(path.parent) for path in place.glob("*/metrics.jsonl"))[:6]:
             return f"; runs here: {', '.join(names)}"
     return "; scripts/train.py writes run folders, runs/NAME"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every key that differs and is not `FREE`, sorted by key.
+
+    A missing key has its default: a run may be older than the key.
+    """
+    defaults = dict(leaves(to_dict(Config())))
+    before, after = defaults | dict(leaves(old)), defaults | dict(leaves(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE)
+    ]
