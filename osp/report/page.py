@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,10 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": _percent, "quoted": _quoted}
+    environment.filters["number"] = number
+    environment.filters["percent"] = lambda share: f"{100 * share:.3g}%" if math.isfinite(share) else DASH
+    # line ends and control characters as in a JSON string
+    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)[1:-1]
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.globals["source"] = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))
     time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
@@ -134,12 +138,7 @@ def _payload(runs: list[Run], names: list[str]) -> dict[str, Any]:
     sites = {stat: kinds for stat, kinds in charts.site_data(runs).items() if stat in ALL_STATISTICS}
     sizes = {run.config.get("train", {}).get("tokens_per_step") for run in runs}
     about = {
-        stat: {
-            "title": STATISTIC_TITLES[stat],
-            "says": ALL_STATISTICS[stat].says,
-            "floor": ALL_STATISTICS[stat].floor,
-            "range": _range(kinds),
-        }
+        stat: asdict(ALL_STATISTICS[stat]) | {"title": STATISTIC_TITLES[stat], "range": _range(kinds)}
         for stat, kinds in sites.items()
     }
     words = {stat: {kind: _site_words(cells, names) for kind, cells in kinds.items()} for stat, kinds in sites.items()}
@@ -156,6 +155,8 @@ def _payload(runs: list[Run], names: list[str]) -> dict[str, Any]:
 
 def _all_lines(runs: list[Run]) -> dict[str, Any]:
     """Return name -> chart. With several runs, a chart of several keys becomes one chart for each key."""
+    last_events = [(i, event) for i, run in enumerate(runs) for event in run.events[-30:]]
+    marks = [{"run": i, "step": event["step"], "kind": str(event.get("kind", ""))} for i, event in last_events]
     drawn = {}
     for chart in LINES:
         all_curves, metric = charts.lines_data(chart, runs), chart.metric
@@ -168,7 +169,7 @@ def _all_lines(runs: list[Run]) -> dict[str, Any]:
             "wide": chart.name == "train_loss",
             "log": metric.log,
             "levels": _levels(chart, runs),
-            "events": _marks(runs) if chart.name in ("train_loss", "kurtosis") else [],
+            "events": marks if chart.name in ("train_loss", "kurtosis") else [],
         }
         if len(runs) == 1 or len(chart.keys) == 1:
             drawn[chart.name] = about | {"curves": all_curves}
@@ -186,15 +187,6 @@ def _levels(chart: Lines, runs: list[Run]) -> list[dict[str, Any]]:
     if chart.name == "bits_per_byte" and len(gzip) == 1 and (value := gzip.pop()):
         return [{"y": round(value, 4), "text": f"gzip -9: {value:.3f}"}]
     return []
-
-
-def _marks(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return the steps of the last 30 events of each run."""
-    return [
-        {"run": i, "step": event["step"], "kind": str(event.get("kind", ""))}
-        for i, run in enumerate(runs)
-        for event in run.events[-30:]
-    ]
 
 
 def _range(kinds: dict[str, list[Any]]) -> list[float]:
@@ -425,12 +417,3 @@ def number(value: float, otherwise: str = DASH) -> str:
         digits, _, exponent = f"{value:.2e}".partition("e")
         return f"{float(digits):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.3g}%" if math.isfinite(value) else DASH
-
-
-def _quoted(text: str) -> str:
-    """Return a text with its line ends and control characters written as in a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]

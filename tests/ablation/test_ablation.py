@@ -59,22 +59,22 @@ def test_stopped_ablation_continues_with_equal_losses(tiny: Tiny, tmp_path: Path
     assert f"{run_of_osp.label}: not trained yet" in (tmp_path / "table" / "ablation.md").read_text()
     assert last_step(metrics) < 60
 
-    found = run(config)
-    rows = {line["row"]: line["cells"] for line in found["rows"]}
+    values = run(config)
+    rows = {line["row"]: line["cells"] for line in values["rows"]}
     assert list(rows) == ["adam", "osp"]
     assert {"kurtosis", "osp_script", "R_L", "down_proj_max", "loss", "4-4-4", "4-4-4 +Had", "+ QuaRot"} <= set(
         rows["osp"]
     )
-    assert found["failures"] == {}
+    assert values["failures"] == {}
     for page in ("ablation.md", "ablation.html"):
         assert "not trained yet" not in (tmp_path / "table" / page).read_text()
 
-    alone = entry.compose([*config.common, "+experiment=osp", f"run.dir='{tmp_path / 'alone'}'"])
-    train(from_dict(alone))
-    assert losses(metrics.parent) == losses(tmp_path / "alone")
+    uninterrupted = entry.compose([*config.common, "+experiment=osp", f"run.dir='{tmp_path / 'uninterrupted'}'"])
+    train(from_dict(uninterrupted))
+    assert losses(metrics.parent) == losses(tmp_path / "uninterrupted")
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "table" / "runs").rglob("*") if path.is_file()}
-    assert run(config)["rows"] == found["rows"]
+    assert run(config)["rows"] == values["rows"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

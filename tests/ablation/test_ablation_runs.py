@@ -37,18 +37,18 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
         ),
         entry.compose,
     )  # fmt: skip
-    found = {(run.row.name, run.rates, run.seed, run.value): run.config for run in runs}
+    planned = {(run.row.name, run.rates, run.seed, run.value): run.config for run in runs}
     order = [(run.row.name, run.rates, run.seed, run.value) for run in runs]
     assert order[:4] == [(row, "tuned", 3, None) for row in ("adam", "adam_fast", "muon", "osp")]
     assert order[4:6] == [("adam", "paper", 3, None), ("adam_fast", "paper", 3, None)]
     assert order[-2:] == [("osp", "sweep", 3, 0.02), ("osp", "sweep", 3, 0.5)]
-    assert len(order) == len(found) == 2 * 2 * 4 + 2
-    assert found["adam", "tuned", 5, None].optimizer.lr == 1e-3
-    assert found["adam", "paper", 5, None].optimizer.lr == 5e-3  # its experiment's
-    assert found["osp", "sweep", 3, 0.5].optimizer.lr == 0.5
-    assert found["adam_fast", "tuned", 3, None].optimizer.lr == 7e-3  # a row that says its rate means it
-    assert {c.train.grad_clip for c in found.values()} == {0.5}
-    assert found["muon", "paper", 5, None].train.seed == 5
+    assert len(order) == len(planned) == 2 * 2 * 4 + 2
+    assert planned["adam", "tuned", 5, None].optimizer.lr == 1e-3
+    assert planned["adam", "paper", 5, None].optimizer.lr == 5e-3  # its experiment's
+    assert planned["osp", "sweep", 3, 0.5].optimizer.lr == 0.5
+    assert planned["adam_fast", "tuned", 3, None].optimizer.lr == 7e-3  # a row that says its rate means it
+    assert {c.train.grad_clip for c in planned.values()} == {0.5}
+    assert planned["muon", "paper", 5, None].train.seed == 5
     assert [run.order for run in runs[:4]] == [(0, 0), (0, 3), (0, 1), (0, 2)]
     assert not list(tmp_path.iterdir())
 
@@ -103,10 +103,10 @@ def test_a_mistake_is_one_line_before_anything_is_written(values: dict[str, Any]
 
 def test_settings_of_a_row() -> None:
     settings = {"muon": ("a=1",), "muon_ssnorm": ("a=2",), "osp": ("a=3",)}
-    found = [settings_of(row, settings) for row in parse_rows(config(rows=[
+    overrides = [settings_of(row, settings) for row in parse_rows(config(rows=[
         "adam", "muon", "muon_all", "muon_ssnorm", "ospx", "osp_gate", "mine: +experiment=osp norm=bhyt", "osp: x=1",
     ]))]  # fmt: skip
-    assert found == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
+    assert overrides == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
 
 
 def test_equal_trainings_share_one_run(tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_equal_trainings_share_one_run(tmp_path: Path) -> None:
 def test_every_preset_composes(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every preset, with its experiments and the settings of its rows, is a set of runs."""
     monkeypatch.setattr("sys.argv", ["ablation.py", f"scale={scale}", f"dir={tmp_path}"])
-    found: list[dict[str, Any]] = []
-    entry.run(found.append, "ablation", defaults=dataclasses.asdict(AblationConfig()))
+    composed: list[dict[str, Any]] = []
+    entry.run(composed.append, "ablation", defaults=dataclasses.asdict(AblationConfig()))
     wanted = build(
         AblationConfig,
-        {**found[0], "overrides": ["data.paths=[corpus.jsonl]"], "rates": ["paper", *found[0]["settings"]]},
+        {**composed[0], "overrides": ["data.paths=[corpus.jsonl]"], "rates": ["paper", *composed[0]["settings"]]},
     )
     check_ablation(wanted)
     runs = plan(wanted, entry.compose)

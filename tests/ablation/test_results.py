@@ -83,16 +83,16 @@ def test_numbers_equal_the_run_folders(ablation: tuple[AblationConfig, list[Plan
     last: dict[str, float] = {}
     for event in events:
         last |= event
-    found = next(m for m in results.runs if m.planned.label == runs[0].label).numbers
+    numbers = next(m for m in results.runs if m.planned.label == runs[0].label).numbers
     layers = ("layer_00", "layer_01")
-    assert found["kurtosis"] == pytest.approx(sum(last[f"monitor/kurtosis/{x}/block_out"] for x in layers) / 2)
-    assert found["down_proj_max"] == max(last[f"monitor/max_abs/{x}/down_proj_in"] for x in layers)
-    assert found["osp_script"] == last["monitor/kurtosis/osp_script"]
-    assert found["R_L"] == last["monitor/R_L"]
-    assert found["loss"] == last["val/loss"]
-    assert found["4-4-4"] == 80.0
-    assert found["4-4-4 +Had"] == math.inf  # null in the record
-    assert found["cost"] == pytest.approx(math.log(4))
+    assert numbers["kurtosis"] == pytest.approx(sum(last[f"monitor/kurtosis/{x}/block_out"] for x in layers) / 2)
+    assert numbers["down_proj_max"] == max(last[f"monitor/max_abs/{x}/down_proj_in"] for x in layers)
+    assert numbers["osp_script"] == last["monitor/kurtosis/osp_script"]
+    assert numbers["R_L"] == last["monitor/R_L"]
+    assert numbers["loss"] == last["val/loss"]
+    assert numbers["4-4-4"] == 80.0
+    assert numbers["4-4-4 +Had"] == math.inf  # null in the record
+    assert numbers["cost"] == pytest.approx(math.log(4))
 
 
 def test_mean_and_spread_over_seeds(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
@@ -115,9 +115,9 @@ def test_better_rows_lose_less_at_4_bits_and_nothing_at_16() -> None:
 
     first = line("osp", 3.0, 3.5, deviation=0.04)  # with 0.03 the spread is 0.05
     rows = [line("a", 3.05, 3.3), line("b", 3.2, 3.3), line("c", 2.9, 3.45), line("d", 2.0, 2.0, math.nan)]
-    head, found = against_rows([first, *rows, Line("e", "tuned", {}, ("e-seed0",))])
+    head, rows_of_table = against_rows([first, *rows, Line("e", "tuned", {}, ("e-seed0",))])
     assert head == ["row", "at 16-16-16", "at 4-4-4", "better than osp"]
-    assert found == [
+    assert rows_of_table == [
         ["a", "+0.0500 ± 0.0500", "-0.2000 ± 0.0500", "yes"],
         ["b", "+0.2000 ± 0.0500", "-0.2000 ± 0.0500", "no"],
         ["c", "-0.1000 ± 0.0500", "-0.0500 ± 0.0500", "no"],

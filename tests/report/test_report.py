@@ -213,8 +213,8 @@ def test_envelope_keeps_every_extreme_and_few_points() -> None:
     assert {1, 1235, 7778, 5001, 10_000} <= set(thin.steps.tolist())
     np.testing.assert_array_equal(thin.values, values[thin.steps - 1])  # no value is made up
     for stretch in np.array_split(np.arange(10_000), 400):  # every stretch covers the same pixels as before
-        mine = thin.values[np.isin(thin.steps, stretch + 1)]
-        assert (np.nanmin(mine), np.nanmax(mine)) == (np.nanmin(values[stretch]), np.nanmax(values[stretch]))
+        kept = thin.values[np.isin(thin.steps, stretch + 1)]
+        assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(values[stretch]), np.nanmax(values[stretch]))
 
 
 def test_short_series_are_unchanged() -> None:
