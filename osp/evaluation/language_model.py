@@ -96,7 +96,7 @@ def _open_checkpoint(folder: Path, checkpoint_folder: Path) -> LanguageModel:
     config = from_dict(checkpoint.manifest["config"])
     run = checkpoint_folder.resolve().parent.parent
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    check_vocabulary(run / "tokenizer.json", tokenizer, rows=config.model.vocab_size)
+    check_vocabulary(run / "tokenizer.json", tokenizer, num_embeddings=config.model.vocab_size)
     end = eos_id(tokenizer, config.tokenizer.eos_token)
     conversion = checkpoint.manifest.get("conversion")
     return LanguageModel(

@@ -65,7 +65,7 @@ def fold_embedding_scale(model: Transformer) -> None:
 
 @torch.no_grad()
 def fold_constants(model: Transformer) -> None:
-    """Compute once what every forward pass derives from parameters alone; every output keeps its bits.
+    """Compute once what every forward pass derives from parameters only; every output keeps its bits.
 
     This covers the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
     """

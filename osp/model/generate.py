@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from osp.errors import UserError
 from osp.model.attention import KVCache
@@ -44,10 +44,9 @@ def prepare_for_generation(model: Transformer, dtype: torch.dtype) -> Transforme
     model.eval()
     fold_constants(model)
     absorb_projections(model)
-    for module in model.modules():
-        for name in ("weight", "bias"):
-            if isinstance(parameter := getattr(module, name, None), nn.Parameter):
-                parameter.data = parameter.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".weight", ".bias")):
+            parameter.data = parameter.to(dtype)
     model.compute_dtype = dtype
     return model
 

@@ -61,8 +61,7 @@ def load_hf(folder: str | Path) -> Transformer:
     """
     folder = Path(folder)
     values = _read_json(folder / CONFIG)
-    model = meta_model(_model_config(folder / CONFIG, values))
-    model.to_empty(device="cpu")
+    model = meta_model(_model_config(folder / CONFIG, values)).to_empty(device="cpu")
     missing = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in _tensors(folder):
@@ -94,16 +93,16 @@ def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
     if not (folder / TOKENIZER).is_file():
         raise UserError(f"{folder}: {TOKENIZER} is missing; save the tokenizer there in the fast format")
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    check_vocabulary(folder / TOKENIZER, tokenizer, rows=_model_config(folder / CONFIG, config).vocab_size)
+    check_vocabulary(folder / TOKENIZER, tokenizer, num_embeddings=_model_config(folder / CONFIG, config).vocab_size)
     return tokenizer, SpecialTokens(_token_id(config, "bos_token_id"), _token_id(config, "eos_token_id"))
 
 
-def check_vocabulary(path: Path, tokenizer: Tokenizer, *, rows: int) -> None:
-    """Raise `UserError` if `tokenizer` has more tokens than the model has embeddings, `rows`."""
-    if vocab_size(tokenizer) > rows:
+def check_vocabulary(path: Path, tokenizer: Tokenizer, *, num_embeddings: int) -> None:
+    """Raise `UserError` if `tokenizer` has more tokens than the model has embeddings."""
+    if vocab_size(tokenizer) > num_embeddings:
         raise UserError(
             f"{path}: the tokenizer of another vocabulary, its ids go up to {vocab_size(tokenizer) - 1} and the model "
-            f"has {rows} embeddings"
+            f"has {num_embeddings} embeddings"
         )
 
 

@@ -80,7 +80,7 @@ class Norm(nn.Module):
         return (y, None) if return_carry else y
 
     def fold(self, first: "Norm | None" = None) -> None:
-        """Precompute for inference what depends on parameters alone. first: the first norm of the block."""
+        """Precompute for inference what depends on parameters only. first: the first norm of the block."""
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.output_scale == 1.0 else y * self.output_scale

@@ -113,7 +113,7 @@ class Activation(NamedTuple):
     rms: float
 
 
-# Activations of a gated MLP (Shazeer 2020, arXiv 2002.05202) by Hugging Face's names; sigmoid is that of the first GLU.
+# Activations of a gated MLP (Shazeer 2020, arXiv 2002.05202) by Hugging Face's names; sigmoid gives the first GLU.
 ACTIVATIONS = {
     "silu": Activation(F.silu, 0.5965),
     "gelu": Activation(F.gelu, 0.6521),
@@ -386,8 +386,7 @@ class Transformer(nn.Module):
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
     """Return an initialized `Transformer`, allocated directly on `device`."""
-    model = meta_model(config)
-    model.to_empty(device=device)
+    model = meta_model(config).to_empty(device=device)
     model.init_weights(seed)
     return model
 
