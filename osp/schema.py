@@ -130,9 +130,11 @@ def _explain(cls: type, values: Any, path: str, errors: list[ErrorDetails]) -> s
         return str(cause)
     # a union has one error per type
     words = [_words(other) for other in errors if _locate(cls, values, path, other)[0] == key]
+    choices = re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
+    close = difflib.get_close_matches(str(value if last != "[key]" else key.rpartition(".")[2]), choices, n=1)
+    fix = f"; did you mean {close[0]!r}?" if close else ""
     if last == "[key]":
-        return f"unknown key {key!r}; it {words[0]}"
-    fix = ""
+        return f"unknown key {key!r}; it {words[0]}{fix}"
     if error["type"] == "tuple_type" and isinstance(value, str):
         fix = f"; write {key}=[{value}]"
     if error["type"] == "dataclass_type":
@@ -174,6 +176,10 @@ def _words(error: ErrorDetails) -> str:
         ("less than", "below"),
         ("an object", "a table"),
         ("valid array", "list"),
+        ("a valid integer", "an integer"),
+        ("a valid boolean", "true or false"),
+        ("a valid number", "a number"),
+        ("a valid string", "text"),
     ):
         words = words.replace(theirs, ours)
     return words

@@ -9,12 +9,13 @@ lock                held by the process that prepares the folder
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator
 
 from osp.errors import UserError
 from osp.files import write_atomically
@@ -25,8 +26,15 @@ FILE_NAME = "manifest.json"
 
 SplitName = Literal["train", "val"]
 
+
 # a damaged or foreign manifest must not make the reader open files of other folders
-FileName = Annotated[str, Field(pattern=r"^(train|val)-[0-9]+\.bin$")]
+def _shard_name(name: str) -> str:
+    if not re.fullmatch(r"(train|val)-[0-9]+\.bin", name):
+        raise ValueError("must be the name of a shard, such as train-00000.bin")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_shard_name)]
 
 
 @dataclass

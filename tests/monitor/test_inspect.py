@@ -124,7 +124,7 @@ def test_missing_validation_split_is_a_one_line_error(tiny: Tiny, tmp_path: Path
         (("run", "--text", "a.txt"), "there is no option --text; write text=a.txt"),
         (("run", "--out=folder"), "there is no option --out; write out=folder"),
         (("run", "txt=a.txt"), "unknown key 'txt'; did you mean 'text'?"),
-        (("run", "text=[a.txt]"), "text=['a.txt']: must be a valid string"),
+        (("run", "text=[a.txt]"), "text=['a.txt']: must be text"),
         (("no",), "no: neither a run folder with a checkpoint nor a checkpoint"),
     ],
 )
@@ -151,7 +151,7 @@ def test_mistyped_command_is_a_one_line_error(
         ('monitor.statistics=["kurtoses"]', "monitor.statistics"),
         ("monitor.tokens=1", "monitor.tokens=1: must be at least 2"),
         ("monitor.every=-1", "monitor.every=-1: must be at least 0"),
-        ("monitor.every=often", "monitor.every='often': must be a valid integer or 'auto'"),
+        ("monitor.every=often", "monitor.every='often': must be an integer or 'auto'"),
         ("monitor.max_cost=2", "monitor.max_cost=2: must be below 1"),
         ("monitor.alerts.kurtosis.all.above=-1", "monitor.alerts.kurtosis.all.above=-1: must be above 0"),
         (

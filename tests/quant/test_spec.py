@@ -52,7 +52,7 @@ def test_presets_set_what_their_names_say() -> None:
         ({"w_bits": 1}, r"quant\.w_bits=1: .* from 2 to 16"),
         ({"a_bits": 17}, r"quant\.a_bits=17: .* from 2 to 16"),
         ({"kv_bits": 0}, r"quant\.kv_bits=0: "),
-        ({"w_bits": 4.5}, r"quant\.w_bits=4\.5: must be a valid integer"),
+        ({"w_bits": 4.5}, r"quant\.w_bits=4\.5: must be an integer"),
         ({"w_group_size": 0}, r"quant\.w_group_size=0: must be at least 1"),
         ({"calibration_tokens": -1}, r"quant\.calibration_tokens=-1: "),
         ({"damping": 0.0}, r"quant\.damping=0\.0: "),
