@@ -225,7 +225,7 @@ class Peer:
         import torch
 
         from osp.data.loader import Loader
-        from osp.data.prepare import start
+        from osp.data.prepare import start_preparing
 
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
@@ -236,7 +236,7 @@ class Peer:
             for layer in self.model.model.layers:
                 layer.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
-        shards, rows = start(config.data, config.tokenizer, progress=False), arguments.rows
+        shards, rows = start_preparing(config.data, config.tokenizer, progress=False), arguments.rows
         self.loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=rows, micro_batch_size=rows)
         self.bf16 = arguments.precision != "fp32"  # the peer does not support fp8
 

@@ -471,14 +471,14 @@ def unknown_key(path: str, tree: Any = None) -> str:
 
 def check(config: Config) -> None:
     """Raise `UserError` if keys contradict each other."""
-    check_lengths(config.train, config.model, config.data)
+    check_sequence_lengths(config.train, config.model, config.data)
     check_model(config.model)
     check_tokenizer(config.tokenizer, config.model)
     check_skip_steps(config.data)
     check_live_quantization(config)
 
 
-def check_lengths(train: TrainConfig, model: ModelConfig, data: DataConfig) -> None:
+def check_sequence_lengths(train: TrainConfig, model: ModelConfig, data: DataConfig) -> None:
     """Raise `UserError` for a run without an end, or for sequences that do not fit a step, the model or a shard."""
     if train.steps is None and train.tokens is None and train.minutes is None:
         raise UserError("the run has no length; set train.steps, train.tokens or train.minutes")

@@ -15,10 +15,10 @@ def main(values: dict[str, Any]) -> None:
     if not config.path:
         raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
     from osp.distributed import is_main, shutdown
-    from osp.evaluation.evaluate import ablation_table, evaluate, results_table, start, store_record
+    from osp.evaluation.evaluate import ablation_table, evaluate, open_subject, results_table, store_record
 
     try:
-        subject = start(config.path, config)
+        subject = open_subject(config.path, config)
         record = evaluate(subject, config)
         path = store_record(subject, config, record, record.name)
         if is_main():

@@ -113,7 +113,7 @@ def test_ranks_are_watched_while_the_text_is_prepared(
         raise error
 
     monkeypatch.setattr("osp.train.setup.Peers", TwoRanks)
-    monkeypatch.setattr("osp.train.setup.start", fail)
+    monkeypatch.setattr("osp.train.setup.start_preparing", fail)
     with pytest.raises(LostRankError if isinstance(error, RuntimeError) else UserError, match=said):
         train(tiny())
     assert during == {"osp-peers"}

@@ -76,7 +76,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.fixture
 def error_of(started: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`started`, the data prepared in this process: a child takes seconds to import."""
-    monkeypatch.setattr("osp.train.setup.start", prepare)
+    monkeypatch.setattr("osp.train.setup.start_preparing", prepare)
     return started
 
 

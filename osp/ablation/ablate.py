@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from osp.ablation.ablation_page import ablation_page
 from osp.ablation.config import AblationConfig, check_ablation
 from osp.ablation.execute import Execution, record_of, slots
-from osp.ablation.page import ablation_page
 from osp.ablation.runs import Compose, Planned, plan
 from osp.ablation.table import Results, as_json, as_markdown, collect
 from osp.errors import RunError, StoppedError, UserError

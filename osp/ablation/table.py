@@ -97,7 +97,9 @@ class Results:
 
 def collect(runs: list[Planned], records: dict[str, ComparisonRecord], failures: dict[str, str]) -> Results:
     """Return the results of the finished runs. records: label -> record of scripts/compare.py."""
-    results = Results([], [measure(run, records[run.label]) for run in runs if run.label in records], {}, failures)
+    results = Results(
+        [], [summarize_run(run, records[run.label]) for run in runs if run.label in records], {}, failures
+    )
     planned: dict[tuple[str, str], list[Planned]] = {}
     for run in sorted(runs, key=lambda run: run.order):
         if run.value is None:
@@ -119,7 +121,7 @@ def collect(runs: list[Planned], records: dict[str, ComparisonRecord], failures:
     return results
 
 
-def measure(run: Planned, record: ComparisonRecord) -> Measured:
+def summarize_run(run: Planned, record: ComparisonRecord) -> Measured:
     """Return the numbers of one finished run."""
     folder, (model,) = read_run(run.folder), record.models
     numbers = {name: quantity.read(folder) for name, quantity in QUANTITIES.items()}

@@ -51,7 +51,7 @@ BATCH_BYTES = 1 << 20  # text per task of a worker
 BATCH_DOCUMENTS = 1024
 POLL_SECONDS = 0.2
 
-# A child must be referenced while it runs, or Python warns about it; `start` returns only the folder.
+# A child must be referenced while it runs, or Python warns about it; `start_preparing` returns only the folder.
 _children: list[subprocess.Popen[bytes]] = []
 
 
@@ -93,7 +93,7 @@ def prepare(
     return folder
 
 
-def start(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
+def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> Path:
     """Return the folder of this configuration's shards as soon as the manifest is `usable`.
 
     A child process prepares the rest. It ends with this process; sealed shards are kept and the next call continues.
@@ -418,7 +418,7 @@ def _num_cores() -> int:
 
 
 def _background(parent: int) -> None:
-    """Run the child process of `start`; the message of a `UserError` goes to standard output."""
+    """Run the child process of `start_preparing`; the message of a `UserError` goes to standard output."""
     _follow(parent)
     registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
     sources.SOURCES.update(registered)

@@ -10,7 +10,15 @@ from osp.config import COMPARISONS, MonitorConfig
 from osp.distributed import is_main
 from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
-from osp.evaluation.evaluate import Inputs, calibration_rows, measure, prepare_out, read_inputs, start, store_record
+from osp.evaluation.evaluate import (
+    Inputs,
+    calibration_rows,
+    measure_specs,
+    open_subject,
+    prepare_out,
+    read_inputs,
+    store_record,
+)
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
@@ -52,7 +60,7 @@ def compare(config: CompareConfig) -> list[Comparison]:
         find_model(Path(path))
     comparisons = []
     for path in config.paths:
-        subject = start(path, config)
+        subject = open_subject(path, config)
         comparisons.append(compare_one(subject, config))
         if config.out is None:
             record = comparison_record(config, comparisons[-1:])
@@ -77,7 +85,7 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     for words, spec in shown:
         calibration = calibration_rows(subject, spec, inputs)
         with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
-            results = measure(subject, config, inputs)
+            results = measure_specs(subject, config, inputs)
         scores[words] = _score(results)
         names = names or ", ".join(dict.fromkeys(result.what for result in results))
     return Comparison(

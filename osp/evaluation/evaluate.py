@@ -44,7 +44,7 @@ class Inputs:
     seq_len: int
 
 
-def start(path: str, config: MeasureConfig) -> LanguageModel:
+def open_subject(path: str, config: MeasureConfig) -> LanguageModel:
     """Return the model at `path` on the device of this rank, after joining the ranks that a launcher started."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         device = init_distributed(config.device)
@@ -67,7 +67,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     calibration = calibration_rows(subject, spec, inputs)
     sha256 = subject.sha256()  # of the weights in the file, before they are quantized
     with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
-        results = measure(subject, config, inputs)
+        results = measure_specs(subject, config, inputs)
     return Evaluation(
         model={"name": subject.name, "path": str(subject.folder), "sha256": sha256, "step": subject.step},
         quant={"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
@@ -79,7 +79,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
         commit=machine.pop("git"),
         environment=machine,
         results=tuple(results),
-        ablation=ablate(subject, config, inputs, calibration) if config.ablate else None,
+        ablation=ablate_sites(subject, config, inputs, calibration) if config.ablate else None,
     )
 
 
@@ -115,7 +115,7 @@ def calibration_rows(subject: LanguageModel, spec: QuantSpec, inputs: Inputs) ->
     return draw_calibration(tokens, spec, seq_len=inputs.seq_len).to(subject.device)
 
 
-def measure(subject: LanguageModel, config: MeasureConfig, inputs: Inputs) -> list[Result]:
+def measure_specs(subject: LanguageModel, config: MeasureConfig, inputs: Inputs) -> list[Result]:
     """Return the results on all texts and tasks for the model as it is now, quantized or not. Collective."""
     results = []
     for text in inputs.texts:
@@ -150,7 +150,9 @@ def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Input
     )
 
 
-def ablate(subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None) -> SiteAblation:
+def ablate_sites(
+    subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None
+) -> SiteAblation:
     """Return the perplexity of the first text for each site alone and left out, and R_L on its first windows."""
     spec, text = config.quant, inputs.texts[0]
     active = active_sites(spec, subject.model.config)

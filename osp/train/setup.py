@@ -15,7 +15,7 @@ import torch.distributed as dist
 from osp.config import Config, to_dict
 from osp.data.loader import Loader, data_step
 from osp.data.manifest import load_manifest
-from osp.data.prepare import start
+from osp.data.prepare import start_preparing
 from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
 from osp.device import native_fp8, prepare_cpu
@@ -93,7 +93,7 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
         log.warning(warning)
     if not config.tokenizer.train:  # known before any text is read
         on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
-    shards = on_main(lambda: start(config.data, config.tokenizer, progress=config.logger.progress))
+    shards = on_main(lambda: start_preparing(config.data, config.tokenizer, progress=config.logger.progress))
     _check_vocabulary(config, load_manifest(shards).vocab_size)
     loader = build_loader(resolved, shards, rank=rank)
     engine = build_engine(resolved)

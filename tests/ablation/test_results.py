@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from osp.ablation.ablation_page import ablation_page
 from osp.ablation.config import AblationConfig
-from osp.ablation.page import ablation_page
 from osp.ablation.runs import Planned, plan
 from osp.ablation.table import (
     PAPER,

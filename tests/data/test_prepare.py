@@ -22,7 +22,7 @@ from osp.config import DataConfig, SourceConfig, TokenizerConfig
 from osp.data import prepare as prepare_module
 from osp.data.loader import Loader
 from osp.data.manifest import load_manifest
-from osp.data.prepare import prepare, shard_folder, start
+from osp.data.prepare import prepare, shard_folder, start_preparing
 from osp.data.tokenizer import load_tokenizer, spec_hash
 from osp.errors import UserError
 from osp.files import is_locked
@@ -220,7 +220,7 @@ def test_prepared_shards_are_reused_until_something_changes(
     before = contents(shards)
     monkeypatch.setattr(prepare_module.sources, "documents", lambda source: pytest.fail("the corpus is read again"))
     assert prepare(data_config, tokenizer_config) == shards
-    assert start(data_config, tokenizer_config) == shards
+    assert start_preparing(data_config, tokenizer_config) == shards
     assert contents(shards) == before
 
     def folder(tokenizer: TokenizerConfig = tokenizer_config, **changes: Any) -> Path:
@@ -353,7 +353,7 @@ def test_start_returns_after_the_first_shard_and_the_rest_follows(
 ) -> None:
     long_corpus(tmp_path / "long.jsonl", texts, copies=14)
     config = with_text(data_config, tmp_path / "long.jsonl")
-    folder = start(config, tokenizer_config, progress=False)
+    folder = start_preparing(config, tokenizer_config, progress=False)
     manifest = load_manifest(folder)
     assert manifest.usable
     assert not manifest.complete
@@ -373,12 +373,12 @@ def test_start_reports_an_error_of_its_child_process(
     path.write_text("{]\n")
     config = with_text(data_config, path)
     with pytest.raises(UserError, match=r"^\S*long\.jsonl, line 1: malformed JSON"):
-        start(config, tokenizer_config, progress=False)
+        start_preparing(config, tokenizer_config, progress=False)
     assert list(Path(config.cache_dir).iterdir()) == []
 
     long_corpus(path, texts, copies=12)
     path.write_text(path.read_text() + "{]\n")  # found long after the run has started
-    folder = start(config, tokenizer_config, progress=False)
+    folder = start_preparing(config, tokenizer_config, progress=False)
     loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
     with pytest.raises(UserError, match=r"preparing .* failed: .*long\.jsonl, line \d+: malformed JSON"):
         loader.step(10**6)
@@ -390,8 +390,8 @@ def test_background_preparation_ends_with_its_parent(
 ) -> None:
     long_corpus(tmp_path / "long.jsonl", texts, copies=40)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
-    program = "import os; from osp.config import *; from osp.data.prepare import start; " + (
-        f"print(start({config!r}, {tokenizer_config!r}, progress=False), flush=True); os.kill(os.getpid(), 9)"
+    program = "import os; from osp.config import *; from osp.data.prepare import start_preparing; " + (
+        f"print(start_preparing({config!r}, {tokenizer_config!r}, progress=False), flush=True); os.kill(os.getpid(), 9)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)

@@ -79,8 +79,8 @@ def test_preparation_survives_signals_and_ends_with_its_trainer(
     """A launcher signals every process of a job, and the trainer may need data to finish its step."""
     long_corpus(tmp_path / "long.jsonl", texts, copies=60)
     config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
-    program = "import time; from osp.config import *; from osp.data.prepare import start; " + (
-        f"print(start({config!r}, {tokenizer_config!r}, progress=False), flush=True); time.sleep(600)"
+    program = "import time; from osp.config import *; from osp.data.prepare import start_preparing; " + (
+        f"print(start_preparing({config!r}, {tokenizer_config!r}, progress=False), flush=True); time.sleep(600)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env) as trainer:

@@ -149,5 +149,5 @@ def test_nothing_is_started(typed: Callable[..., str], monkeypatch: pytest.Monke
     """No process group, no data, no memory for a model."""
     monkeypatch.setattr("osp.distributed.init_distributed", lambda *_, **__: pytest.fail("a process group"))
     monkeypatch.setattr("osp.model.transformer.Transformer.init_weights", lambda *_: pytest.fail("weights"))
-    monkeypatch.setattr("osp.train.setup.start", lambda *_, **__: pytest.fail("data"))
+    monkeypatch.setattr("osp.train.setup.start_preparing", lambda *_, **__: pytest.fail("data"))
     assert "expected" in typed(*SMALL, "world_size=4")

@@ -33,7 +33,7 @@ FORBIDDEN = {
     "tarfile.open",
     "zipfile.ZipFile",
 }
-# The settings that `start` passes to its child, through a pipe that no other process can write to.
+# The settings that `start_preparing` passes to its child, through a pipe that no other process can write to.
 ALLOWED = {("osp/data/prepare.py", "pickle.load")}
 # Options that must not be true wherever they are given.
 SWITCHES = {"allow_pickle", "trust_remote_code", "shell"}
