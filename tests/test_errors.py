@@ -497,10 +497,10 @@ SHARDS: dict[str, tuple[Change, str]] = {
     "huge count": (edited_shard(tokens=10**30), r"train.shards\[0\].tokens=10+: must be at most"),
     "relative path": (
         edited_shard(file="../../etc/passwd"),
-        r"file='../../etc/passwd': must match pattern",
+        r"file='../../etc/passwd': must be the name of a shard",
     ),
-    "absolute path": (edited_shard(file="/etc/passwd"), r"file='/etc/passwd': must match pattern"),
-    "other file": (edited_shard(file="tokenizer.json"), r"file='tokenizer.json': must match pattern"),
+    "absolute path": (edited_shard(file="/etc/passwd"), r"file='/etc/passwd': must be the name of a shard"),
+    "other file": (edited_shard(file="tokenizer.json"), r"file='tokenizer.json': must be the name of a shard"),
     "cut shard": (without_byte("train-00000.bin"), r"shard .*train-00000.bin has \d+ bytes, the manifest says"),
     "cut held-out shard": (without_byte("val-00000.bin"), r"shard .*val-00000.bin has \d+ bytes, the manifest says"),
     "missing shard": (lambda f: (f / "train-00000.bin").unlink(), r"shard .*train-00000.bin is missing; delete"),
