@@ -4,7 +4,6 @@ Only rank 0 has a logger. W&B is optional: an error there is reported once and n
 disk.
 """
 
-import dataclasses
 import logging
 import math
 import secrets
@@ -34,8 +33,11 @@ AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", 
 class Logger:
     """Write metrics and events of a run to its folder, to W&B and to the terminal."""
 
-    def __init__(self, folder: Path, config: Config, *, step: int, total_steps: int):
-        """Begin the files of `folder`, or continue them at `step`: metrics of later steps are removed."""
+    def __init__(self, folder: Path, config: Config, *, step: int, total_steps: int, wandb_mode: str | None = None):
+        """Begin the files of `folder`, or continue them at `step`: metrics of later steps are removed.
+
+        wandb_mode: result of `check_wandb`. None: `config.logger.wandb`.
+        """
         self._config = config.logger
         metrics = folder / "metrics.jsonl"
         drop_after(metrics, step)
@@ -50,7 +52,7 @@ class Logger:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
             smoothing=0.05,
         )
-        self._wandb = WandB(folder, config, resumed=step > 0)
+        self._wandb = WandB(folder, config, mode=wandb_mode or config.logger.wandb, resumed=step > 0)
 
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
         """Append the metrics after `step` and `tokens` to metrics.jsonl and send them to W&B. NaN becomes null."""
@@ -96,10 +98,10 @@ class Logger:
 class WandB:
     """A W&B run, or a no-op. Its id is stored in the run folder, so that a resumed run continues the same W&B run."""
 
-    def __init__(self, folder: Path, config: Config, *, resumed: bool):
+    def __init__(self, folder: Path, config: Config, *, mode: str, resumed: bool):
         self._run: Any = None
         options = config.logger
-        if options.wandb == "disabled":
+        if mode == "disabled":
             return
         with self._guard():
             import wandb
@@ -113,7 +115,7 @@ class WandB:
                 name=config.run.name,
                 id=run_id,
                 resume="allow",
-                mode=options.wandb,
+                mode=mode,
                 dir=str(folder),
                 config=to_dict(config),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
@@ -121,7 +123,7 @@ class WandB:
             id_file.write_text(run_id + "\n")
             for pattern, axis in AXES.items():
                 self._run.define_metric(pattern, step_metric=axis)
-            if options.wandb == "online" and not resumed:
+            if mode == "online" and not resumed:
                 _add_panels(self._run)
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -185,10 +187,10 @@ def _add_panels(run: Any) -> None:
         log.info("no W&B panels (%s); make them with scripts/panels.py %s/%s", error, run.entity, run.project)
 
 
-def check_wandb(config: LoggerConfig) -> LoggerConfig:
-    """Return `config`, switched to offline if W&B does not answer. Raises `UserError` for online without a key."""
+def check_wandb(config: LoggerConfig) -> str:
+    """Return `config.wandb`, or offline if W&B does not answer. Raises `UserError` for online without a key."""
     if config.wandb != "online":
-        return config
+        return config.wandb
     try:
         import wandb
     except ImportError as error:
@@ -197,7 +199,7 @@ def check_wandb(config: LoggerConfig) -> LoggerConfig:
         has_key = wandb.login(prompt=False)
     except wandb.Error as error:  # unreachable, or the key is refused: training matters more
         log.warning("W&B does not answer (%s); this run is logged offline, `wandb sync` sends it later", error)
-        return dataclasses.replace(config, wandb="offline")
+        return "offline"
     if not has_key:
         raise UserError("logger.wandb=online but there is no W&B key; run `wandb login` or use logger.wandb=offline")
-    return config
+    return config.wandb

@@ -3,7 +3,6 @@
 Every mistake in the configuration, data, machine or folder is reported here, before the first step.
 """
 
-import dataclasses
 import json
 import logging
 import statistics
@@ -83,7 +82,7 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     _check_same_config(given, config)
     if config.train.precision == "fp8":
         _check_fp8(resolved, shapes)
-    logger_config = on_main(lambda: check_wandb(config.logger))
+    wandb_mode = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     checkpoint = first_whole(resumable)
@@ -115,9 +114,8 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     _warn_of_slow_saves(folder, engine)
     logger = None
     if rank == 0:
-        logged = dataclasses.replace(resolved.config, logger=logger_config)
         step = checkpoint.step if checkpoint else 0
-        logger = Logger(folder, logged, step=step, total_steps=resolved.total_steps)
+        logger = Logger(folder, config, step=step, total_steps=resolved.total_steps, wandb_mode=wandb_mode)
     trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock)
     if checkpoint:
         trainer.restore(checkpoint)

@@ -192,7 +192,14 @@ def test_skipping_sequences_already_read_is_refused(tiny: Tiny) -> None:
     train(tiny("data.skip_steps=[[5, 5]]"))
 
 
-@pytest.mark.parametrize("skip", ["[[3, 2]]", "[[0, 1]]", "[[1, 3], [3, 4]]"])
-def test_malformed_skip_is_refused(skip: str, tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"data.skip_steps=.*write \[\[first, last\], ...\]"):
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ("[[3, 2]]", r"data.skip_steps=.*write \[\[first, last\], ...\]"),
+        ("[[1, 3], [3, 4]]", r"data.skip_steps=.*write \[\[first, last\], ...\]"),
+        ("[[0, 1]]", r"data.skip_steps\[0\]\[0\]=0: must be at least 1"),
+    ],
+)
+def test_malformed_skip_is_refused(skip: str, message: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=message):
         tiny(f"data.skip_steps={skip}")
