@@ -37,6 +37,7 @@ from osp.schema import (
 
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 ROLES: tuple[Role, ...] = ("matrix", "embed_proj", "gain", "embedding", "head")
+WandbMode = Literal["online", "offline", "disabled"]
 Rule = str  # a key of osp.optim.rules.RULES; checked when parameter groups are built
 
 
@@ -384,7 +385,7 @@ class MonitorConfig:
 @dataclass(frozen=True)
 class LoggerConfig:
     every: Count = 1  # steps between training lines of metrics.jsonl and W&B
-    wandb: Literal["online", "offline", "disabled"] = "offline"
+    wandb: WandbMode = "offline"
     project: Text = "osp"
     entity: Text | None = None
     progress: bool = True

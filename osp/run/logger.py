@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from osp.config import Config, LoggerConfig, to_dict
+from osp.config import Config, LoggerConfig, WandbMode, to_dict
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after
 from osp.run.metrics import create_workspace, layer_grids
@@ -33,10 +33,10 @@ AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", 
 class Logger:
     """Write metrics and events of a run to its folder, to W&B and to the terminal."""
 
-    def __init__(self, folder: Path, config: Config, *, step: int, total_steps: int, wandb_mode: str | None = None):
+    def __init__(self, folder: Path, config: Config, *, step: int, total_steps: int, mode: WandbMode | None = None):
         """Begin the files of `folder`, or continue them at `step`: metrics of later steps are removed.
 
-        wandb_mode: result of `check_wandb`. None: `config.logger.wandb`.
+        mode: result of `check_wandb`. None: `config.logger.wandb`.
         """
         self._config = config.logger
         metrics = folder / "metrics.jsonl"
@@ -52,7 +52,7 @@ class Logger:
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
             smoothing=0.05,
         )
-        self._wandb = WandB(folder, config, mode=wandb_mode or config.logger.wandb, resumed=step > 0)
+        self._wandb = WandB(folder, config, mode=mode or config.logger.wandb, resumed=step > 0)
 
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
         """Append the metrics after `step` and `tokens` to metrics.jsonl and send them to W&B. NaN becomes null."""
@@ -98,7 +98,7 @@ class Logger:
 class WandB:
     """A W&B run, or a no-op. Its id is stored in the run folder, so that a resumed run continues the same W&B run."""
 
-    def __init__(self, folder: Path, config: Config, *, mode: str, resumed: bool):
+    def __init__(self, folder: Path, config: Config, *, mode: WandbMode, resumed: bool):
         self._run: Any = None
         options = config.logger
         if mode == "disabled":
@@ -187,7 +187,7 @@ def _add_panels(run: Any) -> None:
         log.info("no W&B panels (%s); make them with scripts/panels.py %s/%s", error, run.entity, run.project)
 
 
-def check_wandb(config: LoggerConfig) -> str:
+def check_wandb(config: LoggerConfig) -> WandbMode:
     """Return `config.wandb`, or offline if W&B does not answer. Raises `UserError` for online without a key."""
     if config.wandb != "online":
         return config.wandb

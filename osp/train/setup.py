@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from osp.config import Config, to_dict
+from osp.config import Config, WandbMode, to_dict
 from osp.data.loader import Loader, data_step
 from osp.data.manifest import load_manifest
 from osp.data.prepare import start_preparing
@@ -82,7 +82,7 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     _check_same_config(given, config)
     if config.train.precision == "fp8":
         _check_fp8(resolved, shapes)
-    wandb_mode = on_main(lambda: check_wandb(config.logger))
+    wandb_mode: WandbMode = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     checkpoint = first_whole(resumable)
@@ -115,7 +115,7 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     logger = None
     if rank == 0:
         step = checkpoint.step if checkpoint else 0
-        logger = Logger(folder, config, step=step, total_steps=resolved.total_steps, wandb_mode=wandb_mode)
+        logger = Logger(folder, config, step=step, total_steps=resolved.total_steps, mode=wandb_mode)
     trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock)
     if checkpoint:
         trainer.restore(checkpoint)
