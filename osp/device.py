@@ -1,4 +1,4 @@
-"""The device of a process: which one, its threads, the number formats it computes in natively, and its peak."""
+"""The device of a process: its choice, threads, native number formats and peak speed."""
 
 import ctypes
 import os
@@ -13,10 +13,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def prepare_cpu(threads: int | None, *, local_ranks: int = 1) -> None:
-    """Set the number of threads (None: the cores of the host shared among its ranks) and keep freed memory.
+    """Set the number of threads (None: the cores of the host divided by its ranks) and keep freed memory.
 
-    glibc hands blocks above a threshold back to the kernel when they are freed, so that each large activation is
-    mapped and zeroed anew in every step. Kept, products that write a large result run up to 1.5 times faster.
+    By default glibc returns large freed blocks to the kernel, which maps and zeroes them again in every step. Keeping
+    them makes matrix products with a large result up to 1.5 times faster.
     """
     torch.set_num_threads(threads or max(1, _available_cores() // local_ranks))
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -25,19 +25,19 @@ def prepare_cpu(threads: int | None, *, local_ranks: int = 1) -> None:
 
 
 def _available_cores() -> int:
-    """Cores this process may run on, where the system can tell."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of a single process; `auto` is the GPU where there is one."""
+    """Return the device of a single process. `auto` is the GPU if there is one."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU here; set device=cpu")
     return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def native_bf16(device: torch.device | str) -> bool:
-    """Whether `device` multiplies bf16 matrices in hardware: CUDA from sm_80 on, CPUs with AMX or AVX512-BF16."""
+    """Return whether `device` multiplies bf16 matrices in hardware: CUDA from sm_80, CPUs with AMX or AVX512-BF16."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -47,24 +47,24 @@ def native_bf16(device: torch.device | str) -> bool:
 
 
 def native_fp8(device: torch.device | str) -> bool:
-    """Whether `device` multiplies 8-bit floats in hardware: CUDA from sm_89 on."""
+    """Return whether `device` multiplies 8-bit floats in hardware: CUDA from sm_89 on."""
     return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of activations and of what is not in 8 bits, for a `train.precision` other than auto."""
+    """Return the dtype of activations for a `train.precision` other than auto; bf16 for fp8."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
-# Dense bf16 TFLOP/s by vendor datasheet; the key is a part of the device's name. The first match counts.
+# Dense bf16 TFLOP/s by vendor datasheet; keys are parts of a device's name, and the first match counts.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0}
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The dense bf16 peak of a GPU, TFLOP/s, that MFU is measured against; None where it is not known."""
+    """Return the dense bf16 peak of a GPU in TFLOP/s, the denominator of MFU; None if unknown."""
     return peak_tflops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_tflops_of(name: str) -> float | None:
-    """The same of a GPU by its name."""
+    """Return the peak of a GPU with this name; see `peak_tflops`."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

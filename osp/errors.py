@@ -1,20 +1,20 @@
-"""The errors that an entry point turns into one line."""
+"""Errors that entry points print as one line."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. Entry points print it as one line and exit with status 2."""
+    """A mistake that the user can correct. Entry points exit with status 2."""
 
 
 class RunError(RuntimeError):
-    """Why a run cannot go on although its configuration is right. One line, exit status 1."""
+    """A valid run that cannot continue. Entry points exit with status 1."""
 
 
 class LostRankError(RunError):
-    """Another rank has died. Every rank that is left says so: which of them the user reads is not known."""
+    """Another rank has died. Every remaining rank prints it, because any of them may be the one on the console."""
 
 
 class StoppedError(RunError):
-    """The run was asked to stop and has saved its state; the same command continues it. `signal` names who asked."""
+    """A signal stopped the run after it saved its state. The same command continues it."""
 
     def __init__(self, message: str, *, signal: str):
         super().__init__(message)

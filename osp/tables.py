@@ -10,15 +10,15 @@ Rows = Sequence[Sequence[str]]
 
 
 def markdown_table(head: Sequence[str], rows: Rows) -> str:
-    """A Markdown table; a `|` inside a cell stays one."""
+    """Return a Markdown table. A `|` inside a cell is escaped."""
     lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [head, *rows]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(head), *lines[1:]])
 
 
 def text_table(rows: Rows, *, left: int | None = None) -> str:
-    """Columns as wide as they need to be, a line below the first row.
+    """Return a plain-text table with a line below the first row.
 
-    left: so many columns stand to the left, the others to the right; None: all.
+    left: number of left-aligned columns, the others are right-aligned; None: all.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     left = len(widths) if left is None else left

@@ -125,7 +125,7 @@ def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration that `scripts/train.py OVERRIDES` would train; `UserError` if there is none."""
+    """Return the configuration that `scripts/train.py OVERRIDES` trains. Raises `UserError` if it does not compose."""
     defaults = to_dict(Config())
     ConfigStore.instance().store(name="defaults", node=defaults)
     try:

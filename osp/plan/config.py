@@ -1,4 +1,4 @@
-"""The keys of `scripts/plan.py` beside those of a training."""
+"""Keys of `scripts/plan.py` beyond the configuration of a training."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -30,7 +30,7 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Keys of scripts/plan.py beside those of a training; see osp.plan.plan."""
+    """Keys of scripts/plan.py beyond the configuration of a training; see osp.plan.plan."""
 
     world_size: Annotated[Int, Field(ge=1, le=4096)] = 8
     gpu_memory: Positive | None = None  # GiB; None: the machine's

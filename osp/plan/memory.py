@@ -1,6 +1,6 @@
 """Bytes that one rank holds, part by part, computed from shapes.
 
-They are those of DeepSpeed 0.19 as `osp.train.engine` configures it; tests compare them with a running engine.
+They describe DeepSpeed 0.19 as `osp.train.engine` configures it; tests compare them with a running engine.
 """
 
 import itertools
