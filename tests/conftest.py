@@ -18,8 +18,11 @@ pytest_plugins = ["tests.evaluation_models"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# They go first where processes share the files, so that no process is left alone with one at the end
-LONGEST = ("test_trainer.py", "test_resume.py", "test_faults.py", "test_verify_resume.py", "test_training.py")
+# The longest files go first, so that no process is left with one of them at the end.
+LONGEST = (
+    *("test_faults.py", "test_verify_resume.py", "test_ablation.py", "test_engine.py"),
+    *("test_trainer.py", "test_resume.py", "test_training.py", "test_slurm.py"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
