@@ -105,7 +105,7 @@ class TrainConfig:
     norm_refresh_every: Count | Literal["auto"] = "auto"  # steps between updates of a norm's statistics (BHyT)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # on a loss or gradient that is not finite; skip: drop the update
     max_skips: CountOrZero = 10  # updates that `on_nonfinite` and `spike` may drop before the run ends
-    stop_at: Count | None = None  # save and end after this step; the schedule remains that of the whole run
+    stop_at: Count | None = None  # save and end after this step; the schedule still spans the whole run
 
     @property
     def num_steps(self) -> int | None:
@@ -135,7 +135,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """A loss or gradient norm far above those of the last steps; see osp.train.guards."""
+    """A loss or gradient norm far above its values in the last steps; see osp.train.guards."""
 
     action: Literal["off", "warn", "skip"] = "warn"  # skip: drop the update
     threshold: Positive = 8.0  # robust z-score
@@ -458,7 +458,7 @@ def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
 def unknown_key(path: str, tree: Any = None) -> str:
     """Return the sentence for the unknown key of a dotted `path`, with the keys that exist there.
 
-    tree: all keys with their defaults; None: those of `Config`.
+    tree: all keys with their defaults; None: the keys of `Config`.
     """
     tree = tree or to_dict(Config())
     known = ""

@@ -281,7 +281,7 @@ def outlier_rows(lines: Sequence[Line]) -> Table:
 
 
 def against_rows(lines: Sequence[Line]) -> Table:
-    """Return the loss of every row at 16 and at 4 bits minus that of the first row, and whether the row is better."""
+    """Return the loss of every row at 16 and at 4 bits minus the first row's loss, and whether the row is better."""
     rows = []
     for line in lines[1:]:
         if not {"nats_16", "nats_4"} <= lines[0].cells.keys() & line.cells.keys():

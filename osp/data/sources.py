@@ -169,7 +169,7 @@ NO_TEXT = "none"  # source of a model that was converted from a Hugging Face fol
 
 
 def make_source(config: DataConfig | SourceConfig, key: str = "data") -> Source:
-    """Return the source that `config` names; `UserError` if there is none or its configuration is incomplete."""
+    """Return the source that `config` names. Raises `UserError` if it is unknown or its configuration incomplete."""
     if config.source == NO_TEXT:
         raise UserError(f"{key}.source=none: this model was converted and has no training text; name a source")
     choices = [name for name, kind in SOURCES.items() if kind.IN_MIXTURE or isinstance(config, DataConfig)]

@@ -7,7 +7,7 @@ quantization): the arithmetic is fp32, the result has the dtype of the input.
 To add a format, write a class with `name`, `widths` and `round`, and enter it in `FORMATS`. `quant.w_format=NAME`,
 `a_format` and `kv_format` then select it for weights, activations and the cache.
 
-The defaults are those of OSP's evaluation (arXiv 2506.19697; the quantizers of QuaRot, arXiv 2404.00456): weights
+The defaults follow OSP's evaluation (arXiv 2506.19697; the quantizers of QuaRot, arXiv 2404.00456): weights
 symmetric per output channel, activations asymmetric per token.
 """
 

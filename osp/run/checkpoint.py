@@ -340,7 +340,7 @@ def checkpoint_bytes(shapes: dict[str, list[int]], states_per_weight: float) -> 
 
 
 def candidates(path: Path) -> list[Path]:
-    """Return the checkpoint folders that `path` names, best first; empty if there is none.
+    """Return the checkpoint folders that `path` names, best first; empty if there are no checkpoints.
 
     `path` is a checkpoint, or a run folder or its `checkpoints`: these name the target of `latest` and all older ones.
     """
@@ -357,7 +357,7 @@ def candidates(path: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path | None:
-    """Return the first of `candidates(path)`, None if there is none."""
+    """Return the first of `candidates(path)`, None without any."""
     return next(iter(candidates(path)), None)
 
 

@@ -164,7 +164,7 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
 
 
 def _write_page(folder: Path) -> str:
-    """Write the report page; return its path, or why there is none. A finished run must not fail here."""
+    """Write the report page; return its path, or the reason of a failure. A finished run must not fail here."""
     path = folder / "report.html"
     try:
         write_report([folder], path)
