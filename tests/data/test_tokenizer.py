@@ -10,14 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from osp.config import TokenizerConfig
-from osp.data.tokenizer import (
-    existing_tokenizer,
-    load_tokenizer,
-    spec_hash,
-    token_bytes,
-    train_tokenizer,
-    vocab_size,
-)
+from osp.data.tokenizer import existing_tokenizer, load_tokenizer, spec_hash, token_bytes, train_tokenizer, vocab_size
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data/tokenizers"

@@ -17,15 +17,7 @@ import yaml
 
 from osp.errors import UserError
 from osp.report import Series, read_run, write_report
-from osp.report.charts import (
-    LINES,
-    STATISTICS,
-    differences_between,
-    find_outliers,
-    histogram_data,
-    labels,
-    site_data,
-)
+from osp.report.charts import LINES, STATISTICS, differences_between, find_outliers, histogram_data, labels, site_data
 from osp.report.downsample import averaged, envelope, grid
 from osp.run import metrics as panels
 from osp.run.evaluations import (

@@ -23,17 +23,7 @@ from osp.config import Config, TrainConfig, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import Transformer, build_model
 from osp.run import checkpoint as checkpoint_module
-from osp.run.checkpoint import (
-    Checkpoint,
-    Saved,
-    Saver,
-    Slice,
-    candidates,
-    find,
-    load_model,
-    prune,
-    remove_unfinished,
-)
+from osp.run.checkpoint import Checkpoint, Saved, Saver, Slice, candidates, find, load_model, prune, remove_unfinished
 from osp.run.folder import seconds_to_write
 from osp.train.guards import SpikeDetector
 from osp.train.setup import check_continues
