@@ -122,7 +122,7 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             if not select.select([self._replies], [], [], SECONDS_TO_ANSWER)[0]:
-                raise TimeoutError(f"Chromium says nothing for {SECONDS_TO_ANSWER} s")
+                raise TimeoutError(f"no answer from Chromium within {SECONDS_TO_ANSWER} s")
             part = os.read(self._replies, 1 << 20)
             if not part:
                 raise RuntimeError("Chromium has ended")

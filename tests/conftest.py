@@ -1,4 +1,4 @@
-"""What tests of a whole run share: a small text, a small configuration, the real entry point in a subprocess."""
+"""Fixtures for tests of a whole run: a small corpus, a small configuration, the real entry point in a subprocess."""
 
 import json
 import os
@@ -26,7 +26,7 @@ LONGEST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the losses of tests/golden anew")
+    parser.addoption("--update-golden", action="store_true", help="write the losses of tests/train/golden again")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def made_text(num_documents: int, *, seed: int = 0) -> list[str]:
-    """Documents of made-up words with some structure to learn; the same on every machine and Python."""
+    """Return documents of made-up words with a learnable structure, equal on every machine and Python version."""
     draw = random.Random(seed)
     words = ["".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 7))) for _ in range(150)]
     return [
@@ -44,7 +44,7 @@ def made_text(num_documents: int, *, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A jsonl file of 400 documents, about 250 kB."""
+    """Return a jsonl file of 400 documents, about 250 kB."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in made_text(400)), encoding="utf-8")
     return path
@@ -52,7 +52,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_values(corpus: Path) -> dict[str, Any]:
-    """The smallest configuration that uses every part; shards are prepared once for the whole session."""
+    """Return the smallest configuration that uses every part. Its shards are prepared once per session."""
     return {
         "train": {
             "steps": 6,
@@ -73,7 +73,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
             "embed_proj": True,
         },
         "norm": {"name": "ssnorm"},
-        "optimizer": {"lr": 0.01, "ns_dtype": "fp32"},  # auto is bf16 on some machines, whose rounding tests would see
+        "optimizer": {"lr": 0.01, "ns_dtype": "fp32"},  # auto is bf16 on some machines, which would change the losses
         "eval": {"every": 3, "tokens": 1024, "sample_tokens": 4},
         "data": {
             "source": "text",
@@ -92,7 +92,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def plain_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of that configuration, for tests to read and compare with."""
+    """Return the folder of a finished run of `tiny_values`, to read only."""
     from osp.train.setup import train
 
     folder = tmp_path_factory.mktemp("plain") / "run"
@@ -102,7 +102,7 @@ def plain_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def tiny(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Config]:
-    """`tiny("train.steps=3", name="a")`: that configuration with overrides, its run folder below the test's own."""
+    """Return `tiny_values` with overrides and a run folder in tmp_path: `tiny("train.steps=3", name="a")`."""
 
     def build(*overrides: str, name: str = "run") -> Config:
         values = json.loads(json.dumps(tiny_values))
@@ -123,17 +123,17 @@ def tiny(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Config]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def losses(folder: Path) -> list[float]:
-    """Training loss of every step."""
+    """Return the training loss of every step."""
     return [event["train/loss"] for event in read_metrics(folder) if "train/loss" in event]
 
 
 def overrides_of(config: Config) -> list[str]:
-    """The command line that gives `config` from any defaults: every leaf as `key=value`."""
+    """Return the command line that sets every leaf of `config`, as `key=value`."""
     from osp.config import to_dict
 
     def leaves(tree: Any, path: str) -> list[str]:
@@ -145,7 +145,7 @@ def overrides_of(config: Config) -> list[str]:
 
 
 def free_port() -> int:
-    """A port for the deepspeed launcher, which cannot choose one: tests must not meet on a fixed one."""
+    """Return a free port. The deepspeed launcher cannot choose one, and tests run in parallel."""
     with socket.socket() as place:
         place.bind(("", 0))
         return place.getsockname()[1]
@@ -154,7 +154,7 @@ def free_port() -> int:
 def run_script(
     *arguments: str, launcher: tuple[str, ...] = (), cwd: Path, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """`python scripts/train.py ARGUMENTS`, or the same below a launcher such as `torchrun --nproc-per-node 2`."""
+    """Run `python scripts/train.py ARGUMENTS`, or the same under a launcher such as `torchrun --nproc-per-node 2`."""
     script = str(ROOT / "scripts" / "train.py")
     if "deepspeed" in launcher:
         launcher = (*launcher, "--master_port", str(free_port()))

@@ -1,4 +1,4 @@
-"""Run a function in N processes that form a gloo group, and get every rank's return value."""
+"""Run a function on N gloo ranks and return the value of every rank."""
 
 import multiprocessing
 import os
@@ -14,14 +14,14 @@ from torch.multiprocessing.spawn import start_processes
 
 from osp.distributed import init_distributed
 
-# A server process imports these once and forks the ranks: importing them in each rank would take most of a test's time
+# A server process imports these once and forks the ranks, because importing them in each rank takes seconds
 _PRELOAD = ["torch.multiprocessing.spawn", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"]
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """[function(*args) of rank 0, of rank 1, ...]. `function` must be importable; its result must pickle.
+    """Return [function(*args) of rank 0, of rank 1, ...]. `function` must be importable; its result must pickle.
 
-    Ranks meet through a file, so parallel test runs cannot collide on a port. One thread per rank.
+    The ranks rendezvous through a file, so parallel test runs cannot collide on a port. One thread per rank.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when the server imports it
     multiprocessing.set_forkserver_preload(_PRELOAD)

@@ -1,4 +1,4 @@
-"""Models to evaluate: a random Llama with a byte-level tokenizer, and stories260K where it is at hand."""
+"""Models to evaluate: a random Llama with a byte-level tokenizer, and stories260K where its files are present."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ VOCABULARY = 300
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with a random model of 64 positions and a BPE of 300 tokens."""
+    """Return a Hugging Face folder with a random model of 64 positions and a BPE tokenizer of 300 tokens."""
     folder = tmp_path_factory.mktemp("llama")
     random_llama(folder, vocab_size=VOCABULARY)
     tokenizer = Tokenizer(models.BPE())

@@ -40,7 +40,7 @@ def random_llama(
 ) -> Any:
     """Return a random `transformers` Llama saved in `folder`.
 
-    Gains and biases are random too, because ones and zeros hide mistakes.
+    Gains and biases are random too: ones and zeros would hide mistakes.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +51,7 @@ def random_llama(
             if "norm" in name or "bias" in name:
                 parameter.uniform_(0.5, 1.5)
     model.type(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    # read back: .to(bf16) rounds the rotary table as well, which no checkpoint holds
+    # read back, because .to(bf16) also rounds the rotary table, which no checkpoint holds
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -116,7 +116,7 @@ def write_stories260k(folder: Path) -> None:
 
 
 def _tok512() -> Tokenizer:
-    """Return llama2.c's tokenizer: pieces in order of merging, and bytes for all other text."""
+    """Return llama2.c's tokenizer: pieces in merge order, with byte fallback."""
     raw = (STORIES / "tok512.bin").read_bytes()[4:]
     pieces = []
     while raw:

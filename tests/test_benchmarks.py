@@ -1,4 +1,4 @@
-"""What benchmarks/run_gpu.sh would run is valid, it goes on past failures, and the benchmarks count right."""
+"""The commands of benchmarks/run_gpu.sh are valid, a failure does not end it, and the benchmarks count correctly."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ RUN_GPU = ROOT / "benchmarks" / "run_gpu.sh"
 
 
 def dry_run() -> dict[str, list[str]]:
-    """Name of each step -> its command."""
+    """Return step name -> command."""
     done = subprocess.run([RUN_GPU, "--dry-run", "out"], capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     return {name: shlex.split(command) for name, _, command in rows}
@@ -39,7 +39,7 @@ STEPS = dry_run()
 
 
 class ParsedError(Exception):
-    """A benchmark has accepted its arguments."""
+    """Raised when a benchmark has accepted its arguments."""
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -66,7 +66,7 @@ def test_command_of_the_gpu_run_is_valid(name: str, monkeypatch: pytest.MonkeyPa
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def test_gpu_run_covers_what_is_open() -> None:
+def test_gpu_run_covers_every_open_measurement() -> None:
     words = {Path(command[0]).name for command in STEPS.values()}
     assert {"train_step.py", "muon_step.py", "monitor.py", "norms.py", "generate.py", "quant_eval.py"} <= words
     assert {"verify_resume.py", "overhead.py", "growth.py"} <= words
@@ -74,7 +74,7 @@ def test_gpu_run_covers_what_is_open() -> None:
     assert all(f"--model {name}" in models for name in ("osp_1b", "374m", "60m"))
 
 
-def test_gpu_run_goes_on_past_a_failure_and_names_it(tmp_path: Path) -> None:
+def test_gpu_run_continues_after_a_failure_and_names_it(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "ran $1"\ncase $1 in *muon_step*) exit 3 ;; esac\n')
     python.chmod(0o755)
@@ -118,8 +118,8 @@ def test_every_operation_of_a_step_belongs_to_one_part() -> None:
     assert all(parts[name] > 0 for name in breakdown.PARTS if name != "waiting")
 
 
-def test_norms_are_found_in_both_directions_and_nothing_else_is() -> None:
-    """A model of norms alone spends its forward and backward in them; one without has none."""
+def test_norms_are_counted_in_forward_and_backward_and_nothing_else_is() -> None:
+    """All of the forward and backward of a model of norms is norms; without norms, none of it is."""
     norm, linear = nn.RMSNorm(512), nn.Linear(512, 512)
     x = torch.randn(64, 512, requires_grad=True)
     breakdown.mark_norms(nn.ModuleList([norm, linear]))
@@ -137,7 +137,7 @@ def test_memory_by_part_is_counted_in_bytes() -> None:
     state = [torch.zeros(96 * 8), torch.zeros(())]
     parts = breakdown.parts_of_memory(lambda: F.cross_entropy(model(x), targets), model, state, logits=0)
     counted = {name: round(size * 2**30) for name, size in parts.items()}
-    small = counted.pop("activations") - 4 * 80  # the input; targets and the sum of weights beside it
+    small = counted.pop("activations") - 4 * 80  # the input, then targets and the sum of weights
     assert 80 <= small <= 100
     assert counted == {
         "weights": 4 * 768,
@@ -147,7 +147,7 @@ def test_memory_by_part_is_counted_in_bytes() -> None:
     }
 
 
-def test_flops_of_newton_schulz_are_those_of_its_products() -> None:
+def test_flops_of_newton_schulz_equal_the_flops_of_its_products() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from osp.optim.muon import newton_schulz
@@ -160,7 +160,7 @@ def test_flops_of_newton_schulz_are_those_of_its_products() -> None:
     assert growth.newton_schulz_flops(config) == counter.get_total_flops()
 
 
-def test_collectives_are_counted_as_rings_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collectives_are_counted_as_ring_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth.dist, "get_rank", lambda: 1)
     counted, x = growth.Collectives(world_size=4), torch.zeros(100)
     assert counted._sent("allreduce_", ([x],)) == ("all_reduce", 2 * 3 / 4 * 400)
@@ -172,7 +172,7 @@ def test_collectives_are_counted_as_rings_send_them(monkeypatch: pytest.MonkeyPa
 
 
 def test_growth_page_has_a_chart_for_each_curve() -> None:
-    """Speeds that fall as flops rise are what flops say; twice as slow is said to be."""
+    """The page calls a speed that falls with the flops expected, and a speed of half of that slow."""
     points = [{"x": x, "tokens_per_second": 100 / x, "flops": 10.0 * x} for x in (1, 2, 4)]
     slow = [{**p, "tokens_per_second": 100 / p["x"] ** 2} for p in points]
     common = {"stage": 1, "seconds": 0.1, "muon": 0.0, "expected": 200.0, "expected_muon": 10.0}

@@ -1,4 +1,4 @@
-"""`python scripts/generate.py`: its text on stdout, its speed on stderr, and one line for a mistake."""
+"""`python scripts/generate.py`: text on stdout, speed on stderr, and one line for a user error."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ Outcome = tuple[int, str, str]  # exit status, stdout, stderr
 
 
 def tokenizer() -> Tokenizer:
-    """A tokenizer of bytes whose id 0 is EOS."""
+    """Return a byte tokenizer whose id 0 is EOS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({"<eos>": 0} | {letter: i for i, letter in enumerate(letters, start=1)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Hugging Face Llama over bytes."""
+    """Return a random Hugging Face Llama over bytes."""
     folder = tmp_path_factory.mktemp("llama")
     config = ModelConfig(
         vocab_size=257,
@@ -55,7 +55,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def script(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., Outcome]:
-    """`python scripts/generate.py ARGUMENTS` on one thread of the CPU."""
+    """Run `python scripts/generate.py ARGUMENTS` on one CPU thread."""
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.chdir(tmp_path)
@@ -86,7 +86,7 @@ CPU = ("device=cpu", "dtype=fp32", "threads=1")
 
 
 def expected_text(llama: Path, prompt: str, num_tokens: int) -> str:
-    """The prompt and its greedy continuation, up to the end of the text."""
+    """Return the prompt and its greedy continuation up to EOS."""
     ids = [0, *tokenizer().encode(prompt).ids]
     (new,) = generate(load_hf(llama), [ids], num_tokens, eos_id=0)
     return tokenizer().decode([*ids, *new])
@@ -166,7 +166,7 @@ def test_mistake_is_one_line(
     assert re.search(message, line), line
 
 
-def test_texts_are_written_in_order_and_as_soon_as_possible() -> None:
+def test_texts_are_streamed_in_the_order_of_the_prompts() -> None:
     pieces: list[str] = []
     ids = tokenizer().encode("abcd\u20ac").ids
     a, b, c, d, *euro = ids

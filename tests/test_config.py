@@ -1,4 +1,4 @@
-"""The configuration: what passes comes back unchanged, what does not is one line with key, value and fix."""
+"""The configuration: valid values arrive unchanged, invalid values give one line with key, value and fix."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from osp.run.read import differences
 
 
 def tree(**changes: Any) -> dict[str, Any]:
-    """A small valid tree; `changes` are dotted keys with `__` for the dot."""
+    """Return a small valid tree with `changes`, whose keys have `__` for the dot."""
     values: dict[str, Any] = {"train": {"steps": 10}}
     for key, value in changes.items():
         *groups, last = key.split("__")
@@ -23,7 +23,7 @@ def tree(**changes: Any) -> dict[str, Any]:
     return values
 
 
-# --- what passes --------------------------------------------------------------------------------------------------
+# --- valid values -------------------------------------------------------------------------------------------------
 
 VALID = {
     "smallest": tree(),
@@ -43,7 +43,7 @@ VALID = {
 
 @pytest.mark.parametrize("case", VALID)
 def test_round_trip(case: str) -> None:
-    """Through JSON as well, as the run folder stores it."""
+    """Also through JSON, as the run folder stores it."""
     config = from_dict(VALID[case])
     stored = json.loads(json.dumps(to_dict(config)))
     assert stored == to_dict(config)
@@ -63,8 +63,8 @@ def test_every_given_value_arrives(case: str) -> None:
     check(VALID[case], to_dict(from_dict(VALID[case])))
 
 
-def test_a_run_older_than_a_key_differs_in_its_value_alone() -> None:
-    """What a run stored before the key existed had the default."""
+def test_run_written_before_a_key_existed_has_its_default() -> None:
+    """A configuration stored before the key existed gets the default."""
     now = to_dict(from_dict(tree(optimizer__per_head=True, run__name="other")))
     older = to_dict(from_dict(tree()))
     del older["penalty"], older["optimizer"]["per_head"], older["ffn_norm"]
@@ -72,19 +72,19 @@ def test_a_run_older_than_a_key_differs_in_its_value_alone() -> None:
     assert differences(older, to_dict(from_dict(tree()))) == []
 
 
-def test_from_dict_leaves_its_argument_alone() -> None:
+def test_from_dict_does_not_change_its_argument() -> None:
     values = tree(norm={"name": "bhyt"}, model={"hidden_size": 64})
     before = json.dumps(values)
     from_dict(values)
     assert json.dumps(values) == before
 
 
-def test_defaults_are_those_of_the_dataclasses() -> None:
+def test_defaults_come_from_the_dataclasses() -> None:
     config = from_dict(tree())
     assert dataclasses.replace(config, train=dataclasses.replace(config.train, steps=None)) == Config()
 
 
-def test_numbers_are_converted_where_nothing_is_lost() -> None:
+def test_numbers_are_converted_without_loss() -> None:
     config = from_dict(tree(train__steps=None, train__tokens=5e9, optimizer__lr=1, optimizer__adam_betas=[0, 0.9]))
     assert config.train.tokens == 5_000_000_000
     assert isinstance(config.train.tokens, int)
@@ -105,9 +105,9 @@ def test_model_shape_helpers() -> None:
     assert from_dict(tree()).model.kv_heads == from_dict(tree()).model.num_attention_heads
 
 
-# --- what does not ------------------------------------------------------------------------------------------------
+# --- invalid values -----------------------------------------------------------------------------------------------
 
-# (changes, fragments of the message: the key, the value and what to do)
+# (changes, fragments of the message: the key, the value and the fix)
 WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     # unknown keys
     ({"trian": {}}, ("unknown key 'trian'", "'train'")),
@@ -243,7 +243,7 @@ def test_mistake_is_one_line_with_key_value_and_fix(changes: dict[str, Any], fra
     assert len(message) < 300, message
 
 
-def test_the_limits_themselves_pass() -> None:
+def test_limits_are_valid_values() -> None:
     from_dict(
         tree(
             train={"steps": 1, "grad_clip": 0.0, "seq_len": 2048, "tokens_per_step": 2048, "micro_batch_size": 1},

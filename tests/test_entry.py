@@ -1,4 +1,4 @@
-"""The end of a process: its status whatever came, no thread of ours left, and none of torch's that can abort it."""
+"""The end of a process: the right exit status, no thread of ours left, and no abort by a thread of torch."""
 
 import os
 import subprocess
@@ -19,8 +19,8 @@ from tests.conftest import ROOT
 
 Tiny = Callable[..., Config]
 
-# In each child a thread comes back from C++ all the time, as those of gloo do after the last collective. Where it finds
-# the interpreter finalized, the process dies of SIGABRT.
+# In each child a thread keeps returning from C++, as threads of gloo do after the last collective. If the interpreter
+# is finalized by then, the process dies of SIGABRT.
 PROGRAM = """
 import atexit, os, signal, sys, threading
 import torch
@@ -63,11 +63,11 @@ def test_process_ends_with_its_status_while_threads_are_in_c(tmp_path: Path) -> 
 
 
 def ours() -> set[str]:
-    """The threads of a run."""
+    """Return the threads of a run that are alive."""
     return {thread.name for thread in threading.enumerate() if thread.name.startswith("osp-")}
 
 
-class TwoRanks(Peers):  # or nobody would be watched
+class TwoRanks(Peers):  # otherwise no rank would be watched
     def __init__(self) -> None:
         super().__init__()
         self._all *= 2
@@ -94,7 +94,7 @@ def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, mon
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (UserError("no text"), "no text"),
         (
@@ -104,7 +104,7 @@ def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, mon
     ],
 )
 def test_ranks_are_watched_while_the_text_is_prepared(
-    error: Exception, said: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     during: set[str] = set()
 
@@ -114,7 +114,7 @@ def test_ranks_are_watched_while_the_text_is_prepared(
 
     monkeypatch.setattr("osp.train.setup.Peers", TwoRanks)
     monkeypatch.setattr("osp.train.setup.start_preparing", fail)
-    with pytest.raises(LostRankError if isinstance(error, RuntimeError) else UserError, match=said):
+    with pytest.raises(LostRankError if isinstance(error, RuntimeError) else UserError, match=message):
         train(tiny())
     assert during == {"osp-peers"}
     assert not ours()

@@ -1,4 +1,4 @@
-"""Mistakes that people make, typed as they type them: one clear line, status 2, nothing half-written."""
+"""Common user errors on the real command line: one clear line, exit status 2, no file changed."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ Refused = Callable[[Path, Path, tuple[Change, str], Config], None]
 
 
 def incomplete_files(folder: Path) -> dict[Path, bytes]:
-    """Every file below `folder` with its content, without those of shards that were prepared to the end."""
+    """Return every file below `folder` with its content, except files of complete shards."""
     complete = {
         path.parent for path in folder.rglob("manifest.json") if b'"complete": true' in path.read_bytes()
     }  # fmt: skip
@@ -46,16 +46,16 @@ def incomplete_files(folder: Path) -> dict[Path, bytes]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """The line that `python scripts/train.py ARGUMENTS` prints, the data prepared by the real child process.
+    """Return the error line of `python scripts/train.py ARGUMENTS`, which prepares data in the real child process.
 
-    Checks that it is one, that training did not begin, and that no file was written, changed or removed.
+    Check that it is one line, that training did not begin, and that no file was written, changed or removed.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # one process group serves all tests of this process
     monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("training began"))
 
     def run(*arguments: str, config: Config | None = None) -> str:
-        if config is not None:  # as composed: parsing a hundred overrides takes longer than most tests
+        if config is not None:  # already composed: parsing a hundred overrides takes longer than most tests
             monkeypatch.setattr(entry, "_compose", lambda *_: [to_dict(config)])
         before = incomplete_files(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -75,14 +75,14 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.fixture
 def error_of(started: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`started`, the data prepared in this process: a child takes seconds to import."""
+    """Return the same as `started`, but prepare data in this process: a child takes seconds to import."""
     monkeypatch.setattr("osp.train.setup.start_preparing", prepare)
     return started
 
 
 @pytest.fixture
 def damaged_copy_is_refused(error_of: Callable[..., str]) -> Refused:
-    """Checks that `config`, which reads the damaged copy of a folder, is refused with the case's message."""
+    """Check that `config`, which reads the damaged copy of a folder, is refused with the message of the case."""
 
     def check(folder: Path, copy: Path, case: tuple[Change, str], config: Config) -> None:
         change, message = case
@@ -120,7 +120,7 @@ COMMAND_LINE = [
     ("model=null", r"group override must be a string .*model=null"),
     ("train=3", r"train=3: must be a table with keys activation_checkpointing, "),
     ("~train", r"the run has no length; set train.steps, train.tokens or train.minutes"),
-    # how Hydra wants it written
+    # syntax of Hydra
     ("train.steps", r"Error parsing override 'train.steps'.*missing EQUAL.*write KEY=VALUE"),
     ("norm='ssnorm", r"Error parsing override \"norm='ssnorm\": a character there needs quotes"),
     ("run.dir=~/x", r"Error parsing override 'run.dir=~/x': a character there needs quotes"),
@@ -166,7 +166,7 @@ COMMAND_LINE = [
     ("engine.threads=1000000000", r"engine.threads=1000000000: must be at most 4096"),
     ("debug=yes", r"debug='yes': must be true or false"),
     ("logger.wandb=true", r"logger.wandb=True: must be 'online', 'offline' or 'disabled'"),
-    # keys against each other
+    # keys that exclude one another
     ("model.hidden_size=250 model.num_attention_heads=4", r"model.hidden_size=250 is not divisible by"),
     ("model.num_key_value_heads=3", r"model.num_attention_heads=4 is not divisible by model.num_key_value_heads=3"),
     ("train.tokens_per_step=1000", r"train.tokens_per_step=1000 is not a multiple of .*; the nearest is 1024"),
@@ -344,7 +344,7 @@ def test_corpus_that_the_real_preparer_cannot_read(started: Callable[..., str], 
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "a/b/nowhere.parquet"])
-def test_corpus_that_is_not_there(name: str, error_of: Callable[..., str]) -> None:
+def test_missing_corpus(name: str, error_of: Callable[..., str]) -> None:
     assert f"data.paths: {name} does not exist" in error_of("data=text", f"data.paths=[{name}]")
 
 
@@ -416,7 +416,7 @@ def test_tokenizer_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(("path", "message"), [("nowhere.json", "nowhere.json"), (".", "Is a directory")])
-def test_tokenizer_that_is_not_there(path: str, message: str, error_of: Callable[..., str]) -> None:
+def test_missing_tokenizer(path: str, message: str, error_of: Callable[..., str]) -> None:
     assert message in error_of("tokenizer=file", f"tokenizer.path={path}", "logger.wandb=disabled")
 
 
@@ -431,7 +431,7 @@ def test_vocabulary_larger_than_the_models(error_of: Callable[..., str], tiny: T
 
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_values: dict[str, Any]) -> Path:
-    """The shards of the tiny configuration. Tests that change them work on a copy."""
+    """Return the shards of the tiny configuration. Tests that change them work on a copy."""
     from osp.config import from_dict
 
     config = from_dict({**tiny_values})
@@ -524,7 +524,7 @@ def test_shards_that_are_damaged(
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps with one checkpoint. Tests that change it work on a copy."""
+    """Return the folder of a run of two steps with one checkpoint. Tests that change it work on a copy."""
     from osp.config import from_dict
 
     folder = tmp_path_factory.mktemp("trained") / "run"
@@ -541,7 +541,7 @@ def in_checkpoint(change: Change) -> Change:
 
 
 def renamed_file(name: str) -> Change:
-    """Let the manifest name the weights' file as `name`, where a copy of it lies."""
+    """Rename the weights' file to `name` in the manifest and copy it there."""
 
     def change(folder: Path) -> None:
         path = folder / "manifest.json"
@@ -557,7 +557,7 @@ def renamed_file(name: str) -> Change:
 
 
 def pickled(folder: Path) -> None:
-    """A file of torch.save in the place of the weights, checksum and all: what a loader must never unpickle."""
+    """Replace the weights by a file of torch.save with a valid checksum, which a loader must never unpickle."""
     import hashlib
 
     path = next(folder.glob("rank*"))
@@ -607,7 +607,7 @@ def test_checkpoint_of_another_model(error_of: Callable[..., str], tiny: Tiny, t
 @pytest.mark.parametrize(
     "content", [{}, {"config.json": "{}", "model.safetensors": "x"}], ids=["empty", "Hugging Face"]
 )
-def test_resume_from_what_is_no_checkpoint(
+def test_resume_from_a_path_without_a_checkpoint(
     content: dict[str, str], error_of: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "other").mkdir()

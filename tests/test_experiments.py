@@ -1,4 +1,4 @@
-"""Every YAML composes through Hydra as in `scripts/entry.py`, builds a small model, and says what the paper says."""
+"""Every YAML composes through Hydra as in `scripts/entry.py`, builds a small model, and agrees with the paper."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ from osp.run.read import differences
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-# not groups of a training: `quant` is one of the evaluation (tests/evaluation), `machine` of a plan (tests/plan),
-# `scale` of an ablation (tests/ablation)
+# not groups of training: `quant` belongs to evaluation (tests/evaluation), `machine` to the plan (tests/plan),
+# `scale` to the ablation (tests/ablation)
 OTHERS = ("quant", "machine", "scale")
 CHOICES = [
     f"{path.parent.name}={path.stem}" for path in sorted(CONFIGS.glob("*/*.yaml")) if path.parent.name not in OTHERS
 ]
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
-# choices that need another key, the line that asks for it, and an override that sets it
+# choices that need another key, the message that asks for it, and an override that sets it
 NEEDS = {
     "data=text": ("data.paths is empty", "data.paths=[corpus.txt]"),
     "data=hf": ("data.dataset is not set", "data.dataset=allenai/c4"),
@@ -58,7 +58,7 @@ def config(*overrides: str) -> Config:
 
 
 def chosen(choice: str) -> Config:
-    """The quickstart with one choice, completed where the choice needs a word of the user."""
+    """Return the quickstart with one choice, and with the key that the choice needs from the user."""
     override = f"+{choice}" if choice.startswith("experiment") else choice
     return config(override, *([NEEDS[choice][1]] if choice in NEEDS else []))
 
@@ -84,7 +84,7 @@ def test_choice_composes_and_its_model_runs(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_value_of_the_file_arrives(choice: str) -> None:
-    """A key that Hydra places elsewhere, or that a later file overrides, would be a line without effect."""
+    """A key that Hydra places elsewhere, or that a later file overrides, would have no effect."""
     group, name = choice.split("=")
     values = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text())
     values.pop("defaults", None)
@@ -106,13 +106,13 @@ def test_every_value_of_the_file_arrives(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", NEEDS)
-def test_choice_that_needs_the_user_says_so(choice: str) -> None:
+def test_choice_that_needs_another_key_names_it(choice: str) -> None:
     message, given = NEEDS[choice]
     with pytest.raises(UserError) as caught:
         make_source(config(choice).data)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    make_source(config(choice, given).data)  # with it, nothing is missing
+    make_source(config(choice, given).data)  # complete with the key
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ def test_choice_that_needs_the_user_says_so(choice: str) -> None:
 @pytest.mark.parametrize(
     ("name", "millions"), [("nano", 7.0), ("60m", 60), ("130m", 130), ("374m", 374), ("osp_1b", 1416)]
 )
-def test_model_has_the_size_of_its_name(name: str, millions: float) -> None:
-    """Within a tenth; osp_1b, whose number is the paper's, and nano to the last digit given."""
+def test_model_has_the_size_in_its_name(name: str, millions: float) -> None:
+    """Within 10%. osp_1b, with the number of the paper, and nano to the last printed digit."""
     total = count_parameters(config(f"model={name}", "model.embed_proj=false", "norm=rmsnorm").model)["total"] / 1e6
     tolerance = {"osp_1b": 1e-3, "nano": 0.03}.get(name, 0.1)
     assert total == pytest.approx(millions, rel=tolerance)
@@ -140,7 +140,7 @@ def test_374m_has_the_shape_of_its_paper() -> None:
 
 @pytest.mark.parametrize(("name", "lr"), [("osp_1b", 5e-4), ("adam_1b", 5e-3)])
 def test_recipe_of_the_paper(name: str, lr: float) -> None:
-    """OSP section 4 and appendix A.1; what the paper leaves open is SmolLM1's."""
+    """OSP section 4 and appendix A.1; SmolLM1 where the paper is silent."""
     got = config(f"+experiment={name}")
     model, train, optimizer, schedule = got.model, got.train, got.optimizer, got.schedule
     assert (model.vocab_size, model.hidden_size, model.intermediate_size) == (49152, 2048, 5504)
@@ -170,7 +170,7 @@ def test_recipe_of_the_paper(name: str, lr: float) -> None:
 
 PAPER: dict[str, Rule] = {"matrix": "muon", "embed_proj": "muon", "gain": "normalized"}
 ADAM: dict[str, Rule] = {"embedding": "adamw", "head": "adamw"}
-# the rows of OSP's table 2: norm, EmbProj, learning rate, rules
+# rows of OSP's table 2: norm, EmbProj, learning rate, rules
 ROWS: dict[str, tuple[str, bool, float, dict[str, Rule]]] = {
     "adam": ("rmsnorm", False, 5e-3, dict.fromkeys(("matrix", "embed_proj", "gain", "embedding", "head"), "adamw")),
     "muon_all": ("rmsnorm", False, 5e-4, {**PAPER, "embedding": "muon", "head": "muon"}),
@@ -205,7 +205,7 @@ def test_ablation_row_works_at_any_size_and_changes_nothing_else(name: str) -> N
     assert same == plain
 
 
-# rows past the paper: what each changes of `osp`
+# rows past the paper: the keys that differ from `osp`
 PLUS: dict[str, list[str]] = {
     "osp_ffn_norm": ["ffn_norm: False -> True"],
     "osp_gate": ["attention.gate: False -> True"],
@@ -278,7 +278,7 @@ def test_run_folder_need_not_follow_the_name() -> None:
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """`launch(*arguments)`: `run` of scripts/entry.py as if called from the command line; what `main` received."""
+    """Return a function that calls `run` of scripts/entry.py with arguments and returns the configuration of `main`."""
     from hydra.core.global_hydra import GlobalHydra
 
     spec = importlib.util.spec_from_file_location("entry", ROOT / "scripts" / "entry.py")

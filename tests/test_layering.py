@@ -1,4 +1,4 @@
-"""The order of the wings of `osp`, read from the sources: nothing is imported here."""
+"""The import order of the wings of `osp`, read from the sources without importing them."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module imports from its own wing and from those before it. The modules directly in `osp` are wings of one file.
+# A module imports from its own wing and from earlier ones. The modules directly in `osp` are wings of one file.
 GROUND_FLOOR = ("errors", "tables", "schema", "config", "files", "device", "distributed")
 WINGS = (
     *("data", "optim", "model", "run", "quant", "monitor"),
@@ -35,7 +35,7 @@ def wing_of(path: Path) -> str:
 
 
 def imports(source: str, package: tuple[str, ...] = ("osp",)) -> Iterator[tuple[str, ...]]:
-    """Dotted names that a source imports anywhere, functions included, as tuples: ("osp", "optim", "muon")."""
+    """Return the dotted names that a source imports, also inside functions, as tuples: ("osp", "optim", "muon")."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
@@ -47,7 +47,7 @@ def imports(source: str, package: tuple[str, ...] = ("osp",)) -> Iterator[tuple[
 
 
 def violations(wing: str, source: str, package: tuple[str, ...] = ("osp",)) -> list[str]:
-    """The imports of a source in `wing` that point to a later wing."""
+    """Return the imports of a source in `wing` that point to a later wing."""
     names = (name for name in imports(source, package) if name[0] == "osp")
     return [
         f"{wing} imports {'.'.join(name)}"
@@ -65,7 +65,7 @@ def test_imports_point_to_earlier_wings(path: Path) -> None:
     assert violations(wing_of(path), (ROOT / path).read_text(), path.parts[:-1]) == []
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     names = {path.with_suffix("").parts: path for path in MODULES}
     names |= {path.parent.parts: path for path in MODULES if path.name == "__init__.py"}
     edges = {
@@ -73,7 +73,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
             names[name[:length]]
             for name in imports((ROOT / path).read_text(), path.parts[:-1])
             for length in range(2, len(name) + 1)
-            # a package that gathers its own modules is no circle
+            # a package may import its own modules
             if name[:length] in names and name[:length] != path.parent.parts
         }
         - {path}
@@ -85,7 +85,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 
 @pytest.mark.parametrize(("package", "allowed"), ONLY_IN.items())
-def test_third_party_package_has_one_door(package: str, allowed: set[str]) -> None:
+def test_third_party_package_is_imported_by_one_file(package: str, allowed: set[str]) -> None:
     users = {str(path) for path in SOURCES if any(name[0] == package for name in imports((ROOT / path).read_text()))}
     assert users == allowed
 
@@ -101,7 +101,7 @@ def test_osp_does_not_import_scripts_or_tests() -> None:
 
 
 def test_configuration_is_checked_without_torch() -> None:
-    """A typing mistake is reported before torch has loaded: config and errors import none of it."""
+    """A misspelt key is reported without loading torch: config and errors do not import it."""
     allowed = set(sys.stdlib_module_names) | {"osp", "pydantic", "pydantic_core"}
     for module in ("osp/config.py", "osp/schema.py", "osp/errors.py", "osp/__init__.py"):
         tree = ast.parse((ROOT / module).read_text())

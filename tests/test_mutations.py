@@ -31,7 +31,7 @@ MANY = settings(max_examples=20_000, database=None, deadline=10_000, suppress_he
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The path of every key of a tree, those of tables included."""
+    """Return the path of every key of a tree, inner nodes included."""
     if not isinstance(tree, dict):
         return []
     return [inner for key, value in tree.items() for inner in [(*path, key), *leaves(value, (*path, key))]]
@@ -64,7 +64,7 @@ values = st.recursive(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> dict[str, Any]:
-    """VALID with one to four mutations: a value of any type, a deletion, an unknown key, two groups swapped."""
+    """Return VALID with one to four mutations: a value of any type, a deletion, an unknown key, two groups swapped."""
     tree = copy.deepcopy(VALID)
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["value", "value", "value", "number", "delete", "unknown", "swap"]))
@@ -76,7 +76,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
             a, b = draw(st.sampled_from(GROUPS)), draw(st.sampled_from(GROUPS))
             tree[a], tree[b] = tree.get(b), tree.get(a)
         elif not isinstance(table, dict):
-            continue  # an earlier mutation took it away
+            continue  # removed by an earlier mutation
         elif kind == "delete":
             table.pop(last, None)
         elif kind == "unknown":
@@ -87,7 +87,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def build_shapes(config: Config, *, world_size: int = 2) -> None:
-    """What `osp.train.setup.setup` does before it needs a process group, a disk or a text."""
+    """Run the part of `osp.train.setup.setup` that needs no process group, disk or text."""
     model = meta_model(config.model)
     groups_of(model, config.optimizer)
     resolved = resolve(config, device=CPU, world_size=world_size)
@@ -111,7 +111,7 @@ def build_shapes(config: Config, *, world_size: int = 2) -> None:
 
 
 def refused(action: Callable[[], object]) -> bool:
-    """Whether `action` raises a `UserError`, which must be one line; what else it raises goes through."""
+    """Return whether `action` raises a `UserError`, which must be one line. Other exceptions propagate."""
     try:
         action()
     except UserError as error:
@@ -168,7 +168,7 @@ pieces = st.sampled_from(
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """One to three overrides, characters of which were removed, doubled, or replaced by others."""
+    """Return one to three overrides with characters removed, doubled or replaced."""
     lines = []
     for _ in range(draw(st.integers(1, 3))):
         text = draw(st.sampled_from(OVERRIDES))
@@ -182,7 +182,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], None]:
-    """Compose and check a command line: it goes through, or ends in one line and status 2, or is one for Hydra."""
+    """Compose and check a command line: it is valid, or gives one line and status 2, or is an option of Hydra."""
     reached: list[dict[str, Any]] = []
 
     def run(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Files that the version d86633d wrote are read by today's code: run, shards, evaluations, export and conversion.
+"""Current code reads files written by version d86633d: run, shards, evaluations, export and conversion.
 
 tests/old_run/make.py made the archive.
 """
@@ -41,7 +41,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def run(name: str, *arguments: str) -> None:
         path = ROOT / "scripts" / f"{name}.py"
         monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
-        monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # later tests use the process group again
+        monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # later tests use the process group
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
         runpy.run_path(str(path), run_name="__main__")
 
@@ -50,7 +50,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """Logits, losses and a text as d86633d computed them."""
+    """Return logits, losses and a text as computed by d86633d."""
     with tarfile.open(ROOT / "tests" / "old_run" / "d86633d.tar.xz") as archive:
         file = archive.extractfile("expected.json")
         assert file is not None
@@ -65,8 +65,8 @@ def test_models_of_an_old_run_and_an_old_export_are_loaded(home: Path, expected:
         torch.testing.assert_close(model(ids).logits[0, -1], torch.tensor(logits), rtol=TOLERANCE, atol=1e-5)
 
 
-def test_old_run_continues_to_the_losses_of_its_own_version(home: Path, expected: dict[str, Any]) -> None:
-    """The shards are read as they are, the folder has moved, and the stored configuration is taken again."""
+def test_resumed_old_run_has_the_losses_of_its_version(home: Path, expected: dict[str, Any]) -> None:
+    """The shards are read unchanged, the folder has moved, and the stored configuration is used."""
     values = yaml.safe_load((home / "runs" / "stopped" / "config.yaml").read_text())
     (home / "runs" / "stopped").rename(home / "moved")
     (shards,) = (home / "shards").iterdir()
@@ -110,7 +110,7 @@ def test_old_run_is_reported_with_its_evaluations(home: Path, script: Callable[.
 
 
 def test_old_run_is_evaluated_as_before(home: Path, script: Callable[..., None]) -> None:
-    """Today's record holds the numbers of the old one, and the report reads both."""
+    """A new record holds the numbers of the old one, and the report reads both."""
     (old,) = (home / "runs" / "finished" / "evaluation").glob("*.json")
     before = json.loads(old.read_text())
     options = ["texts=[held_out,essay.txt]", "seq_len=32", "max_tokens=512", "device=cpu", "threads=1"]
@@ -123,7 +123,7 @@ def test_old_run_is_evaluated_as_before(home: Path, script: Callable[..., None])
 
 
 def perplexities(record: dict[str, Any]) -> dict[str, float]:
-    """The perplexities of a record by text."""
+    """Return text -> perplexity of a record."""
     return {r["what"]: r["value"] for r in record["results"] if r["metric"] == "perplexity"}
 
 

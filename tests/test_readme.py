@@ -1,4 +1,4 @@
-"""The README is true: each command composes, make targets and files exist, the Python example runs."""
+"""The README is correct: each command composes, make targets and files exist, the Python example runs."""
 
 import re
 import runpy
@@ -94,7 +94,7 @@ def test_every_group_and_choice_of_the_table_exists() -> None:
 
 
 def test_table_of_normalizers_lists_every_choice_and_its_options() -> None:
-    """The table has the names of configs/norm, three more switches, and the options of each class."""
+    """The table has every name in configs/norm, three more switches, and the options of each class."""
     rows = re.findall(r"^\| `([\w.]+)=(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", README, flags=re.MULTILINE)
     choices = [value for key, value, _, _ in rows if key == "norm"]
     assert sorted(choices) == sorted(path.stem for path in (ROOT / "configs" / "norm").glob("*.yaml"))

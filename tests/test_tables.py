@@ -1,4 +1,4 @@
-"""Tables of text by hand."""
+"""Text and Markdown tables against tables written by hand."""
 
 from osp.tables import markdown_table, text_table
 

@@ -1,4 +1,4 @@
-"""The certificate of exact resume passes for identical runs and fails when something is damaged between two starts."""
+"""The certificate of exact resume passes for identical runs and fails if state is damaged between two starts."""
 
 import dataclasses
 import hashlib
@@ -86,7 +86,7 @@ def other_weight(tensors: dict[str, torch.Tensor]) -> None:
 def test_damaged_checkpoint_fails_the_case(
     change: Callable[[dict[str, torch.Tensor]], None], seen: set[str], tiny: Tiny, tmp_path: Path
 ) -> None:
-    """On the same topology the last digits of one weight are noticed, on another one a lost momentum."""
+    """On the same topology a change in the last digits of one weight is detected, on another one a lost momentum."""
     checked = verification(tiny(), tmp_path, lambda checkpoint: rewrite(checkpoint, change))
     result = checked.interrupted(ONE, 2)
     assert not result.passed
@@ -131,7 +131,7 @@ def test_zero_bound_requires_equal_bits() -> None:
     ("warmup", "decay", "expected"),
     [("5%", "20%", (1, 2)), (10, 0, (1, 0)), ("90%", "10%", (6, 0)), ("2560 tokens", "100%", (1, 5))],
 )
-def test_schedule_is_squeezed_into_the_short_run(
+def test_schedule_is_scaled_to_the_short_run(
     warmup: object, decay: object, expected: tuple[int, int], tiny: Tiny
 ) -> None:
     config = tiny("train.steps=100", f"schedule.warmup={warmup}", f"schedule.decay={decay}")

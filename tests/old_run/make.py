@@ -1,7 +1,7 @@
 """Make the archive of run folders that tests/test_old_run.py reads: `python tests/old_run/make.py CHECKOUT`.
 
-CHECKOUT is a working tree of the version whose files the archive holds, for instance `git worktree add /tmp/old
-d86633d`. Its own scripts write everything; run it with one thread in an environment that this version supports.
+CHECKOUT is a working tree of the version to archive, for example `git worktree add ../old d86633d`. Its scripts write
+all files. Run it with one thread in an environment that this version supports.
 """
 
 import json
@@ -50,7 +50,8 @@ def make(checkout: Path, home: Path) -> None:
     quiz = [{"query": f"Which word is {word}?", "choices": [word, word[::-1]], "gold": 0} for word in words[:6]]
     answers = [{"context": f"Say {word}", "answer": word, "aliases": [word.upper()]} for word in words[6:9]]
     (home / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    os.utime(home / "corpus.jsonl", (1_700_000_000, 1_700_000_000))  # part of the shards' name; tar keeps whole seconds
+    # the modification time is part of the name of the shards; tar stores whole seconds
+    os.utime(home / "corpus.jsonl", (1_700_000_000, 1_700_000_000))
     (home / "essay.txt").write_text("".join(documents[:4]))
     (home / "quiz.jsonl").write_text("".join(json.dumps(line) + "\n" for line in quiz))
     (home / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
@@ -72,7 +73,7 @@ def make(checkout: Path, home: Path) -> None:
     script("convert", "runs/finished", "to=rmsnorm", "out=converted", "device=cpu")
     text = script("generate", "runs/finished", "Say", "temperature=0", "max_new_tokens=16", "device=cpu", "threads=1")
     expected = json.loads(run("-c", EXPECTED))
-    (home / "runs" / "finished" / "report.html").unlink()  # large, and never read
+    (home / "runs" / "finished" / "report.html").unlink()  # large and not read
     (home / "expected.json").write_text(json.dumps({**expected, "generated": text}) + "\n")
 
 
