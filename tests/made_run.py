@@ -1,4 +1,4 @@
-"""Write run folders with made-up numbers in the format of the trainer, of any length and depth, without training.
+"""Write run folders with made-up numbers, without training: `made_run` of any length and depth, `small_run` by hand.
 
 `python -m tests.made_run FOLDER [steps]` writes two runs: one that grows outliers, one that does not.
 """
@@ -12,6 +12,17 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from osp.run.evaluations import (
+    Comparison,
+    ComparisonRecord,
+    Evaluation,
+    Result,
+    Score,
+    SiteAblation,
+    SiteCost,
+    write_record,
+)
 
 SITES = ("attn_in", "q", "k", "v", "o_proj_in", "mlp_in", "down_proj_in", "block_out")
 ROLES = ("matrix", "embed_proj", "gain", "embedding", "head")
@@ -219,6 +230,42 @@ def events(steps: int, layers: int, outliers: bool) -> list[dict[str, Any]]:
             "message": "loss 4.6 is 1.4 above its recent mean",
         },
     ]
+
+
+def write_lines(path: Path, *lines: dict[str, Any] | str) -> None:
+    """Write values as lines of JSON, and text as it is."""
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def small_run(folder: Path, **config: Any) -> Path:
+    """Write a run with four steps of loss."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": folder.name}, **config}))
+    (folder / "environment.json").write_text("[]")
+    write_lines(folder / "metrics.jsonl", *({"step": s, "tokens": 10 * s, "train/loss": 5.0 - s} for s in (1, 2, 3, 4)))
+    return folder
+
+
+def write_evaluations(folder: Path) -> Path:
+    """Write records of an evaluation with an ablation and of a comparison; return the run folder."""
+    from osp.evaluation.compare import COLUMNS
+    from osp.quant.spec import WEIGHT_SITES, QuantSpec
+
+    spec = QuantSpec().at("4-4-4")
+    costs = [SiteCost(site, alone=4 * 8.0 ** (i / 6), left_out=64 / (i + 1)) for i, site in enumerate(WEIGHT_SITES)]
+    ablation = SiteAblation("held_out[len=32]", 4.0, 64.0, (*costs, SiteCost("k", math.inf, 3.0)), (0.1,), 0.2)
+    results = (Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125))
+    quant = {"text": str(spec), "hash": spec.hash}
+    record = Evaluation(model={"step": 1200}, quant=quant, results=results, ablation=ablation)
+    write_record(folder / "evaluation" / f"{record.name}.json", record)
+    cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
+    methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
+    bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
+    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs)
+    write_record(
+        folder / "evaluation" / "compare" / "step_00001200.json", ComparisonRecord(step=1200, models=(comparison,))
+    )
+    return folder
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import Any
 from osp.ablation.config import AblationConfig
 from osp.ablation.table import HADAMARD, LAST, Line, Measured, Results, missing_lines, sections, source_lines
 from osp.evaluation.compare import COLUMNS
+from osp.report.charts import line_words
 from osp.report.downsample import rounded
-from osp.report.page import curves_figure, render
+from osp.report.page import render
 
 CHARTS_OF_SWEEP = {  # quantity -> title, unit, logarithmic axis
     "loss": ("Validation loss, 16 bits", "nats per token", False),
@@ -23,7 +24,7 @@ BITS_SAY = (
     "Mean over seeds. Healthy: flat from left to right. Unhealthy: it rises where activations have 4 bits, because "
     "outliers take the levels."
 )
-Chart = dict[str, Any]  # of page.js, see `curves_figure`
+Chart = dict[str, Any]  # of page.js, see `_chart`
 
 
 def ablation_page(results: Results, config: AblationConfig, about: Sequence[str]) -> str:
@@ -39,7 +40,11 @@ def ablation_page(results: Results, config: AblationConfig, about: Sequence[str]
             f"had-{rates}": _bits_chart(lines, rows, HADAMARD, "The same with the FFN's Hadamard transform"),
         }
     figures = {
-        section: [curves_figure(name, chart, rows) for name, chart in drawn.items() if chart["curves"]]
+        section: [
+            {"name": name, "words": line_words(chart, rows), **chart}
+            for name, chart in drawn.items()
+            if chart["curves"]
+        ]
         for section, drawn in charts.items()
     }
     lines = {name: chart for drawn in charts.values() for name, chart in drawn.items()}
@@ -59,7 +64,9 @@ def ablation_page(results: Results, config: AblationConfig, about: Sequence[str]
 
 
 def _chart(title: str, curves: list[dict[str, Any]], *, x: str, **more: Any) -> Chart:
-    return {"title": title, "log": False, "curves": curves, "levels": [], "events": [], "x": x, **more}
+    """Return a chart over `x`, which is not a step. more: "logx", or "categories" (names of x = 0, 1, ...)."""
+    texts = {"title": title, "unit": "", "says": "", "wide": False}
+    return {**texts, "log": False, "curves": curves, "levels": [], "events": [], "x": x, **more}
 
 
 def _curve(run: int, x: list[Any], y: list[Any], *, key: str = "") -> dict[str, Any]:

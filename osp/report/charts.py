@@ -6,7 +6,8 @@ sites (curves and a heatmap for each statistic) and histograms are grids of numb
 
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import yaml
 from osp.config import ROLES, leaves
 from osp.report.downsample import averaged, envelope, grid, rounded
 from osp.run.history import growth, since
-from osp.run.metrics import METRICS, Metric
+from osp.run.metrics import METRICS, metric_of
 from osp.run.read import FREE, Run, Series, Site, site_of
 
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
+NOISY = 600  # points from which the mean of a noisy curve is drawn over its extremes
 HISTOGRAMS = 40  # probes shown as histograms
 MOST_OUTLIERS = 12  # sites in the table of outliers, for each run
+DASH = "\N{EN DASH}"  # in place of a number that is unknown
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,10 @@ class Lines:
     keys: tuple[str, ...]
     says: str
     missing: str = ""  # why it can be empty, and what to set
-
-    @property
-    def metric(self) -> Metric:
-        """The title, unit and axis of the chart."""
-        return METRICS.get(self.keys[0]) or METRICS[f"{self.keys[0].rpartition('/')[0]}/<role>"]
+    wide: bool = False
+    noisy: bool = False  # of a long curve, draw the mean too
+    marked: bool = False  # with the events of the runs
+    gzip: bool = False  # with the bits per byte of gzip
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ STATISTIC_TITLES = {
     for key, metric in METRICS.items()
     if key.split("/")[1] in ALL_STATISTICS and key.endswith(("<site>", "<layer>", "<weight>"))
 }
+
+
+# ---- what sets runs apart --------------------------------------------------------------------------------------------
 
 
 def differences_between(runs: list[Run]) -> dict[str, list[Any]]:
@@ -108,30 +113,98 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def lines_data(chart: Lines, runs: list[Run]) -> list[dict[str, Any]]:
-    """Return the curves of a chart: run, key, name, x, y. A long curve becomes its envelope (`faint`) and its mean."""
+# ---- data and words of the charts ------------------------------------------------------------------------------------
+
+
+def chart_data(runs: list[Run], names: list[str]) -> dict[str, Any]:
+    """Return the data that page.js draws. names: of the runs, in the charts."""
+    sizes = {run.config.get("train", {}).get("tokens_per_step") for run in runs}
+    sites = {stat: kinds for stat, kinds in site_data(runs).items() if stat in ALL_STATISTICS}
+    stats, words = {}, {}
+    for stat, kinds in sites.items():
+        values = [
+            v for cells in kinds.values() for cell in cells if cell for row in cell["v"] for v in row if v is not None
+        ]
+        # the heatmaps of all runs share their colours
+        about = {"title": STATISTIC_TITLES[stat], "range": [min(values, default=0), max(values, default=1)]}
+        stats[stat] = asdict(ALL_STATISTICS[stat]) | about
+        words[stat] = {kind: _site_words(cells, names) for kind, cells in kinds.items()}
+    return {
+        "runs": names,
+        "tokens_per_step": sizes.pop() if len(sizes) == 1 else None,
+        "lines": lines_data(runs, names),
+        "sites": sites,
+        "stats": stats,
+        "words": words,
+        "histograms": histogram_data(runs),
+    }
+
+
+def lines_data(runs: list[Run], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return name -> chart. With several runs, a chart of several keys becomes one chart for each key."""
+    last_events = [(i, event) for i, run in enumerate(runs) for event in run.events[-30:]]
+    events = [{"run": i, "step": event["step"], "kind": str(event.get("kind", ""))} for i, event in last_events]
+    sizes = {run.summary.get("gzip_bits_per_byte") for run in runs}
+    levels = [{"y": round(size, 4), "text": f"gzip -9: {size:.3f}"} for size in sizes if size and len(sizes) == 1]
+    charts = {}
+    for lines in LINES:
+        metric = metric_of(lines.keys[0])
+        assert metric is not None, lines.keys
+        better = f"{metric.better} is better" if metric.better else ""
+        split = len(runs) > 1 and len(lines.keys) > 1
+        groups: list[tuple[str, ...]] = [(key,) for key in lines.keys] if split else [lines.keys]
+        for keys in groups:
+            curves = [curve for i, run in enumerate(runs) for curve in _curves(run, i, keys, noisy=lines.noisy)]
+            chart = asdict(lines) | {
+                "name": f"{lines.name}_{keys[0].rpartition('/')[2]}" if split else lines.name,
+                "title": f"{metric.title}: {curve_name(keys[0])}" if split else metric.title,
+                "unit": ", ".join(filter(None, [metric.unit, better])),
+                "log": metric.log,
+                "levels": levels if lines.gzip else [],
+                "events": events if lines.marked else [],
+                "curves": curves,
+            }
+            if curves or not split:
+                charts[chart["name"]] = chart | {"words": line_words(chart, names)}
+    return charts
+
+
+def _curves(run: Run, index: int, keys: Sequence[str], *, noisy: bool) -> list[dict[str, Any]]:
+    """Return the curves of one run. A long noisy curve becomes its envelope (`faint`) and its mean."""
     curves = []
-    for index, run in enumerate(runs):
-        for key in chart.keys:
-            series = run.series.get(key)
-            if series is None:
-                continue
-            about = {"run": index, "key": key, "name": curve_name(key) if len(chart.keys) > 1 else ""}
-            noisy = len(series.steps) > 600 and key in ("train/loss", "train/grad_norm", "train/tokens_per_second")
-            curves.append({**about, "faint": noisy, **_points(envelope(series, BUCKETS))})
-            if noisy:
+    for key in keys:
+        if key in run.series:
+            series = run.series[key]
+            about = {"run": index, "key": key, "name": curve_name(key) if len(keys) > 1 else ""}
+            faint = noisy and len(series.steps) > NOISY
+            curves.append({**about, "faint": faint, **_points(envelope(series, BUCKETS))})
+            if faint:
                 curves.append({**about, "mean": True, "faint": False, **_points(averaged(series, 150))})
     return curves
 
 
 def curve_name(key: str) -> str:
     """Return the name of a metric among others of its chart."""
-    metric = METRICS.get(key)
+    metric = metric_of(key)
     return metric.name if metric and metric.name else key.rpartition("/")[2]
 
 
 def _points(series: Series) -> dict[str, list[Any]]:
     return {"x": series.steps.tolist(), "y": rounded(series.values, 5)}
+
+
+def line_words(chart: dict[str, Any], runs: list[str]) -> str:
+    """Return the key numbers of a chart's curves, for the caption and for screen readers."""
+    alike: dict[str, list[str]] = {}  # words -> the curves they hold for
+    for run, key in dict.fromkeys((c["run"], c["key"]) for c in chart["curves"]):
+        curve = next(c for c in chart["curves"] if (c["run"], c["key"]) == (run, key))  # the envelope has the extremes
+        values = [v for v in curve["y"] if v is not None]
+        if values:
+            words = f"lowest {number(min(values))}, highest {number(max(values))}, last {number(values[-1])}"
+            name = " ".join(filter(None, [runs[run] if len(runs) > 1 else "", curve["name"]]))
+            alike.setdefault(words, []).append(name)
+    parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
+    return "; ".join([*parts, *(level["text"] for level in chart["levels"])])  # a level may lie outside the picture
 
 
 def site_data(runs: list[Run]) -> dict[str, dict[str, list[Any]]]:
@@ -149,28 +222,63 @@ def site_data(runs: list[Run]) -> dict[str, dict[str, list[Any]]]:
     return data
 
 
+def _site_words(cells: list[Any], names: list[str]) -> str:
+    """Return the last and the largest value at a kind of site, with layer and step."""
+    parts = []
+    for cell, name in zip(cells, names, strict=True):
+        flat = []  # (value, layer, step)
+        for layer, row in zip(cell["layers"], cell["v"], strict=True) if cell else ():
+            flat += [(v, layer, step) for (_, step), v in zip(cell["x"], row, strict=True) if v is not None]
+        if flat:
+            last_step = max(step for _, _, step in flat)
+            last, top = max(f for f in flat if f[2] == last_step), max(flat)
+            words = f"last {_in_layer(last)}, largest {_in_layer(top)} at step {top[2]:,}"
+            parts.append(f"{name}: {words}" if len(cells) > 1 else _sentence(words))
+    return "; ".join(parts)
+
+
+def _in_layer(place: tuple[float, int | None, int]) -> str:
+    value, layer, _ = place
+    return number(value) if layer is None else f"{number(value)} in layer {layer}"
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def number(value: float | None, otherwise: str = DASH) -> str:
+    """Return four significant digits of a number, or `otherwise` if it is unknown or not finite."""
+    if value is None or not math.isfinite(value):
+        return otherwise
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def histogram_data(runs: list[Run]) -> dict[str, list[Any]]:
     """Return site -> for each run None or {"x": steps, "first": octave, "v": rows of 100 log10(share of the values)}.
 
     All runs have the same octaves, so that their pictures compare.
     """
-    chosen = [_spread(run.probes, HISTOGRAMS) for run in runs]
-    data: dict[str, list[Any]] = {}
-    for name in dict.fromkeys(name for probes in chosen for probe in probes for name in probe["sites"]):
-        measured: list[list[tuple[int, dict[str, Any]]]] = []
-        for probes in chosen:
-            sites = [(probe["step"], probe["sites"].get(name) or {}) for probe in probes]
-            measured.append([(step, site["histogram"]) for step, site in sites if site.get("histogram")])
-        histograms = [histogram for pairs in measured for _, histogram in pairs]
-        if not histograms:
-            continue
+    measured: dict[str, list[list[tuple[int, Any]]]] = {}  # site -> for each run (step, histogram)
+    for index, run in enumerate(runs):
+        for i in np.unique(np.linspace(0, len(run.probes) - 1, min(HISTOGRAMS, len(run.probes))).round().astype(int)):
+            for name, site in run.probes[i]["sites"].items():
+                if histogram := site.get("histogram"):
+                    of_runs = measured.setdefault(name, [[] for _ in runs])
+                    of_runs[index].append((run.probes[i]["step"], histogram))
+    data = {}
+    for name, of_runs in measured.items():
+        histograms = [histogram for pairs in of_runs for _, histogram in pairs]
         first = min(h["edges_log2"][0] for h in histograms)
         last = max(h["edges_log2"][0] + len(h["counts"]) for h in histograms)
-        cells = [
+        data[name] = [
             {"x": [step for step, _ in pairs], "first": first, "v": [_shares(h, first, last) for _, h in pairs]}
-            for pairs in measured
+            if pairs
+            else None
+            for pairs in of_runs
         ]
-        data[name] = [cell if cell["x"] else None for cell in cells]
     return data
 
 
@@ -183,11 +291,15 @@ def _shares(histogram: dict[str, Any], first: int, last: int) -> list[int | None
     return [round(100 * math.log10(s)) if s > 0 else None for s in share.tolist()]
 
 
-def _spread(items: list[Any], count: int) -> list[Any]:
-    """Return at most `count` of the items, evenly spread, the last one included."""
-    if len(items) <= count:
-        return items
-    return [items[i] for i in sorted({round(k * (len(items) - 1) / (count - 1)) for k in range(count)})]
+# ---- outliers --------------------------------------------------------------------------------------------------------
+
+
+def worst_site(run: Run, stat: str) -> tuple[str, float]:
+    """Return (site, value) of the largest last value of a statistic; ("", nan) if it was not measured."""
+    last = {key.split("/", 2)[2]: s.last for key, s in run.series.items() if (t := site_of(key)) and t.stat == stat}
+    finite = {name: value for name, value in last.items() if math.isfinite(value)}
+    name = max(finite, key=lambda site: finite[site], default="")
+    return name, finite.get(name, math.nan)
 
 
 @dataclass(frozen=True)
@@ -203,42 +315,35 @@ class Outlier:
     kurtosis: float
     text: str
     position: int
-    since: int | None = None
+    since: int | None
 
 
 def find_outliers(run: Run) -> list[Outlier]:
     """Return the sites of the last probe with the most extreme values, relative to their RMS where it is known."""
-    if not run.probes:
-        return []
-    sites = []
-    for name, site in run.probes[-1]["sites"].items():
-        value, channel = _number(site.get("top_value")), site["channels"][0][0]
-        rms = run.last(f"monitor/rms/{name}")
-        sites.append(
+    sites = run.probes[-1]["sites"] if run.probes else {}
+    values = {name: _number(site.get("top_value")) for name, site in sites.items()}
+    peaks = {name: abs(value) for name, value in values.items()}
+    times_rms = {name: peak / (run.last(f"monitor/rms/{name}") or math.nan) for name, peak in peaks.items()}
+    size = times_rms if all(map(math.isfinite, times_rms.values())) else peaks
+    outliers = []
+    for name in sorted(sites, key=lambda name: -size[name])[:MOST_OUTLIERS]:
+        site, channel = sites[name], sites[name]["channels"][0][0]
+        outliers.append(
             Outlier(
                 site=name,
-                value=value,
-                times_rms=abs(value) / rms if rms else math.nan,
+                value=values[name],
+                times_rms=times_rms[name],
                 channel=channel,
-                strongest=site.get("top_channel", -1),
                 share=_number(site.get("top_channel_share")),
+                strongest=site.get("top_channel", -1),
                 kurtosis=run.last(f"monitor/kurtosis/{name}"),
                 text=str(site.get("top_text", "")),
                 position=site.get("top_position", -1),
+                since=since(growth(run.probes, name, channel)),
             )
         )
-    relative = all(math.isfinite(o.times_rms) for o in sites)
-    sites.sort(key=lambda o: -o.times_rms if relative else -abs(o.value))
-    return [replace(o, since=since(growth(run.probes, o.site, o.channel))) for o in sites[:MOST_OUTLIERS]]
+    return outliers
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def worst_site(run: Run, stat: str) -> tuple[str, float]:
-    """Return (site, value) of the largest last value of a statistic; ("", nan) if it was not measured."""
-    last = {key.split("/", 2)[2]: s.last for key, s in run.series.items() if (t := site_of(key)) and t.stat == stat}
-    finite = {name: value for name, value in last.items() if math.isfinite(value)}
-    name = max(finite, key=lambda site: finite[site], default="")
-    return name, finite.get(name, math.nan)

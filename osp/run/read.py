@@ -55,10 +55,19 @@ class Series(NamedTuple):
     values: np.ndarray
 
     @property
+    def finite(self) -> np.ndarray:
+        """The values that are finite."""
+        return self.values[np.isfinite(self.values)]
+
+    @property
     def last(self) -> float:
         """The newest finite value, or nan."""
-        finite = self.values[np.isfinite(self.values)]
-        return float(finite[-1]) if len(finite) else math.nan
+        return float(self.finite[-1]) if len(self.finite) else math.nan
+
+    @property
+    def median(self) -> float:
+        """The median of the finite values, or nan."""
+        return float(np.median(self.finite)) if len(self.finite) else math.nan
 
 
 class Site(NamedTuple):
@@ -88,6 +97,10 @@ class Run:
         """Return the newest finite value of a metric, or nan."""
         return self.series[key].last if key in self.series else math.nan
 
+    def median(self, key: str) -> float:
+        """Return the median of the finite values of a metric, or nan."""
+        return self.series[key].median if key in self.series else math.nan
+
     @property
     def step(self) -> int:
         """The last optimizer step with a metric."""
@@ -100,6 +113,11 @@ class Run:
     @property
     def tokens(self) -> int:
         return int(self.series["tokens"].last) if "tokens" in self.series else 0
+
+    @property
+    def alerts(self) -> list[int]:
+        """The steps of the alerts."""
+        return [event["step"] for event in self.events if event.get("kind") == "alert"]
 
     @property
     def state(self) -> str:

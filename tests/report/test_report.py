@@ -13,29 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from osp.errors import UserError
 from osp.report import Series, read_run, write_report
 from osp.report.charts import LINES, STATISTICS, differences_between, find_outliers, histogram_data, labels, site_data
 from osp.report.downsample import averaged, envelope, grid
-from osp.run import metrics as panels
-from osp.run.evaluations import (
-    Comparison,
-    ComparisonRecord,
-    Evaluation,
-    Result,
-    Score,
-    SiteAblation,
-    SiteCost,
-    read_comparison,
-    write_record,
-)
-from osp.run.metrics import METRICS, metric_of
-from osp.run.read import Site, site_of
+from osp.run.read import Site
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
-from tests.made_run import made_run
+from tests.made_run import made_run, small_run, write_evaluations, write_lines
+from tests.run.test_metrics import unknown_metrics
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +30,6 @@ def long_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs of 10,000 steps and 12 layers, with and without outliers."""
     folder = tmp_path_factory.mktemp("runs")
     return made_run(folder / "adam"), made_run(folder / "osp", outliers=False, seed=1)
-
-
-def write_lines(path: Path, *lines: dict[str, Any] | str) -> None:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-
-
-def small_run(folder: Path, **config: Any) -> Path:
-    """Write a run with four steps of loss."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": folder.name}, **config}))
-    (folder / "environment.json").write_text("[]")
-    write_lines(folder / "metrics.jsonl", *({"step": s, "tokens": 10 * s, "train/loss": 5.0 - s} for s in (1, 2, 3, 4)))
-    return folder
 
 
 def data_of(page: Path) -> dict[str, Any]:
@@ -72,70 +46,7 @@ def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Completed
     )  # fmt: skip
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def test_series_are_the_numbers_of_the_lines(tmp_path: Path) -> None:
-    folder = small_run(tmp_path / "run")
-    write_lines(
-        folder / "metrics.jsonl",
-        {"step": 1, "tokens": 10, "train/loss": 4.0},
-        {"step": 2, "tokens": 20, "train/loss": None},
-        {"step": 2, "tokens": 20, "val/loss": 3.5},
-        {"step": 3, "tokens": 30, "train/loss": 2.0},
-        {"step": 3, "tokens": 30, "train/loss": 1.5},  # a resumed run took the step again
-    )
-    run = read_run(folder)
-    assert run.series["train/loss"].steps.tolist() == [1, 2, 3]
-    np.testing.assert_array_equal(run.series["train/loss"].values, [4.0, math.nan, 1.5])
-    assert run.series["val/loss"].steps.tolist() == [2]
-    assert (run.step, run.tokens) == (3, 30)
-
-
-@pytest.mark.parametrize(
-    ("key", "site"),
-    [
-        ("monitor/kurtosis/layer_03/attn_in", Site("kurtosis", 3, "attn_in")),
-        ("monitor/max_abs/embed_out", Site("max_abs", None, "embed_out")),
-        ("monitor/attn_sink/layer_11", Site("attn_sink", 11, "")),
-        ("monitor/R_L/layer_00", Site("R_L", 0, "")),
-        ("monitor/gain_max/norm", Site("gain_max", None, "norm")),
-        ("monitor/weight_row_max/layer_00/down_proj", Site("weight_row_max", 0, "down_proj")),
-        ("monitor/R_L", None),
-        ("monitor/kurtosis/osp_script", None),
-        ("monitor/cost", None),
-        ("train/loss", None),
-    ],
-)
-def test_keys_of_the_monitor_are_split_into_parts(key: str, site: Site | None) -> None:
-    assert site_of(key) == site
-
-
-def test_broken_lines_are_skipped_with_a_note(tmp_path: Path) -> None:
-    folder = small_run(tmp_path / "run")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"step": 5, "train/loss"\n[1, 2]\n{"train/loss": 3}\n{"step": 6, "tokens": 60, "train/loss": 0.5}\n'
-        )
-        file.write('{"step": 7, "tokens": 70, "train/lo')  # being written: no note
-    write_lines(folder / "probes.jsonl", "not json")
-    run = read_run(folder)
-    assert run.series["train/loss"].steps.tolist() == [1, 2, 3, 4, 6]
-    assert run.notes == [
-        "metrics.jsonl: 3 unreadable lines skipped (line 5, 6, 7)",
-        "probes.jsonl: 1 unreadable line skipped (line 1)",
-    ]
-    write_report([folder], tmp_path / "report.html")
-    assert "3 unreadable lines skipped (line 5, 6, 7)" in (tmp_path / "report.html").read_text()
-
-
-def test_state_of_a_run(tmp_path: Path) -> None:
-    folder = small_run(tmp_path / "run", train={"steps": 8})
-    assert read_run(folder).state == "running"
-    os.utime(folder / "metrics.jsonl", (0, 0))
-    assert read_run(folder).state == "interrupted"
-    (folder / "summary.json").write_text('{"steps": 8}')
-    assert read_run(folder).state == "complete"
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,6 +230,13 @@ def test_missing_parts_name_the_key_to_set(tmp_path: Path) -> None:
     assert data_of(tmp_path / "report.html")["lines"]["train_loss"]["curves"][0]["y"] == [4.0, 3.0, 2.0, 1.0]
 
 
+def test_notes_on_broken_parts_are_on_the_page(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+    write_lines(folder / "probes.jsonl", "not json")
+    write_report([folder], tmp_path / "report.html")
+    assert f"{folder}: probes.jsonl: 1 unreadable line skipped (line 1)" in (tmp_path / "report.html").read_text()
+
+
 def test_text_of_a_run_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     folder = small_run(tmp_path / "run", note=evil)
@@ -341,28 +259,6 @@ def test_plotting_library_is_the_released_file() -> None:
 # ---- evaluations -----------------------------------------------------------------------------------------------------
 
 
-def evaluated(folder: Path, worst: float = 8.0) -> Path:
-    """Write records of an evaluation with an ablation and of a comparison."""
-    from osp.evaluation.compare import COLUMNS
-    from osp.quant.spec import WEIGHT_SITES, QuantSpec
-
-    spec = QuantSpec().at("4-4-4")
-    costs = [SiteCost(site, alone=4 * worst ** (i / 6), left_out=64 / (i + 1)) for i, site in enumerate(WEIGHT_SITES)]
-    ablation = SiteAblation("held_out[len=32]", 4.0, 64.0, (*costs, SiteCost("k", math.inf, 3.0)), (0.1,), 0.2)
-    results = (Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125))
-    quant = {"text": str(spec), "hash": spec.hash}
-    record = Evaluation(model={"step": 1200}, quant=quant, results=results, ablation=ablation)
-    write_record(folder / "evaluation" / f"{record.name}.json", record)
-    cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
-    methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
-    bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
-    comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs)
-    write_record(
-        folder / "evaluation" / "compare" / "step_00001200.json", ComparisonRecord(step=1200, models=(comparison,))
-    )
-    return folder
-
-
 def section_of(page: Path, name: str) -> list[list[str]]:
     """Return the rows of the tables of a section, as text."""
     match = re.search(f'<section id="{name}">.*?</section>', page.read_text(), flags=re.DOTALL)
@@ -376,7 +272,7 @@ def test_records_of_evaluations_are_shown(tmp_path: Path) -> None:
     from osp.quant.spec import QuantSpec
 
     spec = QuantSpec().at("4-4-4")
-    a, b = evaluated(small_run(tmp_path / "a")), small_run(tmp_path / "b", norm={"name": "ssnorm"})
+    a, b = write_evaluations(small_run(tmp_path / "a")), small_run(tmp_path / "b", norm={"name": "ssnorm"})
     write_report([a, b], tmp_path / "report.html")
     rows = section_of(tmp_path / "report.html", "quantized")
     assert ["a", "0.04", "12.35", "50.0/123.45", "1234.50", "1.2e+04", "1.2e+05"] in rows
@@ -394,21 +290,6 @@ def test_records_of_evaluations_are_shown(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert f"width:{100 * math.log(8) / math.log(64 / 3):.1f}%" in page  # of the longest bar
     assert "perplexity 4 unquantized, 64 with all sites quantized" in page
-
-
-def test_model_without_a_step_takes_the_step_of_its_record(tmp_path: Path) -> None:
-    """Records of several versions: the step is on the model, or on the record alone."""
-    evaluated(tmp_path)
-    path = tmp_path / "evaluation" / "compare" / "step_00001200.json"
-    (model,) = read_comparison(path).models
-    assert model.step == 1200
-    values = json.loads(path.read_text())
-    del values["models"][0]["step"]
-    path.write_text(json.dumps(values))
-    assert read_comparison(path).models == (model,)
-    values["models"][0]["step"] = 7
-    path.write_text(json.dumps(values))
-    assert read_comparison(path).models[0].step == 7
 
 
 def test_report_shows_the_rows_of_a_comparison(tiny: Any, tmp_path: Path) -> None:
@@ -437,19 +318,6 @@ def test_page_without_evaluations_names_the_commands(tmp_path: Path) -> None:
     write_report([small_run(tmp_path / "run")], tmp_path / "report.html")
     assert section_of(tmp_path / "report.html", "quantized") == []
     assert "No evaluation of these runs yet" in (tmp_path / "report.html").read_text()
-
-
-def test_invalid_records_are_left_out_with_a_note(tmp_path: Path) -> None:
-    folder = evaluated(small_run(tmp_path / "run"))
-    for name in ("broken.json", "compare/other.json"):
-        (folder / "evaluation" / name).write_text('{"model": 3}')
-    run = read_run(folder)
-    assert run.notes == [
-        "evaluation/broken.json: not a record of an evaluation; left out",
-        "compare/other.json: not a record of an evaluation; left out",
-    ]
-    assert [len(record.results) for record in run.evaluations.records] == [2]
-    assert run.evaluations.comparison is not None
 
 
 # ---- in a real browser -----------------------------------------------------------------------------------------------
@@ -551,105 +419,14 @@ def test_choosing_another_statistic_changes_pictures_and_words(pages: tuple[Path
     assert browser.errors == []
 
 
-# ---- W&B -------------------------------------------------------------------------------------------------------------
+# ---- after a training ---------------------------------------------------------------------------------------------
 
 
-def unknown(metrics: set[str]) -> list[str]:
-    """Return the logged keys that the table of metrics lacks."""
-    return sorted(key for key in metrics - {"tokens"} if metric_of(key) is None)
-
-
-def test_documentation_has_key_title_unit_and_direction_of_every_metric() -> None:
-    text = (ROOT / "docs" / "metrics.md").read_text()
-    rows = re.findall(r"^\| `([^`]+)` \|(.+)\|$", text, flags=re.MULTILINE)
-    cells = {key: [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", rest)] for key, rest in rows}
-    assert {key: row[:3] for key, row in cells.items()} == {
-        key: [metric.full_title, metric.unit, metric.better] for key, metric in METRICS.items()
-    }
-    assert all(len(row) == 4 and row[3] for row in cells.values())
-
-
-def test_panels_draw_metrics_that_exist(tmp_path: Path) -> None:
-    """Every key and pattern of the panels matches a metric of a run, and every metric of a run is in the table."""
-    folder = made_run(tmp_path / "run", steps=60, layers=2)
-    metrics = set(read_run(folder).series) | {"monitor/alerts"}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics |= set(panels.layer_grids(next(line for line in lines if "monitor/cost" in line)))
-    for panel in panels.PANELS:
-        matched = [m for m in metrics if (re.match(panel.regex, m) if panel.regex else m in panel.keys)]
-        assert len(matched) >= len(panel.keys), (panel, matched)
-    assert len({(panel.section, panel.title) for panel in panels.PANELS}) == len(panels.PANELS)
-    assert not unknown(metrics)
-    assert unknown({"train/loss", "train/losses", "monitor/kurtosis/layer_00/q", "monitor/kurtoses/q"}) == [
-        "monitor/kurtoses/q", "train/losses",
-    ]  # fmt: skip
+def test_charts_draw_metrics_that_exist(tmp_path: Path) -> None:
+    run = read_run(made_run(tmp_path / "run", steps=60, layers=2))
     for chart in LINES:
-        assert all(key in metrics for key in chart.keys), chart
-    assert set(STATISTICS) <= {site.stat for site in read_run(folder).sites()}
-
-
-def test_names_of_sites_follow_the_model() -> None:
-    from osp.model.sites import SITES
-
-    assert set(panels.SITE_TITLES) == set(SITES) - {"head_in"}  # which is quantized and not measured
-
-
-def test_workspace_is_built_from_the_panels() -> None:
-    pytest.importorskip("wandb_workspaces")
-    workspace = panels.build_workspace("entity", "project")
-    spec = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
-    sections = spec["section"]["panelBankConfig"]["sections"]
-    plots = [panel["config"] for section in sections for panel in section["panels"]]
-    assert [plot["chartTitle"] for plot in plots] == [panel.title for panel in panels.PANELS]
-    assert [plot.get("metricRegex", "") for plot in plots] == [panel.regex for panel in panels.PANELS]
-    assert [tuple(plot["metrics"]) for plot in plots] == [() if panel.regex else panel.keys for panel in panels.PANELS]
-    assert {plot["xAxis"] for plot in plots} == {"step"}
-
-
-def test_layers_of_a_probe_become_one_heatmap_column() -> None:
-    metrics = {
-        "monitor/kurtosis/layer_01/q": 999.0,
-        "monitor/kurtosis/layer_00/q": -1.0,
-        "monitor/top_channel_share/layer_00/q": 0.25,
-        "monitor/rms/layer_00/q": 2.0,
-        "monitor/kurtosis/embed_out": 1.0,
-        "train/loss": 3.0,
-    }
-    assert panels.layer_grids(metrics) == {"heatmap/kurtosis/q": [0.0, 3.0], "heatmap/top_channel_share/q": [0.25]}
-
-
-def test_run_goes_on_if_panels_cannot_be_created(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import wandb
-
-    from osp.config import Config, LoggerConfig
-    from osp.run.logger import Logger
-
-    logged = []
-
-    class Run:
-        entity, project = "me", "osp"
-
-        def define_metric(self, *_: Any, **__: Any) -> None: ...
-        def finish(self, exit_code: int) -> None: ...
-        def log(self, metrics: dict[str, Any]) -> None:
-            logged.append(metrics)
-
-    def unreachable() -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(wandb, "init", lambda **_: Run())
-    monkeypatch.setattr(wandb, "Api", unreachable)
-    caplog.set_level("INFO")
-    config = Config(logger=LoggerConfig(wandb="online", progress=False))
-    logger = Logger(tmp_path, config, step=0, total_steps=2)
-    logger.log({"monitor/kurtosis/layer_00/q": 9.0, "monitor/kurtosis/layer_01/q": 99.0}, step=1, tokens=1)
-    logger.close()
-    assert "no W&B panels (no route); make them with scripts/panels.py me/osp" in caplog.text
-    assert logged[0]["heatmap/kurtosis/q"].histogram == pytest.approx([1.0, 2.0])
-    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert set(line) == {"step", "tokens", "monitor/kurtosis/layer_00/q", "monitor/kurtosis/layer_01/q"}
+        assert all(key in run.series for key in chart.keys), chart
+    assert set(STATISTICS) <= {site.stat for site in run.sites()}
 
 
 def test_training_ends_by_writing_the_report_and_survives_its_failure(
@@ -660,7 +437,7 @@ def test_training_ends_by_writing_the_report_and_survives_its_failure(
     caplog.set_level("INFO")
     everything = ("monitor.enabled=true", "monitor.sites=all", "monitor.statistics=all", "eval.quant.every=2")
     train(tiny("train.steps=2", "eval.quant.tokens=64", *everything, name="run"))
-    assert not unknown(set(read_run(tmp_path / "run").series))
+    assert not unknown_metrics(set(read_run(tmp_path / "run").series))
     kurtosis = data_of(tmp_path / "run" / "report.html")["lines"]["kurtosis"]["curves"]
     assert [curve["name"] for curve in kurtosis] == ["worst site", "mean of the sites", "the paper's script"]
     assert f"report              {tmp_path / 'run' / 'report.html'}" in caplog.text

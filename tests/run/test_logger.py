@@ -1,0 +1,40 @@
+"""The logger: an error of W&B does not end a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from osp.config import Config, LoggerConfig
+from osp.run.logger import Logger
+
+
+def test_run_goes_on_if_panels_cannot_be_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged = []
+
+    class Run:
+        entity, project = "me", "osp"
+
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+        def finish(self, exit_code: int) -> None: ...
+        def log(self, metrics: dict[str, Any]) -> None:
+            logged.append(metrics)
+
+    def unreachable() -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr(wandb, "Api", unreachable)
+    caplog.set_level("INFO")
+    config = Config(logger=LoggerConfig(wandb="online", progress=False))
+    logger = Logger(tmp_path, config, step=0, total_steps=2)
+    logger.log({"monitor/kurtosis/layer_00/q": 9.0, "monitor/kurtosis/layer_01/q": 99.0}, step=1, tokens=1)
+    logger.close()
+    assert "no W&B panels (no route); make them with scripts/panels.py me/osp" in caplog.text
+    assert logged[0]["heatmap/kurtosis/q"].histogram == pytest.approx([1.0, 2.0])
+    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(line) == {"step", "tokens", "monitor/kurtosis/layer_00/q", "monitor/kurtosis/layer_01/q"}
