@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from osp.config import Config, from_dict
 from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError
-from osp.model.hf_llama import check_vocabulary, is_hf, load_hf, load_hf_tokenizer
+from osp.model.hf_llama import CONFIG, check_vocabulary, load_hf, load_hf_tokenizer
 from osp.model.transformer import Transformer
 from osp.run.checkpoint import Checkpoint, find, load_model
 
@@ -71,8 +71,8 @@ def open_model(
     folder = Path(path)
     checkpoint = find_model(folder)
     if checkpoint is None:
-        tokenizer, ids = load_hf_tokenizer(folder)  # before the weights, which take longer
-        subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, ids.bos_id, ids.eos_id)
+        tokenizer, bos, eos = load_hf_tokenizer(folder)  # before the weights, which take longer
+        subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos)
     else:
         subject = _open_checkpoint(folder, checkpoint)
     subject.model.to(device).compute_dtype = dtype
@@ -81,7 +81,7 @@ def open_model(
 
 def find_model(folder: Path) -> Path | None:
     """Return the checkpoint in `folder`, None for a Hugging Face folder; raise `UserError` without a model."""
-    if is_hf(folder):
+    if (folder / CONFIG).is_file():
         return None
     checkpoint = find(folder)
     if checkpoint is None:

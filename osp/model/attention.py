@@ -4,7 +4,6 @@ Dimensions: B batch, T tokens, S slots of the cache, H query heads, G key/value 
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,26 +88,6 @@ def causal_attention(
     return out.transpose(1, 2)
 
 
-class LayerCache(NamedTuple):
-    """The part of a `KVCache` that belongs to one layer."""
-
-    keys: Tensor  # (B, S, G, K)
-    values: Tensor  # (B, S, G, K)
-    rows: Tensor  # (B, 1) 0 to B - 1
-    positions: Tensor | None  # (B, T) of the new tokens; None: 0 to T - 1
-    width: int
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, G, K) of the new tokens and return the keys and values that their queries attend to."""
-        if self.positions is None:
-            self.keys[:, : k.shape[1]] = k
-            self.values[:, : v.shape[1]] = v
-            return k, v
-        self.keys[self.rows, self.positions] = k
-        self.values[self.rows, self.positions] = v
-        return self.keys[:, : self.width], self.values[:, : self.width]
-
-
 class KVCache:
     """Keys and values (L, B, S, G, K) of the preceding tokens; slot s holds position s.
 
@@ -126,8 +105,14 @@ class KVCache:
         self.positions: Tensor | None = None  # (B, T) of the tokens of the next pass; None: 0 to T - 1
         self.width = shape[2]  # slots that the next pass reads: all, or as many as its largest position needs
 
-    def layer(self, index: int) -> LayerCache:
-        return LayerCache(self.keys[index], self.values[index], self.rows, self.positions, self.width)
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, G, K) of the new tokens and return the keys and values that their queries attend to."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.positions is None:
+            keys[:, : k.shape[1]], values[:, : v.shape[1]] = k, v
+            return k, v
+        keys[self.rows, self.positions], values[self.rows, self.positions] = k, v
+        return keys[:, : self.width], values[:, : self.width]
 
     def mask(self, positions: Tensor) -> Tensor:
         """Return (B, 1, T, width) bool, True where the query at a position (B, T) may see a slot."""

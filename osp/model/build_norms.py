@@ -28,8 +28,10 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
     for key in sorted(options.keys() - {*PLACE, *keywords}):
         valid = sorted(keywords - {*PLACE})
         raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
-    norm = cast(Callable[..., Norm], NORMS[name])  # each class has its own keywords
-    return norm(hidden_size, **{key: value for key, value in options.items() if key in keywords})
+    build = cast(Callable[..., Norm], NORMS[name])  # each class has its own keywords
+    norm = build(hidden_size, **{key: value for key, value in options.items() if key in keywords})
+    norm.reset_parameters()
+    return norm
 
 
 def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
@@ -67,7 +69,7 @@ def bound_warning(config: ModelConfig) -> str | None:
     """
     norms = [block_norm(config, layer=layer) for layer in (1, config.num_hidden_layers)]
     bound = 1 / math.sqrt(config.num_hidden_layers)
-    ratio = max((norm.initial_lam / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
+    ratio = max((norm.initial["lam"] / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
     if ratio < bound:
         return None
     return (
@@ -80,13 +82,11 @@ def _keywords(norm: type) -> set[str]:
     """Return the keywords of a norm. A class that takes `**options` has the keywords of its base class too."""
     parameters = inspect.signature(norm).parameters.values()
     keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        keywords |= _keywords(norm.__bases__[0])
-    return keywords
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return keywords | _keywords(norm.__bases__[0]) if takes_more else keywords
 
 
 def _given(config: NormConfig) -> dict[str, Any]:
     """Return the options of the norm that the user set."""
     of_model = ("name", "final", "placement", "lns", "embed_scale")
-    values = dataclasses.asdict(config)
-    return {key: value for key, value in values.items() if key not in of_model and value is not None}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in of_model and v is not None}

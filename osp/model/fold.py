@@ -27,10 +27,8 @@ def absorb_projections(model: Transformer) -> None:
 
     The result is a plain Llama (OSP, arXiv 2506.19697, section 3), and `model.config` is updated.
     """
-    if isinstance(model.embed_proj, nn.Identity):
+    if not isinstance(model.embed_proj, Linear) or not isinstance(model.head_proj, Linear):
         return
-    assert isinstance(model.embed_proj.weight, Tensor)
-    assert isinstance(model.head_proj.weight, Tensor)
     embedding, head = model.embed_tokens.weight, model.lm_head.weight
     embedding.data = (embedding.double() @ model.embed_proj.weight.double().T).to(embedding.dtype)
     head.data = (head.double() @ model.head_proj.weight.double()).to(head.dtype)
@@ -39,14 +37,18 @@ def absorb_projections(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def bake_recentring(model: Transformer) -> None:
-    """Subtract the means from the weights that the forward pass of a model with `recentre` subtracts."""
+def bake_recentring(model: Transformer, *, exact: bool = True) -> None:
+    """Subtract the means from the weights that the forward pass of a model with `recentre` subtracts.
+
+    exact: compute in fp64; otherwise in the dtype of the weights like the forward pass, whose bits the output keeps.
+    """
     for module in model.modules():
         if isinstance(module, Linear | Embedding) and module.zero_mean:
-            weight, channels = module.weight, 0 if isinstance(module, Linear) else 1
-            weight.data = (weight.double() - weight.double().mean(channels, keepdim=True)).to(weight.dtype)
-            if isinstance(module, Linear) and module.bias is not None:
-                module.bias.data = (module.bias.double() - module.bias.double().mean()).to(module.bias.dtype)
+            is_linear = isinstance(module, Linear)
+            for parameter in (module.weight, module.bias if is_linear else None):
+                if parameter is not None:
+                    wide = parameter.double() if exact else parameter
+                    parameter.data = (wide - wide.mean(0 if is_linear else 1, keepdim=True)).to(parameter.dtype)
             module.zero_mean = False
     model.config = dataclasses.replace(model.config, recentre=False)
 
@@ -69,23 +71,14 @@ def fold_constants(model: Transformer) -> None:
 
     This covers the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
     """
+    bake_recentring(model, exact=False)
+    fold_embedding_scale(model)
     for module in model.modules():
-        if isinstance(module, Linear):
-            weight, bias = module.affine()
-            module.weight.data = weight
-            if module.bias is not None and bias is not None:
-                module.bias.data = bias
-            module.zero_mean = False
-        elif isinstance(module, Embedding):
-            module.weight.data = module(torch.arange(len(module.weight), device=module.weight.device))
-            module.zero_mean, module.scale = False, None
-        elif isinstance(module, Norm):
+        if isinstance(module, Norm):
             module.fold()
     for layer in model.layers:
         assert isinstance(layer, Block)
         layer.post_attention_layernorm.fold(layer.input_layernorm)
-    norm = dataclasses.replace(model.config.norm, embed_scale=False)
-    model.config = dataclasses.replace(model.config, recentre=False, norm=norm)
 
 
 @torch.no_grad()
@@ -95,15 +88,12 @@ def fold_norm_gains(model: Transformer) -> None:
     The projections must have been absorbed: the head reads the last norm.
     """
     assert isinstance(model.head_proj, nn.Identity)
-    modules = dict(model.named_modules())
     for _, norm, readers in residual_norms(model):
         assert norm.not_rmsnorm is None
-        if norm.weight is None:
-            continue
-        for weight in (modules[name].weight for name in readers):
-            assert isinstance(weight, nn.Parameter)
-            weight.data = (weight.double() * norm.weight.double()).to(weight.dtype)
-        norm.weight.data = torch.ones_like(norm.weight)
+        if norm.weight is not None:
+            for weight in (model.get_parameter(f"{reader}.weight") for reader in readers):
+                weight.data = (weight.double() * norm.weight.double()).to(weight.dtype)
+            norm.weight.data = torch.ones_like(norm.weight)
 
 
 def norm_gain(norm: Norm, hidden_size: int) -> Tensor:

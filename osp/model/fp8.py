@@ -9,7 +9,6 @@ attention, sums. Validation, probes and stored weights do not use fp8.
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,18 @@ from osp.errors import UserError
 MULTIPLE = 16  # the hardware needs every side of a product to be a multiple
 
 
+@cache
 def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a differentiable function x (..., in), W (out, in) -> x W^T, all of one dtype."""
-    product, mm, config = _torchao(emulate)
+    try:
+        public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
+    except ImportError as error:
+        raise UserError("train.precision=fp8 needs torchao: pip install 'osp[fp8]'") from error
+    config = public.Float8LinearConfig(emulate=emulate)
+    # a converted layer holds the settings of the function, and the conversion prepares torch.compile for it
+    plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")
+    layer = public.convert_to_float8_training(plain, config=config)
+    product, mm = linear.matmul_with_hp_or_float8_args.apply, layer.linear_mm_config
 
     def multiply(x: Tensor, weight: Tensor) -> Tensor:
         return product(x, weight.t(), mm, config)
@@ -43,16 +51,3 @@ def check_fp8(shapes: Mapping[str, Sequence[int]], tokens: int) -> None:
                 f"{'x'.join(map(str, shape))}: change model.hidden_size or model.intermediate_size, or take "
                 "train.precision=bf16"
             )
-
-
-@cache
-def _torchao(emulate: bool) -> tuple[Callable[..., Tensor], Any, Any]:
-    try:
-        public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
-    except ImportError as error:
-        raise UserError("train.precision=fp8 needs torchao: pip install 'osp[fp8]'") from error
-    config = public.Float8LinearConfig(emulate=emulate)
-    # a converted layer holds the settings of the function, and the conversion prepares torch.compile for it
-    plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")
-    layer = public.convert_to_float8_training(plain, config=config)
-    return linear.matmul_with_hp_or_float8_args.apply, layer.linear_mm_config, config

@@ -32,14 +32,10 @@ class Sampling:
 
 @torch.no_grad()
 def prepare_for_generation(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Prepare a model in place for generation only, and return it.
+    """Prepare a model in place for generation only, and return it. It cannot be trained afterwards.
 
     Constants are folded (`fold_constants`, the same bits), projections are absorbed (exact up to rounding), and
-    weights, biases and gains are cast. Scalars of norms stay fp32, like their arithmetic.
-
-    Args:
-        model: it cannot be trained afterwards.
-        dtype: of weights, activations and the cache.
+    weights, biases and gains are cast to `dtype`. Scalars of norms stay fp32, like their arithmetic.
     """
     model.eval()
     fold_constants(model)
@@ -58,16 +54,16 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, batch_size: int, max_length: int, *, compile: bool = False):
-        config, weight = model.config, model.embed_tokens.weight
+        config, device = model.config, model.embed_tokens.weight.device
         self.model, self.compiled = model, compile
         shape = (config.num_hidden_layers, batch_size, max_length, config.kv_heads, config.head_size)
-        self.cache = KVCache(shape, dtype=model.compute_dtype, device=weight.device)
+        self.cache = KVCache(shape, dtype=model.compute_dtype, device=device)
         self._pass = self._next
         if compile:
             for tensor in (self.cache.keys, self.cache.values):
                 # a CUDA graph may write only to memory with a static address
                 torch._dynamo.mark_static_address(tensor)
-            model.rotary(max_length, weight.device)  # outside of the graph, because the table is cached
+            model.rotary(max_length, device)  # outside of the graph, because the table is cached
             self._pass = torch.compile(self._next, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     @torch.no_grad()
@@ -85,10 +81,10 @@ class Decoder:
     def read_next(self, tokens: Tensor) -> Tensor:
         """Read one more token (B,) per sequence; return the logits (B, V) of the next, valid until the next call."""
         self.longest += 1
-        if not self.compiled:
-            self.cache.width = self.longest
-        else:
+        if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
+        else:
+            self.cache.width = self.longest
         logits = self._pass(tokens[:, None], self.positions)
         self.positions = self.positions + 1
         return logits
@@ -113,34 +109,28 @@ def stream(
     on its index, the other sequences (beyond rounding) or the device, and all ranks of a sharded model choose the same
     tokens.
 
+    Raises `UserError` if a prompt is empty, or prompt and new tokens need more positions than the model has.
+
     Args:
         model: in eval mode.
         prompts: token ids of each sequence.
-        max_new_tokens: stop after this many tokens per sequence.
         sampling: None for greedy decoding.
         eos_id: ends a sequence; it is yielded, and the sequence yields None afterwards.
         compile: see `Decoder`.
-
-    Raises:
-        UserError: a prompt is empty, or prompt and new tokens need more positions than the model has.
     """
     check_lengths(model, prompts, max_new_tokens)
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens, compile=compile)
-    ended = [False] * len(prompts)
-    logits = decoder.read(prompts) if max_new_tokens else None
-    for remaining in reversed(range(max_new_tokens)):
-        assert logits is not None
+    ended, tokens = [False] * len(prompts), None
+    for _ in range(max_new_tokens):
+        logits = decoder.read(prompts) if tokens is None else decoder.read_next(tokens)
         uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
         tokens = choose(logits, sampling, uniform)
-        chosen = tokens.tolist()
-        yield [None if done else token for done, token in zip(ended, chosen, strict=True)]
-        ended = [done or token == eos_id for done, token in zip(ended, chosen, strict=True)]
+        yield [None if done else token for done, token in zip(ended, tokens.tolist(), strict=True)]
+        ended = [done or token == eos_id for done, token in zip(ended, tokens.tolist(), strict=True)]
         if all(ended):
             break
-        if remaining:
-            logits = decoder.read_next(tokens)
 
 
 def generate(
@@ -193,10 +183,12 @@ def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
 
 
 class TextStream:
-    """Decode tokens one by one into pieces of whole characters."""
+    """Decode the tokens after `prompt` one by one into pieces of whole characters.
+
+    The text of the prompt is not returned, but it decides about spaces and split characters.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        """Continue the text of `prompt`, which is not returned but decides about spaces and split characters."""
         self.tokenizer, self.ids = tokenizer, list(prompt)
         self.begin, self.end = 0, len(self.ids)  # the tokens of the last piece: context of the next one
 

@@ -6,7 +6,6 @@ quantized weights) are refused with the reason. Only safetensors are read, becau
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +33,11 @@ OPTIONAL = ("num_key_value_heads", "max_position_embeddings", "head_dim", "atten
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that begin and end a text; None if the folder does not name one."""
-
-    bos_id: int | None
-    eos_id: int | None
-
-
-def is_hf(folder: Path) -> bool:
-    """Return whether `folder` is a Hugging Face model."""
-    return (folder / CONFIG).is_file()
-
-
 def load_hf(folder: str | Path) -> Transformer:
-    """Load the Llama in a Hugging Face folder.
+    """Return the Llama in a folder with `config.json` and safetensors: fp32, on the CPU, in eval mode.
 
-    Args:
-        folder: a folder with `config.json` and safetensors, in one file or in shards with an index.
-
-    Returns:
-        The model in fp32 on the CPU, in eval mode. A tied head becomes a copy of the embedding.
-
-    Raises:
-        UserError: the model cannot be expressed, or weights are missing, damaged or unknown.
+    A tied head becomes a copy of the embedding. Raises `UserError` if the model cannot be expressed, or if weights are
+    missing, damaged or unknown.
     """
     folder = Path(folder)
     values = _read_json(folder / CONFIG)
@@ -86,15 +66,18 @@ def load_hf(folder: str | Path) -> Transformer:
     return model.eval()
 
 
-def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, SpecialTokens]:
-    """Return the tokenizer of a Hugging Face folder and its special tokens; `UserError` if it has too many."""
+def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, int | None, int | None]:
+    """Return the tokenizer of a Hugging Face folder and the ids of BOS and EOS, None if the folder names none.
+
+    Raises `UserError` if there is no tokenizer or it has more tokens than the model.
+    """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
     if not (folder / TOKENIZER).is_file():
         raise UserError(f"{folder}: {TOKENIZER} is missing; save the tokenizer there in the fast format")
     tokenizer = load_tokenizer(folder / TOKENIZER)
     check_vocabulary(folder / TOKENIZER, tokenizer, num_embeddings=_model_config(folder / CONFIG, config).vocab_size)
-    return tokenizer, SpecialTokens(_token_id(config, "bos_token_id"), _token_id(config, "eos_token_id"))
+    return tokenizer, _token_id(config, "bos_token_id"), _token_id(config, "eos_token_id")
 
 
 def check_vocabulary(path: Path, tokenizer: Tokenizer, *, num_embeddings: int) -> None:
@@ -163,9 +146,8 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
         if not names:
             raise UserError(f"{folder / INDEX}: weight_map names no files")
-        for name in names:
-            if Path(name).name != name:
-                raise UserError(f"{folder / INDEX}: names the file {name!r} outside of its folder")
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{folder / INDEX}: names the file {outside[0]!r} outside of its folder")
         return [folder / name for name in names]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
         raise UserError(f"{folder}: only pickled weights, which could hold code; convert them to safetensors")
@@ -189,6 +171,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _token_id(config: dict[str, Any], key: str) -> int | None:
     """Return the id of a special token, the first of several."""
     value = config.get(key)
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) else None

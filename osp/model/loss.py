@@ -31,21 +31,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk_tokens: int,
-        differentiate: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, differentiate: bool
     ) -> Tensor:
         cast, cast_bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if differentiate else None
         grad_weight = torch.zeros_like(weight) if differentiate else None
         grad_bias = torch.zeros_like(bias) if differentiate and bias is not None else None
-        for start in range(0, x.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
             counted = targets[rows] != IGNORE
             index = targets[rows].clamp_min(0)[:, None]
             logits = F.linear(x[rows], cast, cast_bias)

@@ -52,11 +52,12 @@ class Norm(nn.Module):
     one_gain: ClassVar[bool] = False  # one gain for all channels
 
     refreshes = False  # whether `refresh` derives statistics from weights
-    output_scale: float = 1.0  # of LayerNorm scaling
-    init: float = 1.0
+    output_scale = 1.0  # of LayerNorm scaling
 
-    def __init__(self) -> None:
+    def __init__(self, **initial: float) -> None:
+        """initial: initial values of parameters and buffers by name, other than 1 for `weight` and 0 for `bias`."""
         super().__init__()
+        self.initial = {"weight": 1.0, "bias": 0.0, **initial}
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
 
@@ -65,11 +66,9 @@ class Norm(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Set gains to `init` and biases to 0. Subclasses with other parameters extend it."""
-        if self.weight is not None:
-            nn.init.constant_(self.weight, self.init)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        """Set parameters and buffers to their initial values."""
+        for name, tensor in self.state_dict().items():
+            tensor.fill_(self.initial[name])
 
     def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:
         """Derive statistics from the weights of the attention before the norm; see `BHyT`."""
@@ -98,13 +97,12 @@ class LayerNorm(Norm):
     def __init__(
         self, hidden_size: int, *, eps: float = 1e-5, init: float = 1.0, affine: bool = True, bias: bool = False
     ):
-        super().__init__()
+        super().__init__(weight=init)
         if bias and not affine:
             raise UserError("norm.bias=true needs norm.affine=true")
-        self.eps, self.init = eps, init
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
         self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
-        self.reset_parameters()
 
     def normalize(self, x: Tensor) -> Tensor:
         # torch's function is fused on every device and keeps only its input for backward
@@ -123,10 +121,9 @@ class RMSNorm(Norm):
     mean = "keeps the mean"
 
     def __init__(self, hidden_size: int, *, eps: float = 1e-6, init: float = 1.0, affine: bool = True):
-        super().__init__()
-        self.eps, self.init = eps, init
+        super().__init__(weight=init)
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
-        self.reset_parameters()
 
     def normalize(self, x: Tensor) -> Tensor:
         return Divided.apply(x, None, None, self.weight, self.eps)[0]
@@ -147,7 +144,7 @@ class SSNorm(RMSNorm):
         super().__init__(1, eps=eps, init=init)  # (1,), because DeepSpeed cannot broadcast a 0-dim parameter
 
 
-class CRMSNorm(Norm):
+class CRMSNorm(RMSNorm):
     """Compressed RMSNorm: y = x / sqrt((sum(x^2) + sum(x)^2) / (D + 1) + eps), optionally times a gain per channel.
 
     This is the RMSNorm of the zero-mean vector (x, -sum(x)) of D + 1 channels without its last channel, hence equal to
@@ -159,10 +156,7 @@ class CRMSNorm(Norm):
     mean = "counts a channel that is not stored"
 
     def __init__(self, hidden_size: int, *, eps: float = 1e-5, init: float = 1.0, affine: bool = False):
-        super().__init__()
-        self.eps, self.init = eps, init
-        self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
-        self.reset_parameters()
+        super().__init__(hidden_size, eps=eps, init=init, affine=affine)
 
     def normalize(self, x: Tensor) -> Tensor:
         wide = upcast(x)
@@ -195,20 +189,12 @@ class DyT(Norm):
         alpha_attention: float | None = None,
         before_attention: bool = False,
     ):
-        super().__init__()
-        self.init = init
-        self.initial_alpha = alpha_attention if before_attention and alpha_attention is not None else alpha
+        alpha = alpha_attention if before_attention and alpha_attention is not None else alpha
+        super().__init__(weight=init, alpha=alpha, shift=0.0)
         self.alpha = nn.Parameter(torch.empty(1))
         self.shift = nn.Parameter(torch.empty(1)) if self.shifts else None
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.constant_(self.alpha, self.initial_alpha)
-        if self.shift is not None:
-            nn.init.zeros_(self.shift)
 
     def normalize(self, x: Tensor) -> Tensor:
         argument = self.alpha * upcast(x)
@@ -261,10 +247,10 @@ class BHyTStar(Norm):
         learnable_lambda: bool = True,
         layer: int = 1,
     ):
-        super().__init__()
+        super().__init__(weight=init, lam=lam)
         if not (lam > 0 and kappa > 0):
             raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
-        self.eps, self.init, self.initial_lam = eps, init, lam
+        self.eps = eps
         self.kappa = kappa * layer ** KAPPA_EXPONENTS[kappa_schedule]
         self.slope: Tensor | None = None  # lambda / kappa, once folded
         self.weight = nn.Parameter(torch.empty(hidden_size))
@@ -272,12 +258,6 @@ class BHyTStar(Norm):
             self.lam = nn.Parameter(torch.empty(1))
         else:
             self.register_buffer("lam", torch.empty(1))
-        BHyTStar.reset_parameters(self)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        with torch.no_grad():
-            self.lam.fill_(self.initial_lam)
 
     def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         """Return the mean square (..., 1) of x (..., D), fp32 (fp64 for fp64), measured or approximated."""
@@ -339,6 +319,7 @@ class BHyT(BHyTStar):
     ):
         """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
         super().__init__(hidden_size, layer=layer, **options)
+        self.initial |= {"beta": 1.0, "eta": 0.0, "attention_gain": 0.0}
         if gain_variance and approximation == "eta":
             raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
         self.approximates = self.refreshes = after_attention and layer not in exact_layers
@@ -351,16 +332,6 @@ class BHyT(BHyTStar):
         self.eta = nn.Parameter(torch.empty(1)) if learns_eta else None
         if self.approximates:
             self.register_buffer("attention_gain", torch.empty(1))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.beta is not None:
-            nn.init.ones_(self.beta)
-        if self.eta is not None:
-            nn.init.zeros_(self.eta)
-        if self.approximates:
-            self.attention_gain.zero_()
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
         if carry is None or not self.approximates:

@@ -2,21 +2,16 @@
 
 `SITES` is the only definition. The probe, the forensics, the quantizer and the certificates of conversions loop over
 it. A site of a block is addressed as `layer_03/down_proj_in`, a site outside the blocks as `embed_out`.
-
-This module does not import torch at run time, so that a configuration can be checked against the names quickly.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-    from osp.model.transformer import Transformer
+from osp.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -49,23 +44,13 @@ SITES = {
     "k": SiteDefinition("self_attn.attend", 1, writers=("self_attn.k_proj", "self_attn.k_norm")),  # after RoPE
     "v": SiteDefinition("self_attn.attend", 2, writers=("self_attn.v_proj",)),
     "o_proj_in": SiteDefinition(
-        "self_attn.o_proj",
-        0,
-        writers=("self_attn.v_proj", "self_attn.attention_gate"),
-        readers=("self_attn.o_proj",),
+        "self_attn.o_proj", 0, writers=("self_attn.v_proj", "self_attn.attention_gate"), readers=("self_attn.o_proj",)
     ),
     "mlp_in": SiteDefinition(
-        "mlp",
-        0,
-        writers=("post_attention_layernorm",),
-        readers=("mlp.gate_proj", "mlp.up_proj"),
-        sublayers=1,
+        "mlp", 0, writers=("post_attention_layernorm",), readers=("mlp.gate_proj", "mlp.up_proj"), sublayers=1
     ),
     "down_proj_in": SiteDefinition(
-        "mlp.down_proj",
-        0,
-        writers=("mlp.gate_proj", "mlp.up_proj", "mlp.ffn_norm"),
-        readers=("mlp.down_proj",),
+        "mlp.down_proj", 0, writers=("mlp.gate_proj", "mlp.up_proj", "mlp.ffn_norm"), readers=("mlp.down_proj",)
     ),
     "block_out": SiteDefinition("", None, sublayers=2),
     "final_norm_out": SiteDefinition("norm", None, in_block=False, writers=("norm",), sublayers=0),
@@ -73,10 +58,7 @@ SITES = {
     "head_in": SiteDefinition("lm_head", 0, in_block=False, readers=("lm_head",)),
 }
 # What adds to the residual stream in each block: the last matrix of a sublayer, and the norm after it with `peri`.
-SUBLAYER_WRITERS = (
-    ("self_attn.o_proj", "attention_output_layernorm"),
-    ("mlp.down_proj", "mlp_output_layernorm"),
-)
+SUBLAYER_WRITERS = (("self_attn.o_proj", "attention_output_layernorm"), ("mlp.down_proj", "mlp_output_layernorm"))
 
 
 def layer_name(layer: int) -> str:
@@ -92,11 +74,10 @@ def split_site(name: str) -> tuple[int | None, str]:
 
 def site_names(num_layers: int, kinds: Collection[str]) -> list[str]:
     """Return the full names of the sites `kinds` (keys of `SITES`) in the order of the forward pass."""
-    order = list(SITES)
-    in_block = [kind for kind in order if SITES[kind].in_block and kind in kinds]
-    names = [f"{layer_name(layer)}/{kind}" for layer in range(num_layers) for kind in in_block]
-    before = ["embed_out"] if "embed_out" in kinds else []
-    return before + names + [kind for kind in ("final_norm_out", "head_in") if kind in kinds]
+    in_block = [kind for kind, site in SITES.items() if site.in_block and kind in kinds]
+    before = [kind for kind in ("embed_out",) if kind in kinds]
+    after = [kind for kind in ("final_norm_out", "head_in") if kind in kinds]
+    return [*before, *(f"{layer_name(layer)}/{kind}" for layer in range(num_layers) for kind in in_block), *after]
 
 
 def replace_site(model: Transformer, name: str, function: Callable[[Tensor], Tensor]) -> RemovableHandle:

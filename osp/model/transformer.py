@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
-from osp.model.attention import KVCache, LayerCache, apply_rotary, causal_attention, document_mask, rotary_table
+from osp.model.attention import KVCache, apply_rotary, causal_attention, document_mask, rotary_table
 from osp.model.build_norms import block_norm, final_norm, inner_norm
 from osp.model.loss import linear_cross_entropy
 from osp.model.norms import Norm
@@ -76,30 +76,27 @@ class Attention(nn.Module):
     matrix of the size of o_proj, which Muon trains like the others. At initialization it is near 1/2.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 1):
+        """Build the attention of block `layer`, counted from 1."""
         super().__init__()
-        hidden_size, bias, zero_mean = config.hidden_size, config.attention_bias, config.recentre
-        self.head_dim = config.head_size
+        hidden_size, bias = config.hidden_size, config.attention_bias
+        self.head_dim, self.layer = config.head_size, layer
         query_size, key_size = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=bias)
         self.k_proj = Linear(hidden_size, key_size, bias=bias)
         self.v_proj = Linear(hidden_size, key_size, bias=bias)
-        self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=zero_mean)
-        self.q_norm = inner_norm(config, self.head_dim) if config.qk_norm else None
-        self.k_norm = inner_norm(config, self.head_dim) if config.qk_norm else None
+        self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=config.recentre)
+        self.q_norm = inner_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = inner_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
         self.attend = CausalAttention(off_by_one=config.attention.off_by_one)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         # x (B, T, D) -> q (B, T, H, K), k and v (B, T, G, K)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.append(self.layer - 1, k, v)
         out = self.attend(q, k, v, mask).flatten(2)  # (B, T, H, K) -> (B, T, H K)
         if self.attention_gate is not None:
             out = out * torch.sigmoid(self.attention_gate(x))
@@ -131,15 +128,13 @@ class MLP(nn.Module):
         self.act, rms = ACTIVATIONS[config.hidden_act]
         self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
-        self.ffn_norm = inner_norm(config, ffn_size, init=rms) if config.ffn_norm else None
+        self.ffn_norm = inner_norm(config, ffn_size, init=rms) if config.ffn_norm else nn.Identity()
         self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
         self.penalty: PenaltyConfig | None = None  # of the input of down_proj, in training mode
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return y (B, T, D) and the penalty of the input of down_proj, None without one."""
-        hidden = self.act(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
-        if self.ffn_norm is not None:
-            hidden = self.ffn_norm(hidden)
+        hidden = self.ffn_norm(self.act(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F)
         if self.training and self.penalty is not None:
             return self.down_proj(hidden), activation_penalty(hidden, self.penalty)
         return self.down_proj(hidden), None
@@ -155,7 +150,7 @@ class Block(nn.Module):
         """Build block `layer`, counted from 1."""
         super().__init__()
         self.input_layernorm = block_norm(config, layer=layer, before_attention=True)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = block_norm(config, layer=layer, after_attention=True)
         self.mlp = MLP(config)
         peri = config.norm.placement == "peri"
@@ -164,7 +159,7 @@ class Block(nn.Module):
         self.penalty: PenaltyConfig | None = None  # of the output of the block, in training mode
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream (B, T, D) after the block, and the penalty of the block, None without one."""
         h, carry = self.input_layernorm(x, return_carry=True)
@@ -279,11 +274,11 @@ class Transformer(nn.Module):
             cos, sin = (table[cache.positions] for table in self.rotary(cache.width, input_ids.device))
         x = self.embed_proj(self.embed_tokens(input_ids).to(self.compute_dtype))
         penalties: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x, penalty = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x, penalty = layer(x, cos, sin, mask, None if cache is None else cache.layer(i))
+                x, penalty = layer(x, cos, sin, mask, cache)
             if penalty is not None:
                 penalties.append(penalty)
         return self.head_proj(self.norm(x)), torch.stack(penalties).mean() if penalties else None
@@ -313,12 +308,8 @@ class Transformer(nn.Module):
 
     def parameter_roles(self) -> dict[str, Role]:
         """Return the role of every parameter by name. The optimizer derives groups and update rules from it."""
-        modules: dict[str, Role] = {
-            "embed_tokens": "embedding",
-            "lm_head": "head",
-            "embed_proj": "embed_proj",
-            "head_proj": "embed_proj",
-        }
+        modules: dict[str, Role] = {"embed_tokens": "embedding", "lm_head": "head"}
+        modules |= {"embed_proj": "embed_proj", "head_proj": "embed_proj"}
         return {
             name: modules.get(name.split(".")[0], "matrix") if parameter.ndim == 2 else "gain"
             for name, parameter in self.named_parameters()
@@ -327,13 +318,8 @@ class Transformer(nn.Module):
     def parameter_heads(self) -> dict[str, Heads]:
         """Return how the matrices of attention divide into heads, by name, for `optimizer.per_head`."""
         heads, groups = self.config.num_attention_heads, self.config.kv_heads
-        kinds = {
-            "q_proj": Heads(heads, 0),
-            "k_proj": Heads(groups, 0),
-            "v_proj": Heads(groups, 0),
-            "o_proj": Heads(heads, 1),
-            "attention_gate": Heads(heads, 0),
-        }
+        kinds = {"q_proj": Heads(heads, 0), "attention_gate": Heads(heads, 0), "o_proj": Heads(heads, 1)}
+        kinds |= {"k_proj": Heads(groups, 0), "v_proj": Heads(groups, 0)}
         return {
             name: kinds[name.split(".")[-2]]
             for name, parameter in self.named_parameters()

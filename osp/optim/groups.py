@@ -62,10 +62,10 @@ def build_groups(
         rule = config.rules.get(role)
         if rule not in RULES:
             raise UserError(f"optimizer.rules.{role}={rule!r}: unknown rule; choose from {', '.join(sorted(RULES))}")
-        kind, shape = RULES[rule], tuple(parameter.shape)
+        kind, shape = RULES[rule], parameter.shape
         if kind.NDIM not in (None, len(shape)):
             raise UserError(
-                f"optimizer.rules.{role}={rule}: the rule needs {kind.NDIM}-D parameters, {name!r} is {shape}"
+                f"optimizer.rules.{role}={rule}: the rule needs {kind.NDIM}-D parameters, {name!r} is {tuple(shape)}"
             )
         split = (heads or {}).get(name) if config.per_head and kind.TAKES_HEADS else None
         key = (role, shape, split) if issubclass(kind, WholeRule) else (role,)

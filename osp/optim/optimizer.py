@@ -5,6 +5,7 @@ momentum of the local interval, collects whole matrices (views where ZeRO's piec
 to a stack of them, and sends the update back. With one rank the exchange is skipped.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self._pieces = []
         for group, flat in zip(self._sources, flats, strict=True):
-            rule, numels = group["update_rule"], [torch.Size(shape).numel() for shape in group["shapes"]]
+            rule, numels = group["update_rule"], [shape.numel() for shape in group["shapes"]]
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             whole = isinstance(rule, WholeRule)
@@ -75,8 +76,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                     pieces[id(flat)], flat.grad, self.state[flat], group, number=self._number, record=self._recording
                 )
                 if squares is not None:
-                    total = self.update_squares.get(group["role"])
-                    self.update_squares[group["role"]] = squares if total is None else total + squares
+                    self.update_squares[group["role"]] = self.update_squares.get(group["role"], 0) + squares
 
     @torch.no_grad()
     def parameter_squares(self) -> dict[str, Tensor]:
@@ -91,9 +91,9 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     def numels(self) -> dict[str, int]:
         """Return the number of elements per role, over all ranks."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for group in self._sources:
-            counts[group["role"]] = counts.get(group["role"], 0) + sum(torch.Size(s).numel() for s in group["shapes"])
+            counts[group["role"]] += sum(shape.numel() for shape in group["shapes"])
         return counts
 
     def learning_rates(self) -> dict[str, float]:

@@ -59,13 +59,9 @@ class UpdateRule(ABC):
         return 0
 
     def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
-        """Return the most bytes that `step` allocates at a time: here one update of the size of the flat tensor.
+        """Return the most bytes that `step` allocates at a time: here one update of a flat tensor of `numel` elements.
 
-        Args:
-            group: one of `build_groups`.
-            numel: elements of the flat tensor.
-            batches: the rank's batches, empty for an elementwise rule.
-            native_bf16: whether the planned device multiplies bf16 natively.
+        batches: the rank's, empty for an elementwise rule. native_bf16: whether the planned device multiplies bf16.
         """
         return FP32 * numel
 
@@ -120,9 +116,8 @@ class Muon(WholeRule):
 
     def __init__(self, config: OptimizerConfig) -> None:
         super().__init__(config)
-        if config.ns_coefficients not in COEFFICIENTS:
-            choices = ", ".join(COEFFICIENTS)
-            raise UserError(f"optimizer.ns_coefficients={config.ns_coefficients!r}: choose from {choices}")
+        if (name := config.ns_coefficients) not in COEFFICIENTS:
+            raise UserError(f"optimizer.ns_coefficients={name!r}: choose from {', '.join(COEFFICIENTS)}")
 
     def direction(self, stack: Tensor, group: Group) -> Tensor:
         config, heads = self.config, group["heads"]
@@ -133,10 +128,9 @@ class Muon(WholeRule):
         return update if heads is None else update.movedim(1, heads.dim + 1).flatten(heads.dim + 1, heads.dim + 2)
 
     def flops(self, group: Group) -> int:
-        heads = group["heads"]
-        count = 1 if heads is None else heads.count
-        shape = whole_shape(group["shapes"][0], heads)
-        return count * newton_schulz_flops(shape, self.config.ns_steps, self.config.ns_method)
+        heads, config = group["heads"], self.config
+        flops = newton_schulz_flops(whole_shape(group["shapes"][0], heads), config.ns_steps, config.ns_method)
+        return flops if heads is None else heads.count * flops
 
     def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
         """Return the bytes of u, of the whole matrices, and of Newton-Schulz: input, X, next X, A and A^2.

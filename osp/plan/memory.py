@@ -26,7 +26,7 @@ PERSISTENT, LIVE, PREFETCHED = 100_000, 10**9, 50_000_000
 Ranks = Sequence[Sequence[MatrixBatch]]  # the batches of one group on every rank
 
 
-def memory(
+def rank_memory(
     groups: Sequence[Group], work: Sequence[Ranks], kept: tuple[int, int], options: PlanConfig, *, stage: int, num: int
 ) -> dict[str, int]:
     """Return the bytes of the fullest rank at one ZeRO stage, by part, and `peak`.
@@ -37,7 +37,7 @@ def memory(
         num: micro batches of a step.
     """
     world_size, layout = options.world_size, {"world_size": options.world_size, "stage": stage}
-    numels = [[torch.Size(shape).numel() for shape in group["shapes"]] for group in groups]
+    numels = [[shape.numel() for shape in group["shapes"]] for group in groups]
     flats = [flat_size(sizes, **layout) for sizes in numels]
     every = [numel for sizes in numels for numel in sizes]
     flat, total = sum(flats), sum(every)

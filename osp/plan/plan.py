@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from osp.errors import UserError
 from osp.model.transformer import count_parameters, flops_per_token, meta_model
 from osp.optim.groups import groups_of
 from osp.plan.config import PlanConfig
-from osp.plan.memory import activation_bytes, memory
+from osp.plan.memory import activation_bytes, rank_memory
 from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic
 from osp.run.checkpoint import checkpoint_bytes
-from osp.tables import text_table
+from osp.tables import render_markdown, text_table
 from osp.train.resolve import resolve
 from osp.train.setup import SECONDS_TO_KILL
 
@@ -64,7 +65,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     stages, work = {}, []
     for zero in STAGES:
         ranks = [batches_of(group, world_size=world_size, stage=zero) for group in groups]
-        stages[zero] = memory(groups, ranks, kept[compiled and zero < 3], options, stage=zero, num=accumulation)
+        stages[zero] = rank_memory(groups, ranks, kept[compiled and zero < 3], options, stage=zero, num=accumulation)
         if zero == stage:
             work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
     sent = traffic(groups, work, options, stage=stage, accumulation=accumulation)
@@ -72,9 +73,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     repeated = 4 / 3 if train.activation_checkpointing else 1  # the forward pass a second time
     seconds = step_time(work, sent, options, stage=stage, flops=flops * repeated * tokens)
     parameters = count_parameters(config.model)
-    states = 0
-    for group in groups:
-        states += len(group["update_rule"].STATE_NAMES) * sum(torch.Size(shape).numel() for shape in group["shapes"])
+    states = sum(len(g["update_rule"].STATE_NAMES) * shape.numel() for g in groups for shape in g["shapes"])
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     num_bytes = checkpoint_bytes(shapes, states / parameters["total"])
     return Plan(
@@ -98,21 +97,12 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
 
 def describe(plan: Plan) -> str:
     """Return the page: batch, memory, Muon, time and traffic, checkpoint, figures of the machine, warnings."""
-    config, train, stage = plan.config, plan.config.train, plan.config.engine.zero_stage
-    machine, world_size = plan.options.machine, plan.options.world_size
-    tokens = "" if train.steps is None else f"; {train.steps:,} steps, {train.steps * train.tokens_per_step:,} tokens"
-    head = (
-        f"{config.run.name} on {world_size} x {machine.name}, ZeRO-{stage}, {train.precision}, "
-        f"blocks {'compiled' if train.compile else 'eager'}: planned from shapes, not measured\n"
-        f"{plan.parameters['total'] / 1e6:,.1f} M parameters, "
-        f"{plan.flops_per_token / GIGA:.3g} GFLOP per token{tokens}\n"
-        f"a step: {train.tokens_per_step:,} tokens in sequences of {train.seq_len:,}; "
-        f"each rank {plan.accumulation} (gradient accumulation) times {plan.micro_batch_size}"
-    )
-    rows = [["GiB on the fullest rank", *(f"ZeRO-{s}{' (set)' if s == stage else ''}" for s in STAGES)]]
+    stage, world_size, machine = plan.config.engine.zero_stage, plan.options.world_size, plan.options.machine
+    memory = [["GiB on the fullest rank", *(f"ZeRO-{s}{' (set)' if s == stage else ''}" for s in STAGES)]]
     for name in plan.stages[stage]:
-        rows.append([name.replace("_", " "), *(f"{plan.stages[s][name] / GIB:,.2f}" for s in STAGES)])
-    rows.append([f"of {plan.options.gpu_memory:g} GiB", *("fits" if plan.fits[s] else "DOES NOT FIT" for s in STAGES)])
+        memory.append([name.replace("_", " "), *(f"{plan.stages[s][name] / GIB:,.2f}" for s in STAGES)])
+    fits = ["fits" if plan.fits[s] else "DOES NOT FIT" for s in STAGES]
+    memory.append([f"of {plan.options.gpu_memory:g} GiB", *fits])
     muon = [["group", "count", "shape", "owned per rank", "GFLOP, max", "exchange MB, max"]]
     for group in plan.groups:
         shares = sorted(Counter(group.num_owned).items(), reverse=True)
@@ -120,26 +110,24 @@ def describe(plan: Plan) -> str:
         figures = (f"{max(group.num_owned) * group.flops / GIGA:,.0f}", f"{max(group.bytes_sent) / 1e6:,.1f}")
         shape = "x".join(map(str, group.shape))
         muon.append([f"{group.role} ({group.rule})", str(len(group.owners)), shape, owned, *figures])
-    shared = sum(group.flops * len(group.owners) for group in plan.groups) / world_size / GIGA
-    critical = sum(group.critical_flops for group in plan.groups) / GIGA
-    note = f"Groups wait for their fullest rank: {critical:,.0f} GFLOP in sequence, {shared:,.0f} if evenly shared."
     steps = [["of a step", "MB sent per rank", "seconds"]]
     for name, seconds in plan.step.items():
         megabytes = f"{plan.traffic[name] / 1e6:,.1f}" if name in plan.traffic else ""
         steps.append([name.replace("_", " "), megabytes, f"{seconds:.4f}"])
-    speed = train.tokens_per_step / plan.step["total"]
-    days = "unknown (train.minutes)" if plan.days is None else f"{plan.days:,.3g}"
-    time = (
-        f"expected {speed:,.0f} tokens/s, {speed / world_size:,.0f} per rank, MFU {plan.mfu:.1%}, days: {days}\n"
-        f"a checkpoint is {plan.checkpoint_bytes / GIGA:,.2f} GB, written in {plan.save_seconds:.2g} s meanwhile"
-    )
     constants = [["machine.", "from"]]
     for name, value in dataclasses.asdict(machine).items():
         if isinstance(value, float):
             constants.append([f"{name}={value:g}", machine.sources.get(name, "the default")])
-    tables = [text_table(table, left=1) for table in (rows, muon, steps)]
-    parts = [head, tables[0], f"{tables[1]}\n{note}", tables[2], time, text_table(constants)]
-    return "\n\n".join([*parts, *(f"warning: {text}" for text in warnings(plan))])
+    return render_markdown(
+        Path(__file__).with_suffix(".txt"),
+        plan=plan,
+        shared_flops=sum(group.flops * len(group.owners) for group in plan.groups) / world_size,
+        memory=text_table(memory, left=1),
+        muon=text_table(muon, left=1),
+        steps=text_table(steps, left=1),
+        constants=text_table(constants),
+        warnings=warnings(plan),
+    )
 
 
 def warnings(plan: Plan) -> list[str]:

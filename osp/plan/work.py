@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from osp.optim.rules import FP32, Group, WholeRule
 from osp.optim.zero import MatrixBatch, batches, flat_size
 from osp.plan.config import PlanConfig
@@ -32,7 +30,7 @@ def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[Matrix
     """Return the batches of every rank, as `PartitionedOptimizer` builds them; none for an elementwise rule."""
     if not isinstance(group["update_rule"], WholeRule):
         return []
-    numel, count = torch.Size(group["shapes"][0]).numel(), len(group["shapes"])
+    numel, count = group["shapes"][0].numel(), len(group["shapes"])
     return [batches(numel, count, world_size=world_size, rank=rank, stage=stage) for rank in range(world_size)]
 
 
@@ -71,7 +69,7 @@ def traffic(
     """
     world_size, flat = options.world_size, 0
     for group in groups:
-        numels = [torch.Size(shape).numel() for shape in group["shapes"]]
+        numels = [shape.numel() for shape in group["shapes"]]
         flat += FP32 * (world_size - 1) * flat_size(numels, world_size=world_size, stage=stage)
     reductions = (1 if stage == 1 else accumulation) * (1 if stage == 3 or reduces_to_owners(world_size) else 2)
     gathers = 2 * accumulation if stage == 3 else 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from osp.config import Config, ModelConfig
 from osp.errors import UserError
-from osp.model.fp8 import _torchao, check_fp8, fp8_linear
+from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import Linear, build_model
 from osp.train.setup import train
 from tests.conftest import losses, overrides_of, run_script
@@ -134,7 +134,7 @@ def test_sizes_unsuitable_for_fp8_are_refused() -> None:
 
 def test_missing_torchao_is_reported_with_the_package_to_install(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    _torchao.cache_clear()
+    fp8_linear.cache_clear()
     config: Any = tiny("train.precision=fp8")
     with pytest.raises(UserError, match=r"train.precision=fp8 needs torchao: pip install 'osp\[fp8\]'"):
         train(config)

@@ -190,8 +190,8 @@ needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the share
 def test_stories260k_generates_its_reference_text(tmp_path: Path) -> None:
     write_stories260k(tmp_path)
     model = osp.load_hf(tmp_path)
-    tokenizer, special = load_hf_tokenizer(tmp_path)
-    assert special.bos_id == BOS
+    tokenizer, bos_id, _ = load_hf_tokenizer(tmp_path)
+    assert bos_id == BOS
     (ids,) = generate(model, [[BOS]], 120)
     assert tokenizer.decode(ids).startswith(STORIES_TEXT)
 
@@ -201,7 +201,7 @@ def test_logits_of_stories260k_equal_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     write_stories260k(tmp_path)
-    tokenizer, _ = load_hf_tokenizer(tmp_path)
+    tokenizer, *_ = load_hf_tokenizer(tmp_path)
     ids = tokenizer.encode(STORIES_TEXT, add_special_tokens=False).ids
     assert re.sub(r"\s", "", tokenizer.decode(ids)) == re.sub(r"\s", "", STORIES_TEXT)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
