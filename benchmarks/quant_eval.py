@@ -23,7 +23,8 @@ from osp.device import prepare_cpu
 from osp.evaluation.perplexity import Text, perplexity
 from osp.model.transformer import Transformer, build_model
 from osp.quant.apply import draw_calibration, quantized
-from osp.quant.spec import QuantSpec, spec_from_dict
+from osp.quant.spec import QuantSpec
+from osp.schema import build
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
 
 def preset(name: str, arguments: Any) -> QuantSpec:
     """Return the spec of a file of configs/quant, with this benchmark's amount of calibration text."""
-    return spec_from_dict({**group("quant", name), "calibration_tokens": arguments.calibration_tokens})
+    return build(QuantSpec, {**group("quant", name), "calibration_tokens": arguments.calibration_tokens})
 
 
 def measured(model: Transformer, text: Text, spec: QuantSpec, arguments: Any) -> dict[str, float]:

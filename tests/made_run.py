@@ -249,10 +249,11 @@ def small_run(folder: Path, **config: Any) -> Path:
 def write_evaluations(folder: Path) -> Path:
     """Write records of an evaluation with an ablation and of a comparison; return the run folder."""
     from osp.evaluation.compare import COLUMNS
-    from osp.quant.spec import WEIGHT_SITES, QuantSpec
+    from osp.quant.spec import INNER_SITES, QuantSpec
 
     spec = QuantSpec().at("4-4-4")
-    costs = [SiteCost(site, alone=4 * 8.0 ** (i / 6), left_out=64 / (i + 1)) for i, site in enumerate(WEIGHT_SITES)]
+    matrices = INNER_SITES["w"][:7]  # without the gate
+    costs = [SiteCost(site, alone=4 * 8.0 ** (i / 6), left_out=64 / (i + 1)) for i, site in enumerate(matrices)]
     ablation = SiteAblation("held_out[len=32]", 4.0, 64.0, (*costs, SiteCost("k", math.inf, 3.0)), (0.1,), 0.2)
     results = (Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125))
     quant = {"text": str(spec), "hash": spec.hash}

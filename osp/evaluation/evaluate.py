@@ -168,8 +168,8 @@ def ablate_sites(
     number = max(1, config.batch_tokens // inputs.seq_len)
     windows = text.tokens[: len(text.tokens) // inputs.seq_len * inputs.seq_len].view(-1, inputs.seq_len)[:number]
     windows = windows if len(windows) else text.tokens[None]
-    error = propagated_error(subject.model, spec, windows, calibration=calibration)
-    return SiteAblation(text.name, at(()), at(active), costs, tuple(error.layers), error.last)
+    *layer_errors, last_error = propagated_error(subject.model, spec, windows, calibration=calibration)
+    return SiteAblation(text.name, at(()), at(active), costs, tuple(layer_errors), last_error)
 
 
 def live_perplexity(

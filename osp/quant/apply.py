@@ -9,33 +9,22 @@ its end, so a model in training is the same bits before and after.
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from osp.errors import UserError
 from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
-from osp.model.sites import layer_name, observe_site, replace_site, site_names, split_site
-from osp.model.transformer import Block, Embedding, Linear, Transformer
+from osp.model.sites import observe_site, replace_site, site_names, split_site
+from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.gptq import quantize_weights_gptq
-from osp.quant.rotate import fuse_rotations, random_rotations, rotate_ffn_online, rotate_qk_online
-from osp.quant.spec import (
-    ACTIVATION_SITES,
-    CACHE_SITES,
-    END_ACTIVATION_SITES,
-    END_WEIGHT_SITES,
-    GATE_SITES,
-    SITES,
-    WEIGHT_SITES,
-    QuantSpec,
-    active_sites,
-    check_spec,
-)
+from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
+from osp.quant.spec import END_SITES, INNER_SITES, SITES, Part, QuantSpec, active_sites, check_spec
 from osp.quant.spinquant import StraightThrough, learn_rotations
 
 
@@ -83,49 +72,41 @@ def quantized(
         bake_recentring(model)  # round the weights as the forward pass uses them
         with torch.no_grad():
             basis = _rotate(model, spec, calibration, active, stack, progress=progress)
-            of_blocks, of_ends = active & {*WEIGHT_SITES, *GATE_SITES}, active & set(END_WEIGHT_SITES)
-            if spec.method == "gptq" and of_blocks:
+            by_gptq = active & set(INNER_SITES["w"]) if spec.method == "gptq" else frozenset()
+            if by_gptq:
                 assert calibration is not None
-                quantize_weights_gptq(model, spec, calibration, sites=of_blocks, progress=progress)
-            else:
-                _quantize_weights(model, spec, of_blocks, progress=progress)
-            _quantize_weights(model, spec, of_ends)
+                quantize_weights_gptq(model, spec, calibration, sites=by_gptq, progress=progress)
+            _round_weights(model, spec, active - by_gptq, progress=progress)
         _quantize_activations(model, spec, active, stack)
         yield Quantized(active, basis)
 
 
-class PropagatedError(NamedTuple):
-    """R_L = ||h_q - h||^2 / ||h||^2, both norms over all tokens, of h as the quantized model computes it."""
-
-    layers: list[float]  # of the residual stream after each block
-    last: float  # of the output of the last norm
+def error_and_energy(h_q: Tensor, h: Tensor) -> Tensor:
+    """Return (||h_q - h||^2, ||h||^2), fp64; R_L is their quotient over all tokens."""
+    h_q, h = h_q.double(), h.double()
+    return torch.stack(((h_q - h).square().sum(), h.square().sum()))
 
 
 @torch.no_grad()
 def propagated_error(
-    model: Transformer,
-    spec: QuantSpec,
-    rows: Tensor,
-    *,
-    calibration: Tensor | None = None,
-    sites: Collection[str] = SITES,
-) -> PropagatedError:
-    """Return the relative error of the hidden states of `model` on `rows` (N, T) under quantization.
+    model: Transformer, spec: QuantSpec, rows: Tensor, *, calibration: Tensor | None = None
+) -> list[float]:
+    """Return R_L = ||h_q - h||^2 / ||h||^2 on `rows` (N, T) for each block, then for the output of the last norm.
 
-    The residual streams with and without quantization are kept on the CPU: 2 * num_hidden_layers * N * T * D values.
+    h is the residual stream, h_q as the quantized model computes it, and the norms are over all tokens. Both are kept
+    on the CPU: 2 * num_hidden_layers * N * T * D values.
     """
     batches = rows.split(1)
     clean = [_residuals(model, batch) for batch in batches]
-    with quantized(model, spec, calibration=calibration, sites=sites) as state:
+    with quantized(model, spec, calibration=calibration) as state:
         noisy = [[state.in_own_basis(h) for h in _residuals(model, batch)] for batch in batches]
     sums = torch.zeros(2, len(model.layers) + 1, dtype=torch.float64)  # (error, energy) of each layer and the norm
     device = model.embed_tokens.weight.device
     for states in zip(noisy, clean, strict=True):
         for hidden in states:  # the last norm has its own gain outside the context only
             hidden.append(model.norm(hidden[-1].to(device)).cpu())
-        sums += torch.stack([_error_and_energy(h_q, h) for h_q, h in zip(*states, strict=True)], dim=1)
-    *layers, last = (sums[0] / sums[1]).tolist()
-    return PropagatedError(layers, last)
+        sums += torch.stack([error_and_energy(h_q, h) for h_q, h in zip(*states, strict=True)], dim=1)
+    return (sums[0] / sums[1]).tolist()
 
 
 def draw_calibration(tokens: Tensor, spec: QuantSpec, *, seq_len: int) -> Tensor:
@@ -168,70 +149,47 @@ def _rotate(
     progress: bool,
 ) -> Tensor | None:
     """Apply the rotations of `spec`, the online ones until `stack` ends; return R1."""
-    if spec.rotation != "none" or active & {*END_WEIGHT_SITES, *END_ACTIVATION_SITES}:
+    if spec.rotation != "none" or active & {*END_SITES["w"], *END_SITES["a"]}:
         absorb_projections(model)
-    for block in model.layers:
-        assert isinstance(block, Block)
-        if spec.ffn_hadamard and active & {"down_proj", "down_proj_in"}:
-            stack.callback(rotate_ffn_online(block.mlp.down_proj).remove)
-        if spec.qk_hadamard and "k" in active:
-            stack.callback(rotate_qk_online(block.self_attn).remove)
+    ffn = spec.ffn_hadamard and bool(active & {"down_proj", "down_proj_in"})
+    for handle in rotate_online(model, ffn=ffn, qk=spec.qk_hadamard and "k" in active):
+        stack.callback(handle.remove)
     if spec.rotation == "none":
         return None
     fold_norm_gains(model)
-    residual, values = random_rotations(model, seed=spec.seed)
+    rotations = random_rotations(model, seed=spec.seed)
     if spec.rotation == "spinquant":
         assert calibration is not None
         with ExitStack() as learning:
             _quantize_activations(model, spec, active, learning)
-            residual, values = learn_rotations(
-                model, spec, (residual, values), calibration, sites=active, progress=progress
-            )
-    fuse_rotations(model, residual, values)
-    return residual.to(model.embed_tokens.weight.device)
+            rotations = learn_rotations(model, spec, rotations, calibration, sites=active, progress=progress)
+    fuse_rotations(model, rotations)
+    return rotations[0].to(model.embed_tokens.weight.device)
 
 
-def _quantize_weights(model: Transformer, spec: QuantSpec, sites: Collection[str], *, progress: bool = False) -> None:
-    modules = [module for name, module in model.named_modules() if name.split(".")[-1] in sites]
-    for module in tqdm(modules, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
+def _round_weights(model: Transformer, spec: QuantSpec, sites: Collection[str], *, progress: bool) -> None:
+    weights = [p for name, p in model.named_parameters() if name.endswith(".weight") and name.split(".")[-2] in sites]
+    for weight in tqdm(weights, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
         weight.data = spec.number_format("w").round(weight.data, group_size=spec.w_group_size, clip_search=spec.w_clip)
 
 
 def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack) -> None:
     """Quantize what passes the active sites of activations and cache, until `stack` ends."""
-    group_sizes: dict[str, int | None] = dict.fromkeys((*ACTIVATION_SITES, *END_ACTIVATION_SITES), spec.a_group_size)
-    if spec.o_proj_by_head and "a" in spec.parts and spec.number_format("a").block_size is None:
-        group_sizes["o_proj_in"] = model.config.head_size
-    group_sizes |= dict.fromkeys(CACHE_SITES, spec.kv_group_size)
-    for name in site_names(len(model.layers), active & group_sizes.keys()):
+    for name in site_names(len(model.layers), active):
         _, kind = split_site(name)
-        number_format = spec.number_format("kv" if kind in CACHE_SITES else "a")
-        quantize = functools.partial(number_format.round, group_size=group_sizes[kind])
-        stack.callback(replace_site(model, name, _with_gradient(quantize)).remove)
-
-
-def _with_gradient(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `quantize` with the straight-through gradient."""
-    return lambda x: StraightThrough.apply(x, quantize(x.detach()))
+        part: Part = "kv" if kind in INNER_SITES["kv"] else "a"
+        number_format, group_size = spec.number_format(part), getattr(spec, f"{part}_group_size")
+        if kind == "o_proj_in" and spec.o_proj_by_head and number_format.block_size is None:
+            group_size = model.config.head_size
+        quantize = functools.partial(number_format.round, group_size=group_size)
+        stack.callback(replace_site(model, name, functools.partial(StraightThrough.apply, quantize)).remove)
 
 
 def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
     """Return the residual stream (B, T, D) after each block, on the CPU."""
     seen: list[Tensor] = []
-    names = [f"{layer_name(layer)}/block_out" for layer in range(len(model.layers))]
-    handles = [observe_site(model, name, lambda x: seen.append(x.cpu())) for name in names]
-    try:
-        with _eager():
-            model(rows.to(model.embed_tokens.weight.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _eager(), ExitStack() as stack:
+        for name in site_names(len(model.layers), ("block_out",)):
+            stack.callback(observe_site(model, name, lambda x: seen.append(x.cpu())).remove)
+        model(rows.to(model.embed_tokens.weight.device))
     return seen
-
-
-def _error_and_energy(h_q: Tensor, h: Tensor) -> Tensor:
-    """Return (||h_q - h||^2, ||h||^2), fp64."""
-    h_q, h = h_q.double(), h.double()
-    return torch.stack(((h_q - h).square().sum(), h.square().sum()))

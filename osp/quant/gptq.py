@@ -5,48 +5,30 @@ text. Scales are computed as for round-to-nearest from the original weight ("sta
 the order of the channels. If H is a multiple of the identity, GPTQ is round-to-nearest.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Collection
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from osp.model.transformer import Block, Transformer
-from osp.quant.formats import NumberFormat
+from osp.model.sites import SITES, layer_name, observe_site
+from osp.model.transformer import Transformer
 from osp.quant.grid import grouped
-from osp.quant.spec import QuantSpec
+from osp.quant.spec import INNER_SITES, QuantSpec
 
-# Matrices of a block that see the same input, in the order in which the block computes them.
-STAGES = (("q_proj", "k_proj", "v_proj", "attention_gate"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 COLUMNS = 128  # channels whose errors reach the later channels in one product
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    *,
-    number_format: NumberFormat,
-    group_size: int | None = None,
-    clip_search: bool = False,
-    act_order: bool = False,
-    damping: float = 0.01,
-) -> Tensor:
-    """Return `weight` (out, in) rounded for inputs with the second moments `hessian` (in, in).
-
-    Args:
-        number_format: Format with a grid.
-        group_size: Input channels that share a scale; None: all.
-        clip_search: Search for the clipping ratio with the smallest rounding error.
-        act_order: Take the channels in the order of falling H_ii.
-        damping: Share of the mean of H_ii that is added to each H_ii.
-    """
-    groups = grouped(weight, group_size=group_size)
-    grid = number_format.grid(groups, clip_search=clip_search)
+def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
+    """Return `weight` (out, in) rounded as `spec` says, for inputs with the second moments `hessian` (in, in)."""
+    groups = grouped(weight, group_size=spec.w_group_size)
+    grid = spec.number_format("w").grid(groups, clip_search=spec.w_clip)
     scale, zero = (part[..., 0].repeat_interleave(groups.shape[-1], dim=1) for part in (grid.scale, grid.zero))
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    order = hessian.diagonal().argsort(descending=True, stable=True) if spec.act_order else torch.arange(len(hessian))
     order = order.to(weight.device)
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    factor = _inverse_factor(hessian[order][:, order], spec.damping)
     remaining, scale, zero = weight.float()[:, order], scale[:, order], zero[:, order]  # (out, in) each
     out = torch.empty_like(remaining)
     for start in range(0, len(order), COLUMNS):
@@ -91,43 +73,24 @@ def quantize_weights_gptq(
     rows = [
         model.embed_proj(model.embed_tokens(ids[None].to(device)).to(model.compute_dtype)).cpu() for ids in calibration
     ]
-    for layer in tqdm(model.layers, desc="GPTQ", unit="block", leave=False, disable=not progress):
-        assert isinstance(layer, Block)
-        modules = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
-        for stage in STAGES:
-            chosen = [modules[name] for name in stage if name in modules and name in sites]
+    for index, layer in enumerate(tqdm(model.layers, desc="GPTQ", unit="block", leave=False, disable=not progress)):
+        weights = dict(layer.named_parameters())
+        for site in INNER_SITES["a"]:
+            readers = [f"{reader}.weight" for reader in SITES[site].readers if reader.split(".")[-1] in sites]
+            chosen = [weights[name] for name in readers if name in weights]
             if not chosen:
                 continue
-            with _second_moments(chosen[0]) as hessian:
+            hessian = torch.zeros(chosen[0].shape[1], chosen[0].shape[1], device=device)
+            with ExitStack() as stack:
+                add = functools.partial(_add_second_moments, hessian)
+                stack.callback(observe_site(model, f"{layer_name(index)}/{site}", add).remove)
                 run(layer, rows)
-            for module in chosen:
-                weight = module.weight
-                assert isinstance(weight, nn.Parameter)
-                weight.data = gptq(
-                    weight,
-                    hessian,
-                    number_format=spec.number_format("w"),
-                    group_size=spec.w_group_size,
-                    clip_search=spec.w_clip,
-                    act_order=spec.act_order,
-                    damping=spec.damping,
-                )
+            for weight in chosen:
+                weight.data = gptq(weight, hessian, spec)
         rows = run(layer, rows)
 
 
-@contextmanager
-def _second_moments(module: nn.Module) -> Iterator[Tensor]:
-    """Yield X^T X (in, in), fp32, which every call of `module` inside the context adds its input to."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-
-    def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].flatten(0, -2).float()
-        total.addmm_(x.T, x)
-
-    handle = module.register_forward_pre_hook(add)
-    try:
-        yield total
-    finally:
-        handle.remove()
+def _add_second_moments(hessian: Tensor, x: Tensor) -> None:
+    """Add X^T X of the inputs x (..., in) to `hessian` (in, in), fp32."""
+    x = x.flatten(0, -2).float()
+    hessian.addmm_(x.T, x)

@@ -15,6 +15,7 @@ import math
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SYLVESTER = 64  # largest power of two that is one dense factor: two of them make 4096
@@ -47,11 +48,9 @@ def orders(n: int) -> tuple[int, ...]:
     """Return the orders of the factors of n at the least cost: powers of two, Paley's orders, at most one other."""
     assert n >= 1
     hadamard = _products(n)
-    if hadamard is None:  # no product of known Hadamard matrices: Hartley for the odd part
-        even = n & -n
-        return (*_powers_of_two(even), n // even)
-    paley = [order for order in hadamard if order & (order - 1)]
-    return (*_powers_of_two(n // math.prod(paley)), *paley)
+    odd_part = n // (n & -n)  # for Hartley's transform, if n is no product of known orders
+    others = (odd_part,) if hadamard is None else tuple(order for order in hadamard if order > 2)
+    return (*_powers_of_two(n // math.prod(others)), *others)
 
 
 @functools.cache
@@ -68,24 +67,18 @@ def _factor(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def sign_matrix(order: int) -> Tensor:
     """Return (order, order) int64 of +-1 with H H^T = order * I, for a power of two or an order of Paley's."""
+    pair = torch.tensor([[1, 1], [1, -1]])
     if order & (order - 1) == 0:
-        matrix = torch.ones(1, 1, dtype=torch.int64)
-        while len(matrix) < order:
-            matrix = torch.kron(torch.tensor([[1, 1], [1, -1]]), matrix)
+        one = torch.ones(1, 1, dtype=torch.int64)
+        return functools.reduce(torch.kron, [pair] * (order.bit_length() - 1), one)
+    if paley_kind(order) == 1:
+        matrix = F.pad(jacobsthal(order - 1) + torch.eye(order - 1, dtype=torch.int64), (1, 0, 1, 0), value=1)
+        matrix[1:, 0] = -1
         return matrix
-    kind = paley_kind(order)
-    if kind is None:
-        raise ValueError(f"order {order}: neither a power of two nor an order of Paley's constructions")
-    q = order - 1 if kind == 1 else order // 2 - 1
-    core = torch.zeros(q + 1, q + 1, dtype=torch.int64)
-    core[0, 1:] = 1
-    core[1:, 0] = -1 if kind == 1 else 1
-    core[1:, 1:] = jacobsthal(q)
-    if kind == 1:
-        return core + torch.eye(order, dtype=torch.int64)
-    return torch.kron(core, torch.tensor([[1, 1], [1, -1]])) + torch.kron(
-        torch.eye(q + 1, dtype=torch.int64), torch.tensor([[1, -1], [-1, -1]])
-    )
+    core = F.pad(jacobsthal(order // 2 - 1), (1, 0, 1, 0), value=1)
+    core[0, 0] = 0
+    identity = torch.eye(len(core), dtype=torch.int64)
+    return torch.kron(core, pair) + torch.kron(identity, torch.tensor([[1, -1], [-1, -1]]))
 
 
 def paley_kind(order: int) -> int | None:
@@ -93,12 +86,9 @@ def paley_kind(order: int) -> int | None:
 
     For a prime power q: 1 if order = q + 1 and q = 3 mod 4, 2 if order = 2 (q + 1) and q = 1 mod 4.
     """
-    if order >= 4 and order % 4 == 0:
-        if prime_power(order - 1):  # order - 1 is 3 mod 4
-            return 1
-        if (order // 2 - 1) % 4 == 1 and prime_power(order // 2 - 1):
-            return 2
-    return None
+    if order % 4 == 0 and prime_power(order - 1):  # order - 1 is 3 mod 4
+        return 1
+    return 2 if order % 8 == 4 and prime_power(order // 2 - 1) else None
 
 
 def jacobsthal(q: int) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator
 
@@ -15,17 +15,16 @@ from osp.schema import Count, CountOrZero, Int, Positive, Text, build
 if TYPE_CHECKING:
     from osp.quant.formats import NumberFormat
 
-# Where a model can be quantized: names of sites (osp.model.sites) and of the modules of the model.
-WEIGHT_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GATE_SITES = ("attention_gate",)  # one more matrix of blocks that have it
-ACTIVATION_SITES = ("attn_in", "o_proj_in", "mlp_in", "down_proj_in")
-CACHE_SITES = ("k", "v")
-END_WEIGHT_SITES = ("embed_tokens", "lm_head")
-END_ACTIVATION_SITES = ("head_in",)
-SITES = (*WEIGHT_SITES, *GATE_SITES, *ACTIVATION_SITES, *CACHE_SITES, *END_WEIGHT_SITES, *END_ACTIVATION_SITES)
-
 Part = Literal["w", "a", "kv"]  # weights, activations and cache: prefix of their keys
 PARTS: tuple[Part, ...] = ("w", "a", "kv")
+# Where a model can be quantized: sites (osp.model.sites), and for weights the modules of the model.
+INNER_SITES: dict[Part, tuple[str, ...]] = {
+    "w": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "attention_gate"),
+    "a": ("attn_in", "o_proj_in", "mlp_in", "down_proj_in"),
+    "kv": ("k", "v"),
+}
+END_SITES: dict[Part, tuple[str, ...]] = {"w": ("embed_tokens", "lm_head"), "a": ("head_in",), "kv": ()}
+SITES = tuple(site for table in (INNER_SITES, END_SITES) for sites in table.values() for site in sites)
 
 
 def _bits(bits: int) -> int:
@@ -130,10 +129,8 @@ class QuantSpec:
     @property
     def hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of all fields; a format left at None does not count."""
-        values = dataclasses.asdict(self)
-        for part in PARTS:
-            if values[f"{part}_format"] is None:
-                del values[f"{part}_format"]
+        fields = dataclasses.asdict(self).items()
+        values = {key: value for key, value in fields if value is not None or not key.endswith("_format")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def at(self, bits: str) -> "QuantSpec":
@@ -142,66 +139,50 @@ class QuantSpec:
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             raise UserError(f"bits {bits!r}: write weights-activations-cache such as 4-8-16")
         w, a, kv = map(int, parts)
-        return spec_from_dict(dataclasses.asdict(self) | {"w_bits": w, "a_bits": a, "kv_bits": kv})
+        return build(QuantSpec, dataclasses.asdict(self) | {"w_bits": w, "a_bits": a, "kv_bits": kv}, path="quant")
 
     def __str__(self) -> str:
         """Return one line with every setting that has an effect."""
         if self.is_identity:
             return "16-16-16 (not quantized)"
-        parts = [f"{self.bits} {self._method()}"]
+        words = [f"{self.bits} {self._method()}"]
         whole = {"w": "channel", "a": "token", "kv": "head"}
-        more = {
-            "w": " clip" if self.w_clip else "",
-            "a": " (o_proj by head)" if self.o_proj_by_head else "",
-            "kv": " (K Hadamard)" if self.qk_hadamard else "",
-        }
         for part in self.parts:
             number_format, size = self.number_format(part), getattr(self, f"{part}_group_size")
-            if part == "w" and not number_format.has_grid:
-                more[part] = ""
+            notes = {
+                "w": " clip" if self.w_clip and number_format.has_grid else "",
+                "a": " (o_proj by head)" if self.o_proj_by_head else "",
+                "kv": " (K Hadamard)" if self.qk_hadamard else "",
+            }
             groups = f"group {size}" if size else whole[part]
-            parts.append(f"{part.upper()} {number_format.name}/{groups}{more[part]}")
+            words.append(f"{part.upper()} {number_format.name}/{groups}{notes[part]}")
         if self.embedding_and_head and min(self.w_bits, self.a_bits) < 16:
-            parts.append("embedding and head too")
+            words.append("embedding and head too")
         if self.needs_calibration:
-            parts.append(f"calibration {self.calibration} {self.calibration_tokens} tokens")
+            words.append(f"calibration {self.calibration} {self.calibration_tokens} tokens")
         if self.needs_calibration or self.rotation != "none":
-            parts.append(f"seed {self.seed}")
-        return ", ".join(parts)
+            words.append(f"seed {self.seed}")
+        return ", ".join(words)
 
     def _method(self) -> str:
         """Return rounding and rotations: "gptq act-order + quarot + ffn Hadamard"."""
-        rounding = "rtn"
+        words = "rtn"
         if self.method == "gptq" and self.w_bits < 16:
-            rounding = f"gptq{' act-order' if self.act_order else ''} damping {self.damping:g}"
-        rotation = self.rotation
-        if rotation == "spinquant":
-            rotation = f"spinquant {self.rotation_steps} steps lr {self.rotation_lr:g}"
-        methods = [rounding]
-        if rotation != "none":
-            methods.append(rotation)
+            words = f"gptq{' act-order' if self.act_order else ''} damping {self.damping:g}"
+        if self.rotation != "none":
+            words += f" + {self.rotation}"
+        if self.rotation == "spinquant":
+            words += f" {self.rotation_steps} steps lr {self.rotation_lr:g}"
         if self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16:
-            methods.append("ffn Hadamard")
-        return " + ".join(methods)
-
-
-def spec_from_dict(values: dict[str, Any]) -> QuantSpec:
-    """Return the spec of the group `quant` of a configuration, or raise a `UserError` that names the key."""
-    return build(QuantSpec, values, path="quant")
+            words += " + ffn Hadamard"
+        return words
 
 
 def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:
     """Return the sites of a model of this shape that `spec` quantizes."""
-    ends = spec.embedding_and_head
-    sites: list[str] = []
-    if spec.w_bits < 16:
-        gate = GATE_SITES if model.attention.gate else ()
-        sites += (*WEIGHT_SITES, *gate, *(END_WEIGHT_SITES if ends else ()))
-    if spec.a_bits < 16:
-        sites += (*ACTIVATION_SITES, *(END_ACTIVATION_SITES if ends else ()))
-    if spec.kv_bits < 16:
-        sites += CACHE_SITES
-    return frozenset(sites)
+    tables = (INNER_SITES, END_SITES) if spec.embedding_and_head else (INNER_SITES,)
+    sites = frozenset(site for table in tables for part in spec.parts for site in table[part])
+    return sites if model.attention.gate else sites - {"attention_gate"}
 
 
 def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
@@ -213,19 +194,18 @@ def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
         for name, width in ({"the head size": model.head_size} if part == "kv" else widths).items():
             if size is not None and width % size:
                 raise UserError(f"quant.{part}_group_size={size} does not divide {name}={width}")
-    if spec.rotation != "none" and not spec.is_identity:
-        from osp.model.build_norms import final_norm_name  # a spec is checked without torch until here
-        from osp.model.norms import NORMS
+    if spec.rotation == "none" or spec.is_identity:
+        return
+    from osp.model.build_norms import final_norm_name  # a spec is checked without torch until here
+    from osp.model.norms import NORMS
 
-        for name in (model.norm.name, final_norm_name(model.norm)):
-            if NORMS[name].not_rmsnorm is not None:
-                rotatable = [name for name, norm in NORMS.items() if norm.not_rmsnorm is None]
-                raise UserError(
-                    f"quant.rotation={spec.rotation}: a rotation does not pass through the norm {name}, only through "
-                    f"{' and '.join(rotatable)}; set quant.rotation=none"
-                )
-        if model.norm.placement == "peri" and not NORMS[model.norm.name].one_gain and model.norm.affine is not False:
-            raise UserError(
-                f"quant.rotation={spec.rotation}: a rotation does not pass through the gains of norms after a sublayer "
-                "(norm.placement=peri), which no next matrix can take in; set quant.rotation=none"
-            )
+    refusal = f"quant.rotation={spec.rotation}: a rotation does not pass through the"
+    for name in (model.norm.name, final_norm_name(model.norm)):
+        if NORMS[name].not_rmsnorm is not None:
+            rotatable = " and ".join(name for name, norm in NORMS.items() if norm.not_rmsnorm is None)
+            raise UserError(f"{refusal} norm {name}, only through {rotatable}; set quant.rotation=none")
+    if model.norm.placement == "peri" and not NORMS[model.norm.name].one_gain and model.norm.affine is not False:
+        raise UserError(
+            f"{refusal} gains of norms after a sublayer (norm.placement=peri), which no next matrix can take in; "
+            "set quant.rotation=none"
+        )

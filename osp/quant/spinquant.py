@@ -6,7 +6,8 @@ A = G R^T - R G^T is the direction, and R' = (I + a/2 A)^-1 (I - a/2 A) R is ort
 through every rounding, and scales count as constants.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,15 +23,15 @@ TOKENS_AT_ONCE = 4096  # tokens of one backward pass
 
 
 class StraightThrough(torch.autograd.Function):
-    """Return the rounded x in the forward pass, the gradient of x in the backward pass."""
+    """Return quantize(x) in the forward pass; the gradient passes through as if it were x."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
+    def forward(ctx: object, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return quantize(x)
 
     @staticmethod
-    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
+    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+        return None, grad_outputs[0]
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, *, lr: float) -> Tensor:
@@ -46,35 +47,33 @@ def cayley_step(rotation: Tensor, gradient: Tensor, *, lr: float) -> Tensor:
     return torch.linalg.solve(identity + half, (identity - half) @ rotation)
 
 
+@torch.enable_grad()
 def learn_rotations(
     model: Transformer,
     spec: QuantSpec,
-    start: tuple[Tensor, Sequence[Tensor]],
+    rotations: list[Tensor],
     calibration: Tensor,
     *,
     sites: frozenset[str],
     progress: bool = False,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return (R1, [R2 of each layer]) after `spec.rotation_steps` steps from `start`, float64 on the model's device.
+) -> list[Tensor]:
+    """Return R1 and every R2 after `spec.rotation_steps` steps from `rotations`, float64 on the model's device.
 
     The model is prepared for rotation and its activations are quantized by hooks. Weights are rounded without clip
     search, which would cost more than the step, and not at all before GPTQ, which corrects their rounding itself
     (SpinQuant, section 4). calibration: (N, T) token ids.
     """
     device = model.embed_tokens.weight.device
-    rotations = [rotation.to(device) for rotation in (start[0], *start[1])]
+    rotations = [rotation.to(device) for rotation in rotations]
     rounded = sites if spec.method == "rtn" else frozenset()
     num_rows = min(len(calibration), -(-TOKENS_PER_STEP // calibration.shape[1]))
-    with torch.enable_grad():
-        steps = range(spec.rotation_steps)
-        for step in tqdm(steps, desc="learning rotations", unit="step", leave=False, disable=not progress):
-            rows = calibration[torch.arange(step * num_rows, (step + 1) * num_rows) % len(calibration)].to(device)
-            gradients = _gradients(model, spec, [rotation.float() for rotation in rotations], rows, rounded)
-            lr = spec.rotation_lr * (1 - step / spec.rotation_steps)
-            rotations = [
-                cayley_step(rotation, gradient, lr=lr) for rotation, gradient in zip(rotations, gradients, strict=True)
-            ]
-    return rotations[0], rotations[1:]
+    steps = range(spec.rotation_steps)
+    for step in tqdm(steps, desc="learning rotations", unit="step", leave=False, disable=not progress):
+        rows = calibration[torch.arange(step * num_rows, (step + 1) * num_rows) % len(calibration)].to(device)
+        gradients = _gradients(model, spec, [rotation.float() for rotation in rotations], rows, rounded)
+        lr = spec.rotation_lr * (1 - step / spec.rotation_steps)
+        rotations = [cayley_step(old, gradient, lr=lr) for old, gradient in zip(rotations, gradients, strict=True)]
+    return rotations
 
 
 def _gradients(
@@ -82,11 +81,11 @@ def _gradients(
 ) -> list[Tensor]:
     """Return the gradients by each rotation of the mean cross-entropy of the next tokens of `rows` (N, T)."""
     rotations = [rotation.requires_grad_() for rotation in rotations]
-    weights = rotated_weights(model, rotations[0], rotations[1:])
+    weights = rotated_weights(model, rotations)
     for name, weight in weights.items():
         if name.endswith(".weight") and name.split(".")[-2] in rounded:
-            nearest = spec.number_format("w").round(weight.detach(), group_size=spec.w_group_size)
-            weights[name] = StraightThrough.apply(weight, nearest)
+            quantize = functools.partial(spec.number_format("w").round, group_size=spec.w_group_size)
+            weights[name] = StraightThrough.apply(quantize, weight)
     # first the gradients of the weights, part by part, then once the gradients of the rotations
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     totals = [torch.zeros_like(leaf) for leaf in leaves.values()]

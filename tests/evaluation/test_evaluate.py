@@ -33,8 +33,9 @@ from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import encode, read_text
 from osp.model.transformer import build_model
 from osp.quant.apply import quantized
-from osp.quant.spec import ACTIVATION_SITES, CACHE_SITES, WEIGHT_SITES, QuantSpec, spec_from_dict
+from osp.quant.spec import INNER_SITES, QuantSpec
 from osp.run.evaluations import Score, SiteAblation, SiteCost, read_evaluation, read_evaluations
+from osp.schema import build
 from tests.conftest import ROOT, made_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -93,7 +94,7 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
     asked = dataclasses.replace(config, quant=FOUR, ablate=True, max_tokens=64)
     ablation = evaluate(llama, asked).ablation
     assert ablation is not None
-    names = [*WEIGHT_SITES, *ACTIVATION_SITES, *CACHE_SITES]
+    names = [site for sites in INNER_SITES.values() for site in sites if site != "attention_gate"]
     assert [cost.site for cost in ablation.sites] == names
     assert ablation.unquantized == perplexity(llama.model, text, seq_len=32, max_tokens=64).perplexity
     assert ablation.quantized == at(names)
@@ -332,7 +333,7 @@ def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: 
     )
     assert two.returncode == 0, two.stderr
     torch.set_num_threads(1)
-    strict = spec_from_dict(yaml.safe_load((ROOT / "configs" / "quant" / "strict.yaml").read_text()))
+    strict = build(QuantSpec, yaml.safe_load((ROOT / "configs" / "quant" / "strict.yaml").read_text()))
     subject = open_model(llama_folder)
     config = EvaluateConfig(texts=(str(text_file),), seq_len=32, quant=strict, progress=False)
     assert two.stdout == results_table(evaluate(subject, config)) + "\n"

@@ -13,7 +13,6 @@ from osp.model.norms import Norm
 from osp.model.sites import SITES, SUBLAYER_WRITERS, observe_site, replace_site, site_names, split_site
 from osp.model.transformer import Linear, Transformer, build_model
 from osp.quant import spec
-from osp.quant.gptq import STAGES
 from osp.run import metrics
 
 EVERYTHING = ModelConfig(
@@ -58,9 +57,8 @@ def test_documentation_lists_the_sites_of_the_map() -> None:
 
 def test_quantizer_and_panels_name_the_sites_of_the_map() -> None:
     assert set(spec.SITES) <= {*SITES, *last_names(READERS), "embed_tokens", "lm_head"}
-    assert {*spec.WEIGHT_SITES, *spec.GATE_SITES} == set(last_names(READERS))
-    assert tuple(name for name, site in SITES.items() if site.in_block and site.readers) == spec.ACTIVATION_SITES
-    assert tuple(last_names(site.readers) for site in SITES.values() if site.in_block and site.readers) == STAGES
+    assert set(spec.INNER_SITES["w"]) == set(last_names(READERS))
+    assert tuple(name for name, site in SITES.items() if site.in_block and site.readers) == spec.INNER_SITES["a"]
     assert set(metrics.SITE_TITLES) < set(SITES)
 
 

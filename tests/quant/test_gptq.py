@@ -1,6 +1,7 @@
 """GPTQ against optimal brain quantization written down, and against round-to-nearest on its objective."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor
 
 from osp.model.transformer import Linear, Transformer
-from osp.quant.formats import AsymmetricInteger, SymmetricInteger
 from osp.quant.gptq import gptq, quantize_weights_gptq
-from osp.quant.spec import WEIGHT_SITES, QuantSpec
+from osp.quant.spec import INNER_SITES, QuantSpec
 from tests.quant.integers import round_weight
 from tests.quant.quant_oracle import naive_levels, outlier_model, some_tokens
+
+
+def gptq_spec(bits: int, **options: Any) -> QuantSpec:
+    return QuantSpec(w_bits=bits, method="gptq", **options)
 
 
 def correlated(rows: int, channels: int, *, seed: int = 0) -> Tensor:
@@ -64,9 +68,8 @@ def test_integers_match_optimal_brain_surgery(
 ) -> None:
     monkeypatch.setattr("osp.quant.gptq.COLUMNS", 7)  # blocks that divide neither channels nor groups
     weight, hessian = weight_and_hessian(5, 24)
-    number_format = (SymmetricInteger if symmetric else AsymmetricInteger)(4)
-    options = {"group_size": group_size, "clip_search": clip, "act_order": act_order}
-    got = gptq(weight, hessian, number_format=number_format, **options)
+    spec = gptq_spec(4, w_symmetric=symmetric, w_group_size=group_size, w_clip=clip, act_order=act_order)
+    got = gptq(weight, hessian, spec)
     expected = naive_gptq(weight.double().numpy(), hessian.double().numpy(), 4, group_size, symmetric, clip, act_order)
     for row, values, levels in zip(weight.tolist(), got.tolist(), expected, strict=True):
         for c in range(0, 24, group_size):
@@ -80,12 +83,10 @@ def test_identity_hessian_is_round_to_nearest_bit_for_bit(clip: bool, act_order:
     weight, _ = weight_and_hessian(6, 300)
     for symmetric in (True, False):
         for group_size in (None, 20):
-            options = {"group_size": group_size, "clip_search": clip}
-            number_format = (SymmetricInteger if symmetric else AsymmetricInteger)(3)
+            spec = gptq_spec(3, w_symmetric=symmetric, w_group_size=group_size, w_clip=clip, act_order=act_order)
+            nearest = round_weight(weight, bits=3, group_size=group_size, symmetric=symmetric, clip_search=clip)
             for scale in (1.0, 37.0):
-                hessian = scale * torch.eye(300)
-                got = gptq(weight, hessian, number_format=number_format, act_order=act_order, **options)
-                assert torch.equal(got, number_format.round(weight, **options))
+                assert torch.equal(gptq(weight, scale * torch.eye(300), spec), nearest)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -94,16 +95,14 @@ def test_beats_round_to_nearest_beyond_one_block_of_columns(seed: int, act_order
     weight, hessian = weight_and_hessian(16, 300, seed=seed)
     for bits in (3, 4, 8):
         nearest = objective(weight, round_weight(weight, bits=bits), hessian)
-        assert (
-            objective(weight, gptq(weight, hessian, number_format=SymmetricInteger(bits), act_order=act_order), hessian)
-            < (0.7 if act_order else 0.95) * nearest
-        )
+        rounded = gptq(weight, hessian, gptq_spec(bits, w_clip=False, act_order=act_order))
+        assert objective(weight, rounded, hessian) < (0.7 if act_order else 0.95) * nearest
 
 
 def test_a_channel_that_never_fires_is_rounded_to_nearest() -> None:
     weight, hessian = weight_and_hessian(4, 24)
     hessian[5] = hessian[:, 5] = 0.0
-    got = gptq(weight, hessian, number_format=SymmetricInteger(4))
+    got = gptq(weight, hessian, gptq_spec(4, w_clip=False))
     assert torch.equal(got[:, 5], round_weight(weight, bits=4)[:, 5])
     assert got.isfinite().all()
 
@@ -113,7 +112,7 @@ def test_beats_round_to_nearest_on_every_matrix_of_a_model() -> None:
     """On the inputs that each matrix sees in the model before it, quantized."""
     model, rows = outlier_model(), some_tokens(24, 16)
     before = {name: m.weight.data for name, m in linears(model).items()}
-    quantize_weights_gptq(model, QuantSpec(w_bits=4), rows, sites=WEIGHT_SITES)
+    quantize_weights_gptq(model, QuantSpec(w_bits=4), rows, sites=INNER_SITES["w"])
     inputs = seen_inputs(model, rows)
     assert len(inputs) == 14
     for name, x in inputs.items():

@@ -16,7 +16,8 @@ from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
 from osp.quant.apply import propagated_error, quantized
 from osp.quant.formats import FORMATS, NumberFormat
-from osp.quant.spec import QuantSpec, check_spec, spec_from_dict
+from osp.quant.spec import QuantSpec, check_spec
+from osp.schema import build
 from tests.conftest import made_text
 
 
@@ -60,7 +61,7 @@ SPEC = {"w_bits": 4, "a_bits": 5, "kv_bits": 3, "w_format": NAME, "a_format": NA
 @pytest.fixture
 def config(tmp_path: Path) -> EvaluateConfig:
     (tmp_path / "text.txt").write_text("".join(made_text(2)))
-    spec = spec_from_dict(SPEC)
+    spec = build(QuantSpec, SPEC)
     return EvaluateConfig(texts=(str(tmp_path / "text.txt"),), seq_len=32, max_tokens=128, quant=spec, progress=False)
 
 
@@ -75,7 +76,7 @@ def test_weights_activations_and_cache_are_rounded_to_it(llama: LanguageModel) -
         handles.append(handle)
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    with quantized(llama.model, spec_from_dict(SPEC)):
+    with quantized(llama.model, build(QuantSpec, SPEC)):
         see("layers.0.mlp.down_proj", 0)  # hooks run in the order of their registration
         see("layers.1.self_attn.attend", 2)
         llama.model(torch.arange(20)[None])
@@ -109,15 +110,15 @@ def test_propagated_error_falls_with_its_bits(llama: LanguageModel) -> None:
     ids = torch.arange(60).view(2, 30)
     errors = []
     for bits in ("3-16-16", "5-16-16"):
-        spec = spec_from_dict({"w_format": NAME}).at(bits)
-        errors.append(propagated_error(llama.model, spec, ids).last)
+        spec = build(QuantSpec, {"w_format": NAME}).at(bits)
+        errors.append(propagated_error(llama.model, spec, ids)[-1])
     assert errors[0] > errors[1] > 0
 
 
 def test_it_works_with_rotations_and_groups(llama: LanguageModel) -> None:
     ids = torch.arange(30)[None]
     for changes in ({"rotation": "quarot"}, {"ffn_hadamard": True}, {"w_group_size": 4, "a_group_size": 4}):
-        with quantized(llama.model, spec_from_dict({**SPEC, **changes})), torch.no_grad():
+        with quantized(llama.model, build(QuantSpec, {**SPEC, **changes})), torch.no_grad():
             assert llama.model(ids).logits.isfinite().all()
 
 
@@ -131,7 +132,7 @@ def test_prescribed_blocks_are_checked_against_the_model(llama: LanguageModel) -
 def test_it_is_not_looked_at_where_16_bits_leave_a_tensor_as_it_is(llama: LanguageModel) -> None:
     """It has at most 5 bits, so that it does not exist at 16."""
     for bits in ("16-16-16", "4-16-16", "16-4-16", "16-16-4"):
-        spec = spec_from_dict({"w_format": NAME, "a_format": NAME, "kv_format": NAME}).at(bits)
+        spec = build(QuantSpec, {"w_format": NAME, "a_format": NAME, "kv_format": NAME}).at(bits)
         check_spec(spec, llama.model.config)
         assert str(spec).count(NAME) == bits.count("4")
         with quantized(llama.model, spec), torch.no_grad():
@@ -153,5 +154,5 @@ def test_it_is_not_looked_at_where_16_bits_leave_a_tensor_as_it_is(llama: Langua
 )
 def test_what_it_cannot_do_is_refused_with_a_reason(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        spec_from_dict(values)
+        build(QuantSpec, values, path="quant")
     assert not re.search("\n", str(caught.value))

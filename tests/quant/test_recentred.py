@@ -70,7 +70,7 @@ def test_rotations_take_the_biases_along() -> None:
     expected = logits(model, ids)
     fold_norm_gains(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    fuse_rotations(model, *random_rotations(model, seed=0))
+    fuse_rotations(model, random_rotations(model, seed=0))
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-10)
     changed = {
         name.split(".", 2)[-1]

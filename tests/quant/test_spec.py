@@ -9,18 +9,19 @@ import yaml
 
 from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
-from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec, spec_from_dict
+from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
+from osp.schema import build
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs/quant").glob("*.yaml"))
 
 
 def preset(name: str) -> QuantSpec:
-    return spec_from_dict(next(yaml.safe_load(path.read_text()) for path in PRESETS if path.stem == name))
+    return build(QuantSpec, next(yaml.safe_load(path.read_text()) for path in PRESETS if path.stem == name))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_builds_and_fits_the_models(path: Path) -> None:
-    spec = spec_from_dict(yaml.safe_load(path.read_text()))
+    spec = build(QuantSpec, yaml.safe_load(path.read_text()))
     for model in (PRESETS[0].parents[1] / "model").glob("*.yaml"):
         check_spec(spec, ModelConfig(**yaml.safe_load(model.read_text())))
     assert spec.is_identity == (path.stem == "none")
@@ -66,7 +67,7 @@ def test_presets_set_what_their_names_say() -> None:
 )
 def test_mistake_is_one_line(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        spec_from_dict(values)
+        build(QuantSpec, values, path="quant")
     assert "\n" not in str(caught.value)
 
 
