@@ -6,6 +6,7 @@ Lengths of a schedule are written `100` (steps), `5e9 tokens` or `20%` (of the r
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
@@ -54,25 +55,10 @@ Site = Literal[
 ]
 AlertSite = Literal["all", Site]
 Statistic = Literal[
-    "kurtosis",
-    "kurtosis_pooled",
-    "kurtosis_channel",
-    "max_abs",
-    "max_over_median",
-    "rms",
-    "top_channel_share",
-    "top_token_share",
-    "massive_count",
-    "few_channels",
-    "few_tokens",
-    "osp_script",
-    "R_L",
-    "attn_logit_max",
-    "attn_sink",
-    "gain_max",
-    "weight_row_max",
-    "var_error",
-]
+    "kurtosis", "kurtosis_pooled", "kurtosis_channel", "max_abs", "max_over_median", "rms",
+    "top_channel_share", "top_token_share", "massive_count", "few_channels", "few_tokens",
+    "osp_script", "R_L", "attn_logit_max", "attn_sink", "gain_max", "weight_row_max", "var_error",
+]  # fmt: skip
 
 EVALUATIONS = "evaluation"  # folder inside a run: records of evaluations
 COMPARISONS = "compare"  # folder inside EVALUATIONS: rows of comparisons
@@ -273,26 +259,25 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One source of a mixture. Fields mean the same as in `DataConfig`."""
+class TextConfig:
+    """A source of text."""
 
-    source: str = "text"
-    paths: tuple[FilePath, ...] = ()
-    text_field: Text = "text"
-    dataset: FilePath | None = None
-    subset: Text | None = None
-    split: Text = "train"
-    weight: Positive = 1.0  # share of the tokens = weight / sum of weights
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    source: str = "python_stdlib"  # a key of osp.data.sources.SOURCES; none: a converted model without its data
+    source: str = "text"  # a key of osp.data.sources.SOURCES; none: a converted model without its data
     paths: tuple[FilePath, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
     text_field: Text = "text"  # text, hf: the field of a record that holds the document
     dataset: FilePath | None = None  # hf: name of the data set
     subset: Text | None = None  # hf: its configuration
     split: Text = "train"  # hf
+
+
+@dataclass(frozen=True)
+class SourceConfig(TextConfig):
+    weight: Positive = 1.0  # share of the tokens = weight / sum of weights
+
+
+@dataclass(frozen=True)
+class DataConfig(TextConfig):
+    source: str = "python_stdlib"
     mixture: tuple[SourceConfig, ...] = ()  # mixture: sources with their weights
     max_tokens: Count | None = None  # stop preparing after this many training tokens; None: use the whole source
     val_fraction: Share = 0.01  # share of documents in the validation split, chosen by a hash of their text
@@ -365,19 +350,9 @@ class MonitorConfig:
     tokens: Annotated[Int, Field(ge=2, le=2**24)] = 2048  # validation tokens per probe, over all ranks
     sites: tuple[Site, ...] | Literal["all"] = ("embed_out", "attn_in", "down_proj_in", "block_out", "final_norm_out")
     statistics: tuple[Statistic, ...] | Literal["all"] = (
-        "kurtosis",
-        "kurtosis_pooled",
-        "max_abs",
-        "max_over_median",
-        "rms",
-        "top_channel_share",
-        "top_token_share",
-        "osp_script",
-        "R_L",
-        "attn_logit_max",
-        "gain_max",
-        "var_error",
-    )
+        "kurtosis", "kurtosis_pooled", "max_abs", "max_over_median", "rms", "top_channel_share", "top_token_share",
+        "osp_script", "R_L", "attn_logit_max", "gain_max", "var_error",
+    )  # fmt: skip
     # Rules by statistic and site; the rule of a site replaces the rule of `all`.
     alerts: dict[Statistic, dict[AlertSite, AlertConfig]] = field(default_factory=_default_alerts)
 
@@ -438,14 +413,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return plain containers, ready for YAML or JSON: the inverse of `from_dict`."""
-    values = _tuples_to_lists(dataclasses.asdict(config))
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # lists instead of tuples
     return values | {key: values["model"].pop(key) for key in AT_TOP}
-
-
-def _tuples_to_lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples_to_lists(inner) for key, inner in value.items()}
-    return [_tuples_to_lists(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -465,22 +434,13 @@ def unknown_key(path: str, tree: Any = None) -> str:
     for key in path.split("."):
         if not isinstance(tree, dict) or key not in tree:
             return unknown(known, key, tree if isinstance(tree, dict) else [])
-        known = join(known, key)
-        tree = tree[key]
+        known, tree = join(known, key), tree[key]
     return f"{path} cannot be overridden like this"
 
 
 def check(config: Config) -> None:
     """Raise `UserError` if keys contradict each other."""
-    check_sequence_lengths(config.train, config.model, config.data)
-    check_model(config.model)
-    check_tokenizer(config.tokenizer, config.model)
-    check_skip_steps(config.data)
-    check_live_quantization(config)
-
-
-def check_sequence_lengths(train: TrainConfig, model: ModelConfig, data: DataConfig) -> None:
-    """Raise `UserError` for a run without an end, or for sequences that do not fit a step, the model or a shard."""
+    train, model, data, tokenizer = config.train, config.model, config.data, config.tokenizer
     if train.steps is None and train.tokens is None and train.minutes is None:
         raise UserError("the run has no length; set train.steps, train.tokens or train.minutes")
     if train.tokens_per_step % train.seq_len:
@@ -499,6 +459,31 @@ def check_sequence_lengths(train: TrainConfig, model: ModelConfig, data: DataCon
                 f"{key}={value} is too small for one sequence of train.seq_len={train.seq_len} plus 1 tokens; "
                 f"set {key}={train.seq_len + 1} or more, or a smaller train.seq_len"
             )
+    check_model(model)
+    if tokenizer.train and tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
+            f"set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    if not tokenizer.train and (tokenizer.path is None) == (tokenizer.hub is None):
+        raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
+    if tokenizer.train and (tokenizer.path or tokenizer.hub):
+        raise UserError("tokenizer.path or tokenizer.hub is set but tokenizer.train=true; set tokenizer.train=false")
+    past = 0
+    for first, last in sorted(data.skip_steps):
+        if not past < first <= last:
+            raise UserError(
+                f"data.skip_steps={[list(pair) for pair in data.skip_steps]}: write [[first, last], ...] with steps "
+                "from 1, first <= last, and no step twice"
+            )
+        past = last
+    if config.eval.quant.every and config.engine.zero_stage == 3:
+        raise UserError(
+            f"eval.quant.every={config.eval.quant.every} does not work with engine.zero_stage=3, which partitions "
+            "the weights; set engine.zero_stage=2, or eval.quant.every=0 and evaluate checkpoints later"
+        )
+    if config.eval.quant.every and train.seq_len < 2:
+        raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -515,69 +500,27 @@ def check_model(model: ModelConfig) -> None:
             f"model.num_attention_heads={model.num_attention_heads} is not divisible by "
             f"model.num_key_value_heads={model.num_key_value_heads}"
         )
-    scaling = model.rope_scaling
+    scaling, norm = model.rope_scaling, model.norm
     if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UserError(
             f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
             f"high_freq_factor={scaling.high_freq_factor}"
         )
-    if model.norm.placement == "peri" and model.norm.name == "bhyt":
+    if norm.placement == "peri" and norm.name == "bhyt":
         raise UserError(
             "norm.placement=peri with norm=bhyt: the variance approximation covers the output of attention, not a "
             "norm of it; take norm.name=bhyt_star, which measures the variance"
         )
-    if beyond := [layer for layer in model.norm.exact_layers or () if layer > model.num_hidden_layers]:
+    if beyond := [layer for layer in norm.exact_layers or () if layer > model.num_hidden_layers]:
         raise UserError(
             f"norm.exact_layers names layer {beyond[0]}, and model.num_hidden_layers={model.num_hidden_layers}; "
             "layers count from 1"
         )
-    if model.recentre:
-        _check_recentre(model)
-
-
-def _check_recentre(model: ModelConfig) -> None:
-    """Raise `UserError` if the norms make a zero-mean residual stream impossible or useless."""
-    names = {model.norm.name, model.norm.final or model.norm.name}
-    if names != {"rmsnorm"}:
+    names = {norm.name, norm.final or norm.name}
+    if model.recentre and names != {"rmsnorm"}:
         raise UserError(
             f"recentre=true with norm={' and norm.final='.join(sorted(names))}: a zero mean makes RMSNorm equal to "
             "LayerNorm and is useless for other norms; take norm=rmsnorm or recentre=false"
         )
-    if model.norm.placement == "peri":
+    if model.recentre and norm.placement == "peri":
         raise UserError("recentre=true with norm.placement=peri: a norm after a sublayer makes its mean other than 0")
-
-
-def check_tokenizer(tokenizer: TokenizerConfig, model: ModelConfig) -> None:
-    """Raise `UserError` unless there is exactly one tokenizer and it fits the model's vocabulary."""
-    if tokenizer.train and tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-    if not tokenizer.train and (tokenizer.path is None) == (tokenizer.hub is None):
-        raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
-    if tokenizer.train and (tokenizer.path or tokenizer.hub):
-        raise UserError("tokenizer.path or tokenizer.hub is set but tokenizer.train=true; set tokenizer.train=false")
-
-
-def check_skip_steps(data: DataConfig) -> None:
-    """Raise `UserError` for empty or overlapping ranges of steps."""
-    past = 0
-    for first, last in sorted(data.skip_steps):
-        if not past < first <= last:
-            raise UserError(
-                f"data.skip_steps={[list(pair) for pair in data.skip_steps]}: write [[first, last], ...] with steps "
-                "from 1, first <= last, and no step twice"
-            )
-        past = last
-
-
-def check_live_quantization(config: Config) -> None:
-    """Raise `UserError` if fake quantization during training cannot replace whole weights or predict a token."""
-    if config.eval.quant.every and config.engine.zero_stage == 3:
-        raise UserError(
-            f"eval.quant.every={config.eval.quant.every} does not work with engine.zero_stage=3, which partitions "
-            "the weights; set engine.zero_stage=2, or eval.quant.every=0 and evaluate checkpoints later"
-        )
-    if config.eval.quant.every and config.train.seq_len < 2:
-        raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")

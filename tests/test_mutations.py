@@ -17,7 +17,7 @@ from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import flops_per_token, meta_model
 from osp.optim.groups import groups_of
-from osp.train.engine import deepspeed_config
+from osp.train.engine import zero_settings
 from osp.train.resolve import resolve
 from tests.conftest import ROOT
 
@@ -96,17 +96,7 @@ def build_shapes(config: Config, *, world_size: int = 2) -> None:
         factor = resolved.build_schedule()
         assert all(0 <= factor(step) <= 1 for step in {0, config.train.steps // 2, config.train.steps - 1})
     flops_per_token(config.model, config.train.seq_len)
-    json.dumps(
-        deepspeed_config(
-            zero_stage=config.engine.zero_stage,
-            micro_batch_size=resolved.micro_batch_size,
-            gradient_accumulation_steps=resolved.gradient_accumulation_steps,
-            grad_clip=config.train.grad_clip,
-            world_size=world_size,
-            num_parameters=1,
-            device=CPU,
-        )
-    )
+    json.dumps(zero_settings(config.engine.zero_stage, world_size=world_size, num_parameters=1, device=CPU))
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 

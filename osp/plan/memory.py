@@ -18,7 +18,7 @@ from osp.model.transformer import Block, CausalAttention, Transformer
 from osp.optim.rules import FP32, Group
 from osp.optim.zero import MatrixBatch, flat_size, rank_intervals
 from osp.plan.config import PlanConfig
-from osp.train.engine import deepspeed_config
+from osp.train.engine import zero_settings
 
 # DeepSpeed's stage3_param_persistence_threshold, _max_live_parameters and _prefetch_bucket_size, in elements
 PERSISTENT, LIVE, PREFETCHED = 100_000, 10**9, 50_000_000
@@ -41,9 +41,7 @@ def rank_memory(
     flats = [flat_size(sizes, **layout) for sizes in numels]
     every = [numel for sizes in numels for numel in sizes]
     flat, total = sum(flats), sum(every)
-    common = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "grad_clip": 0.0, "device": torch.device("cuda")}
-    derived = deepspeed_config(zero_stage=stage, world_size=world_size, num_parameters=total, **common)
-    settings: dict[str, Any] = derived["zero_optimization"]
+    settings = zero_settings(stage, world_size=world_size, num_parameters=total, device=torch.device("cuda"))
     bucket = settings["reduce_bucket_size"]
     # the collective works on a copy; a parameter larger than the bucket is sent alone
     buffers = bucket * (2 if settings["overlap_comm"] and stage < 3 else 1) + max(bucket, *every)

@@ -7,7 +7,7 @@ casts weights to its compute dtype at each matmul. DeepSpeed is imported late: i
 import itertools
 import logging
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -31,35 +31,17 @@ def reduces_to_owners(world_size: int) -> bool:
     return world_size <= 8
 
 
-def deepspeed_config(
-    *,
-    zero_stage: int,
-    micro_batch_size: int,
-    gradient_accumulation_steps: int,
-    grad_clip: float,
-    world_size: int,
-    num_parameters: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Return the DeepSpeed JSON, without precision (fp32 throughout), optimizer and scheduler, which are ours."""
+def zero_settings(stage: int, *, world_size: int, num_parameters: int, device: torch.device) -> dict[str, Any]:
+    """Return the table `zero_optimization` of DeepSpeed's configuration."""
     return {
-        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "gradient_clipping": grad_clip,  # of the raw gradient: DeepSpeed clips before it calls our optimizer
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "reduce_bucket_size": min(_BUCKET, max(num_parameters, 1)),
-            # DeepSpeed cuts a group into sub-groups of this size, which would split matrices among flat tensors
-            "sub_group_size": 2**60,
-            # a separate stream for the reduction pays only where ranks exchange gradients
-            "overlap_comm": device.type == "cuda" and world_size > 1 and zero_stage > 1,
-            "contiguous_gradients": True,
-            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world_size),
-        },
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
+        "stage": stage,
+        "reduce_bucket_size": min(_BUCKET, max(num_parameters, 1)),
+        # DeepSpeed cuts a group into sub-groups of this size, which would split matrices among flat tensors
+        "sub_group_size": 2**60,
+        # a separate stream for the reduction pays only where ranks exchange gradients
+        "overlap_comm": device.type == "cuda" and world_size > 1 and stage > 1,
+        "contiguous_gradients": True,
+        "use_multi_rank_bucket_allreduce": not reduces_to_owners(world_size),
     }
 
 
@@ -70,8 +52,7 @@ class Engine:
 
         for micro_batch in micro_batches:  # gradient_accumulation_steps of them
             engine.backward(engine(micro_batch) / global_tokens)
-        engine.set_step(number, factor)
-        engine.step()
+        engine.step(number, factor)
     """
 
     def __init__(
@@ -88,33 +69,30 @@ class Engine:
         """Collective. `init_distributed` must have run."""
         import deepspeed
 
-        parameters = list(model.named_parameters(remove_duplicate=False))
-        assert all(p.dtype == torch.float32 for _, p in parameters), (
-            "parameters are fp32; the model casts at the matmul"
-        )
+        parameters = [p for _, p in model.named_parameters(remove_duplicate=False)]
+        assert all(p.dtype == torch.float32 for p in parameters), "parameters are fp32; the model casts at the matmul"
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.groups = groups_of(model, config)
         self.optimizer = PartitionedOptimizer(self.groups)
-        settings = deepspeed_config(
-            zero_stage=zero_stage,
-            micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            grad_clip=grad_clip,
-            world_size=self.world_size,
-            num_parameters=sum(p.numel() for _, p in parameters),
-            device=device,
-        )
         self._stage, self._micro_step = zero_stage, 0
+        num_parameters = sum(p.numel() for p in parameters)
+        # fp32 throughout; optimizer and learning rate are ours
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "gradient_clipping": grad_clip,  # of the raw gradient: DeepSpeed clips before it calls our optimizer
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": zero_settings(
+                zero_stage, world_size=self.world_size, num_parameters=num_parameters, device=device
+            ),
+        }
         logger = deepspeed.utils.logger
         logger.setLevel(logging.ERROR)  # DeepSpeed warns that it does not know our optimizer
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
-            model=cast(nn.Module, model),
-            optimizer=self.optimizer,
-            config=settings,
-            dist_init_required=False,
+            model=cast(nn.Module, model), optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         logger.setLevel(logging.WARNING)
         self.module: nn.Module = self._engine.module  # below ZeRO-3 it can be called directly, e.g. for evaluation
@@ -137,14 +115,14 @@ class Engine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
         self._micro_step += 1
 
-    def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
-        """Prepare step `number`, from 1, at `factor` times the peak learning rate; `record` for the statistics."""
-        self.optimizer.set_step(number, factor, record=record)
+    def step(self, number: int, factor: float, *, record: bool = False) -> bool:
+        """Clip and update: step `number`, from 1, at `factor` times the peak learning rate. `record` its statistics.
 
-    def step(self) -> bool:
-        """Clip and update. Return False, with every weight unchanged, if the gradient is not finite."""
+        Returns False, with every weight unchanged, if the gradient is not finite.
+        """
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
         self._micro_step = 0
+        self.optimizer.set_step(number, factor, record=record)
         self._engine.step()
         return self._engine.was_step_applied()
 
@@ -160,7 +138,7 @@ class Engine:
         indices, pieces = [], []
         for index, intervals in enumerate(self.optimizer.intervals()):
             # ZeRO holds this rank's part of a group as a list of consecutive tensors with padding in between
-            gradients = list(self._zero.averaged_gradients[index])
+            gradients = self._zero.averaged_gradients[index]
             offsets = [0, *itertools.accumulate(g.numel() for g in gradients)]
             at = dict(zip(offsets, gradients, strict=False))
             for name, interval in intervals:
@@ -194,22 +172,13 @@ class Engine:
         zero = torch.zeros((), device=self.device)
         # a rank may hold nothing of a role, but all ranks must reduce the same vector
         squares = torch.stack([updates.get(role, zero) for role in numels] + [parameters[role] for role in numels])
-        sums = add_up(squares.double()).tolist()
-        update_sums, parameter_sums = sums[: len(numels)], sums[len(numels) :]
-        return {
-            **{f"lr/{role}": rate for role, rate in rates.items()},
-            **{f"update_rms/{r}": (s / numels[r]) ** 0.5 for r, s in zip(numels, update_sums, strict=True)},
-            **{f"param_norm/{r}": s**0.5 for r, s in zip(numels, parameter_sums, strict=True)},
-            "param_norm": sum(parameter_sums) ** 0.5,
-        }
-
-    def local_state(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
-        """Yield (name, start, stop, {"weight": ..., optimizer states...}) of this rank's share.
-
-        The values are 1-D fp32 views of [start, stop) of the flattened parameter; every element of every parameter is
-        on exactly one rank. To load, copy into the views on every rank, then call `sync_weights_from_master`.
-        """
-        return self.optimizer.local_state()
+        update_sums, parameter_sums = add_up(squares.double()).view(2, -1).tolist()
+        statistics = {"param_norm": sum(parameter_sums) ** 0.5}
+        for (role, numel), update, parameter in zip(numels.items(), update_sums, parameter_sums, strict=True):
+            statistics[f"lr/{role}"] = rates[role]
+            statistics[f"update_rms/{role}"] = (update / numel) ** 0.5
+            statistics[f"param_norm/{role}"] = parameter**0.5
+        return statistics
 
     def rng_state(self) -> dict[str, Tensor]:
         """Return the RNG state of this rank by device type, uint8.
@@ -228,7 +197,7 @@ class Engine:
 
     @torch.no_grad()
     def sync_weights_from_master(self) -> None:
-        """Copy the master weights into the model's parameters, after a write to the masters. Collective."""
+        """Copy the master weights to the model's parameters, after a write to `optimizer.local_state()`. Collective."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return

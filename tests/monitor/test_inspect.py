@@ -31,10 +31,10 @@ def spiky(tiny_values: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["model"]["embed_proj"] = False
     original = Engine.step
 
-    def step(self: Engine) -> bool:
-        done = original(self)
-        if self.optimizer._number == 2:
-            for name, start, _, states in self.local_state():
+    def step(self: Engine, number: int, factor: float, *, record: bool = False) -> bool:
+        done = original(self, number, factor, record=record)
+        if number == 2:
+            for name, start, _, states in self.optimizer.local_state():
                 if name == "embed_tokens.weight":
                     assert start == 0
                     states["weight"].view(-1, 32)[:, 11] = 50.0

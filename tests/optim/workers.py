@@ -11,23 +11,22 @@ from torch import Tensor
 from osp.config import ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig
 from osp.distributed import add_up, on_main
 from osp.model.transformer import build_model
-from osp.train.engine import Engine, deepspeed_config
+from osp.train.engine import Engine, zero_settings
 from tests.optim.reference import ROWS, Model, batch, factor
 
 STEPS, CLIP, LR, ADAM_LR, DECAY = 5, 0.05, 0.02, 0.03, 0.1
 CONFIG = OptimizerConfig(lr=LR, adam_lr=ADAM_LR, weight_decay=DECAY, ns_dtype="fp32")
 
 
-def in_parts(**settings: Any) -> dict[str, Any]:
-    """Return the DeepSpeed JSON that partitions small parameters too; by default DeepSpeed keeps these whole."""
-    derived = deepspeed_config(**settings)
-    return derived | {"zero_optimization": derived["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+def in_parts(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """Return settings that partition small parameters too; by default DeepSpeed keeps these whole."""
+    return zero_settings(*arguments, **options) | {"stage3_param_persistence_threshold": 0}
 
 
 def build(stage: int, accumulation: int, *, clip: float = CLIP, config: OptimizerConfig = CONFIG) -> Engine:
     """`Engine` of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
     rows = ROWS // accumulation // torch.distributed.get_world_size()
-    with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 and accumulation > 1 else deepspeed_config):
+    with patch("osp.train.engine.zero_settings", in_parts if stage == 3 and accumulation > 1 else zero_settings):
         return Engine(
             Model(),
             config,
@@ -56,13 +55,15 @@ def run_steps(engine: Engine, steps: range) -> list[float]:
     for step in steps:
         accumulate(engine, step)
         norms.append(torch.linalg.vector_norm(engine.gradient_norms()[1]).item())
-        engine.set_step(step + 1, factor(step), record=True)
-        assert engine.step()
+        assert engine.step(step + 1, factor(step), record=True)
     return norms
 
 
 def state(engine: Engine) -> list[tuple[str, int, int, dict[str, Tensor]]]:
-    return [(name, start, stop, {k: v.clone() for k, v in t.items()}) for name, start, stop, t in engine.local_state()]
+    return [
+        (name, start, stop, {k: v.clone() for k, v in t.items()})
+        for name, start, stop, t in engine.optimizer.local_state()
+    ]
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -78,6 +79,7 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         norms = run_steps(engine, range(STEPS))
         results["train"][stage, accumulation] = {"norms": norms, "state": state(engine), "weights": weights(engine)}
         results["statistics"][stage, accumulation] = engine.optimizer_statistics()
+        results["settings"] = engine._engine.config
         engine.close()
     results["per head"] = {stage: per_head(stage, accumulation=4 // world_size) for stage in (1, 2, 3)}
     results["broadcast"] = broadcast()
@@ -113,7 +115,7 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
     model = build_model(PENALIZED, seed=0)
     model.activation_checkpointing = stage > 1
     model.set_penalty(PENALTY)
-    with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
+    with patch("osp.train.engine.zero_settings", in_parts if stage == 3 else zero_settings):
         engine = Engine(
             model,
             CONFIG,
@@ -137,7 +139,7 @@ BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2,
 def bhyt_constants(stage: int) -> list[float]:
     """BHyT's constants after a refresh of forgotten ones; under ZeRO-3 every weight is in parts before."""
     model = build_model(dataclasses.replace(BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2), seed=0)
-    with patch("osp.train.engine.deepspeed_config", in_parts if stage == 3 else deepspeed_config):
+    with patch("osp.train.engine.zero_settings", in_parts if stage == 3 else zero_settings):
         engine = Engine(
             model,
             CONFIG,
@@ -178,7 +180,9 @@ def round_trip(stage: int, accumulation: int) -> dict[str, Any]:
     saved, before = state(engine), weights(engine)
     run_steps(engine, range(9, 10))
     other = build(stage, accumulation)
-    for (name, start, stop, views), (name2, start2, stop2, values) in zip(other.local_state(), saved, strict=True):
+    for (name, start, stop, views), (name2, start2, stop2, values) in zip(
+        other.optimizer.local_state(), saved, strict=True
+    ):
         assert (name, start, stop) == (name2, start2, stop2)
         for key, view in views.items():
             view.copy_(values[key])
@@ -206,8 +210,7 @@ def not_finite(stage: int) -> tuple[bool, float, float]:
     before = weights(engine)
     for ids in shares(engine, 0):
         engine.backward(engine(ids) * (float("nan") if engine.rank == 0 else 1.0))
-    engine.set_step(1, 1.0)
-    applied = engine.step()
+    applied = engine.step(1, 1.0)
     change = max(float((before[n] - w).abs().max()) for n, w in weights(engine).items())
     run_steps(engine, range(1))
     run_steps(good, range(1))

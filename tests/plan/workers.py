@@ -85,7 +85,7 @@ def measure(config: Config, folder: Path) -> dict[str, int]:
     found["reduce"] = collectives.counts.get("reduce", 0)
     found["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
     saver = Saver(folder, keep_last=0, keep_every=0, token="t", rank=engine.rank, gather=gather_objects)
-    saver.begin(engine.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
+    saver.begin(engine.optimizer.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
     saved = saver.finish()
     assert saved.error is None
     found["checkpoint"] = saved.num_bytes
@@ -103,7 +103,6 @@ def exchanged(engine: Engine) -> int:
         return original(received, values, output_split_sizes=output_split_sizes, input_split_sizes=input_split_sizes)
 
     dist.all_to_all_single = count
-    engine.set_step(1, 1.0)
-    assert engine.step()
+    assert engine.step(1, 1.0)
     dist.all_to_all_single = original
     return sent[0]

@@ -12,10 +12,9 @@ from torch import Tensor
 from osp.distributed import init_distributed
 from osp.errors import UserError
 from osp.model.transformer import build_model
-from osp.train.engine import deepspeed_config
 from tests.distributed import run_distributed
 from tests.optim import workers
-from tests.optim.reference import Model, train
+from tests.optim.reference import ROWS, Model, train
 
 GRID = [(stage, accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)]
 SETTINGS: dict[str, Any] = {"lr": workers.LR, "adam_lr": workers.ADAM_LR, "decay": workers.DECAY}
@@ -240,16 +239,10 @@ def test_start_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_deepspeed_config_has_one_source_for_each_quantity() -> None:
-    config = deepspeed_config(
-        zero_stage=2,
-        micro_batch_size=3,
-        gradient_accumulation_steps=5,
-        grad_clip=1.5,
-        world_size=2,
-        num_parameters=1000,
-        device=torch.device("cpu"),
-    )
-    assert config["train_batch_size"] == 30
-    assert config["gradient_clipping"] == 1.5
-    assert not {"scheduler", "optimizer", "bf16", "fp16", "torch_autocast"} & config.keys()
+def test_settings_of_deepspeed_have_one_source_for_each_quantity(ranks) -> None:
+    for result in ranks:
+        settings = result["settings"]
+        assert settings["gradient_clipping"] == workers.CLIP
+        assert settings["train_micro_batch_size_per_gpu"] * len(ranks) * 4 == ROWS
+        assert settings["gradient_accumulation_steps"] == 4
+        assert not {"scheduler", "optimizer", "bf16", "fp16", "torch_autocast"} & settings.keys()
