@@ -133,10 +133,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    from osp.device import peak_tflops
+    from osp.device import peak_tflops_of
     from osp.model.transformer import flops_per_token
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     number, parts = arguments.warmup + arguments.steps, {}
     if arguments.profile:
         from breakdown import mark_norms, parts_of_memory, parts_of_time
@@ -154,7 +154,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "peak_gib": peak / 2**30,
         "flops_per_token": flops_per_token(config.model, arguments.seq_len),
-        "peak_tflops": peak_tflops(device),
+        "peak_tflops": peak_tflops_of(name),
     }
 
 
@@ -208,7 +208,7 @@ class Ours:
         return self.trainer._forward(self.trainer.loader.step(0)[0]).loss
 
     def state(self) -> list[Any]:
-        shares = self.trainer.engine.local_state()
+        shares = self.trainer.engine.optimizer.local_state()
         return [tensor for *_, states in shares for name, tensor in states.items() if name != "weight"]
 
     def logits_bytes(self) -> int:

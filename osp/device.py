@@ -12,21 +12,22 @@ from osp.errors import UserError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
-def prepare_cpu(threads: int | None, *, local_ranks: int = 1) -> None:
+def prepare_cpu(threads: int | None) -> None:
     """Set the number of threads (None: the cores of the host divided by its ranks) and keep freed memory.
 
     By default glibc returns large freed blocks to the kernel, which maps and zeroes them again in every step. Keeping
     them makes matrix products with a large result up to 1.5 times faster.
     """
-    torch.set_num_threads(threads or max(1, _available_cores() // local_ranks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local_ranks()))
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def _available_cores() -> int:
-    """Return the number of cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def local_ranks() -> int:
+    """Return the number of ranks on this host, from the variable of torchrun or deepspeed; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -60,11 +61,6 @@ def compute_dtype(precision: str) -> torch.dtype:
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0}
 
 
-def peak_tflops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of a GPU in TFLOP/s, the denominator of MFU; None if unknown."""
-    return peak_tflops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
 def peak_tflops_of(name: str) -> float | None:
-    """Return the peak of a GPU with this name; see `peak_tflops`."""
+    """Return the dense bf16 peak in TFLOP/s of a GPU with this name, the denominator of MFU; None if unknown."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # dist.HashStore, which torch's stubs leave out
 from tqdm import tqdm
 
+from osp.device import local_ranks
 from osp.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
@@ -136,35 +137,10 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def local_ranks() -> int:
-    """Return the number of ranks on this host, from the variable of torchrun or deepspeed; 1 without a launcher."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-
-
-def count_ranks() -> int:
-    """Return the number of ranks: of the process group, or before there is one what the launcher started."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def shutdown() -> None:
     """End the process group, as the last act of a process: DeepSpeed cannot begin a second one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its result on every rank. A `UserError` is raised on every rank. Collective."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def is_main() -> bool:
@@ -172,11 +148,32 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank. A `UserError` is raised on every rank. Collective."""
+    results: list[Any] = on_all_ranks(action if is_main() else lambda: None)
+    return results[0]
+
+
+def on_all_ranks(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return all results. A `UserError` of one is raised on every rank. Collective."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = error
+    outcomes: list[Any] = gather_objects((result, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [result for result, _ in outcomes]
+
+
 def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks, in order, on every rank. Collective."""
+    """Return the values of all ranks, in order, on every rank; its own is the object itself. Collective."""
     values = [value] * dist.get_world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
+        values[dist.get_rank()] = value
     return values
 
 

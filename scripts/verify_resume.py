@@ -31,7 +31,7 @@ from osp.optim.schedule import length_in_steps
 from osp.run.checkpoint import Checkpoint, find
 from osp.run.folder import STOPPED, environment
 from osp.schema import Count, FilePath, Int, ZeroStage, build
-from osp.train.launch import Process, training_command
+from osp.train.launch import Process, failure, training_command
 
 TRAIN = Path(__file__).with_name("train.py")
 SLACK = 4.0  # times the yardstick that a run which changed ranks or stage may deviate
@@ -151,14 +151,14 @@ class Subprocesses:
         process = Process(command, path.with_suffix(".log"))
         signalled = False
         try:
-            while process.running:
+            while process.poll() is None:
                 if stop and stop():
                     process.terminate()
                     signalled, stop = True, None
                 time.sleep(0.005 if stop else 0.1)
         finally:
             process.stop()
-        if not signalled and (error := process.error(hint=" (verify.keep=true keeps it)")):
+        if not signalled and (error := failure(process.output, process.wait(), hint=" (verify.keep=true keeps it)")):
             raise error
 
 

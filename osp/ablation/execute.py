@@ -17,7 +17,7 @@ from osp.ablation.runs import Planned, quoted
 from osp.config import COMPARISONS, EVALUATIONS
 from osp.errors import StoppedError, UserError
 from osp.run.evaluations import ComparisonRecord, read_comparison
-from osp.train.launch import Process, training_command
+from osp.train.launch import Process, failure, training_command
 from osp.train.stop import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -88,9 +88,10 @@ class Execution:
                         run, slot = waiting.pop(0), free.pop(0)
                         active[run.label] = (run, slot, self._next(run, slot))
                     for label, (run, slot, process) in list(active.items()):
-                        if process.running:
+                        status = process.poll()
+                        if status is None:
                             continue
-                        if error := process.error():
+                        if error := failure(process.output, status):
                             self.failures[label] = str(error)
                             bar.write(f"{label} failed: {error}", file=sys.stderr)
                         elif not self.measured(run):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from osp.config import EVALUATIONS
 from osp.device import choose_device, native_bf16, prepare_cpu
-from osp.distributed import init_distributed, is_main, local_ranks
+from osp.distributed import init_distributed, is_main
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
 from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_local_task, evaluate_named_tasks, require_harness
@@ -51,7 +51,7 @@ def open_subject(path: str, config: MeasureConfig) -> LanguageModel:
     else:
         device = choose_device(config.device)
     if device.type == "cpu":
-        prepare_cpu(config.threads, local_ranks=local_ranks())
+        prepare_cpu(config.threads)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and native_bf16(device))
     return open_model(path, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 

@@ -142,6 +142,8 @@ def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> fl
     began = time.perf_counter()
     try:
         write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
+    except OSError as error:
+        raise UserError(f"run.dir={folder}: cannot write there: {error}") from error
     finally:
         path.unlink(missing_ok=True)
     return (time.perf_counter() - began) * num_bytes / sample

@@ -4,10 +4,9 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -21,36 +20,24 @@ _LEAST_DEVIATION = 0.01  # of the median: what varies less than that is no spike
 _NUM_LARGEST = 8  # gradients named in nonfinite.json
 
 
-class SpikeDetector:
-    """Robust z-score of a value against the last `window` values, 0 until a quarter of them is known.
+def spike_score(value: float, window: deque[float]) -> float:
+    """Return the robust z-score of `value` against the last values, 0 until a quarter of `window` is filled.
 
     z = (x - median) / max(1.4826 median(|x_i - median|), 0.01 |median|)
     """
-
-    def __init__(self, window: int, values: Iterable[float] = ()):
-        self.values = deque(values, maxlen=window)
-
-    def score(self, value: float) -> float:
-        if len(self.values) < max(2, math.ceil((self.values.maxlen or 0) / 4)):
-            return 0.0
-        median = statistics.median(self.values)
-        deviation = _MAD_TO_DEVIATION * statistics.median(abs(x - median) for x in self.values)
-        return (value - median) / max(deviation, _LEAST_DEVIATION * abs(median), 1e-12)
-
-    def add(self, value: float) -> None:
-        """Add `value` to the window, unless it is not finite."""
-        if math.isfinite(value):
-            self.values.append(value)
+    if len(window) < max(2, math.ceil((window.maxlen or 0) / 4)):
+        return 0.0
+    median = statistics.median(window)
+    deviation = _MAD_TO_DEVIATION * statistics.median(abs(x - median) for x in window)
+    return (value - median) / max(deviation, _LEAST_DEVIATION * abs(median), 1e-12)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a guard decides about one step. The default: nothing is wrong, apply the update."""
+class Verdict(NamedTuple):
+    """What a guard decides about the update of one step."""
 
-    kind: str = ""  # "nonfinite" or "spike": the kind of the event
+    action: Literal["apply", "skip", "stop"]  # skip: leave the update out and go on; stop: end the run
+    kind: str = ""  # of the event: "nonfinite" or "spike"
     message: str = ""
-    skip: bool = False  # leave the update out and go on
-    stop: bool = False  # end the run
 
 
 class StepGuard:
@@ -64,20 +51,17 @@ class StepGuard:
         """`report` is the path of nonfinite.json; None on all ranks but the first."""
         self.config, self.loader, self.report = config, loader, report
         self.num_skipped = 0
-        self.spikes = {key: SpikeDetector(config.spike.window) for key in ("loss", "grad_norm")}
+        self.spikes = {key: deque[float](maxlen=config.spike.window) for key in ("loss", "grad_norm")}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps."""
-        return {
-            "skipped": self.num_skipped,
-            "spikes": {key: list(detector.values) for key, detector in self.spikes.items()},
-        }
+        return {"skipped": self.num_skipped, "spikes": {key: list(window) for key, window in self.spikes.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Checkpoints of older versions may lack either key."""
         self.num_skipped = state.get("skipped", 0)
         for key, values in state.get("spikes", {}).items():
-            self.spikes[key] = SpikeDetector(self.config.spike.window, values)
+            self.spikes[key] = deque(values, maxlen=self.config.spike.window)
 
     def examine(
         self, step: int, loss: float, grad_norm: float, *, losses: torch.Tensor, norms: dict[str, float]
@@ -93,17 +77,17 @@ class StepGuard:
             kind, action = "nonfinite", self.config.train.on_nonfinite
             message = self._describe_nonfinite(step, loss, losses, norms)
         if not message:
-            return Verdict()
-        if action == "stop":
-            return Verdict(kind, f"{message}; no weight was changed", stop=True)
+            return Verdict("apply")
         if action == "warn":
-            return Verdict(kind, message)
+            return Verdict("apply", kind, message)
         limit = self.config.train.max_skips
+        if action == "stop":
+            return Verdict("stop", kind, f"{message}; no weight was changed")
         if self.num_skipped == limit:
             reason = f"no weight was changed, and train.max_skips={limit} updates are left out already"
-            return Verdict(kind, f"{message}; {reason}", stop=True)
+            return Verdict("stop", kind, f"{message}; {reason}")
         self.num_skipped += 1
-        return Verdict(kind, f"{message}; this update is left out ({self.num_skipped} of at most {limit})", skip=True)
+        return Verdict("skip", kind, f"{message}; this update is left out ({self.num_skipped} of at most {limit})")
 
     def _describe_nonfinite(self, step: int, loss: float, losses: torch.Tensor, norms: dict[str, float]) -> str:
         """Describe what is not finite, from which sequences, and the largest gradients; write nonfinite.json."""
@@ -127,11 +111,11 @@ class StepGuard:
         """Describe the values far above the last steps, and how to leave their sequences out; empty without a spike."""
         spikes = []
         for key, value in values.items():
-            detector = self.spikes[key]
-            score, num_before = detector.score(value), len(detector.values)
-            detector.add(value)
+            window = self.spikes[key]
+            score = spike_score(value, window)
             if score > self.config.spike.threshold:
-                spikes.append(f"{key} {value:.4g} is {score:.1f} deviations above its last {num_before} steps")
+                spikes.append(f"{key} {value:.4g} is {score:.1f} deviations above its last {len(window)} steps")
+            window.append(value)
         if not spikes:
             return ""
         position = data_step(step, self.config.data.skip_steps) + 1

@@ -42,30 +42,25 @@ class Process(subprocess.Popen[bytes]):
 
     def __init__(self, command: Sequence[str], output: Path, *, environment: Mapping[str, str] | None = None):
         self.output = output
-        inherited = {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
+        env = {key: value for key, value in os.environ.items() if key not in _LAUNCHED} | dict(environment or {})
         with output.open("w", encoding="utf-8") as file:
-            env = inherited | dict(environment or {})
             super().__init__(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
             )
 
-    @property
-    def running(self) -> bool:
-        return self.poll() is None
-
     def stop(self) -> None:
         """End the process if it runs, and wait for it."""
-        if self.running:
-            self.terminate()
-            self.wait(SECONDS_TO_END)
-
-    def error(self, *, hint: str = "") -> UserError | RunError | None:
-        """Return the error that ended the process, None after success. hint: see `failure`."""
-        return failure(self.output, self.returncode, hint=hint) if self.returncode else None
+        self.terminate()
+        self.wait(SECONDS_TO_END)
 
 
-def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunError:
-    """Return the error that a script printed into `output`. hint: text after the name of the file, if it has none."""
+def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunError | None:
+    """Return the error that a script printed into `output` before it ended with `status`; None for status 0.
+
+    hint: text after the name of the file, if it has no error.
+    """
+    if status == 0:
+        return None
     text = output.read_text(encoding="utf-8", errors="replace")
     errors = re.findall(r"^error: (.*)$", text, flags=re.MULTILINE)
     if not errors:

@@ -3,22 +3,22 @@
 Every mistake in the configuration, data, machine or folder is reported here, before the first step.
 """
 
-import json
 import logging
+import os
 import statistics
 import time
 from pathlib import Path
 
 import torch.distributed as dist
 
-from osp.config import Config, WandbMode, to_dict
+from osp.config import Config, WandbMode
 from osp.data.loader import Loader, data_step
 from osp.data.manifest import load_manifest
 from osp.data.prepare import start_preparing
 from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
 from osp.device import native_fp8, prepare_cpu
-from osp.distributed import Peers, count_ranks, device_of_rank, gather_objects, init_distributed, local_ranks, on_main
+from osp.distributed import Peers, device_of_rank, gather_objects, init_distributed, is_main, on_all_ranks, on_main
 from osp.errors import LostRankError, RunError, UserError
 from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
@@ -53,21 +53,19 @@ def train(config: Config) -> None:
 
 def setup(config: Config) -> Trainer:
     """Return the trainer of `config`, with everything checked and the run folder begun or continued. Collective."""
-    device, steps = device_of_rank(config.engine.device), recorded_steps(config)
-    resolved = resolve(config, device=device, world_size=count_ranks(), total_steps=steps)
-    model = meta_model(resolved.config.model)
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    groups_of(model, config.optimizer)  # raises if a rule does not fit
+    device, world_size = device_of_rank(config.engine.device), int(os.environ.get("WORLD_SIZE", "1"))
+    resolved = resolve(config, device=device, world_size=world_size, total_steps=recorded_steps(config))
+    groups_of(meta_model(resolved.config.model), config.optimizer)  # raises if a rule does not fit
     make_source(config.data)  # raises if it is unknown or names nothing to read
     if resolved.config.train.minutes is None:
         resolved.build_schedule()  # raises if its phases do not fit
     init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
-        prepare_cpu(config.engine.threads, local_ranks=local_ranks())
+        prepare_cpu(config.engine.threads)
     peers = Peers()
     peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
     try:
-        return _set_up(config, resolved, shapes, peers)
+        return _set_up(config, resolved, peers)
     except BaseException as error:
         dead = peers.cause(error)
         peers.dismiss()
@@ -76,10 +74,12 @@ def setup(config: Config) -> Trainer:
         raise
 
 
-def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], peers: Peers) -> Trainer:
+def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     """Do what `setup` does once the process group is up. Collective."""
-    config, rank = resolved.config, dist.get_rank()
-    _check_same_config(given, config)
+    config, device, world_size = resolved.config, resolved.device, resolved.world_size
+    if any(other != [given, config] for other in gather_objects([given, config])):
+        raise UserError("the ranks have different configurations; start all of them with the same command and files")
+    shapes = {name: list(p.shape) for name, p in meta_model(config.model).named_parameters()}
     if config.train.precision == "fp8":
         _check_fp8(resolved, shapes)
     wandb_mode: WandbMode = on_main(lambda: check_wandb(config.logger))
@@ -88,32 +88,28 @@ def _set_up(given: Config, resolved: Resolved, shapes: dict[str, list[int]], pee
     checkpoint = first_whole(resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
-    if rank == 0 and (warning := bound_warning(config.model)):
+    if is_main() and (warning := bound_warning(config.model)):
         log.warning(warning)
     if not config.tokenizer.train:  # known before any text is read
         on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
     shards = on_main(lambda: start_preparing(config.data, config.tokenizer, progress=config.logger.progress))
     _check_vocabulary(config, load_manifest(shards).vocab_size)
-    loader = build_loader(resolved, shards, rank=rank)
+    loader = build_loader(resolved, shards)
     engine = build_engine(resolved)
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
     if config.train.minutes is not None:
         steps = measure_length(resolved, config.train.minutes, engine, loader, peers)
-        resolved = resolve(given, device=resolved.device, world_size=resolved.world_size, total_steps=steps)
+        resolved = resolve(given, device=device, world_size=world_size, total_steps=steps)
+    before, tokenizer = checkpoint.folder if checkpoint else None, shards / "tokenizer.json"
     lock = on_main(
         lambda: begin(
-            folder,
-            resolved.config,
-            checkpoint=checkpoint.folder if checkpoint else None,
-            tokenizer=shards / "tokenizer.json",
-            world_size=resolved.world_size,
-            device=str(resolved.device),
+            folder, resolved.config, checkpoint=before, tokenizer=tokenizer, world_size=world_size, device=str(device)
         )
     )
     _warn_of_slow_saves(folder, engine)
     logger = None
-    if rank == 0:
+    if is_main():
         step = checkpoint.step if checkpoint else 0
         logger = Logger(folder, config, step=step, total_steps=resolved.total_steps, mode=wandb_mode)
     trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock)
@@ -127,20 +123,18 @@ def first_whole(folders: list[Path]) -> Checkpoint | None:
 
     Raises `UserError` if all are damaged: replacing an existing run by a new one is the user's decision.
     """
-    for folder in folders:
-        try:
-            checkpoint, damage = Checkpoint(folder), None
-            checkpoint.verify(rank=dist.get_rank(), world_size=dist.get_world_size())
-        except UserError as problem:
-            checkpoint, damage = None, str(problem)
-        errors = [text for text in gather_objects(damage) if text]
-        if not errors:
-            return checkpoint
-        if folder == folders[-1]:
-            raise UserError(errors[0])
-        if dist.get_rank() == 0:
-            log.warning("%s: trying the one before", errors[0].removesuffix("; take an older checkpoint"))
-    return None
+    if not folders:
+        return None
+    first, *others = folders
+    try:
+        on_all_ranks(lambda: Checkpoint(first).verify(rank=dist.get_rank(), world_size=dist.get_world_size()))
+    except UserError as damage:
+        if not others:
+            raise
+        if is_main():
+            log.warning("%s: trying the one before", str(damage).removesuffix("; take an older checkpoint"))
+        return first_whole(others)
+    return Checkpoint(first)
 
 
 def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
@@ -165,7 +159,7 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
 
 
-def build_loader(resolved: Resolved, shards: Path, *, rank: int) -> Loader:
+def build_loader(resolved: Resolved, shards: Path) -> Loader:
     """Return the loader of this rank's sequences of every step."""
     train = resolved.config.train
     return Loader(
@@ -173,7 +167,7 @@ def build_loader(resolved: Resolved, shards: Path, *, rank: int) -> Loader:
         seq_len=train.seq_len,
         rows_per_step=train.tokens_per_step // train.seq_len,
         micro_batch_size=resolved.micro_batch_size,
-        rank=rank,
+        rank=dist.get_rank(),
         world_size=resolved.world_size,
         seed=train.seed,
         document_ids=train.document_mask,
@@ -208,17 +202,20 @@ def load_initial_weights(path: str, engine: Engine) -> None:
     """Load the weights and norm statistics of `checkpoint.init_from` into the engine's model. Collective."""
     checkpoint = first_whole(candidates(Path(path)))
     assert checkpoint is not None, "resolve() checks that there is one"
-    slices = ((name, start, stop, {"weight": states["weight"]}) for name, start, stop, states in engine.local_state())
+    slices = (
+        (name, start, stop, {"weight": states["weight"]})
+        for name, start, stop, states in engine.optimizer.local_state()
+    )
     load(checkpoint, slices, engine.module)
     engine.sync_weights_from_master()
-    if engine.rank == 0:
+    if is_main():
         norm = checkpoint.config.model.norm.name
         log.info("starting from %s, norm=%s, with its model and tokenizer", checkpoint.folder, norm)
 
 
 def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers) -> int:
     """Return how many steps fit into `minutes`. Takes a few steps and restores all state. Collective."""
-    state = [(tensor, tensor.clone()) for *_, states in engine.local_state() for tensor in states.values()]
+    state = [(tensor, tensor.clone()) for *_, states in engine.optimizer.local_state() for tensor in states.values()]
     trial = Trainer(resolved, engine, loader, Path(), None, peers=peers)
     seconds = []
     for step in range(resolved.total_steps):
@@ -238,16 +235,10 @@ def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: L
 
 def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
     """Measure the disk; warn if a save takes longer than the time between SIGTERM and SIGKILL. Collective."""
-    num_bytes = 4 * sum(values.numel() for *_, states in engine.local_state() for values in states.values())
-    try:
-        seconds, error = seconds_to_write(folder, num_bytes), None
-    except OSError as problem:
-        seconds, error = 0.0, f"run.dir={folder}: cannot write there: {problem}"
-    measured = gather_objects((seconds, num_bytes, error))
-    if errors := [text for *_, text in measured if text]:
-        raise UserError(errors[0])
-    longest, total = max(seconds for seconds, *_ in measured), sum(size for _, size, _ in measured)
-    if longest > SECONDS_TO_KILL and engine.rank == 0:
+    num_bytes = 4 * sum(values.numel() for *_, states in engine.optimizer.local_state() for values in states.values())
+    measured = on_all_ranks(lambda: (seconds_to_write(folder, num_bytes), num_bytes))
+    longest, total = max(seconds for seconds, _ in measured), sum(size for _, size in measured)
+    if longest > SECONDS_TO_KILL and is_main():
         log.warning(
             f"a checkpoint of {total / 1e9:.2f} GB takes {longest:.0f} s to write to {folder}, and a launcher kills a "
             f"run {SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint is one of checkpoint.every; use a "
@@ -262,15 +253,8 @@ def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
     fp8_linear(emulate=not native)
     if native:
         check_fp8(matrices, resolved.micro_batch_size * resolved.config.train.seq_len)
-    elif dist.get_rank() == 0:
+    elif is_main():
         log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", resolved.device)
-
-
-def _check_same_config(*configs: Config) -> None:
-    """Raise `UserError` unless all ranks have composed and resolved the same configuration. Collective."""
-    text = json.dumps([to_dict(config) for config in configs], sort_keys=True)
-    if len(set(gather_objects(text))) > 1:
-        raise UserError("the ranks have different configurations; start all of them with the same command and files")
 
 
 def _check_vocabulary(config: Config, num_tokens: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from osp.config import to_dict
 from osp.data.loader import Batch, Loader, data_step
-from osp.device import peak_tflops
+from osp.device import peak_tflops_of
 from osp.distributed import Peers, add_up, gather_objects, on_main
 from osp.errors import LostRankError, RunError, StoppedError
 from osp.files import write_text
@@ -90,7 +90,8 @@ class Trainer:
         self._environment = environment() if engine.rank == 0 else None
         self._shapes = {name: list(p.shape) for name, p in meta_model(config.model).named_parameters()}
         self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
-        self.peak_tflops = config.logger.peak_tflops or peak_tflops(engine.device)
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
+        self.peak_tflops = config.logger.peak_tflops or peak_tflops_of(name)
 
     @property
     def tokens(self) -> int:
@@ -181,38 +182,36 @@ class Trainer:
         )
         if verdict.message:
             self._event(verdict.kind, verdict.message, step + 1)
-        if verdict.stop or verdict.skip:
+        if verdict.action != "apply":
             self.engine.discard_gradients()
-        if verdict.stop:
+        if verdict.action == "stop":
             self.failure = verdict.message
             return None
-        if not verdict.skip:
-            self.engine.set_step(step + 1, self.schedule(step), record=record)
-            applied = self.engine.step()
+        if verdict.action == "apply":
+            applied = self.engine.step(step + 1, self.schedule(step), record=record)
             assert applied, f"DeepSpeed refuses a gradient of norm {metrics['train/grad_norm']}"
         self._step_seconds = time.perf_counter() - began
         self.train_seconds += self._step_seconds
         if record:
-            metrics |= self._costly_metrics(data_wait, updated=not verdict.skip)
+            metrics |= self._costly_metrics(data_wait, updated=verdict.action == "apply")
         return metrics
 
     def validate(self) -> None:
         """Measure and log the loss on the validation split. Stops early, without a result, when asked to stop."""
-        metrics = self.validator.loss(self._forward, self._asked_to_stop, rank=self.engine.rank)
-        if metrics is None:
-            return
-        self.validation = self.step, metrics
-        loss, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
-        self._log(metrics)
-        self._say(f"step {self.step}: validation loss {loss:.4f}, {bits:.4f} bits/byte")
+        metrics = self.validator.loss(self._forward, self._asked_to_stop)
+        if metrics is not None:
+            self.validation = self.step, metrics
+            self._log(metrics)
+            loss, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
+            self._say(f"step {self.step}: validation loss {loss:.4f}, {bits:.4f} bits/byte")
 
     def validate_quantized(self) -> None:
         """Measure and log the perplexity of the model as it is and at 4 bits."""
         metrics = self.validator.quantized_perplexity()
         self.quantized = self.step, metrics
         self._log(metrics)
-        bits = {key.rpartition("/")[2]: value for key, value in metrics.items() if "perplexity" in key}
-        self._say(f"step {self.step}: perplexity {', '.join(f'{value:.2f} at {key}' for key, value in bits.items())}")
+        values = [f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items() if "perplexity" in key]
+        self._say(f"step {self.step}: perplexity {', '.join(values)}")
 
     def save(self) -> None:
         """Begin a checkpoint of this boundary; training goes on while it is written."""
@@ -239,12 +238,12 @@ class Trainer:
             "shapes": self._shapes,
         }
         rng, buffers = self.engine.rng_state(), dict(self.model.named_buffers())
-        self.saver.begin(self.engine.local_state(), rng=rng, buffers=buffers, manifest=manifest)
+        self.saver.begin(self.engine.optimizer.local_state(), rng=rng, buffers=buffers, manifest=manifest)
         self.saved = self.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`: weights, optimizer state, norm statistics, position in the data and schedule."""
-        load(checkpoint, self.engine.local_state(), self.model)
+        load(checkpoint, self.engine.optimizer.local_state(), self.model)
         self.engine.sync_weights_from_master()
         self.engine.set_rng_state(checkpoint.rng(self.engine.rank))
         self.guard.load_state_dict(checkpoint.manifest)

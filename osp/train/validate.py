@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from osp.config import Config
 from osp.data.loader import Batch, validation_batches
@@ -43,9 +44,7 @@ class Validator:
             self._text = held_out("held_out", shards, self.tokenizer, max_tokens=quant.tokens)
 
     @torch.no_grad()
-    def loss(
-        self, forward: Callable[[Batch], Output], asked_to_stop: Callable[[], bool], *, rank: int
-    ) -> dict[str, float] | None:
+    def loss(self, forward: Callable[[Batch], Output], asked_to_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Return `val/loss` in nats per token, `val/bits_per_byte` and `val/seconds`; None when asked to stop."""
         began, train = time.perf_counter(), self.config.train
         sums = torch.zeros(3, dtype=torch.float64, device=self.resolved.device)  # nats, tokens, bytes
@@ -55,7 +54,7 @@ class Validator:
                 self.shards,
                 seq_len=train.seq_len,
                 batch_size=self.resolved.micro_batch_size,
-                rank=rank,
+                rank=dist.get_rank(),
                 world_size=self.resolved.world_size,
                 max_tokens=self.config.eval.tokens,
                 document_ids=train.document_mask,
@@ -96,20 +95,18 @@ class Validator:
         The sample is empty with eval.sample_tokens=0.
         """
         manifest = load_manifest(self.shards)
-        gzip = 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1)
+        figures = {"gzip_bits_per_byte": 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1), "sample": ""}
         num_tokens, seq_len = self.config.eval.sample_tokens, self.config.train.seq_len
         if not num_tokens:
-            return {"gzip_bits_per_byte": gzip, "sample": ""}
-        batches = validation_batches(
-            self.shards, seq_len=seq_len, batch_size=1, rank=0, world_size=1, max_tokens=seq_len, document_ids=False
-        )
-        prompt = next(iter(batches)).tokens[0, : min(PROMPT_TOKENS, (seq_len + 1) // 2)].tolist()
+            return figures
+        text = held_out("held_out", self.shards, self.tokenizer, max_tokens=PROMPT_TOKENS)
+        prompt = text.tokens[: (seq_len + 1) // 2].tolist()
         sampling = Sampling(temperature=0.8, seed=self.config.train.seed)
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):  # torch.compile would compile every length
             (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)
         self.model.train()
-        return {"gzip_bits_per_byte": gzip, "sample": self.tokenizer.decode([*prompt, *tokens])}
+        return figures | {"sample": self.tokenizer.decode([*prompt, *tokens])}
 
 
 def validation_every(config: Config, val_tokens: int) -> int:
@@ -147,7 +144,12 @@ def describe_start(resolved: Resolved, engine: Engine, shards: Path, tflops: flo
 
 
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
-    """Return summary.json as text, after writing the report page of the run."""
+    """Return summary.json as text, after writing the report page of the run, where a finished run must not fail."""
+    report = str(folder / "report.html")
+    try:
+        write_report([folder], Path(report))
+    except Exception as error:
+        report = f"not written, {type(error).__name__}: {error}"
     lines = [
         "",
         f"trained             {summary['steps']:,} steps, {summary['tokens']:,} tokens",
@@ -156,18 +158,8 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
         f"(gzip -9, file by file: {summary['gzip_bits_per_byte']:.4f})",
         f"tokens per second   {summary['tokens_per_second']:,.0f}",
         f"run folder          {folder}",
-        f"report              {_write_page(folder)}",
+        f"report              {report}",
     ]
     if summary["sample"]:
         lines += ["sample, continuing a held-out text:", *(f"    {line}" for line in summary["sample"].split("\n"))]
     return "\n".join(lines)
-
-
-def _write_page(folder: Path) -> str:
-    """Write the report page; return its path, or the reason of a failure. A finished run must not fail here."""
-    path = folder / "report.html"
-    try:
-        write_report([folder], path)
-    except Exception as error:
-        return f"not written, {type(error).__name__}: {error}"
-    return str(path)
