@@ -283,7 +283,7 @@ class DataConfig(TextConfig):
     val_fraction: Share = 0.01  # share of documents in the validation split, chosen by a hash of their text
     shard_tokens: Annotated[Int, Field(ge=1, le=2**32)] = 32_000_000
     cache_dir: FilePath = "data/shards"
-    num_workers: Annotated[Int, Field(ge=0, le=1024)] = 0  # tokenizing processes; 0: one per core
+    num_workers: Annotated[Int, Field(ge=0, le=1024)] = 0  # tokenizing threads; 0: one per core, at most 32
     skip_steps: tuple[tuple[Count, Count], ...] = ()  # [[first, last], ...]: leave out the data of these steps
 
 

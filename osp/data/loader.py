@@ -55,16 +55,14 @@ class Shards:
     def __init__(self, folder: str | Path, split: SplitName) -> None:
         self.folder = Path(folder)
         self.split: SplitName = split
-        self._maps: list[Array] = []
+        self.tokens: list[Array] = []  # of each shard, uint16 or uint32 (tokens,)
         self.reload()
-        self.tokenizer_hash, self.eos_id = self.manifest.tokenizer_hash, self.manifest.eos_id
-        self.vocab_size = self.manifest.vocab_size
         path = self.folder / TOKENIZER_FILE
         try:
             actual = spec_hash(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # missing, no text or no JSON
             actual = None
-        if actual != self.tokenizer_hash:
+        if actual != self.manifest.tokenizer_hash:
             raise UserError(
                 f"{path} is not the tokenizer of the shards beside it; delete {folder} and prepare it again"
             )
@@ -73,40 +71,18 @@ class Shards:
         """Read the manifest again and map the shards sealed since."""
         self.manifest = load_manifest(self.folder)
         check_sizes(self.folder, self.manifest)
-        for shard in self.manifest.split(self.split).shards[len(self._maps) :]:
-            self._maps.append(np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r"))
+        for shard in self.manifest.split(self.split).shards[len(self.tokens) :]:
+            self.tokens.append(np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r"))
 
     def check_ids(self, tokens: Array, shard: int) -> None:
         """Raise `UserError` if `tokens`, read from a shard, hold an id outside the vocabulary."""
-        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+        vocab_size = self.manifest.vocab_size
+        if tokens.size and (largest := int(tokens.max())) >= vocab_size:
             file = self.manifest.split(self.split).shards[shard].file
             raise UserError(
                 f"shard {self.folder / file} holds the token id {largest}, "
-                f"beyond its vocabulary of {self.vocab_size}; delete {self.folder} and prepare it again"
+                f"beyond its vocabulary of {vocab_size}; delete {self.folder} and prepare it again"
             )
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __getitem__(self, shard: int) -> Array:
-        """Return the tokens of one shard, uint16 or uint32 (tokens,)."""
-        return self._maps[shard]
-
-    def wait(self, stop: threading.Event) -> None:
-        """Wait until more shards are sealed, the split is complete, or `stop` is set.
-
-        Raises `UserError` if the preparation failed or died.
-        """
-        known, last_seen = len(self), time.monotonic()
-        while not stop.is_set() and len(self) == known and not self.manifest.complete:
-            if self.manifest.error:
-                raise UserError(f"preparing {self.folder} failed: {self.manifest.error}")
-            if is_locked(self.folder):
-                last_seen = time.monotonic()
-            elif time.monotonic() - last_seen > GRACE_SECONDS:
-                raise UserError(f"{self.folder} is not complete and nothing is preparing it; start the run again")
-            stop.wait(POLL_SECONDS)
-            self.reload()
 
 
 class Rows:
@@ -123,11 +99,8 @@ class Rows:
                 f"the training split in {shards.folder} has {shards.manifest.train.tokens} tokens, fewer than one "
                 f"sequence of train.seq_len={seq_len} plus 1; lower train.seq_len or add text"
             )
-        if len(shards):
-            shards.check_ids(shards[0][:CHECKED_TOKENS], 0)
-
-    def num_rows(self, shard: int) -> int:
-        return (len(self.shards[shard]) - 1) // self.seq_len
+        if shards.tokens:
+            shards.check_ids(shards.tokens[0][:CHECKED_TOKENS], 0)
 
     @property
     def rows_per_epoch(self) -> int | None:
@@ -143,28 +116,37 @@ class Rows:
         for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
-            order = _order(self.seed, epoch, shard, self.num_rows(shard))
+            order = _order(self.seed, epoch, shard, int(ends[shard] - first))
             # windows of T+1 tokens, of which every T-th is a sequence: neighbours share one token
-            windows = sliding_window_view(self.shards[shard], self.seq_len + 1)
+            windows = sliding_window_view(self.shards.tokens[shard], self.seq_len + 1)
             rows[chosen] = windows[order[places[chosen] - first] * self.seq_len]
             self.shards.check_ids(rows[chosen], shard)
         return rows
 
     def _wait_for(self, number: int) -> Array:
-        """Return `_row_ends` once sequence `number` is in a sealed shard or all shards are sealed."""
-        waiting = False
-        while not self.shards.manifest.complete and number >= self._row_ends()[-1:].sum():
+        """Return `_row_ends` once sequence `number` is in a sealed shard or all shards are sealed.
+
+        Raises `UserError` if the preparation failed or died.
+        """
+        shards, last_seen = self.shards, 0.0
+        while not shards.manifest.complete and number >= self._row_ends()[-1:].sum():
             if self.stop.is_set():
                 raise RuntimeError("the loader was closed")
-            if not waiting:
-                logger.warning("waiting for the preparation of %s to reach sequence %d", self.shards.folder, number)
-            waiting = True
-            self.shards.wait(self.stop)
+            if shards.manifest.error:
+                raise UserError(f"preparing {shards.folder} failed: {shards.manifest.error}")
+            if not last_seen:
+                logger.warning("waiting for the preparation of %s to reach sequence %d", shards.folder, number)
+            if not last_seen or is_locked(shards.folder):
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > GRACE_SECONDS:
+                raise UserError(f"{shards.folder} is not complete and nothing is preparing it; start the run again")
+            self.stop.wait(POLL_SECONDS)
+            shards.reload()
         return self._row_ends()
 
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
-        return np.cumsum([self.num_rows(shard) for shard in range(len(self.shards))], dtype=np.int64)
+        return np.cumsum([(len(tokens) - 1) // self.seq_len for tokens in self.shards.tokens], dtype=np.int64)
 
 
 @lru_cache(maxsize=4)  # a step touches one shard, or a few neighbours
@@ -254,10 +236,9 @@ class Loader:
         """Read the micro batches of a step."""
         first = data_step(step, self.skip_steps) * self.rows_per_step
         rows = self.rows.read(first + self.indices)  # (M*b, T+1)
-        eos_id = self.rows.shards.eos_id if self.document_ids else None
+        eos_id = self.rows.shards.manifest.eos_id if self.document_ids else None
         batches = []
-        for i in range(0, len(rows), self.micro_batch_size):
-            part = rows[i : i + self.micro_batch_size]
+        for part in rows.reshape(-1, self.micro_batch_size, rows.shape[1]):
             batches.append(_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))))
         return batches
 
@@ -290,11 +271,11 @@ def validation_batches(
     max_tokens: tokens to predict over all ranks, rounded down to whole sequences.
     """
     shards = Shards(folder, "val")
-    if not len(shards):
+    if not shards.tokens:
         raise UserError(f"{folder} has no validation split yet; it is sealed with the first training shard")
-    for shard in range(len(shards)):
-        shards.check_ids(shards[shard], shard)
-    tokens = np.concatenate([shards[shard] for shard in range(len(shards))])
+    for shard, tokens in enumerate(shards.tokens):
+        shards.check_ids(tokens, shard)
+    tokens = np.concatenate(shards.tokens)
     seq_len = min(seq_len, len(tokens) - 1)
     num_rows = (len(tokens) - 1) // seq_len
     if max_tokens is not None:
@@ -303,7 +284,7 @@ def validation_batches(
         first += rank * batch_size
         numbers = np.minimum(np.arange(first, first + batch_size), num_rows - 1)
         rows = tokens[numbers[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
-        yield _batch(rows, shards.eos_id if document_ids else None, max(0, min(batch_size, num_rows - first)))
+        yield _batch(rows, shards.manifest.eos_id if document_ids else None, max(0, min(batch_size, num_rows - first)))
 
 
 def number_documents(rows: Array, eos_id: int) -> Array:

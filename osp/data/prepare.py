@@ -1,8 +1,8 @@
 """Documents -> token shards, prepared once per configuration.
 
 1. `sources.documents` yields texts; `_batches` groups them.
-2. Worker processes encode a batch (`_encode`): tokens + end-of-text, and the hash of each text. Results come back in
-   the order of the documents, so the bytes written do not depend on the number of workers.
+2. Threads encode a batch (`_encode`): tokens + end-of-text, and the hash of each text. Results come back in the order
+   of the documents, so the bytes written do not depend on the number of threads.
 3. `_Writer` sends a document to the validation split if the hash of its text is small, else to training, and seals a
    shard for every `data.shard_tokens` training tokens. The validation split is sealed together with the first training
    shard, so that a run can start while documents still stream in; later documents of that split are dropped.
@@ -27,13 +27,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import lru_cache
-from multiprocessing.context import ForkContext, ForkProcess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -41,27 +37,19 @@ from tqdm import tqdm
 
 from osp.config import DataConfig, TokenizerConfig
 from osp.data import sources
-from osp.data.manifest import FILE_NAME, FORMAT, Manifest, Shard, check_sizes, load_manifest, save_manifest
+from osp.data.manifest import FILE_NAME, FORMAT, Manifest, Shard, SplitName, check_sizes, load_manifest, save_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_hash, train_tokenizer, vocab_size
 from osp.errors import UserError
 from osp.files import lock, write_atomically
 
-BATCH_BYTES = 1 << 20  # text per task of a worker
+BATCH_BYTES = 1 << 20  # text that a thread encodes at a time
 BATCH_DOCUMENTS = 1024
+MOST_THREADS = 32  # for data.num_workers=0
 POLL_SECONDS = 0.2
 
 # A child must be referenced while it runs, or Python warns about it; `start_preparing` returns only the folder.
 _children: list[subprocess.Popen[bytes]] = []
-
-
-class Encoded(NamedTuple):
-    """One document, encoded by a worker."""
-
-    tokens: np.ndarray[Any, Any]  # with end-of-text, () for an empty document
-    hash: int  # of the text, 64 bits
-    bytes: int  # of the text in UTF-8
-    gzip_bytes: int  # compressed alone with gzip -9; 0 for a training document
 
 
 def prepare(
@@ -73,12 +61,10 @@ def prepare(
     in_background: close the progress bar once a run can start, because the run then uses the terminal.
     """
     folder = shard_folder(data, tokenizer)
-    manifest = _find_manifest(folder)
-    if manifest and manifest.complete:
+    if _is_complete(folder):
         return folder
     with lock(folder):
-        manifest = _find_manifest(folder)
-        if manifest and manifest.complete:  # by the previous holder of the lock
+        if _is_complete(folder):  # by the previous holder of the lock
             return folder
         try:
             _write_shards(data, tokenizer, folder, progress=progress, in_background=in_background)
@@ -99,8 +85,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     A child process prepares the rest. It ends with this process; sealed shards are kept and the next call continues.
     """
     folder = shard_folder(data, tokenizer)
-    manifest = _find_manifest(folder)
-    if manifest and manifest.complete:
+    if _is_complete(folder):
         return folder
     child = subprocess.Popen(
         [sys.executable, "-c", f"from osp.data.prepare import _background; _background({os.getpid()})"],
@@ -121,9 +106,39 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
         time.sleep(POLL_SECONDS)
     if child.returncode == 2:
         raise UserError(child.stdout.read().decode().strip())
+    if child.returncode == -signal.SIGKILL:
+        raise UserError(
+            f"preparing {folder}: the process was killed, perhaps for lack of memory; "
+            "set data.num_workers to fewer threads"
+        )
     if child.returncode not in (None, 0):
         raise RuntimeError(f"preparing {folder} failed with exit code {child.returncode}; its error is printed above")
     return folder
+
+
+def _background(parent: int) -> None:
+    """Run the child process of `start_preparing`; the message of a `UserError` goes to standard output.
+
+    Only the end of the process `parent` ends this one, even if that is killed: a launcher signals every process of a
+    job, and the trainer may need data to finish its step.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+    registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
+    sources.SOURCES.update(registered)
+    reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
+    try:
+        prepare(data, tokenizer, progress=progress, in_background=True)
+    except UserError as error:
+        print(error, file=reply, flush=True)
+        sys.exit(2)
 
 
 def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
@@ -146,6 +161,16 @@ def _find_manifest(folder: Path) -> Manifest | None:
     return load_manifest(folder) if (folder / FILE_NAME).exists() else None
 
 
+def _is_complete(folder: Path) -> bool:
+    manifest = _find_manifest(folder)
+    return manifest is not None and manifest.complete
+
+
+def text_hash(text: str) -> int:
+    """Return 64 bits of the sha256 of `text`, which decide its split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def _write_shards(
     data: DataConfig, config: TokenizerConfig, folder: Path, *, progress: bool, in_background: bool
 ) -> None:
@@ -153,27 +178,34 @@ def _write_shards(
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
     manifest = _find_manifest(folder)
-    num_workers = data.num_workers or _num_cores()
+    # on a host of which this process may use a few cores, `tokenizers` keeps to these with any number of threads
+    num_threads = data.num_workers or min(MOST_THREADS, os.cpu_count() or 1)
     bar = tqdm(total=data.max_tokens, unit=" tokens", unit_scale=True, disable=not progress)
-    with bar, _executor(num_workers) as executor:
+    with bar, ThreadPoolExecutor(num_threads) as pool:
         if manifest:
             check_sizes(folder, manifest)
             manifest.error = None
         else:
             bar.set_description("training the tokenizer" if config.train else "loading the tokenizer")
-            # in a worker: after `tokenizers` has used threads, a process can no longer fork workers
-            manifest = executor.submit(_begin, data, config, folder).result()
+            manifest = _begin(data, config, folder)
         save_manifest(manifest, folder)
         writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
-        texts = itertools.islice(sources.documents(data), manifest.next_document, None)
-        encoded = _encode_all(executor, texts, manifest, folder, max_pending=2 * num_workers)
+        batches = _batches(itertools.islice(sources.documents(data), manifest.next_document, None))
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+        pending: deque[Future[list[Document]]] = deque()
         bar.set_description("preparing data")
         bar.update(manifest.train.tokens)
-        while writer.room and (item := next(encoded, None)) is not None:
-            writer.add(*item)
-            bar.update(len(item[1].tokens))
-            if in_background and manifest.usable:
-                bar.close()
+        while writer.room:
+            while len(pending) < 2 * num_threads and (batch := next(batches, None)):
+                pending.append(pool.submit(_encode, batch, tokenizer, manifest.eos_id, manifest.dtype))
+            if not pending:
+                break
+            for document in pending.popleft().result():
+                if writer.room:
+                    writer.add(document)
+                    bar.update(len(document.tokens))
+                if in_background and manifest.usable:
+                    bar.close()
         writer.finish()
 
 
@@ -198,49 +230,6 @@ def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
     )
 
 
-def text_hash(text: str) -> int:
-    """Return 64 bits of the sha256 of `text`, which decide its split."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _encode_all(
-    executor: Executor, texts: Iterable[str], manifest: Manifest, folder: Path, *, max_pending: int
-) -> Iterator[tuple[str, Encoded]]:
-    """Yield every text with its encoding, in order; at most `max_pending` batches wait beside the current one."""
-    path, limit = folder / TOKENIZER_FILE, manifest.held_out_below
-    arguments = (path, manifest.tokenizer_hash, manifest.eos_id, manifest.dtype, limit)
-    pending: deque[tuple[list[str], Future[list[Encoded]]]] = deque()
-    batches = _batches(texts)
-    while True:
-        while len(pending) < max_pending and (batch := next(batches, None)):
-            pending.append((batch, executor.submit(_encode, batch, *arguments)))
-        if not pending:
-            return
-        batch, future = pending.popleft()
-        yield from zip(batch, future.result(), strict=True)
-
-
-def _encode(
-    texts: list[str], path: Path, spec_hash: str, eos: int, dtype: Literal["uint16", "uint32"], limit: int
-) -> list[Encoded]:
-    """Return the encodings of `texts`. limit: documents with a smaller hash are in the validation split."""
-    tokenizer = _load_cached(path, spec_hash)
-    documents = []
-    for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids if text else []
-        tokens = np.array([*ids, eos] if ids else [], dtype=dtype)
-        digest, content = text_hash(text), text.encode()
-        gzip_bytes = len(gzip.compress(content, 9)) if digest < limit and ids else 0
-        documents.append(Encoded(tokens, digest, len(content), gzip_bytes))
-    return documents
-
-
-@lru_cache(maxsize=1)
-def _load_cached(path: Path, spec_hash: str) -> Tokenizer:
-    """Read the tokenizer at `path` once per process; the hash invalidates the cache when the file changes."""
-    return load_tokenizer(path)
-
-
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yield the texts in lists of about BATCH_BYTES characters."""
     batch, size = [], 0
@@ -254,15 +243,37 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+class Document(NamedTuple):
+    """An encoded document, or the rest of one."""
+
+    text: str  # "" once it is no longer needed
+    tokens: np.ndarray[Any, Any]  # with end-of-text; none for an empty document
+    hash: int  # of the text, 64 bits
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text.encode())
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, eos: int, dtype: str) -> list[Document]:
+    """Return the encodings of `texts`."""
+    documents = []
+    for text in texts:
+        # encode_batch_fast lets other threads run, encode does not
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
+        documents.append(Document(text, np.array([*ids, eos] if ids else [], dtype=dtype), text_hash(text)))
+    return documents
+
+
 class _Writer:
     """Distribute encoded documents over the splits and seal shards; the manifest on disk lists the sealed ones."""
 
     def __init__(self, folder: Path, manifest: Manifest, *, max_tokens: int | None) -> None:
         self.folder, self.manifest, self.max_tokens = folder, manifest, max_tokens
-        self.train: list[Encoded] = []  # documents, or the rest of one, that are in no shard yet
-        self.val: list[Encoded] = []
+        self.train: list[Document] = []  # in no shard yet
+        self.val: list[Document] = []
         self.num_tokens = 0  # in self.train
-        self.smallest: tuple[int, str] | None = None  # hash and text of a document, for a validation split
+        self.smallest: Document | None = None  # the one with the smallest hash, for a validation split
         self.num_documents = manifest.next_document
         self.skip = manifest.next_token  # tokens of the next document that are already in a shard
 
@@ -273,7 +284,7 @@ class _Writer:
             return self.manifest.shard_tokens
         return min(self.manifest.shard_tokens, self.max_tokens - self.manifest.train.tokens)
 
-    def add(self, text: str, document: Encoded) -> None:
+    def add(self, document: Document) -> None:
         """Add the next document of the source and seal the shards that it fills."""
         self.num_documents += 1
         if len(document.tokens) == 0:
@@ -284,11 +295,11 @@ class _Writer:
             return
         split = self.manifest.train
         if not self.skip:
-            split.documents, split.bytes = split.documents + 1, split.bytes + document.bytes
-        self.train.append(document._replace(tokens=document.tokens[self.skip :]))
+            split.documents, split.bytes = split.documents + 1, split.bytes + document.num_bytes
+        if self.smallest is None or document.hash < self.smallest.hash:
+            self.smallest = document
+        self.train.append(document._replace(text="", tokens=document.tokens[self.skip :]))
         self.num_tokens += len(self.train[-1].tokens)
-        if self.smallest is None or document.hash < self.smallest[0]:
-            self.smallest = document.hash, text
         while 0 < self.room <= self.num_tokens:
             self._ensure_validation()
             if self.num_tokens >= self.room:
@@ -296,9 +307,20 @@ class _Writer:
         self.skip = 0
 
     def finish(self) -> None:
-        """Seal the rest and mark the folder complete."""
+        """Seal the rest and mark the folder complete. Raises `UserError` unless each split gets a document."""
         if not self.manifest.usable:
-            self._check_corpus()
+            hashes = {document.hash for document in self.train + self.val}
+            if not hashes:
+                raise UserError(f"the corpus is empty: {self.num_documents} documents, none of them with text")
+            if len(hashes) == 1:
+                raise UserError(
+                    "the corpus is a single document, and one document is needed for validation; "
+                    "split it into several files or records"
+                )
+            if not self.train:
+                raise UserError(
+                    f"all {len(self.val)} documents of the corpus are in the validation split; lower data.val_fraction"
+                )
             self._ensure_validation()
         if self.room:
             if self.num_tokens:
@@ -306,21 +328,6 @@ class _Writer:
             self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
         self.manifest.complete = True
         save_manifest(self.manifest, self.folder)
-
-    def _check_corpus(self) -> None:
-        """Raise `UserError` unless each split gets a document."""
-        hashes = {document.hash for document in self.train + self.val}
-        if not hashes:
-            raise UserError(f"the corpus is empty: {self.num_documents} documents, none of them with text")
-        if len(hashes) == 1:
-            raise UserError(
-                "the corpus is a single document, and one document is needed for validation; "
-                "split it into several files or records"
-            )
-        if not self.train:
-            raise UserError(
-                f"all {len(self.val)} documents of the corpus are in the validation split; lower data.val_fraction"
-            )
 
     def _ensure_validation(self) -> None:
         """If the validation split is empty, move the document with the smallest hash and its copies there.
@@ -330,25 +337,23 @@ class _Writer:
         if self.val or self.manifest.val.shards:
             return
         assert self.smallest is not None
-        chosen, text = self.smallest
-        self.manifest.held_out_below = chosen + 1
-        gzip_bytes = len(gzip.compress(text.encode(), 9))
-        self.val = [document._replace(gzip_bytes=gzip_bytes) for document in self.train if document.hash == chosen]
-        self.train = [document for document in self.train if document.hash != chosen]
-        self.num_tokens = sum(len(document.tokens) for document in self.train)
-        split = self.manifest.train
-        split.documents, split.bytes = len(self.train), sum(document.bytes for document in self.train)
+        chosen, split = self.smallest, self.manifest.train
+        copies = [document for document in self.train if document.hash == chosen.hash]
+        self.manifest.held_out_below = chosen.hash + 1
+        self.val = [chosen for _ in copies]
+        self.train = [document for document in self.train if document.hash != chosen.hash]
+        self.num_tokens -= len(copies) * len(chosen.tokens)
+        split.documents, split.bytes = len(self.train), split.bytes - len(copies) * chosen.num_bytes
 
     def _seal_train(self, num_tokens: int) -> None:
         """Write the first `num_tokens` queued tokens as a shard; before the first shard, seal the validation split."""
         if not self.manifest.val.shards:
             val = self.manifest.val
-            self._seal("val", np.concatenate([document.tokens for document in self.val]))
-            val.documents, val.bytes = len(self.val), sum(document.bytes for document in self.val)
-            self.manifest.val_gzip_bytes = sum(document.gzip_bytes for document in self.val)
-            self.val = []
-        tokens = np.concatenate([document.tokens for document in self.train])
-        self._seal("train", tokens[:num_tokens])
+            self._seal("val", self.val)
+            val.documents, val.bytes = len(self.val), sum(document.num_bytes for document in self.val)
+            sizes = [len(gzip.compress(document.text.encode(), 9)) for document in self.val]
+            self.manifest.val_gzip_bytes, self.val = sum(sizes), []
+        self._seal("train", self.train, num_tokens)
         newest = self.train[-1]
         self.num_tokens -= num_tokens  # of the newest document: without it the queue was shorter than a shard
         if self.num_tokens:
@@ -360,71 +365,11 @@ class _Writer:
             self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
         save_manifest(self.manifest, self.folder)
 
-    def _seal(self, name: Literal["train", "val"], tokens: np.ndarray[Any, Any]) -> None:
-        """Write one shard. It counts once the manifest that lists it is saved."""
+    def _seal(self, name: SplitName, documents: list[Document], num_tokens: int | None = None) -> None:
+        """Write the (first `num_tokens`) tokens of `documents` as a shard. It counts once the manifest is saved."""
         shards = self.manifest.split(name).shards
         file = f"{name}-{len(shards):05d}.bin"
-        content = np.ascontiguousarray(tokens).view(np.uint8).data
+        tokens = np.concatenate([document.tokens for document in documents])[:num_tokens]
+        content = tokens.view(np.uint8).data
         write_atomically(self.folder / file, content)
         shards.append(Shard(file, len(tokens), hashlib.sha256(content).hexdigest()))
-
-
-@contextmanager
-def _executor(num_workers: int) -> Iterator[Executor]:
-    """Run `_encode` in processes, or for a single worker in a thread, which starts faster."""
-    if num_workers == 1:
-        pool: Executor = ThreadPoolExecutor(1)
-    else:
-        pool = ProcessPoolExecutor(num_workers, _Fork(), initializer=_follow, initargs=(os.getpid(),))
-    try:
-        with pool:
-            yield pool
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a tokenizing process was killed, perhaps for lack of memory; set data.num_workers to fewer processes"
-        ) from error
-
-
-class _Worker(ForkProcess):
-    def terminate(self) -> None:
-        self.kill()  # the executor ends a broken pool with this; workers ignore SIGTERM
-
-
-class _Fork(ForkContext):
-    """Forked processes: a spawned one would import the main script and with it the whole training stack."""
-
-    Process = _Worker
-
-
-def _follow(parent: int) -> None:
-    """Let only the end of the process `parent`, even if that is killed, end this one.
-
-    A launcher signals every process of a job, and the trainer may need data to finish its step.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_SECONDS)
-        os._exit(1)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _background(parent: int) -> None:
-    """Run the child process of `start_preparing`; the message of a `UserError` goes to standard output."""
-    _follow(parent)
-    registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
-    sources.SOURCES.update(registered)
-    reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
-    try:
-        prepare(data, tokenizer, progress=progress, in_background=True)
-    except UserError as error:
-        print(error, file=reply, flush=True)
-        sys.exit(2)

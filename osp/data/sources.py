@@ -7,7 +7,6 @@ for everything they need. A document may be empty: preparation leaves empty docu
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import logging
 import lzma
@@ -35,9 +34,9 @@ class Source(ABC):
     IN_MIXTURE = True  # may be a part of a mixture
 
     def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
-        """Check `config`: the whole `data`, or a part of `data.mixture`. key: its name in messages
+        """Check `config`, the whole `data` or a part of `data.mixture`, and raise `UserError` if it lacks something.
 
-        Raises `UserError` if `config` lacks something that the source needs.
+        key: its name in messages.
         """
         self.config, self.key = config, key
 
@@ -64,8 +63,7 @@ class PythonStdlib(Source):
 
     def documents(self) -> Iterator[str]:
         root = Path(sysconfig.get_path("stdlib"))
-        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-        for name in names:
+        for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
             if {"site-packages", "dist-packages", "__pycache__"}.isdisjoint(name.split("/")):
                 # a few test modules are written in other encodings
                 with contextlib.suppress(UnicodeDecodeError):
@@ -88,8 +86,8 @@ class TextFiles(Source):
         return Path(self.config.paths[0]).name.split(".")[0]
 
     def documents(self) -> Iterator[str]:
-        files = list_files(self.config.paths)
-        return itertools.chain.from_iterable(_read(path, self.config.text_field) for path in files)
+        for path in list_files(self.config.paths):
+            yield from _read(path, self.config.text_field)
 
     def fingerprint(self) -> Any:
         stats = [(path, path.stat()) for path in list_files(self.config.paths)]
@@ -113,18 +111,16 @@ class HubDataset(Source):
         import huggingface_hub
         from datasets.exceptions import DatasetsError
 
-        config = self.config
-        assert config.dataset is not None
-        name = f"data.dataset={config.dataset}" + (f" (subset {config.subset})" if config.subset else "")
-        number = 0
+        config, dataset, number = self.config, str(self.config.dataset), 0
+        name = f"data.dataset={dataset}" + (f" (subset {config.subset})" if config.subset else "")
         try:
-            if not Path(config.dataset).is_dir():
+            if not Path(dataset).is_dir():
                 request = huggingface_hub.HfApi().dataset_info
-                ask_hub(f"{name} cannot be reached", request, config.dataset, timeout=HUB_TIMEOUT)
-            stream = datasets.load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
+                ask_hub(f"{name} cannot be reached", request, dataset, timeout=HUB_TIMEOUT)
+            stream = datasets.load_dataset(dataset, config.subset, split=config.split, streaming=True)
             for number, record in enumerate(stream, start=1):
                 is_null = record.get(config.text_field, "") is None
-                yield "" if is_null else _field(record, config.text_field, where=f"{name}, record {number}")
+                yield "" if is_null else _text_of(record, config.text_field, where=f"{name}, record {number}")
         except UserError:
             raise
         except (OSError, ValueError, DatasetsError) as error:
@@ -149,10 +145,8 @@ class Mixture(Source):
         self.parts = [make_source(part, f"{key}.mixture[{i}]") for i, part in enumerate(config.mixture)]
 
     def documents(self) -> Iterator[str]:
-        names = []
-        for part in self.parts:
-            config = part.config
-            names.append(" ".join([config.source, *filter(None, [config.dataset, config.subset]), *config.paths]))
+        configs = [part.config for part in self.parts]
+        names = [" ".join(filter(None, [c.source, c.dataset, c.subset, *c.paths])) for c in configs]
         return interleave([part.documents() for part in self.parts], self.weights, names=names)
 
     def fingerprint(self) -> Any:
@@ -211,19 +205,18 @@ def list_files(paths: tuple[str, ...]) -> list[Path]:
     """Return the readable files of `data.paths` in order; a folder gives its files recursively, sorted by path."""
     files = []
     for entry in map(Path, paths):
-        if entry.is_dir():
-            inside = sorted(path for path in entry.rglob("*") if known_suffix(path) and path.is_file())
-            if not inside:
-                raise UserError(f"data.paths: folder {entry} holds no file that ends in {', '.join(SUFFIXES)}")
-            files += inside
-        elif not entry.exists():
+        if not entry.exists():
             raise UserError(f"data.paths: {entry} does not exist")
-        elif not known_suffix(entry):
-            raise UserError(
-                f"data.paths: cannot tell the format of {entry}; its name must end in {', '.join(SUFFIXES)}"
+        inside = sorted(path for path in entry.rglob("*") if path.is_file()) if entry.is_dir() else [entry]
+        readable = [path for path in inside if known_suffix(path)]
+        if not readable:
+            problem = (
+                f"folder {entry} holds no file that ends"
+                if entry.is_dir()
+                else (f"cannot tell the format of {entry}; its name must end")
             )
-        else:
-            files.append(entry)
+            raise UserError(f"data.paths: {problem} in {', '.join(SUFFIXES)}")
+        files += readable
     return files
 
 
@@ -248,36 +241,30 @@ def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _record_text(_decode(line, path, line=number), text_field, where=f"{path}, line {number}")
+                    record = json.loads(_decode(line, path, line=number))
+                    yield _text_of(record, text_field, where=f"{path}, line {number}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: malformed JSON ({error})") from error
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of gzip or pyarrow
             raise
         raise UserError(f"{path}, after line {number}: the archive is damaged or cut short ({error})") from error
 
 
-def _record_text(line: str, text_field: str, *, where: str) -> str:
-    """Return the text of one JSON record."""
-    try:
-        record = json.loads(line)
-        if isinstance(record, dict):
-            text = _field(record, text_field, where=where)
-            text.encode()
-            return text
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: malformed JSON ({error})") from error
-    except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair
-        raise UserError(f"{where}: field {text_field!r} is no valid Unicode ({error})") from error
-    raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
-
-
-def _field(record: dict[str, Any], text_field: str, *, where: str) -> str:
-    """Return the text of a record."""
+def _text_of(record: Any, text_field: str, *, where: str) -> str:
+    """Return the text of a record. Raises `UserError` if it has none."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     if text_field not in record:
         raise UserError(f"{where}: no field {text_field!r}; set data.text_field to one of {sorted(record)}")
-    if not isinstance(record[text_field], str):
-        kind = type(record[text_field]).__name__
-        raise UserError(f"{where}: field {text_field!r} holds {kind}, not a string")
-    return record[text_field]
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair
+        raise UserError(f"{where}: field {text_field!r} is no valid Unicode ({error})") from error
+    return text
 
 
 def _open(path: Path) -> io.BufferedIOBase:

@@ -41,20 +41,22 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
         logger.warning("the text yields %d tokens, fewer than tokenizer.vocab_size=%d", size, config.vocab_size)
-    return _plain(tokenizer)
+    tokenizer.encode_special_tokens = True  # a document that mentions <|endoftext|> is not split in two
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, set to encode text as it is: without truncation, padding and special tokens."""
-    path = Path(path)
     try:
-        spec = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from error
-    try:
-        return _plain(Tokenizer.from_str(spec))
     except Exception as error:  # `tokenizers` raises plain Exception
         raise UserError(f"{path} is not a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -115,15 +117,6 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         sizes[token_id] = 0 if token.special else len(token.content.encode())
     return sizes
-
-
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Switch off truncation and padding, which some files carry, and special tokens inside a text."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # otherwise a document that mentions <|endoftext|> would be split in two
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:

@@ -78,9 +78,9 @@ def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int |
         UserError: The shards were made with another tokenizer.
     """
     split = Shards(shards, "val")
-    if split.tokenizer_hash != spec_hash(tokenizer.to_str()):
+    if split.manifest.tokenizer_hash != spec_hash(tokenizer.to_str()):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
-    tokens = np.concatenate([split[i] for i in range(len(split))] or [np.zeros(0)])[:max_tokens].astype(np.int64)
+    tokens = np.concatenate(split.tokens or [np.zeros(0)])[:max_tokens].astype(np.int64)
     digest = hashlib.sha256("".join(shard.sha256 for shard in split.manifest.val.shards).encode())
     return _text(name, tokens, digest.hexdigest(), tokenizer)
 
@@ -90,7 +90,7 @@ def training_text(subject: LanguageModel) -> torch.Tensor:
     if subject.config is None:
         raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
     shards = Shards(prepare(subject.config.data, subject.config.tokenizer), "train")
-    return torch.from_numpy(shards[0].astype(np.int64))
+    return torch.from_numpy(shards.tokens[0].astype(np.int64))
 
 
 def _text(name: str, ids: np.ndarray[Any, Any], sha256: str, tokenizer: Tokenizer) -> Text:

@@ -226,7 +226,7 @@ class Trainer:
                 # sequences [next_step * rows_per_step, ...) come next
                 "next_step": data_step(self.step, config.data.skip_steps),
                 "rows_per_step": self.loader.rows_per_step,
-                "tokenizer_hash": self.loader.rows.shards.tokenizer_hash,
+                "tokenizer_hash": self.loader.rows.shards.manifest.tokenizer_hash,
                 "seed": config.train.seed,
             },
             **self.guard.state_dict(),

@@ -21,7 +21,7 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def jsonl_corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The texts as one jsonl file."""
     return _write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts)
 
@@ -35,11 +35,11 @@ def tokenizer_config(texts: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def data_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+def data_config(jsonl_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """Shards of 16,001 tokens, so that documents cross from one to the next."""
     cache = str(tmp_path_factory.mktemp("shards"))
     return DataConfig(
-        source="text", paths=(str(corpus),), cache_dir=cache, shard_tokens=16_001, val_fraction=0.1, num_workers=1
+        source="text", paths=(str(jsonl_corpus),), cache_dir=cache, shard_tokens=16_001, val_fraction=0.1, num_workers=1
     )
 
 

@@ -1,4 +1,4 @@
-"""Shards hold exactly the corpus, with any number of workers, after interruptions and beside other processes."""
+"""Shards hold exactly the corpus, with any number of threads, after interruptions and beside other processes."""
 
 import dataclasses
 import gzip
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from osp.data import prepare as prepare_module
 from osp.data.loader import Loader
 from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder, start_preparing
+from osp.data.sources import SOURCES, PythonStdlib
 from osp.data.tokenizer import load_tokenizer, spec_hash
 from osp.errors import UserError
 from osp.files import is_locked
@@ -101,7 +102,7 @@ def test_shards_equal_a_naive_packer(
     verify(folder)
 
 
-def test_any_number_of_workers_writes_the_same_bytes(
+def test_any_number_of_threads_writes_the_same_bytes(
     data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 10_000)  # many batches in flight
@@ -213,7 +214,7 @@ def test_prepared_shards_are_reused_until_something_changes(
     data_config: DataConfig,
     tokenizer_config: TokenizerConfig,
     shards: Path,
-    corpus: Path,
+    jsonl_corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,7 +235,7 @@ def test_prepared_shards_are_reused_until_something_changes(
     copy.write_text(copy.read_text() + "\n")
     assert folder(tokenizer=copied) != first  # another file of the same name
     monkeypatch.undo()
-    changed = with_text(data_config, Path(shutil.copy2(corpus, tmp_path)))
+    changed = with_text(data_config, Path(shutil.copy2(jsonl_corpus, tmp_path)))
     first = shard_folder(changed, tokenizer_config)
     os.utime(changed.paths[0], (1, 1))
     assert shard_folder(changed, tokenizer_config) != first
@@ -399,22 +400,24 @@ def test_background_preparation_ends_with_its_parent(
     deadline = time.monotonic() + 60
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not is_locked(folder)  # nor do its workers live, which would hold the lock too
+    assert not is_locked(folder)
     assert load_manifest(folder).usable
     assert not load_manifest(folder).complete
 
 
-def test_killed_worker_is_reported(
-    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_preparation_is_reported(
+    tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_encode", _die)
-    config = dataclasses.replace(data_config, cache_dir=str(tmp_path), num_workers=2)
-    with pytest.raises(UserError, match=r"a tokenizing process was killed, .*data\.num_workers"):
-        prepare(config, tokenizer_config, progress=False)
+    monkeypatch.setitem(SOURCES, "python_stdlib", _Deadly)
+    config = DataConfig(cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"preparing .*: the process was killed, .*data\.num_workers"):
+        start_preparing(config, tokenizer_config, progress=False)
 
 
-def _die(*args: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+class _Deadly(PythonStdlib):
+    def documents(self) -> Iterator[str]:
+        yield "a text"
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_unwritable_cache_is_reported(

@@ -87,19 +87,16 @@ def test_preparation_survives_signals_and_ends_with_its_trainer(
         assert trainer.stdout is not None
         folder = Path(trainer.stdout.readline().strip())
         (preparer,) = children_of(trainer.pid)
-        workers = children_of(preparer)
-        assert len(workers) == 2
-        for process in (preparer, *workers):
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                os.kill(process, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(preparer, number)
         sealed = len(load_manifest(folder).train.shards)
         assert until(lambda: len(load_manifest(folder).train.shards) > sealed)
         assert load_manifest(folder).error is None
         assert not load_manifest(folder).complete, "the corpus is too short for this test"
-        assert all(map(alive, (preparer, *workers)))
+        assert alive(preparer)
         trainer.kill()
         trainer.wait()
-        assert until(lambda: not any(map(alive, (preparer, *workers))))
+        assert until(lambda: not alive(preparer))
     assert not is_locked(folder)
 
 
@@ -111,26 +108,6 @@ def _prepare_noting_the_error(
         prepare(config, tokenizer, progress=False)
     except UserError as error:
         notes.write_text(str(error))
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the children in /proc")
-def test_one_killed_worker_ends_the_others(
-    data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
-) -> None:
-    """The executor sends SIGTERM to the rest of a broken pool, which workers ignore."""
-    long_corpus(tmp_path / "long.jsonl", texts, copies=40)
-    config = with_text(data_config, tmp_path / "long.jsonl", num_workers=3)
-    child = fork.Process(target=_prepare_noting_the_error, args=(config, tokenizer_config, tmp_path / "notes"))
-    child.start()
-    assert child.pid is not None
-    pid = child.pid
-    assert until(lambda: len(children_of(pid)) == 3)
-    workers = children_of(pid)
-    os.kill(workers[1], signal.SIGKILL)
-    child.join(60)
-    assert child.exitcode == 0
-    assert "a tokenizing process was killed" in (tmp_path / "notes").read_text()
-    assert not any(map(alive, workers))
 
 
 @pytest.mark.parametrize(

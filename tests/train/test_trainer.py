@@ -106,7 +106,7 @@ def test_validation_loss_equals_a_plain_loop(tiny: Tiny, plain_run: Path) -> Non
     model = load_model(plain_run).double()
     model.compute_dtype = torch.float64
     shard_folder = next(Path(tiny().data.cache_dir).iterdir())
-    tokens = torch.from_numpy(Shards(shard_folder, "val")[0].astype("int64"))
+    tokens = torch.from_numpy(Shards(shard_folder, "val").tokens[0].astype("int64"))
     tokenizer = load_tokenizer(plain_run / "tokenizer.json")
     nats, count, text = 0.0, 0, b""
     for row in range(min(1024, len(tokens) - 1) // 32):
@@ -147,7 +147,7 @@ def test_live_quantized_perplexity_equals_a_plain_loop(tiny: Tiny, tmp_path: Pat
     model = load_model(tmp_path / "run").double()
     model.compute_dtype = torch.float64
     shard_folder = next(Path(config.data.cache_dir).iterdir())
-    windows = torch.from_numpy(Shards(shard_folder, "val")[0][:128].astype("int64")).view(4, 32)
+    windows = torch.from_numpy(Shards(shard_folder, "val").tokens[0][:128].astype("int64")).view(4, 32)
     with torch.no_grad():
         loss = F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
