@@ -29,9 +29,9 @@ def main(values: dict[str, Any]) -> None:
     logging.info(
         "%s: logits within %.1e of the largest, perplexity %.4f as exported, %.4f as trained",
         exported.folder,
-        exported.logit_error,
-        exported.exported_perplexity,
-        exported.perplexity,
+        exported.folding.relative,
+        exported.perplexity.after,
+        exported.perplexity.before,
     )
 
 

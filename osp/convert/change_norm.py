@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -42,8 +43,8 @@ from osp.model.transformer import Transformer
 from osp.run.checkpoint import Saver, whole_parameters
 
 CONVERTIBLE = tuple(name for name, norm in NORMS.items() if norm.mean is not None)
-# Largest mean of a recentred matrix rounded to fp32, relative to its largest weight.
-ZERO_MEAN = 1e-6
+ZERO_MEAN = 1e-6  # largest mean of a recentred matrix rounded to fp32, relative to its largest weight
+EMBEDDING = "embed_tokens.weight"
 
 
 def convert_folder(
@@ -57,13 +58,13 @@ def convert_folder(
     out = Path(out)
     with new_folder(out) as folder:
         subject = open_model(path, device=device)
-        steps = conversion_steps(subject.model.config, to)  # refuses a model before a text is read
+        change_config(subject.model.config, to)  # refuses a model before a text is read
         if subject.conversion is not None:
             read_certificate(subject)
         if subject.eos_id is None or subject.tokenizer.id_to_token(subject.eos_id) is None:
             raise UserError(f"{path}: config.json has no eos_token_id that the tokenizer knows; add it there")
         tokens = read_text(text, subject)
-        exact = change_norms(subject.model, to)
+        exact, steps = change_norms(subject.model, to)
         stored = copy.deepcopy(exact).float()
         stored.compute_dtype = torch.float32
         certificate = certify(subject, exact, stored, tokens, steps=steps, path=out)
@@ -72,28 +73,40 @@ def convert_folder(
     return certificate
 
 
-def change_norms(model: Transformer, to: str) -> Transformer:
-    """Return a fp64 model with the norms `to` (a name of `CONVERTIBLE`) that computes the same as `model`.
+def change_norms(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
+    """Return a fp64 model with the norms `to` (a name of `CONVERTIBLE`) that computes the same, and the steps taken.
 
     Projections, the scale of the embedding, recentring, the scales of `norm.lns` and the biases of norms move into the
     weights first, and so do gains unless both norms have one per channel. Raises `UserError` if there is no such model.
     """
-    config = change_config(model.config, to)
+    before, config = model.config, change_config(model.config, to)
+    name, width_change = before.norm.name, config.hidden_size - before.hidden_size
     source = copy.deepcopy(model).double()
     fold_into_weights(source)
-    source_name = source.config.norm.name
     tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
+    tensors[EMBEDDING] = tensors[EMBEDDING].T  # the residual stream is dimension 0 of all that write into it
+    norms = [norm for _, norm, _ in residual_norms(source)]
+    folds = {
+        "recentring made part of the weights": before.recentre,
+        "embedding projections absorbed": before.embed_proj,
+        "scale of the embedding folded": before.norm.embed_scale,
+        "LayerNorm scaling folded": before.norm.lns,
+        "biases of norms folded": any(norm.bias is not None for norm in norms),
+        "gains of norms folded": any(norm.weight is not None and not _keeps_gain(norm, to) for norm in norms),
+    }
+    steps = [step for step, is_made in folds.items() if is_made]
     _fold_norms(tensors, source, to)
-    if source_name == "layernorm" and to != "layernorm":
+    if name == "layernorm" and to != "layernorm":
+        steps.append("residual stream recentred")
         _recentre(tensors)
-    elif source_name in ("rmsnorm", "ssnorm") and to in ("crmsnorm", "layernorm"):
-        _check_zero_mean(tensors, source, to)
+    elif name in ("rmsnorm", "ssnorm") and to in ("crmsnorm", "layernorm"):
+        _check_zero_mean(tensors, name, to)
         _recentre(tensors)
-    if source_name == "crmsnorm" and to != "crmsnorm":
-        _append_channel(tensors, source)
-    elif to == "crmsnorm" and source_name != "crmsnorm":
-        _drop_channel(tensors, source)
-    return _build(config, tensors)
+    if width_change:
+        steps.append(f"last channel {'appended' if width_change > 0 else 'dropped'}")
+        _change_width(tensors, source, width_change)
+    tensors[EMBEDDING] = tensors[EMBEDDING].T
+    return _build(config, tensors), [*steps, f"{name} -> {to}"]
 
 
 def change_config(config: ModelConfig, to: str) -> ModelConfig:
@@ -145,39 +158,11 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
     return converted
 
 
-def conversion_steps(config: ModelConfig, to: str) -> list[str]:
-    """Return the steps of `change_norms` for a model of this configuration, in order and in words."""
-    after, norms = change_config(config, to), (block_norm(config), final_norm(config))
-    done = {
-        "recentring made part of the weights": config.recentre,
-        "embedding projections absorbed": config.embed_proj,
-        "scale of the embedding folded": config.norm.embed_scale,
-        "LayerNorm scaling folded": config.norm.lns,
-        "biases of norms folded": any(norm.bias is not None for norm in norms),
-        "gains of norms folded": any(norm.weight is not None and not _keeps_gain(norm, to) for norm in norms),
-        "residual stream recentred": config.norm.name == "layernorm" and to != "layernorm",
-        "last channel appended": after.hidden_size > config.hidden_size,
-        "last channel dropped": after.hidden_size < config.hidden_size,
-        f"{config.norm.name} -> {to}": True,
-    }
-    return [step for step, applies in done.items() if applies]
-
-
 def _keeps_gain(norm: Norm, to: str) -> bool:
     """Return whether a norm of the kind `to` can hold the gain of `norm`; crmsnorm has one channel less."""
     if NORMS[to].one_gain:
         return norm.one_gain
     return to != "crmsnorm" and not isinstance(norm, CRMSNorm)
-
-
-def _stream_writers(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Return the names of the tensors that write into the residual stream, each with its dimension of channels."""
-    matrices = tuple(matrix for matrix, _ in SUBLAYER_WRITERS)
-    return {"embed_tokens.weight": 1} | {name: 0 for name in tensors if name.rpartition(".")[0].endswith(matrices)}
-
-
-def _stream_readers(model: Transformer) -> list[str]:
-    return [f"{reader}.weight" for _, _, readers in residual_norms(model) for reader in readers]
 
 
 def _fold_norms(tensors: dict[str, Tensor], model: Transformer, to: str) -> None:
@@ -197,34 +182,35 @@ def _fold_norms(tensors: dict[str, Tensor], model: Transformer, to: str) -> None
             tensors[f"{name}.weight"] = gain
 
 
+def _stream_writers(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that write into the residual stream."""
+    matrices = tuple(matrix for matrix, _ in SUBLAYER_WRITERS)
+    return [EMBEDDING, *(name for name in tensors if name.rpartition(".")[0].endswith(matrices))]
+
+
 def _recentre(tensors: dict[str, Tensor]) -> None:
-    for name, channels in _stream_writers(tensors).items():
-        tensors[name] = tensors[name] - tensors[name].mean(channels, keepdim=True)
+    for name in _stream_writers(tensors):
+        tensors[name] = tensors[name] - tensors[name].mean(0)
 
 
-def _drop_channel(tensors: dict[str, Tensor], model: Transformer) -> None:
-    for name, channels in _stream_writers(tensors).items():
-        tensors[name] = tensors[name].narrow(channels, 0, tensors[name].shape[channels] - 1)
-    for name in _stream_readers(model):
-        tensors[name] = tensors[name][:, :-1] - tensors[name][:, -1:]
+def _change_width(tensors: dict[str, Tensor], model: Transformer, change: int) -> None:
+    """Drop the last channel of the zero-mean residual stream (change=-1), or append the one that is left out (1)."""
+    for name in _stream_writers(tensors):
+        weight = tensors[name]
+        tensors[name] = weight[:-1] if change < 0 else torch.cat((weight, -weight.sum(0, keepdim=True)))
+    for name in (f"{reader}.weight" for _, _, readers in residual_norms(model) for reader in readers):
+        weight = tensors[name]
+        tensors[name] = weight[:, :-1] - weight[:, -1:] if change < 0 else F.pad(weight, (0, 1))
 
 
-def _append_channel(tensors: dict[str, Tensor], model: Transformer) -> None:
-    for name, channels in _stream_writers(tensors).items():
-        last = -tensors[name].sum(channels, keepdim=True)
-        tensors[name] = torch.cat((tensors[name], last), channels)
-    for name in _stream_readers(model):
-        tensors[name] = torch.cat((tensors[name], torch.zeros_like(tensors[name][:, :1])), 1)
-
-
-def _check_zero_mean(tensors: dict[str, Tensor], model: Transformer, to: str) -> None:
-    for name, channels in _stream_writers(tensors).items():
-        share = (tensors[name].mean(channels).abs().max() / tensors[name].abs().max()).item()
+def _check_zero_mean(tensors: dict[str, Tensor], norm: str, to: str) -> None:
+    for name in _stream_writers(tensors):
+        share = (tensors[name].mean(0).abs().max() / tensors[name].abs().max()).item()
         if share > ZERO_MEAN:
             raise UserError(
-                f"norm.name={model.config.norm.name} to={to}: the residual stream has a mean ({name}: {share:.1e} of "
-                f"its largest weight), which {to} ignores; only models converted from layernorm or trained with "
-                "recentre=true have none"
+                f"norm.name={norm} to={to}: the residual stream has a mean ({name}: {share:.1e} of its largest "
+                f"weight), which {to} ignores; only models converted from layernorm or trained with recentre=true "
+                "have none"
             )
 
 

@@ -21,7 +21,6 @@ from osp.config import ModelConfig
 from osp.convert.change_norm import change_config
 from osp.convert.model_card import FOUR_BITS, Exported, model_card
 from osp.convert.same_function import (
-    FP32_TOLERANCE,
     check_same_function,
     check_same_perplexity,
     compared_perplexity,
@@ -34,17 +33,12 @@ from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name
 from osp.model.fold import fold_into_weights, norm_gain
-from osp.model.hf_llama import BODY, CONFIG, HEAD, TOKENIZER, load_hf
+from osp.model.hf_llama import BODY, CONFIG, HEAD, REQUIRED, TOKENIZER, load_hf
 from osp.model.norms import NORMS, Norm
 from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.apply import quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Keys of `config.json` that are keys of `ModelConfig` as well
-SHARED_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "rope_theta", "hidden_act", "attention_bias", "mlp_bias"),
-)
 
 
 def export(
@@ -76,20 +70,17 @@ def export(
         tokens = read_text(text, subject)
         trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
         fold_into_weights(model)
-        folded = check_same_function("folding projections and scales", trained, observe_function(model), FP32_TOLERANCE)
+        folding = check_same_function("folding projections and scales", trained, observe_function(model))
         special = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
         write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, **special)
         _write_tokenizer(subject, folder)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype]).float()
         loaded = load_hf(folder).to(device)
-        check_same_function("reading back the files", observe_function(model), observe_function(loaded), FP32_TOLERANCE)
-        exported_perplexity = compared_perplexity(loaded, tokens)
-        check_same_perplexity(tokens, perplexity, exported_perplexity, dtype=dtype)
+        check_same_function("reading back the files", observe_function(model), observe_function(loaded))
+        perplexities = check_same_perplexity(tokens, perplexity, loaded, dtype=dtype)
         with quantized(loaded, FOUR_BITS):
-            quantized_perplexity = compared_perplexity(loaded, tokens)
-        perplexities = (perplexity, exported_perplexity, quantized_perplexity)
-        exported = Exported(out, dtype, tokens.name, folded.relative, *perplexities)
+            exported = Exported(out, dtype, folding, perplexities, compared_perplexity(loaded, tokens))
         write_text(folder / "README.md", model_card(subject, exported, certificate))
     return exported
 
@@ -147,34 +138,33 @@ def size_in_bytes(size: str) -> int:
 def write_llama(
     model: Transformer, folder: Path, *, dtype: str, shard_bytes: int, bos_id: int | None, eos_id: int | None
 ) -> None:
-    """Write `config.json` and the weights of a model without projections.
+    """Write the weights of a model without projections, and its `config.json` for all versions of transformers.
 
     The weights are safetensors of at most `shard_bytes` each (no tensor is cut), and an index if there are several.
     """
-    _write_json(folder / CONFIG, _hf_config(model, dtype) | {"bos_token_id": bos_id, "eos_token_id": eos_id})
-    tensors = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in _hf_tensors(model)}
-    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
-    for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
-        path.chmod((folder / CONFIG).stat().st_mode)
-
-
-def _hf_config(model: Transformer, dtype: str) -> dict[str, Any]:
-    """Return `config.json` without the special tokens, in the layout that all versions of transformers read."""
     config = model.config
     scaling = None if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
     if scaling and scaling["rope_type"] == "linear":
         scaling = {"rope_type": "linear", "factor": scaling["factor"]}
-    return {
+    values = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{key: getattr(config, key) for key in SHARED_KEYS},
+        **{key: getattr(config, key) for key in (*REQUIRED, "max_position_embeddings", "rope_theta")},
+        **{key: getattr(config, key) for key in ("hidden_act", "attention_bias", "mlp_bias")},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "rope_scaling": scaling,
         "rms_norm_eps": model.norm.eps,
         "tie_word_embeddings": False,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
     }
+    _write_json(folder / CONFIG, values)
+    tensors = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in _hf_tensors(model)}
+    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
+    for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
+        path.chmod((folder / CONFIG).stat().st_mode)
 
 
 def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

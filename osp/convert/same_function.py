@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Perplexities:
-    """Perplexity of the same text before and after the conversion."""
+    """Perplexity of the same text before and after a change."""
 
     text: str
     text_sha256: str
@@ -86,11 +85,11 @@ class Certificate:
 
     def __str__(self) -> str:
         """Return a table."""
-        table: list[Sequence[str]] = [("arithmetic", "max |delta logit|", "of the largest", "first site that differs")]
+        table = [["arithmetic", "max |delta logit|", "of the largest", "first site that differs"]]
         rows = {"fp64": self.fp64, "fp64, weights as stored": self.stored, "bf16, weights as stored": self.bf16}
         for name, row in rows.items():
-            table.append((name, f"{row.max_delta_logit:.1e}", f"{row.relative:.1e}", row.parts_at or "none"))
-        table.append(("bf16 rounding, for scale", f"{self.bf16_rounding:.1e}", "", ""))
+            table.append([name, f"{row.max_delta_logit:.1e}", f"{row.relative:.1e}", row.parts_at or "none"])
+        table.append(["bf16 rounding, for scale", f"{self.bf16_rounding:.1e}", "", ""])
         text = self.perplexity
         return (
             f"{self.before.path}: {self.before.norm} of {self.before.hidden_size} channels -> {self.after.norm} of "
@@ -105,6 +104,8 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
 
     Keys in the order of the forward pass: `layer_00/o_proj_in`, `layer_00/down_proj_in`, ..., `logits`.
     """
+    if dtype == torch.float64:
+        model = copy.deepcopy(model).double()
     sequences, length = COMPARED_SEQUENCES
     size = (sequences, min(length, model.config.max_position_embeddings))
     ids = torch.randint(0, model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
@@ -118,15 +119,24 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
     return {name: x.double().cpu() for name, x in {**seen, "logits": logits}.items()}
 
 
+def measure_difference(
+    expected: dict[str, Tensor], observed: dict[str, Tensor], limits: dict[str, float]
+) -> Difference:
+    """Return the difference of the logits, and the first site that differs by more than its limit."""
+    deltas = {name: _largest(observed[name] - value) for name, value in expected.items()}
+    above = [name for name in expected if not deltas[name] <= limits[name]]  # true for nan as well
+    return Difference(deltas["logits"], deltas["logits"] / _largest(expected["logits"]), above[0] if above else None)
+
+
 def check_same_function(
-    what: str, expected: dict[str, Tensor], observed: dict[str, Tensor], tolerance: float
+    what: str, expected: dict[str, Tensor], observed: dict[str, Tensor], tolerance: float = FP32_TOLERANCE
 ) -> Difference:
     """Return the difference of two observations; raise `UserError` if the logits differ by more than `tolerance`.
 
     what: the change between the two, subject of the message. tolerance: relative to the largest logit.
     """
-    limits = {name: tolerance * value.abs().max().item() for name, value in expected.items()}
-    difference = _measure_difference(expected, observed, limits)
+    limits = {name: tolerance * _largest(value) for name, value in expected.items()}
+    difference = measure_difference(expected, observed, limits)
     if not difference.relative <= tolerance:  # true for nan as well
         raise UserError(
             f"{what} changes the logits by {difference.relative:.1e} of the largest, above {tolerance:g}, first in "
@@ -135,16 +145,22 @@ def check_same_function(
     return difference
 
 
-def check_same_perplexity(text: Text, before: float, after: float, *, dtype: str = "fp32") -> None:
-    """Raise `UserError` if two perplexities differ by more than rounding the weights to `dtype` explains."""
-    if not abs(after - before) <= PERPLEXITY_TOLERANCE[dtype] * before:
-        raise UserError(f"perplexity of {text.name} is {before:.5f} before and {after:.5f} after; not written")
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
 
 
 def compared_perplexity(model: Transformer, text: Text) -> float:
     """Return the perplexity of the first `COMPARED_TOKENS` tokens of `text`."""
     seq_len = min(2048, model.config.max_position_embeddings)
     return perplexity(model, text, seq_len=seq_len, max_tokens=COMPARED_TOKENS).perplexity
+
+
+def check_same_perplexity(text: Text, before: float, model: Transformer, *, dtype: str = "fp32") -> Perplexities:
+    """Return `before` and the perplexity of `model`; raise `UserError` if rounding to `dtype` does not explain both."""
+    after = compared_perplexity(model, text)
+    if not abs(after - before) <= PERPLEXITY_TOLERANCE[dtype] * before:
+        raise UserError(f"perplexity of {text.name} is {before:.5f} before and {after:.5f} after; not written")
+    return Perplexities(text.name, text.sha256, min(len(text.tokens), COMPARED_TOKENS), before, after)
 
 
 def certify(
@@ -155,30 +171,30 @@ def certify(
     Three comparisons: fp64 with the weights as converted (`exact`); fp64 with the weights as `stored` in fp32; and
     bf16, measured against the bf16 error of the unconverted model. path: where the converted model will be.
     """
-    model, to = subject.model, stored.config.norm.name
-    what = f"converting {model.config.norm.name} to {to}"
-    reference = observe_function(copy.deepcopy(model).double(), torch.float64)
+    model = subject.model
+    what = f"converting {model.config.norm.name} to {stored.config.norm.name}"
     # an earlier conversion has rounded its zero mean to fp32, and this one makes it exact
     limit = FP64_TOLERANCE if subject.conversion is None else FP32_TOLERANCE
+    reference, in_bf16 = observe_function(model, torch.float64), observe_function(model, torch.bfloat16)
     fp64 = check_same_function(what, reference, observe_function(exact, torch.float64), limit)
-    in_fp64 = observe_function(copy.deepcopy(stored).double(), torch.float64)
-    rounded = observe_function(model, torch.bfloat16)
+    in_fp32 = check_same_function(f"{what}, stored in fp32,", reference, observe_function(stored, torch.float64))
+    rounding = {name: _largest(in_bf16[name] - value) for name, value in reference.items()}
     # if rounding is the only error, models whose bf16 differs from fp64 by e each differ by 2 e at most
-    limits = {name: 2 * (rounded[name] - value).abs().max().item() for name, value in reference.items()}
-    in_fp32 = check_same_function(f"{what}, stored in fp32,", reference, in_fp64, FP32_TOLERANCE)
-    before, after = compared_perplexity(model, text), compared_perplexity(stored, text)
-    check_same_perplexity(text, before, after)
-    norms, widths = (model.config.norm.name, to), (model.config.hidden_size, stored.config.hidden_size)
+    limits = {name: 2 * error for name, error in rounding.items()}
+    before, after = (
+        Certified(str(folder), model_sha256(side), side.config.norm.name, side.config.hidden_size)
+        for side, folder in ((model, subject.folder), (stored, path))
+    )
     return Certificate(
-        before=Certified(str(subject.folder), model_sha256(model), norms[0], widths[0]),
-        after=Certified(str(path), model_sha256(stored), norms[1], widths[1]),
+        before=before,
+        after=after,
         steps=tuple(steps),
-        largest_logit=reference["logits"].abs().max().item(),
+        largest_logit=_largest(reference["logits"]),
         fp64=fp64,
         stored=in_fp32,
-        bf16=_measure_difference(rounded, observe_function(stored, torch.bfloat16), limits),
-        bf16_rounding=(rounded["logits"] - reference["logits"]).abs().max().item(),
-        perplexity=Perplexities(text.name, text.sha256, min(len(text.tokens), COMPARED_TOKENS), before, after),
+        bf16=measure_difference(in_bf16, observe_function(stored, torch.bfloat16), limits),
+        bf16_rounding=rounding["logits"],
+        perplexity=check_same_perplexity(text, compared_perplexity(model, text), stored),
         tolerance={"fp64": limit, "stored": FP32_TOLERANCE, "perplexity": PERPLEXITY_TOLERANCE["fp32"]},
         versions=environment(),
         earlier=None if subject.conversion is None else dataclasses.asdict(read_certificate(subject)),
@@ -199,16 +215,3 @@ def read_certificate(subject: LanguageModel) -> Certificate:
     if certificate.after.sha256 != subject.sha256():
         raise UserError(f"{path}: belongs to other weights than {subject.folder}; {convert_again}")
     return certificate
-
-
-def _measure_difference(
-    expected: dict[str, Tensor], observed: dict[str, Tensor], limits: dict[str, float]
-) -> Difference:
-    """Return the difference of the logits, and the first site that differs by more than its limit."""
-    deltas = {name: (observed[name] - value).abs().max().item() for name, value in expected.items()}
-    above = [name for name in expected if not deltas[name] <= limits[name]]
-    return Difference(
-        max_delta_logit=deltas["logits"],
-        relative=deltas["logits"] / expected["logits"].abs().max().item(),
-        parts_at=above[0] if above else None,
-    )

@@ -1,6 +1,5 @@
 """Changing norms leaves the function of a model unchanged: pairs, round trips and refusals, in float64."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import AttentionConfig, ModelConfig, NormConfig
-from osp.convert.change_norm import CONVERTIBLE, change_config, change_norms, conversion_steps
+from osp.convert.change_norm import CONVERTIBLE, change_config, change_norms
 from osp.errors import UserError
 from osp.model.fold import fold_into_weights
 from osp.model.norms import Norm
@@ -38,6 +37,10 @@ def random_model(norm: dict[str, Any], **shape: Any) -> Transformer:
             else:  # EmbProj no longer orthogonal
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
+
+
+def convert(model: Transformer, to: str) -> Transformer:
+    return change_norms(model, to)[0]
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
     model = random_model(norm, **shape)
     before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
     for to in targets:
-        converted = change_norms(model, to)
+        converted = convert(model, to)
         assert_same_function(converted, model)
         names = {
             type(m).__name__.lower() for n, m in converted.named_modules() if isinstance(m, Norm) and "_norm" not in n
@@ -100,15 +103,15 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
 def test_round_trip_returns_the_same_weights(bias: bool) -> None:
     """LayerNorm -> RMSNorm -> CRMSNorm (d - 1) -> RMSNorm -> LayerNorm -> CRMSNorm: the same weights again."""
     model = random_model({"name": "layernorm", "bias": bias})
-    rms = change_norms(model, "rmsnorm")
-    crms = change_norms(rms, "crmsnorm")
+    rms = convert(model, "rmsnorm")
+    crms = convert(rms, "crmsnorm")
     assert (crms.config.hidden_size, crms.config.head_dim) == (23, 6)
     assert crms.embed_tokens.weight.shape == (50, 23)
-    back = change_norms(crms, "rmsnorm")
+    back = convert(crms, "rmsnorm")
     assert (back.config.hidden_size, back.config.head_dim) == (24, None)
     torch.testing.assert_close(back.embed_tokens.weight, rms.embed_tokens.weight, rtol=0, atol=1e-14)
-    ln = change_norms(back, "layernorm")
-    again = change_norms(ln, "crmsnorm")
+    ln = convert(back, "layernorm")
+    again = convert(ln, "crmsnorm")
     for name, parameter in again.named_parameters():
         torch.testing.assert_close(parameter, dict(crms.named_parameters())[name], rtol=0, atol=1e-13)
     for converted in (rms, crms, back, ln, again):
@@ -123,7 +126,7 @@ def test_converted_norm_equals_layer_norm_of_torch() -> None:
     weights = dict(model.named_parameters())
     gain, bias = (weights[f"layers.1.post_attention_layernorm.{kind}"] for kind in ("weight", "bias"))
     expected = nn.functional.layer_norm(x, (24,), gain, bias, eps=1e-2) @ weights["layers.1.mlp.up_proj.weight"].T
-    layer = change_norms(model, "crmsnorm").layers[1]
+    layer = convert(model, "crmsnorm").layers[1]
     assert isinstance(layer, Block)
     shorter = (x - x.mean(-1, keepdim=True))[:, :-1]
     torch.testing.assert_close(layer.mlp.up_proj(layer.post_attention_layernorm(shorter)), expected, rtol=0, atol=1e-12)
@@ -135,12 +138,12 @@ def test_gains_stay_if_both_norms_have_one_per_channel() -> None:
 
     model, name = random_model({"name": "layernorm", "lns": True}), "layers.2.input_layernorm.weight"
     expected = gains(model)[name] / 3**0.5
-    torch.testing.assert_close(gains(change_norms(model, "rmsnorm"))[name], expected, rtol=0, atol=1e-15)
-    assert {gain.item() for gain in gains(change_norms(model, "ssnorm")).values()} == {1.0}
+    torch.testing.assert_close(gains(convert(model, "rmsnorm"))[name], expected, rtol=0, atol=1e-15)
+    assert {gain.item() for gain in gains(convert(model, "ssnorm")).values()} == {1.0}
     ssnorm = random_model({"name": "ssnorm"})
-    per_channel = gains(change_norms(ssnorm, "rmsnorm"))["norm.weight"]
+    per_channel = gains(convert(ssnorm, "rmsnorm"))["norm.weight"]
     assert torch.equal(per_channel, gains(ssnorm)["norm.weight"].expand(24))
-    assert torch.equal(gains(change_norms(ssnorm, "ssnorm"))["norm.weight"], gains(ssnorm)["norm.weight"])
+    assert torch.equal(gains(convert(ssnorm, "ssnorm"))["norm.weight"], gains(ssnorm)["norm.weight"])
 
 
 def parameter_names(model: Transformer) -> set[str]:
@@ -149,16 +152,16 @@ def parameter_names(model: Transformer) -> set[str]:
 
 def test_model_without_biases_has_none_after_conversion() -> None:
     for to in CONVERTIBLE:
-        names = parameter_names(change_norms(random_model({"name": "layernorm"}), to))
+        names = parameter_names(convert(random_model({"name": "layernorm"}), to))
         assert not [name for name in names if "bias" in name]
-    names = parameter_names(change_norms(random_model({"name": "layernorm", "bias": True}), "rmsnorm"))
+    names = parameter_names(convert(random_model({"name": "layernorm", "bias": True}), "rmsnorm"))
     assert {"lm_head.bias", "layers.0.self_attn.o_proj.bias", "layers.0.mlp.up_proj.bias"} <= names
 
 
 def test_recentred_model_stored_in_fp32_can_be_converted_again() -> None:
     """Rounding to fp32 leaves a small mean, which counts as zero."""
     model = random_model({"name": "layernorm"})
-    stored = change_norms(change_norms(model, "rmsnorm").float(), "crmsnorm")
+    stored = convert(convert(model, "rmsnorm").float(), "crmsnorm")
     assert_same_function(stored, model, atol=1e-5)
 
 
@@ -166,8 +169,8 @@ def test_large_eps_carries_over() -> None:
     """With eps of the size of the variance, every norm adds it to the same number."""
     model = random_model({"name": "layernorm", "eps": 1.0})
     for to in CONVERTIBLE:
-        assert_same_function(change_norms(model, to), model)
-        assert change_norms(model, to).config.norm.eps == 1.0
+        assert_same_function(convert(model, to), model)
+        assert convert(model, to).config.norm.eps == 1.0
 
 
 @pytest.mark.parametrize(
@@ -216,13 +219,14 @@ def test_unsupported_conversion_is_refused_with_reason(
     norm: dict[str, Any], shape: dict[str, Any], to: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        change_norms(random_model(norm, **shape), to)
+        convert(random_model(norm, **shape), to)
     assert "\n" not in str(error.value)
 
 
 def test_conversion_steps_are_listed_in_order() -> None:
-    config = random_model({"name": "layernorm", "bias": True, "lns": True, "embed_scale": True}, embed_proj=True).config
-    assert conversion_steps(config, "crmsnorm") == [
+    model = random_model({"name": "layernorm", "bias": True, "lns": True, "embed_scale": True}, embed_proj=True)
+    converted, steps = change_norms(model, "crmsnorm")
+    assert steps == [
         "embedding projections absorbed",
         "scale of the embedding folded",
         "LayerNorm scaling folded",
@@ -232,8 +236,10 @@ def test_conversion_steps_are_listed_in_order() -> None:
         "last channel dropped",
         "layernorm -> crmsnorm",
     ]
-    plain = dataclasses.replace(config, embed_proj=False, norm=NormConfig(name="rmsnorm"))
-    assert conversion_steps(plain, "rmsnorm") == ["rmsnorm -> rmsnorm"]
+    assert change_norms(converted, "rmsnorm")[1] == ["last channel appended", "crmsnorm -> rmsnorm"]
+    recentred = random_model({"name": "rmsnorm"}, recentre=True)
+    assert change_norms(recentred, "layernorm")[1] == ["recentring made part of the weights", "rmsnorm -> layernorm"]
+    assert change_norms(random_model({"name": "rmsnorm"}), "rmsnorm")[1] == ["rmsnorm -> rmsnorm"]
 
 
 def test_folding_leaves_a_plain_model_of_the_same_norm() -> None:

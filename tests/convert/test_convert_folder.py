@@ -74,7 +74,7 @@ def test_layernorm_run_loads_in_transformers(run: Path, tmp_path: Path) -> None:
     exported = export(tmp_path / "rms", tmp_path / "out")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert relative_error(theirs, ours) < 1e-5
-    assert exported.perplexity == pytest.approx(certificate.perplexity.before, rel=1e-4)
+    assert exported.perplexity.before == pytest.approx(certificate.perplexity.before, rel=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Converted from layernorm (32 channels) to rmsnorm (32 channels): embedding projections absorbed, " in card
     assert "| training tokens | 512 in 2 steps of 256 |" in card
@@ -244,11 +244,11 @@ def test_export_requires_the_certificate(run: Path, tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["rms"]
 
 
-def damaged(name: str, change: float) -> Callable[..., Transformer]:
-    def convert_wrongly(model: Transformer, to: str) -> Transformer:
-        converted = change_norms(model, to)
+def damaged(name: str, change: float) -> Callable[..., tuple[Transformer, list[str]]]:
+    def convert_wrongly(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
+        converted, steps = change_norms(model, to)
         dict(converted.named_parameters())[name].data[0] *= 1 + change
-        return converted
+        return converted, steps
 
     change_norms = osp.convert.change_norm.change_norms
     return convert_wrongly

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import osp.convert.hf_export
+import osp.convert.same_function
 from osp.config import Config, from_dict
 from osp.convert.hf_export import export, size_in_bytes, write_llama
 from osp.data.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ def test_exported_run_equals_the_trained_model_in_transformers(run: Path, tmp_pa
     rows = text.tokens[: len(text.tokens) // 64 * 64].view(-1, 64)
     nats = sum(F.cross_entropy(theirs(row[None]).logits[0, :-1], row[1:], reduction="sum").item() for row in rows)
     assert ours_on_text.perplexity == pytest.approx(math.exp(nats / (len(rows) * 63)), rel=1e-4)
-    assert exported.perplexity == pytest.approx(exported.exported_perplexity, rel=1e-4)
+    assert exported.perplexity.before == pytest.approx(exported.perplexity.after, rel=1e-4)
     assert [path.name for path in exported.folder.parent.iterdir()] == ["out"]
 
 
@@ -125,7 +126,7 @@ def test_bf16_export_rounds_the_weights(run: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     theirs = load_in_transformers(tmp_path / "out")
     assert 1e-5 < relative_error(theirs(IDS).logits, load_model(run)(IDS).logits) < 2e-2
-    assert exported.logit_error < 1e-5
+    assert exported.folding.relative < 1e-5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -211,7 +212,8 @@ def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: p
         export(run, tmp_path / "out")
     monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", tensors)
     numbers = iter((20.0, 20.1))
-    monkeypatch.setattr(osp.convert.hf_export, "compared_perplexity", lambda *_: next(numbers))
+    for module in (osp.convert.hf_export, osp.convert.same_function):
+        monkeypatch.setattr(module, "compared_perplexity", lambda *_: next(numbers))
     with pytest.raises(UserError, match=r"perplexity of held_out is 20.00000 before and 20.10000 after; not written"):
         export(run, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == before
