@@ -45,6 +45,15 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_out(path: Path, text: str) -> None:
+    """Write the file that the key `out` names, and its folder; raise `UserError` where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, creating the folder; waits while another process prepares it."""

@@ -20,10 +20,10 @@ def main(values: dict[str, Any]) -> None:
     entity, _, project = build(PanelsConfig, values).project.partition("/")
     if not entity or not project or "/" in project:
         raise UserError("usage: python scripts/panels.py ENTITY/PROJECT, the two names in the address of the project")
-    from osp.run.metrics import create_workspace
+    from osp.run.metrics import build_workspace
 
     try:
-        print(create_workspace(entity, project))
+        print(build_workspace(entity, project).save().url)
     except UserError:
         raise
     except Exception as error:  # W&B raises its own errors, the network's and GraphQL's

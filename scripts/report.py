@@ -9,7 +9,7 @@ from typing import Any
 from entry import launch
 
 from osp.errors import UserError
-from osp.report import write_report
+from osp.report.page import write_report
 from osp.schema import FilePath, build
 
 

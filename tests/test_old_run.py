@@ -18,7 +18,7 @@ import yaml
 
 import osp
 from osp.config import from_dict
-from osp.report import read_run
+from osp.run.read import read_run
 from osp.train.setup import train
 from tests.conftest import ROOT, losses
 
@@ -95,14 +95,14 @@ def test_old_run_is_reported_with_its_evaluations(home: Path, script: Callable[.
     assert not run.notes
     assert run.state == "complete"
     assert {e["kind"] for e in run.events} == {"alert"}
-    measured = {(m.what.split("[")[0], m.metric) for _, m in run.evaluations.results()}
+    measured = {(m.what.split("[")[0], m.metric) for record in run.evaluations for m in record.results}
     assert {("held_out", "perplexity"), ("essay.txt", "perplexity"), ("quiz", "acc"), ("answers", "exact_match")} <= (
         measured
     )
-    (record,) = run.evaluations.records
+    (record,) = run.evaluations
     assert record.ablation is not None
     assert len(record.ablation.sites) > 5
-    assert run.evaluations.comparison is not None
+    assert run.comparison is not None
     script("report", "runs/finished", "out=page.html")
     page = (home / "page.html").read_text()
     for words in ("channel 15 of embed_out", "4-4-4", "essay.txt", "quiz"):

@@ -15,9 +15,9 @@ import yaml
 from osp.ablation.config import AblationConfig
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS
-from osp.report import Run, Series, read_run
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.metrics import key_regex
+from osp.run.read import Run, Series, read_run
 from osp.tables import markdown_table
 
 HADAMARD = " +Had"

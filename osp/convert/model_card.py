@@ -10,7 +10,7 @@ from osp.evaluation.language_model import LanguageModel
 from osp.files import read_lines
 from osp.model.transformer import count_parameters
 from osp.quant.spec import QuantSpec
-from osp.run.evaluations import Evaluations, read_evaluation
+from osp.run.evaluations import read_evaluation
 from osp.run.metrics import METRICS
 from osp.tables import render_markdown
 
@@ -60,7 +60,7 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
         certificate=certificate,
         curves=curves,
         shown={METRICS[key].full_title: key for key in CURVES if any(row.get(key) is not None for row in curves)},
-        results=Evaluations(records).results(),
+        results=[(record, result) for record in records for result in record.results],
         exported=exported,
         four_bits=FOUR_BITS,
     )

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from osp.config import ROLES, leaves
+from osp.config import leaves
 from osp.report.downsample import averaged, envelope, grid, rounded
 from osp.run.history import growth, since
-from osp.run.metrics import METRICS, metric_of
-from osp.run.read import FREE, Run, Series, Site, site_of
+from osp.run.metrics import METRICS, Site, expand_roles, metric_of, site_of
+from osp.run.read import FREE, Run, Series
 
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
 NOISY = 600  # points from which the mean of a noisy curve is drawn over its extremes
@@ -46,24 +46,18 @@ class Lines:
 class Statistic:
     """How to read a statistic of sites, layers or weights."""
 
+    section: str
+    title: str
     says: str
     floor: float = 1e-3  # smaller values are drawn here: the axis is logarithmic
 
 
 _FILE = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text(encoding="utf-8"))
-LINES = tuple(
-    Lines(**fields | {"keys": tuple(dict.fromkeys(key.replace("<role>", r) for key in fields["keys"] for r in ROLES))})
-    for fields in _FILE["lines"]
-)
-STATISTICS, ATTENTION, WEIGHTS = (
-    {name: Statistic(**fields) for name, fields in _FILE[table].items()}
-    for table in ("statistics", "attention", "weights")
-)
-ALL_STATISTICS = STATISTICS | ATTENTION | WEIGHTS
-STATISTIC_TITLES = {
-    key.split("/")[1]: metric.title
-    for key, metric in METRICS.items()
-    if key.split("/")[1] in ALL_STATISTICS and key.endswith(("<site>", "<layer>", "<weight>"))
+LINES = tuple(Lines(**fields | {"keys": expand_roles(fields["keys"])}) for fields in _FILE["lines"])
+STATISTICS = {
+    name: Statistic(section, next(metric.title for key, metric in METRICS.items() if f"/{name}/<" in key), **fields)
+    for section, statistics in _FILE["statistics"].items()
+    for name, fields in statistics.items()
 }
 
 
@@ -119,15 +113,15 @@ def plain(value: Any) -> str:
 def chart_data(runs: list[Run], names: list[str]) -> dict[str, Any]:
     """Return the data that page.js draws. names: of the runs, in the charts."""
     sizes = {run.config.get("train", {}).get("tokens_per_step") for run in runs}
-    sites = {stat: kinds for stat, kinds in site_data(runs).items() if stat in ALL_STATISTICS}
+    measured = site_data(runs)
+    sites = {stat: measured[stat] for stat in STATISTICS if stat in measured}
     stats, words = {}, {}
     for stat, kinds in sites.items():
         values = [
             v for cells in kinds.values() for cell in cells if cell for row in cell["v"] for v in row if v is not None
         ]
         # the heatmaps of all runs share their colours
-        about = {"title": STATISTIC_TITLES[stat], "range": [min(values, default=0), max(values, default=1)]}
-        stats[stat] = asdict(ALL_STATISTICS[stat]) | about
+        stats[stat] = asdict(STATISTICS[stat]) | {"range": [min(values, default=0), max(values, default=1)]}
         words[stat] = {kind: _site_words(cells, names) for kind, cells in kinds.items()}
     return {
         "runs": names,
@@ -284,11 +278,9 @@ def histogram_data(runs: list[Run]) -> dict[str, list[Any]]:
 
 def _shares(histogram: dict[str, Any], first: int, last: int) -> list[int | None]:
     """Return 100 log10(share of the values) of the octaves from `first` to `last`, None for an empty octave."""
-    counts = np.zeros(last - first)
-    start = histogram["edges_log2"][0] - first
-    counts[start : start + len(histogram["counts"])] = histogram["counts"]
-    share = counts / max(counts.sum(), 1)
-    return [round(100 * math.log10(s)) if s > 0 else None for s in share.tolist()]
+    counts = dict(enumerate(histogram["counts"], start=histogram["edges_log2"][0]))
+    total = sum(counts.values())
+    return [round(100 * math.log10(counts[o] / total)) if counts.get(o) else None for o in range(first, last)]
 
 
 # ---- outliers --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from osp.run.read import Series, Site
+from osp.run.metrics import Site
+from osp.run.read import Series
 
 
 def envelope(series: Series, buckets: int) -> Series:

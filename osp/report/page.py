@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from osp.config import leaves
 from osp.errors import UserError
-from osp.files import write_text
+from osp.files import write_out
 from osp.report import charts
 from osp.report.charts import DASH, Outlier, number
 from osp.run.evaluations import SiteAblation, SiteCost
@@ -57,11 +57,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[str]:
         raise UserError("; ".join(left_out) or "name at least one run folder")
     if out.is_dir():
         raise UserError(f"out={out} is a folder; name the file to write")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page(runs, left_out))
-    except OSError as error:
-        raise UserError(f"out={out}: cannot write there: {error.strerror}") from error
+    write_out(out, page(runs, left_out))
     return left_out
 
 
@@ -70,8 +66,8 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
     names, labels = charts.short_names(runs), charts.labels(runs)
     shown = [Shown(i, run, names[i], labels[i], charts.find_outliers(run)) for i, run in enumerate(runs)]
     data = charts.chart_data(runs, names)
-    measured = [stat for stat in charts.STATISTICS if stat in data["sites"]]
-    comparisons = [run.evaluations.comparison for run in runs if run.evaluations.comparison]
+    statistics = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
+    comparisons = [run.comparison for run in runs if run.comparison]
     differences = charts.differences_between(runs)
     return render(
         HERE / "page.html",
@@ -83,11 +79,9 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
         legend=[(s.name, s.label if s.label != s.name else "") for s in shown] if len(runs) > 1 else [],
         last_step=max(run.step for run in runs),
         run_choice=list(enumerate(names)),
-        statistic_choice=[(stat, charts.STATISTIC_TITLES[stat]) for stat in measured],
+        statistic_choice=list(statistics.items()),
         histogram_choice=[(site, site) for site in data["histograms"]],
-        sites={kind: title for kind, title in SITE_TITLES.items() if any(kind in data["sites"][s] for s in measured)},
-        attention=charts.ATTENTION,
-        weights=charts.WEIGHTS,
+        sites={kind: title for kind, title in SITE_TITLES.items() if any(kind in data["sites"][s] for s in statistics)},
         columns=dict.fromkeys(bits for c in comparisons for cells in c.bits.values() for bits in cells),
         methods=dict.fromkeys(method for c in comparisons for method in c.methods),
         specs={key: words for c in comparisons for key, words in c.specs.items()},

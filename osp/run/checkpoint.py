@@ -12,6 +12,7 @@ temporary name, flushed to disk, renamed, and only then named by `latest`. No fi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -44,7 +45,7 @@ CLOSE_SECONDS = 10.0  # for the write of an abandoned save: a disk that hangs mu
 log = logging.getLogger(__name__)
 
 Slice = tuple[str, int, int, dict[str, Tensor]]  # parameter name, start, stop, kind -> flat fp32 slice
-StoredSlice = tuple[Path, str, int, int]  # file, key in it, start, stop
+StoredSlice = tuple[Any, str, int, int]  # open file, key in it, start, stop
 GatherObjects = Callable[[Any], list[Any]]
 
 
@@ -95,8 +96,6 @@ class Checkpoint:
             size, expected = path.stat().st_size, entry["bytes"]
             if size != expected:
                 raise UserError(f"{path}: damaged, {size} bytes instead of {expected}; take an older checkpoint")
-        self._stored: dict[tuple[str, str], list[StoredSlice]] = {}
-        self._open: dict[Path, Any] = {}
 
     def verify(self, *, rank: int = 0, world_size: int = 1) -> None:
         """Compare this rank's share of the files with their checksums. Raises `UserError` that names a damaged file."""
@@ -104,7 +103,7 @@ class Checkpoint:
             path = self.folder / name
             if _sha256(path) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum is not the one in {MANIFEST}; take an older checkpoint")
-        self._index()
+        assert self._slices  # raises for keys that are no slices
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers of the model, by name."""
@@ -112,16 +111,16 @@ class Checkpoint:
 
     def kinds(self, name: str) -> list[str]:
         """Return what is stored of a parameter: "weight" and the names of its optimizer states."""
-        return sorted(kind for kind, parameter in self._index() if parameter == name)
+        return sorted(kind for kind, parameter in self._slices if parameter == name)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Return [start, stop) of a parameter's flattened `kind` ("weight", "momentum", ...), fp32 (stop - start,)."""
         out = torch.empty(stop - start)
         filled = 0
-        for file, key, first, last in self._index().get((kind, name), []):
+        for file, key, first, last in self._slices.get((kind, name), []):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                out[low - start : high - start] = self._file(file).get_slice(key)[low - first : high - first]
+                out[low - start : high - start] = file.get_slice(key)[low - first : high - first]
                 filled += high - low
         if filled != stop - start:
             problem = f"{kind} of {name} covers {filled} of the {stop - start} values wanted"
@@ -131,35 +130,30 @@ class Checkpoint:
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Return the RNG states of a rank by device type; empty if the run had fewer ranks."""
         states = {}
-        for (kind, name), slices in self._index().items():
+        for (kind, name), [(file, key, *_), *_] in self._slices.items():
             if kind == "rng" and name.endswith(f"_{rank:05d}"):
-                (file, key, *_), device = slices[0], name.split("_")[0]
-                states[device] = self._file(file).get_tensor(key)
+                states[name.split("_")[0]] = file.get_tensor(key)
         return states
 
-    def _index(self) -> dict[tuple[str, str], list[StoredSlice]]:
-        """Return the slices of every (kind, parameter), read from the headers of the files on the first call."""
-        if self._stored:
-            return self._stored
+    @functools.cached_property
+    def _slices(self) -> dict[tuple[str, str], list[StoredSlice]]:
+        """The slices of every (kind, parameter), from the headers of the files."""
+        slices: dict[tuple[str, str], list[StoredSlice]] = {}
         for path in (self.folder / name for name in self.manifest["files"] if name != BUFFERS):
-            for key in self._file(path).keys():  # noqa: SIM118 - safe_open is no mapping
+            try:
+                file: Any = safe_open(path, framework="pt").__enter__()
+            except SafetensorError as error:
+                raise UserError(f"{path}: not a safetensors file: {error}") from error
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 try:
                     label, start = key.rsplit("@", 1)
                     kind, parameter = label.split("/", 1)
-                    (length,) = self._file(path).get_slice(key).get_shape()
-                    stored = (path, key, int(start), int(start) + length)
+                    (length,) = file.get_slice(key).get_shape()
+                    stored = (file, key, int(start), int(start) + length)
                 except ValueError as error:
                     raise UserError(f"{path}: {key!r} is no slice of a checkpoint, KIND/NAME@START") from error
-                self._stored.setdefault((kind, parameter), []).append(stored)
-        return self._stored
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt").__enter__()
-            except SafetensorError as error:
-                raise UserError(f"{path}: not a safetensors file: {error}") from error
-        return self._open[path]
+                slices.setdefault((kind, parameter), []).append(stored)
+        return slices
 
 
 @dataclass(frozen=True)
@@ -187,11 +181,11 @@ class Saver:
     """Write checkpoints in the background.
 
         saver.begin(...)    copies this rank's state to host memory and starts to write it
-        saver.publish()     once `write_done` on all ranks: rank 0 renames the folder and updates `latest`
-        saver.finish()      once `write_done` again on all ranks: the outcome
+        saver.advance()     once `write_done` on all ranks: rank 0 renames the folder and updates `latest`
+        saver.advance()     once `write_done` again on all ranks: returns the outcome
 
-    Training continues between the calls. All three are collective: every rank calls them in the same order, and
-    `publish` and `finish` wait for work that is not done. Nothing is exchanged in the background.
+    Training continues between the calls. All are collective: every rank calls them in the same order, and `advance`
+    waits for work that is not done. Nothing is exchanged in the background.
     `token` is part of the name of the temporary folder, the same on all ranks and unique to this run's process.
     `gather` returns the values of all ranks on every rank.
     """
@@ -215,14 +209,9 @@ class Saver:
 
     @property
     def write_done(self) -> bool:
-        """Whether this rank has written its files and, after `publish`, rank 0 has published them."""
+        """Whether the work since the last call is done: this rank's files are written, or rank 0 has published all."""
         background = self._publishing or self._writing
         return background is not None and background.done()
-
-    @property
-    def published(self) -> bool:
-        """Whether `publish` was called for the save in progress."""
-        return self._publishing is not None
 
     def begin(
         self, slices: Iterable[Slice], *, rng: dict[str, Tensor], buffers: dict[str, Tensor], manifest: dict[str, Any]
@@ -245,21 +234,18 @@ class Saver:
         self._writing = self._thread.submit(self._write, files)
         self._blocked = time.perf_counter() - began
 
-    def publish(self) -> None:
-        """Wait until every rank has written its files, then let rank 0 publish the checkpoint. Collective."""
-        assert self._writing is not None, "begin() a save first"
-        assert self._publishing is None, "publish() was called already"
-        began = time.perf_counter()
-        self._shares = self._gather(self._writing.result())
-        self._publishing = self._thread.submit(self._publish if self._rank == 0 else lambda: None)
-        self._blocked += time.perf_counter() - began
+    def advance(self) -> Saved | None:
+        """Wait until every rank has written its files and let rank 0 publish them; the second call returns the outcome.
 
-    def finish(self) -> Saved:
-        """Wait for the save in progress and return its outcome. Collective: every rank calls it."""
-        if self._publishing is None:
-            self.publish()
-        assert self._publishing is not None
+        Collective.
+        """
+        assert self._writing is not None, "begin() a save first"
         began = time.perf_counter()
+        if self._publishing is None:
+            self._shares = self._gather(self._writing.result())
+            self._publishing = self._thread.submit(self._publish if self._rank == 0 else lambda: None)
+            self._blocked += time.perf_counter() - began
+            return None
         error = self._publishing.result()
         self._writing = self._publishing = None
         outcomes = self._gather((error, self._blocked + time.perf_counter() - began))
@@ -271,6 +257,13 @@ class Saver:
             blocked_seconds=max(seconds for _, seconds in outcomes),
             write_seconds=max(share.seconds for share in self._shares),
         )
+
+    def finish(self) -> Saved:
+        """Wait for the save in progress and return its outcome. Collective."""
+        saved = None
+        while saved is None:
+            saved = self.advance()
+        return saved
 
     def close(self) -> None:
         """End the thread after old checkpoints are removed. A save that was not finished is abandoned."""
@@ -347,12 +340,13 @@ def candidates(path: Path) -> list[Path]:
     if (path / MANIFEST).exists():
         return [path]
     for folder in (path, path / "checkpoints"):
-        complete = sorted((p.parent for p in folder.glob(f"step_*/{MANIFEST}")), reverse=True)
-        if complete or (folder / LATEST).exists():
-            newest = _latest(folder)
+        complete = sorted((manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}")), reverse=True)
+        newest = _latest(folder)
+        if newest:
             # a damaged `latest` names no step: then every complete checkpoint counts as older
-            older = [p for p in complete if newest is None or p.name < newest.name or newest.name[:5] != "step_"]
-            return [newest, *older] if newest else older
+            return [newest, *(p for p in complete if p.name < newest.name or newest.name[:5] != "step_")]
+        if complete:
+            return complete
     return []
 
 
@@ -370,7 +364,7 @@ def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
         return
     try:
         newest = _latest(folder)
-        for old in sorted(p.parent for p in folder.glob(f"step_*/{MANIFEST}"))[:-keep_last]:
+        for old in sorted(manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}"))[:-keep_last]:
             step = old.name.removeprefix("step_")
             kept = keep_every and step.isdigit() and int(step) % keep_every == 0
             if old != newest and not kept:
@@ -390,9 +384,8 @@ def remove(folder: Path) -> None:
 
 def remove_unfinished(folder: Path, token: str) -> None:
     """Remove the half-written and half-removed folders of a dead process with this token."""
-    for pattern in (f".step_*.{token}.tmp", ".step_*.removed.tmp"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in [*folder.glob(f".step_*.{token}.tmp"), *folder.glob(".step_*.removed.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_model(path: str | Path) -> Transformer:
@@ -424,7 +417,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no checkpoint, {MANIFEST} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not a manifest: {error}") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: not a manifest but a {type(manifest).__name__}")

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from osp.config import COMPARISONS, EVALUATIONS
 from osp.errors import UserError
-from osp.files import write_text
+from osp.files import write_out
 
 T = TypeVar("T")
 # a number that was not finite when it was written
@@ -133,45 +133,26 @@ class ComparisonRecord:
     models: tuple[Comparison, ...]
 
 
-@dataclass
-class Evaluations:
-    """All records of a run by step; `comparison` is the newest."""
-
-    records: list[Evaluation] = field(default_factory=list)
-    comparison: Comparison | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.records or self.comparison)
-
-    def results(self) -> list[tuple[Evaluation, Result]]:
-        """Return every result with the record that holds it."""
-        return [(record, result) for record in self.records for result in record.results]
-
-
 def write_record(path: Path, record: Evaluation | ComparisonRecord) -> None:
     """Write `record` as JSON; raise `UserError` if the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(replace_nonfinite(dataclasses.asdict(record)), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+    write_out(path, json.dumps(replace_nonfinite(dataclasses.asdict(record)), indent=1) + "\n")
 
 
-def read_evaluations(run: Path, notes: list[str]) -> Evaluations:
-    """Return the records of a run folder by step; a file that is not a record is named in `notes` and left out."""
-    evaluations = Evaluations()
-    folder = run / EVALUATIONS
-    for path in sorted(folder.glob("*.json")):  # their names begin with the step
+def read_evaluations(run: Path, notes: list[str]) -> tuple[list[Evaluation], Comparison | None]:
+    """Return the evaluations of a run folder by step, and the newest comparison.
+
+    A file that is not a record is named in `notes` and left out.
+    """
+    evaluations, comparison, folder = [], None, run / EVALUATIONS
+    for path in [*sorted(folder.glob("*.json")), *sorted((folder / COMPARISONS).glob("*.json"))]:  # by step
         try:
-            evaluations.records.append(read_evaluation(path))
-        except UserError:
-            notes.append(f"{path.relative_to(run)}: not a record of an evaluation; left out")
-    for path in sorted((folder / COMPARISONS).glob("*.json")):
-        try:
-            (evaluations.comparison,) = read_comparison(path).models
-        except (UserError, ValueError):
-            notes.append(f"{path.relative_to(folder)}: not a record of an evaluation; left out")
-    return evaluations
+            if path.parent == folder:
+                evaluations.append(read_evaluation(path))
+            else:
+                (comparison,) = read_comparison(path).models
+        except ValueError:  # among them a `UserError`
+            notes.append(f"{path.parent.name}/{path.name}: not a record of an evaluation; left out")
+    return evaluations, comparison
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -198,12 +179,8 @@ def _read(path: Path, kind: type[T], script: str) -> T:
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Return `value` with None in place of numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: replace_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_nonfinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return `value` as JSON reads it back, with None in place of numbers that JSON cannot hold."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def format_short(value: float) -> str:

@@ -13,6 +13,7 @@ summary.json       the closing figures
 .lock              held by the process that trains here
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -34,7 +35,7 @@ import yaml
 from osp.config import Config, to_dict
 from osp.errors import UserError
 from osp.files import write_text
-from osp.run.checkpoint import LATEST, candidates, remove_unfinished, write_tensors
+from osp.run.checkpoint import LATEST, candidates, find, remove_unfinished, write_tensors
 from osp.run.read import differences
 
 log = logging.getLogger(__name__)
@@ -116,9 +117,7 @@ def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
     Existing checkpoints need no more room. The next one is written before the oldest is removed.
     """
     copies = max(1, max(1, keep_last) + 1 - len(candidates(folder)))
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise UserError(f"run.dir={folder}: {place} is a file; choose another run.dir")
     free = shutil.disk_usage(place).free
@@ -188,15 +187,9 @@ def begin(
 
 def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) -> None:
     """Write `stopped.json`. reason: "complete", "train.stop_at", the name of a signal, or an error."""
-    checkpoint = next(iter(candidates(folder)), None)
-    marker = {
-        "reason": reason,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "step": step,
-        "tokens": tokens,
-        "total_steps": total_steps,
-        "checkpoint": str(checkpoint) if checkpoint else None,
-    }
+    checkpoint, now = find(folder), datetime.now(UTC).isoformat(timespec="seconds")
+    marker = {"reason": reason, "time": now, "step": step, "tokens": tokens, "total_steps": total_steps}
+    marker["checkpoint"] = str(checkpoint) if checkpoint else None
     try:
         write_text(folder / STOPPED, json.dumps(marker, indent=1) + "\n")
     except OSError as error:
@@ -207,10 +200,8 @@ def environment() -> dict[str, Any]:
     """Return the git revision, versions, command and machine of this process."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_revision(),
@@ -224,13 +215,13 @@ def environment() -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """Return the commit of this source tree, with `+changes` if files differ from it; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    command = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True, timeout=30)
+        status = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    commit = next(line.split()[-1] for line in status if line.startswith("# branch.oid "))
+    return commit + "+changes" * any(not line.startswith("#") for line in status)
 
 
 def _read_starts(path: Path) -> list[dict[str, Any]]:

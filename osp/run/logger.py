@@ -21,13 +21,13 @@ from tqdm import tqdm
 from osp.config import Config, LoggerConfig, WandbMode, to_dict
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after
-from osp.run.metrics import create_workspace, layer_grids
+from osp.run.metrics import build_workspace, layer_grids
 
 log = logging.getLogger(__name__)
 
 SECONDS_TO_FINISH = 20.0  # for W&B to send the rest when a run ends
 
-AXES = {f"{kind}/*": "step" for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap")}
+KINDS = ("train", "val", "quant", "checkpoint", "monitor", "heatmap")  # of metrics, drawn over steps
 
 
 class Logger:
@@ -121,15 +121,18 @@ class WandB:
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
             )
             id_file.write_text(run_id + "\n")
-            for pattern, axis in AXES.items():
-                self._run.define_metric(pattern, step_metric=axis)
+            for kind in KINDS:
+                self._run.define_metric(f"{kind}/*", step_metric="step")
             if mode == "online" and not resumed:
                 _add_panels(self._run)
 
     def log(self, metrics: dict[str, float]) -> None:
         if self._run is not None:
             with self._guard():
-                self._run.log(metrics | _heatmaps(metrics))
+                import wandb
+
+                grids = {name: (np.array(v), np.arange(len(v) + 1)) for name, v in layer_grids(metrics).items()}
+                self._run.log(metrics | {name: wandb.Histogram(np_histogram=grid) for name, grid in grids.items()})
 
     def alert(self, message: str) -> None:
         if self._run is not None:
@@ -165,24 +168,13 @@ class WandB:
             self._run = None
 
 
-def _heatmaps(metrics: dict[str, float]) -> dict[str, Any]:
-    """Return one histogram per statistic and kind of site, with a bin per layer: W&B draws a heatmap over steps."""
-    grids = layer_grids(metrics)
-    if not grids:
-        return {}
-    import wandb
-
-    bins = {name: (np.array(values), np.arange(len(values) + 1)) for name, values in grids.items()}
-    return {name: wandb.Histogram(np_histogram=histogram) for name, histogram in bins.items()}
-
-
 def _add_panels(run: Any) -> None:
     """Create the workspace of a project with its first run. Failing that, the run is logged without it."""
     import wandb
 
     try:
         if len(wandb.Api().runs(f"{run.entity}/{run.project}", per_page=2)) <= 1:
-            log.info("W&B panels: %s", create_workspace(run.entity, run.project))
+            log.info("W&B panels: %s", build_workspace(run.entity, run.project).save().url)
     except Exception as error:  # the package may be missing, the network down, the key without that right
         log.info("no W&B panels (%s); make them with scripts/panels.py %s/%s", error, run.entity, run.project)
 

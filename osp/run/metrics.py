@@ -1,7 +1,7 @@
 """The metrics of a run: title, unit and direction of every logged number, and the W&B panels that draw them.
 
-`METRICS`, read from metrics.yaml, is the only table of titles: the report, the panels and docs/metrics.md follow it.
-`PANELS` can be checked without W&B and without a network; `wandb-workspaces` (extra `wandb`) makes it a workspace.
+metrics.yaml is the only table of titles: the report, the panels and docs/metrics.md follow it. `PANELS` can be checked
+without W&B and without a network; `wandb-workspaces` (extra `wandb`) makes it a workspace.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -58,12 +58,39 @@ def key_regex(pattern: str) -> str:
     return pattern
 
 
+def expand_roles(keys: Iterable[str]) -> tuple[str, ...]:
+    """Return `keys` with a key for each role in place of one with `<role>`."""
+    return tuple(dict.fromkeys(key.replace("<role>", role) for key in keys for role in ROLES))
+
+
+class Site(NamedTuple):
+    """The parts of a key of the monitor: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
+
+    stat: str
+    layer: int | None
+    kind: str
+
+
+def site_of(key: str) -> Site | None:
+    """Return the parts of a key of the monitor; None for other keys and for keys of the whole model."""
+    prefix, _, rest = key.partition("/")
+    stat, _, name = rest.partition("/")
+    if prefix not in ("monitor", "bhyt") or name in ("", "max", "mean", "osp_script"):
+        return None
+    first, _, kind = name.partition("/")
+    if first.startswith("layer_") and first[6:].isdigit():
+        return Site(stat, int(first[6:]), kind)
+    return Site(stat, None, name)
+
+
 # ---- W&B -------------------------------------------------------------------------------------------------------------
 
 WORKSPACE = "Outliers and training"
 HEATMAPS = ("kurtosis", "max_abs", "top_channel_share")  # statistics sent as heatmaps of layers over steps
-BLOCK_SITES = tuple(site for site in SITE_TITLES if site not in ("embed_out", "final_norm_out"))
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_REPEATED = {  # in a key of metrics.yaml: one panel for each
+    "<block_site>": [site for site in SITE_TITLES if site not in ("embed_out", "final_norm_out")],
+    "<matrix>": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 @dataclass(frozen=True)
@@ -72,17 +99,8 @@ class Panel:
 
     section: str
     keys: tuple[str, ...]
-    detail: str = ""  # in the title, after the title of the metric
-
-    @property
-    def metric(self) -> Metric:
-        metric = metric_of(self.keys[0].replace("<layer>", "layer_00"))
-        assert metric is not None, self.keys
-        return metric
-
-    @property
-    def title(self) -> str:
-        return ", ".join(filter(None, [self.metric.title, self.detail]))
+    title: str
+    log: bool  # on a logarithmic axis
 
     @property
     def regex(self) -> str:
@@ -90,72 +108,43 @@ class Panel:
         return f"^{key_regex(self.keys[0])}$" if "<" in self.keys[0] else ""
 
 
-def _panels(section: str, *keys: str) -> tuple[Panel, ...]:
-    return tuple(Panel(section, (key,)) for key in keys)
+def _panels() -> Iterator[Panel]:
+    """Yield the panels of metrics.yaml."""
+    for section, panels in _FILE["panels"].items():
+        for panel in panels:
+            word = next((word for word in _REPEATED if word in panel["keys"][0]), "")
+            for name in _REPEATED.get(word, [""]):
+                keys = tuple(key.replace(word, name) for key in expand_roles(panel["keys"]))
+                metric = metric_of(keys[0].replace("<layer>", "layer_00"))
+                assert metric is not None, keys
+                title = ", ".join(filter(None, [metric.title, panel.get("detail", "").replace(word, name)]))
+                yield Panel(section, keys, title, metric.log)
 
 
-def _by_site(section: str, statistic: str) -> Iterator[Panel]:
-    for site in BLOCK_SITES:
-        yield Panel(section, (f"monitor/{statistic}/<layer>/{site}",), f"{site} by layer")
-    ends = (f"monitor/{statistic}/embed_out", f"monitor/{statistic}/final_norm_out")
-    yield Panel(section, ends, "embedding and final norm")
+PANELS = tuple(_panels())
 
 
-PANELS = (
-    *_panels("Summary", "val/loss", "val/bits_per_byte", "train/loss"),
-    Panel("Summary", ("monitor/kurtosis/max", "monitor/kurtosis/mean", "monitor/kurtosis/osp_script")),
-    *_panels("Summary", "monitor/max_abs/max", "monitor/R_L"),
-    Panel("Summary", ("quant/perplexity/16-16-16", "quant/perplexity/4-4-4")),
-    *_panels("Summary", "monitor/alerts"),
-    *_by_site("Kurtosis", "kurtosis"),
-    *(Panel("Layers over steps", (f"heatmap/{s}/{site}",), f"{s}, {site}") for s in HEATMAPS for site in BLOCK_SITES),
-    *_by_site("Largest |x|", "max_abs"),
-    *_by_site("Share of the top channel", "top_channel_share"),
-    *_panels("Attention", "monitor/attn_logit_max/<layer>", "monitor/attn_sink/<layer>", "monitor/R_L/<layer>"),
-    Panel("Gains and weights", ("monitor/gain_max/<layer>/input_layernorm",), "before attention"),
-    Panel("Gains and weights", ("monitor/gain_max/<layer>/post_attention_layernorm",), "before the MLP"),
-    Panel("Gains and weights", ("monitor/gain_max/norm",), "final norm"),
-    *(Panel("Gains and weights", (f"monitor/weight_row_max/<layer>/{name}",), name) for name in MATRICES),
-    Panel("Optimizer", tuple(f"train/lr/{role}" for role in ROLES)),
-    Panel("Optimizer", tuple(f"train/update_rms/{role}" for role in ROLES)),
-    *_panels("Optimizer", "train/grad_norm", "train/param_norm"),
-    *_panels("Speed", "train/tokens_per_second", "train/mfu", "train/data_wait_seconds", "train/memory_gib"),
-    *_panels("Speed", "monitor/cost"),
-)
-
-
-def build_workspace(entity: str, project: str, panels: Iterable[Panel] = PANELS) -> Any:
-    """Return the unsaved `wandb_workspaces` workspace; raise `UserError` without that package."""
+def build_workspace(entity: str, project: str) -> Any:
+    """Return the `wandb_workspaces` workspace, which `save()` sends to W&B; raise `UserError` without that package."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
         raise UserError("the W&B panels need wandb-workspaces; pip install 'osp[wandb]'") from error
     sections: dict[str, list[Any]] = {}
-    for panel in panels:
+    for panel in PANELS:
         plot = wr.LinePlot(
             title=panel.title,
             x="step",
             y=[] if panel.regex else list(panel.keys),
             metric_regex=panel.regex or None,
-            log_y=panel.metric.log or None,
+            log_y=panel.log or None,
             point_visualization_method="bucketing-gorilla",  # minimum and maximum survive the down-sampling
         )
         sections.setdefault(panel.section, []).append(plot)
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=WORKSPACE,
-        sections=[
-            ws.Section(name=name, panels=plots, is_open=i < 2) for i, (name, plots) in enumerate(sections.items())
-        ],
-        settings=ws.WorkspaceSettings(x_axis="step"),
-    )
-
-
-def create_workspace(entity: str, project: str) -> str:
-    """Save the workspace to W&B and return its address. Needs the network and a key."""
-    return build_workspace(entity, project).save().url
+    shown = [ws.Section(name=name, panels=plots, is_open=i < 2) for i, (name, plots) in enumerate(sections.items())]
+    settings = ws.WorkspaceSettings(x_axis="step")
+    return ws.Workspace(entity=entity, project=project, name=WORKSPACE, sections=shown, settings=settings)
 
 
 def layer_grids(metrics: Mapping[str, float]) -> dict[str, list[float]]:
@@ -164,13 +153,13 @@ def layer_grids(metrics: Mapping[str, float]) -> dict[str, list[float]]:
     W&B draws one histogram per step as a heatmap, so a histogram with one bin per layer shows layers over steps. Its
     colours are linear, so the values are log10(1 + value), except for shares.
     """
-    grids: dict[str, dict[str, float]] = {}
+    grids: dict[str, dict[int, float]] = {}
     for key, value in metrics.items():
-        parts = key.split("/")
-        if len(parts) == 4 and parts[0] == "monitor" and parts[1] in HEATMAPS and parts[2].startswith("layer_"):
-            grids.setdefault(f"heatmap/{parts[1]}/{parts[3]}", {})[parts[2]] = value
+        site = site_of(key)
+        if site and site.stat in HEATMAPS and site.layer is not None:
+            grids.setdefault(f"heatmap/{site.stat}/{site.kind}", {})[site.layer] = value
     return {
         name: [math.log10(1 + max(v, 0.0)) if "share" not in name else v for _, v in sorted(layers.items())]
         for name, layers in grids.items()
-        if all(math.isfinite(v) for v in layers.values())
+        if all(map(math.isfinite, layers.values()))
     }

@@ -9,7 +9,7 @@ import math
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,33 +19,16 @@ import yaml
 from osp.config import Config, leaves, to_dict
 from osp.errors import UserError
 from osp.files import iterate_lines
-from osp.run.evaluations import Evaluations, read_evaluations
+from osp.run.evaluations import Comparison, Evaluation, read_evaluations
+from osp.run.metrics import Site, site_of
 
 QUIET_SECONDS = 600  # without a summary and without new metrics for this long, a run counts as interrupted
 
 # Keys that may change when a run continues: they do not affect the model or what it learns.
-FREE = (
-    "run.",
-    "resume",
-    "debug",
-    "logger.",
-    "monitor.",
-    "checkpoint.every",
-    "checkpoint.keep_",
-    "eval.",
-    "engine.",
-    "spike.",
-    "data.cache_dir",
-    "data.num_workers",
-    "data.skip_steps",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.activation_checkpointing",
-    "train.loss_chunk_tokens",
-    "train.on_nonfinite",
-    "train.max_skips",
-    "train.stop_at",
-)
+FREE: tuple[str, ...] = ("run.", "resume", "debug", "logger.", "monitor.", "eval.", "engine.", "spike.")
+FREE += ("checkpoint.every", "checkpoint.keep_", "data.cache_dir", "data.num_workers", "data.skip_steps")
+FREE += ("train.micro_batch_size", "train.compile", "train.activation_checkpointing", "train.loss_chunk_tokens")
+FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at")
 
 
 class Series(NamedTuple):
@@ -64,19 +47,6 @@ class Series(NamedTuple):
         """The newest finite value, or nan."""
         return float(self.finite[-1]) if len(self.finite) else math.nan
 
-    @property
-    def median(self) -> float:
-        """The median of the finite values, or nan."""
-        return float(np.median(self.finite)) if len(self.finite) else math.nan
-
-
-class Site(NamedTuple):
-    """The parts of a key of the monitor: `monitor/kurtosis/layer_03/q` is ("kurtosis", 3, "q")."""
-
-    stat: str
-    layer: int | None
-    kind: str
-
 
 @dataclass
 class Run:
@@ -90,8 +60,9 @@ class Run:
     series: dict[str, Series]
     probes: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    evaluations: Evaluations = field(default_factory=Evaluations)
-    notes: list[str] = field(default_factory=list)
+    evaluations: list[Evaluation]
+    comparison: Comparison | None  # the newest
+    notes: list[str]
 
     def last(self, key: str) -> float:
         """Return the newest finite value of a metric, or nan."""
@@ -99,16 +70,13 @@ class Run:
 
     def median(self, key: str) -> float:
         """Return the median of the finite values of a metric, or nan."""
-        return self.series[key].median if key in self.series else math.nan
+        values = self.series[key].finite if key in self.series else []
+        return float(np.median(values)) if len(values) else math.nan
 
     @property
     def step(self) -> int:
         """The last optimizer step with a metric."""
         return max((int(series.steps[-1]) for series in self.series.values()), default=0)
-
-    @property
-    def total_steps(self) -> int | None:
-        return self.config.get("train", {}).get("steps")
 
     @property
     def tokens(self) -> int:
@@ -142,18 +110,6 @@ class Run:
         return {site: series for key, series in self.series.items() if (site := site_of(key))}
 
 
-def site_of(key: str) -> Site | None:
-    """Return the parts of a key of the monitor; None for other keys and for keys of the whole model."""
-    prefix, _, rest = key.partition("/")
-    stat, _, name = rest.partition("/")
-    if prefix not in ("monitor", "bhyt") or name in ("", "max", "mean", "osp_script"):
-        return None
-    first, _, kind = name.partition("/")
-    if first.startswith("layer_") and first[6:].isdigit():
-        return Site(stat, int(first[6:]), kind)
-    return Site(stat, None, name)
-
-
 def read_run(folder: Path) -> Run:
     """Return the run in `folder`; raise `UserError` if it has no metrics."""
     if not folder.is_dir():
@@ -166,6 +122,8 @@ def read_run(folder: Path) -> Run:
     config = _read(folder / "config.yaml", dict, notes)
     starts = _read(folder / "environment.json", list, notes)
     summary = _read(folder / "summary.json", dict, notes) if (folder / "summary.json").exists() else {}
+    probes, events = _probes(folder / "probes.jsonl", notes), list(_json_lines(folder / "events.jsonl", notes))
+    evaluations, comparison = read_evaluations(folder, notes)
     return Run(
         folder=folder,
         name=str(config.get("run", {}).get("name") or folder.resolve().name),
@@ -173,9 +131,10 @@ def read_run(folder: Path) -> Run:
         starts=[start for start in starts if isinstance(start, dict)],
         summary=summary,
         series=series,
-        probes=_probes(folder / "probes.jsonl", notes),
-        events=list(_json_lines(folder / "events.jsonl", notes)),
-        evaluations=read_evaluations(folder, notes),
+        probes=probes,
+        events=events,
+        evaluations=evaluations,
+        comparison=comparison,
         notes=notes,
     )
 

@@ -21,7 +21,7 @@ from osp.files import write_text
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer, flops_per_token, meta_model
 from osp.monitor import Monitor
-from osp.run.checkpoint import Checkpoint, Saver, load
+from osp.run.checkpoint import Checkpoint, Saved, Saver, load
 from osp.run.folder import RunLock, end, environment
 from osp.run.logger import Logger
 from osp.train.engine import Engine
@@ -216,7 +216,7 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint of this boundary; training goes on while it is written."""
         if self.saver.busy:
-            self._finish_save()
+            self._log_save(self.saver.finish())
         config, run_id = self.config, self.folder / "wandb_run_id"
         manifest = {
             "step": self.step,
@@ -297,10 +297,8 @@ class Trainer:
             num_stopped, num_ready, num_written = count_flags(
                 bool(self.stop), ready, self.saver.write_done, device=self.engine.device
             )
-            if num_written == world_size and self.saver.published:
-                self._finish_save()
-            elif num_written == world_size:  # every rank has written its part of a save in the background
-                self.saver.publish()
+            if num_written == world_size and (saved := self.saver.advance()):
+                self._log_save(saved)
             self.interrupted = num_stopped > 0
             if self.interrupted or num_ready == world_size:
                 return not self.interrupted
@@ -351,9 +349,8 @@ class Trainer:
             metrics |= {f"train/{key}": value for key, value in self.engine.optimizer_statistics().items()}
         return metrics
 
-    def _finish_save(self) -> None:
-        """Wait for the save in progress and log its outcome. A save that failed does not end the run. Collective."""
-        saved = self.saver.finish()
+    def _log_save(self, saved: Saved) -> None:
+        """Log the outcome of a save. One that failed does not end the run."""
         if saved.error:
             self.saved = None
             message = f"checkpoint of step {saved.step} not written: {saved.error}; training goes on, older ones stay"
@@ -372,7 +369,7 @@ class Trainer:
         if self.saved != self.step:
             self.save()
         if self.saver.busy:
-            self._finish_save()
+            self._log_save(self.saver.finish())
         if self.saved != self.step:
             raise RunError(
                 f"step {self.step}: the last checkpoint could not be written to {self.saver.folder}; make room there, "

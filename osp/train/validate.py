@@ -21,7 +21,7 @@ from osp.files import read_lines
 from osp.model.generate import Sampling, generate
 from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
 from osp.optim.groups import describe_groups
-from osp.report import write_report
+from osp.report.page import write_report
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved
 

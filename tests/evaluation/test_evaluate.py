@@ -139,16 +139,15 @@ def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "evaluation" / "step_00000007-abc-0.json").write_text(json.dumps(evaluation))
     (tmp_path / "evaluation" / "compare" / "step_00000007.json").write_text(json.dumps(comparison))
     notes: list[str] = []
-    found = read_evaluations(tmp_path, notes)
+    (record,), compared = read_evaluations(tmp_path, notes)
     assert notes == []
-    (record,) = found.records
     assert (record.step, record.results[0].value, record.quant["hash"]) == (7, math.inf, "abc")
     assert record.ablation is not None
     (cost,) = record.ablation.sites
     assert record.ablation.cost_alone(cost) == math.inf
     assert record.ablation.saving_left_out(cost) == pytest.approx(math.log(2))
-    assert found.comparison is not None
-    assert (found.comparison.step, str(found.comparison.methods["RTN"])) == (7, "25.0/12.50")
+    assert compared is not None
+    assert (compared.step, str(compared.methods["RTN"])) == (7, "25.0/12.50")
 
 
 def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:

@@ -32,5 +32,5 @@ def test_invalid_records_are_left_out_with_a_note(tmp_path: Path) -> None:
         "evaluation/broken.json: not a record of an evaluation; left out",
         "compare/other.json: not a record of an evaluation; left out",
     ]
-    assert [len(record.results) for record in run.evaluations.records] == [2]
-    assert run.evaluations.comparison is not None
+    assert [len(record.results) for record in run.evaluations] == [2]
+    assert run.comparison is not None

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from osp.run.read import Site, read_run, site_of
+from osp.run.metrics import Site, site_of
+from osp.run.read import read_run
 from tests.made_run import small_run, write_lines
 
 
