@@ -32,7 +32,8 @@ def text_table(rows: Rows, *, left: int | None = None) -> str:
 def render_markdown(template: Path, **values: Any) -> str:
     """Return the text of a Jinja template with these values.
 
-    Filters: `cell` escapes a text for a table; `number` gives 4 digits, and "not finite" for None.
+    Filters: `cell` escapes a text for a table; `number` gives 4 digits, and "not finite" for None. Function: `table`,
+    which is `markdown_table`.
     """
     loader = jinja2.FileSystemLoader(template.parent)
     environment = jinja2.Environment(
@@ -40,4 +41,5 @@ def render_markdown(template: Path, **values: Any) -> str:
     )
     environment.filters["cell"] = lambda text: text.replace("|", "\\|")
     environment.filters["number"] = lambda value: "not finite" if value is None else f"{value:.4g}"
+    environment.globals["table"] = markdown_table
     return environment.get_template(template.name).render(**values)

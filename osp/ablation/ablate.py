@@ -8,13 +8,14 @@ from pathlib import Path
 
 from osp.ablation.ablation_page import ablation_page
 from osp.ablation.config import AblationConfig, check_ablation
-from osp.ablation.execute import Execution, record_of, slots
+from osp.ablation.execute import Execution, slots
 from osp.ablation.runs import Compose, Planned, plan
-from osp.ablation.table import Results, as_json, as_markdown, collect
+from osp.ablation.table import Results, as_json, collect, contents
 from osp.errors import RunError, StoppedError, UserError
 from osp.files import write_text
 from osp.model.transformer import count_parameters
 from osp.run.folder import environment
+from osp.tables import render_markdown
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +36,23 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     """
     check_ablation(config)
     runs = plan(config, compose)
-    folder = Path(config.dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(config.dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"dir={folder}: cannot write there: {error.strerror}") from error
+        raise UserError(f"dir={config.dir}: cannot write there: {error.strerror}") from error
     execution = Execution(config, runs, scripts=scripts)
-    log.info("%s", announcement(config, execution.runs))
+    places, total = slots(config, execution.runs), sum(run.num_tokens for run in execution.runs)
+    threads = f"{places[0].threads} thread{'s' * (places[0].threads > 1)} per process"
+    log.info(
+        f"{len(execution.runs)} runs of {total / len(execution.runs):,.0f} tokens in {config.dir}, {len(places)} at a "
+        f"time, {f'GPUs {[slot.gpus for slot in places]}' if places[0].gpus else threads}"
+    )
     try:
         execution()
     except StoppedError:
-        write(config, runs, execution, command)
+        write(runs, execution, command)
         raise
-    results = write(config, runs, execution, command)
+    results = write(runs, execution, command)
     if execution.failures:
         label, why = next(iter(execution.failures.items()))
         raise RunError(
@@ -57,37 +62,27 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     return results
 
 
-def announcement(config: AblationConfig, runs: list[Planned]) -> str:
-    places = slots(config, runs)
-    threads = f"{places[0].threads} thread{'s' * (places[0].threads > 1)} per process"
-    where = f"GPUs {[slot.gpus for slot in places]}" if places[0].gpus else threads
-    total = sum(run.num_steps * run.config.train.tokens_per_step for run in runs)
-    return f"{len(runs)} runs of {total / len(runs):,.0f} tokens in {config.dir}, {len(places)} at a time, {where}"
-
-
-def write(config: AblationConfig, runs: list[Planned], execution: Execution, command: Sequence[str]) -> Results:
+def write(runs: list[Planned], execution: Execution, command: Sequence[str]) -> Results:
     """Write ablation.html, ablation.md and ablation.json to the folder of the ablation."""
-    newest = {run.label: record_of(run, execution.wanted(run)) for run in runs if execution.trained(run)}
+    newest = {run.label: execution.record(run) for run in execution.runs if execution.trained(run)}
     records = {label: record for label, record in newest.items() if record is not None}
-    results = collect(runs, records, execution.failures)
-    folder, about = Path(config.dir), about_lines(runs, command)
-    write_text(folder / "ablation.json", json.dumps({"about": about, **as_json(results)}, indent=1) + "\n")
-    write_text(folder / "ablation.md", as_markdown(results, config, about))
-    write_text(folder / "ablation.html", ablation_page(results, config, about))
+    results = collect(runs, records, execution.failures, about=about_lines(runs, command))
+    folder, template = Path(execution.config.dir), Path(__file__).with_name("ablation.md")
+    write_text(folder / "ablation.json", json.dumps(as_json(results), indent=1) + "\n")
+    write_text(folder / "ablation.md", render_markdown(template, **contents(results, execution.config)))
+    write_text(folder / "ablation.html", ablation_page(results, execution.config))
     return results
 
 
 def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
     """Return lines on the model, the data, the machine, the command and the rows."""
-    config, machine = runs[0].config, environment()
-    model = config.model
-    parameters = count_parameters(model)["total"]
-    tokens = runs[0].num_steps * config.train.tokens_per_step
+    config, machine, num_tokens = runs[0].config, environment(), runs[0].num_tokens
+    model, train = config.model, config.train
     return [
-        f"ours: {parameters / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of {model.hidden_size}, "
-        f"{model.norm.name} in the first row), {tokens:,} tokens in steps of "
-        f"{config.train.tokens_per_step:,}, sequences of {config.train.seq_len}",
-        f"data: {config.data.source}{''.join(f' {path}' for path in config.data.paths)}",
+        f"ours: {count_parameters(model)['total'] / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of "
+        f"{model.hidden_size}, {model.norm.name} in the first row), {num_tokens:,} tokens in steps of "
+        f"{train.tokens_per_step:,}, sequences of {train.seq_len}",
+        f"data: {' '.join([config.data.source, *config.data.paths])}",
         f"machine: {machine['cpus']} cores, torch {machine['torch']}, Python {machine['python']}",
         f"command: python {shlex.join(command)}",
         *(f"row {row.name}: {' '.join(row.overrides)}" for row in dict.fromkeys(run.row for run in runs)),

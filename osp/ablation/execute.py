@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from osp.ablation.config import AblationConfig, parse_rows
-from osp.ablation.runs import Planned, quoted
-from osp.config import COMPARISONS, EVALUATIONS
+from osp.ablation.runs import Planned
+from osp.config import COMPARISONS, EVALUATIONS, leaves
 from osp.errors import StoppedError, UserError
 from osp.run.evaluations import ComparisonRecord, read_comparison
 from osp.train.launch import Process, failure, training_command
@@ -118,38 +118,43 @@ class Execution:
         return (run.folder / "summary.json").exists()
 
     def measured(self, run: Planned) -> bool:
-        return record_of(run, self.wanted(run)) is not None
+        return self.record(run) is not None
 
-    def wanted(self, run: Planned) -> dict[str, Any]:
+    def record(self, run: Planned) -> ComparisonRecord | None:
+        """Return the newest record of scripts/compare.py in a run that measured what is wanted, or None."""
+        wanted = {key: value for key, value in self._wanted(run).items() if value != "none"}
+        for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("*.json"), reverse=True):
+            try:
+                record = read_comparison(path)
+            except UserError:  # cut short
+                continue
+            measured = dict(leaves(record.config))
+            if all(measured.get(key) == value for key, value in wanted.items()):
+                return record
+        return None
+
+    def _wanted(self, run: Planned) -> dict[str, Any]:
         """Return the keys of scripts/compare.py that decide what is measured."""
-        methods = "last" if run.row.name in self._with_methods and run.value is None else "none"
         return {
             "texts": list(self.config.texts),
             "max_tokens": self.config.max_tokens,
-            "methods": methods,
-            "calibration_tokens": self.config.calibration_tokens,
+            "methods": "last" if run.row.name in self._with_methods and run.value is None else "none",
+            "quant.calibration_tokens": self.config.calibration_tokens,
         }
 
     def _next(self, run: Planned, slot: Slot) -> Process:
         """Start the training of a run or, after it, the measurement."""
-        if not self.trained(run):
-            config = run.config
-            if config.engine.threads is None:
-                config = replace(config, engine=replace(config.engine, threads=slot.threads))
+        log_file = self._logs / f"{run.label}.{'compare' if self.trained(run) else 'train'}.log"
+        if self.trained(run):
+            keys = self._wanted(run) | {"device": run.config.engine.device, "threads": slot.threads, "progress": False}
+            overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+            command = [sys.executable, str(self.scripts / "compare.py"), str(run.folder), *overrides]
+        else:
+            engine = replace(run.config.engine, threads=run.config.engine.threads or slot.threads)
             path, script = self._logs / f"{run.label}.yaml", self.scripts / "train.py"
+            config = replace(run.config, engine=engine)
             command = training_command(config, script=script, ranks=self.config.ranks, path=path)
-            return Process(command, self._logs / f"{run.label}.train.log", environment=slot.environment)
-        wanted = self.wanted(run)
-        texts = ",".join(map(quoted, self.config.texts))
-        command = [
-            *(sys.executable, str(self.scripts / "compare.py"), str(run.folder), f"texts=[{texts}]"),
-            f"max_tokens={'null' if self.config.max_tokens is None else self.config.max_tokens}",
-            f"methods={wanted['methods']}",
-            f"quant.calibration_tokens={self.config.calibration_tokens}",
-            f"device={run.config.engine.device}",
-            *(f"threads={slot.threads}", "progress=false"),
-        ]
-        return Process(command, self._logs / f"{run.label}.compare.log", environment=slot.environment)
+        return Process(command, log_file, environment=slot.environment)
 
     def _progress(self, run: Planned) -> float:
         """Return the progress of one run, in trainings: 1 plus `MEASURING`; a failed run counts as finished."""
@@ -158,21 +163,6 @@ class Execution:
         if self.trained(run):
             return 1 + MEASURING * (run.label in self._finished)
         return last_step(run.folder / "metrics.jsonl") / run.num_steps
-
-
-def record_of(run: Planned, wanted: dict[str, Any]) -> ComparisonRecord | None:
-    """Return the newest record of scripts/compare.py in a run that measured what is wanted, or None."""
-    for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("*.json"), reverse=True):
-        try:
-            record = read_comparison(path)
-        except UserError:  # cut short
-            continue
-        config = record.config
-        same = all(config.get(key) == wanted[key] for key in ("texts", "max_tokens"))
-        enough = wanted["methods"] in ("none", config.get("methods"))
-        if same and enough and config["quant"]["calibration_tokens"] == wanted["calibration_tokens"]:
-            return record
-    return None
 
 
 def last_step(path: Path) -> int:

@@ -38,6 +38,10 @@ class Planned:
         return steps
 
     @property
+    def num_tokens(self) -> int:
+        return self.num_steps * self.config.train.tokens_per_step
+
+    @property
     def label(self) -> str:
         return self.config.run.name
 
@@ -102,8 +106,3 @@ def _check_shared(runs: list[Planned], swept: str | None) -> None:
                     f"rows {runs[0].row.name} and {run.row.name} do not compare: {key}={first.get(key)} and {value}; "
                     f"rows must agree in this key. Give {key}=VALUE for all rows, beside rows=[...]"
                 )
-
-
-def quoted(text: str) -> str:
-    """Return a value quoted for Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2
 LAST_BITS = "4-4-4"  # of table 4
+METHODS = ("RTN", "+ FFN Had", "+ GPTQ", "+ QuaRot")  # rows of table 4
 ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
 KURTOSIS_TOKENS = 16_384  # of the text, at most
 
@@ -44,8 +45,7 @@ def _methods(spec: QuantSpec) -> dict[str, QuantSpec]:
 
 def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
     """Return row -> quantization at 4-4-4; each row adds to the one before."""
-    titles = ("RTN", "+ FFN Had", "+ GPTQ", "+ QuaRot")
-    rows = dict(zip(titles, _methods(spec.at(LAST_BITS)).values(), strict=True))
+    rows = dict(zip(METHODS, _methods(spec.at(LAST_BITS)).values(), strict=True))
     return rows | ({"+ SpinQuant": dataclasses.replace(rows["+ QuaRot"], rotation="spinquant")} if spinquant else {})
 
 

@@ -16,18 +16,19 @@ from osp.ablation.table import (
     PAPER,
     Cell,
     Line,
+    Measured,
     Results,
-    against_rows,
+    against_first,
     as_json,
-    as_markdown,
     collect,
-    difference,
+    contents,
     format_number,
     summarize,
     verdict,
 )
 from osp.evaluation.compare import COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
+from osp.tables import render_markdown
 from tests.ablation.test_ablation_runs import config
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
@@ -35,6 +36,8 @@ from tests.made_run import made_run
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import entry
+
+Ablation = tuple[AblationConfig, list[Planned], Results]
 
 PERPLEXITY = {"adam": (20.0, 80.0), "osp": (21.0, 22.0)}  # at 16-16-16 and at 4-4-4
 
@@ -63,7 +66,7 @@ def made_record(row: str, seed: int) -> ComparisonRecord:
 
 
 @pytest.fixture(scope="module")
-def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationConfig, list[Planned], Results]:
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> Ablation:
     """Two rows and two seeds; osp's second seed has failed."""
     folder = tmp_path_factory.mktemp("ablation")
     sweep = {"key": "optimizer.lr", "values": [0.1, 0.01], "rows": ["adam"]}
@@ -74,16 +77,20 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationConfig, 
             made_run(run.folder, steps=64, layers=2, outliers=run.row.name == "adam", seed=run.seed)
             records[run.label] = made_record(run.row.name, run.seed)
     (failed,) = [run.label for run in runs if run.label not in records]
-    return wanted, runs, collect(runs, records, {failed: "the disk is full"})
+    return wanted, runs, collect(runs, records, {failed: "the disk is full"}, about=["trained here"])
 
 
-def test_numbers_equal_the_run_folders(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def as_markdown(results: Results, wanted: AblationConfig) -> str:
+    return render_markdown(ROOT / "osp" / "ablation" / "ablation.md", **contents(results, wanted))
+
+
+def test_numbers_equal_the_run_folders(ablation: Ablation) -> None:
     _, runs, results = ablation
     events = [json.loads(line) for line in (runs[0].folder / "metrics.jsonl").read_text().split("\n")[:-1]]
     last: dict[str, float] = {}
     for event in events:
         last |= event
-    numbers = next(m for m in results.runs if m.planned.label == runs[0].label).numbers
+    numbers = next(m for m in results.runs if m.label == runs[0].label).numbers
     layers = ("layer_00", "layer_01")
     assert numbers["kurtosis"] == pytest.approx(sum(last[f"monitor/kurtosis/{x}/block_out"] for x in layers) / 2)
     assert numbers["down_proj_max"] == max(last[f"monitor/max_abs/{x}/down_proj_in"] for x in layers)
@@ -95,17 +102,19 @@ def test_numbers_equal_the_run_folders(ablation: tuple[AblationConfig, list[Plan
     assert numbers["cost"] == pytest.approx(math.log(4))
 
 
-def test_mean_and_spread_over_seeds(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def test_mean_and_spread_over_seeds(ablation: Ablation) -> None:
     _, _, results = ablation
-    adam, osp = results.lines
+    adam, osp = results.rows
     assert adam.cells["4-4-4"].mean == pytest.approx(120.0)  # of 80 and 160
     assert adam.cells["4-4-4"].deviation == pytest.approx(80 / math.sqrt(2))
-    assert osp.cells["4-4-4"] == Cell(22.0, pytest.approx(math.nan, nan_ok=True), 1)  # type: ignore[arg-type]
+    one_seed = osp.cells["4-4-4"]
+    assert (one_seed.mean, one_seed.count, one_seed.quant) == (22.0, 1, "abc123")
+    assert math.isnan(one_seed.deviation)
     assert [label.rpartition("-")[0] for label in osp.missing] == ["osp-seed1"]
     assert list(results.sweep) == ["adam"]
-    assert [value for value, _ in results.sweep["adam"]] == [0.01, 0.1]
-    assert summarize([{"a": 1.0}, {"a": math.inf}])["a"].mean == math.inf
-    assert difference(Cell(5.0, 3.0, 2), Cell(1.0, 4.0, 2)) == (4.0, 5.0)
+    assert [run.value for run in results.sweep["adam"]] == [0.01, 0.1]
+    assert summarize([{"a": 1.0}, {"a": math.inf}], {})["a"].mean == math.inf
+    assert Cell(5.0, 3.0, 2) - Cell(1.0, 4.0, 2) == Cell(4.0, 5.0, 2)
 
 
 def test_better_rows_lose_less_at_4_bits_and_nothing_at_16() -> None:
@@ -115,7 +124,7 @@ def test_better_rows_lose_less_at_4_bits_and_nothing_at_16() -> None:
 
     first = line("osp", 3.0, 3.5, deviation=0.04)  # with 0.03 the spread is 0.05
     rows = [line("a", 3.05, 3.3), line("b", 3.2, 3.3), line("c", 2.9, 3.45), line("d", 2.0, 2.0, math.nan)]
-    head, rows_of_table = against_rows([first, *rows, Line("e", "tuned", {}, ("e-seed0",))])
+    head, *rows_of_table = against_first([first, *rows, Line("e", "tuned", {}, ("e-seed0",))])
     assert head == ["row", "at 16-16-16", "at 4-4-4", "better than osp"]
     assert rows_of_table == [
         ["a", "+0.0500 ± 0.0500", "-0.2000 ± 0.0500", "yes"],
@@ -138,9 +147,9 @@ def test_verdict_compares_the_difference_with_the_spread(adam: Cell, osp: Cell, 
     assert re.search(says, verdict(lines))
 
 
-def test_markdown_has_every_table_with_equal_columns(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def test_markdown_has_every_table_with_equal_columns(ablation: Ablation) -> None:
     wanted, _, results = ablation
-    text = as_markdown(results, wanted, ["trained here"])
+    text = as_markdown(results, wanted)
     assert "- trained here" in text
     assert re.search(r"- osp-seed1-\w+: the disk is full", text)
     assert "120.00 ± 56.57 (8e4)" in text  # the paper's beside ours
@@ -160,7 +169,7 @@ def test_markdown_has_every_table_with_equal_columns(ablation: tuple[AblationCon
     ]  # fmt: skip
 
 
-def test_json_names_the_source_of_each_number(ablation: tuple[AblationConfig, list[Planned], Results]) -> None:
+def test_json_names_the_source_of_each_number(ablation: Ablation) -> None:
     _, _, results = ablation
     values = json.loads(json.dumps(as_json(results), allow_nan=False))
     cell = values["rows"][0]["cells"]["4-4-4"]
@@ -172,24 +181,21 @@ def test_json_names_the_source_of_each_number(ablation: tuple[AblationConfig, li
 
 
 def from_json(values: dict[str, Any]) -> Results:
-    """Return the results that the tables need from a stored ablation.json."""
+    """Return the results of a stored ablation.json."""
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value
 
     lines, columns = [], {}
     for row in values["rows"]:
-        cells = {k: Cell(number(c["mean"]), number(c["deviation"]), c["count"]) for k, c in row["cells"].items()}
-        columns |= {name: cell["quant"] for name, cell in row["cells"].items() if cell["quant"]}
-        lines.append(Line(row["row"], row["rates"], cells, tuple(row["missing"])))
-    sweep: dict[str, Any] = {}
-    for run in values["runs"]:
-        if run["value"] is not None:
-            sweep.setdefault(run["row"], []).append((run["value"], run["numbers"]))
-    sweep = {row: sorted(points, key=lambda point: point[0]) for row, points in sweep.items()}
-    return Results(
-        lines, [], sweep, values["failures"], values["specs"], columns, values["data"], tuple(values["commits"])
-    )
+        cells = {
+            name: Cell(number(cell["mean"]), number(cell["deviation"]), cell["count"], cell["quant"])
+            for name, cell in row["cells"].items()
+        }
+        columns |= {name: cell.quant for name, cell in cells.items() if cell.quant}
+        lines.append(Line(**row | {"cells": cells}))
+    runs = [Measured(**run, kurtosis=None) for run in values["runs"]]
+    return Results(**values | {"rows": lines, "runs": runs, "columns": columns})
 
 
 @pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past"])
@@ -199,7 +205,7 @@ def test_committed_json_renders_the_committed_tables(name: str) -> None:
     values = json.loads((folder / f"{name}.json").read_text())
     seeds = sorted({run["seed"] for run in values["runs"]})
     wanted = config(seeds=seeds, sweep={"key": "optimizer.lr", "values": [0.1]})
-    rendered = as_markdown(from_json(values), wanted, values["about"])
+    rendered = as_markdown(from_json(values), wanted)
 
     def tables(text: str) -> list[str]:
         return [line for line in text.split("\n") if line.startswith(("|", "**"))]
@@ -218,12 +224,10 @@ def test_table_of_the_paper_is_complete() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_page_draws_its_charts_in_a_browser(
-    ablation: tuple[AblationConfig, list[Planned], Results], tmp_path: Path
-) -> None:
+def test_page_draws_its_charts_in_a_browser(ablation: Ablation, tmp_path: Path) -> None:
     wanted, _, results = ablation
     path = tmp_path / "ablation.html"
-    path.write_text(ablation_page(results, wanted, ["trained here"]))
+    path.write_text(ablation_page(results, wanted))
     browser = Browser()
     try:
         browser.open(path)
