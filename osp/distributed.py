@@ -170,7 +170,7 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
 
 def gather_objects(value: Any) -> list[Any]:
     """Return the values of all ranks, in order, on every rank; its own is the object itself. Collective."""
-    values = [value] * dist.get_world_size()
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(values) > 1:
         dist.all_gather_object(values, value)
         values[dist.get_rank()] = value

@@ -1,7 +1,6 @@
 """Tables 2 and 4 of the paper for several models: `python scripts/compare.py RUN RUN texts=[wikitext2]`."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from entry import launch
@@ -13,15 +12,12 @@ from osp.schema import build
 def main(values: dict[str, Any]) -> None:
     config = build(CompareConfig, values)
     from osp.distributed import is_main, shutdown
-    from osp.evaluation.compare import compare, comparison_record, markdown
-    from osp.run.evaluations import write_record
+    from osp.evaluation.compare import compare, markdown
 
     try:
         comparisons = compare(config)
         if is_main():
-            print(markdown(comparisons))
-            if config.out:
-                write_record(Path(config.out), comparison_record(config, comparisons))
+            print(markdown(comparisons), end="")
     finally:
         shutdown()
 

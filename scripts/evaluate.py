@@ -15,16 +15,14 @@ def main(values: dict[str, Any]) -> None:
     if not config.path:
         raise UserError("name the model: python scripts/evaluate.py RUN, a checkpoint or a Hugging Face folder")
     from osp.distributed import is_main, shutdown
-    from osp.evaluation.evaluate import ablation_table, evaluate, open_subject, results_table, store_record
+    from osp.evaluation.evaluate import evaluate, open_subject, results_table, store_record
 
     try:
         subject = open_subject(config.path, config)
         record = evaluate(subject, config)
-        path = store_record(subject, config, record, record.name)
+        path = store_record(record, config.out, subject.run, record.name)
         if is_main():
-            print(results_table(record))
-            if record.ablation:
-                print(ablation_table(record.ablation))
+            print(results_table(record), end="")
             if path:
                 print(path)
     finally:

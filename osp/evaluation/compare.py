@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import statistics
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,22 +11,14 @@ from osp.config import COMPARISONS, MonitorConfig
 from osp.distributed import is_main
 from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
-from osp.evaluation.evaluate import (
-    Inputs,
-    calibration_rows,
-    measure_specs,
-    open_subject,
-    prepare_out,
-    read_inputs,
-    store_record,
-)
+from osp.evaluation.evaluate import Measurement, open_subject, prepare_out, store_record
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec, check_spec
-from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short
+from osp.run.evaluations import Comparison, ComparisonRecord, Score, format_short
 from osp.run.folder import environment
-from osp.tables import markdown_table
+from osp.tables import render_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +43,7 @@ def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
 
 
 def compare(config: CompareConfig) -> list[Comparison]:
-    """Return the tables of every model, each also kept in its run unless `out` is set. Collective."""
+    """Return the tables of every model, each also kept in its run, or all in the file `out`. Collective."""
     if not config.paths:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
@@ -64,77 +57,78 @@ def compare(config: CompareConfig) -> list[Comparison]:
         comparisons.append(compare_one(subject, config))
         if config.out is None:
             record = comparison_record(config, comparisons[-1:])
-            store_record(subject, config, record, f"{COMPARISONS}/step_{subject.step or 0:08d}")
+            store_record(record, config.out, subject.run, f"{COMPARISONS}/step_{subject.step or 0:08d}")
+    store_record(comparison_record(config, comparisons), config.out)
     return comparisons
 
 
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     """Return both tables of one model; a quantization that several cells share is measured once."""
-    inputs = read_inputs(subject, config)
+    measurement, progress = Measurement(subject, config), config.progress and is_main()
     named = _methods(config.quant)
-    rows = {
-        name: {bits: named[name].at(bits) for bits in COLUMNS}
-        for name in (named if config.methods == "all" else ("", "+Had"))
-    }
+    rows = named if config.methods == "all" else ("", "+Had")
+    cells = {(row, bits): named[row].at(bits) for row in rows for bits in COLUMNS}
     methods = {} if config.methods == "none" else table_4_specs(config.quant, spinquant=config.spinquant)
-    wanted = [spec for row in rows.values() for spec in row.values()] + list(methods.values())
-    scores = {str(spec): Score(None, None) for spec in wanted if not _is_possible(spec, subject)}
-    possible = {str(spec): spec for spec in wanted if str(spec) not in scores}
-    sha256, names, kurtosis = subject.sha256(), "", script_kurtosis(subject, config, inputs)
-    shown = tqdm(possible.items(), desc=subject.name, unit="cell", disable=not (config.progress and is_main()))
-    for words, spec in shown:
-        calibration = calibration_rows(subject, spec, inputs)
-        with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
-            results = measure_specs(subject, config, inputs)
-        scores[words] = _score(results)
-        names = names or ", ".join(dict.fromkeys(result.what for result in results))
+    specs = [*cells.values(), *methods.values()]
+    wanted = {str(spec): spec for spec in specs}
+    scores = {words: Score(None, None) for words, spec in wanted.items() if not _is_possible(spec, subject)}
+    possible = [words for words in wanted if words not in scores]
+    sha256, what, kurtosis = subject.sha256(), "", script_kurtosis(measurement)
+    for words in tqdm(possible, desc=subject.name, unit="cell", disable=not progress):
+        calibration = measurement.calibration(wanted[words])
+        with quantized(subject.model, wanted[words], calibration=calibration, progress=progress):
+            results = measurement.results()
+        perplexities = [result.value for result in results if result.metric == "perplexity"]
+        accuracies = [result.value for result in results if result.metric in ACCURACIES]
+        accuracy = statistics.fmean(accuracies) if accuracies else None
+        scores[words] = Score(perplexities[0] if perplexities else None, accuracy)
+        what = what or ", ".join(dict.fromkeys(result.what for result in results))
     return Comparison(
         subject.name,
         sha256,
         kurtosis=kurtosis,
-        what=names,
-        bits={row: {bits: scores[str(spec)] for bits, spec in specs.items()} for row, specs in rows.items()},
-        methods={row: scores[str(spec)] for row, spec in methods.items()},
-        specs={spec.hash: str(spec) for spec in wanted},
-        hashes={f"{bits} {row}".strip(): spec.hash for row, specs in rows.items() for bits, spec in specs.items()}
+        what=what,
+        bits={row: {bits: scores[str(cells[row, bits])] for bits in COLUMNS} for row in rows},
+        methods={method: scores[str(spec)] for method, spec in methods.items()},
+        specs={spec.hash: str(spec) for spec in specs},
+        hashes={f"{bits} {row}".strip(): spec.hash for (row, bits), spec in cells.items()}
         | {method: spec.hash for method, spec in methods.items()},
-        texts={text.name: text.sha256 for text in inputs.texts},
+        texts={text.name: text.sha256 for text in measurement.texts},
         step=subject.step or 0,
     )
 
 
-def script_kurtosis(subject: LanguageModel, config: CompareConfig, inputs: Inputs) -> float | None:
+def script_kurtosis(measurement: Measurement) -> float | None:
     """Return the excess kurtosis of the residual stream as the paper's script measures it, None without a text.
 
     The script reads each of the first tokens of the first text by itself (`osp.monitor.statistics`).
     """
-    if not inputs.texts:
+    if not measurement.texts:
         return None
-    tokens = inputs.texts[0].tokens[: min(KURTOSIS_TOKENS, config.max_tokens or KURTOSIS_TOKENS)]
-    length = min(inputs.seq_len, len(tokens))
+    tokens = measurement.texts[0].tokens[: min(KURTOSIS_TOKENS, measurement.config.max_tokens or KURTOSIS_TOKENS)]
+    length = min(measurement.seq_len, len(tokens))
     rows = ProbeText(tokens[: len(tokens) // length * length].view(-1, length))
-    reading = probe(subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
+    reading = probe(measurement.subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
     return reading.metrics["monitor/kurtosis/osp_script"]
 
 
 def markdown(comparisons: list[Comparison]) -> str:
     """Return table 2, then table 4, and below them what the numbers are."""
-    names = _names(comparisons)
-    has_tasks = any(score.accuracy is not None for c in comparisons for score in c.methods.values())
+    names = [c.name for c in comparisons]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
     table_2 = []
     for c, name in zip(comparisons, names, strict=True):
-        first = [name, "-" if c.kurtosis is None else format_short(c.kurtosis)]
+        kurtosis = "-" if c.kurtosis is None else format_short(c.kurtosis)
         for row, cells in c.bits.items():
-            table_2.append([*([row, ""] if row else first), *(str(cells[bits]) for bits in COLUMNS)])
-    table_4 = [[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods]
-    return "\n\n".join(
-        [
-            markdown_table(["model", "ex. kurtosis", *COLUMNS], table_2),
-            *([markdown_table([f"at {LAST_BITS}", *names], table_4)] if table_4 else []),
-            f"Cells: {'mean accuracy in percent / perplexity' if has_tasks else 'perplexity'}; "
-            "columns are bits of weights, activations and KV cache. Excess kurtosis follows the paper's script.",
-            "\n".join(f"- {name}: {c.what}" for c, name in zip(comparisons, names, strict=True)),
-        ]
+            table_2.append([row or name, "" if row else kurtosis, *(str(cells[bits]) for bits in COLUMNS)])
+    return render_markdown(
+        Path(__file__).with_name("compare.md"),
+        columns=list(COLUMNS),
+        names=names,
+        table_2=table_2,
+        table_4=[[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods],
+        has_tasks=any(score.accuracy is not None for c in comparisons for score in c.methods.values()),
+        measured=[c.what for c in comparisons],
     )
 
 
@@ -150,12 +144,6 @@ def comparison_record(config: CompareConfig, comparisons: list[Comparison]) -> C
     )
 
 
-def _score(results: list[Result]) -> Score:
-    perplexities = [result.value for result in results if result.metric == "perplexity"]
-    accuracies = [result.value for result in results if result.metric in ACCURACIES]
-    return Score(perplexities[0] if perplexities else None, sum(accuracies) / len(accuracies) if accuracies else None)
-
-
 def _is_possible(spec: QuantSpec, subject: LanguageModel) -> bool:
     """Return False if the model cannot be rotated as `spec` asks; any other misfit raises `UserError`."""
     check_spec(dataclasses.replace(spec, rotation="none"), subject.model.config)
@@ -165,9 +153,3 @@ def _is_possible(spec: QuantSpec, subject: LanguageModel) -> bool:
         logger.warning("%s: cells left out, %s", subject.name, error)
         return False
     return True
-
-
-def _names(comparisons: list[Comparison]) -> list[str]:
-    """Return the names of the models, numbered where they are equal."""
-    names = [c.name for c in comparisons]
-    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]

@@ -1,11 +1,12 @@
 """`scripts/evaluate.py`: measure one model on texts and tasks under one quantization."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,31 +18,20 @@ from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import init_distributed, is_main
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
-from osp.evaluation.harness import PAPER_TEN, HarnessModel, evaluate_local_task, evaluate_named_tasks, require_harness
+from osp.evaluation.harness import LOCAL_NAMES, PAPER_TEN, HarnessModel, evaluate_local_task, evaluate_named_tasks
 from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.local_tasks import LocalTask, read_task
-from osp.evaluation.perplexity import Perplexity, Text, perplexity
+from osp.evaluation.local_tasks import read_task
+from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import HELD_OUT, read_text, training_text
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
 from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_record
 from osp.run.folder import environment
+from osp.tables import render_markdown
 
-# OSP's ten as local files, with their numbers of examples; HellaSwag and MMLU are missing
-PAPER_TASKS = dict.fromkeys(("arc_easy", "arc_challenge", "commonsense_qa"), 0) | {"gsm8k": 8}
-PAPER_TASKS |= dict.fromkeys(("openbook_qa", "piqa", "siqa"), 0) | {"triviaqa_sm_sub": 5, "winogrande": 0}
 LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
 BAR_WIDTH = 40
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The texts and tasks that a model is measured on, read before anything is computed."""
-
-    texts: tuple[Text, ...]
-    tasks: tuple[LocalTask, ...]
-    seq_len: int
 
 
 def open_subject(path: str, config: MeasureConfig) -> LanguageModel:
@@ -56,119 +46,111 @@ def open_subject(path: str, config: MeasureConfig) -> LanguageModel:
     return open_model(path, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
+class Measurement:
+    """The texts and tasks of `config`, read before anything is computed, and the numbers of a model on them."""
+
+    def __init__(self, subject: LanguageModel, config: MeasureConfig):
+        """Without texts and tasks in `config`, measure the held-out split of the run."""
+        names = config.texts
+        if not (names or config.tasks or config.lm_eval):
+            if subject.config is None:
+                raise UserError("nothing to measure; name texts=[wikitext2] or files, tasks=[...] or lm_eval=[...]")
+            names = (HELD_OUT,)
+        for name in config.lm_eval:
+            if name == "paper" or name.endswith(".jsonl"):
+                raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
+        if (config.tasks or config.lm_eval) and not importlib.util.find_spec("lm_eval"):
+            raise UserError("tasks, lm_eval: lm-eval is not installed; pip install 'osp[lm-eval]'")
+        if config.bos and subject.bos_id is None:
+            raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
+        self.subject, self.config = subject, config
+        self.tasks = [read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config)]
+        self.texts = [read_text(name, subject, text_field=config.text_field) for name in names]
+        trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
+        self.seq_len = config.seq_len or min(LONGEST_WINDOW, trained)
+        self.windows: dict[str, Any] = {  # arguments of `perplexity`
+            "seq_len": self.seq_len,
+            "overlap": config.overlap,
+            "bos_id": subject.bos_id if config.bos else None,
+            "max_tokens": config.max_tokens,
+            "batch_tokens": config.batch_tokens,
+        }
+
+    def calibration(self, spec: QuantSpec) -> Tensor | None:
+        """Return the calibration sequences (N, T) for `spec`, None if it needs none; never from a measured text."""
+        if not spec.needs_calibration:
+            return None
+        if spec.calibration == "train":
+            tokens = training_text(self.subject)
+        else:
+            text = read_text(spec.calibration, self.subject)
+            if text.sha256 in [measured.sha256 for measured in self.texts]:
+                raise UserError(f"quant.calibration={spec.calibration} is a text that is measured; name another one")
+            tokens = text.tokens
+        return draw_calibration(tokens, spec, seq_len=self.seq_len).to(self.subject.device)
+
+    def results(self) -> list[Result]:
+        """Return the results on all texts and tasks for the model as it is now, quantized or not. Collective."""
+        config, results = self.config, []
+        for text in self.texts:
+            measured = perplexity(self.subject.model, text, **self.windows, progress=config.progress)
+            results.append(Result(measured.name, "perplexity", measured.perplexity))
+            results.append(Result(measured.name, "bits per byte", measured.bits_per_byte))
+        model = HarnessModel(self.subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
+        for task in self.tasks:
+            results += evaluate_local_task(model, task)
+        if config.lm_eval:
+            tasks = {}
+            for name in config.lm_eval:
+                tasks |= PAPER_TEN if name == "paper_ten" else {name: config.num_fewshot}
+            results += evaluate_named_tasks(model, tasks, limit=config.limit, include_path=config.lm_eval_dir)
+        return results
+
+
 def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     """Return the results, the ablation if asked for, and all that both depend on. Collective: every rank calls it."""
-    spec, machine = config.quant, environment()
+    spec, machine, progress = config.quant, environment(), config.progress and is_main()
     check_spec(spec, subject.model.config)
     prepare_out(config)
-    inputs = read_inputs(subject, config)
-    if config.ablate and (not inputs.texts or spec.is_identity):
+    measurement = Measurement(subject, config)
+    if config.ablate and (not measurement.texts or spec.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
-    calibration = calibration_rows(subject, spec, inputs)
+    calibration = measurement.calibration(spec)
     sha256 = subject.sha256()  # of the weights in the file, before they are quantized
-    with quantized(subject.model, spec, calibration=calibration, progress=config.progress and is_main()):
-        results = measure_specs(subject, config, inputs)
+    with quantized(subject.model, spec, calibration=calibration, progress=progress):
+        results = measurement.results()
     return Evaluation(
         model={"name": subject.name, "path": str(subject.folder), "sha256": sha256, "step": subject.step},
         quant={"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
-        texts=[{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in inputs.texts],
-        tasks=[{"name": t.name, "sha256": t.sha256, "num_fewshot": t.num_fewshot} for t in inputs.tasks],
+        texts=[{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in measurement.texts],
+        tasks=[{"name": t.name, "sha256": t.sha256, "num_fewshot": t.num_fewshot} for t in measurement.tasks],
         config={key: value for key, value in dataclasses.asdict(config).items() if key != "quant"},
         device=str(subject.device),
         dtype=str(subject.model.compute_dtype).removeprefix("torch."),
         commit=machine.pop("git"),
         environment=machine,
         results=tuple(results),
-        ablation=ablate_sites(subject, config, inputs, calibration) if config.ablate else None,
-    )
-
-
-def read_inputs(subject: LanguageModel, config: MeasureConfig) -> Inputs:
-    """Return the texts and tasks of `config`; without any, the held-out split of the run."""
-    names = config.texts
-    if not (names or config.tasks or config.lm_eval):
-        if subject.config is None:
-            raise UserError("nothing to measure; name texts=[wikitext2] or files, tasks=[...] or lm_eval=[...]")
-        names = (HELD_OUT,)
-    for name in config.lm_eval:
-        if name == "paper" or name.endswith(".jsonl"):
-            raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
-    if config.tasks or config.lm_eval:
-        require_harness()
-    tasks = tuple(read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config))
-    texts = tuple(read_text(name, subject, text_field=config.text_field) for name in names)
-    trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
-    return Inputs(texts, tasks, seq_len=config.seq_len or min(LONGEST_WINDOW, trained))
-
-
-def calibration_rows(subject: LanguageModel, spec: QuantSpec, inputs: Inputs) -> Tensor | None:
-    """Return the calibration sequences (N, T) for `spec`, None if it needs none; never from a measured text."""
-    if not spec.needs_calibration:
-        return None
-    if spec.calibration == "train":
-        tokens = training_text(subject)
-    else:
-        text = read_text(spec.calibration, subject)
-        if any(text.sha256 == measured.sha256 for measured in inputs.texts):
-            raise UserError(f"quant.calibration={spec.calibration} is a text that is measured; name another one")
-        tokens = text.tokens
-    return draw_calibration(tokens, spec, seq_len=inputs.seq_len).to(subject.device)
-
-
-def measure_specs(subject: LanguageModel, config: MeasureConfig, inputs: Inputs) -> list[Result]:
-    """Return the results on all texts and tasks for the model as it is now, quantized or not. Collective."""
-    results = []
-    for text in inputs.texts:
-        measured = text_perplexity(subject, config, inputs, text)
-        results.append(Result(measured.name, "perplexity", measured.perplexity))
-        results.append(Result(measured.name, "bits per byte", measured.bits_per_byte))
-    model = HarnessModel(subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
-    for task in inputs.tasks:
-        results += evaluate_local_task(model, task)
-    if config.lm_eval:
-        tasks = {}
-        for name in config.lm_eval:
-            tasks |= PAPER_TEN if name == "paper_ten" else {name: config.num_fewshot}
-        results += evaluate_named_tasks(model, tasks, limit=config.limit, include_path=config.lm_eval_dir)
-    return results
-
-
-def text_perplexity(subject: LanguageModel, config: MeasureConfig, inputs: Inputs, text: Text) -> Perplexity:
-    """Return the perplexity of the model as it is now with the settings of `config`. Collective."""
-    bos_id = subject.bos_id if config.bos else None
-    if config.bos and bos_id is None:
-        raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
-    return perplexity(
-        subject.model,
-        text,
-        seq_len=inputs.seq_len,
-        overlap=config.overlap,
-        bos_id=bos_id,
-        max_tokens=config.max_tokens,
-        batch_tokens=config.batch_tokens,
-        progress=config.progress,
+        ablation=ablate_sites(measurement, spec, calibration, progress=progress) if config.ablate else None,
     )
 
 
 def ablate_sites(
-    subject: LanguageModel, config: EvaluateConfig, inputs: Inputs, calibration: Tensor | None
+    measurement: Measurement, spec: QuantSpec, calibration: Tensor | None, *, progress: bool = False
 ) -> SiteAblation:
     """Return the perplexity of the first text for each site alone and left out, and R_L on its first windows."""
-    spec, text = config.quant, inputs.texts[0]
-    active = active_sites(spec, subject.model.config)
-    quiet = dataclasses.replace(config, progress=False)
+    model, text, length = measurement.subject.model, measurement.texts[0], measurement.seq_len
+    active = active_sites(spec, model.config)
 
     def at(sites: Collection[str]) -> float:
-        with quantized(subject.model, spec, calibration=calibration, sites=sites):
-            return text_perplexity(subject, quiet, inputs, text).perplexity
+        with quantized(model, spec, calibration=calibration, sites=sites):
+            return perplexity(model, text, **measurement.windows).perplexity
 
     sites = [site for site in SITES if site in active]
-    shown = tqdm(sites, desc="sites", unit="site", leave=False, disable=not (config.progress and is_main()))
+    shown = tqdm(sites, desc="sites", unit="site", leave=False, disable=not progress)
     costs = tuple(SiteCost(site, alone=at({site}), left_out=at(active - {site})) for site in shown)
-    number = max(1, config.batch_tokens // inputs.seq_len)
-    windows = text.tokens[: len(text.tokens) // inputs.seq_len * inputs.seq_len].view(-1, inputs.seq_len)[:number]
-    windows = windows if len(windows) else text.tokens[None]
-    *layer_errors, last_error = propagated_error(subject.model, spec, windows, calibration=calibration)
+    windows = text.tokens[: len(text.tokens) // length * length].view(-1, length)
+    windows = windows[: max(1, measurement.config.batch_tokens // length)] if len(windows) else text.tokens[None]
+    *layer_errors, last_error = propagated_error(model, spec, windows, calibration=calibration)
     return SiteAblation(text.name, at(()), at(active), costs, tuple(layer_errors), last_error)
 
 
@@ -200,75 +182,52 @@ def prepare_out(config: MeasureConfig) -> None:
     path = Path(config.out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(f"out={path}: {path.parent} is not a folder; name a JSON file") from error
+        reason = "" if os.access(path.parent, os.W_OK) else "cannot write there"
+        reason = "is a folder" if path.is_dir() else reason
+    except FileExistsError:
+        reason = f"{path.parent} is not a folder"
     except OSError as error:
-        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"out={path}: {'is a folder' if path.is_dir() else 'cannot write there'}; name a JSON file")
+        reason = f"cannot write there: {error.strerror}"
+    if reason:
+        raise UserError(f"out={path}: {reason}; name a JSON file")
 
 
 def store_record(
-    subject: LanguageModel, config: MeasureConfig, record: Evaluation | ComparisonRecord, name: str
+    record: Evaluation | ComparisonRecord, out: str | None, run: Path | None = None, name: str = ""
 ) -> Path | None:
-    """Write the record on rank 0 where `out` says, or into the run as `name`; return the file, None without either."""
-    if config.out is None and subject.run is None:
-        return None
-    path = Path(config.out) if config.out else Path(subject.run or "") / EVALUATIONS / f"{name}.json"
-    if is_main():
+    """Write the record on rank 0 to `out`, else into `run` as `name`; return the file, None without either."""
+    path = Path(out) if out else run and run / EVALUATIONS / f"{name}.json"
+    if path and is_main():
         write_record(path, record)
     return path
 
 
 def results_table(record: Evaluation) -> str:
-    """Return one line of text per result below the model and its quantization."""
-    names = [f"{result.what} {result.metric}" for result in record.results]
-    width = max(map(len, names))
-    lines = [
-        f"{name:<{width}}  {_number(result.value):>10}"
-        + ("" if result.stderr is None else f" ± {_number(result.stderr)}")
-        + (f"  ({result.truncated} contexts cut)" if result.truncated else "")
-        for name, result in zip(names, record.results, strict=True)
-    ]
-    return "\n".join([f"{record.model['name']}, {record.quant['text']} [{record.quant['hash']}]", *lines])
-
-
-def ablation_table(ablation: SiteAblation) -> str:
-    """Return text: perplexities by site with a bar for the loss that each site costs alone, and R_L by layer."""
-    costs = {site.site: ablation.cost_alone(site) for site in ablation.sites}
-    largest = max([1e-9, *filter(math.isfinite, costs.values())])
-    lines = [
-        f"perplexity of {ablation.text}: {_number(ablation.unquantized)} unquantized, "
-        f"{_number(ablation.quantized)} quantized",
-        f"{'site':<14}{'alone':>10}{'left out':>10}  nats per token for this site alone",
-    ]
-    for cost in ablation.sites:
-        nats = costs[cost.site]
-        share = nats / largest if math.isfinite(nats) else float(nats == math.inf)
-        bar = "#" * max(0, round(BAR_WIDTH * share))
-        lines.append(f"{cost.site:<14}{_number(cost.alone):>10}{_number(cost.left_out):>10}  {bar} {nats:+.4f}")
-    lines.append("R_L, relative error of the residual stream after each block, and of the last norm")
-    lines += [f"layer {layer:02d}  {error:.4f}" for layer, error in enumerate(ablation.layer_errors)]
-    lines.append(f"last norm {ablation.last_error:.4f}")
-    return "\n".join(lines)
+    """Return the results as text; with an ablation also perplexities by site, a bar for each site's cost, and R_L."""
+    costs = [record.ablation.cost_alone(site) for site in record.ablation.sites] if record.ablation else []
+    largest = max([1e-9, *filter(math.isfinite, costs)])
+    shares = [nats / largest if math.isfinite(nats) else float(nats == math.inf) for nats in costs]
+    return render_markdown(
+        Path(__file__).with_name("evaluate.txt"),
+        record=record,
+        width=max((len(f"{result.what} {result.metric}") for result in record.results), default=0),
+        bars=["#" * max(0, round(BAR_WIDTH * share)) for share in shares],
+        costs=costs,
+        digits=lambda value: f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}",
+    )
 
 
 def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
     """Return (file, number of examples) of each task; `paper` stands for OSP's ten as far as tasks_dir holds them."""
-    folder = Path(config.tasks_dir)
-    files = []
+    folder, files = Path(config.tasks_dir), []
     for name in config.tasks:
-        if name == "paper":
-            paths = [(folder / f"{task}.jsonl", shots) for task, shots in PAPER_TASKS.items()]
-            present = [(path, shots) for path, shots in paths if path.exists()]
-            if not present:
-                raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {', '.join(PAPER_TASKS)} as .jsonl")
-            files += present
-        else:
-            path = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
-            files.append((path, config.num_fewshot))
+        if name != "paper":
+            files.append((Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl", config.num_fewshot))
+            continue
+        ten = [(folder / f"{LOCAL_NAMES.get(task, task)}.jsonl", shots) for task, shots in PAPER_TEN.items()]
+        present = [(path, shots) for path, shots in ten if path.exists()]
+        if not present:
+            names = ", ".join(path.name for path, _ in ten)
+            raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {names}")
+        files += present
     return files
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"

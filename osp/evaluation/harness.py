@@ -6,39 +6,36 @@ shared by all ranks. Every rank gives the harness all requests and gets all answ
 
 import functools
 import random
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from osp.distributed import add_up, batches_by_tokens, is_main, my_share
+from osp.distributed import add_up, batches_by_tokens, gather_objects, is_main, my_share
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.local_tasks import LocalTask, as_harness_task
+from osp.evaluation.local_tasks import FORMS, LocalTask, as_harness_task
 from osp.model.generate import stream
 from osp.run.evaluations import Result
 
 # The ten benchmarks of OSP (arXiv 2506.19697, tables 2, 3 and 5) by the harness's names, with their numbers of
-# examples. ARC is both its parts; MMLU is in cloze form.
+# examples. ARC is both its parts; MMLU is in cloze form. Some have another name as a local file.
 PAPER_TEN = dict.fromkeys(("arc_easy", "arc_challenge", "commonsense_qa"), 0) | {"gsm8k": 8}
 PAPER_TEN |= dict.fromkeys(("hellaswag", "mmlu_continuation", "openbookqa", "piqa", "social_iqa"), 0)
 PAPER_TEN |= {"triviaqa": 5, "winogrande": 0}
+LOCAL_NAMES = {"openbookqa": "openbook_qa", "social_iqa": "siqa", "triviaqa": "triviaqa_sm_sub"}
 DEFAULT_NEW_TOKENS = 256
 LOGIT_ROWS = 1024  # logits (tokens) that exist at a time
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
-
-
-class Scored(NamedTuple):
-    """A sequence whose last `count` tokens are predicted."""
-
-    tokens: list[int]
-    count: int
+Scored = tuple[list[int], int]  # the tokens of a sequence, of which this number at the end is predicted
 
 
 @dataclass
@@ -68,7 +65,7 @@ class HarnessModel:
                 )
             # the last token is predicted but not read
             self.truncated += len(head) + len(tail) > longest + 1
-            sequences.append(Scored((head + tail)[-longest - 1 :], len(tail)))
+            sequences.append(((head + tail)[-longest - 1 :], len(tail)))
         return self.score(sequences)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -84,7 +81,7 @@ class HarnessModel:
             tokens = self.subject.encode(request.args[0])
             for window in get_rolling_token_windows(tokens, self.subject.begin_id, longest, context_len=1):
                 head, tail = make_disjoint_window(window)
-                sequences.append(Scored(head + tail, len(tail)))
+                sequences.append((head + tail, len(tail)))
                 owners.append(number)
         sums = [0.0] * len(requests)
         for owner, (nats, _) in zip(owners, self.score(sequences), strict=True):
@@ -98,8 +95,7 @@ class HarnessModel:
         """
         longest = self.subject.model.config.max_position_embeddings
         prompts, limits, stops = [], [], []
-        for request in requests:
-            context, options = request.args
+        for context, options in [request.args for request in requests]:
             if options.get("do_sample"):
                 raise UserError(f"{self.what}: the task asks for sampled text; only greedy text is generated here")
             ids = self.subject.encode(context)
@@ -110,28 +106,23 @@ class HarnessModel:
             limits.append(limit)
             until = options.get("until") or []
             stops.append([until] if isinstance(until, str) else [stop for stop in until if stop])
-        # ids of the generated tokens plus one; 0 after the end
-        results = torch.zeros(len(requests), max(limits, default=0), dtype=torch.int64, device=self.subject.device)
+        batches = []
         for limit in sorted(set(limits)):
-            numbers = [i for i, own in enumerate(limits) if own == limit]
-            batches = batches_by_tokens([len(prompts[i]) + limit for i in numbers], self.batch_tokens)
-            for _, batch in my_share(batches, what=self.what, progress=self.progress):
-                chosen = [numbers[i] for i in batch]
-                texts = self._continue([prompts[i] for i in chosen], limit, [stops[i] for i in chosen])
-                for i, tokens in zip(chosen, texts, strict=True):
-                    results[i, : len(tokens)] = torch.tensor(tokens) + 1
-        answers = []
-        for row, own in zip(add_up(results).tolist(), stops, strict=True):
-            text = self.subject.tokenizer.decode([id - 1 for id in row if id])
-            end = min((text.find(stop) for stop in own if stop in text), default=len(text))
-            answers.append(text[:end])
-        return answers
+            alike = [i for i, other in enumerate(limits) if other == limit]
+            split = batches_by_tokens([len(prompts[i]) + limit for i in alike], self.batch_tokens)
+            batches += [[alike[i] for i in batch] for batch in split]
+        texts: dict[int, str] = {}
+        for _, batch in my_share(batches, what=self.what, progress=self.progress):
+            new = self._continue([prompts[i] for i in batch], limits[batch[0]], [stops[i] for i in batch])
+            texts |= zip(batch, new, strict=True)
+        answers = ChainMap(*gather_objects(texts))
+        return [answers[i] for i in range(len(requests))]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of the predicted tokens of each sequence."""
         results = torch.zeros(len(sequences), 2, dtype=torch.float64, device=self.subject.device)
-        batches = batches_by_tokens([len(sequence.tokens) for sequence in sequences], self.batch_tokens)
+        batches = batches_by_tokens([len(tokens) for tokens, _ in sequences], self.batch_tokens)
         for _, batch in my_share(batches, what=self.what, progress=self.progress):
             results[batch] = self._score_batch([sequences[i] for i in batch])
         return [(nats, greedy > 0) for nats, greedy in add_up(results).tolist()]
@@ -139,12 +130,11 @@ class HarnessModel:
     def _score_batch(self, batch: list[Scored]) -> Tensor:
         """Return (N, 2) fp64: the log-likelihood of each sequence, and 1 if all predicted tokens are greedy, else 0."""
         model, device = self.subject.model, self.subject.device
-        width = max(len(sequence.tokens) for sequence in batch) - 1
         # padding comes after the tokens, where causal attention does not look
-        ids = torch.tensor([s.tokens[:-1] + [0] * (width - len(s.tokens) + 1) for s in batch], device=device)
-        hidden, _ = model.hidden_states(ids)
-        targets = torch.tensor([token for s in batch for token in s.tokens[-s.count :]], device=device)
-        places = [(n, len(s.tokens) - 1 - s.count + i) for n, s in enumerate(batch) for i in range(s.count)]
+        ids = pad_sequence([torch.tensor(tokens[:-1]) for tokens, _ in batch], batch_first=True)
+        hidden, _ = model.hidden_states(ids.to(device))
+        targets = torch.tensor([token for tokens, count in batch for token in tokens[-count:]], device=device)
+        places = [(n, len(tokens) - 1 - count + i) for n, (tokens, count) in enumerate(batch) for i in range(count)]
         which, where = torch.tensor(places, device=device).unbind(1)
         nats = torch.zeros(len(batch), dtype=torch.float64, device=device)
         misses = torch.zeros_like(nats)
@@ -155,30 +145,31 @@ class HarnessModel:
             misses.index_add_(0, which[part], (logits.argmax(-1) != targets[part]).double())
         return torch.stack((nats, (misses == 0).double()), dim=1)
 
-    def _continue(self, prompts: list[list[int]], limit: int, stops: list[list[str]]) -> list[list[int]]:
-        """Return the greedy tokens after each prompt, until a stop string, the end of the text or the limit."""
-        texts: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
+    def _continue(self, prompts: list[list[int]], limit: int, stops: list[list[str]]) -> list[str]:
+        """Return the greedy text after each prompt, up to a stop string, the end of the text or the limit."""
+        ids: list[list[int]] = [[] for _ in prompts]
+        texts, ended = [""] * len(prompts), [False] * len(prompts)
         for tokens in stream(self.subject.model, prompts, limit, eos_id=self.subject.eos_id):
             for i, token in enumerate(tokens):
                 if token is None or token == self.subject.eos_id:
-                    done[i] = True
-                elif not done[i]:
-                    texts[i].append(token)
-                    text = self.subject.tokenizer.decode(texts[i]) if stops[i] else ""
-                    done[i] = any(stop in text for stop in stops[i])
-            if all(done):
+                    ended[i] = True
+                elif not ended[i]:
+                    ids[i].append(token)
+                    texts[i] = self.subject.tokenizer.decode(ids[i])
+                    ended[i] = any(stop in texts[i] for stop in stops[i])
+            if all(ended):
                 break
+        for i, text in enumerate(texts):
+            texts[i] = text[: min((text.find(stop) for stop in stops[i] if stop in text), default=None)]
         return texts
 
 
 def encode_pair(
     subject: LanguageModel, context: str, continuation: str, *, bos: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Return the tokens of context and continuation, split as the harness's own models split them.
+    """Return the tokens of context and continuation, encoded as one text and split as the harness's own models do it.
 
-    White space at the end of the context belongs to the continuation, and the pair is encoded as one text. The context
-    has at least one token, from which the first of the continuation is predicted.
+    White space at the end of the context belongs to the continuation. The context has at least one token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -190,22 +181,11 @@ def encode_pair(
     return head, tail
 
 
-def require_harness() -> None:
-    """Raise `UserError` where the harness is not installed."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"tasks, lm_eval: lm-eval is not installed; pip install 'osp[lm-eval]' ({error})") from error
-
-
 def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
     """Return the scores of a task file and their standard errors."""
-    values, truncated = _evaluate(model, task.name, {task.name: as_harness_task(task)})
-    what = f"{task.name}[shots={task.num_fewshot}]"
-    return [
-        Result(what, metric, values[name], values.get(f"{name}_stderr", float("nan")), truncated)
-        for metric, name in task.form.metrics.items()
-    ]
+    results = _evaluate(model, task.name, {task.name: as_harness_task(task)}, num_fewshot=task.num_fewshot)
+    scores = {result.metric: result for result in results}
+    return [replace(scores[name], metric=metric) for metric, name in FORMS[task.form]["metrics"].items()]
 
 
 def evaluate_named_tasks(
@@ -218,11 +198,10 @@ def evaluate_named_tasks(
     """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path)
+    manager, results = TaskManager(include_path=include_path), []
     for name in tasks:
         if name not in manager.all_tasks:
             raise UserError(f"lm_eval: no task {name!r}; `lm_eval ls tasks` lists them")
-    results = []
     for name, num_fewshot in tasks.items():
         random.seed(SEED)  # as the harness's own command does: some tasks draw from the global generators
         np.random.seed(FEWSHOT_SEED)
@@ -234,17 +213,14 @@ def evaluate_named_tasks(
             if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
                 task.set_config("num_fewshot", num_fewshot)
             task.set_fewshot_seed(FEWSHOT_SEED)
-        values, truncated = _evaluate(model, name, loaded, limit=limit)
-        results += [
-            Result(f"{name}[shots={num_fewshot}]", metric, value, values.get(f"{metric}_stderr"), truncated)
-            for metric, value in values.items()
-            if not metric.endswith("_stderr")
-        ]
+        results += _evaluate(model, name, loaded, num_fewshot=num_fewshot, limit=limit)
     return results
 
 
-def _evaluate(model: HarnessModel, name: str, tasks: Any, *, limit: int | None = None) -> tuple[dict[str, float], int]:
-    """Return (metrics of the task or group `name` with their `_stderr`, number of truncated contexts)."""
+def _evaluate(
+    model: HarnessModel, name: str, tasks: Any, *, num_fewshot: int, limit: int | None = None
+) -> list[Result]:
+    """Return the metrics of the task or group `name` by their names in the harness."""
     from lm_eval.evaluator import evaluate
 
     # the harness has no option for its bar over the items
@@ -254,5 +230,10 @@ def _evaluate(model: HarnessModel, name: str, tasks: Any, *, limit: int | None =
     with quiet:
         answer: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
     # {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}
-    metrics = {key.split(",")[0]: value for key, value in answer["results"][name].items()}
-    return {key: value for key, value in metrics.items() if isinstance(value, float)}, model.truncated - before
+    values = {key.split(",")[0]: value for key, value in answer["results"][name].items() if isinstance(value, float)}
+    what, truncated = f"{name}[shots={num_fewshot}]", model.truncated - before
+    return [
+        Result(what, metric, value, values.get(f"{metric}_stderr"), truncated)
+        for metric, value in values.items()
+        if not metric.endswith("_stderr")
+    ]

@@ -69,12 +69,30 @@ def open_model(
         UserError: The path is not a run, a checkpoint or a Hugging Face Llama, or the tokenizer does not fit.
     """
     folder = Path(path)
-    checkpoint = find_model(folder)
-    if checkpoint is None:
+    checkpoint_folder = find_model(folder)
+    if checkpoint_folder is None:
         tokenizer, bos, eos = load_hf_tokenizer(folder)  # before the weights, which take longer
         subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos)
     else:
-        subject = _open_checkpoint(folder, checkpoint)
+        checkpoint = Checkpoint(checkpoint_folder)
+        config, conversion = from_dict(checkpoint.manifest["config"]), checkpoint.manifest.get("conversion")
+        run = checkpoint_folder.resolve().parent.parent
+        tokenizer = load_tokenizer(run / "tokenizer.json")
+        check_vocabulary(run / "tokenizer.json", tokenizer, num_embeddings=config.model.vocab_size)
+        end = eos_id(tokenizer, config.tokenizer.eos_token)
+        subject = LanguageModel(
+            config.run.name,
+            folder,
+            load_model(checkpoint_folder),
+            tokenizer,
+            # in training the end of another document comes before each one
+            bos_id=end if conversion is None else conversion["bos_id"],
+            eos_id=end,
+            config=config,
+            run=run,
+            step=checkpoint.step,
+            conversion=conversion,
+        )
     subject.model.to(device).compute_dtype = dtype
     return subject
 
@@ -89,26 +107,3 @@ def find_model(folder: Path) -> Path | None:
             f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
         )
     return checkpoint
-
-
-def _open_checkpoint(folder: Path, checkpoint_folder: Path) -> LanguageModel:
-    checkpoint = Checkpoint(checkpoint_folder)
-    config = from_dict(checkpoint.manifest["config"])
-    run = checkpoint_folder.resolve().parent.parent
-    tokenizer = load_tokenizer(run / "tokenizer.json")
-    check_vocabulary(run / "tokenizer.json", tokenizer, num_embeddings=config.model.vocab_size)
-    end = eos_id(tokenizer, config.tokenizer.eos_token)
-    conversion = checkpoint.manifest.get("conversion")
-    return LanguageModel(
-        config.run.name,
-        folder,
-        load_model(checkpoint_folder),
-        tokenizer,
-        # in training the end of another document comes before each one
-        bos_id=end if conversion is None else conversion["bos_id"],
-        eos_id=end,
-        config=config,
-        run=run,
-        step=checkpoint.step,
-        conversion=conversion,
-    )

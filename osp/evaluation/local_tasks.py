@@ -1,12 +1,6 @@
 """Tasks in local jsonl files, as tasks of the lm-evaluation-harness. No network is needed.
 
-Each line of a file has one of these forms, the same in all lines:
-
-    {"query": str, "choices": [str, ...], "gold": int}                   which choice follows the query?
-    {"context_options": [str, ...], "continuation": str, "gold": int}    after which context does it follow?
-    {"context": str, "continuation": str}                                is it the greedy continuation?
-    {"context": str, "answer": str}, perhaps with "aliases": [str, ...]  what does the model answer?
-                                     and "chain_of_thought": str         ... after reasoning?
+local_tasks.yaml has the forms of their lines; all lines of a file have the same form.
 
 `acc` is the share of items whose gold choice has the highest log-likelihood, or whose continuation is greedy;
 `acc_norm` divides log-likelihoods by the bytes of the choice first. `exact_match` is the share of questions whose
@@ -22,23 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from osp.errors import UserError
 
+FORMS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("local_tasks.yaml").read_text(encoding="utf-8")
+)
 FEWSHOT_DELIMITER = "\n\n"
 ANSWER_IS = "The answer is"
 ARTICLES = {"a", "an", "the"}
 LISTS = {"choices": 2, "context_options": 2, "aliases": 0}  # fields that hold a list -> the least number of texts
 
-Doc = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of the lines of a file."""
-
-    fields: tuple[str, ...]  # that a line has
-    config: dict[str, Any]  # of the harness's task
-    metrics: dict[str, str]  # our name of a metric -> the harness's
+Doc = dict[str, Any]  # of the harness: the fields that local_tasks.yaml names, and `example`, what it shows as one
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class LocalTask:
     """The items of a file. `docs` are what the harness calls documents, examples included in their contexts."""
 
     name: str
-    form: Form
+    form: str  # key of FORMS
     docs: list[Doc] = field(repr=False)
     num_fewshot: int
     sha256: str  # of the file
@@ -70,41 +60,6 @@ def normalize_answer(answer: str) -> str:
     return " ".join(word for word in words if word not in ARTICLES) or answer.strip()
 
 
-def _config(output_type: str, text: str, target: str, **more: Any) -> dict[str, Any]:
-    """Return the configuration of a task; `text` and `target` are fields of its documents."""
-    return {"output_type": output_type, "doc_to_text": text, "doc_to_target": target, **more}
-
-
-QUESTION = _config("generate_until", "context", "shown", process_results=score_answer)
-FORMS = {
-    "choices": Form(
-        ("query", "choices", "gold"),
-        _config("multiple_choice", "context", "gold", doc_to_choice="choices"),
-        {"acc": "acc", "acc_norm": "acc_bytes"},
-    ),
-    "context_options": Form(
-        ("context_options", "continuation", "gold"),
-        _config("multiple_choice", "gold", "continuation", doc_to_choice="contexts"),
-        {"acc": "acc", "acc_norm": "acc"},  # all options have the same continuation, whose bytes make no difference
-    ),
-    "continuation": Form(
-        ("context", "continuation"),
-        _config("loglikelihood", "context", "continuation"),
-        {"acc": "acc", "log_likelihood": "perplexity"},  # the mean of log-likelihoods, not exponentiated
-    ),
-    "reasoning": Form(
-        ("context", "answer", "chain_of_thought"),
-        QUESTION | {"generation_kwargs": {"until": [FEWSHOT_DELIMITER, "Question:"], "max_gen_toks": 256}},
-        {"exact_match": "exact_match"},
-    ),
-    "question": Form(
-        ("context", "answer"),
-        QUESTION | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 32}},
-        {"exact_match": "exact_match"},
-    ),
-}
-
-
 def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, seed: int = 0) -> LocalTask:
     """Return the task in a jsonl file, or its first `limit` items; `UserError` names the first bad line.
 
@@ -117,21 +72,21 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
         raise UserError(f"tasks: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {error.object.count(10, 0, error.start) + 1}: not UTF-8") from error
-    docs, names = [], []
+    docs, form = [], ""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             name, doc = _parse_line(line, where=f"{path}, line {number}")
-            names.append(name)
-            docs.append(doc)
-            if name != names[0]:
+            form = form or name
+            if name != form:
                 raise UserError(
-                    f"{path}, line {number}: a line of the form {name!r} after lines of the form {names[0]!r}; "
+                    f"{path}, line {number}: a line of the form {name!r} after lines of the form {form!r}; "
                     "move it to another file"
                 )
+            docs.append(doc)
     if num_fewshot < 0 or len(docs) <= num_fewshot:
         raise UserError(f"{path} has {len(docs)} items: too few for num_fewshot={num_fewshot}")
     chosen = [_with_examples(docs, i, num_fewshot=num_fewshot, seed=seed) for i in range(len(docs[:limit]))]
-    return LocalTask(path.stem, FORMS[names[0]], chosen, num_fewshot, hashlib.sha256(raw).hexdigest())
+    return LocalTask(path.stem, form, chosen, num_fewshot, hashlib.sha256(raw).hexdigest())
 
 
 def as_harness_task(task: LocalTask) -> Any:
@@ -143,10 +98,13 @@ def as_harness_task(task: LocalTask) -> Any:
         def download(self, *_: Any, **__: Any) -> None:
             self.dataset = {"test": Dataset.from_list(task.docs)}
 
-    names = dict.fromkeys(task.form.metrics.values())
+    names = dict.fromkeys(FORMS[task.form]["metrics"].values())
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
     config = {"task": task.name, "test_split": "test", "num_fewshot": 0, "target_delimiter": "", "metric_list": metrics}
-    return JsonlTask(config=config | task.form.config)
+    config |= FORMS[task.form]["task"]
+    if config["output_type"] == "generate_until":
+        config["process_results"] = score_answer
+    return JsonlTask(config=config)
 
 
 def delimiter(query: str) -> str:
@@ -155,32 +113,30 @@ def delimiter(query: str) -> str:
 
 
 def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
-    """Return (key of `FORMS`, document) of one line, without examples; `example` is what it shows as one."""
+    """Return (key of `FORMS`, document) of one line, without examples."""
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    name = next((name for name, form in FORMS.items() if record.keys() >= set(form.fields)), None)
+    name = next((name for name, form in FORMS.items() if record.keys() >= set(form["fields"])), None)
     if name is None:
-        raise UserError(
-            f"{where}: fields {sorted(record)}; a line has query, choices, gold, or context, continuation, or "
-            "context_options, continuation, gold, or context, answer"
-        )
-    _check_values(record, FORMS[name].fields, where)
+        forms = ", or ".join(", ".join(form["fields"]) for form in FORMS.values())
+        raise UserError(f"{where}: fields {sorted(record)}; a line has {forms}")
+    _check_values(record, FORMS[name]["fields"], where)
     if name == "choices":
-        context, choices = record["query"].strip() + delimiter(record["query"]), record["choices"]
-        example = context + choices[record["gold"]]
-        return name, {"context": context, "choices": choices, "gold": record["gold"], "example": example}
+        context = record["query"].strip() + delimiter(record["query"])
+        doc = {"context": context, "choices": record["choices"], "gold": record["gold"]}
+        return name, doc | {"example": context + record["choices"][record["gold"]]}
     if name == "context_options":
-        contexts, continuation = [text.strip() + " " for text in record["context_options"]], record["continuation"]
-        example = contexts[record["gold"]] + continuation
-        return name, {"contexts": contexts, "continuation": continuation, "gold": record["gold"], "example": example}
+        contexts = [text.strip() + " " for text in record["context_options"]]
+        doc = {"contexts": contexts, "continuation": record["continuation"], "gold": record["gold"]}
+        return name, doc | {"example": contexts[record["gold"]] + record["continuation"]}
     context = record["context"].strip()
     if name == "continuation":
-        context, continuation = context + " ", record["continuation"]
-        return name, {"context": context, "continuation": continuation, "example": context + continuation}
+        example = f"{context} {record['continuation']}"
+        return name, {"context": context + " ", "continuation": record["continuation"], "example": example}
     context = context if "Question:" in context else f"Question: {context}"
     context += delimiter(context)
     answer = shown = record["answer"].strip()
@@ -195,34 +151,28 @@ def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
     }
 
 
-def _check_values(record: dict[str, Any], fields: tuple[str, ...], where: str) -> None:
+def _check_values(record: dict[str, Any], fields: list[str], where: str) -> None:
     """Raise `UserError` for the first field with a wrong value."""
-    for key, value in record.items():
-        if key == "gold" or key not in (*fields, "aliases"):
-            continue
-        texts = value if key in LISTS else [value]
+    for key in [key for key in record if key in (*fields, "aliases") and key != "gold"]:
+        least = LISTS.get(key)
+        texts = [record[key]] if least is None else record[key]
         are_texts = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
-        if not are_texts or len(texts) < LISTS.get(key, 1):
+        if not are_texts or len(texts) < (least or 0):
             what = "text that is not empty"
-            if key in LISTS:
-                what = f"list of {'two texts or more' if LISTS[key] else 'texts'}, none of them empty"
-            raise UserError(f"{where}: {key}={value!r:.60}: must be a {what}")
+            if least is not None:
+                what = f"list of {f'{least} texts or more' if least else 'texts'}, none of them empty"
+            raise UserError(f"{where}: {key}={record[key]!r:.60}: must be a {what}")
     if "gold" in fields:
         gold, num_choices = record["gold"], len(next(record[key] for key in fields if key in LISTS))
-        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < num_choices:
+        if type(gold) is not int or not 0 <= gold < num_choices:
             raise UserError(f"{where}: gold={gold!r}: must be the number of a choice, 0 to {num_choices - 1}")
 
 
 def _with_examples(docs: list[Doc], number: int, *, num_fewshot: int, seed: int) -> Doc:
     """Return document `number` with others before each of its contexts."""
-    if not num_fewshot:
-        return docs[number]
-    draw = random.Random(f"{seed} {number}")
+    doc, draw = docs[number], random.Random(f"{seed} {number}")
     others = draw.sample(docs[:number] + docs[number + 1 :], num_fewshot)
-    prefix = FEWSHOT_DELIMITER.join([*(other["example"] for other in others), ""])
-    doc = dict(docs[number])
+    prefix = "".join(other["example"] + FEWSHOT_DELIMITER for other in others)
     if "contexts" in doc:
-        doc["contexts"] = [prefix + context for context in doc["contexts"]]
-    else:
-        doc["context"] = prefix + doc["context"]
-    return doc
+        return doc | {"contexts": [prefix + context for context in doc["contexts"]]}
+    return doc | {"context": prefix + doc["context"]}

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from osp.distributed import add_up, my_share
@@ -34,6 +35,7 @@ class CodeLength:
     nats: float
     tokens: int
     bytes: int
+    name: str = ""  # the text and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`
 
     @property
     def loss(self) -> float:
@@ -50,24 +52,6 @@ class CodeLength:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
-@dataclass(frozen=True)
-class Perplexity(CodeLength):
-    """The code length of a text, and how it was predicted."""
-
-    text: str
-    seq_len: int
-    overlap: int
-    bos: bool
-    first: int | None = None  # number of tokens of the text that were read; None: all
-
-    @property
-    def name(self) -> str:
-        """The text and how it was read: `wikitext2[len=2048,overlap=0,bos=no]`."""
-        settings = [f"len={self.seq_len}", f"overlap={self.overlap}", f"bos={'yes' if self.bos else 'no'}"]
-        settings += [] if self.first is None else [f"first={self.first}"]
-        return f"{self.text}[{','.join(settings)}]"
-
-
 @torch.no_grad()
 def perplexity(
     model: Transformer,
@@ -79,8 +63,8 @@ def perplexity(
     max_tokens: int | None = None,
     batch_tokens: int = 8192,
     progress: bool = False,
-) -> Perplexity:
-    """Return the perplexity of `text`. Collective: every rank gets the same number, which does not depend on the ranks.
+) -> CodeLength:
+    """Return the code length of `text`. Collective: every rank gets the same number, whatever the number of ranks.
 
     Args:
         seq_len: Tokens of a window.
@@ -92,32 +76,23 @@ def perplexity(
     Raises:
         UserError: The windows do not fit the model or the text.
     """
-    tokens = text.tokens[:max_tokens]
-    starts, length = window_starts(len(tokens), seq_len=seq_len, overlap=overlap, bos=bos_id is not None, model=model)
-    device = next(model.parameters()).device
-    batches = starts.split(max(1, batch_tokens // length))
+    tokens, device, bos = text.tokens[:max_tokens], next(model.parameters()).device, bos_id is not None
+    starts, length = window_starts(len(tokens), seq_len=seq_len, overlap=overlap, bos=bos, model=model)
+    batches, offsets = starts.split(max(1, batch_tokens // length)), torch.arange(length)
     nats = torch.zeros(len(batches), dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.int64)  # tokens, bytes
     for number, batch in my_share(batches, what=text.name, progress=progress):
-        places, counted = _counted_places(batch, length=length, overlap=overlap, bos=bos_id is not None)
-        rows = tokens[places]
-        targets = rows.where(counted, IGNORE)
+        places = batch[:, None] + offsets  # in the text, (windows, length)
+        counted = ((offsets >= overlap) | (batch[:, None] == 0)) & (offsets >= 1 - bos)
+        ids, targets = tokens[places], tokens[places].where(counted, IGNORE)
         if bos_id is not None:
-            rows = torch.cat((torch.full_like(rows[:, :1], bos_id), rows), dim=1)
-            targets = torch.cat((torch.full_like(rows[:, :1], IGNORE), targets), dim=1)
-        nats[number] = model(rows[:, :-1].to(device), targets[:, 1:].to(device)).loss.double()
+            ids, targets = F.pad(ids, (1, 0), value=bos_id), F.pad(targets, (1, 0), value=IGNORE)
+        nats[number] = model(ids[:, :-1].to(device), targets[:, 1:].to(device)).loss.double()
         counts += torch.stack((counted.sum(), text.token_bytes[places[counted]].sum()))
     num_tokens, num_bytes = add_up(counts.to(device)).tolist()
-    return Perplexity(
-        text.name,
-        seq_len=length + (bos_id is not None),
-        overlap=overlap,
-        bos=bos_id is not None,
-        nats=add_up(nats).sum().item(),
-        tokens=num_tokens,
-        bytes=num_bytes,
-        first=len(tokens) if len(tokens) < len(text.tokens) else None,
-    )
+    name = f"{text.name}[len={length + bos},overlap={overlap},bos={'yes' if bos else 'no'}"
+    name += f",first={len(tokens)}]" if len(tokens) < len(text.tokens) else "]"
+    return CodeLength(nats=add_up(nats).sum().item(), tokens=num_tokens, bytes=num_bytes, name=name)
 
 
 def window_starts(num_tokens: int, *, seq_len: int, overlap: int, bos: bool, model: Transformer) -> tuple[Tensor, int]:
@@ -131,11 +106,3 @@ def window_starts(num_tokens: int, *, seq_len: int, overlap: int, bos: bool, mod
     if length + bos < 2:
         raise UserError(f"the text has {num_tokens} tokens; there is nothing to predict")
     return torch.arange(0, num_tokens - length + 1, length - overlap), length
-
-
-def _counted_places(starts: Tensor, *, length: int, overlap: int, bos: bool) -> tuple[Tensor, Tensor]:
-    """Return (places in the text, whether this window counts the token there), each (windows, length)."""
-    offsets = torch.arange(length)
-    places = starts[:, None] + offsets
-    counted = (offsets >= overlap) | (starts[:, None] == 0)
-    return places, counted & (offsets >= (0 if bos else 1))

@@ -33,34 +33,41 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
         subject: The model whose tokenizer is used.
         text_field: Field of a record that holds the document.
     """
-    if name == WIKITEXT2:
-        return encode(WIKITEXT2, wikitext(_hub_rows()), subject)
+    path, config = Path(name), None
     if name == HELD_OUT:
-        if subject.config is None or subject.config.data.source == "none":
+        config = subject.config
+        if config is None or config.data.source == "none":
             raise UserError(
                 f"{HELD_OUT}: {subject.folder} is no run; name the run folder whose split you mean, or a file of text"
             )
-        return held_out(HELD_OUT, prepare(subject.config.data, subject.config.tokenizer), subject.tokenizer)
-    path = Path(name)
+    elif path.is_dir() and (checkpoint := find(path)):
+        name, config = f"{path.name}/{HELD_OUT}", from_dict(Checkpoint(checkpoint).manifest["config"])
+    if config:
+        return held_out(name, prepare(config.data, config.tokenizer), subject.tokenizer)
     if path.suffix == ".raw":
-        return encode(WIKITEXT2 if "wiki.test" in path.name else path.stem, wikitext(wikitext_rows(path)), subject)
-    checkpoint = find(path) if path.is_dir() else None
-    if checkpoint is not None:
-        config = from_dict(Checkpoint(checkpoint).manifest["config"])
-        return held_out(f"{path.name}/{HELD_OUT}", prepare(config.data, config.tokenizer), subject.tokenizer)
-    if path.is_file() and not known_suffix(path):
+        lines = _utf8(path).removesuffix("\n").split("\n")
+        text = wikitext([line + "\n" for line in lines])
+        return encode(WIKITEXT2 if "wiki.test" in path.name else path.stem, [text], subject)
+    if path.is_file() and not known_suffix(path) and name != WIKITEXT2:
         return encode(path.name, [_utf8(path)], subject)
-    source = SourceConfig(source="text", paths=(name,), text_field=text_field)
+    file = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:
-        texts = [text for text in documents(source) if text]
+        texts = list(documents(HUB_WIKITEXT2 if name == WIKITEXT2 else file))
     except UserError as error:  # it names the key of a training run
-        raise UserError(str(error).removeprefix("data.paths: ").replace("data.text_field", "text_field")) from error
+        reason = str(error).removeprefix("data.paths: ").replace("data.text_field", "text_field")
+        if name == WIKITEXT2:
+            reason = f"{name}: {reason.removeprefix('data.dataset=')}; name the file instead: texts=[wiki.test.raw]"
+        raise UserError(reason) from error
+    texts = [wikitext(texts)] if name == WIKITEXT2 else [text for text in texts if text]
     return encode(path.name, texts, subject)
 
 
-def wikitext(rows: list[str]) -> list[str]:
-    """Return WikiText as published perplexities read it: lines joined by two line ends, blank ones empty."""
-    return ["\n\n".join(row if row.strip() else "" for row in rows)]
+def wikitext(rows: list[str]) -> str:
+    """Return WikiText as published perplexities read it: lines joined by two line ends, blank ones empty.
+
+    rows: lines with their line ends.
+    """
+    return "\n\n".join(row if row.strip() else "" for row in rows)
 
 
 def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
@@ -100,11 +107,6 @@ def _text(name: str, ids: np.ndarray[Any, Any], sha256: str, tokenizer: Tokenize
     return Text(name, torch.from_numpy(ids), torch.from_numpy(sizes[ids]), sha256)
 
 
-def wikitext_rows(path: Path) -> list[str]:
-    """Return the lines of a file, each with its line end."""
-    return [line + "\n" for line in _utf8(path).removesuffix("\n").split("\n")]
-
-
 def _utf8(path: Path) -> str:
     try:
         return path.read_bytes().decode()
@@ -112,12 +114,3 @@ def _utf8(path: Path) -> str:
         raise UserError(f"{path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _hub_rows() -> list[str]:
-    try:
-        return list(documents(HUB_WIKITEXT2))
-    except UserError as error:  # it names the key of a training run
-        name = HUB_WIKITEXT2.dataset
-        reason = str(error).removeprefix(f"data.dataset={name} ")
-        raise UserError(f"{WIKITEXT2}: {name} {reason}; name the file instead: texts=[wiki.test.raw]") from error

@@ -23,7 +23,7 @@ from osp.convert.hf_export import export, size_in_bytes, write_llama
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
-from osp.evaluation.evaluate import calibration_rows, evaluate, read_inputs, store_record
+from osp.evaluation.evaluate import Measurement, evaluate, store_record
 from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
@@ -284,10 +284,10 @@ def test_run_is_evaluated_on_its_validation_split_and_calibrated_on_its_training
     record = evaluate(subject, config)
     assert record.results[0].what == "held_out[len=32,overlap=0,bos=no,first=128]"
     assert record.step == 6
-    rows = calibration_rows(subject, spec, read_inputs(subject, config))
+    rows = Measurement(subject, config).calibration(spec)
     assert rows is not None
     assert rows.shape == (8, 32)
-    path = store_record(subject, config, record, "name")
+    path = store_record(record, config.out, subject.run, "name")
     assert path == run.resolve() / "evaluation" / "name.json"
     (run / "evaluation" / "name.json").unlink()
 

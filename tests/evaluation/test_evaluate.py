@@ -19,22 +19,14 @@ from osp.config import NormConfig
 from osp.errors import UserError
 from osp.evaluation.compare import COLUMNS, compare_one, markdown, script_kurtosis, table_4_specs
 from osp.evaluation.config import CompareConfig, EvaluateConfig
-from osp.evaluation.evaluate import (
-    ablation_table,
-    calibration_rows,
-    evaluate,
-    live_perplexity,
-    read_inputs,
-    results_table,
-    store_record,
-)
+from osp.evaluation.evaluate import Measurement, evaluate, live_perplexity, results_table, store_record
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import encode, read_text
 from osp.model.transformer import build_model
 from osp.quant.apply import quantized
 from osp.quant.spec import INNER_SITES, QuantSpec
-from osp.run.evaluations import Score, SiteAblation, SiteCost, read_evaluation, read_evaluations
+from osp.run.evaluations import Evaluation, Score, SiteAblation, SiteCost, read_evaluation, read_evaluations
 from osp.schema import build
 from tests.conftest import ROOT, made_text
 
@@ -75,11 +67,11 @@ def test_results_match_their_parts(llama: LanguageModel, config: EvaluateConfig,
     table = results_table(record)
     assert str(FOUR) in table
     assert FOUR.hash in table
-    path = store_record(llama, dataclasses.replace(config, out=str(tmp_path / "new" / "a.json")), record, "name")
+    path = store_record(record, str(tmp_path / "new" / "a.json"))
     assert path is not None
     assert json.loads(path.read_text())["results"][0]["value"] == record.results[0].value
     assert read_evaluation(path).results == record.results
-    assert store_record(llama, config, record, "name") is None
+    assert store_record(record, None, llama.run, "name") is None
     names = {record.name, plain.name, dataclasses.replace(record, texts=[]).name}
     assert len(names) == 3  # an evaluation on other text or at other bits does not replace this one
 
@@ -92,7 +84,8 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
             return perplexity(llama.model, text, seq_len=32, max_tokens=64).perplexity
 
     asked = dataclasses.replace(config, quant=FOUR, ablate=True, max_tokens=64)
-    ablation = evaluate(llama, asked).ablation
+    record = evaluate(llama, asked)
+    ablation = record.ablation
     assert ablation is not None
     names = [site for sites in INNER_SITES.values() for site in sites if site != "attention_gate"]
     assert [cost.site for cost in ablation.sites] == names
@@ -104,7 +97,7 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
             assert cost.left_out == at([site for site in names if site != cost.site])
     assert len(ablation.layer_errors) == 3
     assert min(ablation.layer_errors) > 0
-    lines = ablation_table(ablation).split("\n")
+    lines = results_table(record).split("\n")
     worst = max(ablation.sites, key=lambda cost: cost.alone)
     (line,) = [line for line in lines if line.startswith(worst.site + " ")]
     assert line.count("#") == max(other.count("#") for other in lines) == 40
@@ -113,11 +106,15 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
 
 def test_diverged_model_has_a_table() -> None:
     """Where a perplexity is infinite, unquantized or not: infinite bars, none where there is nothing to compare."""
+
+    def bars(ablation: SiteAblation) -> list[int]:
+        quant = {"text": "4-4-4 rtn", "hash": "abc"}
+        record = Evaluation(model={"name": "m"}, quant=quant, results=(), ablation=ablation)
+        return [line.count("#") for line in results_table(record).split("\n")[3:6]]
+
     sites = (SiteCost("q_proj", math.inf, 3.0), SiteCost("k", 8.0, 2.0), SiteCost("v", 4.0, 2.0))
-    lines = ablation_table(SiteAblation("t", 2.0, math.inf, sites, (math.nan,), math.nan)).split("\n")
-    assert [line.count("#") for line in lines[2:5]] == [40, 40, 20]
-    lines = ablation_table(SiteAblation("t", math.inf, math.inf, sites, (), 0.0)).split("\n")
-    assert [line.count("#") for line in lines[2:5]] == [0, 0, 0]
+    assert bars(SiteAblation("t", 2.0, math.inf, sites, (math.nan,), math.nan)) == [40, 40, 20]
+    assert bars(SiteAblation("t", math.inf, math.inf, sites, (), 0.0)) == [0, 0, 0]
 
 
 def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
@@ -169,27 +166,28 @@ def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageMod
 def test_calibration_is_never_the_text_that_is_measured(
     llama: LanguageModel, config: EvaluateConfig, tmp_path: Path
 ) -> None:
-    inputs = read_inputs(llama, config)
+    measurement = Measurement(llama, config)
     gptq = QuantSpec(w_bits=4, method="gptq", calibration=config.texts[0], calibration_tokens=64)
-    assert calibration_rows(llama, FOUR, inputs) is None
+    assert measurement.calibration(FOUR) is None
     with pytest.raises(UserError, match=r"quant.calibration=.*text.txt is a text that is measured"):
-        calibration_rows(llama, gptq, inputs)
+        measurement.calibration(gptq)
     (tmp_path / "other.txt").write_text("a few words")
     with pytest.raises(UserError, match=r"quant.calibration=.*other.txt: \d+ tokens are too few"):
-        calibration_rows(llama, dataclasses.replace(gptq, calibration=str(tmp_path / "other.txt")), inputs)
+        measurement.calibration(dataclasses.replace(gptq, calibration=str(tmp_path / "other.txt")))
     with pytest.raises(UserError, match=r"quant.calibration=train: .* is no run"):
-        calibration_rows(llama, dataclasses.replace(gptq, calibration="train"), inputs)
+        measurement.calibration(dataclasses.replace(gptq, calibration="train"))
 
 
 def test_kurtosis_matches_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
     """On hidden states of transformers, as the script does it: every token by itself, all but the last block's."""
     config = CompareConfig(texts=(str(text_file),), seq_len=16, max_tokens=70)
-    inputs = read_inputs(llama, config)
+    measurement = Measurement(llama, config)
     with torch.no_grad():
-        states = transformers_llama(inputs.texts[0].tokens[:64, None], output_hidden_states=True).hidden_states
+        states = transformers_llama(measurement.texts[0].tokens[:64, None], output_hidden_states=True).hidden_states
     expected = [((h**4).mean(-1) / h.std(-1) ** 4 - 3).relu().mean().item() for h in states]
-    assert script_kurtosis(llama, config, inputs) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert script_kurtosis(llama, config, dataclasses.replace(inputs, texts=())) is None
+    assert script_kurtosis(measurement) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    measurement.texts = []
+    assert script_kurtosis(measurement) is None
 
 
 def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
@@ -309,6 +307,14 @@ def test_comparing_nothing(error_of: Callable[..., str], llama_folder: Path) -> 
     assert "one/two: no model" in error_of("compare", str(llama_folder), "one/two"), "before the first is measured"
 
 
+def test_missing_harness_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, llama: LanguageModel, config: EvaluateConfig
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"lm-eval is not installed; pip install 'osp\[lm-eval\]'"):
+        evaluate(llama, dataclasses.replace(config, tasks=("quiz",)))
+
+
 def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path) -> None:
     again = open_model(llama_folder)
     assert again.sha256() == llama.sha256()
@@ -335,4 +341,4 @@ def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: 
     strict = build(QuantSpec, yaml.safe_load((ROOT / "configs" / "quant" / "strict.yaml").read_text()))
     subject = open_model(llama_folder)
     config = EvaluateConfig(texts=(str(text_file),), seq_len=32, quant=strict, progress=False)
-    assert two.stdout == results_table(evaluate(subject, config)) + "\n"
+    assert two.stdout == results_table(evaluate(subject, config))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,9 @@ import torch
 
 from osp.distributed import batches_by_tokens
 from osp.errors import UserError
-from osp.evaluation.harness import (
-    PAPER_TEN,
-    HarnessModel,
-    Scored,
-    encode_pair,
-    evaluate_local_task,
-    evaluate_named_tasks,
-    require_harness,
-)
+from osp.evaluation.harness import PAPER_TEN, HarnessModel, encode_pair, evaluate_local_task, evaluate_named_tasks
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.local_tasks import LocalTask, delimiter, read_task, score_answer
+from osp.evaluation.local_tasks import FORMS, LocalTask, delimiter, read_task, score_answer
 from osp.run.evaluations import Result
 from tests.conftest import made_text
 from tests.hf_models import DATA
@@ -89,7 +80,7 @@ def test_greedy_continuations_are_recognized(llama: LanguageModel, transformers_
     for _ in range(3):
         ids.append(int(transformers_llama(torch.tensor([ids])).logits[0, -1].argmax()))
     other = [*ids[:-2], (ids[-2] + 1) % 300, ids[-1]]
-    answers = HarnessModel(llama, batch_tokens=100).score([Scored(ids, 3), Scored(ids[:-1], 2), Scored(other, 3)])
+    answers = HarnessModel(llama, batch_tokens=100).score([(ids, 3), (ids[:-1], 2), (other, 3)])
     assert [is_greedy for _, is_greedy in answers] == [True, True, False]
 
 
@@ -173,7 +164,7 @@ def test_context_options_and_continuations_are_scored(
     assert list(results) == ["acc", "log_likelihood"]
     assert results["acc"].value == float(greedy)
     assert results["log_likelihood"].value == pytest.approx(nats, rel=1e-5)
-    assert math.isnan(results["acc"].stderr or 0)
+    assert results["acc"].stderr is None
 
 
 def test_examples_of_context_options_and_continuations_hold_the_right_text(tmp_path: Path) -> None:
@@ -213,7 +204,7 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 0}\n'
         ('["q"]', r"line 2: expected a JSON object, found list"),
         (
             '{"query": "q", "choices": ["a"], "gold": 0}',
-            r"line 2: choices=\['a'\]: must be a list of two texts or more",
+            r"line 2: choices=\['a'\]: must be a list of 2 texts or more",
         ),
         ('{"query": "q", "choices": ["a", ""], "gold": 0}', r"line 2: choices=.*none of them empty"),
         ('{"query": "q", "choices": ["a", "b"], "gold": 2}', r"line 2: gold=2: must be the number of a choice, 0 to 1"),
@@ -254,7 +245,7 @@ def test_shared_task_files_are_read() -> None:
     for path in sorted((DATA / "tasks").glob("*.jsonl")):
         task = read_task(path)
         assert len(task.docs) >= 100
-        assert ("exact_match" in task.form.metrics) == (path.stem in ("gsm8k", "triviaqa_sm_sub"))
+        assert ("exact_match" in FORMS[task.form]["metrics"]) == (path.stem in ("gsm8k", "triviaqa_sm_sub"))
         for doc in task.docs:
             assert "gold" not in doc or len(pairs_of(doc)) > doc["gold"]
             # what an example shows is a right answer
@@ -385,9 +376,3 @@ def test_bars_are_shown_only_with_progress(
     task = read_task(write(tmp_path / "quiz.jsonl", *(choices(n, gold=0) for n in range(3))))
     evaluate(llama, task, progress=progress)
     assert ("3/3" in capsys.readouterr().err) == progress
-
-
-def test_missing_harness_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"lm-eval is not installed; pip install 'osp\[lm-eval\]'"):
-        require_harness()

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.perplexity import Perplexity, Text, perplexity
-from osp.evaluation.texts import encode, read_text, wikitext, wikitext_rows
+from osp.evaluation.perplexity import CodeLength, Text, perplexity
+from osp.evaluation.texts import encode, read_text
 from tests.conftest import made_text
 from tests.distributed import run_distributed
 from tests.hf_models import BOS, DATA, STORIES_TEXT
@@ -71,7 +71,7 @@ def test_name_says_how_it_was_measured(llama: LanguageModel, text: Text) -> None
 
 def test_text_shorter_than_a_window_is_one_window(llama: LanguageModel, text: Text) -> None:
     found = perplexity(llama.model, text, seq_len=32, max_tokens=10)
-    assert (found.seq_len, found.tokens) == (10, 9)
+    assert (found.name, found.tokens) == ("made[len=10,overlap=0,bos=no,first=10]", 9)
 
 
 def test_batch_size_changes_nothing_but_rounding(llama: LanguageModel, text: Text) -> None:
@@ -79,7 +79,7 @@ def test_batch_size_changes_nothing_but_rounding(llama: LanguageModel, text: Tex
     assert found == pytest.approx([found[0]] * 4, rel=1e-7)
 
 
-def _measure_on_a_rank(folder: str) -> tuple[Perplexity, list[Any], list[str], list[Any]]:
+def _measure_on_a_rank(folder: str) -> tuple[CodeLength, list[Any], list[str], list[Any]]:
     """Return perplexity, the likelihoods of some pairs, texts after some contexts, and the scores of a task file."""
     from osp.evaluation.harness import HarnessModel, evaluate_local_task
     from osp.evaluation.language_model import open_model
@@ -109,7 +109,7 @@ def test_number_of_ranks_changes_nothing(llama_folder: Path) -> None:
 
 
 def test_infinite_loss_is_infinite_perplexity() -> None:
-    found = Perplexity("t", seq_len=8, overlap=0, bos=False, nats=1e6, tokens=10, bytes=0)
+    found = CodeLength(nats=1e6, tokens=10, bytes=0)
     assert found.perplexity == math.inf
     assert math.isnan(found.bits_per_byte)
 
@@ -179,8 +179,7 @@ def test_unreadable_texts_are_refused(
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")
 def test_wikitext2_has_the_published_number_of_gpt2_tokens(llama: LanguageModel) -> None:
     subject = dataclasses.replace(llama, tokenizer=load_tokenizer(DATA / "tokenizers" / "gpt2.json"))
-    (joined,) = wikitext(wikitext_rows(DATA / "wikitext2" / "wiki.test.raw"))
-    assert len(subject.encode(joined)) == 287_644
+    assert len(read_text(str(DATA / "wikitext2" / "wiki.test.raw"), subject).tokens) == 287_644
 
 
 def test_stories260k_tells_stories_better_than_wikipedia(stories: LanguageModel) -> None:
