@@ -24,7 +24,7 @@ def main(values: dict[str, Any]) -> None:
     if config.path is None:
         raise UserError("usage: python scripts/inspect_outliers.py RUN_OR_CHECKPOINT [text=FILE] [out=DIR]")
     # torch after the checks: a typing mistake is reported at once
-    from osp.monitor import inspect
+    from osp.monitor.inspect import inspect
 
     text, out = (Path(name) if name else None for name in (config.text, config.out))
     table, bundle = inspect(Path(config.path), text, out)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from osp.config import AlertConfig, MonitorConfig
+from osp.model.sites import split_site
 
 CLEARED = 0.8  # an alert clears when its value falls below this share of the threshold
 
@@ -18,12 +19,25 @@ class Alert:
     key: str  # of the metric
     value: float
     threshold: float
-    message: str
+    step: int
 
     @property
     def place(self) -> str:
         """The site (`layer_03/down_proj_in`) or the layer; empty for the whole model."""
         return self.key.split("/", 2)[2] if self.key.count("/") > 1 else ""
+
+    @property
+    def message(self) -> str:
+        limit = "above {:g}" if self.rule == "above" else "it has grown beyond {:g} since half of the steps"
+        name = self.key.removeprefix("monitor/")
+        return f"outlier alert: {name} is {self.value:.4g} after step {self.step}, {limit.format(self.threshold)}"
+
+    def details(self) -> dict[str, Any]:
+        """Return the fields for events.jsonl and forensics."""
+        is_layer = self.place.startswith("layer_") and "/" not in self.place
+        layer, site = split_site(f"{self.place}/" if is_layer else self.place)
+        where = {"site": site or None, "layer": layer}
+        return {"rule": self.rule, "key": self.key, **where, "value": self.value, "threshold": self.threshold}
 
 
 class Alerts:
@@ -58,7 +72,7 @@ class Alerts:
             for kind, threshold in self._thresholds(rule, key, step).items():
                 if value > threshold and step > 0:
                     if (key, kind) not in self._active:
-                        raised.append(_alert(kind, key, value, threshold, step))
+                        raised.append(Alert(kind, key, value, threshold, step))
                     self._active.add((key, kind))
                 elif value < CLEARED * threshold:
                     self._active.discard((key, kind))
@@ -80,9 +94,3 @@ class Alerts:
         if rule.growth is not None and earlier:
             thresholds["growth"] = rule.growth * max(earlier[-1], rule.floor)
         return thresholds
-
-
-def _alert(kind: str, key: str, value: float, threshold: float, step: int) -> Alert:
-    name = key.removeprefix("monitor/")
-    why = f"above {threshold:g}" if kind == "above" else f"it has grown beyond {threshold:g} since half of the steps"
-    return Alert(kind, key, value, threshold, f"outlier alert: {name} is {value:.4g} after step {step}, {why}")

@@ -6,6 +6,7 @@ A bundle is a JSON file and the same as Markdown. The weights of the model must 
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tokenizers import Tokenizer
 from osp.config import Config
 from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
-from osp.monitor.probe import ProbeText, SiteReading, row_norms
+from osp.monitor.alerts import Alert
+from osp.monitor.probe import Reading, row_norms
 from osp.optim.groups import groups_of
 from osp.optim.schedule import build_schedule
 from osp.run.evaluations import replace_nonfinite
@@ -25,66 +27,78 @@ CONTEXT = 8  # tokens of text shown before the token of an outlier
 SHOWN_WRITERS = 4  # weights shown of those that add to a channel of the residual stream
 
 
-def site_record(site: SiteReading, rows: ProbeText, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the entry of a site in a line of probes.jsonl."""
-    first, counts = site.octaves
-    until = rows.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
-    return {
-        "top_channel": site.top_channel,
-        "top_channel_share": site.statistics["top_channel_share"],
-        "top_value": site.value,
-        "top_row": site.row,
-        "top_position": site.position,
-        "top_token": site.token,
-        "top_text": tokenizer.decode(until.tolist(), skip_special_tokens=False),
-        "channels": [[channel, value] for channel, value in site.channels],
-        "histogram": {"edges_log2": [first, first + len(counts)], "counts": counts},
-    }
+@dataclass(frozen=True)
+class Forensics:
+    """The explanation of readings by their model, its configuration and its tokenizer."""
 
+    model: Transformer
+    config: Config
+    tokenizer: Tokenizer
 
-def bundle(
-    name: str,
-    site: SiteReading,
-    *,
-    step: int,
-    rows: ProbeText,
-    tokenizer: Tokenizer,
-    history: Sequence[Mapping[str, Any]],
-    model: Transformer,
-    config: Config,
-    alerts: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Return everything known about the outlier of one site as values of JSON.
+    def site_records(self, reading: Reading) -> dict[str, dict[str, Any]]:
+        """Return the entries of the sites in a line of probes.jsonl."""
+        records = {}
+        for name, site in reading.sites.items():
+            first, counts = site.octaves
+            text = reading.text.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
+            records[name] = {
+                "top_channel": site.top_channel,
+                "top_channel_share": site.statistics["top_channel_share"],
+                **{f"top_{key}": getattr(site, key) for key in ("value", "row", "position", "token")},
+                "top_text": self.tokenizer.decode(text.tolist(), skip_special_tokens=False),
+                "channels": site.channels,
+                "histogram": {"edges_log2": [first, first + len(counts)], "counts": counts},
+            }
+        return records
 
-    Args:
-        history: lines of probes.jsonl, the present one included.
-        alerts: the alerts about this site.
-    """
-    layer, kind = split_site(name)
-    weights = behind(kind, layer, site.channel, model)
-    grown = growth(history, name, site.channel)
-    record = site_record(site, rows, tokenizer)
-    contents = {
-        "step": step,
-        "tokens": step * config.train.tokens_per_step,
-        "site": name,
-        "layer": layer,
-        "channel": site.channel,
-        "value": site.value,
-        "row": site.row,
-        "position": site.position,
-        "token": site.token,
-        "token_text": tokenizer.decode([site.token], skip_special_tokens=False),
-        "text": record["top_text"],
-        "statistics": site.statistics,
-        "channels": record["channels"],
-        "growth": grown,
-        "since": since(grown),
-        "weights": weights,
-        "optimizer": _optimizer(sorted({weight["parameter"] for weight in weights}), model, config, step),
-        "alerts": list(alerts),
-    }
-    return replace_nonfinite(contents)
+    def bundle(
+        self, name: str, reading: Reading, history: Sequence[Mapping[str, Any]], alerts: Sequence[Alert] = ()
+    ) -> dict[str, Any]:
+        """Return everything known about the outlier of one site as values of JSON.
+
+        Args:
+            history: lines of probes.jsonl; the last one is about this reading.
+            alerts: the alerts about this site.
+        """
+        site, now = reading.sites[name], history[-1]
+        layer, kind = split_site(name)
+        weights = behind(kind, layer, site.channel, self.model)
+        grown = growth(history, name, site.channel)
+        contents = {
+            "step": now["step"],
+            "tokens": now["step"] * self.config.train.tokens_per_step,
+            "site": name,
+            "layer": layer,
+            **{key: getattr(site, key) for key in ("channel", "value", "row", "position", "token")},
+            "token_text": self.tokenizer.decode([site.token], skip_special_tokens=False),
+            "text": now["sites"][name]["top_text"],
+            "statistics": site.statistics,
+            "channels": site.channels,
+            "growth": grown,
+            "since": since(grown),
+            "weights": weights,
+            "optimizer": self._optimizer({weight["parameter"] for weight in weights}, now["step"]),
+            "alerts": [{"message": alert.message, **alert.details()} for alert in alerts],
+        }
+        return replace_nonfinite(contents)
+
+    def _optimizer(self, parameters: set[str], step: int) -> list[dict[str, Any]]:
+        """Return role, rule and learning rate of parameters in the update before `step`."""
+        train = self.config.train
+        assert train.steps is not None, "a run with a model has a length"
+        schedule = build_schedule(self.config.schedule, total_steps=train.steps, tokens_per_step=train.tokens_per_step)
+        groups = groups_of(self.model, self.config.optimizer)
+        group_of = {name: group for group in groups for name in group["names"]}
+        return [
+            {
+                "parameter": name,
+                "role": group_of[name]["role"],
+                "rule": group_of[name]["rule"],
+                "learning_rate": group_of[name]["base_lr"] * schedule(max(step - 1, 0)),
+                "weight_decay": group_of[name]["weight_decay"],
+            }
+            for name in sorted(parameters)
+        ]
 
 
 def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
@@ -145,30 +159,8 @@ def _measure_weight(model: Transformer, parameter: str, index: int) -> dict[str,
     """Return the norm of a row, column or gain and the median one of its parameter."""
     weight = model.get_parameter(parameter).detach()
     axis = "gain" if weight.ndim == 1 else "column" if parameter == "embed_tokens.weight" else "row"
-    if axis == "gain":
-        norms = weight.float().abs()
-        index = index if norms.numel() > 1 else 0  # SSNorm has one for all channels
-    else:
-        norms = row_norms(weight if axis == "row" else weight.T)
+    norms = weight.float().abs() if axis == "gain" else row_norms(weight.T if axis == "column" else weight)
+    index = min(index, len(norms) - 1)  # SSNorm has one gain for all channels
     norm, median = float(norms[index]), float(norms.median())
     ratio = norm / max(median, 1e-30)  # JSON knows no infinity
     return {"parameter": parameter, "axis": axis, "index": index, "norm": norm, "median": median, "ratio": ratio}
-
-
-def _optimizer(parameters: Sequence[str], model: Transformer, config: Config, step: int) -> list[dict[str, Any]]:
-    """Return role, rule and learning rate of parameters in the update before `step`."""
-    assert config.train.steps is not None, "a run with a model has a length"
-    tokens_per_step = config.train.tokens_per_step
-    schedule = build_schedule(config.schedule, total_steps=config.train.steps, tokens_per_step=tokens_per_step)
-    return [
-        {
-            "parameter": name,
-            "role": group["role"],
-            "rule": group["rule"],
-            "learning_rate": group["base_lr"] * schedule(max(step - 1, 0)),
-            "weight_decay": group["weight_decay"],
-        }
-        for name in parameters
-        for group in groups_of(model, config.optimizer)
-        if name in group["names"]
-    ]

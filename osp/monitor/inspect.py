@@ -12,8 +12,8 @@ from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.files import read_lines
-from osp.monitor.forensics import bundle, site_record, write_bundle
-from osp.monitor.monitor import FORENSICS, PROBES, held_out_rows
+from osp.monitor.forensics import Forensics, write_bundle
+from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
 from osp.run.history import growth, since
@@ -37,28 +37,18 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     config, run = checkpoint.config, folder.parent.parent
-    rows, tokenizer = _read_text(config, run, text)
-    model = load_model(folder)
-    reading = probe(model, rows, MonitorConfig(sites="all", statistics="all"))
+    probed, tokenizer = _read_text(config, run, text)
+    forensics = Forensics(load_model(folder), config, tokenizer)
+    reading = probe(forensics.model, probed, MonitorConfig(sites="all", statistics="all"))
     history: list[Any] = [line for line in read_lines(run / PROBES) if line["step"] < checkpoint.step]
-    now = {"step": checkpoint.step, "sites": {n: site_record(s, rows, tokenizer) for n, s in reading.sites.items()}}
+    history.append({"step": checkpoint.step, "sites": forensics.site_records(reading)})
     order = sorted(reading.sites, key=lambda name: -reading.sites[name].statistics["kurtosis_pooled"])
-    contents = bundle(
-        order[0],
-        reading.sites[order[0]],
-        step=checkpoint.step,
-        rows=rows,
-        tokenizer=tokenizer,
-        history=[*history, now],
-        model=model,
-        config=config,
-    )
     place = out or run / FORENSICS
     try:
-        bundle_path = write_bundle(contents, place)
+        bundle_path = write_bundle(forensics.bundle(order[0], reading, history), place)
     except OSError as error:
         raise UserError(f"{place}: cannot write there: {error.strerror}; set out to another folder") from error
-    return _table(order, reading, history, now["sites"], checkpoint.step), bundle_path
+    return _table(order, reading, history), bundle_path
 
 
 def _read_text(config: Config, run: Path, text: Path | None) -> tuple[ProbeText, Tokenizer]:
@@ -67,7 +57,7 @@ def _read_text(config: Config, run: Path, text: Path | None) -> tuple[ProbeText,
         shards = shard_folder(config.data, config.tokenizer)
         if not (shards / "manifest.json").exists():
             raise UserError(f"{shards}: the run's validation split is missing; set text to a file of text")
-        return held_out_rows(shards, config), load_tokenizer(shards / "tokenizer.json")
+        return held_out_text(shards, config), load_tokenizer(shards / "tokenizer.json")
     if not (run / "tokenizer.json").exists():
         raise UserError(f"{run / 'tokenizer.json'}: the tokenizer of the run is missing; name the run folder")
     tokenizer = load_tokenizer(run / "tokenizer.json")
@@ -81,12 +71,12 @@ def _read_text(config: Config, run: Path, text: Path | None) -> tuple[ProbeText,
     return ProbeText(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)), tokenizer
 
 
-def _table(order: Sequence[str], reading: Reading, history: Sequence[Any], now: dict[str, Any], step: int) -> str:
-    """Return a table with one line per site."""
+def _table(order: Sequence[str], reading: Reading, history: Sequence[Any]) -> str:
+    """Return a table with one line per site. history: lines of probes.jsonl; the last one is about this reading."""
     table: list[Sequence[str]] = [TITLES]
     for name in order[:SHOWN]:
         site, numbers = reading.sites[name], reading.sites[name].statistics
-        began = since(growth([*history, {"step": step, "sites": now}], name, site.channel))
+        began = since(growth(history, name, site.channel))
         table.append(
             [
                 name,
@@ -94,13 +84,13 @@ def _table(order: Sequence[str], reading: Reading, history: Sequence[Any], now: 
                 str(site.channel),
                 f"{numbers['top_channel_share']:.1%}",
                 f"{site.row}:{site.position}",
-                "?" if began is None or not history else f"step {began}",
-                repr(now[name]["top_text"][-24:]),
+                "?" if began is None or len(history) == 1 else f"step {began}",
+                repr(history[-1]["sites"][name]["top_text"][-24:]),
             ]
         )
     whole = {name: reading.metrics[f"monitor/{name}"] for name in ("kurtosis/osp_script", "R_L")}
     return (
-        f"after step {step}: {', '.join(f'{name} {value:.4g}' for name, value in whole.items())}\n\n"
+        f"after step {history[-1]['step']}: {', '.join(f'{name} {value:.4g}' for name, value in whole.items())}\n\n"
         f"{text_table(table)}\n\n"
         f"the {len(table) - 1} of {len(order)} sites with the largest pooled kurtosis. channel, position "
         "(sequence:token): of the largest |x|; energy: share of the strongest channel; since: first of the latest "

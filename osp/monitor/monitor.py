@@ -15,10 +15,9 @@ from osp.data.tokenizer import load_tokenizer
 from osp.distributed import on_main
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after, read_lines
-from osp.model.sites import split_site
 from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
-from osp.monitor.forensics import bundle, site_record, write_bundle
+from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.evaluations import replace_nonfinite
 from osp.run.logger import Logger
@@ -52,13 +51,9 @@ class Monitor:
         step: int,
         gathered_parameters: Callable[[], AbstractContextManager[Any]],
     ):
-        """Prepare the text and the files of a run.
+        """Prepare the text and the files of a run that starts or continues at `step`.
 
-        Args:
-            shards: folder of the tokenized text.
-            folder: the run folder.
-            step: the step at which this process starts to train.
-            gathered_parameters: a context in which weights are whole on every rank (`Engine.gathered_parameters`).
+        gathered_parameters: a context in which weights are whole on every rank (`Engine.gathered_parameters`).
         """
         self.config, self.model, self.folder, self.logger = config, model, folder, logger
         self._gathered, self._total, self._first = gathered_parameters, total_steps, step
@@ -67,17 +62,17 @@ class Monitor:
         self._next = step + self._interval if step else 0
         if not config.monitor.enabled:
             return
-        self.rows = held_out_rows(shards, config)
+        self.text = held_out_text(shards, config)
         self._alerts = Alerts(config.monitor)
         if logger:
-            self._tokenizer = load_tokenizer(shards / "tokenizer.json")
+            self._forensics = Forensics(model, config, load_tokenizer(shards / "tokenizer.json"))
             drop_after(folder / PROBES, step)
             self._lines = LineWriter(folder / PROBES)
             self._alerts.replay(read_lines(folder / "metrics.jsonl"))
-            if self.rows.tokens.numel() < config.monitor.tokens // 2:
+            if self.text.tokens.numel() < config.monitor.tokens // 2:
                 logger.say(
                     f"monitor.tokens={config.monitor.tokens}, but the validation split has only "
-                    f"{self.rows.tokens.numel()} tokens in whole sequences for a probe; raise data.val_fraction"
+                    f"{self.text.tokens.numel()} tokens in whole sequences for a probe; raise data.val_fraction"
                 )
 
     def due(self, step: int) -> bool:
@@ -97,16 +92,17 @@ class Monitor:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the training step in progress is not part of the probe's time
         began = time.perf_counter()
-        reading = probe(self.model, self.rows, self.config.monitor)
+        reading = probe(self.model, self.text, self.config.monitor)
         alerts = on_main(lambda: self._alerts.update(step, reading.metrics))
-        record: dict[str, Any] = {}
-        if self.logger:
-            record = {name: site_record(s, self.rows, self._tokenizer) for name, s in reading.sites.items()}
-        sites = sorted({_site_of(alert, reading) for alert in alerts} - {""})
-        if sites:
+        places = [_site_of(alert, reading) for alert in alerts]
+        records = self._forensics.site_records(reading) if self.logger else {}
+        if any(places):
             with self._gathered():
                 if self.logger:
-                    self._write_bundles(sites, step, reading, record, alerts)
+                    history = [*read_lines(self.folder / PROBES), {"step": step, "sites": records}]
+                    for name in sorted(set(filter(None, places))):
+                        raised = [alert for alert, place in zip(alerts, places, strict=True) if place == name]
+                        write_bundle(self._forensics.bundle(name, reading, history, raised), self.folder / FORENSICS)
         seconds = time.perf_counter() - began
         self._spent += seconds
         self._next = on_main(
@@ -125,43 +121,22 @@ class Monitor:
             metrics = {**reading.metrics, "monitor/alerts": float(self._alerts.num_active)}
             metrics |= {"monitor/seconds": seconds, "monitor/cost": cost}
             self.logger.log(metrics, step=step, tokens=tokens)
-            self._lines.write(replace_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": record}))
-            for alert in alerts:
-                name, details = _site_of(alert, reading), _details(alert)
+            self._lines.write(replace_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": records}))
+            for alert, name in zip(alerts, places, strict=True):
                 where = f"; channel {reading.sites[name].channel} of {name}, see {FORENSICS}/" if name else ""
-                self.logger.event("alert", f"{alert.message}{where}", step=step, tokens=tokens, **details)
-
-    def _write_bundles(
-        self, sites: list[str], step: int, reading: Reading, record: dict[str, Any], alerts: list[Alert]
-    ) -> None:
-        history = [*read_lines(self.folder / PROBES), {"step": step, "sites": record}]
-        for name in sites:
-            contents = bundle(
-                name,
-                reading.sites[name],
-                step=step,
-                rows=self.rows,
-                tokenizer=self._tokenizer,
-                history=history,
-                model=self.model,
-                config=self.config,
-                alerts=[{"message": a.message, **_details(a)} for a in alerts if _site_of(a, reading) == name],
-            )
-            write_bundle(contents, self.folder / FORENSICS)
+                self.logger.event("alert", f"{alert.message}{where}", step=step, tokens=tokens, **alert.details())
 
 
 def next_probe(
     step: int, *, seconds: float, spent: float, train_seconds: float, steps: int, interval: int, max_cost: float
 ) -> int:
-    """Return the step of the probe after the one at `step`: powers of two at first, then whatever the budget allows.
+    """Return the step of the probe after the one at `step`: powers of two at first, then as often as the budget allows.
 
-    Up to `DENSE_STEPS` every power of two is probed. After that, a probe waits for at least `interval` steps, and until
-    all probes including itself take at most `max_cost` of the training time. Cheap probes come that often from the
-    start.
+    Up to `DENSE_STEPS` every power of two is probed. A probe beyond them waits for at least `interval` steps, and until
+    all probes including itself take at most `max_cost` of the training time.
 
     Args:
-        seconds: time of one probe.
-        spent: time of all probes so far.
+        seconds: time of one probe; `spent` is the time of all so far.
         train_seconds: training time of the last `steps` steps.
     """
     power = 1 << step.bit_length()
@@ -173,7 +148,7 @@ def next_probe(
     return min(power, affordable_step) if step < DENSE_STEPS else affordable_step
 
 
-def held_out_rows(shards: Path, config: Config) -> ProbeText:
+def held_out_text(shards: Path, config: Config) -> ProbeText:
     """Return the first `monitor.tokens` tokens of the validation split in sequences of `train.seq_len`, or fewer."""
     batches = list(
         validation_batches(
@@ -185,10 +160,10 @@ def held_out_rows(shards: Path, config: Config) -> ProbeText:
         )
     )
     ids = [batch.document_ids[:, :-1] for batch in batches if batch.document_ids is not None]
-    rows = ProbeText(torch.cat([batch.tokens[:, :-1] for batch in batches]), torch.cat(ids) if ids else None)
-    if rows.tokens.numel() < 2:
+    text = ProbeText(torch.cat([batch.tokens[:, :-1] for batch in batches]), torch.cat(ids) if ids else None)
+    if text.tokens.numel() < 2:
         raise UserError(f"{shards}: validation split too short to monitor; raise data.val_fraction or set monitor=off")
-    return rows
+    return text
 
 
 def _site_of(alert: Alert, reading: Reading) -> str:
@@ -197,11 +172,3 @@ def _site_of(alert: Alert, reading: Reading) -> str:
         return alert.place
     within = {name: site.statistics for name, site in reading.sites.items() if name.startswith(alert.place)}
     return max(within, key=lambda name: within[name]["max_abs"] / (within[name]["rms"] or math.inf), default="")
-
-
-def _details(alert: Alert) -> dict[str, Any]:
-    """Return the fields of an alert for events.jsonl and forensics."""
-    is_layer = alert.place.startswith("layer_") and "/" not in alert.place
-    layer, site = split_site(f"{alert.place}/" if is_layer else alert.place)
-    where = {"site": site or None, "layer": layer}
-    return {"rule": alert.rule, "key": alert.key, **where, "value": alert.value, "threshold": alert.threshold}

@@ -40,8 +40,7 @@ class Sample(NamedTuple):
 
     channels: Moments  # of each channel over tokens, (D,)
     channel_max: Tensor  # (D,) max_t |x_tc|
-    token_kurtosis: Tensor  # () sum over tokens of their excess kurtosis
-    token_energy_squares: Tensor  # () sum_t e_t^2
+    tokens: Tensor  # (2,) sums over tokens of their excess kurtosis and of e_t^2
     token_energy_max: Tensor  # () max_t e_t
     counts: Tensor  # (2 * _BINS,) int64: values rounded to bf16, by size; the positive ones first
     peak: Tensor  # (3,) fp64: |x|, t * D + c and x of the largest |x|; the first of equals
@@ -50,41 +49,31 @@ class Sample(NamedTuple):
 def compute_statistics(s: Sample) -> dict[str, float]:
     """Return every statistic of a site by name.
 
-    kurtosis           excess kurtosis of each token over its channels, averaged over tokens (OSP eq. 4)
-    kurtosis_pooled    excess kurtosis of all N D values
-    kurtosis_channel   excess kurtosis of each channel over tokens, averaged over channels
-    max_abs            max|x|
-    max_over_median    max|x| / median|x|, the lower median of all N D values rounded to bf16
-    rms                sqrt(E / (N D))
-    top_channel_share  max_c E_c / E: 1/D if all channels have the same energy, 1 if one has all of it
-    top_token_share    max_t e_t / E
-    massive_count      values with |x - mu| > 6 sigma, mu and sigma over all values (OSP section 5), x rounded to bf16
-    few_channels       D sum_c E_c^2 / E^2: 1 if all channels have the same energy, D if one has all of it
-    few_tokens         N sum_t e_t^2 / E^2: 1 if all tokens have the same energy, N if one has all of it
-
-    The last two split the pooled fourth moment, mean(x^4) / mean(x^2)^2 = few_channels * few_tokens * rest. The larger
-    one tells whether kurtosis comes from few channels (Adam's outliers) or few tokens (attention sinks). If the energy
-    is a product, E[x_tc^2] = r_t c_c, the rest is the fourth moment of x / sqrt(r_t c_c): 3 for normal values, 1 for
-    signs. The moments are not centred: for values of mean 0 the product is kurtosis_pooled + 3.
+    few_channels and few_tokens split the pooled fourth moment, mean(x^4) / mean(x^2)^2 = few_channels * few_tokens *
+    rest. The larger one tells whether kurtosis comes from few channels (Adam's outliers) or few tokens (attention
+    sinks). If the energy is a product, E[x_tc^2] = r_t c_c, the rest is the fourth moment of x / sqrt(r_t c_c): 3 for
+    normal values, 1 for signs. The moments are not centred: for values of mean 0 the product is kurtosis_pooled + 3.
     """
     count, num_channels = s.channels.count.max(), s.channels.mean.numel()
     pooled = merge_moments(s.channels)
     energy = channel_energy(s)
-    total = energy.sum()
+    total, (token_kurtosis, token_energy_squares) = energy.sum(), s.tokens
     sigma = (pooled.m2 / pooled.count).sqrt()
     massive = (_bin_values(energy.device) - pooled.mean).abs() > MASSIVE_SIGMAS * sigma
     statistics = {
-        "kurtosis": s.token_kurtosis / count,
+        # excess kurtosis: of each token over its channels, averaged over tokens (OSP eq. 4); of all N D values; of each
+        # channel over tokens, averaged over channels
+        "kurtosis": token_kurtosis / count,
         "kurtosis_pooled": excess_kurtosis(pooled),
         "kurtosis_channel": excess_kurtosis(s.channels).mean(),
         "max_abs": s.peak[0],
-        "max_over_median": s.peak[0] / _median_magnitude(s.counts),
+        "max_over_median": s.peak[0] / _median_magnitude(s.counts),  # the lower median of |x| rounded to bf16
         "rms": (total / (count * num_channels)).sqrt(),
-        "top_channel_share": energy.max() / total,
-        "top_token_share": s.token_energy_max / total,
-        "massive_count": s.counts[massive].sum(),
-        "few_channels": num_channels * energy.square().sum() / total**2,
-        "few_tokens": count * s.token_energy_squares / total**2,
+        "top_channel_share": energy.max() / total,  # 1/D: all channels have the same energy, 1: one has all of it
+        "top_token_share": s.token_energy_max / total,  # max_t e_t / E
+        "massive_count": s.counts[massive].sum(),  # |x - mu| > 6 sigma of all values (OSP section 5), x rounded to bf16
+        "few_channels": num_channels * energy.square().sum() / total**2,  # from 1 to D as top_channel_share
+        "few_tokens": count * token_energy_squares / total**2,  # from 1 to N
     }
     return {name: float(value) for name, value in statistics.items()}
 
@@ -146,9 +135,8 @@ def attention_statistics(
     largest = torch.full((), -math.inf, dtype=torch.float64, device=q.device)
     sink = torch.zeros((), dtype=torch.float64, device=q.device)
     at_once = max(1, 2**24 // length**2)
-    for start in range(0, num_heads, at_once):
-        heads = slice(start, start + at_once)
-        logits = q[:, heads].float().transpose(0, 1) @ keys[:, heads].permute(1, 2, 0) / math.sqrt(head_dim)
+    for query, key in zip(q.split(at_once, 1), keys.split(at_once, 1), strict=True):
+        logits = query.float().transpose(0, 1) @ key.permute(1, 2, 0) / math.sqrt(head_dim)
         logits = logits.masked_fill(~mask, -math.inf)
         largest = torch.maximum(largest, logits.max().double())
         if off_by_one:
@@ -156,15 +144,6 @@ def attention_statistics(
         to_first = logits.softmax(-1).gather(-1, first.expand(len(logits), -1)[..., None])[..., 0]
         sink += to_first[:, sees_others].double().sum()
     return largest, sink, sees_others.sum().double() * num_heads
-
-
-def variance_error(approximated: Tensor, x: Tensor) -> Tensor:
-    """Return |s'^2 - v| / v of every token, fp64: the relative error of BHyT's approximated variance s'^2.
-
-    approximated: (..., 1) s'^2 at the norm after attention, without eps. x: (..., D) its input; v = mean(x^2).
-    """
-    true = x.double().square().mean(-1)
-    return (approximated[..., 0].double() - true).abs() / true
 
 
 def compute_moments(x: Tensor, dim: int) -> Moments:
@@ -206,32 +185,27 @@ def take_sample(x: Tensor, *, first_token: int = 0) -> Sample:
     return Sample(
         channels=compute_moments(wide, 0),
         channel_max=magnitude.amax(0),
-        token_kurtosis=excess_kurtosis(compute_moments(wide, 1)).sum(),
-        token_energy_squares=energy.square().sum(),
+        tokens=torch.stack((excess_kurtosis(compute_moments(wide, 1)).sum(), energy.square().sum())),
         token_energy_max=energy.amax(),
         counts=_count_values(x),
         peak=torch.stack((magnitude.flatten()[i], place, wide.flatten()[i])),
     )
 
 
-def empty_sample(num_channels: int, device: torch.device) -> Sample:
-    """Return the sample of no tokens."""
-    channel = torch.zeros(num_channels, dtype=torch.float64, device=device)
-    zero = channel.new_zeros(())
-    counts = torch.zeros(2 * _BINS, dtype=torch.int64, device=device)
-    peak = channel.new_tensor([-1.0, 2.0**53, 0.0])  # smaller than any other, and behind it
-    return Sample(Moments(*[channel] * 5), channel, zero, zero, zero, counts, peak)
+def uncounted(s: Sample) -> Sample:
+    """Return the sample with all sums at 0: it changes no merged sample that holds these tokens."""
+    channels = Moments(*map(torch.zeros_like, s.channels))
+    return s._replace(channels=channels, tokens=torch.zeros_like(s.tokens), counts=torch.zeros_like(s.counts))
 
 
 def merge_samples(samples: Sequence[Sample]) -> Sample:
     """Return the sample of the tokens of all `samples`."""
     moments = Moments(*map(torch.stack, zip(*(s.channels for s in samples), strict=True)))
-    _, channel_max, kurtosis, squares, energy_max, counts, peaks = zip(*samples, strict=True)
+    _, channel_max, tokens, energy_max, counts, peaks = zip(*samples, strict=True)
     return Sample(
         channels=merge_moments(moments),
         channel_max=torch.stack(channel_max).amax(0),
-        token_kurtosis=torch.stack(kurtosis).sum(),
-        token_energy_squares=torch.stack(squares).sum(),
+        tokens=torch.stack(tokens).sum(0),
         token_energy_max=torch.stack(energy_max).amax(),
         counts=torch.stack(counts).sum(0),
         peak=first_peak(torch.stack(peaks)),

@@ -20,7 +20,7 @@ from osp.errors import LostRankError, RunError, StoppedError
 from osp.files import write_text
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer, flops_per_token, meta_model
-from osp.monitor import Monitor
+from osp.monitor.monitor import Monitor
 from osp.run.checkpoint import Checkpoint, Saved, Saver, load
 from osp.run.folder import RunLock, end, environment
 from osp.run.logger import Logger

@@ -12,7 +12,7 @@ import pytest
 
 from osp.config import Config, from_dict
 from osp.errors import UserError
-from osp.monitor import inspect
+from osp.monitor.inspect import inspect
 from osp.train.engine import Engine
 from osp.train.setup import train
 from tests.conftest import ROOT

@@ -13,8 +13,8 @@ from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.files import read_lines
 from osp.model.transformer import build_model
-from osp.monitor import probe
-from osp.monitor.monitor import held_out_rows
+from osp.monitor.monitor import held_out_text
+from osp.monitor.probe import probe
 from osp.run.checkpoint import load_model
 from osp.train.setup import train
 from tests.conftest import losses, read_metrics
@@ -51,7 +51,7 @@ def test_training_is_bit_identical_with_and_without_monitor(overrides: list[str]
     assert [probe["step"] for probe in probes] == [0, 1, 2, 3]
     # the metrics equal those of the plain model under every engine
     config = tiny(*overrides, *FULL)
-    rows = held_out_rows(shard_folder(config.data, config.tokenizer), config)
+    rows = held_out_text(shard_folder(config.data, config.tokenizer), config)
     assert rows.tokens.shape == (4, 32)
     for step, model in ((0, build_model(config.model, seed=0)), (3, load_model(tmp_path / "with"))):
         (line,) = [e for e in read_metrics(tmp_path / "with") if e["step"] == step and "monitor/seconds" in e]
@@ -77,7 +77,7 @@ def test_probe_writes_metrics_and_sites(tiny: Tiny, tmp_path: Path) -> None:
     assert 2.0 ** (last - 1) <= abs(site["top_value"]) * 1.01 < 2.0**last * 1.01
     assert len(site["channels"]) == 8
     assert site["channels"][0][1] == abs(site["top_value"]) == lines[1]["monitor/max_abs/layer_01/down_proj_in"]
-    tokens = held_out_rows(shard_folder(config.data, config.tokenizer), config).tokens[site["top_row"]]
+    tokens = held_out_text(shard_folder(config.data, config.tokenizer), config).tokens[site["top_row"]]
     assert tokens[site["top_position"]] == site["top_token"]
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer.json")
     assert site["top_text"].endswith(tokenizer.decode([site["top_token"]]))
@@ -192,4 +192,4 @@ def test_short_validation_split_is_reported(tiny: Tiny, tmp_path: Path, caplog: 
 def test_sequences_are_no_longer_than_monitor_tokens(tiny: Tiny) -> None:
     config = tiny("monitor.tokens=20", "train.steps=1")
     train(config)
-    assert held_out_rows(shard_folder(config.data, config.tokenizer), config).tokens.shape == (1, 20)
+    assert held_out_text(shard_folder(config.data, config.tokenizer), config).tokens.shape == (1, 20)

@@ -9,7 +9,7 @@ from torch import Tensor
 from osp.config import AlertConfig, Config, ModelConfig, MonitorConfig, NormConfig, from_dict
 from osp.model.transformer import Block, Transformer, build_model
 from osp.monitor.alerts import Alerts
-from osp.monitor.forensics import bundle
+from osp.monitor.forensics import Forensics
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.train.setup import train
 
@@ -124,22 +124,14 @@ def find_planted(site: str) -> dict[str, Any]:
     model, text = planted(site), rows()
     reading = probe(model, text, FULL)
     name = SITES[site][0]
-    before = {"step": 0, "sites": {name: {"channels": [[0, 1.0]]}}}
-    now = {"step": 1, "sites": {name: {"channels": [list(pair) for pair in reading.sites[name].channels]}}}
     words: Any = Words()
+    forensics = Forensics(model, run_config(model), words)
+    before = {"step": 0, "sites": {name: {"channels": [[0, 1.0]]}}}
+    now = {"step": 1, "sites": forensics.site_records(reading)}
     return {
         "reading": reading,
         "alerts": Alerts(MonitorConfig(alerts=RULES)).update(1, reading.metrics),
-        "bundle": bundle(
-            name,
-            reading.sites[name],
-            step=1,
-            rows=text,
-            tokenizer=words,
-            history=[before, now],
-            model=model,
-            config=run_config(model),
-        ),
+        "bundle": forensics.bundle(name, reading, [before, now]),
     }
 
 
