@@ -59,8 +59,7 @@ def convert_folder(
     with new_folder(out) as folder:
         subject = open_model(path, device=device)
         change_config(subject.model.config, to)  # refuses a model before a text is read
-        if subject.conversion is not None:
-            read_certificate(subject)
+        read_certificate(subject)
         if subject.eos_id is None or subject.tokenizer.id_to_token(subject.eos_id) is None:
             raise UserError(f"{path}: config.json has no eos_token_id that the tokenizer knows; add it there")
         tokens = read_text(text, subject)
@@ -68,7 +67,7 @@ def convert_folder(
         stored = copy.deepcopy(exact).float()
         stored.compute_dtype = torch.float32
         certificate = certify(subject, exact, stored, tokens, steps=steps, path=out)
-        _write(folder, subject, stored, _run_config(subject, stored.config, out), steps)
+        _write(folder, subject, stored, out, steps)
         write_text(folder / FILE_NAME, json.dumps(dataclasses.asdict(certificate), indent=1) + "\n")
     return certificate
 
@@ -81,32 +80,31 @@ def change_norms(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
     """
     before, config = model.config, change_config(model.config, to)
     name, width_change = before.norm.name, config.hidden_size - before.hidden_size
+    recentred = NORMS[name].mean != NORMS[to].mean and name != "crmsnorm"  # whose channels always have mean 0
     source = copy.deepcopy(model).double()
     fold_into_weights(source)
-    tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
-    tensors[EMBEDDING] = tensors[EMBEDDING].T  # the residual stream is dimension 0 of all that write into it
     norms = [norm for _, norm, _ in residual_norms(source)]
-    folds = {
+    steps = {
         "recentring made part of the weights": before.recentre,
         "embedding projections absorbed": before.embed_proj,
         "scale of the embedding folded": before.norm.embed_scale,
         "LayerNorm scaling folded": before.norm.lns,
         "biases of norms folded": any(norm.bias is not None for norm in norms),
         "gains of norms folded": any(norm.weight is not None and not _keeps_gain(norm, to) for norm in norms),
+        "residual stream recentred": recentred and name == "layernorm",
+        "last channel appended": width_change > 0,
+        "last channel dropped": width_change < 0,
+        f"{name} -> {to}": True,
     }
-    steps = [step for step, is_made in folds.items() if is_made]
+    tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
+    tensors[EMBEDDING] = tensors[EMBEDDING].T  # the residual stream is dimension 0 of all that write into it
     _fold_norms(tensors, source, to)
-    if name == "layernorm" and to != "layernorm":
-        steps.append("residual stream recentred")
-        _recentre(tensors)
-    elif name in ("rmsnorm", "ssnorm") and to in ("crmsnorm", "layernorm"):
-        _check_zero_mean(tensors, name, to)
-        _recentre(tensors)
+    if recentred:
+        _recentre(tensors, name, to)
     if width_change:
-        steps.append(f"last channel {'appended' if width_change > 0 else 'dropped'}")
         _change_width(tensors, source, width_change)
     tensors[EMBEDDING] = tensors[EMBEDDING].T
-    return _build(config, tensors), [*steps, f"{name} -> {to}"]
+    return _build(config, tensors), [step for step, is_made in steps.items() if is_made]
 
 
 def change_config(config: ModelConfig, to: str) -> ModelConfig:
@@ -188,9 +186,18 @@ def _stream_writers(tensors: dict[str, Tensor]) -> list[str]:
     return [EMBEDDING, *(name for name in tensors if name.rpartition(".")[0].endswith(matrices))]
 
 
-def _recentre(tensors: dict[str, Tensor]) -> None:
-    for name in _stream_writers(tensors):
-        tensors[name] = tensors[name] - tensors[name].mean(0)
+def _recentre(tensors: dict[str, Tensor], name: str, to: str) -> None:
+    """Subtract the mean over the channels. Only a LayerNorm ignores it: for another norm `name` it must be 0."""
+    for writer in _stream_writers(tensors):
+        weight = tensors[writer]
+        tensors[writer] = weight - weight.mean(0)
+        share = (weight.mean(0).abs().max() / weight.abs().max()).item()
+        if name != "layernorm" and share > ZERO_MEAN:
+            raise UserError(
+                f"norm.name={name} to={to}: the residual stream has a mean ({writer}: {share:.1e} of its largest "
+                f"weight), which {to} ignores; only models converted from layernorm or trained with recentre=true "
+                "have none"
+            )
 
 
 def _change_width(tensors: dict[str, Tensor], model: Transformer, change: int) -> None:
@@ -201,17 +208,6 @@ def _change_width(tensors: dict[str, Tensor], model: Transformer, change: int) -
     for name in (f"{reader}.weight" for _, _, readers in residual_norms(model) for reader in readers):
         weight = tensors[name]
         tensors[name] = weight[:, :-1] - weight[:, -1:] if change < 0 else F.pad(weight, (0, 1))
-
-
-def _check_zero_mean(tensors: dict[str, Tensor], norm: str, to: str) -> None:
-    for name in _stream_writers(tensors):
-        share = (tensors[name].mean(0).abs().max() / tensors[name].abs().max()).item()
-        if share > ZERO_MEAN:
-            raise UserError(
-                f"norm.name={norm} to={to}: the residual stream has a mean ({name}: {share:.1e} of its largest "
-                f"weight), which {to} ignores; only models converted from layernorm or trained with recentre=true "
-                "have none"
-            )
 
 
 @torch.no_grad()
@@ -233,13 +229,25 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
     return model
 
 
-def _write(folder: Path, subject: LanguageModel, model: Transformer, config: Config, steps: list[str]) -> None:
-    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+def _write(folder: Path, subject: LanguageModel, model: Transformer, out: Path, steps: list[str]) -> None:
+    """Write a run folder with the configuration of the trained model, or one without data for a Hugging Face model."""
+    run, config = RunConfig(name=out.name, dir=str(out)), subject.config
+    if config is None:
+        eos_token = subject.tokenizer.id_to_token(subject.eos_id or 0)
+        assert eos_token is not None
+        seq_len = min(2048, model.config.max_position_embeddings)
+        config = Config(
+            train=TrainConfig(steps=1, seq_len=seq_len, tokens_per_step=seq_len),
+            data=DataConfig(source="none"),
+            tokenizer=TokenizerConfig(train=False, path=str(out / TOKENIZER), eos_token=eos_token),
+        )
+    values, step = to_dict(dataclasses.replace(config, run=run, model=model.config)), subject.step or 0
+    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     shutil.copyfile((subject.run or subject.folder) / TOKENIZER, folder / TOKENIZER)
     manifest: dict[str, Any] = {
-        "step": subject.step or 0,
-        "tokens": (subject.step or 0) * config.train.tokens_per_step,
-        "config": to_dict(config),
+        "step": step,
+        "tokens": step * config.train.tokens_per_step,
+        "config": values,
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
         "conversion": {"steps": steps, "bos_id": subject.bos_id},
     }
@@ -247,20 +255,3 @@ def _write(folder: Path, subject: LanguageModel, model: Transformer, config: Con
     saver.begin(whole_parameters(model), rng={}, buffers=dict(model.named_buffers()), manifest=manifest)
     if error := saver.finish().error:
         raise OSError(error)
-
-
-def _run_config(subject: LanguageModel, model: ModelConfig, out: Path) -> Config:
-    """Return the configuration of the run that trained the model, or one without data for a Hugging Face model."""
-    run = RunConfig(name=out.name, dir=str(out))
-    if subject.config is not None:
-        return dataclasses.replace(subject.config, run=run, model=model)
-    eos_token = subject.tokenizer.id_to_token(subject.eos_id or 0)
-    assert eos_token is not None
-    seq_len = min(2048, model.max_position_embeddings)
-    return Config(
-        run=run,
-        model=model,
-        train=TrainConfig(steps=1, seq_len=seq_len, tokens_per_step=seq_len),
-        data=DataConfig(source="none"),
-        tokenizer=TokenizerConfig(train=False, path=str(out / TOKENIZER), eos_token=eos_token),
-    )

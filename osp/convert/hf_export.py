@@ -9,13 +9,11 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
 
 from osp.config import ModelConfig
 from osp.convert.change_norm import change_config
@@ -32,10 +30,10 @@ from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name
-from osp.model.fold import fold_into_weights, norm_gain
+from osp.model.fold import fold_into_weights, norm_gain, residual_norms
 from osp.model.hf_llama import BODY, CONFIG, HEAD, REQUIRED, TOKENIZER, load_hf
-from osp.model.norms import NORMS, Norm
-from osp.model.transformer import Embedding, Linear, Transformer
+from osp.model.norms import NORMS
+from osp.model.transformer import Transformer
 from osp.quant.apply import quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,12 +50,8 @@ def export(
 ) -> Exported:
     """Write the model of a run or checkpoint to the new folder `out`.
 
-    Raises `UserError` and leaves no folder if no stock Llama computes the same, or if the files do not.
-
-    Args:
-        dtype: of the stored weights, a key of `DTYPES`.
-        max_shard_size: of one file of weights, such as `5GB`.
-        text: name of the text that both models are compared on (`osp.evaluation.texts`).
+    Raises `UserError` and leaves no folder if no stock Llama computes the same, or if the files do not. dtype: of the
+    stored weights, a key of `DTYPES`. text: name of the text that both models are compared on, as for `read_text`.
     """
     out, shard_bytes = Path(out), size_in_bytes(max_shard_size)
     with new_folder(out) as folder:
@@ -66,7 +60,7 @@ def export(
             raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
         model = subject.model
         check_exportable(model.config, path=run)
-        certificate = None if subject.conversion is None else read_certificate(subject)
+        certificate = read_certificate(subject)
         tokens = read_text(text, subject)
         trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
         fold_into_weights(model)
@@ -161,23 +155,12 @@ def write_llama(
         "eos_token_id": eos_id,
     }
     _write_json(folder / CONFIG, values)
-    tensors = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in _hf_tensors(model)}
-    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors |= {f"{name}.weight": norm_gain(norm, config.hidden_size) for name, norm, _ in residual_norms(model)}
+    stored = {key if key == HEAD else BODY + key: tensor.to(DTYPES[dtype]).cpu() for key, tensor in tensors.items()}
+    save_torch_state_dict(stored, folder, max_shard_size=shard_bytes)
     for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
         path.chmod((folder / CONFIG).stat().st_mode)
-
-
-def _hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight with its Hugging Face name, norms as one gain per channel."""
-    hidden_size = model.config.hidden_size
-    for name, module in model.named_modules():
-        if isinstance(module, Norm):
-            yield f"{BODY}{name}.weight", norm_gain(module, hidden_size)
-        elif isinstance(module, Linear | Embedding):
-            key = f"{name}.weight"
-            yield key if key == HEAD else BODY + key, module.weight.detach()
-            if isinstance(module, Linear) and module.bias is not None:
-                yield f"{BODY}{name}.bias", module.bias.detach()
 
 
 def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:

@@ -171,10 +171,10 @@ def certify(
     Three comparisons: fp64 with the weights as converted (`exact`); fp64 with the weights as `stored` in fp32; and
     bf16, measured against the bf16 error of the unconverted model. path: where the converted model will be.
     """
-    model = subject.model
+    model, earlier = subject.model, read_certificate(subject)
     what = f"converting {model.config.norm.name} to {stored.config.norm.name}"
     # an earlier conversion has rounded its zero mean to fp32, and this one makes it exact
-    limit = FP64_TOLERANCE if subject.conversion is None else FP32_TOLERANCE
+    limit = FP32_TOLERANCE if earlier else FP64_TOLERANCE
     reference, in_bf16 = observe_function(model, torch.float64), observe_function(model, torch.bfloat16)
     fp64 = check_same_function(what, reference, observe_function(exact, torch.float64), limit)
     in_fp32 = check_same_function(f"{what}, stored in fp32,", reference, observe_function(stored, torch.float64))
@@ -197,12 +197,17 @@ def certify(
         perplexity=check_same_perplexity(text, compared_perplexity(model, text), stored),
         tolerance={"fp64": limit, "stored": FP32_TOLERANCE, "perplexity": PERPLEXITY_TOLERANCE["fp32"]},
         versions=environment(),
-        earlier=None if subject.conversion is None else dataclasses.asdict(read_certificate(subject)),
+        earlier=dataclasses.asdict(earlier) if earlier else None,
     )
 
 
-def read_certificate(subject: LanguageModel) -> Certificate:
-    """Return the certificate of a converted model; `UserError` if it is missing or belongs to other weights."""
+def read_certificate(subject: LanguageModel) -> Certificate | None:
+    """Return the certificate of a converted model, None for other models.
+
+    Raises `UserError` if it is missing or belongs to other weights.
+    """
+    if subject.conversion is None:
+        return None
     assert subject.run is not None
     path = subject.run / FILE_NAME
     convert_again = "convert the model again with scripts/convert.py"

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from osp.data.manifest import SplitName, check_sizes, load_manifest
+from osp.data.manifest import SplitName, check_sizes, damaged, load_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import spec_hash
 from osp.errors import UserError
@@ -63,9 +63,7 @@ class Shards:
         except (OSError, ValueError):  # missing, no text or no JSON
             actual = None
         if actual != self.manifest.tokenizer_hash:
-            raise UserError(
-                f"{path} is not the tokenizer of the shards beside it; delete {folder} and prepare it again"
-            )
+            raise damaged(folder, f"{path} is not the tokenizer of the shards beside it")
 
     def reload(self) -> None:
         """Read the manifest again and map the shards sealed since."""
@@ -76,40 +74,42 @@ class Shards:
 
     def check_ids(self, tokens: Array, shard: int) -> None:
         """Raise `UserError` if `tokens`, read from a shard, hold an id outside the vocabulary."""
-        vocab_size = self.manifest.vocab_size
+        vocab_size, file = self.manifest.vocab_size, self.manifest.split(self.split).shards[shard].file
         if tokens.size and (largest := int(tokens.max())) >= vocab_size:
-            file = self.manifest.split(self.split).shards[shard].file
-            raise UserError(
-                f"shard {self.folder / file} holds the token id {largest}, "
-                f"beyond its vocabulary of {vocab_size}; delete {self.folder} and prepare it again"
-            )
+            problem = f"holds the token id {largest}, beyond its vocabulary of {vocab_size}"
+            raise damaged(self.folder, f"shard {self.folder / file} {problem}")
 
 
-class Rows:
+class Rows(Shards):
     """Training sequences by number, for one (seed, seq_len): number g is always the same sequence.
 
     Raises `UserError` if there is no sequence to read, or the first shard holds an id outside the vocabulary.
     """
 
-    def __init__(self, shards: Shards, *, seq_len: int, seed: int) -> None:
-        self.shards, self.seq_len, self.seed = shards, seq_len, seed
+    def __init__(self, folder: str | Path, *, seq_len: int, seed: int) -> None:
+        super().__init__(folder, "train")
+        self.seq_len, self.seed = seq_len, seed
         self.stop = threading.Event()  # ends a wait for shards
         if self.rows_per_epoch == 0:
             raise UserError(
-                f"the training split in {shards.folder} has {shards.manifest.train.tokens} tokens, fewer than one "
-                f"sequence of train.seq_len={seq_len} plus 1; lower train.seq_len or add text"
+                f"the training split in {folder} has {self.manifest.train.tokens} tokens, fewer than one sequence of "
+                f"train.seq_len={seq_len} plus 1; lower train.seq_len or add text"
             )
-        if shards.tokens:
-            shards.check_ids(shards.tokens[0][:CHECKED_TOKENS], 0)
+        if self.tokens:
+            self.check_ids(self.tokens[0][:CHECKED_TOKENS], 0)
 
     @property
     def rows_per_epoch(self) -> int | None:
         """Sequences of the whole split; None while it is being prepared."""
-        return int(self._row_ends()[-1:].sum()) if self.shards.manifest.complete else None
+        return int(self._row_ends()[-1:].sum()) if self.manifest.complete else None
 
     def read(self, numbers: Array) -> Array:
-        """Return the sequences with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet."""
-        ends = self._wait_for(int(numbers.max()))
+        """Return the sequences with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet.
+
+        Raises `UserError` if the preparation failed or died.
+        """
+        self._wait_for(int(numbers.max()))
+        ends = self._row_ends()
         epochs, places = np.divmod(numbers, ends[-1])  # before the split is complete all are of epoch 0
         shards = np.searchsorted(ends, places, side="right")
         rows = np.empty((len(numbers), self.seq_len + 1), dtype=np.int64)
@@ -117,36 +117,35 @@ class Rows:
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
             order = _order(self.seed, epoch, shard, int(ends[shard] - first))
-            # windows of T+1 tokens, of which every T-th is a sequence: neighbours share one token
-            windows = sliding_window_view(self.shards.tokens[shard], self.seq_len + 1)
-            rows[chosen] = windows[order[places[chosen] - first] * self.seq_len]
-            self.shards.check_ids(rows[chosen], shard)
+            rows[chosen] = sequences(self.tokens[shard], self.seq_len)[order[places[chosen] - first]]
+            self.check_ids(rows[chosen], shard)
         return rows
 
-    def _wait_for(self, number: int) -> Array:
-        """Return `_row_ends` once sequence `number` is in a sealed shard or all shards are sealed.
-
-        Raises `UserError` if the preparation failed or died.
-        """
-        shards, last_seen = self.shards, 0.0
-        while not shards.manifest.complete and number >= self._row_ends()[-1:].sum():
+    def _wait_for(self, number: int) -> None:
+        """Wait until sequence `number` is in a sealed shard or all shards are sealed."""
+        last_seen = 0.0  # when a process held the lock
+        while not self.manifest.complete and number >= self._row_ends()[-1:].sum():
             if self.stop.is_set():
                 raise RuntimeError("the loader was closed")
-            if shards.manifest.error:
-                raise UserError(f"preparing {shards.folder} failed: {shards.manifest.error}")
+            if self.manifest.error:
+                raise UserError(f"preparing {self.folder} failed: {self.manifest.error}")
             if not last_seen:
-                logger.warning("waiting for the preparation of %s to reach sequence %d", shards.folder, number)
-            if not last_seen or is_locked(shards.folder):
+                logger.warning("waiting for the preparation of %s to reach sequence %d", self.folder, number)
+            if not last_seen or is_locked(self.folder):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > GRACE_SECONDS:
-                raise UserError(f"{shards.folder} is not complete and nothing is preparing it; start the run again")
+                raise UserError(f"{self.folder} is not complete and nothing is preparing it; start the run again")
             self.stop.wait(POLL_SECONDS)
-            shards.reload()
-        return self._row_ends()
+            self.reload()
 
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
-        return np.cumsum([(len(tokens) - 1) // self.seq_len for tokens in self.shards.tokens], dtype=np.int64)
+        return np.cumsum([(len(tokens) - 1) // self.seq_len for tokens in self.tokens], dtype=np.int64)
+
+
+def sequences(tokens: Array, seq_len: int) -> Array:
+    """Return a view of all sequences of `tokens`, (n, T+1); neighbours share one token."""
+    return sliding_window_view(tokens, seq_len + 1)[::seq_len]
 
 
 @lru_cache(maxsize=4)  # a step touches one shard, or a few neighbours
@@ -177,7 +176,7 @@ class Loader:
         skip_steps: Sequence[tuple[int, int]] = (),  # see `data_step`
     ) -> None:
         assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
-        self.rows = Rows(Shards(folder, "train"), seq_len=seq_len, seed=seed)
+        self.rows = Rows(folder, seq_len=seq_len, seed=seed)
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
         self.rank, self.document_ids, self.skip_steps = rank, document_ids, tuple(skip_steps)
         indices = np.arange(rows_per_step, dtype=np.int64).reshape(-1, world_size, micro_batch_size)
@@ -236,7 +235,7 @@ class Loader:
         """Read the micro batches of a step."""
         first = data_step(step, self.skip_steps) * self.rows_per_step
         rows = self.rows.read(first + self.indices)  # (M*b, T+1)
-        eos_id = self.rows.shards.manifest.eos_id if self.document_ids else None
+        eos_id = self.rows.manifest.eos_id if self.document_ids else None
         batches = []
         for part in rows.reshape(-1, self.micro_batch_size, rows.shape[1]):
             batches.append(_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))))
@@ -277,14 +276,12 @@ def validation_batches(
         shards.check_ids(tokens, shard)
     tokens = np.concatenate(shards.tokens)
     seq_len = min(seq_len, len(tokens) - 1)
-    num_rows = (len(tokens) - 1) // seq_len
-    if max_tokens is not None:
-        num_rows = max(1, min(num_rows, max_tokens // seq_len))
+    rows, eos_id = sequences(tokens, seq_len), shards.manifest.eos_id if document_ids else None
+    num_rows = len(rows) if max_tokens is None else max(1, min(len(rows), max_tokens // seq_len))
     for first in range(0, num_rows, world_size * batch_size):
         first += rank * batch_size
         numbers = np.minimum(np.arange(first, first + batch_size), num_rows - 1)
-        rows = tokens[numbers[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
-        yield _batch(rows, shards.manifest.eos_id if document_ids else None, max(0, min(batch_size, num_rows - first)))
+        yield _batch(rows[numbers], eos_id, max(0, min(batch_size, num_rows - first)))
 
 
 def number_documents(rows: Array, eos_id: int) -> Array:
@@ -297,4 +294,4 @@ def number_documents(rows: Array, eos_id: int) -> Array:
 def _batch(rows: Array, eos_id: int | None, num_rows: int, *, checksum: int = 0) -> Batch:
     """Return a batch of all `rows`. eos_id: number documents; None: do not"""
     document_ids = None if eos_id is None else torch.from_numpy(number_documents(rows, eos_id))
-    return Batch(torch.from_numpy(rows), document_ids, num_rows, checksum)
+    return Batch(torch.from_numpy(rows.astype(np.int64, copy=False)), document_ids, num_rows, checksum)

@@ -91,18 +91,22 @@ def load_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare it again") from error
+        raise damaged(folder, f"{path} is damaged ({error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}; delete {folder} and prepare it again")
+        raise damaged(folder, f"{path} is not of format {FORMAT}")
     try:
         manifest = build(Manifest, values)
-        if manifest.eos_id >= manifest.vocab_size > 0:
+        if manifest.eos_id >= manifest.vocab_size:
             raise UserError(f"eos_id={manifest.eos_id} is no id of a vocabulary of {manifest.vocab_size}")
         if manifest.vocab_size - 1 > np.iinfo(manifest.dtype).max:
             raise UserError(f"dtype={manifest.dtype} cannot hold the ids of a vocabulary of {manifest.vocab_size}")
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error}; delete {folder} and prepare it again") from error
+        raise damaged(folder, f"{path} is damaged: {error}") from error
     return manifest
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    return load_manifest(folder) if (folder / FILE_NAME).exists() else None
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
@@ -115,9 +119,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         path = folder / shard.file
         expected = shard.tokens * np.dtype(manifest.dtype).itemsize
         if not path.exists():
-            raise UserError(f"shard {path} is missing; delete {folder} and prepare it again")
+            raise damaged(folder, f"shard {path} is missing")
         if path.stat().st_size != expected:
-            raise UserError(
-                f"shard {path} has {path.stat().st_size} bytes, the manifest says {expected}; "
-                f"delete {folder} and prepare it again"
-            )
+            raise damaged(folder, f"shard {path} has {path.stat().st_size} bytes, the manifest says {expected}")
+
+
+def damaged(folder: str | Path, problem: str) -> UserError:
+    """Return the error for a folder of shards that cannot be used."""
+    return UserError(f"{problem}; delete {folder} and prepare it again")

@@ -11,6 +11,7 @@ The folder's name holds a hash of everything that decides its content. An interr
 last sealed shard and ends with the same bytes.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from osp.config import DataConfig, TokenizerConfig
 from osp.data import sources
-from osp.data.manifest import FILE_NAME, FORMAT, Manifest, Shard, SplitName, check_sizes, load_manifest, save_manifest
+from osp.data.manifest import FORMAT, Manifest, Shard, Split, SplitName, check_sizes, find_manifest, save_manifest
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_hash, train_tokenizer, vocab_size
 from osp.errors import UserError
@@ -64,12 +65,12 @@ def prepare(
     if _is_complete(folder):
         return folder
     with lock(folder):
-        if _is_complete(folder):  # by the previous holder of the lock
-            return folder
         try:
-            _write_shards(data, tokenizer, folder, progress=progress, in_background=in_background)
+            while not _is_complete(folder):  # the previous holder of the lock may have completed it
+                with contextlib.suppress(_NoValidationDocumentError):
+                    _write_shards(data, tokenizer, folder, progress=progress, in_background=in_background)
         except UserError as error:
-            manifest = _find_manifest(folder)
+            manifest = find_manifest(folder)
             if manifest and manifest.usable:  # a run may be waiting for the next shard
                 manifest.error = str(error)
                 save_manifest(manifest, folder)
@@ -100,7 +101,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     with child.stdin:
         child.stdin.write(pickle.dumps((sources.SOURCES, data, tokenizer, progress)))
     while child.poll() is None:
-        manifest = _find_manifest(folder)
+        manifest = find_manifest(folder)
         if manifest and manifest.usable and manifest.error is None:  # the child clears an error of an earlier one
             break
         time.sleep(POLL_SECONDS)
@@ -157,12 +158,8 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     return Path(data.cache_dir) / f"{name}-{digest}"
 
 
-def _find_manifest(folder: Path) -> Manifest | None:
-    return load_manifest(folder) if (folder / FILE_NAME).exists() else None
-
-
 def _is_complete(folder: Path) -> bool:
-    manifest = _find_manifest(folder)
+    manifest = find_manifest(folder)
     return manifest is not None and manifest.complete
 
 
@@ -177,7 +174,7 @@ def _write_shards(
     """Fill `folder`, whose lock is held, from the start or after the last sealed shard."""
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
-    manifest = _find_manifest(folder)
+    manifest = find_manifest(folder)
     # on a host of which this process may use a few cores, `tokenizers` keeps to these with any number of threads
     num_threads = data.num_workers or min(MOST_THREADS, os.cpu_count() or 1)
     bar = tqdm(total=data.max_tokens, unit=" tokens", unit_scale=True, disable=not progress)
@@ -265,6 +262,10 @@ def _encode(texts: list[str], tokenizer: Tokenizer, eos: int, dtype: str) -> lis
     return documents
 
 
+class _NoValidationDocumentError(Exception):
+    """The first shard is full and no document is in the validation split."""
+
+
 class _Writer:
     """Distribute encoded documents over the splits and seal shards; the manifest on disk lists the sealed ones."""
 
@@ -273,7 +274,6 @@ class _Writer:
         self.train: list[Document] = []  # in no shard yet
         self.val: list[Document] = []
         self.num_tokens = 0  # in self.train
-        self.smallest: Document | None = None  # the one with the smallest hash, for a validation split
         self.num_documents = manifest.next_document
         self.skip = manifest.next_token  # tokens of the next document that are already in a shard
 
@@ -296,14 +296,10 @@ class _Writer:
         split = self.manifest.train
         if not self.skip:
             split.documents, split.bytes = split.documents + 1, split.bytes + document.num_bytes
-        if self.smallest is None or document.hash < self.smallest.hash:
-            self.smallest = document
         self.train.append(document._replace(text="", tokens=document.tokens[self.skip :]))
         self.num_tokens += len(self.train[-1].tokens)
         while 0 < self.room <= self.num_tokens:
-            self._ensure_validation()
-            if self.num_tokens >= self.room:
-                self._seal_train(self.room)
+            self._seal_train(self.room)
         self.skip = 0
 
     def finish(self) -> None:
@@ -321,7 +317,6 @@ class _Writer:
                 raise UserError(
                     f"all {len(self.val)} documents of the corpus are in the validation split; lower data.val_fraction"
                 )
-            self._ensure_validation()
         if self.room:
             if self.num_tokens:
                 self._seal_train(self.num_tokens)
@@ -329,40 +324,28 @@ class _Writer:
         self.manifest.complete = True
         save_manifest(self.manifest, self.folder)
 
-    def _ensure_validation(self) -> None:
-        """If the validation split is empty, move the document with the smallest hash and its copies there.
-
-        The limit moves to that hash, so that later copies are not trained on either.
-        """
-        if self.val or self.manifest.val.shards:
-            return
-        assert self.smallest is not None
-        chosen, split = self.smallest, self.manifest.train
-        copies = [document for document in self.train if document.hash == chosen.hash]
-        self.manifest.held_out_below = chosen.hash + 1
-        self.val = [chosen for _ in copies]
-        self.train = [document for document in self.train if document.hash != chosen.hash]
-        self.num_tokens -= len(copies) * len(chosen.tokens)
-        split.documents, split.bytes = len(self.train), split.bytes - len(copies) * chosen.num_bytes
-
     def _seal_train(self, num_tokens: int) -> None:
         """Write the first `num_tokens` queued tokens as a shard; before the first shard, seal the validation split."""
-        if not self.manifest.val.shards:
-            val = self.manifest.val
+        val = self.manifest.val
+        if not val.shards and not self.val:
+            # with this limit the next try holds out the document with the smallest hash, and its copies
+            self.manifest.held_out_below = min(document.hash for document in self.train) + 1
+            self.manifest.train = Split()
+            save_manifest(self.manifest, self.folder)
+            raise _NoValidationDocumentError
+        if not val.shards:
             self._seal("val", self.val)
             val.documents, val.bytes = len(self.val), sum(document.num_bytes for document in self.val)
             sizes = [len(gzip.compress(document.text.encode(), 9)) for document in self.val]
             self.manifest.val_gzip_bytes, self.val = sum(sizes), []
         self._seal("train", self.train, num_tokens)
-        newest = self.train[-1]
+        newest, self.train = self.train[-1], []
+        self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
         self.num_tokens -= num_tokens  # of the newest document: without it the queue was shorter than a shard
         if self.num_tokens:
             self.skip += len(newest.tokens) - self.num_tokens
             self.train = [newest._replace(tokens=newest.tokens[-self.num_tokens :])]
             self.manifest.next_document, self.manifest.next_token = self.num_documents - 1, self.skip
-        else:
-            self.train = []
-            self.manifest.next_document, self.manifest.next_token = self.num_documents, 0
         save_manifest(self.manifest, self.folder)
 
     def _seal(self, name: SplitName, documents: list[Document], num_tokens: int | None = None) -> None:

@@ -39,11 +39,7 @@ class Source(ABC):
         key: its name in messages.
         """
         self.config, self.key = config, key
-
-    @property
-    def label(self) -> str:
-        """First part of the name of the folder with the shards."""
-        return self.config.source
+        self.label = config.source  # first part of the name of the folder with the shards
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -57,9 +53,9 @@ class Source(ABC):
 class PythonStdlib(Source):
     """The running interpreter's standard library: one document per module, sorted by path."""
 
-    @property
-    def label(self) -> str:
-        return f"python_stdlib-{sys.version_info.major}.{sys.version_info.minor}"
+    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+        super().__init__(config, key)
+        self.label = f"python_stdlib-{sys.version_info.major}.{sys.version_info.minor}"
 
     def documents(self) -> Iterator[str]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -80,14 +76,19 @@ class TextFiles(Source):
         super().__init__(config, key)
         if not config.paths:
             raise UserError(f"{key}.paths is empty; name files or folders, for example {key}.paths=[corpus.jsonl]")
-
-    @property
-    def label(self) -> str:
-        return Path(self.config.paths[0]).name.split(".")[0]
+        self.label = Path(config.paths[0]).name.split(".")[0]
 
     def documents(self) -> Iterator[str]:
         for path in list_files(self.config.paths):
-            yield from _read(path, self.config.text_field)
+            try:
+                if known_suffix(path) in TEXT_SUFFIXES:
+                    yield _decode(path.read_bytes(), path, line=1)
+                elif known_suffix(path) == ".parquet":
+                    yield from _parquet_documents(path, self.config.text_field)
+                else:
+                    yield from _jsonl_documents(path, self.config.text_field)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
     def fingerprint(self) -> Any:
         stats = [(path, path.stat()) for path in list_files(self.config.paths)]
@@ -101,10 +102,7 @@ class HubDataset(Source):
         super().__init__(config, key)
         if not config.dataset:
             raise UserError(f"{key}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
-
-    @property
-    def label(self) -> str:
-        return f"{self.config.dataset}-{self.config.subset}" if self.config.subset else str(self.config.dataset)
+        self.label = f"{config.dataset}-{config.subset}" if config.subset else config.dataset
 
     def documents(self) -> Iterator[str]:
         import datasets
@@ -145,9 +143,25 @@ class Mixture(Source):
         self.parts = [make_source(part, f"{key}.mixture[{i}]") for i, part in enumerate(config.mixture)]
 
     def documents(self) -> Iterator[str]:
-        configs = [part.config for part in self.parts]
-        names = [" ".join(filter(None, [c.source, c.dataset, c.subset, *c.paths])) for c in configs]
-        return interleave([part.documents() for part in self.parts], self.weights, names=names)
+        """Yield the documents of all parts; the next part is the one with the fewest bytes relative to its weight.
+
+        Bytes stand for tokens, which are not known yet. When a part ends, the others continue.
+        """
+        streams = [part.documents() for part in self.parts]
+        num_bytes = [0] * len(streams)
+        alive = list(range(len(streams)))
+        while alive:
+            i = min(alive, key=lambda i: num_bytes[i] / self.weights[i])
+            text = next(streams[i], None)
+            if text is not None:
+                num_bytes[i] += max(1, len(text.encode()))  # an endless run of empty documents still takes its turns
+                yield text
+                continue
+            alive.remove(i)
+            if alive:
+                part = self.parts[i].config
+                name = " ".join(filter(None, [part.source, part.dataset, part.subset, *part.paths]))
+                logger.warning("data.mixture: %s is exhausted; continuing without it", name)
 
     def fingerprint(self) -> Any:
         return [part.fingerprint() for part in self.parts]
@@ -177,25 +191,6 @@ def documents(config: DataConfig | SourceConfig) -> Iterator[str]:
     return make_source(config).documents()
 
 
-def interleave(streams: list[Iterator[str]], weights: list[float], *, names: list[str]) -> Iterator[str]:
-    """Yield the documents of all streams; the next stream is the one with the fewest bytes relative to its weight.
-
-    Bytes stand for tokens, which are not known yet. When a stream ends, the others continue.
-    """
-    num_bytes = [0] * len(streams)
-    alive = list(range(len(streams)))
-    while alive:
-        i = min(alive, key=lambda i: (num_bytes[i] / weights[i], i))
-        text = next(streams[i], None)
-        if text is None:
-            alive.remove(i)
-            if alive:
-                logger.warning("data.mixture: %s is exhausted; continuing without it", names[i])
-            continue
-        num_bytes[i] += max(1, len(text.encode()))  # an endless run of empty documents still takes its turns
-        yield text
-
-
 def known_suffix(path: Path) -> str | None:
     """Return the suffix that names the format of a file of documents, or None if there is no such format."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
@@ -203,35 +198,18 @@ def known_suffix(path: Path) -> str | None:
 
 def list_files(paths: tuple[str, ...]) -> list[Path]:
     """Return the readable files of `data.paths` in order; a folder gives its files recursively, sorted by path."""
-    files = []
+    files, suffixes = [], ", ".join(SUFFIXES)
     for entry in map(Path, paths):
         if not entry.exists():
             raise UserError(f"data.paths: {entry} does not exist")
         inside = sorted(path for path in entry.rglob("*") if path.is_file()) if entry.is_dir() else [entry]
         readable = [path for path in inside if known_suffix(path)]
+        if entry.is_dir() and not readable:
+            raise UserError(f"data.paths: folder {entry} holds no file that ends in {suffixes}")
         if not readable:
-            problem = (
-                f"folder {entry} holds no file that ends"
-                if entry.is_dir()
-                else (f"cannot tell the format of {entry}; its name must end")
-            )
-            raise UserError(f"data.paths: {problem} in {', '.join(SUFFIXES)}")
+            raise UserError(f"data.paths: cannot tell the format of {entry}; its name must end in {suffixes}")
         files += readable
     return files
-
-
-def _read(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the documents of one file."""
-    suffix = known_suffix(path)
-    try:
-        if suffix in TEXT_SUFFIXES:
-            yield _decode(path.read_bytes(), path, line=1)
-        elif suffix == ".parquet":
-            yield from _parquet_documents(path, text_field)
-        else:
-            yield from _jsonl_documents(path, text_field)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:

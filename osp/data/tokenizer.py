@@ -64,7 +64,15 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
     assert not config.train
     if (config.path is None) == (config.hub is None):
         raise UserError("tokenizer.train=false needs exactly one of tokenizer.path=FILE and tokenizer.hub=NAME")
-    path = config.path or _download(str(config.hub))
+    path, name = config.path, str(config.hub)
+    if path is None:
+        import huggingface_hub
+
+        path = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
+        if not isinstance(path, str):
+            failure = f"tokenizer.hub={name}: cannot get its {FILE_NAME}"
+            ask_hub(failure, huggingface_hub.HfApi().model_info, name, timeout=HUB_TIMEOUT)
+            path = str(ask_hub(failure, huggingface_hub.hf_hub_download, name, FILE_NAME))
     tokenizer = load_tokenizer(path)
     kind = json.loads(tokenizer.to_str())["model"]["type"]
     if kind not in ("BPE", "Unigram"):
@@ -126,18 +134,6 @@ def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
         num_bytes -= len(text.encode())
         if num_bytes <= 0:
             return
-
-
-def _download(name: str) -> str:
-    """Return the path of a hub tokenizer's tokenizer.json in the local cache; download it if it is missing."""
-    import huggingface_hub
-
-    cached = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
-    if isinstance(cached, str):
-        return cached
-    failure = f"tokenizer.hub={name}: cannot get its {FILE_NAME}"
-    ask_hub(failure, huggingface_hub.HfApi().model_info, name, timeout=HUB_TIMEOUT)
-    return ask_hub(failure, huggingface_hub.hf_hub_download, name, FILE_NAME)
 
 
 def ask_hub(failure: str, request: Callable[..., Any], *arguments: str, **options: Any) -> Any:

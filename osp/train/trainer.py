@@ -65,7 +65,7 @@ class Trainer:
         self.total_steps = resolved.total_steps
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = resolved.build_schedule()
-        self.shards = loader.rows.shards.folder
+        self.shards = loader.rows.folder
         self.validator = Validator(resolved, self.model, self.shards)
         self.guard = StepGuard(config, loader, report=folder / "nonfinite.json" if logger else None)
         self.saver = Saver(
@@ -226,7 +226,7 @@ class Trainer:
                 # sequences [next_step * rows_per_step, ...) come next
                 "next_step": data_step(self.step, config.data.skip_steps),
                 "rows_per_step": self.loader.rows_per_step,
-                "tokenizer_hash": self.loader.rows.shards.manifest.tokenizer_hash,
+                "tokenizer_hash": self.loader.rows.manifest.tokenizer_hash,
                 "seed": config.train.seed,
             },
             **self.guard.state_dict(),

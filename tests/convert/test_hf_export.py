@@ -206,11 +206,15 @@ def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"folding projections and scales changes the logits by \S+ of the largest"):
         export(run, tmp_path / "out")
     monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", absorb)
-    tensors = osp.convert.hf_export._hf_tensors
-    monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", lambda model: ((n, t * 1.001) for n, t in tensors(model)))
+    save = osp.convert.hf_export.save_torch_state_dict
+
+    def save_wrongly(tensors: Any, *args: Any, **options: Any) -> None:
+        save({name: 1.001 * tensor for name, tensor in tensors.items()}, *args, **options)
+
+    monkeypatch.setattr(osp.convert.hf_export, "save_torch_state_dict", save_wrongly)
     with pytest.raises(UserError, match=r"reading back the files changes the logits"):
         export(run, tmp_path / "out")
-    monkeypatch.setattr(osp.convert.hf_export, "_hf_tensors", tensors)
+    monkeypatch.setattr(osp.convert.hf_export, "save_torch_state_dict", save)
     numbers = iter((20.0, 20.1))
     for module in (osp.convert.hf_export, osp.convert.same_function):
         monkeypatch.setattr(module, "compared_perplexity", lambda *_: next(numbers))

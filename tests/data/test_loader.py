@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from osp.data import loader
-from osp.data.loader import Batch, Loader, Rows, Shards, number_documents, validation_batches
+from osp.data.loader import Batch, Loader, Rows, number_documents, validation_batches
 from osp.data.manifest import Manifest, load_manifest, save_manifest
 from osp.errors import UserError
 from osp.files import lock
@@ -73,7 +73,7 @@ def test_epoch_reads_every_sequence_once_shard_by_shard(shards: Path) -> None:
     packed = naive_rows(shards, SEQ_LEN)
     assert len(packed) > 3
     assert len({len(rows) for rows in packed}) > 1
-    rows = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=3)
+    rows = Rows(shards, seq_len=SEQ_LEN, seed=3)
     rows_per_epoch = sum(map(len, packed))
     assert rows.rows_per_epoch == rows_per_epoch
     orders = []
@@ -85,13 +85,13 @@ def test_epoch_reads_every_sequence_once_shard_by_shard(shards: Path) -> None:
             orders.append(part)
             assert part != expected
     assert orders[0] != orders[len(packed)] != orders[2 * len(packed)]  # the first shard in each epoch
-    other = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=4)
+    other = Rows(shards, seq_len=SEQ_LEN, seed=4)
     assert not np.array_equal(other.read(np.arange(100)), rows.read(np.arange(100)))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 24), (1, 1), (2, 4), (2, 12), (4, 2), (4, 6), (3, 8)])
 def test_step_has_the_same_sequences_on_any_world_size(shards: Path, world_size: int, micro_batch_size: int) -> None:
-    rows = Rows(Shards(shards, "train"), seq_len=SEQ_LEN, seed=0)
+    rows = Rows(shards, seq_len=SEQ_LEN, seed=0)
     assert rows.rows_per_epoch is not None
     last = rows.rows_per_epoch // ROWS_PER_STEP  # crosses into the second epoch
     for step in (0, 7, last, 5 * last):

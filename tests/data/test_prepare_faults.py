@@ -97,7 +97,7 @@ def test_preparation_survives_signals_and_ends_with_its_trainer(
         trainer.kill()
         trainer.wait()
         assert until(lambda: not alive(preparer))
-    assert not is_locked(folder)
+    assert until(lambda: not is_locked(folder))  # its threads end after it
 
 
 def _prepare_noting_the_error(

@@ -5,14 +5,14 @@ import json
 import lzma
 import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from osp.config import DataConfig, SourceConfig, from_dict
-from osp.data.sources import documents, interleave, make_source
+from osp.data.sources import SOURCES, Source, documents, make_source
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -150,20 +150,38 @@ def test_python_stdlib_skips_installed_packages_and_other_encodings(
     assert list(documents(DataConfig())) == ["c", "b = 1\r\n"]
 
 
-def test_interleave_follows_the_weights_and_keeps_every_order(caplog: pytest.LogCaptureFixture) -> None:
-    streams = [[f"{name}{i}" + "x" * (size + 7 * i % 11) for i in range(n)] for name, n, size in
-               [("a", 3000, 30), ("b", 900, 60), ("c", 20, 5)]]  # fmt: skip
-    mixed = list(interleave([iter(s) for s in streams], [0.7, 0.25, 0.05], names=["a", "b", "c"]))
-    for name, stream in zip("abc", streams, strict=True):
-        assert [text for text in mixed if text[0] == name] == stream
+class Listed(Source):
+    """The texts of `TEXTS[data.dataset]`."""
+
+    TEXTS: ClassVar[dict[str, list[str]]] = {}
+
+    def documents(self) -> Iterator[str]:
+        yield from self.TEXTS[str(self.config.dataset)]
+
+    def fingerprint(self) -> None:
+        return None
+
+
+def test_mixture_follows_the_weights_and_keeps_every_order(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"a": 0.7, "b": 0.25, "c": 0.05}
+    for name, num_texts, size in (("a", 3000, 30), ("b", 900, 60), ("c", 20, 5)):
+        texts = [f"{name}{i}" + "x" * (size + 7 * i % 11) for i in range(num_texts)]
+        monkeypatch.setitem(Listed.TEXTS, name, texts)
+    monkeypatch.setitem(SOURCES, "listed", Listed)
+    parts = tuple(SourceConfig(source="listed", dataset=name, weight=weight) for name, weight in weights.items())
+    mixed = list(documents(DataConfig(source="mixture", mixture=parts)))
+    for name, texts in Listed.TEXTS.items():
+        assert [text for text in mixed if text[0] == name] == texts
     end = next(i for i, text in enumerate(mixed) if text.startswith("c19"))
-    shares = [sum(len(text) for text in mixed[:end] if text[0] == name) for name in "abc"]
-    for share, weight in zip(shares, [0.7, 0.25, 0.05], strict=True):
+    shares = [sum(len(text) for text in mixed[:end] if text[0] == name) for name in weights]
+    for share, weight in zip(shares, weights.values(), strict=True):
         assert share / sum(shares) == pytest.approx(weight, abs=70 / sum(shares))
     # b ends last: its end is the end of all
     assert [record.message for record in caplog.records] == [
-        "data.mixture: c is exhausted; continuing without it",
-        "data.mixture: a is exhausted; continuing without it",
+        "data.mixture: listed c is exhausted; continuing without it",
+        "data.mixture: listed a is exhausted; continuing without it",
     ]
 
 
