@@ -13,10 +13,9 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,9 +103,9 @@ class Rows(Shards):
         return int(self._row_ends()[-1:].sum()) if self.manifest.complete else None
 
     def read(self, numbers: Array) -> Array:
-        """Return the sequences with these numbers, int64 (n, T+1). Waits for shards that are not sealed yet.
+        """Return the sequences with these numbers, int64 (n, T+1).
 
-        Raises `UserError` if the preparation failed or died.
+        Waits for shards that are not sealed yet; raises `UserError` if the preparation failed or died.
         """
         self._wait_for(int(numbers.max()))
         ends = self._row_ends()
@@ -117,13 +116,15 @@ class Rows(Shards):
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
             order = _order(self.seed, epoch, shard, int(ends[shard] - first))
-            rows[chosen] = sequences(self.tokens[shard], self.seq_len)[order[places[chosen] - first]]
+            # windows of T+1 tokens, of which every T-th is a sequence: neighbours share one token
+            windows = sliding_window_view(self.tokens[shard], self.seq_len + 1)[:: self.seq_len]
+            rows[chosen] = windows[order[places[chosen] - first]]
             self.check_ids(rows[chosen], shard)
         return rows
 
     def _wait_for(self, number: int) -> None:
         """Wait until sequence `number` is in a sealed shard or all shards are sealed."""
-        last_seen = 0.0  # when a process held the lock
+        last_seen = 0.0  # when a process held the lock; 0: not waiting yet
         while not self.manifest.complete and number >= self._row_ends()[-1:].sum():
             if self.stop.is_set():
                 raise RuntimeError("the loader was closed")
@@ -141,11 +142,6 @@ class Rows(Shards):
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
         return np.cumsum([(len(tokens) - 1) // self.seq_len for tokens in self.tokens], dtype=np.int64)
-
-
-def sequences(tokens: Array, seq_len: int) -> Array:
-    """Return a view of all sequences of `tokens`, (n, T+1); neighbours share one token."""
-    return sliding_window_view(tokens, seq_len + 1)[::seq_len]
 
 
 @lru_cache(maxsize=4)  # a step touches one shard, or a few neighbours
@@ -183,9 +179,7 @@ class Loader:
         self.indices = indices[:, rank].ravel()  # of this rank in every step, micro step by micro step
         self._epoch = 0
         self._ahead: dict[int, Future[list[Batch]]] = {}
-        self._queue: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="osp-loader")
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, "osp-loader")
 
     def wait(self, step: int, *, seconds: float) -> bool:
         """Return whether reading `step` ends, well or with an error, within that time."""
@@ -211,25 +205,13 @@ class Loader:
             self._ahead.pop(other).cancel()
         for other in wanted:
             if other not in self._ahead:
-                self._ahead[other] = Future()
-                self._queue.put((other, self._ahead[other]))
+                self._ahead[other] = self._thread.submit(self._read, other)
 
     def close(self) -> None:
         """Stop the thread. The loader cannot be used afterwards."""
         self.rows.stop.set()
-        for future in self._ahead.values():
-            future.cancel()
-        self._queue.put(None)
-        self._thread.join(CLOSE_SECONDS)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            step, future = item
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self._read(step))
-                except BaseException as error:  # raised again in `step`
-                    future.set_exception(error)
+        wait([future for future in self._ahead.values() if not future.cancel()], timeout=CLOSE_SECONDS)
+        self._thread.shutdown(wait=False)
 
     def _read(self, step: int) -> list[Batch]:
         """Read the micro batches of a step."""
@@ -276,7 +258,7 @@ def validation_batches(
         shards.check_ids(tokens, shard)
     tokens = np.concatenate(shards.tokens)
     seq_len = min(seq_len, len(tokens) - 1)
-    rows, eos_id = sequences(tokens, seq_len), shards.manifest.eos_id if document_ids else None
+    rows, eos_id = sliding_window_view(tokens, seq_len + 1)[::seq_len], shards.manifest.eos_id if document_ids else None
     num_rows = len(rows) if max_tokens is None else max(1, min(len(rows), max_tokens // seq_len))
     for first in range(0, num_rows, world_size * batch_size):
         first += rank * batch_size

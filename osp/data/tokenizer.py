@@ -25,6 +25,15 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     All 256 bytes are in the alphabet, so no text is out of vocabulary; `config.eos_token` has id 0. A small text gives
     a smaller vocabulary.
     """
+
+    def sample() -> Iterator[str]:
+        num_bytes = 0
+        for text in texts:
+            yield text
+            num_bytes += len(text.encode())
+            if num_bytes >= config.sample_bytes:
+                return
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if config.vocab_size < len(alphabet) + 1:
         raise UserError(
@@ -37,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, config.sample_bytes), trainer)
+    tokenizer.train_from_iterator(sample(), trainer)
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
         logger.warning("the text yields %d tokens, fewer than tokenizer.vocab_size=%d", size, config.vocab_size)
@@ -125,15 +134,6 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         sizes[token_id] = 0 if token.special else len(token.content.encode())
     return sizes
-
-
-def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
-    """Yield the texts up to and including the one that completes `num_bytes` bytes."""
-    for text in texts:
-        yield text
-        num_bytes -= len(text.encode())
-        if num_bytes <= 0:
-            return
 
 
 def ask_hub(failure: str, request: Callable[..., Any], *arguments: str, **options: Any) -> Any:

@@ -257,22 +257,23 @@ def test_close_ends_a_waiting_thread(copy: Path) -> None:
         source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
         rows = sum(map(len, naive_rows(copy, SEQ_LEN)))
         source.step(rows // ROWS_PER_STEP - 1)  # reads ahead beyond what is there
-        thread = next(t for t in threading.enumerate() if t.name == "osp-loader")
+        thread = next(thread for thread in threading.enumerate() if thread.name.startswith("osp-loader"))
         source.close()
+        thread.join(60)
         assert not thread.is_alive()
 
 
 def test_close_does_not_wait_for_a_hanging_file_system(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "CLOSE_SECONDS", 0.1)
-    hangs, mends = threading.Event(), threading.Event()
-    monkeypatch.setattr(Loader, "_read", lambda *_: (hangs.set(), mends.wait(60)))
+    hanging, released, ended = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(Loader, "_read", lambda *_: (hanging.set(), released.wait(60), ended.set()))
     source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
     assert not source.wait(0, seconds=0.0)
-    assert hangs.wait(60)
+    assert hanging.wait(60)
     source.close()
-    assert source._thread.is_alive()
-    mends.set()
-    source._thread.join()
+    assert not ended.is_set()
+    released.set()
+    assert ended.wait(60)
 
 
 def test_large_vocabularies_use_32_bits(shards: Path, copy: Path) -> None:
