@@ -22,19 +22,14 @@ def rotary_table(
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if scaling is not None:
-        frequency = frequency * _slowing(frequency, scaling)
+        kept: Tensor | float = 0.0  # share of a frequency that is not lowered; with llama3 up to 1 for high ones
+        if scaling.rope_type == "llama3":
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * ((1 - kept) / scaling.factor + kept)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
-
-
-def _slowing(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Return a factor per frequency (head_dim / 2,): 1 / factor; with llama3 up to 1 for high frequencies."""
-    if scaling.rope_type == "linear":
-        return torch.full_like(frequency, 1 / scaling.factor)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) / scaling.factor + kept
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -47,10 +47,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             whole = isinstance(rule, WholeRule)
             work = batches(numels[0], len(numels), rank=rank, **layout) if whole else []
-            self._pieces.append(Piece(flat, rank_intervals(numels, rank=rank, **layout), work))
-            self.state[flat] = {
-                name: torch.zeros(flat.shape, dtype=torch.float32, device=flat.device) for name in rule.STATE_NAMES
-            }
+            self.state[flat] = {name: torch.zeros_like(flat, dtype=torch.float32) for name in rule.STATE_NAMES}
+            self._pieces.append(Piece(flat, self.state[flat], rank_intervals(numels, rank=rank, **layout), work))
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
         """Prepare optimizer step `number`, counted from 1: every learning rate becomes its base times `factor`.
@@ -72,9 +70,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         pieces = {id(piece.flat): piece for piece in self._pieces}
         for group in self.param_groups:
             for flat in group["params"]:
-                squares = group["update_rule"].step(
-                    pieces[id(flat)], flat.grad, self.state[flat], group, number=self._number, record=self._recording
-                )
+                rule, piece = group["update_rule"], pieces[id(flat)]
+                squares = rule.step(piece, flat.grad, group, number=self._number, record=self._recording)
                 if squares is not None:
                     self.update_squares[group["role"]] = self.update_squares.get(group["role"], 0) + squares
 
@@ -96,10 +93,6 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             counts[group["role"]] += sum(shape.numel() for shape in group["shapes"])
         return counts
 
-    def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each role at this step."""
-        return {group["role"]: group["lr"] for group in self._sources}
-
     def intervals(self) -> list[list[tuple[str, Interval]]]:
         """Return per group, in the order of its flat tensor, the names and intervals of what this rank holds."""
         return [
@@ -115,7 +108,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         loads a checkpoint.
         """
         for group, piece in zip(self._sources, self._pieces, strict=True):
-            tensors = {"weight": piece.flat.detach(), **self.state[piece.flat]}
+            tensors = {"weight": piece.flat.detach(), **piece.state}
             for interval in piece.intervals:
                 views = {name: tensor[interval.place] for name, tensor in tensors.items()}
                 yield group["names"][interval.index], interval.start, interval.stop, views

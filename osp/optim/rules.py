@@ -40,15 +40,12 @@ class UpdateRule(ABC):
         return self.config.lr
 
     @abstractmethod
-    def step(
-        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
-    ) -> Tensor | None:
+    def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
         """Update this rank's part of a group in place; `grad` is not changed.
 
         Args:
-            piece: the flat master weights and where parameters lie in them.
+            piece: the flat master weights and state, and where parameters lie in them.
             grad: the flat gradient.
-            state: the flat tensors of `STATE_NAMES`, zero before the first step.
             group: `lr` is the learning rate of this step.
             number: of the step, from 1.
             record: return the sum of squares of the update: learning rate and scale included, weight decay excluded.
@@ -82,13 +79,11 @@ class WholeRule(UpdateRule):
         """Return the factor of `direction` that gives an orthogonal matrix or a unit vector AdamW's RMS of 0.2."""
         return 0.2 * max(whole_shape(group["shapes"][0], group["heads"])) ** 0.5
 
-    def step(
-        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
-    ) -> Tensor | None:
+    def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
         momentum, lr, scale = self.config.momentum, group["lr"], self.scale(group)
         squares = None
         for batch in piece.batches:
-            g, buf, p = grad[batch.local], state["momentum"][batch.local], piece.flat[batch.local]
+            g, buf, p = grad[batch.local], piece.state["momentum"][batch.local], piece.flat[batch.local]
             buf.mul_(momentum).add_(g)
             u = torch.add(g, buf, alpha=momentum) if self.config.nesterov else buf
             whole = batch.collect(u).view(-1, *group["shapes"][0])
@@ -173,11 +168,9 @@ class AdamW(UpdateRule):
     def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
         return 0  # the fused kernel updates in place
 
-    def step(
-        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Group, *, number: int, record: bool
-    ) -> Tensor | None:
+    def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
         (beta1, beta2), lr, eps = self.config.adam_betas, group["lr"], self.config.adam_eps
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean, square = piece.state["exp_avg"], piece.state["exp_avg_sq"]
         count = torch.full((), number - 1, dtype=torch.float32, device=grad.device)  # the kernel adds the 1
         options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": group["weight_decay"]}
         modes = {"fused": True, "amsgrad": False, "maximize": False}

@@ -101,7 +101,8 @@ class MatrixBatch:
 class Piece:
     """What one rank holds of a parameter group."""
 
-    flat: Tensor
+    flat: Tensor  # master weights
+    state: dict[str, Tensor]  # flat tensors of the update rule by name, zero before the first step
     intervals: list[Interval]
     batches: list[MatrixBatch]  # empty for a rule that works elementwise
 

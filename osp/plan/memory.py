@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from osp.config import Config
+from osp.model.attention import document_mask
 from osp.model.transformer import Block, CausalAttention, Transformer
 from osp.optim.rules import FP32, Group
 from osp.optim.zero import MatrixBatch, flat_size, rank_intervals
@@ -94,17 +95,10 @@ def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: in
         layer.self_attn.attend = FusedAttention()
     ids = torch.empty((micro_batch_size, train.seq_len), dtype=torch.long, device="meta")
     documents = ids if train.document_mask else None
-    inputs: tuple[Any, ...] = ()
-
-    def catch(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        nonlocal inputs
-        x, *others = arguments
-        inputs = (x.detach().requires_grad_(), *others[:3])  # cos, sin, mask
-
-    hook = model.layers[0].register_forward_pre_hook(catch)
     weights = list(model.parameters())
     x, whole = kept(lambda: model.hidden_states(ids, document_ids=documents)[0], besides=weights)
-    hook.remove()
+    mask = None if documents is None else document_mask(documents)
+    inputs = (x.detach().requires_grad_(), *model.rotary(train.seq_len, x.device), mask)  # of a block
     blocks = [kept(lambda layer=layer: layer(*inputs)[0], besides=weights)[1] for layer in model.layers]
     outside = whole - sum(blocks)
     if compiled:

@@ -167,7 +167,7 @@ class Engine:
 
         The update includes learning rate and scale, but not weight decay. Waits for the device.
         """
-        numels, rates = self.optimizer.numels(), self.optimizer.learning_rates()
+        numels, rates = self.optimizer.numels(), {g["role"]: g["lr"] for g in self.optimizer.param_groups}
         updates, parameters = self.optimizer.update_squares, self.optimizer.parameter_squares()
         zero = torch.zeros((), device=self.device)
         # a rank may hold nothing of a role, but all ranks must reduce the same vector

@@ -33,10 +33,8 @@ class SignDescent(UpdateRule):
     STATE_NAMES = ("direction",)
     UPDATE_RMS = "1"
 
-    def step(
-        self, piece: Piece, grad: Tensor, state: dict[str, Tensor], group: Any, *, number: int, record: bool
-    ) -> Tensor | None:
-        update = state["direction"].mul_(self.config.momentum).add_(grad).sign()
+    def step(self, piece: Piece, grad: Tensor, group: Any, *, number: int, record: bool) -> Tensor | None:
+        update = piece.state["direction"].mul_(self.config.momentum).add_(grad).sign()
         piece.flat.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
         return update.square().sum() * group["lr"] ** 2 if record else None
 
