@@ -10,14 +10,14 @@ To add a norm, write one class with its `NORMS` entry, one YAML in `configs/norm
 Options of the block (D channels, layers l counted from 1):
 - `norm.placement=peri` (Peri-LN, arXiv 2502.02732): x + norm_out(f(norm_in(x))), so that the residual stream grows
   linearly with depth. The optional norm of the embedding in that paper is left out.
-- `norm.lns=true` (LayerNorm scaling, arXiv 2502.05795): the outputs of the norms of layer l are scaled by 1 / sqrt(l);
-  the final norm is not. No parameter; learning rates stay.
-- `qk_norm=true`: queries and keys are normalized over the K channels of each head before RoPE, with one gain shared by
-  all heads (as in Qwen3 and OLMo 2). This bounds attention logits by g_q g_k sqrt(K), so larger learning rates stay
-  stable. The norm is SSNorm in a model of SSNorms and RMSNorm in all others.
-- `ffn_norm=true`: the input of down_proj is normalized over its channels by the same choice of norm (Magneto's Sub-LN,
-  arXiv 2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS that this input has without the norm in
-  a model of initial deviation 1/sqrt(D), so that training starts from blocks of the same strength.
+- `norm.lns=true` (LayerNorm scaling, arXiv 2502.05795): the outputs of the norms of layer l, except the final norm, are
+  scaled by 1 / sqrt(l).
+- `qk_norm=true`: SSNorm in a model of SSNorms, otherwise RMSNorm, normalizes queries and keys over the K channels of
+  each head before RoPE, with one gain for all heads (as in Qwen3 and OLMo 2). It bounds attention logits by
+  g_q g_k sqrt(K), so larger learning rates stay stable.
+- `ffn_norm=true`: the same choice of norm over the channels of the input of down_proj (Magneto's Sub-LN, arXiv
+  2210.06423; `ffn_sub_norm` of BitNet b1.58). Its gain starts at the RMS of this input without the norm in a model of
+  initial deviation 1/sqrt(D), so that training starts from blocks of the same strength.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from osp.model.norm_function import Divided, upcast
 
 
 class Carry(NamedTuple):
-    """Statistics that the first BHyT norm of a block passes to the second: fp32, no gradient through `scale`."""
+    """Statistics that the first BHyT norm of a block passes to the second, fp32."""
 
     variance: Tensor  # (..., 1) mean square of the block's input
     scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm, and its output scale squared
@@ -221,13 +221,12 @@ KAPPA_EXPONENTS = {"constant": 0.0, "decay": -0.5, "grow": 0.5, "mild_grow": 0.2
 class BHyTStar(Norm):
     """Bounded hyperbolic tanh, exact: y = g * tanh(lambda * x / (kappa * s)), s^2 = mean(x^2) + eps at every norm.
 
-    BHyT* of arXiv 2601.09719 as in its code (`bhytstar`, which assumes mean 0): one learnable scalar lambda per
-    norm, gain per channel starting at `init`, no bias. By Chebyshev the argument stays in [-lambda, lambda] with
-    probability 1 - kappa^-2. kappa of layer l, counted from 1, is `kappa` (constant), / sqrt(l) (decay), * sqrt(l)
-    (grow) or * l^(1/4) (mild_grow).
+    BHyT* of arXiv 2601.09719 as in its code (`bhytstar`, which assumes mean 0): one learnable scalar lambda per norm (a
+    buffer with `learnable_lambda=False`), gain per channel starting at `init`, no bias. By Chebyshev the argument stays
+    in [-lambda, lambda] with probability 1 - kappa^-2; kappa may depend on the layer, see `KAPPA_EXPONENTS`.
 
     The output starts with an RMS near lambda / kappa, several times below that after RMSNorm, so learning rates and
-    initial values tuned for RMSNorm do not carry over. With `learnable_lambda=False` lambda is a buffer.
+    initial values tuned for RMSNorm do not carry over.
     """
 
     not_rmsnorm = "it bounds activations with a tanh"
@@ -254,18 +253,10 @@ class BHyTStar(Norm):
         self.kappa = kappa * layer ** KAPPA_EXPONENTS[kappa_schedule]
         self.slope: Tensor | None = None  # lambda / kappa, once folded
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        if learnable_lambda:
-            self.lam = nn.Parameter(torch.empty(1))
-        else:
-            self.register_buffer("lam", torch.empty(1))
-
-    def variance(self, x: Tensor, carry: Carry | None = None) -> Tensor:
-        """Return the mean square (..., 1) of x (..., D), fp32 (fp64 for fp64), measured or approximated."""
-        approximated = self.approximated(carry)
-        return upcast(x).square().mean(-1, keepdim=True) if approximated is None else approximated
+        self.lam = nn.Parameter(torch.empty(1)) if learnable_lambda else nn.Buffer(torch.empty(1))
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
-        """Return the mean square (..., 1) approximated from the first norm of the block; None: measure it."""
+        """Return the mean square (..., 1) approximated from the first norm of the block, fp32; None: measure it."""
         return None
 
     def carry(self, variance: Tensor) -> Carry | None:
@@ -303,7 +294,8 @@ class BHyT(BHyTStar):
     """
 
     not_rmsnorm = "it bounds activations with a tanh and shares a statistic between two norms"
-    attention_gain: Tensor
+    beta: nn.Parameter | float
+    eta: nn.Parameter | float
 
     def __init__(
         self,
@@ -324,31 +316,26 @@ class BHyT(BHyTStar):
             raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
         self.approximates = self.refreshes = after_attention and layer not in exact_layers
         self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
-        self.terms: tuple[Tensor | None, Tensor | None] | None = None  # of the approximation, once folded
-        self.approximation, self.gain_variance, self.seq_len = approximation, gain_variance, seq_len
-        learns_beta = self.approximates and approximation in ("beta", "residual_aware")
-        learns_eta = self.approximates and approximation in ("eta", "residual_aware")
-        self.beta = nn.Parameter(torch.empty(1)) if learns_beta else None
-        self.eta = nn.Parameter(torch.empty(1)) if learns_eta else None
+        self.terms: tuple[Tensor | float, Tensor] | None = None  # of the approximation, once folded
+        self.gain_variance, self.seq_len = gain_variance, seq_len
+        self.beta, self.eta = 0.0 if approximation == "eta" else 1.0, 0.0
+        if self.approximates and approximation in ("beta", "residual_aware"):
+            self.beta = nn.Parameter(torch.empty(1))
+        if self.approximates and approximation in ("eta", "residual_aware"):
+            self.eta = nn.Parameter(torch.empty(1))
         if self.approximates:
-            self.register_buffer("attention_gain", torch.empty(1))
+            self.attention_gain = nn.Buffer(torch.empty(1))
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
         if carry is None or not self.approximates:
             return None
         factor, added = self._terms(carry.scale, carry.gain_square) if self.terms is None else self.terms
-        variance = carry.variance if factor is None else carry.variance * factor
-        return variance if added is None else variance + added
+        return carry.variance * factor + added
 
-    def _terms(self, scale: Tensor, gain_square: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return (1 + eta, beta * a), each (1,), or None if the approximation has no such term."""
-        factor = None if self.eta is None else 1 + self.eta
-        if self.approximation == "eta":
-            return factor, None
+    def _terms(self, scale: Tensor, gain_square: Tensor) -> tuple[Tensor | float, Tensor]:
+        """Return 1 + eta and beta * a, each (1,)."""
         added = self.attention_gain * scale
-        if self.gain_variance:
-            added = added * gain_square
-        return factor, added if self.beta is None else self.beta * added
+        return 1 + self.eta, self.beta * (added * gain_square if self.gain_variance else added)
 
     def carry(self, variance: Tensor) -> Carry:
         return Carry(variance, *(self._constants() if self.constants is None else self.constants))

@@ -103,19 +103,13 @@ class Attention(nn.Module):
         return self.o_proj(out)
 
 
-class Activation(NamedTuple):
-    """An activation f and the RMS of f(z) u for independent standard normal z and u, which is sqrt(E[f(z)^2])."""
-
-    function: Callable[[Tensor], Tensor]
-    rms: float
-
-
-# Activations of a gated MLP (Shazeer 2020, arXiv 2002.05202) by Hugging Face's names; sigmoid gives the first GLU.
-ACTIVATIONS = {
-    "silu": Activation(F.silu, 0.5965),
-    "gelu": Activation(F.gelu, 0.6521),
-    "relu2": Activation(lambda x: F.relu(x).square(), 1.2247),
-    "sigmoid": Activation(torch.sigmoid, 0.5416),
+# Activations f of a gated MLP (Shazeer 2020, arXiv 2002.05202) by Hugging Face's names, each with the RMS of f(z) u for
+# independent standard normal z and u, which is sqrt(E[f(z)^2]). sigmoid gives the first GLU.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "silu": (F.silu, 0.5965),
+    "gelu": (F.gelu, 0.6521),
+    "relu2": (lambda x: F.relu(x).square(), 1.2247),
+    "sigmoid": (torch.sigmoid, 0.5416),
 }
 
 

@@ -127,16 +127,15 @@ class FusedAttention(CausalAttention):
 
 def kept(forward: Callable[[], Tensor], *, besides: Any) -> tuple[Tensor, int]:
     """Return the result of `forward` and the bytes that autograd keeps for its backward pass, without `besides`."""
-    saved: dict[int, torch.UntypedStorage] = {}
+    saved: set[torch.UntypedStorage] = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.update(_storages(tensor))
+        saved.add(tensor.untyped_storage())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    others = _storages(besides)
-    return result, sum(storage.nbytes() for key, storage in saved.items() if key not in others)
+    return result, sum(storage.nbytes() for storage in saved - _storages(besides))
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -147,30 +146,21 @@ def peak(run: Callable[[], object]) -> int:
 
 
 class _Allocations(TorchDispatchMode):
-    """Count the bytes of tensors created inside the context, as they are created and freed."""
+    """Find the most bytes at a time in storages that operations create inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.current = self.peak = 0
-        self._known: set[int] = set()
+        self.peak = 0
+        self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = _storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for key, storage in _storages(out).items():
-            if key not in inputs and key not in self._known:
-                self._known.add(key)
-                self.current += storage.nbytes()
-                self.peak = max(self.peak, self.current)
-                weakref.finalize(storage, self._free, key, storage.nbytes())
+        self._alive.update(_storages(out) - inputs)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._alive))
         return out
 
-    def _free(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.current -= num_bytes
 
-
-def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    """Return the storages of all tensors in a tree, by their address."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return {storage._cdata: storage for storage in storages}
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    """Return the storages of all tensors in a tree."""
+    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
