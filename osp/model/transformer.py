@@ -77,10 +77,9 @@ class Attention(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, layer: int = 1):
-        """Build the attention of block `layer`, counted from 1."""
         super().__init__()
+        self.head_dim, self.layer = config.head_size, layer  # counted from 1
         hidden_size, bias = config.hidden_size, config.attention_bias
-        self.head_dim, self.layer = config.head_size, layer
         query_size, key_size = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
         self.q_proj = Linear(hidden_size, query_size, bias=bias)
         self.k_proj = Linear(hidden_size, key_size, bias=bias)
@@ -124,14 +123,11 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.ffn_norm = inner_norm(config, ffn_size, init=rms) if config.ffn_norm else nn.Identity()
         self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
-        self.penalty: PenaltyConfig | None = None  # of the input of down_proj, in training mode
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return y (B, T, D) and the penalty of the input of down_proj, None without one."""
-        hidden = self.ffn_norm(self.act(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F)
-        if self.training and self.penalty is not None:
-            return self.down_proj(hidden), activation_penalty(hidden, self.penalty)
-        return self.down_proj(hidden), None
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y (B, T, D) and the input of down_proj (B, T, F)."""
+        hidden = self.ffn_norm(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(hidden), hidden
 
 
 class Block(nn.Module):
@@ -140,8 +136,7 @@ class Block(nn.Module):
     With `norm.placement=peri` a second norm follows each sublayer: x = x + norm(attention(norm(x))).
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
-        """Build block `layer`, counted from 1."""
+    def __init__(self, config: ModelConfig, layer: int):  # counted from 1
         super().__init__()
         self.input_layernorm = block_norm(config, layer=layer, before_attention=True)
         self.self_attn = Attention(config, layer)
@@ -150,7 +145,7 @@ class Block(nn.Module):
         peri = config.norm.placement == "peri"
         self.attention_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
         self.mlp_output_layernorm = block_norm(config, layer=layer) if peri else nn.Identity()
-        self.penalty: PenaltyConfig | None = None  # of the output of the block, in training mode
+        self.penalty: PenaltyConfig | None = None  # in training mode
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
@@ -158,11 +153,11 @@ class Block(nn.Module):
         """Return the residual stream (B, T, D) after the block, and the penalty of the block, None without one."""
         h, carry = self.input_layernorm(x, return_carry=True)
         x = x + self.attention_output_layernorm(self.self_attn(h, cos, sin, mask, cache))
-        h, penalty = self.mlp(self.post_attention_layernorm(x, carry))
+        h, hidden = self.mlp(self.post_attention_layernorm(x, carry))
         x = x + self.mlp_output_layernorm(h)
-        if self.training and self.penalty is not None:
-            penalty = activation_penalty(x, self.penalty)
-        return x, penalty
+        if not self.training or self.penalty is None:
+            return x, None
+        return x, activation_penalty(x if self.penalty.site == "block_out" else hidden, self.penalty)
 
 
 class Embedding(nn.Module):
@@ -279,11 +274,9 @@ class Transformer(nn.Module):
 
     def set_penalty(self, config: PenaltyConfig) -> None:
         """Compute the penalty of `config` in training mode; a weight of 0 turns it off."""
-        penalty = config if config.weight else None
         for block in self.layers:
             assert isinstance(block, Block)
-            block.penalty = penalty if config.site == "block_out" else None
-            block.mlp.penalty = penalty if config.site == "down_proj_in" else None
+            block.penalty = config if config.weight else None
 
     def use_in_blocks(self, product: Product) -> None:
         """Compute x W^T of every matrix in the blocks by `product` in training mode."""
