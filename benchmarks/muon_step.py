@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osp.config import OptimizerConfig
+from osp.config import Heads, OptimizerConfig
 from osp.device import prepare_cpu
 from osp.optim.groups import build_groups
 from osp.optim.muon import newton_schulz_dtype
@@ -91,12 +91,21 @@ def parameters(shapes: list[tuple[int, int]], layers: int, device: torch.device)
     return made
 
 
+class Matrices(nn.ParameterList):
+    """Matrices as a model for `build_groups`."""
+
+    def parameter_roles(self) -> dict[str, str]:
+        return {name: "matrix" for name, _ in self.named_parameters()}
+
+    def parameter_heads(self) -> dict[str, Heads]:
+        return {}
+
+
 def ours(
     shapes: list[tuple[int, int]], arguments: argparse.Namespace, device: torch.device, *, method: str
 ) -> Callable[[], object]:
     config = OptimizerConfig(ns_method=method, ns_dtype=arguments.ns_dtype)  # type: ignore[arg-type]
-    made = parameters(shapes, arguments.layers, device)
-    optimizer = PartitionedOptimizer(build_groups([(f"w{i}", p, "matrix") for i, p in enumerate(made)], config))
+    optimizer = PartitionedOptimizer(build_groups(Matrices(parameters(shapes, arguments.layers, device)), config))
     flats: list[Tensor] = []
     for group in optimizer.param_groups:  # as ZeRO does it: one flat tensor per group
         flat = torch.cat([p.detach().flatten() for p in group["params"]])

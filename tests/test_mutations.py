@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import flops_per_token, meta_model
-from osp.optim.groups import groups_of
+from osp.optim.groups import build_groups
 from osp.train.engine import zero_settings
 from osp.train.resolve import resolve
 from tests.conftest import ROOT
@@ -89,7 +89,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 def build_shapes(config: Config, *, world_size: int = 2) -> None:
     """Run the part of `osp.train.setup.setup` that needs no process group, disk or text."""
     model = meta_model(config.model)
-    groups_of(model, config.optimizer)
+    build_groups(model, config.optimizer)
     resolved = resolve(config, device=CPU, world_size=world_size)
     config = resolved.config
     if config.train.steps is not None:

@@ -71,20 +71,20 @@ class Decoder:
         """Read `prompts` from the beginning and return the logits (B, V) of the token after each."""
         device = self.cache.keys.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.longest = max(map(len, prompts))
-        ids = torch.tensor([[*prompt, *[0] * (self.longest - len(prompt))] for prompt in prompts], device=device)
-        self.positions = lengths[:, None]
-        self.cache.positions = None
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        self.positions, self.cache.positions = lengths[:, None], None
+        if not self.compiled:
+            self.cache.width = longest
         return self.model(ids, cache=self.cache, wanted=lengths - 1).logits[:, 0]
 
     @torch.no_grad()
     def read_next(self, tokens: Tensor) -> Tensor:
         """Read one more token (B,) per sequence; return the logits (B, V) of the next, valid until the next call."""
-        self.longest += 1
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         else:
-            self.cache.width = self.longest
+            self.cache.width += 1
         logits = self._pass(tokens[:, None], self.positions)
         self.positions = self.positions + 1
         return logits

@@ -18,9 +18,8 @@ def linear_cross_entropy(
 
     Args:
         x: (N, D).
-        weight: (V, D), cast to the dtype of x.
+        weight, bias: (V, D) and (V,), cast to the dtype of x.
         targets: (N,), `IGNORE` for tokens without a loss.
-        bias: (V,), cast to the dtype of x.
         chunk_tokens: number of tokens whose logits are in memory at a time.
     """
     return _LinearCrossEntropy.apply(x, weight, bias, targets, chunk_tokens, torch.is_grad_enabled())

@@ -17,7 +17,7 @@ from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
 from osp.monitor.alerts import Alert
 from osp.monitor.probe import Reading, row_norms
-from osp.optim.groups import groups_of
+from osp.optim.groups import build_groups
 from osp.optim.schedule import build_schedule
 from osp.run.evaluations import replace_nonfinite
 from osp.run.history import growth, since
@@ -87,7 +87,7 @@ class Forensics:
         train = self.config.train
         assert train.steps is not None, "a run with a model has a length"
         schedule = build_schedule(self.config.schedule, total_steps=train.steps, tokens_per_step=train.tokens_per_step)
-        groups = groups_of(self.model, self.config.optimizer)
+        groups = build_groups(self.model, self.config.optimizer)
         group_of = {name: group for group in groups for name in group["names"]}
         return [
             {

@@ -1,6 +1,6 @@
 """Parameter groups from roles: parameters of one group share a flat tensor, an update rule and a weight decay."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -19,32 +19,17 @@ class Trainable(Protocol):
     def named_parameters(self, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def groups_of(model: Trainable, config: OptimizerConfig) -> list[Group]:
-    """Return the parameter groups of a whole model; see `build_groups`."""
-    named, roles = list(model.named_parameters(remove_duplicate=False)), model.parameter_roles()
-    if unknown := sorted(set(roles) - {name for name, _ in named}):
-        raise UserError(f"the model gives a role to {unknown[0]!r}, which is not one of its parameters")
-    return build_groups([(name, p, roles.get(name)) for name, p in named], config, model.parameter_heads())
-
-
-def build_groups(
-    named_roles: Iterable[tuple[str, nn.Parameter, str | None]],
-    config: OptimizerConfig,
-    heads: Mapping[str, Heads] | None = None,
-) -> list[Group]:
+def build_groups(model: Trainable, config: OptimizerConfig) -> list[Group]:
     """Return the groups for `PartitionedOptimizer`: one per role and shape, or one per role for elementwise rules.
 
     A group holds `role`, `rule` (its name), `update_rule` (its `UpdateRule`), `heads`, `base_lr`, `weight_decay`, and
-    in one order the `names`, `shapes` and `params` of its parameters.
-
-    Args:
-        named_roles: (name, parameter, role); a tied weight under each of its names.
-        config: rules by role, and the options of the rules.
-        heads: matrices that `optimizer.per_head` splits into heads, by name.
-
-    Raises:
-        UserError: a parameter is in no group or in two, or a rule does not fit.
+    in one order the `names`, `shapes` and `params` of its parameters. Raises `UserError` if a parameter is in no group
+    or in two, or a rule does not fit.
     """
+    named, roles = list(model.named_parameters(remove_duplicate=False)), model.parameter_roles()
+    heads = model.parameter_heads() if config.per_head else {}
+    if unknown := sorted(set(roles) - {name for name, _ in named}):
+        raise UserError(f"the model gives a role to {unknown[0]!r}, which is not one of its parameters")
     matrix_rule = config.rules.get("matrix")
     if config.per_head and matrix_rule in RULES and not RULES[matrix_rule].TAKES_HEADS:
         raise UserError(
@@ -53,7 +38,8 @@ def build_groups(
         )
     groups: dict[tuple[Any, ...], Group] = {}
     seen: dict[int, str] = {}
-    for name, parameter, role in named_roles:
+    for name, parameter in named:
+        role = roles.get(name)
         if id(parameter) in seen:
             raise UserError(f"parameter {name!r} is in two groups: it is also {seen[id(parameter)]!r}")
         seen[id(parameter)] = name
@@ -67,7 +53,7 @@ def build_groups(
             raise UserError(
                 f"optimizer.rules.{role}={rule}: the rule needs {kind.NDIM}-D parameters, {name!r} is {tuple(shape)}"
             )
-        split = (heads or {}).get(name) if config.per_head and kind.TAKES_HEADS else None
+        split = heads.get(name) if kind.TAKES_HEADS else None
         key = (role, shape, split) if issubclass(kind, WholeRule) else (role,)
         if key not in groups:
             update_rule = kind(config)

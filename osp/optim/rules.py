@@ -6,7 +6,6 @@ start and the plan ask the class for everything else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ class UpdateRule(ABC):
     UPDATE_RMS: str  # RMS of an update divided by the learning rate, for the table printed at start
     NDIM: int | None = None  # dimensions a parameter must have; None: any
     TAKES_HEADS = False  # `optimizer.per_head` applies
+    ELEMENT_BYTES = FP32  # that `step` of an elementwise rule allocates per element: here one update
 
     def __init__(self, config: OptimizerConfig) -> None:
         """Raises `UserError` for an option that the rule does not have."""
@@ -54,13 +54,6 @@ class UpdateRule(ABC):
     def flops(self, group: Group) -> int:
         """Return the floating point operations of one parameter's matrix products."""
         return 0
-
-    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
-        """Return the most bytes that `step` allocates at a time: here one update of a flat tensor of `numel` elements.
-
-        batches: the rank's, empty for an elementwise rule. native_bf16: whether the planned device multiplies bf16.
-        """
-        return FP32 * numel
 
 
 class WholeRule(UpdateRule):
@@ -94,11 +87,11 @@ class WholeRule(UpdateRule):
                 squares = total if squares is None else squares + total
         return squares
 
-    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
-        return max((self.batch_bytes(group, batch, native_bf16=native_bf16) for batch in batches), default=0)
-
     def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
-        """Return the bytes of u, of the whole parameters collected from it, and of two tensors in `direction`."""
+        """Return the most bytes that `step` allocates at a time for a batch on a device with or without native bf16.
+
+        Here u, the whole parameters collected from it, and two tensors in `direction`.
+        """
         return FP32 * (batch.local.stop - batch.local.start + 3 * batch.num_owned * batch.numel)
 
 
@@ -160,13 +153,11 @@ class AdamW(UpdateRule):
 
     STATE_NAMES = ("exp_avg", "exp_avg_sq")
     UPDATE_RMS = "<= ~1"
+    ELEMENT_BYTES = 0  # the fused kernel updates in place
 
     @property
     def base_lr(self) -> float:
         return self.config.lr if self.config.adam_lr is None else self.config.adam_lr
-
-    def workspace_bytes(self, group: Group, numel: int, batches: Sequence[MatrixBatch], *, native_bf16: bool) -> int:
-        return 0  # the fused kernel updates in place
 
     def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
         (beta1, beta2), lr, eps = self.config.adam_betas, group["lr"], self.config.adam_eps

@@ -62,10 +62,10 @@ def rank_memory(
         gradients = total if stage == 1 else reduced * (2 if num > 1 else 1)
     updates, states = [], 0
     for size, group, ranks in zip(flats, groups, work, strict=True):
-        workspace = group["update_rule"].workspace_bytes
-        most = max(workspace(group, size, batches, native_bf16=options.machine.bf16) for batches in ranks or [[]])
-        updates.append(FP32 * size + most)
-        states += size * len(group["update_rule"].STATE_NAMES)
+        rule, bf16 = group["update_rule"], options.machine.bf16
+        whole = [rule.batch_bytes(group, batch, native_bf16=bf16) for batches in ranks for batch in batches]
+        updates.append(FP32 * size + (max(whole) if whole else rule.ELEMENT_BYTES * size))
+        states += size * len(rule.STATE_NAMES)
     sizes = {
         "weights": FP32 * weights,
         "gathered_weights": FP32 * gathered,  # ZeRO-3: whole weights of the layers in use, at most

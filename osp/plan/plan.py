@@ -12,7 +12,7 @@ from osp.config import Config, to_dict
 from osp.device import peak_tflops_of
 from osp.errors import UserError
 from osp.model.transformer import count_parameters, flops_per_token, meta_model
-from osp.optim.groups import groups_of
+from osp.optim.groups import build_groups
 from osp.plan.config import PlanConfig
 from osp.plan.memory import activation_bytes, rank_memory
 from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic
@@ -59,7 +59,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     options = dataclasses.replace(options, machine=machine, gpu_memory=gpu_memory)
     model = meta_model(config.model)
     model.compute_dtype = resolved.compute_dtype
-    groups = groups_of(model, config.optimizer)
+    groups = build_groups(model, config.optimizer)
     compiled = machine.device == "cuda" if asked == "auto" else asked
     kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}
     stages, work = {}, []

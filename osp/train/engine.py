@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from osp.config import OptimizerConfig
 from osp.distributed import add_up
-from osp.optim.groups import Trainable, groups_of
+from osp.optim.groups import Trainable, build_groups
 from osp.optim.optimizer import PartitionedOptimizer
 
 # Elements of the reduction buffer. DeepSpeed allocates it in every step, and its default is 7 times larger.
@@ -74,7 +74,7 @@ class Engine:
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.groups = groups_of(model, config)
+        self.groups = build_groups(model, config)
         self.optimizer = PartitionedOptimizer(self.groups)
         self._stage, self._micro_step = zero_stage, 0
         num_parameters = sum(p.numel() for p in parameters)

@@ -23,7 +23,7 @@ from osp.errors import LostRankError, RunError, UserError
 from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import build_model, meta_model
-from osp.optim.groups import groups_of
+from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
 from osp.run.folder import begin, check_disk, open_run, recorded_steps, seconds_to_write
 from osp.run.logger import Logger, check_wandb
@@ -55,7 +55,7 @@ def setup(config: Config) -> Trainer:
     """Return the trainer of `config`, with everything checked and the run folder begun or continued. Collective."""
     device, world_size = device_of_rank(config.engine.device), int(os.environ.get("WORLD_SIZE", "1"))
     resolved = resolve(config, device=device, world_size=world_size, total_steps=recorded_steps(config))
-    groups_of(meta_model(resolved.config.model), config.optimizer)  # raises if a rule does not fit
+    build_groups(meta_model(resolved.config.model), config.optimizer)  # raises if a rule does not fit
     make_source(config.data)  # raises if it is unknown or names nothing to read
     if resolved.config.train.minutes is None:
         resolved.build_schedule()  # raises if its phases do not fit

@@ -3,6 +3,8 @@
 An oracle for the partitioned optimizer, written from the paper without `osp.optim`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,6 +70,24 @@ class Model(nn.Module):
             x = block(x)
         x = x + self.down(F.silu(self.gate(x)) * self.up(x))
         return F.cross_entropy(self.head(x).flatten(0, 1), ids[:, 1].flatten(), reduction="sum", ignore_index=-100)
+
+
+class OneRole:
+    """Parameters of one role, as a model for `build_groups`. heads: matrices that divide into heads, by name."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], role: str = "matrix", heads: dict[str, Heads] | None = None
+    ):
+        self.parameters, self.role, self.heads = parameters, role, heads or {}
+
+    def parameter_roles(self) -> dict[str, str]:
+        return dict.fromkeys(self.parameters, self.role)
+
+    def parameter_heads(self) -> dict[str, Heads]:
+        return self.heads
+
+    def named_parameters(self, *, remove_duplicate: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self.parameters.items())
 
 
 def batch(step: int) -> tuple[Tensor, int]:

@@ -10,7 +10,7 @@ from osp.config import Heads, OptimizerConfig
 from osp.optim.groups import build_groups
 from osp.optim.optimizer import PartitionedOptimizer
 from osp.optim.rules import RULES, Group, WholeRule
-from tests.optim.reference import osp_direction
+from tests.optim.reference import OneRole, osp_direction
 
 CONFIG = OptimizerConfig(lr=0.125, adam_lr=0.01, weight_decay=0.0, ns_dtype="fp32")
 
@@ -19,7 +19,7 @@ def build(
     parameters: dict[str, nn.Parameter], role: str, config: OptimizerConfig, heads: dict[str, Heads] | None = None
 ) -> tuple[PartitionedOptimizer, list[Tensor]]:
     """An optimizer on flat copies of the parameters, as ZeRO would make them."""
-    groups = build_groups([(name, p, role) for name, p in parameters.items()], config, heads)
+    groups = build_groups(OneRole(parameters, role, heads), config)
     flats = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
     flats = [torch.cat([flat, flat.new_zeros(flat.numel() % 2)]) for flat in flats]
     optimizer = PartitionedOptimizer(groups)

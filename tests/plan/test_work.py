@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from osp.config import Heads, ModelConfig, OptimizerConfig
 from osp.model.transformer import meta_model
 from osp.optim.groups import build_groups
-from osp.optim.groups import groups_of as make_groups
 from osp.optim.muon import newton_schulz
 from osp.optim.rules import Group
 from osp.optim.zero import MatrixBatch, batches, flat_size
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.work import GroupWork, batches_of, group_work, step_time, traffic
 from tests.conftest import ROOT
+from tests.optim.reference import OneRole
 from tests.optim.test_zero import interval_table
 
 SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the matrices of the blocks, and the gains
@@ -33,7 +33,7 @@ def groups_of(model: str) -> list[Group]:
     """The optimizer's groups of a model of configs/model with EmbProj, on tensors without memory."""
     values = yaml.safe_load((ROOT / "configs" / "model" / f"{model}.yaml").read_text())
     shapes = meta_model(ModelConfig(**values, embed_proj=True))
-    return make_groups(shapes, OptimizerConfig())
+    return build_groups(shapes, OptimizerConfig())
 
 
 def structured(model: str = "osp_1b") -> list[Group]:
@@ -186,8 +186,8 @@ def test_critical_path_is_the_sum_over_groups_of_the_fullest_rank() -> None:
 def test_flops_of_heads_equal_counted_products(heads: Heads, matrix: tuple[int, int]) -> None:
     """5 matrices of 4 heads; the optimizer's products beside the plan's."""
     parameters = {str(i): nn.Parameter(torch.randn(32, 48)) for i in range(5)}
-    roles = [(name, parameter, "matrix") for name, parameter in parameters.items()]
-    (group,) = build_groups(roles, OptimizerConfig(per_head=True), dict.fromkeys(parameters, heads))
+    model = OneRole(parameters, heads=dict.fromkeys(parameters, heads))
+    (group,) = build_groups(model, OptimizerConfig(per_head=True))
     work = group_work(group, batches_of(group, world_size=1, stage=1))
     with FlopCounterMode(display=False) as counter:
         for _ in range(5 * 4):
