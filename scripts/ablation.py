@@ -19,7 +19,7 @@ OF_A_TRAINING = {field.name for field in dataclasses.fields(Config)} - {"debug"}
 
 def main(values: dict[str, Any]) -> None:
     config = build(AblationConfig, {**values, "overrides": OVERRIDES})
-    from osp.ablation.ablate import ablate
+    from osp.ablation.execute import ablate
 
     ablate(config, compose, scripts=Path(__file__).parent, command=COMMAND)
     for name in ("ablation.html", "ablation.md", "ablation.json"):

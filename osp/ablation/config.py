@@ -2,12 +2,10 @@
 
 import shlex
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from osp.errors import UserError
-from osp.schema import Count, FilePath, Int, Seed
+from osp.schema import Count, FilePath, Seed
 
 PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
 
@@ -40,9 +38,7 @@ class AblationConfig:
     rates: tuple[str, ...] = ("paper",)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     ranks: Count = 1  # processes of each training
-    parallel: Annotated[Int, Field(ge=1, le=4096)] | None = (
-        None  # trainings at a time; None: as many as the machine allows
-    )
+    parallel: Count | None = None  # trainings at a time; None: as many as the machine allows
     texts: tuple[str, ...] = ()  # for perplexity; empty: the validation split
     max_tokens: Count | None = None  # of each text
     calibration_tokens: Count = 262_144  # of GPTQ
@@ -60,7 +56,7 @@ class Row:
 
 
 def parse_rows(config: AblationConfig) -> list[Row]:
-    """Return the rows of `config`; raise `UserError` for a malformed or repeated row."""
+    """Return the rows of `config`; raise `UserError` for a malformed one."""
     rows = []
     for text in config.rows:
         name, colon, rest = text.partition(":")
@@ -71,8 +67,6 @@ def parse_rows(config: AblationConfig) -> list[Row]:
             overrides = tuple(shlex.split(rest)) if colon else (f"+experiment={name}",)
         except ValueError as error:
             raise UserError(f"rows: {text!r}: {error}") from error
-        if name in [row.name for row in rows]:
-            raise UserError(f"rows: {name!r} is repeated; give each row another name")
         rows.append(Row(name, overrides))
     return rows
 
@@ -93,23 +87,24 @@ def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ..
 
 def check_ablation(config: AblationConfig) -> None:
     """Raise `UserError` for well-typed values that are not a valid ablation."""
-    rows = [row.name for row in parse_rows(config)]
-    if not rows:
-        raise UserError(f"rows=[]: name at least one, for example rows=[{','.join(PAPER_ROWS)}]")
-    if not config.seeds:
-        raise UserError("seeds=[]: name at least one, for example seeds=[0,1,2]")
-    if repeated := [seed for seed in config.seeds if config.seeds.count(seed) > 1]:
-        raise UserError(f"seeds={list(config.seeds)}: {repeated[0]} is repeated and would be the same run")
+    rows, sweep = [row.name for row in parse_rows(config)], config.sweep
+    for key, values, example in (("rows", rows, PAPER_ROWS), ("seeds", config.seeds, (0, 1, 2))):
+        if not values:
+            raise UserError(f"{key}=[]: name at least one, for example {key}=[{','.join(map(str, example))}]")
+    for key, values in {
+        "rows": rows,
+        "seeds": config.seeds,
+        "rates": config.rates,
+        "sweep.values": sweep.values,
+    }.items():
+        texts = list(map(str, values))
+        if repeated := [text for text in texts if texts.count(text) > 1]:
+            raise UserError(f"{key}=[{','.join(texts)}]: {repeated[0]} is repeated and would be the same run")
     for name in config.rates:
         if name != "paper" and name not in config.settings:
             raise UserError(f"rates={list(config.rates)}: {name!r}; choose from {['paper', *config.settings]}")
-    if len(set(config.rates)) < len(config.rates):
-        raise UserError(f"rates={list(config.rates)}: one is repeated")
-    sweep = config.sweep
     if (sweep.key is None) != (not sweep.values):
         raise UserError("a sweep needs both sweep.key=KEY and sweep.values=[VALUE,...]")
-    if len(set(map(str, sweep.values))) < len(sweep.values):
-        raise UserError(f"sweep.values={list(sweep.values)}: one is repeated")
     if sweep.rows and not set(sweep.rows) & set(rows):
         raise UserError(f"sweep.rows={list(sweep.rows)}: no such rows; choose from {rows}")
     if not config.rates and sweep.key is None:

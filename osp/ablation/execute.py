@@ -1,10 +1,13 @@
-"""Train and measure the runs of an ablation in separate processes, several at a time."""
+"""Run an ablation: train and measure in separate processes, several at a time, and write the page and the numbers."""
 
 import json
 import logging
 import os
+import shlex
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from osp.ablation.config import AblationConfig, parse_rows
-from osp.ablation.runs import Planned
+from osp.ablation.ablation_page import ablation_page
+from osp.ablation.config import AblationConfig, check_ablation, parse_rows
+from osp.ablation.runs import Compose, Planned, plan
+from osp.ablation.table import as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, leaves
-from osp.errors import StoppedError, UserError
+from osp.errors import RunError, StoppedError, UserError
+from osp.files import write_text
+from osp.model.transformer import count_parameters
 from osp.run.evaluations import ComparisonRecord, read_comparison
+from osp.run.folder import environment
+from osp.tables import render_markdown
 from osp.train.launch import Process, failure, training_command
 from osp.train.stop import StopRequest
 
@@ -24,6 +33,42 @@ SECONDS_BETWEEN_LOOKS = 0.5
 MEASURING = 0.1  # share of a training, for the progress bar and the remaining time
 
 log = logging.getLogger(__name__)
+
+
+def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: Sequence[str]) -> None:
+    """Train and measure the runs of `config` that are missing, and write ablation.html, ablation.md and ablation.json.
+
+    The files are also written if runs failed (`RunError`) or a signal asked to stop (`StoppedError`); they then name
+    the missing runs.
+
+    Args:
+        compose: returns the configuration that scripts/train.py would train with these overrides.
+        scripts: the folder of train.py and compare.py.
+        command: the command line, for the page.
+    """
+    check_ablation(config)
+    runs = plan(config, compose)
+    try:
+        Path(config.dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"dir={config.dir}: cannot write there: {error.strerror}") from error
+    execution = Execution(config, runs, scripts=scripts)
+    num_tokens, places = statistics.fmean(run.num_tokens for run in execution.runs), execution.slots
+    threads = f"{places[0].threads} thread{'s' * (places[0].threads > 1)} per process"
+    where = f"GPUs {[slot.gpus for slot in places]}" if places[0].gpus else threads
+    log.info(
+        f"{len(execution.runs)} runs of {num_tokens:,.0f} tokens in {config.dir}, {len(places)} at a time, {where}"
+    )
+    try:
+        execution()
+    finally:
+        execution.write(command)
+    if execution.failures:
+        label, why = next(iter(execution.failures.items()))
+        raise RunError(
+            f"{len(execution.failures)} of {len(execution.runs)} runs failed, {label}: {why}; the page says what is "
+            "missing, the same command tries them again"
+        )
 
 
 @dataclass(frozen=True)
@@ -55,10 +100,10 @@ class Execution:
 
     def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
         """scripts: the folder of train.py and compare.py."""
-        self.config, self.scripts = config, scripts
+        self.config, self.planned, self.scripts = config, runs, scripts
         labels = [run.label for run in runs]
         self.runs = [run for i, run in enumerate(runs) if run.label not in labels[:i]]  # equal trainings run once
-        self.failures: dict[str, str] = {}
+        self.slots, self.failures = slots(config, self.runs), dict[str, str]()
         self._finished: set[str] = set()  # labels; cached, because the check parses a file
         self._logs = Path(config.dir) / "logs"
         rows = [row.name for row in parse_rows(config)]
@@ -68,7 +113,7 @@ class Execution:
         """Train and measure what is missing; raise `StoppedError` after a signal, when the runs have saved."""
         self._finished = {run.label for run in self.runs if self.trained(run) and self.measured(run)}
         waiting = [run for run in self.runs if run.label not in self._finished]
-        free, active = slots(self.config, self.runs), {}
+        free, active = list(self.slots), {}
         if not waiting:
             return
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -91,16 +136,15 @@ class Execution:
                         status = process.poll()
                         if status is None:
                             continue
+                        del active[label]
+                        free.append(slot)
                         if error := failure(process.output, status):
                             self.failures[label] = str(error)
                             bar.write(f"{label} failed: {error}", file=sys.stderr)
-                        elif not self.measured(run):
-                            active[label] = (run, slot, self._next(run, slot))
-                            continue
-                        else:
+                        elif self.measured(run):
                             self._finished.add(label)
-                        del active[label]
-                        free.append(slot)
+                        else:
+                            waiting.insert(0, run)
                     done = f"{len(self._finished)} of {len(self.runs)} runs; {', '.join(active)}"
                     bar.set_postfix_str(done, refresh=False)
                     bar.update(sum(map(self._progress, self.runs)) - bar.n)
@@ -113,6 +157,17 @@ class Execution:
         if stop.signal:
             log.info("stopped; the same command continues each run")
             raise StoppedError("the ablation was asked to stop", signal=stop.signal)
+
+    def write(self, command: Sequence[str]) -> None:
+        """Write ablation.html, ablation.md and ablation.json to the folder of the ablation."""
+        newest = {run.label: self.record(run) for run in self.runs if self.trained(run)}
+        records = {label: record for label, record in newest.items() if record is not None}
+        about = about_lines(self.planned, command)
+        results = collect(self.config, self.planned, records, self.failures, about=about)
+        folder, template = Path(self.config.dir), Path(__file__).with_name("ablation.md")
+        write_text(folder / "ablation.json", json.dumps(as_json(results), indent=1) + "\n")
+        write_text(folder / "ablation.md", render_markdown(template, **contents(results, self.config)))
+        write_text(folder / "ablation.html", ablation_page(results, self.config))
 
     def trained(self, run: Planned) -> bool:
         return (run.folder / "summary.json").exists()
@@ -169,9 +224,23 @@ def last_step(path: Path) -> int:
     """Return the step of the last complete line of a metrics.jsonl, 0 before the first."""
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 2**16))
+            file.seek(max(0, path.stat().st_size - 2**16))
             lines = file.read().split(b"\n")[1:-1]
         return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
     except (OSError, ValueError, KeyError):
         return 0
+
+
+def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
+    """Return lines on the model, the data, the machine, the command and the rows."""
+    config, machine, num_tokens = runs[0].config, environment(), runs[0].num_tokens
+    model, train = config.model, config.train
+    return [
+        f"ours: {count_parameters(model)['total'] / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of "
+        f"{model.hidden_size}, {model.norm.name} in the first row), {num_tokens:,} tokens in steps of "
+        f"{train.tokens_per_step:,}, sequences of {train.seq_len}",
+        f"data: {' '.join([config.data.source, *config.data.paths])}",
+        f"machine: {machine['cpus']} cores, torch {machine['torch']}, Python {machine['python']}",
+        f"command: python {shlex.join(command)}",
+        *(f"row {row.name}: {' '.join(row.overrides)}" for row in dict.fromkeys(run.row for run in runs)),
+    ]

@@ -28,7 +28,6 @@ class Planned:
     rates: str
     seed: int
     value: Any  # of the swept key; None: not of the sweep
-    order: tuple[int, int]  # of its line in the table
     config: Config
 
     @property
@@ -57,26 +56,19 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         UserError: a row cannot be composed, or rows differ in a shared key.
     """
     rows, runs = parse_rows(config), []
-
-    def add(row: Row, rates: str, seed: int, value: Any, more: Sequence[str]) -> None:
+    ends_first = rows[:1] + rows[1:][-1:] + rows[1:-1]
+    swept = [row for row in ends_first if row.name in (config.sweep.rows or [row.name])]
+    trainings = [(row, rates, seed, None) for seed in config.seeds for rates in config.rates for row in ends_first]
+    trainings += [(row, "sweep", config.seeds[0], value) for value in config.sweep.values for row in swept]
+    for row, rates, seed, value in trainings:
         settings = settings_of(row, config.settings.get(rates, {}))
-        overrides = [*config.common, *settings, *row.overrides, *config.overrides, *more, f"train.seed={seed}"]
+        overrides = [*config.common, *settings, *row.overrides, *config.overrides]
+        overrides += [] if value is None else [f"{config.sweep.key}={value}"]
         try:
-            trained = named(from_dict(compose(overrides)), row.name, folder=Path(config.dir) / "runs")
+            composed = from_dict(compose([*overrides, f"train.seed={seed}"]))
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from error
-        order = (config.rates.index(rates) if rates in config.rates else len(config.rates), rows.index(row))
-        runs.append(Planned(row, rates, seed, value, order, trained))
-
-    ends_first = rows[:1] + rows[1:][-1:] + rows[1:-1]
-    for seed in config.seeds:
-        for rates in config.rates:
-            for row in ends_first:
-                add(row, rates, seed, None, ())
-    for value in config.sweep.values:
-        for row in ends_first:
-            if row.name in (config.sweep.rows or [r.name for r in rows]):
-                add(row, "sweep", config.seeds[0], value, (f"{config.sweep.key}={value}",))
+        runs.append(Planned(row, rates, seed, value, named(composed, row.name, folder=Path(config.dir) / "runs")))
     _check_shared(runs, config.sweep.key)
     return runs
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from osp.ablation.config import AblationConfig
+from osp.ablation.config import AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS, METHODS
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
@@ -107,19 +107,23 @@ class Results:
 
 
 def collect(
-    runs: list[Planned], records: dict[str, ComparisonRecord], failures: dict[str, str], *, about: list[str]
+    config: AblationConfig,
+    runs: list[Planned],
+    records: dict[str, ComparisonRecord],
+    failures: dict[str, str],
+    *,
+    about: list[str],
 ) -> Results:
     """Return the results of the finished runs. records: label -> record of scripts/compare.py."""
     models = [record.models[0] for record in records.values()]
     columns = {name: digest for model in models for name, digest in model.hashes.items()}
     measured = [measure(run, records[run.label]) for run in runs if run.label in records]
     numbers = {run.label: run.numbers for run in measured}
-    planned = sorted((run for run in runs if run.value is None), key=lambda run: run.order)
     lines = []
-    for (row, rates), of_line in itertools.groupby(planned, key=lambda run: (run.row.name, run.rates)):
-        labels = [run.label for run in of_line]
+    for rates, row in itertools.product(config.rates, parse_rows(config)):
+        labels = [run.label for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
         cells = summarize([numbers[label] for label in labels if label in numbers], columns)
-        lines.append(Line(row, rates, cells, tuple(label for label in labels if label not in numbers)))
+        lines.append(Line(row.name, rates, cells, tuple(label for label in labels if label not in numbers)))
     return Results(
         about=about,
         data={name: digest for model in models for name, digest in model.texts.items()},

@@ -11,7 +11,7 @@ from osp.config import COMPARISONS, MonitorConfig
 from osp.distributed import is_main
 from osp.errors import UserError
 from osp.evaluation.config import CompareConfig
-from osp.evaluation.evaluate import Measurement, open_subject, prepare_out, store_record
+from osp.evaluation.evaluate import Measurement, check_out, open_subject, store_record
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
@@ -24,22 +24,9 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2
 LAST_BITS = "4-4-4"  # of table 4
-METHODS = ("RTN", "+ FFN Had", "+ GPTQ", "+ QuaRot")  # rows of table 4
+METHODS = {"RTN": "", "+ FFN Had": "+Had", "+ GPTQ": "+GPTQ", "+ QuaRot": "+QuaRot"}  # row of table 4 -> of table 2
 ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
 KURTOSIS_TOKENS = 16_384  # of the text, at most
-
-
-def _methods(spec: QuantSpec) -> dict[str, QuantSpec]:
-    """Return `spec` with one more method per entry, as in the authors' scripts."""
-    hadamard = dataclasses.replace(spec, ffn_hadamard=True)
-    gptq = dataclasses.replace(hadamard, method="gptq")
-    return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
-
-
-def table_4_specs(spec: QuantSpec, *, spinquant: bool) -> dict[str, QuantSpec]:
-    """Return row -> quantization at 4-4-4; each row adds to the one before."""
-    rows = dict(zip(METHODS, _methods(spec.at(LAST_BITS)).values(), strict=True))
-    return rows | ({"+ SpinQuant": dataclasses.replace(rows["+ QuaRot"], rotation="spinquant")} if spinquant else {})
 
 
 def compare(config: CompareConfig) -> list[Comparison]:
@@ -48,7 +35,7 @@ def compare(config: CompareConfig) -> list[Comparison]:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
         config = dataclasses.replace(config, quant=config.quant.at("16-16-16"))
-    prepare_out(config)
+    check_out(config)
     for path in config.paths:
         find_model(Path(path))
     comparisons = []
@@ -65,10 +52,14 @@ def compare(config: CompareConfig) -> list[Comparison]:
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     """Return both tables of one model; a quantization that several cells share is measured once."""
     measurement, progress = Measurement(subject, config), config.progress and is_main()
-    named = _methods(config.quant)
+    named = method_specs(config.quant)
     rows = named if config.methods == "all" else ("", "+Had")
     cells = {(row, bits): named[row].at(bits) for row in rows for bits in COLUMNS}
-    methods = {} if config.methods == "none" else table_4_specs(config.quant, spinquant=config.spinquant)
+    methods = {}
+    if config.methods != "none":
+        methods = {method: named[row].at(LAST_BITS) for method, row in METHODS.items()}
+        if config.spinquant:
+            methods["+ SpinQuant"] = dataclasses.replace(methods["+ QuaRot"], rotation="spinquant")
     specs = [*cells.values(), *methods.values()]
     wanted = {str(spec): spec for spec in specs}
     scores = {words: Score(None, None) for words, spec in wanted.items() if not _is_possible(spec, subject)}
@@ -96,6 +87,13 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
         texts={text.name: text.sha256 for text in measurement.texts},
         step=subject.step or 0,
     )
+
+
+def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
+    """Return row of table 2 -> `spec` with one more method than in the row before, as in the authors' scripts."""
+    hadamard = dataclasses.replace(spec, ffn_hadamard=True)
+    gptq = dataclasses.replace(hadamard, method="gptq")
+    return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
 def script_kurtosis(measurement: Measurement) -> float | None:

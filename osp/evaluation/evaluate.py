@@ -18,9 +18,9 @@ from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import init_distributed, is_main
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
-from osp.evaluation.harness import LOCAL_NAMES, PAPER_TEN, HarnessModel, evaluate_local_task, evaluate_named_tasks
+from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks
 from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.local_tasks import read_task
+from osp.evaluation.local_tasks import PAPER_TEN, read_task
 from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import HELD_OUT, read_text, training_text
 from osp.model.transformer import Transformer
@@ -100,9 +100,9 @@ class Measurement:
         for task in self.tasks:
             results += evaluate_local_task(model, task)
         if config.lm_eval:
-            tasks = {}
-            for name in config.lm_eval:
-                tasks |= PAPER_TEN if name == "paper_ten" else {name: config.num_fewshot}
+            tasks = {name: config.num_fewshot for name in config.lm_eval if name != "paper_ten"}
+            if "paper_ten" in config.lm_eval:
+                tasks |= {name: num_fewshot for name, (num_fewshot, _) in PAPER_TEN.items()}
             results += evaluate_named_tasks(model, tasks, limit=config.limit, include_path=config.lm_eval_dir)
         return results
 
@@ -111,7 +111,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     """Return the results, the ablation if asked for, and all that both depend on. Collective: every rank calls it."""
     spec, machine, progress = config.quant, environment(), config.progress and is_main()
     check_spec(spec, subject.model.config)
-    prepare_out(config)
+    check_out(config)
     measurement = Measurement(subject, config)
     if config.ablate and (not measurement.texts or spec.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
@@ -175,21 +175,18 @@ def live_perplexity(
         model.train(was_training)
 
 
-def prepare_out(config: MeasureConfig) -> None:
-    """Make the folder of `out`; raise `UserError` before the work if nothing can be written there."""
+def check_out(config: MeasureConfig) -> None:
+    """Raise `UserError` before the work if `out` cannot be written."""
     if config.out is None:
         return
     path = Path(config.out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(path.parent, os.W_OK) else "cannot write there"
-        reason = "is a folder" if path.is_dir() else reason
-    except FileExistsError:
-        reason = f"{path.parent} is not a folder"
-    except OSError as error:
-        reason = f"cannot write there: {error.strerror}"
-    if reason:
-        raise UserError(f"out={path}: {reason}; name a JSON file")
+    if path.is_dir():
+        raise UserError(f"out={path}: is a folder; name a JSON file")
+    folder = next(folder for folder in path.parents if os.path.exists(folder))
+    if not folder.is_dir():
+        raise UserError(f"out={path}: {folder} is not a folder; name a JSON file")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"out={path}: cannot write to {folder}; name another file")
 
 
 def store_record(
@@ -224,10 +221,9 @@ def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
         if name != "paper":
             files.append((Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl", config.num_fewshot))
             continue
-        ten = [(folder / f"{LOCAL_NAMES.get(task, task)}.jsonl", shots) for task, shots in PAPER_TEN.items()]
-        present = [(path, shots) for path, shots in ten if path.exists()]
+        present = [(folder / file, shots) for shots, file in PAPER_TEN.values() if (folder / file).exists()]
         if not present:
-            names = ", ".join(path.name for path, _ in ten)
+            names = ", ".join(file for _, file in PAPER_TEN.values())
             raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {names}")
         files += present
     return files

@@ -26,12 +26,6 @@ from osp.evaluation.local_tasks import FORMS, LocalTask, as_harness_task
 from osp.model.generate import stream
 from osp.run.evaluations import Result
 
-# The ten benchmarks of OSP (arXiv 2506.19697, tables 2, 3 and 5) by the harness's names, with their numbers of
-# examples. ARC is both its parts; MMLU is in cloze form. Some have another name as a local file.
-PAPER_TEN = dict.fromkeys(("arc_easy", "arc_challenge", "commonsense_qa"), 0) | {"gsm8k": 8}
-PAPER_TEN |= dict.fromkeys(("hellaswag", "mmlu_continuation", "openbookqa", "piqa", "social_iqa"), 0)
-PAPER_TEN |= {"triviaqa": 5, "winogrande": 0}
-LOCAL_NAMES = {"openbookqa": "openbook_qa", "social_iqa": "siqa", "triviaqa": "triviaqa_sm_sub"}
 DEFAULT_NEW_TOKENS = 256
 LOGIT_ROWS = 1024  # logits (tokens) that exist at a time
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own

@@ -1,6 +1,6 @@
 """Tasks in local jsonl files, as tasks of the lm-evaluation-harness. No network is needed.
 
-local_tasks.yaml has the forms of their lines; all lines of a file have the same form.
+tasks.yaml has the forms of their lines; all lines of a file have the same form.
 
 `acc` is the share of items whose gold choice has the highest log-likelihood, or whose continuation is greedy;
 `acc_norm` divides log-likelihoods by the bytes of the choice first. `exact_match` is the share of questions whose
@@ -20,15 +20,15 @@ import yaml
 
 from osp.errors import UserError
 
-FORMS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("local_tasks.yaml").read_text(encoding="utf-8")
-)
+_FILE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
+PAPER_TEN: dict[str, tuple[int, str]] = _FILE["paper_ten"]
+FORMS: dict[str, dict[str, Any]] = _FILE["forms"]
 FEWSHOT_DELIMITER = "\n\n"
 ANSWER_IS = "The answer is"
 ARTICLES = {"a", "an", "the"}
 LISTS = {"choices": 2, "context_options": 2, "aliases": 0}  # fields that hold a list -> the least number of texts
 
-Doc = dict[str, Any]  # of the harness: the fields that local_tasks.yaml names, and `example`, what it shows as one
+Doc = dict[str, Any]  # of the harness: the fields that tasks.yaml names, and `example`, what it shows as one
 
 
 @dataclass(frozen=True)

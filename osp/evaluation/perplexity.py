@@ -77,7 +77,15 @@ def perplexity(
         UserError: The windows do not fit the model or the text.
     """
     tokens, device, bos = text.tokens[:max_tokens], next(model.parameters()).device, bos_id is not None
-    starts, length = window_starts(len(tokens), seq_len=seq_len, overlap=overlap, bos=bos, model=model)
+    longest = model.config.max_position_embeddings
+    if not 2 <= seq_len <= longest:
+        raise UserError(f"seq_len={seq_len}: a window has 2 to {longest} tokens, the model's max_position_embeddings")
+    length = min(seq_len - bos, len(tokens))  # tokens of the text in a window
+    if not 0 <= overlap < length:
+        raise UserError(f"overlap={overlap}: must be 0 or more and below the {length} tokens of a window")
+    if length + bos < 2:
+        raise UserError(f"the text has {len(tokens)} tokens; there is nothing to predict")
+    starts = torch.arange(0, len(tokens) - length + 1, length - overlap)
     batches, offsets = starts.split(max(1, batch_tokens // length)), torch.arange(length)
     nats = torch.zeros(len(batches), dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.int64)  # tokens, bytes
@@ -93,16 +101,3 @@ def perplexity(
     name = f"{text.name}[len={length + bos},overlap={overlap},bos={'yes' if bos else 'no'}"
     name += f",first={len(tokens)}]" if len(tokens) < len(text.tokens) else "]"
     return CodeLength(nats=add_up(nats).sum().item(), tokens=num_tokens, bytes=num_bytes, name=name)
-
-
-def window_starts(num_tokens: int, *, seq_len: int, overlap: int, bos: bool, model: Transformer) -> tuple[Tensor, int]:
-    """Return (first token of each window (n,), tokens of the text in a window), or raise `UserError`."""
-    longest = model.config.max_position_embeddings
-    if not 2 <= seq_len <= longest:
-        raise UserError(f"seq_len={seq_len}: a window has 2 to {longest} tokens, the model's max_position_embeddings")
-    length = min(seq_len - bos, num_tokens)
-    if not 0 <= overlap < length:
-        raise UserError(f"overlap={overlap}: must be 0 or more and below the {length} tokens of a window")
-    if length + bos < 2:
-        raise UserError(f"the text has {num_tokens} tokens; there is nothing to predict")
-    return torch.arange(0, num_tokens - length + 1, length - overlap), length

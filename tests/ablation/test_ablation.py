@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from osp.ablation.ablate import ablate
 from osp.ablation.config import AblationConfig
-from osp.ablation.execute import last_step
+from osp.ablation.execute import ablate, last_step
 from osp.ablation.runs import plan
 from osp.config import Config, from_dict
 from osp.errors import RunError, StoppedError

@@ -49,7 +49,6 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
     assert planned["adam_fast", "tuned", 3, None].optimizer.lr == 7e-3  # a row that says its rate means it
     assert {c.train.grad_clip for c in planned.values()} == {0.5}
     assert planned["muon", "paper", 5, None].train.seed == 5
-    assert [run.order for run in runs[:4]] == [(0, 0), (0, 3), (0, 1), (0, 2)]
     assert not list(tmp_path.iterdir())
 
 
@@ -57,21 +56,21 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"rows": ["adam", "ospp"]}, r"row ospp: Could not find 'experiment/ospp'(?s:.)*adam"),
-        ({"rows": ["adam", "adam"]}, r"rows: 'adam' is repeated"),
+        ({"rows": ["adam", "adam"]}, r"rows=\[adam,adam\]: adam is repeated"),
         ({"rows": []}, r"rows=\[\]: name at least one"),
         ({"rows": ["a b"]}, r"rows: 'a b'; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'"),
         ({"rows": ["x: 'y"]}, r"rows: \"x: 'y\": No closing quotation"),
         ({"rows": ["x: optimizer.lrr=1"]}, r"row x: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'\?"),
         ({"rows": ["x: optimizer.lr=-1"]}, r"row x: optimizer.lr=-1"),
         ({"seeds": []}, r"seeds=\[\]: name at least one"),
-        ({"seeds": [1, 2, 1]}, r"seeds=\[1, 2, 1\]: 1 is repeated and would be the same run"),
+        ({"seeds": [1, 2, 1]}, r"seeds=\[1,2,1\]: 1 is repeated and would be the same run"),
         ({"seeds": [-1]}, r"seeds\[0\]=-1: must be"),
         ({"rates": ["best"]}, r"rates=\['best'\]: 'best'; choose from \['paper'\]"),
-        ({"rates": ["paper", "paper"]}, r"one is repeated"),
+        ({"rates": ["paper", "paper"]}, r"rates=\[paper,paper\]: paper is repeated"),
         ({"rates": []}, r"nothing to train"),
         ({"sweep": {"key": "optimizer.lr"}}, r"a sweep needs both"),
         ({"sweep": {"values": [1]}}, r"a sweep needs both"),
-        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"one is repeated"),
+        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"sweep.values=\[1,1\]: 1 is repeated"),
         (
             {"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}},
             r"sweep.rows=\['muon'\]: no such rows; choose from",

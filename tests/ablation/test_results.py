@@ -77,7 +77,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Ablation:
             made_run(run.folder, steps=64, layers=2, outliers=run.row.name == "adam", seed=run.seed)
             records[run.label] = made_record(run.row.name, run.seed)
     (failed,) = [run.label for run in runs if run.label not in records]
-    return wanted, runs, collect(runs, records, {failed: "the disk is full"}, about=["trained here"])
+    return wanted, runs, collect(wanted, runs, records, {failed: "the disk is full"}, about=["trained here"])
 
 
 def as_markdown(results: Results, wanted: AblationConfig) -> str:

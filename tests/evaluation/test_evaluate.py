@@ -17,7 +17,7 @@ import yaml
 
 from osp.config import NormConfig
 from osp.errors import UserError
-from osp.evaluation.compare import COLUMNS, compare_one, markdown, script_kurtosis, table_4_specs
+from osp.evaluation.compare import COLUMNS, METHODS, compare_one, markdown, script_kurtosis
 from osp.evaluation.config import CompareConfig, EvaluateConfig
 from osp.evaluation.evaluate import Measurement, evaluate, live_perplexity, results_table, store_record
 from osp.evaluation.language_model import LanguageModel, open_model
@@ -223,7 +223,7 @@ def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Pa
         assert found.bits[row][bits].perplexity == expected
     assert found.methods["RTN"] == found.bits[""]["4-4-4"]
     assert found.methods["+ FFN Had"] == found.bits["+Had"]["4-4-4"]
-    assert list(found.methods) == list(table_4_specs(spec, spinquant=False))
+    assert list(found.methods) == list(METHODS)
     lines = markdown([found, found]).split("\n")
     assert lines[0] == f"| model | ex. kurtosis | {' | '.join(COLUMNS)} |"
     assert [line.split(" | ")[0] for line in lines[2:6]] == [

@@ -11,9 +11,9 @@ import torch
 
 from osp.distributed import batches_by_tokens
 from osp.errors import UserError
-from osp.evaluation.harness import PAPER_TEN, HarnessModel, encode_pair, evaluate_local_task, evaluate_named_tasks
+from osp.evaluation.harness import HarnessModel, encode_pair, evaluate_local_task, evaluate_named_tasks
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.local_tasks import FORMS, LocalTask, delimiter, read_task, score_answer
+from osp.evaluation.local_tasks import FORMS, PAPER_TEN, LocalTask, delimiter, read_task, score_answer
 from osp.run.evaluations import Result
 from tests.conftest import made_text
 from tests.hf_models import DATA
@@ -348,7 +348,7 @@ def test_harness_gets_greedy_text(llama: LanguageModel, transformers_llama: Any)
 
 def test_paper_ten_names_eleven_tasks_of_the_harness() -> None:
     assert len(PAPER_TEN) == 11  # ARC is both its parts
-    assert (PAPER_TEN["gsm8k"], PAPER_TEN["triviaqa"]) == (8, 5)
+    assert (PAPER_TEN["gsm8k"][0], PAPER_TEN["triviaqa"][0]) == (8, 5)
 
 
 def test_named_task_of_the_harness_agrees_with_the_file(llama: LanguageModel, tmp_path: Path) -> None:
