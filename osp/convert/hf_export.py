@@ -65,8 +65,8 @@ def export(
         trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
         fold_into_weights(model)
         folding = check_same_function("folding projections and scales", trained, observe_function(model))
-        special = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
-        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, **special)
+        ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
+        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, **ids)
         _write_tokenizer(subject, folder)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype]).float()
@@ -80,16 +80,12 @@ def export(
 
 
 def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
-    """Raise `UserError` with the reason, and a fix if there is one, if no stock Llama computes the same as a model.
-
-    path: the argument of the user, for the message.
-    """
+    """Raise `UserError` with the reason and a fix if no stock Llama computes the same as the model at `path`."""
     for key, name in (("norm.name", config.norm.name), ("norm.final", final_norm_name(config.norm))):
         reason = NORMS[name].not_rmsnorm
         if reason is not None:
-            raise UserError(
-                f"{key}={name}: a stock Llama has no such norm, {reason}; {_suggest_conversion(config, path)}"
-            )
+            fix = _suggest_conversion(config, path)
+            raise UserError(f"{key}={name}: a stock Llama has no such norm, {reason}; {fix}")
     for key, holds, what in (
         ("norm.placement=peri", config.norm.placement == "peri", "norm after a sublayer"),
         ("qk_norm=true", config.qk_norm, "norm of queries and keys"),

@@ -34,12 +34,7 @@ class Exported:
 
 
 def model_card(subject: LanguageModel, exported: Exported, certificate: Certificate | None = None) -> str:
-    """Return the Markdown about an exported model, laid out by model_card.md.
-
-    Args:
-        subject: the model of a run.
-        certificate: of the conversion of its norms, if there was one.
-    """
+    """Return the Markdown about the exported model of a run, laid out by model_card.md."""
     config, run, step = subject.config, subject.run, subject.step or 0
     assert config is not None
     assert run is not None

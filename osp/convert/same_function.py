@@ -35,6 +35,8 @@ PERPLEXITY_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 COMPARED_TOKENS = 16_384  # of the text, at most
 COMPARED_SEQUENCES = (2, 64)  # sequences and tokens per sequence that activations and logits are compared on
 
+Observed = dict[str, Tensor]  # activations by site, and the logits
+
 
 @dataclass(frozen=True)
 class Certified:
@@ -84,7 +86,6 @@ class Certificate:
     earlier: dict[str, Any] | None = None  # the certificate of `before` if that was converted as well
 
     def __str__(self) -> str:
-        """Return a table."""
         table = [["arithmetic", "max |delta logit|", "of the largest", "first site that differs"]]
         rows = {"fp64": self.fp64, "fp64, weights as stored": self.stored, "bf16, weights as stored": self.bf16}
         for name, row in rows.items():
@@ -99,7 +100,7 @@ class Certificate:
 
 
 @torch.no_grad()
-def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> Observed:
     """Return what no conversion changes, fp64 on the CPU, computed in `dtype` from the same random tokens each time.
 
     Keys in the order of the forward pass: `layer_00/o_proj_in`, `layer_00/down_proj_in`, ..., `logits`.
@@ -119,23 +120,18 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
     return {name: x.double().cpu() for name, x in {**seen, "logits": logits}.items()}
 
 
-def measure_difference(
-    expected: dict[str, Tensor], observed: dict[str, Tensor], limits: dict[str, float]
-) -> Difference:
+def measure_difference(expected: Observed, observed: Observed, limits: dict[str, float]) -> Difference:
     """Return the difference of the logits, and the first site that differs by more than its limit."""
-    deltas = {name: _largest(observed[name] - value) for name, value in expected.items()}
-    above = [name for name in expected if not deltas[name] <= limits[name]]  # true for nan as well
-    return Difference(deltas["logits"], deltas["logits"] / _largest(expected["logits"]), above[0] if above else None)
+    deltas = {name: (observed[name] - value).abs().max().item() for name, value in expected.items()}
+    above = (name for name in expected if not deltas[name] <= limits[name])  # true for nan as well
+    return Difference(deltas["logits"], deltas["logits"] / expected["logits"].abs().max().item(), next(above, None))
 
 
 def check_same_function(
-    what: str, expected: dict[str, Tensor], observed: dict[str, Tensor], tolerance: float = FP32_TOLERANCE
+    what: str, expected: Observed, observed: Observed, tolerance: float = FP32_TOLERANCE
 ) -> Difference:
-    """Return the difference of two observations; raise `UserError` if the logits differ by more than `tolerance`.
-
-    what: the change between the two, subject of the message. tolerance: relative to the largest logit.
-    """
-    limits = {name: tolerance * _largest(value) for name, value in expected.items()}
+    """Return the difference; raise `UserError` with `what` changed if it is above `tolerance` of the largest logit."""
+    limits = {name: tolerance * value.abs().max().item() for name, value in expected.items()}
     difference = measure_difference(expected, observed, limits)
     if not difference.relative <= tolerance:  # true for nan as well
         raise UserError(
@@ -143,10 +139,6 @@ def check_same_function(
             f"{difference.parts_at or 'the logits'}; not written"
         )
     return difference
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item()
 
 
 def compared_perplexity(model: Transformer, text: Text) -> float:
@@ -178,7 +170,7 @@ def certify(
     reference, in_bf16 = observe_function(model, torch.float64), observe_function(model, torch.bfloat16)
     fp64 = check_same_function(what, reference, observe_function(exact, torch.float64), limit)
     in_fp32 = check_same_function(f"{what}, stored in fp32,", reference, observe_function(stored, torch.float64))
-    rounding = {name: _largest(in_bf16[name] - value) for name, value in reference.items()}
+    rounding = {name: (in_bf16[name] - value).abs().max().item() for name, value in reference.items()}
     # if rounding is the only error, models whose bf16 differs from fp64 by e each differ by 2 e at most
     limits = {name: 2 * error for name, error in rounding.items()}
     before, after = (
@@ -189,7 +181,7 @@ def certify(
         before=before,
         after=after,
         steps=tuple(steps),
-        largest_logit=_largest(reference["logits"]),
+        largest_logit=reference["logits"].abs().max().item(),
         fp64=fp64,
         stored=in_fp32,
         bf16=measure_difference(in_bf16, observe_function(stored, torch.bfloat16), limits),
@@ -202,10 +194,7 @@ def certify(
 
 
 def read_certificate(subject: LanguageModel) -> Certificate | None:
-    """Return the certificate of a converted model, None for other models.
-
-    Raises `UserError` if it is missing or belongs to other weights.
-    """
+    """Return the certificate of a converted model, None for others. Raises `UserError` if it is missing or wrong."""
     if subject.conversion is None:
         return None
     assert subject.run is not None

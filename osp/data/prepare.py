@@ -108,10 +108,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     if child.returncode == 2:
         raise UserError(child.stdout.read().decode().strip())
     if child.returncode == -signal.SIGKILL:
-        raise UserError(
-            f"preparing {folder}: the process was killed, perhaps for lack of memory; "
-            "set data.num_workers to fewer threads"
-        )
+        raise UserError(f"preparing {folder} was killed, perhaps for lack of memory; set a lower data.num_workers")
     if child.returncode not in (None, 0):
         raise RuntimeError(f"preparing {folder} failed with exit code {child.returncode}; its error is printed above")
     return folder
@@ -120,8 +117,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
 def _background(parent: int) -> None:
     """Run the child process of `start_preparing`; the message of a `UserError` goes to standard output.
 
-    Only the end of the process `parent` ends this one, even if that is killed: a launcher signals every process of a
-    job, and the trainer may need data to finish its step.
+    Only the end of `parent` ends it: a launcher signals every process of a job, and the trainer may still need data.
     """
 
     def watch() -> None:

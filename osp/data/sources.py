@@ -34,10 +34,7 @@ class Source(ABC):
     IN_MIXTURE = True  # may be a part of a mixture
 
     def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
-        """Check `config`, the whole `data` or a part of `data.mixture`, and raise `UserError` if it lacks something.
-
-        key: its name in messages.
-        """
+        """Check `config`, the whole `data` or a part of `data.mixture`. key: its name in messages"""
         self.config, self.key = config, key
         self.label = config.source  # first part of the name of the folder with the shards
 

@@ -410,7 +410,7 @@ def test_killed_preparation_is_reported(
 ) -> None:
     monkeypatch.setitem(SOURCES, "python_stdlib", _Deadly)
     config = DataConfig(cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"preparing .*: the process was killed, .*data\.num_workers"):
+    with pytest.raises(UserError, match=r"preparing .* was killed, .*data\.num_workers"):
         start_preparing(config, tokenizer_config, progress=False)
 
 
