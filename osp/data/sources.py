@@ -110,8 +110,8 @@ class HubDataset(Source):
         name = f"data.dataset={dataset}" + (f" (subset {config.subset})" if config.subset else "")
         try:
             if not Path(dataset).is_dir():
-                request = huggingface_hub.HfApi().dataset_info
-                ask_hub(f"{name} cannot be reached", request, dataset, timeout=HUB_TIMEOUT)
+                with ask_hub(f"{name} cannot be reached"):
+                    huggingface_hub.HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
             stream = datasets.load_dataset(dataset, config.subset, split=config.split, streaming=True)
             for number, record in enumerate(stream, start=1):
                 is_null = record.get(config.text_field, "") is None

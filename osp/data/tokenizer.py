@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
         path = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
         if not isinstance(path, str):
-            failure = f"tokenizer.hub={name}: cannot get its {FILE_NAME}"
-            ask_hub(failure, huggingface_hub.HfApi().model_info, name, timeout=HUB_TIMEOUT)
-            path = str(ask_hub(failure, huggingface_hub.hf_hub_download, name, FILE_NAME))
+            with ask_hub(f"tokenizer.hub={name}: cannot get its {FILE_NAME}"):
+                huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+                path = huggingface_hub.hf_hub_download(name, FILE_NAME)
     tokenizer = load_tokenizer(path)
     kind = json.loads(tokenizer.to_str())["model"]["type"]
     if kind not in ("BPE", "Unigram"):
@@ -136,12 +137,13 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
     return sizes
 
 
-def ask_hub(failure: str, request: Callable[..., Any], *arguments: str, **options: Any) -> Any:
-    """Return the answer of the Hugging Face hub; an error becomes a `UserError` that begins with `failure`.
+@contextmanager
+def ask_hub(failure: str) -> Iterator[None]:
+    """Turn errors of requests to the Hugging Face hub into a `UserError` that begins with `failure`.
 
     The clients retry a dead connection for many seconds: begin with a request that has a `timeout`.
     """
     try:
-        return request(*arguments, **options)
+        yield
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it is built on
         raise UserError(f"{failure} from the Hugging Face hub: {' '.join(str(error).split())}") from error

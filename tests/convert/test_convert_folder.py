@@ -102,7 +102,7 @@ def test_certificate_holds_the_measurements(run: Path, tmp_path: Path) -> None:
 
 
 def test_converted_model_can_be_converted_again(run: Path, tmp_path: Path) -> None:
-    """RMSNorm stored in fp32 -> CRMSNorm on 31 channels -> LayerNorm, each evaluated as any model."""
+    """RMSNorm stored in fp32 -> CRMSNorm on 31 channels -> LayerNorm, evaluated like any model."""
     for source, to in (("run", "rmsnorm"), ("rmsnorm", "crmsnorm"), ("crmsnorm", "layernorm")):
         certificate = convert_folder(run if source == "run" else tmp_path / source, tmp_path / to, to=to)
     assert certificate.earlier is not None
@@ -164,23 +164,23 @@ def test_bos_token_of_a_llama_is_kept(
 def test_training_starts_from_a_converted_folder(tiny: Tiny, converted_llama: Path, tmp_path: Path) -> None:
     """With weights, shape and tokenizer of the folder, a new optimizer and step 0."""
     start = [f"checkpoint.init_from={converted_llama}", "eval.sample_tokens=0"]
-    train(tiny("train.steps=1", "optimizer.lr=0", *start, name="still"))
-    still, ours = load_model(tmp_path / "still"), load_model(converted_llama)
-    assert still.config == ours.config
-    for name, parameter in still.named_parameters():
+    train(tiny("train.steps=1", "optimizer.lr=0", *start, name="frozen"))
+    frozen, ours = load_model(tmp_path / "frozen"), load_model(converted_llama)
+    assert frozen.config == ours.config
+    for name, parameter in frozen.named_parameters():
         assert torch.equal(parameter, dict(ours.named_parameters())[name])
-    config = tiny("train.steps=3", "checkpoint.every=1", "train.stop_at=1", *start, name="on")
+    config = tiny("train.steps=3", "checkpoint.every=1", "train.stop_at=1", *start, name="trained")
     train(config)
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, stop_at=None)))
-    steps = [event for event in read_lines(tmp_path / "on" / "metrics.jsonl") if "train/loss" in event]
+    steps = [event for event in read_lines(tmp_path / "trained" / "metrics.jsonl") if "train/loss" in event]
     assert [event["step"] for event in steps] == [1, 2, 3]
-    on = open_model(tmp_path / "on")
-    assert on.config is not None
-    assert on.config.checkpoint.init_from == str(converted_llama)
-    assert on.conversion is None
-    assert relative_error(on.model, ours) > 1e-3
+    trained = open_model(tmp_path / "trained")
+    assert trained.config is not None
+    assert trained.config.checkpoint.init_from == str(converted_llama)
+    assert trained.conversion is None
+    assert relative_error(trained.model, ours) > 1e-3
     with pytest.raises(UserError, match=r"checkpoint.init_from: \S+ -> None"):
-        train(tiny("train.steps=3", "eval.sample_tokens=0", name="on"))
+        train(tiny("train.steps=3", "eval.sample_tokens=0", name="trained"))
 
 
 def test_training_starts_from_another_run(tiny: Tiny, run: Path, tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ def test_live_quantization_of_recentred_weights_leaves_training_bit_identical(ti
     shared = ("norm.name=rmsnorm", "recentre=true", "train.steps=2", "eval.sample_tokens=0", "eval.quant.tokens=256")
     for every in (0, 1):
         train(tiny(*shared, f"eval.quant.every={every}", name=f"every_{every}"))
-    quiet, watched = (dict(load_model(tmp_path / f"every_{every}").named_parameters()) for every in (0, 1))
-    assert all(torch.equal(parameter, watched[name]) for name, parameter in quiet.items())
+    unmeasured, measured = (dict(load_model(tmp_path / f"every_{every}").named_parameters()) for every in (0, 1))
+    assert all(torch.equal(parameter, measured[name]) for name, parameter in unmeasured.items())
     events = read_lines(tmp_path / "every_1" / "metrics.jsonl")
     assert [event["step"] for event in events if "quant/perplexity/4-4-4" in event] == [1, 2]
 

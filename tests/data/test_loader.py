@@ -1,4 +1,4 @@
-"""Sequences equal a naive packer's, and those of a step are the same on any ranks, in any order, after a restart."""
+"""Sequences equal a naive packer's, and a step reads the same ones on any ranks, in any order, after a restart."""
 
 import dataclasses
 import shutil
@@ -78,12 +78,12 @@ def test_epoch_reads_every_sequence_once_shard_by_shard(shards: Path) -> None:
     assert rows.rows_per_epoch == rows_per_epoch
     orders = []
     for epoch in range(3):
-        found = rows.read(epoch * rows_per_epoch + np.arange(rows_per_epoch)).tolist()
+        remaining = rows.read(epoch * rows_per_epoch + np.arange(rows_per_epoch)).tolist()
         for expected in packed:
-            part, found = found[: len(expected)], found[len(expected) :]
-            assert sorted(part) == sorted(expected)
-            orders.append(part)
-            assert part != expected
+            shard, remaining = remaining[: len(expected)], remaining[len(expected) :]
+            assert sorted(shard) == sorted(expected)
+            assert shard != expected
+            orders.append(shard)
     assert orders[0] != orders[len(packed)] != orders[2 * len(packed)]  # the first shard in each epoch
     other = Rows(shards, seq_len=SEQ_LEN, seed=4)
     assert not np.array_equal(other.read(np.arange(100)), rows.read(np.arange(100)))
@@ -96,18 +96,18 @@ def test_step_has_the_same_sequences_on_any_world_size(shards: Path, world_size:
     last = rows.rows_per_epoch // ROWS_PER_STEP  # crosses into the second epoch
     for step in (0, 7, last, 5 * last):
         expected = rows.read(np.arange(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP))
-        found = step_rows(shards, step, world_size=world_size, micro_batch_size=micro_batch_size)
-        np.testing.assert_array_equal(found, expected)
+        actual = step_rows(shards, step, world_size=world_size, micro_batch_size=micro_batch_size)
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_steps_can_be_read_in_any_order(shards: Path) -> None:
     source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8, seed=5, document_ids=True)
     for step in (0, 1, 2, 9, 10, 3, 3, 700, 0, 1):
         batches = source.step(step)
-        found = torch.cat([batch.tokens for batch in batches]).numpy()
-        np.testing.assert_array_equal(found, step_rows(shards, step, seed=5))
+        tokens = torch.cat([batch.tokens for batch in batches]).numpy()
+        np.testing.assert_array_equal(tokens, step_rows(shards, step, seed=5))
         ids = torch.cat([batch.document_ids for batch in batches if batch.document_ids is not None]).numpy()
-        np.testing.assert_array_equal(ids, number_documents(found, 0))
+        np.testing.assert_array_equal(ids, number_documents(tokens, 0))
     source.close()
 
 
@@ -134,7 +134,7 @@ def test_new_epoch_is_logged_once(shards: Path, caplog: pytest.LogCaptureFixture
     ]
 
 
-def counted(batches: list[Batch]) -> list[list[int]]:
+def counted_sequences(batches: list[Batch]) -> list[list[int]]:
     return [row for batch in batches for row in batch.tokens[: batch.num_rows].tolist()]
 
 
@@ -168,8 +168,8 @@ def test_validation_counts_every_sequence_once(
         assert batch.tokens.shape == (batch_size, SEQ_LEN + 1)
         assert batch.document_ids is not None
         np.testing.assert_array_equal(batch.document_ids.numpy(), number_documents(batch.tokens.numpy(), 0))
-    interleaved = [batch for together in zip(*ranks, strict=True) for batch in together]
-    assert counted(interleaved) == expected
+    interleaved = [batch for batches in zip(*ranks, strict=True) for batch in batches]
+    assert counted_sequences(interleaved) == expected
 
 
 def test_validation_split_shorter_than_a_sequence_is_one_sequence(shards: Path) -> None:
@@ -229,7 +229,7 @@ def test_reading_waits_for_shards_in_preparation(
             rewrite_manifest(copy, train=dataclasses.replace(whole.train, shards=whole.train.shards[:num_shards]))
         asking.join(60)
         np.testing.assert_array_equal(results[last], expected[last])
-        time.sleep(0.1)  # the next step is ahead of the text until it is known that this is all of it
+        time.sleep(0.1)  # the next step waits until the manifest says that the text is complete
         save_manifest(whole, copy)
         np.testing.assert_array_equal(source.step(last + 1)[0].tokens.numpy(), expected[last + 1])
     source.close()
@@ -256,7 +256,7 @@ def test_close_ends_a_waiting_thread(copy: Path) -> None:
     with lock(copy):
         source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
         rows = sum(map(len, naive_rows(copy, SEQ_LEN)))
-        source.step(rows // ROWS_PER_STEP - 1)  # reads ahead beyond what is there
+        source.step(rows // ROWS_PER_STEP - 1)  # reads ahead beyond the last shard
         thread = next(thread for thread in threading.enumerate() if thread.name.startswith("osp-loader"))
         source.close()
         thread.join(60)

@@ -1,4 +1,4 @@
-"""A new source needs one class and one entry in `SOURCES`: counted sentences, known to this file alone."""
+"""A new source needs one class and one entry in `SOURCES`: counted sentences, which only this file knows."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

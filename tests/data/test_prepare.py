@@ -39,7 +39,7 @@ def tokens_of(folder: Path, split: str) -> list[np.ndarray[Any, Any]]:
     return [np.fromfile(folder / shard.file, dtype=manifest.dtype) for shard in shards]
 
 
-def verify(folder: Path) -> None:
+def verify_hashes(folder: Path) -> None:
     """Check the hash of every shard."""
     manifest = load_manifest(folder)
     for shard in manifest.val.shards + manifest.train.shards:
@@ -99,7 +99,7 @@ def test_shards_equal_a_naive_packer(
         assert manifest.train.documents == len(kept)
         assert manifest.train.bytes == sum(len(text.encode()) for text in kept)
         assert manifest.next_document == len(texts)
-    verify(folder)
+    verify_hashes(folder)
 
 
 def test_any_number_of_threads_writes_the_same_bytes(
@@ -175,7 +175,7 @@ def test_validation_split_is_never_empty(
 
 
 @pytest.mark.parametrize(
-    ("few", "message"),
+    ("corpus_texts", "message"),
     [
         ([], r"the corpus is empty: 0 documents"),
         (["", ""], r"the corpus is empty: 2 documents, none of them with text"),
@@ -184,9 +184,9 @@ def test_validation_split_is_never_empty(
     ],
 )
 def test_corpus_that_cannot_be_split_is_refused_without_leftovers(
-    few: list[str], message: str, data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
+    corpus_texts: list[str], message: str, data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
 ) -> None:
-    config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", few), val_fraction=0.9999)
+    config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", corpus_texts), val_fraction=0.9999)
     with pytest.raises(UserError, match=message):
         prepare(config, TokenizerConfig(), progress=False)
     assert list(Path(config.cache_dir).iterdir()) == []
@@ -233,7 +233,7 @@ def test_prepared_shards_are_reused_until_something_changes(
     copied = dataclasses.replace(tokenizer_config, path=str(copy))
     first = folder(tokenizer=copied)
     copy.write_text(copy.read_text() + "\n")
-    assert folder(tokenizer=copied) != first  # another file of the same name
+    assert folder(tokenizer=copied) != first  # the same name, another content
     monkeypatch.undo()
     changed = with_text(data_config, Path(shutil.copy2(jsonl_corpus, tmp_path)))
     first = shard_folder(changed, tokenizer_config)
@@ -291,16 +291,16 @@ def test_killed_preparation_continues_to_the_same_bytes(
     assert resumed == expected
 
 
-def _prepare_and_note(data: DataConfig, tokenizer: TokenizerConfig, notes: Path, barrier: Any) -> None:
+def _prepare_and_record(data: DataConfig, tokenizer: TokenizerConfig, notes: Path, barrier: Any) -> None:
     original = prepare_module._write_shards
 
-    def noted(*args: Any, **kwargs: Any) -> None:
+    def recorded(*args: Any, **kwargs: Any) -> None:
         with notes.open("a") as file:
             file.write("prepared\n")
-        time.sleep(0.3)  # long enough for the other to come by
+        time.sleep(0.3)  # long enough for the other process to reach the lock
         original(*args, **kwargs)
 
-    prepare_module.__dict__["_write_shards"] = noted
+    prepare_module.__dict__["_write_shards"] = recorded
     barrier.wait()
     try:
         prepare(data, tokenizer, progress=False)
@@ -315,24 +315,24 @@ def test_two_processes_prepare_the_same_shards_once(
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
     barrier = fork.Barrier(2)
     arguments = (config, tokenizer_config, tmp_path / "notes", barrier)
-    children = [fork.Process(target=_prepare_and_note, args=arguments) for _ in range(2)]
+    children = [fork.Process(target=_prepare_and_record, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
     assert (tmp_path / "notes").read_text() == "prepared\n"
-    verify(shard_folder(config, tokenizer_config))
+    verify_hashes(shard_folder(config, tokenizer_config))
 
 
 def test_waiting_process_prepares_after_the_first_one_failed(
     data_config: DataConfig, write_jsonl: WriteJsonl, tmp_path: Path
 ) -> None:
-    # the first removes the folder, with the lock that the second waits for
+    # the first process removes the folder together with the lock that the second one waits for
     config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", []))
     barrier = fork.Barrier(2)
     arguments = (config, TokenizerConfig(), tmp_path / "notes", barrier)
-    children = [fork.Process(target=_prepare_and_note, args=arguments) for _ in range(2)]
+    children = [fork.Process(target=_prepare_and_record, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
     for child in children:
@@ -360,11 +360,11 @@ def test_start_returns_after_the_first_shard_and_the_rest_follows(
     assert not manifest.complete
     loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
     rows = len(manifest.train.shards) * (config.shard_tokens // 64)
-    assert len(loader.step(rows // 8 + 100)) == 2  # waits for shards that were not there
+    assert len(loader.step(rows // 8 + 100)) == 2  # waits for shards that are not sealed yet
     prepare(config, tokenizer_config, progress=False)
     loader.close()
     assert load_manifest(folder).complete
-    verify(folder)
+    verify_hashes(folder)
 
 
 def test_start_reports_an_error_of_its_child_process(
@@ -378,7 +378,7 @@ def test_start_reports_an_error_of_its_child_process(
     assert list(Path(config.cache_dir).iterdir()) == []
 
     long_corpus(path, texts, copies=12)
-    path.write_text(path.read_text() + "{]\n")  # found long after the run has started
+    path.write_text(path.read_text() + "{]\n")  # read long after the run has started
     folder = start_preparing(config, tokenizer_config, progress=False)
     loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
     with pytest.raises(UserError, match=r"preparing .* failed: .*long\.jsonl, line \d+: malformed JSON"):

@@ -19,13 +19,13 @@ from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder
 from osp.errors import UserError
 from osp.files import is_locked
-from tests.data.test_prepare import contents, long_corpus, verify, with_text
+from tests.data.test_prepare import contents, long_corpus, verify_hashes, with_text
 
 fork = multiprocessing.get_context("fork")
 
 
-def until(condition: Callable[[], bool], *, seconds: float = 30) -> bool:
-    """Return whether `condition` becomes true in time."""
+def becomes_true(condition: Callable[[], bool], *, seconds: float = 30) -> bool:
+    """Wait for `condition`; return whether it was true in time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -53,14 +53,14 @@ def test_preparation_killed_at_random_moments_gives_the_same_bytes(
     killed = dataclasses.replace(config, cache_dir=str(tmp_path / "killed"))
     expected = contents(prepare(whole, tokenizer_config, progress=False))
     folder = shard_folder(killed, tokenizer_config)
-    draw = random.Random(num_workers)
+    rng = random.Random(num_workers)
     for _ in range(3):
         done = len(list(folder.glob("*")))
-        reached = done + draw.randint(1, 15)  # files, the one that is being written among them
+        reached = done + rng.randint(1, 15)  # files, including the one that is being written
         child = fork.Process(target=prepare, args=(killed, tokenizer_config), kwargs={"progress": False})
         child.start()
-        assert until(lambda reached=reached: len(list(folder.glob("*"))) >= reached)
-        time.sleep(draw.uniform(0, 0.01))
+        assert becomes_true(lambda reached=reached: len(list(folder.glob("*"))) >= reached)
+        time.sleep(rng.uniform(0, 0.01))
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -69,7 +69,7 @@ def test_preparation_killed_at_random_moments_gives_the_same_bytes(
     for files in (resumed, expected):
         files["manifest.json"] = files["manifest.json"].replace(b"/killed", b"/whole")
     assert resumed == expected
-    verify(folder)
+    verify_hashes(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the children in /proc")
@@ -90,17 +90,17 @@ def test_preparation_survives_signals_and_ends_with_its_trainer(
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(preparer, number)
         sealed = len(load_manifest(folder).train.shards)
-        assert until(lambda: len(load_manifest(folder).train.shards) > sealed)
+        assert becomes_true(lambda: len(load_manifest(folder).train.shards) > sealed)
         assert load_manifest(folder).error is None
         assert not load_manifest(folder).complete, "the corpus is too short for this test"
         assert alive(preparer)
         trainer.kill()
         trainer.wait()
-        assert until(lambda: not alive(preparer))
-    assert until(lambda: not is_locked(folder))  # its threads end after it
+        assert becomes_true(lambda: not alive(preparer))
+    assert becomes_true(lambda: not is_locked(folder))  # its threads end after it
 
 
-def _prepare_noting_the_error(
+def _prepare_recording_the_error(
     config: DataConfig, tokenizer: TokenizerConfig, notes: Path, max_file_bytes: int = resource.RLIM_INFINITY
 ) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
@@ -120,14 +120,14 @@ def test_full_disk_is_reported_in_one_line_and_leaves_nothing(
 ) -> None:
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
     arguments = (config, tokenizer_config, tmp_path / "notes", limit)
-    child = fork.Process(target=_prepare_noting_the_error, args=arguments)
+    child = fork.Process(target=_prepare_recording_the_error, args=arguments)
     child.start()
     child.join(60)
     assert child.exitcode == 0
     message = (tmp_path / "notes").read_text()
     assert message == f"cannot write {shard_folder(config, tokenizer_config) / file}: File too large"
     assert list((tmp_path / "shards").iterdir()) == []
-    verify(prepare(config, tokenizer_config, progress=False))
+    verify_hashes(prepare(config, tokenizer_config, progress=False))
 
 
 def test_full_disk_keeps_sealed_shards_and_continues_later(
@@ -152,7 +152,7 @@ def test_full_disk_keeps_sealed_shards_and_continues_later(
     assert manifest.error is not None
     assert not manifest.complete
     assert not list(folder.glob("*.tmp"))
-    verify(folder)
+    verify_hashes(folder)
     resumed = contents(prepare(config, tokenizer_config, progress=False))
     expected = contents(prepare(data_config, tokenizer_config, progress=False))
     expected["manifest.json"] = expected["manifest.json"].replace(

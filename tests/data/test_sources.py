@@ -112,7 +112,7 @@ def test_damaged_archive_is_an_error(tmp_path: Path, suffix: str, damage: str) -
             "not an archive": lines,
         }[damage]
     )
-    # what is overwritten may also show as a bad record, which is found first
+    # overwritten bytes may also decompress to a bad record, which is reported first
     where = r"(after )?line" if damage == "overwritten" else "after line"
     with pytest.raises(UserError, match=rf"bad{suffix}, {where} \d+: "):
         read(path)
@@ -129,14 +129,14 @@ def test_bad_paths_are_refused(tmp_path: Path) -> None:
 
 
 def test_python_stdlib_is_all_modules_in_order() -> None:
-    found = list(documents(DataConfig()))
-    assert next(documents(SourceConfig(source="python_stdlib"))) == found[0]
+    modules = list(documents(DataConfig()))
+    assert next(documents(SourceConfig(source="python_stdlib"))) == modules[0]
     root = Path(sysconfig.get_path("stdlib"))
     positions = [
-        found.index((root / name).read_bytes().decode()) for name in ("abc.py", "json/decoder.py", "zipapp.py")
+        modules.index((root / name).read_bytes().decode()) for name in ("abc.py", "json/decoder.py", "zipapp.py")
     ]
     assert positions == sorted(positions)
-    assert sum(map(len, found)) > 5_000_000
+    assert sum(map(len, modules)) > 5_000_000
 
 
 def test_python_stdlib_skips_installed_packages_and_other_encodings(

@@ -18,7 +18,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/d
 
 
 def random_texts(*, seed: int = 0, num_texts: int = 200) -> list[str]:
-    """Texts of characters of every length in UTF-8, with runs of spaces and the odd special token spelled out."""
+    """Texts of characters of every length in UTF-8, with runs of spaces and sometimes a special token spelled out."""
     rng = random.Random(seed)
     ranges = [(32, 126), (32, 32), (9, 13), (0xA0, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFD), (0x10000, 0x10FFFF)]
     texts = []
