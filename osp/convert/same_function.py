@@ -20,7 +20,7 @@ from torch import Tensor
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
-from osp.model.sites import observe_site, site_names
+from osp.model.sites import hook_site, site_names
 from osp.model.transformer import Transformer
 from osp.run.folder import environment
 from osp.schema import build
@@ -113,7 +113,7 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name in site_names(len(model.layers), ("o_proj_in", "down_proj_in")):
-            stack.callback(observe_site(model, name, functools.partial(seen.__setitem__, name)).remove)
+            stack.callback(hook_site(model, name, functools.partial(seen.__setitem__, name)).remove)
         stack.callback(setattr, model, "compute_dtype", model.compute_dtype)
         model.compute_dtype = dtype
         logits = model(ids.to(next(model.parameters()).device)).logits

@@ -80,8 +80,8 @@ def site_names(num_layers: int, kinds: Collection[str]) -> list[str]:
     return [*before, *(f"{layer_name(layer)}/{kind}" for layer in range(num_layers) for kind in in_block), *after]
 
 
-def replace_site(model: Transformer, name: str, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Replace the activation x at `name` by function(x) in every forward pass until the returned handle is removed.
+def hook_site(model: Transformer, name: str, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call function(x) with the activation x at `name` in every forward pass; a result other than None replaces x.
 
     Compiled blocks ignore hooks that are added later: run the model under `torch.compiler.set_stance("force_eager")`.
     """
@@ -90,24 +90,16 @@ def replace_site(model: Transformer, name: str, function: Callable[[Tensor], Ten
     root: nn.Module = model if layer is None else model.layers[layer]
     module = root.get_submodule(site.module)
 
-    def replace_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         i = site.argument or 0
-        return (*inputs[:i], function(inputs[i]), *inputs[i + 1 :])
+        new = function(inputs[i])
+        return None if new is None else (*inputs[:i], new, *inputs[i + 1 :])
 
-    def replace_output(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        # a block returns its penalty beside its output
-        return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+    def hook_output(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        x, *others = output if isinstance(output, tuple) else (output,)  # a block returns its penalty too
+        new = function(x)
+        return (new, *others) if new is not None and others else new
 
     if site.argument is None:
-        return module.register_forward_hook(replace_output)
-    return module.register_forward_pre_hook(replace_input)
-
-
-def observe_site(model: Transformer, name: str, function: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call function(x) with the activation x at `name` in every forward pass; see `replace_site`."""
-
-    def unchanged(x: Tensor) -> Tensor:
-        function(x)
-        return x
-
-    return replace_site(model, name, unchanged)
+        return module.register_forward_hook(hook_output)
+    return module.register_forward_pre_hook(hook_input)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from osp.config import MonitorConfig, Site, Statistic
 from osp.model.attention import document_mask
 from osp.model.norms import BHyT, Norm
-from osp.model.sites import layer_name, observe_site, site_names
+from osp.model.sites import hook_site, layer_name, site_names
 from osp.model.transformer import CausalAttention, Linear, Transformer
 from osp.monitor import statistics as st
 from osp.monitor.statistics import Sample
@@ -141,7 +141,7 @@ class _Recorder:
     def _observe(self, names: list[str], function: Callable[[str, Tensor], None], stack: ExitStack) -> None:
         """Call function(name, x) with the activation x at every site until `stack` ends."""
         for name in names:
-            stack.callback(observe_site(self.model, name, functools.partial(function, name)).remove)
+            stack.callback(hook_site(self.model, name, functools.partial(function, name)).remove)
 
     def _module_hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
         """Yield each module that is measured itself, with the hook before its forward pass."""

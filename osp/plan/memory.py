@@ -23,7 +23,6 @@ from osp.train.engine import zero_settings
 
 # DeepSpeed's stage3_param_persistence_threshold, _max_live_parameters and _prefetch_bucket_size, in elements
 PERSISTENT, LIVE, PREFETCHED = 100_000, 10**9, 50_000_000
-
 Ranks = Sequence[Sequence[MatrixBatch]]  # the batches of one group on every rank
 
 

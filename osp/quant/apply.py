@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from osp.errors import UserError
 from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
-from osp.model.sites import observe_site, replace_site, site_names, split_site
+from osp.model.sites import hook_site, site_names, split_site
 from osp.model.transformer import Embedding, Linear, Transformer
 from osp.quant.gptq import quantize_weights_gptq
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
@@ -182,7 +182,7 @@ def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset
         if kind == "o_proj_in" and spec.o_proj_by_head and number_format.block_size is None:
             group_size = model.config.head_size
         quantize = functools.partial(number_format.round, group_size=group_size)
-        stack.callback(replace_site(model, name, functools.partial(StraightThrough.apply, quantize)).remove)
+        stack.callback(hook_site(model, name, functools.partial(StraightThrough.apply, quantize)).remove)
 
 
 def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
@@ -190,6 +190,6 @@ def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     with _eager(), ExitStack() as stack:
         for name in site_names(len(model.layers), ("block_out",)):
-            stack.callback(observe_site(model, name, lambda x: seen.append(x.cpu())).remove)
+            stack.callback(hook_site(model, name, lambda x: seen.append(x.cpu())).remove)
         model(rows.to(model.embed_tokens.weight.device))
     return seen

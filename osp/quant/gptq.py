@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from osp.model.sites import SITES, layer_name, observe_site
+from osp.model.sites import SITES, hook_site, layer_name
 from osp.model.transformer import Transformer
 from osp.quant.grid import grouped
 from osp.quant.spec import INNER_SITES, QuantSpec
@@ -83,7 +83,7 @@ def quantize_weights_gptq(
             hessian = torch.zeros(chosen[0].shape[1], chosen[0].shape[1], device=device)
             with ExitStack() as stack:
                 add = functools.partial(_add_second_moments, hessian)
-                stack.callback(observe_site(model, f"{layer_name(index)}/{site}", add).remove)
+                stack.callback(hook_site(model, f"{layer_name(index)}/{site}", add).remove)
                 run(layer, rows)
             for weight in chosen:
                 weight.data = gptq(weight, hessian, spec)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from osp.model.fold import residual_norms
-from osp.model.sites import replace_site, site_names
+from osp.model.sites import hook_site, site_names
 from osp.model.transformer import Transformer
 from osp.quant.hadamard import hadamard_transform, random_hadamard
 
@@ -76,4 +76,4 @@ def rotate_online(model: Transformer, *, ffn: bool, qk: bool) -> list[RemovableH
         weight = layer.get_parameter("mlp.down_proj.weight")
         weight.data = hadamard_transform(weight.double()).to(weight.dtype)
     kinds = (*(("down_proj_in",) if ffn else ()), *(("q", "k") if qk else ()))
-    return [replace_site(model, name, hadamard_transform) for name in site_names(len(model.layers), kinds)]
+    return [hook_site(model, name, hadamard_transform) for name in site_names(len(model.layers), kinds)]

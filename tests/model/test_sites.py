@@ -10,7 +10,7 @@ from torch import Tensor
 
 from osp.config import AttentionConfig, ModelConfig, NormConfig, Site
 from osp.model.norms import Norm
-from osp.model.sites import SITES, SUBLAYER_WRITERS, observe_site, replace_site, site_names, split_site
+from osp.model.sites import SITES, SUBLAYER_WRITERS, hook_site, site_names, split_site
 from osp.model.transformer import Linear, Transformer, build_model
 from osp.quant import spec
 from osp.run import metrics
@@ -88,7 +88,7 @@ def test_site_names_follow_the_forward_pass() -> None:
 def test_sites_are_observed_in_the_order_of_the_forward_pass(model: Transformer) -> None:
     seen: list[str] = []
     names = site_names(2, SITES)
-    handles = [observe_site(model, name, lambda _, name=name: seen.append(name)) for name in names]
+    handles = [hook_site(model, name, lambda _, name=name: seen.append(name)) for name in names]
     logits(model)
     for handle in handles:
         handle.remove()
@@ -100,7 +100,7 @@ def test_sites_are_observed_in_the_order_of_the_forward_pass(model: Transformer)
 @pytest.mark.parametrize("name", site_names(2, SITES))
 def test_replaced_site_changes_the_output_until_it_is_removed(name: str, model: Transformer) -> None:
     before = logits(model)
-    handle = replace_site(model, name, lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1]))
+    handle = hook_site(model, name, lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1]))
     changed = logits(model)
     handle.remove()
     assert (changed - before).abs().max() > 1e-4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from osp.config import AttentionConfig, NormConfig
 from osp.errors import UserError
 from osp.model.fold import absorb_projections
-from osp.model.sites import observe_site
+from osp.model.sites import hook_site
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec
@@ -224,7 +224,7 @@ def test_propagated_error_matches_its_definition(rotation: Any) -> None:
 
     def hidden(into: list[Tensor]) -> None:
         names = [f"layer_{layer:02d}/block_out" for layer in range(len(model.layers))] + ["final_norm_out"]
-        handles = [observe_site(model, name, lambda x: into.append(x.double())) for name in names]
+        handles = [hook_site(model, name, lambda x: into.append(x.double())) for name in names]
         logits(model, rows)
         for handle in handles:
             handle.remove()
