@@ -98,15 +98,8 @@ def count_probes(step_seconds: float, probe_seconds: float, *, max_cost: float) 
     interval = max(1, RUN_STEPS // MOST_PROBES)
     while step < RUN_STEPS:
         count += 1
-        step = next_probe(
-            step,
-            seconds=probe_seconds,
-            spent=count * probe_seconds,
-            train_seconds=step * step_seconds,
-            steps=step,
-            interval=interval,
-            max_cost=max_cost,
-        )
+        wait = (count + 1) * probe_seconds / max_cost - step * step_seconds
+        step = next_probe(step, wait=wait, step_seconds=step_seconds, interval=interval)
     return count + 1  # and at the end
 
 

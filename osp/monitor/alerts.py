@@ -24,7 +24,7 @@ class Alert:
     @property
     def place(self) -> str:
         """The site (`layer_03/down_proj_in`) or the layer; empty for the whole model."""
-        return self.key.split("/", 2)[2] if self.key.count("/") > 1 else ""
+        return "/".join(self.key.split("/")[2:])
 
     @property
     def message(self) -> str:
@@ -34,8 +34,8 @@ class Alert:
 
     def details(self) -> dict[str, Any]:
         """Return the fields for events.jsonl and forensics."""
-        is_layer = self.place.startswith("layer_") and "/" not in self.place
-        layer, site = split_site(f"{self.place}/" if is_layer else self.place)
+        of_layer = self.place.startswith("layer_") and "/" not in self.place
+        layer, site = split_site(f"{self.place}/" if of_layer else self.place)
         where = {"site": site or None, "layer": layer}
         return {"rule": self.rule, "key": self.key, **where, "value": self.value, "threshold": self.threshold}
 
@@ -50,12 +50,7 @@ class Alerts:
     def __init__(self, config: MonitorConfig):
         self._rules: Mapping[Any, Mapping[Any, AlertConfig]] = config.alerts
         self._past: dict[str, list[tuple[int, float]]] = {}
-        self._active: set[tuple[str, str]] = set()
-
-    @property
-    def num_active(self) -> int:
-        """Number of rules that are broken as of the last probe."""
-        return len(self._active)
+        self.active: set[tuple[str, str]] = set()  # (metric, kind) of what is broken as of the last probe
 
     def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Restore the state from the lines of a metrics.jsonl, so that a resumed run repeats no alert."""
@@ -69,13 +64,17 @@ class Alerts:
             rule = self._rule(key)
             if rule is None or not math.isfinite(value):
                 continue
-            for kind, threshold in self._thresholds(rule, key, step).items():
+            thresholds = {} if rule.above is None else {"above": rule.above}
+            earlier = [past for at, past in self._past.get(key, []) if 2 * at <= step]
+            if rule.growth is not None and earlier:
+                thresholds["growth"] = rule.growth * max(earlier[-1], rule.floor)
+            for kind, threshold in thresholds.items():
                 if value > threshold and step > 0:
-                    if (key, kind) not in self._active:
+                    if (key, kind) not in self.active:
                         raised.append(Alert(kind, key, value, threshold, step))
-                    self._active.add((key, kind))
+                    self.active.add((key, kind))
                 elif value < CLEARED * threshold:
-                    self._active.discard((key, kind))
+                    self.active.discard((key, kind))
             self._past.setdefault(key, []).append((step, value))
         return raised
 
@@ -87,10 +86,3 @@ class Alerts:
             return None
         by_site = self._rules.get(statistic, {})
         return by_site.get(place.split("/")[-1], by_site.get("all"))
-
-    def _thresholds(self, rule: AlertConfig, key: str, step: int) -> dict[str, float]:
-        thresholds = {} if rule.above is None else {"above": rule.above}
-        earlier = [value for past, value in self._past.get(key, []) if 2 * past <= step]
-        if rule.growth is not None and earlier:
-            thresholds["growth"] = rule.growth * max(earlier[-1], rule.floor)
-        return thresholds

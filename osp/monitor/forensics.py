@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from osp.config import Config
 from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
 from osp.monitor.alerts import Alert
-from osp.monitor.probe import Reading, row_norms
+from osp.monitor.probe import Reading
 from osp.optim.groups import build_groups
 from osp.optim.schedule import build_schedule
 from osp.run.evaluations import replace_nonfinite
@@ -56,9 +58,7 @@ class Forensics:
     ) -> dict[str, Any]:
         """Return everything known about the outlier of one site as values of JSON.
 
-        Args:
-            history: lines of probes.jsonl; the last one is about this reading.
-            alerts: the alerts about this site.
+        history: lines of probes.jsonl, the last one about this reading. alerts: about this site.
         """
         site, now = reading.sites[name], history[-1]
         layer, kind = split_site(name)
@@ -87,18 +87,13 @@ class Forensics:
         train = self.config.train
         assert train.steps is not None, "a run with a model has a length"
         schedule = build_schedule(self.config.schedule, total_steps=train.steps, tokens_per_step=train.tokens_per_step)
-        groups = build_groups(self.model, self.config.optimizer)
-        group_of = {name: group for group in groups for name in group["names"]}
-        return [
-            {
-                "parameter": name,
-                "role": group_of[name]["role"],
-                "rule": group_of[name]["rule"],
-                "learning_rate": group_of[name]["base_lr"] * schedule(max(step - 1, 0)),
-                "weight_decay": group_of[name]["weight_decay"],
-            }
-            for name in sorted(parameters)
-        ]
+        entries = []
+        for group in build_groups(self.model, self.config.optimizer):
+            learning_rate = group["base_lr"] * schedule(max(step - 1, 0))
+            rule = {"rule": group["rule"], "learning_rate": learning_rate, "weight_decay": group["weight_decay"]}
+            names = parameters.intersection(group["names"])
+            entries += [{"parameter": name, "role": group["role"], **rule} for name in names]
+        return sorted(entries, key=lambda entry: entry["parameter"])
 
 
 def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
@@ -116,18 +111,18 @@ def behind(kind: str, layer: int | None, channel: int, model: Transformer) -> li
 
     Every attention and MLP output adds to the residual stream: of these, the `SHOWN_WRITERS` largest are returned.
     """
-    site, parameters = SITES[kind], {name for name, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     block = "" if layer is None else f"layers.{layer}."
     direct = [
-        (f"{block}{module}.weight", index)
-        for module in site.writers
-        for index in _indices(kind, module, channel, model)
+        (f"{block}{path}.weight", index)
+        for path in SITES[kind].writers
+        for index in _indices(kind, path, channel, model)
     ]
-    stream = [(f"{module}.weight", channel) for module in _stream_writers(kind, layer, model)]
+    stream = [(f"{path}.weight", channel) for path in _stream_writers(kind, layer, model)]
     # not every model has every norm, gain and gate
-    own = [_measure_weight(model, *place) for place in direct if place[0] in parameters]
-    added = [_measure_weight(model, *place) for place in stream if place[0] in parameters]
-    return own + sorted(added, key=lambda w: w["ratio"], reverse=True)[:SHOWN_WRITERS]
+    own = [_measure_weight(name, parameters[name], index) for name, index in direct if name in parameters]
+    added = [_measure_weight(name, parameters[name], index) for name, index in stream if name in parameters]
+    return own + sorted(added, key=lambda weight: weight["ratio"], reverse=True)[:SHOWN_WRITERS]
 
 
 def _stream_writers(kind: str, layer: int | None, model: Transformer) -> list[str]:
@@ -155,12 +150,14 @@ def _indices(kind: str, module: str, channel: int, model: Transformer) -> list[i
     return [channel]
 
 
-def _measure_weight(model: Transformer, parameter: str, index: int) -> dict[str, Any]:
+@torch.no_grad()
+def _measure_weight(name: str, weight: Tensor, index: int) -> dict[str, Any]:
     """Return the norm of a row, column or gain and the median one of its parameter."""
-    weight = model.get_parameter(parameter).detach()
-    axis = "gain" if weight.ndim == 1 else "column" if parameter == "embed_tokens.weight" else "row"
-    norms = weight.float().abs() if axis == "gain" else row_norms(weight.T if axis == "column" else weight)
+    axis = "gain" if weight.ndim == 1 else "column" if name == "embed_tokens.weight" else "row"
+    norms = weight.float().abs()
+    if axis != "gain":
+        norms = torch.linalg.vector_norm(weight.float(), dim=0 if axis == "column" else 1)
     index = min(index, len(norms) - 1)  # SSNorm has one gain for all channels
     norm, median = float(norms[index]), float(norms.median())
     ratio = norm / max(median, 1e-30)  # JSON knows no infinity
-    return {"parameter": parameter, "axis": axis, "index": index, "norm": norm, "median": median, "ratio": ratio}
+    return {"parameter": name, "axis": axis, "index": index, "norm": norm, "median": median, "ratio": ratio}

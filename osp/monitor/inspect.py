@@ -26,8 +26,6 @@ TITLES = ("site", "kurtosis", "pooled", "max|x|", "/median", "channel", "energy"
 def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tuple[str, Path]:
     """Probe the model of a run folder or checkpoint; return a table of its sites, worst first, and a bundle's path.
 
-    Raises `UserError` if something cannot be read or written.
-
     Args:
         text: file to read instead of the run's validation split, up to `monitor.tokens`.
         out: folder of the bundle, which is about the worst site; None: `forensics` of the run.

@@ -24,17 +24,12 @@ from osp.run.logger import Logger
 
 PROBES = "probes.jsonl"
 FORENSICS = "forensics"
-# with monitor.every=auto:
-MOST_PROBES = 500  # of a run, about
-DENSE_STEPS = 512  # up to here every power of two is probed at any cost
+MOST_PROBES = 500  # of a run with monitor.every=auto, about
+DENSE_STEPS = 512  # up to here monitor.every=auto probes every power of two, at any cost
 
 
 class Monitor:
     """Probes of one run on one rank. Collective: all ranks call the same methods at the same steps.
-
-        monitor = Monitor(...)
-        if monitor.due(step):  # steps taken so far, 0 before the first one
-            monitor.probe(step, tokens=..., train_seconds=...)
 
     Only the main rank has a `logger`: it writes, and it decides when the next probe is due and which alerts are raised.
     """
@@ -76,7 +71,7 @@ class Monitor:
                 )
 
     def due(self, step: int) -> bool:
-        """Return whether to probe the model after `step` steps: at the start, at the end, and by monitor.every."""
+        """Return whether to probe the model after `step` steps: at the start (0), at the end, and by monitor.every."""
         every = self.config.monitor.every
         if not self.config.monitor.enabled or (step == self._first and step > 0):
             return False
@@ -105,20 +100,12 @@ class Monitor:
                         write_bundle(self._forensics.bundle(name, reading, history, raised), self.folder / FORENSICS)
         seconds = time.perf_counter() - began
         self._spent += seconds
-        self._next = on_main(
-            lambda: next_probe(
-                step,
-                seconds=seconds,
-                spent=self._spent,
-                train_seconds=train_seconds,
-                steps=step - self._first,
-                interval=self._interval,
-                max_cost=self.config.monitor.max_cost,
-            )
-        )
+        wait = (self._spent + seconds) / self.config.monitor.max_cost - train_seconds
+        step_seconds = train_seconds / max(1, step - self._first)
+        self._next = on_main(lambda: next_probe(step, wait=wait, step_seconds=step_seconds, interval=self._interval))
         if self.logger:
             cost = self._spent / train_seconds if train_seconds else 0.0
-            metrics = {**reading.metrics, "monitor/alerts": float(self._alerts.num_active)}
+            metrics = {**reading.metrics, "monitor/alerts": float(len(self._alerts.active))}
             metrics |= {"monitor/seconds": seconds, "monitor/cost": cost}
             self.logger.log(metrics, step=step, tokens=tokens)
             self._lines.write(replace_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": records}))
@@ -127,25 +114,21 @@ class Monitor:
                 self.logger.event("alert", f"{alert.message}{where}", step=step, tokens=tokens, **alert.details())
 
 
-def next_probe(
-    step: int, *, seconds: float, spent: float, train_seconds: float, steps: int, interval: int, max_cost: float
-) -> int:
+def next_probe(step: int, *, wait: float, step_seconds: float, interval: int) -> int:
     """Return the step of the probe after the one at `step`: powers of two at first, then as often as the budget allows.
 
-    Up to `DENSE_STEPS` every power of two is probed. A probe beyond them waits for at least `interval` steps, and until
-    all probes including itself take at most `max_cost` of the training time.
+    Up to `DENSE_STEPS` every power of two is probed. Probes that cost little come at least every `interval` steps from
+    the start.
 
     Args:
-        seconds: time of one probe; `spent` is the time of all so far.
-        train_seconds: training time of the last `steps` steps.
+        wait: seconds of training after which all probes and one more take `monitor.max_cost` of the training time.
+        step_seconds: mean time of a step; 0 without a measurement.
     """
     power = 1 << step.bit_length()
-    if not steps or not train_seconds:  # no measurement yet
+    if not step_seconds:
         return power
-    affordable = (spent + seconds) / max_cost  # training time after which one more probe is within the budget
-    wait = math.ceil((affordable - train_seconds) / (train_seconds / steps))
-    affordable_step = step + max(interval, wait)
-    return min(power, affordable_step) if step < DENSE_STEPS else affordable_step
+    affordable = step + max(interval, math.ceil(wait / step_seconds))
+    return min(power, affordable) if step < DENSE_STEPS else affordable
 
 
 def held_out_text(shards: Path, config: Config) -> ProbeText:

@@ -1,12 +1,12 @@
 """The probe: forward passes of the validation split through the model as it is, observed by hooks.
 
 A probe runs eagerly, without gradients and apart from the training step, because hooks that are added to a compiled
-block never run, and hooks run twice under activation checkpointing. It draws no random numbers and restores weights,
-gradients and modes, so training is bit-identical with and without probes. Under ZeRO-3 the weights of a module are
-whole while its own hooks run.
+block never run, and hooks run twice under activation checkpointing. It draws no random numbers and changes nothing in
+the model, so training is bit-identical with and without probes. Under ZeRO-3 the weights of a module are whole while
+its own hooks run.
 
-Each rank reads one sequence at a time: the arithmetic of a sequence, and so the result, does not depend on the number
-of ranks. Only the `Sample` of each site is kept.
+Each rank reads one sequence at a time, so the result does not depend on the number of ranks. Only the `Sample` of each
+site is kept.
 
 Fake W4A4 (R_L) runs in lockstep: the sequence is doubled, every matrix product of a block quantizes its weight and
 input for the second copy, and the copies are compared at the end of each block. No activations wait for a second pass.
@@ -35,8 +35,7 @@ from osp.monitor.statistics import Sample
 from osp.quant.apply import error_and_energy
 from osp.quant.formats import AsymmetricInteger, SymmetricInteger
 
-# Of R_L
-WEIGHT_FORMAT, ACTIVATION_FORMAT = SymmetricInteger(4), AsymmetricInteger(4)
+WEIGHT_FORMAT, ACTIVATION_FORMAT = SymmetricInteger(4), AsymmetricInteger(4)  # of R_L
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,6 @@ def probe(model: Transformer, text: ProbeText, config: MonitorConfig) -> Reading
     return recorder.reading()
 
 
-def row_norms(weight: Tensor) -> Tensor:
-    """Return the L2 norm of every row of a matrix, fp32."""
-    return torch.linalg.vector_norm(weight.float(), dim=1)
-
-
 class _Recorder:
     """Hooks on a model and what they accumulate: samples by site, sums and maxima by metric."""
 
@@ -106,11 +100,7 @@ class _Recorder:
         self._mask: Tensor | None = None
 
     def run(self, number: int) -> None:
-        """Run the model on sequence `number`, and record what passes.
-
-        Under ZeRO-3 every rank must take part: without a sequence it repeats the last one, uncounted. To repeat a
-        sequence does not change a maximum.
-        """
+        """Run the model on sequence `number`. A rank without one repeats the last, uncounted, as ZeRO-3 needs it."""
         model, text = self.model, self.text
         self.row = min(number, len(text.tokens) - 1)
         self.counted = number == self.row
@@ -154,8 +144,8 @@ class _Recorder:
                 yield module, functools.partial(self._add_variance_error, f"bhyt/var_error/{layer[0]}")
             statistic = "gain_max" if isinstance(module, Norm) else "weight_row_max"
             key = "/".join(["monitor", statistic, *layer, parts[-1]])
-            has_weight = getattr(module, "weight", None) is not None
-            if has_weight and statistic in self.statistics and key not in self.maxima:  # once per probe
+            once = statistic in self.statistics and key not in self.maxima
+            if once and getattr(module, "weight", None) is not None:
                 yield module, functools.partial(self._add_weight, key)
 
     def _add_sample(self, name: str, x: Tensor) -> None:
@@ -190,7 +180,8 @@ class _Recorder:
     def _add_weight(self, name: str, module: nn.Module, _: Any) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        self._add_maximum(name, (row_norms(weight) if weight.ndim == 2 else weight.float().abs()).max())
+        sizes = torch.linalg.vector_norm(weight.float(), dim=1) if weight.ndim == 2 else weight.float().abs()
+        self._add_maximum(name, sizes.max())
 
     def _add_mean(self, name: str, values: Tensor) -> None:
         self._add_sum(name, torch.stack((values.sum(), values.new_tensor(values.numel()))))
@@ -199,13 +190,13 @@ class _Recorder:
         value = value if self.counted else torch.zeros_like(value)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _add_maximum(self, name: str, value: Tensor) -> None:
+    def _add_maximum(self, name: str, value: Tensor) -> None:  # a repeated sequence does not change it
         self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
     def reading(self) -> Reading:
         """Merge the measurements of all ranks and divide the sums. Collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.samples = _merge_over_ranks(self.samples)
+            self.samples = _merge_over_ranks(self.samples) if self.samples else {}
             self.sums = dict(zip(self.sums, _all_reduce(self.sums.values(), dist.ReduceOp.SUM), strict=True))
             self.maxima = dict(zip(self.maxima, _all_reduce(self.maxima.values(), dist.ReduceOp.MAX), strict=True))
         sites = {name: _site_reading(self.samples[name], self.text) for name in self.sites}
@@ -238,8 +229,6 @@ def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
 
 def _merge_over_ranks(samples: dict[str, Sample]) -> dict[str, Sample]:
     """Return the samples of all ranks: moments are taken about the common mean, then everything adds up."""
-    if not samples:
-        return {}
     channels, channel_max, tokens, token_max, histograms, peaks = zip(*samples.values(), strict=True)
     counts = _all_reduce([m.count for m in channels], dist.ReduceOp.SUM)
     sums = _all_reduce([m.count * m.mean for m in channels], dist.ReduceOp.SUM)

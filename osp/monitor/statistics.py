@@ -59,7 +59,11 @@ def compute_statistics(s: Sample) -> dict[str, float]:
     energy = channel_energy(s)
     total, (token_kurtosis, token_energy_squares) = energy.sum(), s.tokens
     sigma = (pooled.m2 / pooled.count).sqrt()
-    massive = (_bin_values(energy.device) - pooled.mean).abs() > MASSIVE_SIGMAS * sigma
+    values = _bin_values(energy.device)
+    massive = (values - pooled.mean).abs() > MASSIVE_SIGMAS * sigma
+    at_most = s.counts.view(2, _BINS).sum(0).cumsum(0)
+    rank = torch.div(at_most[-1] + 1, 2, rounding_mode="floor")  # of the lower median of |x|
+    median = values[torch.searchsorted(at_most, rank).clamp(max=_BINS - 1)]
     statistics = {
         # excess kurtosis: of each token over its channels, averaged over tokens (OSP eq. 4); of all N D values; of each
         # channel over tokens, averaged over channels
@@ -67,7 +71,7 @@ def compute_statistics(s: Sample) -> dict[str, float]:
         "kurtosis_pooled": excess_kurtosis(pooled),
         "kurtosis_channel": excess_kurtosis(s.channels).mean(),
         "max_abs": s.peak[0],
-        "max_over_median": s.peak[0] / _median_magnitude(s.counts),  # the lower median of |x| rounded to bf16
+        "max_over_median": s.peak[0] / median,  # of |x| rounded to bf16
         "rms": (total / (count * num_channels)).sqrt(),
         "top_channel_share": energy.max() / total,  # 1/D: all channels have the same energy, 1: one has all of it
         "top_token_share": s.token_energy_max / total,  # max_t e_t / E
@@ -90,9 +94,8 @@ def excess_kurtosis(m: Moments) -> Tensor:
 def osp_script_kurtosis(x: Tensor) -> Tensor:
     """Return relu(mean(x^4) / std(x)^4 - 3) over the last axis, as OSP's `evaluate_kurtosis.py` computes it, in fp64.
 
-    The fourth moment is not centred; the standard deviation is, and is unbiased. The script averages this over tokens
-    and Hugging Face's hidden states (embedding output, every block but the last, final norm), and feeds every token as
-    a sequence of length 1.
+    Only the standard deviation is centred, and it is unbiased. The script averages this over tokens, fed one at a time,
+    and over Hugging Face's hidden states: the output of the embedding, of every block but the last, of the final norm.
     """
     x = x.double()
     return ((x**4).mean(-1) / x.std(-1) ** 4 - 3).relu()
@@ -158,8 +161,7 @@ def compute_moments(x: Tensor, dim: int) -> Moments:
 def recentre_moments(m: Moments, centre: Tensor) -> Moments:
     """Return the moments about `centre` instead of the mean. Moments about the same centre add up.
 
-    With d = mean - centre: m2 + n d^2, m3 + 3 d m2 + n d^3, m4 + 4 d m3 + 6 d^2 m2 + n d^4 (the binomial theorem; Chan
-    et al. 1979 and Pebay 2008, SAND2008-6212, give the case of two parts).
+    By the binomial theorem, with d = mean - centre (Pebay 2008, SAND2008-6212, gives the case of two parts).
     """
     n, d = m.count, m.mean - centre
     m2 = m.m2 + n * d**2
@@ -200,15 +202,15 @@ def uncounted(s: Sample) -> Sample:
 
 def merge_samples(samples: Sequence[Sample]) -> Sample:
     """Return the sample of the tokens of all `samples`."""
-    moments = Moments(*map(torch.stack, zip(*(s.channels for s in samples), strict=True)))
-    _, channel_max, tokens, energy_max, counts, peaks = zip(*samples, strict=True)
+    channels, *others = zip(*samples, strict=True)
+    channel_max, tokens, energy_max, counts, peaks = map(torch.stack, others)
     return Sample(
-        channels=merge_moments(moments),
-        channel_max=torch.stack(channel_max).amax(0),
-        tokens=torch.stack(tokens).sum(0),
-        token_energy_max=torch.stack(energy_max).amax(),
-        counts=torch.stack(counts).sum(0),
-        peak=first_peak(torch.stack(peaks)),
+        channels=merge_moments(Moments(*map(torch.stack, zip(*channels, strict=True)))),
+        channel_max=channel_max.amax(0),
+        tokens=tokens.sum(0),
+        token_energy_max=energy_max.amax(0),
+        counts=counts.sum(0),
+        peak=first_peak(peaks),
     )
 
 
@@ -219,10 +221,9 @@ def first_peak(peaks: Tensor) -> Tensor:
 
 
 def _count_values(x: Tensor) -> Tensor:
-    """Return the number of values of x, rounded to bf16, by sign and size: (2 * _BINS,) int64.
+    """Return the number of values of x, rounded to bf16 (by up to 0.4%), by sign and size: (2 * _BINS,) int64.
 
-    Without the sign, the bits of a bf16 number grow with it, 128 numbers per octave: a histogram of them is exact for
-    bf16 and rounds other values by 0.4%. Values below 2^-32 count as 0, values above 2^32 as the largest bin.
+    Without the sign, the bits of a bf16 number grow with it. Values below 2^-32 count as 0, above 2^32 as the largest.
     """
     bits = x.to(torch.bfloat16).flatten().view(torch.int16).int()
     size = ((bits & 0x7FFF) - _LOWEST_BITS).clamp(0, _BINS - 1)
@@ -235,10 +236,3 @@ def _bin_values(device: torch.device) -> Tensor:
     magnitudes = bits.view(torch.bfloat16).double()
     magnitudes[0] = 0.0
     return torch.cat((magnitudes, -magnitudes))
-
-
-def _median_magnitude(counts: Tensor) -> Tensor:
-    """Return the lower median of |x| rounded to bf16."""
-    below = counts.view(2, _BINS).sum(0).cumsum(0)
-    rank = torch.div(below[-1] + 1, 2, rounding_mode="floor")
-    return _bin_values(counts.device)[torch.searchsorted(below, rank).clamp(max=_BINS - 1)]

@@ -53,9 +53,8 @@ def quantized(
 
     Args:
         calibration: (N, T) token ids for GPTQ and SpinQuant, see `draw_calibration`.
-        sites: Of the sites that `spec` quantizes, the ones to quantize. Without any, as at 16-16-16, the model is not
-            touched.
-        progress: Show a progress bar for the weights.
+        sites: the ones to quantize, of those that `spec` quantizes. Without any the model is not touched.
+        progress: whether to show a progress bar for the weights.
     """
     check_spec(spec, model.config)
     if unknown := set(sites) - set(SITES):
@@ -71,7 +70,10 @@ def quantized(
         stack.enter_context(_eager())
         bake_recentring(model)  # round the weights as the forward pass uses them
         with torch.no_grad():
-            basis = _rotate(model, spec, calibration, active, stack, progress=progress)
+            ffn = spec.ffn_hadamard and bool(active & {"down_proj", "down_proj_in"})
+            for handle in rotate_online(model, ffn=ffn, qk=spec.qk_hadamard and "k" in active):
+                stack.callback(handle.remove)
+            basis = _rotate(model, spec, calibration, active, progress=progress)
             by_gptq = active & set(INNER_SITES["w"]) if spec.method == "gptq" else frozenset()
             if by_gptq:
                 assert calibration is not None
@@ -140,20 +142,11 @@ def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
 
 
 def _rotate(
-    model: Transformer,
-    spec: QuantSpec,
-    calibration: Tensor | None,
-    active: frozenset[str],
-    stack: ExitStack,
-    *,
-    progress: bool,
+    model: Transformer, spec: QuantSpec, calibration: Tensor | None, active: frozenset[str], *, progress: bool
 ) -> Tensor | None:
-    """Apply the rotations of `spec`, the online ones until `stack` ends; return R1."""
+    """Fuse the rotations of `spec` into the weights; return R1."""
     if spec.rotation != "none" or active & {*END_SITES["w"], *END_SITES["a"]}:
         absorb_projections(model)
-    ffn = spec.ffn_hadamard and bool(active & {"down_proj", "down_proj_in"})
-    for handle in rotate_online(model, ffn=ffn, qk=spec.qk_hadamard and "k" in active):
-        stack.callback(handle.remove)
     if spec.rotation == "none":
         return None
     fold_norm_gains(model)

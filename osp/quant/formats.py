@@ -36,12 +36,11 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def round(self, x: Tensor, *, group_size: int | None = None, clip_search: bool = False) -> Tensor:
-        """Return `x` rounded to the format.
+        """Return `x`, of any shape, rounded to the format.
 
         Args:
-            x: Tensor of any shape.
-            group_size: Channels that share a scale; None: all channels, or `block_size`.
-            clip_search: Search for the clipping ratio with the smallest error, where the format has a grid.
+            group_size: channels that share a scale; None: all channels, or `block_size`.
+            clip_search: whether to clip where that makes the error smallest, if the format has a grid.
         """
 
     def grid(self, groups: Tensor, *, clip_search: bool = False) -> Grid:

@@ -28,7 +28,11 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
     scale, zero = (part[..., 0].repeat_interleave(groups.shape[-1], dim=1) for part in (grid.scale, grid.zero))
     order = hessian.diagonal().argsort(descending=True, stable=True) if spec.act_order else torch.arange(len(hessian))
     order = order.to(weight.device)
-    factor = _inverse_factor(hessian[order][:, order], spec.damping)
+    h = hessian[order][:, order].double()  # nearly singular, hence fp64
+    # 1 for an input that never occurred, which needs no correction
+    h = h + torch.diag((h.diagonal() == 0).double() + spec.damping * h.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
     remaining, scale, zero = weight.float()[:, order], scale[:, order], zero[:, order]  # (out, in) each
     out = torch.empty_like(remaining)
     for start in range(0, len(order), COLUMNS):
@@ -42,16 +46,6 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
             block[:, i:] -= errors[:, i : i + 1] * row
         remaining[:, stop:] -= errors @ factor[start:stop, stop:]
     return out[:, order.argsort()].to(weight.dtype)
-
-
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of (H + damping mean(H_ii) I)^-1, fp32; H is nearly singular, hence fp64."""
-    h = hessian.double()
-    diagonal = h.diagonal()
-    # 1 for an input that never occurred, which needs no correction
-    h = h + torch.diag((diagonal == 0).double() + damping * diagonal.mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 @torch.no_grad()

@@ -50,7 +50,9 @@ def orders(n: int) -> tuple[int, ...]:
     hadamard = _products(n)
     odd_part = n // (n & -n)  # for Hartley's transform, if n is no product of known orders
     others = (odd_part,) if hadamard is None else tuple(order for order in hadamard if order > 2)
-    return (*_powers_of_two(n // math.prod(others)), *others)
+    exponent = (n // math.prod(others)).bit_length() - 1  # of the power of two, which splits into nearly equal factors
+    count = -(-exponent // (SYLVESTER.bit_length() - 1))
+    return (*(2 ** ((exponent + i) // count) for i in range(count)), *others)
 
 
 @functools.cache
@@ -129,29 +131,17 @@ def _products(n: int) -> tuple[int, ...] | None:
     return min(candidates, key=lambda orders: (sum(orders), orders), default=None)
 
 
-def _powers_of_two(n: int) -> tuple[int, ...]:
-    """Return nearly equal factors of at most SYLVESTER of n, a power of two."""
-    exponent = n.bit_length() - 1
-    count = -(-exponent // (SYLVESTER.bit_length() - 1))
-    return tuple(2 ** ((exponent + i) // count) for i in range(count))
-
-
 def _powers_of_primitive_element(p: int, k: int) -> list[list[int]]:
     """Return the powers x^0, x^1, ... in GF(p)[x] / (x^k + m), coefficients from the lowest: all nonzero elements.
 
     The polynomial m is the first one for which x has all p^k - 1 nonzero elements as powers.
     """
     one = [1] + [0] * (k - 1)
-    for m in product(range(p), repeat=k):
-        if m[0] == 0:  # x has no inverse
-            continue
+    for m in product(range(1, p), *[range(p)] * (k - 1)):  # without m_0 = 0, for which x has no inverse
         powers = [one]
-        while True:
+        while len(powers) == 1 or powers[-1] != one:
             *low, top = powers[-1]
-            power = [(c - top * d) % p for c, d in zip([0, *low], m, strict=True)]  # x^k = -m
-            if power == one:
-                break
-            powers.append(power)
-        if len(powers) == p**k - 1:
-            return powers
+            powers.append([(c - top * d) % p for c, d in zip([0, *low], m, strict=True)])  # x^k = -m
+        if len(powers) == p**k:
+            return powers[:-1]
     raise AssertionError("every finite field has a primitive element")

@@ -68,10 +68,7 @@ def fuse_rotations(model: Transformer, rotations: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def rotate_online(model: Transformer, *, ffn: bool, qk: bool) -> list[RemovableHandle]:
-    """Transform the input of down_proj, queries and keys at every call until the returned handles are removed.
-
-    The weight of down_proj is transformed here, once.
-    """
+    """Transform the input of down_proj, queries and keys at every call until the returned handles are removed."""
     for layer in model.layers if ffn else ():
         weight = layer.get_parameter("mlp.down_proj.weight")
         weight.data = hadamard_transform(weight.double()).to(weight.dtype)

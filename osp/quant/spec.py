@@ -74,19 +74,18 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         for part in PARTS:
-            self._check_format(part)
+            if getattr(self, f"{part}_format") is not None:
+                self._check_format(part)
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
 
     def _check_format(self, part: Part) -> None:
-        name, bits = getattr(self, f"{part}_format"), getattr(self, f"{part}_bits")
-        if name is None:
-            return
         from osp.quant.formats import FORMATS  # loads torch
 
+        name, bits, group_size = (getattr(self, f"{part}_{key}") for key in ("format", "bits", "group_size"))
         if name not in FORMATS:
             raise UserError(f"quant.{part}_format={name!r}; choose from {', '.join(sorted(FORMATS))}")
-        chosen, group_size = FORMATS[name], getattr(self, f"{part}_group_size")
+        chosen = FORMATS[name]
         if bits < 16 and bits not in chosen.widths:
             widths = ", ".join(map(str, chosen.widths))
             raise UserError(f"quant.{part}_bits={bits}: the format {name} has {widths} bits")
@@ -145,7 +144,16 @@ class QuantSpec:
         """Return one line with every setting that has an effect."""
         if self.is_identity:
             return "16-16-16 (not quantized)"
-        words = [f"{self.bits} {self._method()}"]
+        method = "rtn"
+        if self.method == "gptq" and self.w_bits < 16:
+            method = f"gptq{' act-order' if self.act_order else ''} damping {self.damping:g}"
+        if self.rotation != "none":
+            method += f" + {self.rotation}"
+        if self.rotation == "spinquant":
+            method += f" {self.rotation_steps} steps lr {self.rotation_lr:g}"
+        if self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16:
+            method += " + ffn Hadamard"
+        words = [f"{self.bits} {method}"]
         whole = {"w": "channel", "a": "token", "kv": "head"}
         for part in self.parts:
             number_format, size = self.number_format(part), getattr(self, f"{part}_group_size")
@@ -163,19 +171,6 @@ class QuantSpec:
         if self.needs_calibration or self.rotation != "none":
             words.append(f"seed {self.seed}")
         return ", ".join(words)
-
-    def _method(self) -> str:
-        """Return rounding and rotations: "gptq act-order + quarot + ffn Hadamard"."""
-        words = "rtn"
-        if self.method == "gptq" and self.w_bits < 16:
-            words = f"gptq{' act-order' if self.act_order else ''} damping {self.damping:g}"
-        if self.rotation != "none":
-            words += f" + {self.rotation}"
-        if self.rotation == "spinquant":
-            words += f" {self.rotation_steps} steps lr {self.rotation_lr:g}"
-        if self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16:
-            words += " + ffn Hadamard"
-        return words
 
 
 def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:

@@ -49,22 +49,16 @@ def cayley_step(rotation: Tensor, gradient: Tensor, *, lr: float) -> Tensor:
 
 @torch.enable_grad()
 def learn_rotations(
-    model: Transformer,
-    spec: QuantSpec,
-    rotations: list[Tensor],
-    calibration: Tensor,
-    *,
-    sites: frozenset[str],
-    progress: bool = False,
+    model: Transformer, spec: QuantSpec, start: list[Tensor], calibration: Tensor, sites: frozenset[str], progress: bool
 ) -> list[Tensor]:
-    """Return R1 and every R2 after `spec.rotation_steps` steps from `rotations`, float64 on the model's device.
+    """Return R1 and every R2 after `spec.rotation_steps` steps from `start`, float64 on the model's device.
 
     The model is prepared for rotation and its activations are quantized by hooks. Weights are rounded without clip
     search, which would cost more than the step, and not at all before GPTQ, which corrects their rounding itself
     (SpinQuant, section 4). calibration: (N, T) token ids.
     """
     device = model.embed_tokens.weight.device
-    rotations = [rotation.to(device) for rotation in rotations]
+    rotations = [rotation.to(device) for rotation in start]
     rounded = sites if spec.method == "rtn" else frozenset()
     num_rows = min(len(calibration), -(-TOKENS_PER_STEP // calibration.shape[1]))
     steps = range(spec.rotation_steps)

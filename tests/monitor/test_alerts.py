@@ -96,15 +96,8 @@ def simulated(*, cost: float, step_seconds: float, total: int, max_cost: float =
         spent += cost
         steps.append(step)
         shares.append(spent / (step * step_seconds) if step else 0.0)
-        step = next_probe(
-            step,
-            seconds=cost,
-            spent=spent,
-            train_seconds=step * step_seconds,
-            steps=step,
-            interval=max(1, total // 500),
-            max_cost=max_cost,
-        )
+        wait = (spent + cost) / max_cost - step * step_seconds
+        step = next_probe(step, wait=wait, step_seconds=step_seconds if step else 0.0, interval=max(1, total // 500))
     return steps, shares
 
 
@@ -125,7 +118,5 @@ def test_auto_with_a_cheap_probe_is_limited_by_its_interval() -> None:
 
 
 def test_auto_stays_at_powers_of_two_without_a_measured_time() -> None:
-    assert (
-        next_probe(0, seconds=9.0, spent=9.0, train_seconds=0.0, steps=0, interval=1, max_cost=0.01),
-        next_probe(100, seconds=9.0, spent=9.0, train_seconds=0.0, steps=0, interval=1, max_cost=0.01),
-    ) == (1, 128)
+    waits = [next_probe(step, wait=1800.0, step_seconds=0.0, interval=1) for step in (0, 100)]
+    assert waits == [1, 128]
