@@ -89,7 +89,7 @@ def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, mon
             train(config)
     else:
         train(config)
-    assert during == {"osp-loader", "osp-peers", "osp-save_0"}
+    assert during == {"osp-loader_0", "osp-peers", "osp-save_0"}
     assert not ours()
 
 

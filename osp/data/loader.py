@@ -210,8 +210,10 @@ class Loader:
     def close(self) -> None:
         """Stop the thread. The loader cannot be used afterwards."""
         self.rows.stop.set()
-        wait([future for future in self._ahead.values() if not future.cancel()], timeout=CLOSE_SECONDS)
-        self._thread.shutdown(wait=False)
+        for future in self._ahead.values():
+            future.cancel()
+        _, hanging = wait([self._thread.submit(lambda: None)], timeout=CLOSE_SECONDS)  # after the read in progress
+        self._thread.shutdown(wait=not hanging)
 
     def _read(self, step: int) -> list[Batch]:
         """Read the micro batches of a step."""
