@@ -21,7 +21,8 @@ from osp.run.metrics import METRICS, Site, expand_roles, metric_of, site_of
 from osp.run.read import FREE, Run, Series
 
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
-NOISY = 600  # points from which the mean of a noisy curve is drawn over its extremes
+NOISY = 600  # points from which a noisy curve is drawn with its means
+MEANS = 150  # of such a curve
 HISTOGRAMS = 40  # probes shown as histograms
 MOST_OUTLIERS = 12  # sites in the table of outliers, for each run
 DASH = "\N{EN DASH}"  # in place of a number that is unknown
@@ -78,8 +79,6 @@ def labels(runs: list[Run]) -> list[str]:
     Keys that change neither model nor learning (`FREE`) appear only if nothing else differs. Without any difference the
     label is the name of the run.
     """
-    if len(runs) == 1:
-        return [runs[0].name]
     different = {k: v for k, v in differences_between(runs).items() if not k.startswith("run.")}
     telling = {k: v for k, v in different.items() if not k.startswith(FREE)} or different
     telling = dict(sorted(telling.items(), key=lambda item: not item[0].endswith(".name")))  # norm.name says most
@@ -117,9 +116,8 @@ def chart_data(runs: list[Run], names: list[str]) -> dict[str, Any]:
     sites = {stat: measured[stat] for stat in STATISTICS if stat in measured}
     stats, words = {}, {}
     for stat, kinds in sites.items():
-        values = [
-            v for cells in kinds.values() for cell in cells if cell for row in cell["v"] for v in row if v is not None
-        ]
+        rows = [row for cells in kinds.values() for cell in cells if cell for row in cell["v"]]
+        values = [value for row in rows for value in row if value is not None]
         # the heatmaps of all runs share their colours
         stats[stat] = asdict(STATISTICS[stat]) | {"range": [min(values, default=0), max(values, default=1)]}
         words[stat] = {kind: _site_words(cells, names) for kind, cells in kinds.items()}
@@ -146,8 +144,7 @@ def lines_data(runs: list[Run], names: list[str]) -> dict[str, dict[str, Any]]:
         assert metric is not None, lines.keys
         better = f"{metric.better} is better" if metric.better else ""
         split = len(runs) > 1 and len(lines.keys) > 1
-        groups: list[tuple[str, ...]] = [(key,) for key in lines.keys] if split else [lines.keys]
-        for keys in groups:
+        for keys in [[key] for key in lines.keys] if split else [list(lines.keys)]:
             curves = [curve for i, run in enumerate(runs) for curve in _curves(run, i, keys, noisy=lines.noisy)]
             chart = asdict(lines) | {
                 "name": f"{lines.name}_{keys[0].rpartition('/')[2]}" if split else lines.name,
@@ -171,9 +168,10 @@ def _curves(run: Run, index: int, keys: Sequence[str], *, noisy: bool) -> list[d
             series = run.series[key]
             about = {"run": index, "key": key, "name": curve_name(key) if len(keys) > 1 else ""}
             faint = noisy and len(series.steps) > NOISY
-            curves.append({**about, "faint": faint, **_points(envelope(series, BUCKETS))})
+            drawn = [({"faint": faint}, envelope(series, BUCKETS))]
             if faint:
-                curves.append({**about, "mean": True, "faint": False, **_points(averaged(series, 150))})
+                drawn.append(({"faint": False, "mean": True}, averaged(series, MEANS)))
+            curves += [{**about, **look, "x": s.steps.tolist(), "y": rounded(s.values, 5)} for look, s in drawn]
     return curves
 
 
@@ -183,19 +181,14 @@ def curve_name(key: str) -> str:
     return metric.name if metric and metric.name else key.rpartition("/")[2]
 
 
-def _points(series: Series) -> dict[str, list[Any]]:
-    return {"x": series.steps.tolist(), "y": rounded(series.values, 5)}
-
-
 def line_words(chart: dict[str, Any], runs: list[str]) -> str:
     """Return the key numbers of a chart's curves, for the caption and for screen readers."""
     alike: dict[str, list[str]] = {}  # words -> the curves they hold for
-    for run, key in dict.fromkeys((c["run"], c["key"]) for c in chart["curves"]):
-        curve = next(c for c in chart["curves"] if (c["run"], c["key"]) == (run, key))  # the envelope has the extremes
+    for curve in chart["curves"]:
         values = [v for v in curve["y"] if v is not None]
-        if values:
+        if values and not curve.get("mean"):  # which lacks the extremes
             words = f"lowest {number(min(values))}, highest {number(max(values))}, last {number(values[-1])}"
-            name = " ".join(filter(None, [runs[run] if len(runs) > 1 else "", curve["name"]]))
+            name = " ".join(filter(None, [runs[curve["run"]] if len(runs) > 1 else "", curve["name"]]))
             alike.setdefault(words, []).append(name)
     parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
     return "; ".join([*parts, *(level["text"] for level in chart["levels"])])  # a level may lie outside the picture
@@ -257,22 +250,20 @@ def histogram_data(runs: list[Run]) -> dict[str, list[Any]]:
     """
     measured: dict[str, list[list[tuple[int, Any]]]] = {}  # site -> for each run (step, histogram)
     for index, run in enumerate(runs):
-        for i in np.unique(np.linspace(0, len(run.probes) - 1, min(HISTOGRAMS, len(run.probes))).round().astype(int)):
-            for name, site in run.probes[i]["sites"].items():
+        chosen = np.linspace(0, len(run.probes) - 1, min(HISTOGRAMS, len(run.probes))).round().astype(int)
+        for probe in (run.probes[i] for i in np.unique(chosen)):
+            for name, site in probe["sites"].items():
                 if histogram := site.get("histogram"):
-                    of_runs = measured.setdefault(name, [[] for _ in runs])
-                    of_runs[index].append((run.probes[i]["step"], histogram))
+                    measured.setdefault(name, [[] for _ in runs])[index].append((probe["step"], histogram))
     data = {}
     for name, of_runs in measured.items():
         histograms = [histogram for pairs in of_runs for _, histogram in pairs]
         first = min(h["edges_log2"][0] for h in histograms)
         last = max(h["edges_log2"][0] + len(h["counts"]) for h in histograms)
-        data[name] = [
-            {"x": [step for step, _ in pairs], "first": first, "v": [_shares(h, first, last) for _, h in pairs]}
-            if pairs
-            else None
-            for pairs in of_runs
-        ]
+        cells = [{"x": [step for step, _ in pairs], "first": first} for pairs in of_runs]
+        for cell, pairs in zip(cells, of_runs, strict=True):
+            cell["v"] = [_shares(histogram, first, last) for _, histogram in pairs]
+        data[name] = [cell if cell["x"] else None for cell in cells]
     return data
 
 
@@ -314,11 +305,10 @@ def find_outliers(run: Run) -> list[Outlier]:
     """Return the sites of the last probe with the most extreme values, relative to their RMS where it is known."""
     sites = run.probes[-1]["sites"] if run.probes else {}
     values = {name: _number(site.get("top_value")) for name, site in sites.items()}
-    peaks = {name: abs(value) for name, value in values.items()}
-    times_rms = {name: peak / (run.last(f"monitor/rms/{name}") or math.nan) for name, peak in peaks.items()}
-    size = times_rms if all(map(math.isfinite, times_rms.values())) else peaks
+    times_rms = {name: abs(v) / (run.last(f"monitor/rms/{name}") or math.nan) for name, v in values.items()}
+    size = times_rms if all(map(math.isfinite, times_rms.values())) else values
     outliers = []
-    for name in sorted(sites, key=lambda name: -size[name])[:MOST_OUTLIERS]:
+    for name in sorted(sites, key=lambda name: -abs(size[name]))[:MOST_OUTLIERS]:
         site, channel = sites[name], sites[name]["channels"][0][0]
         outliers.append(
             Outlier(

@@ -47,16 +47,12 @@ def grid(sites: dict[Site, Series], buckets: int) -> tuple[list[list[int]], list
     for row, (_, series) in enumerate(ordered):
         whole[row, np.searchsorted(steps, series.steps)] = series.values
     stretches = [s for s in np.array_split(np.arange(len(steps)), buckets) if len(s)]
-    filled = np.where(np.isnan(whole), -math.inf, whole)
-    values = np.stack([filled[:, s].max(axis=1) for s in stretches], axis=1)
+    values = np.stack([np.fmax.reduce(whole[:, s], axis=1) for s in stretches], axis=1)  # nan where all are
     columns = [[int(steps[s[0]]), int(steps[s[-1]])] for s in stretches]
-    return columns, [site.layer for site, _ in ordered], np.where(np.isinf(values), math.nan, values)
+    return columns, [site.layer for site, _ in ordered], values
 
 
 def rounded(values: np.ndarray, digits: int) -> list[float | int | None]:
     """Return JSON numbers with `digits` significant digits, None for values that are not finite."""
-    return [_short(float(f"{v:.{digits}g}")) if math.isfinite(v) else None for v in values.tolist()]
-
-
-def _short(value: float) -> float | int:
-    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+    short = [float(f"{value:.{digits}g}") for value in values.tolist()]
+    return [None if not math.isfinite(v) else int(v) if v.is_integer() and abs(v) < 1e15 else v for v in short]

@@ -9,6 +9,7 @@ and heatmaps with hover on touch screens at a quarter of plotly's size. No packa
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,7 +67,7 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
     names, labels = charts.short_names(runs), charts.labels(runs)
     shown = [Shown(i, run, names[i], labels[i], charts.find_outliers(run)) for i, run in enumerate(runs)]
     data = charts.chart_data(runs, names)
-    statistics = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
+    titles = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
     comparisons = [run.comparison for run in runs if run.comparison]
     differences = charts.differences_between(runs)
     return render(
@@ -79,9 +80,9 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
         legend=[(s.name, s.label if s.label != s.name else "") for s in shown] if len(runs) > 1 else [],
         last_step=max(run.step for run in runs),
         run_choice=list(enumerate(names)),
-        statistic_choice=list(statistics.items()),
+        statistic_choice=list(titles.items()),
         histogram_choice=[(site, site) for site in data["histograms"]],
-        sites={kind: title for kind, title in SITE_TITLES.items() if any(kind in data["sites"][s] for s in statistics)},
+        sites={kind: title for kind, title in SITE_TITLES.items() if any(kind in data["sites"][s] for s in titles)},
         columns=dict.fromkeys(bits for c in comparisons for cells in c.bits.values() for bits in cells),
         methods=dict.fromkeys(method for c in comparisons for method in c.methods),
         specs={key: words for c in comparisons for key, words in c.specs.items()},
@@ -106,6 +107,7 @@ def render(template: Path, **values: Any) -> str:
     )
     environment.filters["number"] = number
     environment.filters["plain"] = charts.plain
+    environment.filters["median"] = lambda values: statistics.median(values) if len(values) else math.nan
     environment.tests["finite"] = math.isfinite
     environment.filters["percent"] = lambda share: f"{100 * share:.3g}%" if math.isfinite(share) else DASH
     # line ends and control characters as in a JSON string

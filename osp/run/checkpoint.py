@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 Slice = tuple[str, int, int, dict[str, Tensor]]  # parameter name, start, stop, kind -> flat fp32 slice
 StoredSlice = tuple[Any, str, int, int]  # open file, key in it, start, stop
+Written = tuple[dict[str, dict[str, Any]], float, str | None]  # by one rank: size and checksum of files, seconds, error
 GatherObjects = Callable[[Any], list[Any]]
 
 
@@ -103,11 +104,7 @@ class Checkpoint:
             path = self.folder / name
             if _sha256(path) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum is not the one in {MANIFEST}; take an older checkpoint")
-        assert self._slices  # raises for keys that are no slices
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers of the model, by name."""
-        return load_file(self.folder / BUFFERS)
+        _ = self._slices  # raises for a key that is no slice
 
     def kinds(self, name: str) -> list[str]:
         """Return what is stored of a parameter: "weight" and the names of its optimizer states."""
@@ -168,26 +165,18 @@ class Saved:
     write_seconds: float = 0.0  # time in the background
 
 
-@dataclass
-class _Share:
-    """Files that one rank wrote."""
-
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> bytes, sha256
-    seconds: float = 0.0
-    error: str | None = None
-
-
 class Saver:
-    """Write checkpoints in the background.
+    """Write checkpoints in the background, where nothing is exchanged. Collective: all ranks call the same in order.
 
         saver.begin(...)    copies this rank's state to host memory and starts to write it
         saver.advance()     once `write_done` on all ranks: rank 0 renames the folder and updates `latest`
         saver.advance()     once `write_done` again on all ranks: returns the outcome
 
-    Training continues between the calls. All are collective: every rank calls them in the same order, and `advance`
-    waits for work that is not done. Nothing is exchanged in the background.
-    `token` is part of the name of the temporary folder, the same on all ranks and unique to this run's process.
-    `gather` returns the values of all ranks on every rank.
+    Training continues between the calls; `advance` waits for work that is not done.
+
+    Args:
+        token: part of the name of the temporary folder, the same on all ranks and unique to this run's process.
+        gather: returns the values of all ranks on every rank.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int, token: str, rank: int, gather: GatherObjects):
@@ -197,9 +186,9 @@ class Saver:
         self._manifest: dict[str, Any] = {}
         self._final = self._temporary = folder  # of the save in progress
         self._thread = ThreadPoolExecutor(1, "osp-save")
-        self._writing: Future[_Share] | None = None
+        self._writing: Future[Written] | None = None
         self._publishing: Future[str | None] | None = None  # follows _writing; its result is an error on rank 0
-        self._shares: list[_Share] = []  # of all ranks
+        self._written: list[Written] = []  # by all ranks
         self._blocked = 0.0
 
     @property
@@ -235,14 +224,11 @@ class Saver:
         self._blocked = time.perf_counter() - began
 
     def advance(self) -> Saved | None:
-        """Wait until every rank has written its files and let rank 0 publish them; the second call returns the outcome.
-
-        Collective.
-        """
+        """Wait for the files of every rank and let rank 0 publish them; return the outcome at the second call."""
         assert self._writing is not None, "begin() a save first"
         began = time.perf_counter()
         if self._publishing is None:
-            self._shares = self._gather(self._writing.result())
+            self._written = self._gather(self._writing.result())
             self._publishing = self._thread.submit(self._publish if self._rank == 0 else lambda: None)
             self._blocked += time.perf_counter() - began
             return None
@@ -253,9 +239,9 @@ class Saver:
             step=self._manifest["step"],
             folder=self._final,
             error=outcomes[0][0],
-            num_bytes=sum(entry["bytes"] for share in self._shares for entry in share.files.values()),
+            num_bytes=sum(entry["bytes"] for files, *_ in self._written for entry in files.values()),
             blocked_seconds=max(seconds for _, seconds in outcomes),
-            write_seconds=max(share.seconds for share in self._shares),
+            write_seconds=max(seconds for _, seconds, _ in self._written),
         )
 
     def finish(self) -> Saved:
@@ -279,22 +265,21 @@ class Saver:
             copies[key] = self._host[key].copy_(values.detach(), non_blocking=True)
         return copies
 
-    def _write(self, files: dict[str, dict[str, Tensor]]) -> _Share:
+    def _write(self, contents: dict[str, dict[str, Tensor]]) -> Written:
         """In the background: write this rank's files and flush them to disk."""
-        began, share = time.perf_counter(), _Share()
+        began, files, error = time.perf_counter(), {}, None
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
-            for name, tensors in files.items():
-                share.files[name] = write_tensors(self._temporary / name, tensors)
-        except (OSError, SafetensorError) as error:
-            share.error = f"{self._final}: {error}"
-        share.seconds = time.perf_counter() - began
-        return share
+            for name, tensors in contents.items():
+                files[name] = write_tensors(self._temporary / name, tensors)
+        except (OSError, SafetensorError) as problem:
+            error = f"{self._final}: {problem}"
+        return files, time.perf_counter() - began, error
 
     def _publish(self) -> str | None:
         """In the background of rank 0: write the manifest, rename the folder, update `latest`. Return the error."""
-        errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(self._shares) if share.error]
-        files = {name: entry for share in self._shares for name, entry in share.files.items()}
+        errors = [f"rank {rank}: {error}" for rank, (_, _, error) in enumerate(self._written) if error]
+        files = {name: entry for files, *_ in self._written for name, entry in files.items()}
         manifest = {"format": FORMAT, **self._manifest, "files": files}
         try:
             if errors:
@@ -319,7 +304,7 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
         for name, start, stop, states in slices:
             for kind, values in states.items():
                 values.copy_(checkpoint.read(kind, name, start, stop))
-        stored = checkpoint.buffers()
+        stored = load_file(checkpoint.folder / BUFFERS)
         for name, buffer in model.named_buffers():
             if name not in stored:
                 raise UserError(f"{checkpoint.folder}: {BUFFERS} lacks {name}; it was written by another model")
@@ -360,11 +345,10 @@ def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
 
     Keeps the target of `latest`, and every incomplete checkpoint: another process may be writing it.
     """
-    if not keep_last:
-        return
     try:
         newest = _latest(folder)
-        for old in sorted(manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}"))[:-keep_last]:
+        complete = sorted(manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}"))
+        for old in complete[:-keep_last] if keep_last else []:
             step = old.name.removeprefix("step_")
             kept = keep_every and step.isdigit() and int(step) % keep_every == 0
             if old != newest and not kept:

@@ -41,7 +41,6 @@ from osp.run.read import differences
 log = logging.getLogger(__name__)
 
 STOPPED = "stopped.json"
-
 PACKAGES = ("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "numpy", "safetensors", "wandb")
 
 
@@ -80,14 +79,12 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
     Raises `UserError` if the folder belongs to another configuration or process, or there is nothing to resume from.
     """
     folder = Path(config.run.dir)
-    stored, lock = folder / "config.yaml", folder / ".lock"
+    before, lock = _read_config(folder), folder / ".lock"
     if config.resume is True:
         raise UserError("resume=true; write resume=auto, resume=false or the path of a run or checkpoint")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; choose another run.name or run.dir")
-    before: dict[str, Any] = {}
-    if stored.exists():
-        before = _read_yaml(stored)
+    if before:
         if changed := differences(before, to_dict(config)):
             raise UserError(
                 f"run.dir={folder} holds a run with another configuration ({'; '.join(changed[:4])}); "
@@ -150,10 +147,8 @@ def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> fl
 
 def recorded_steps(config: Config) -> int | None:
     """Return the length measured for `train.minutes` when the run began; None for a new run or a given length."""
-    stored = Path(config.run.dir) / "config.yaml"
-    if config.train.num_steps is not None or not stored.exists():
-        return None
-    return _read_yaml(stored).get("train", {}).get("steps")
+    measured = config.train.num_steps is None
+    return _read_config(Path(config.run.dir)).get("train", {}).get("steps") if measured else None
 
 
 def begin(
@@ -174,7 +169,11 @@ def begin(
         lock = RunLock(folder)
         write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         shutil.copyfile(tokenizer, stored)
-        starts = _read_starts(path)
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        except ValueError:  # a power failure cut it short, which must not prevent a start
+            log.warning("%s is damaged; it is replaced", path)
+            starts = []
         starts.append({**environment(), "world_size": world_size, "device": device})
         write_text(path, json.dumps(starts, indent=1) + "\n")
         if checkpoint and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
@@ -198,19 +197,13 @@ def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) 
 
 def environment() -> dict[str, Any]:
     """Return the git revision, versions, command and machine of this process."""
-    versions = {}
+    machine: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "git": git_revision()}
+    machine |= {"command": sys.argv, "host": platform.node(), "python": platform.python_version()}
+    machine["cpus"] = os.cpu_count()
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_revision(),
-        "command": sys.argv,
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        **versions,
-    }
+            machine[name] = metadata.version(name)
+    return machine
 
 
 def git_revision() -> str | None:
@@ -222,15 +215,6 @@ def git_revision() -> str | None:
         return None
     commit = next(line.split()[-1] for line in status if line.startswith("# branch.oid "))
     return commit + "+changes" * any(not line.startswith("#") for line in status)
-
-
-def _read_starts(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of environment.json; none if a power failure cut it short, which must not prevent a start."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError:
-        log.warning("%s is damaged; it is replaced", path)
-        return []
 
 
 def _take_lock(file: TextIO, folder: Path) -> None:
@@ -247,7 +231,11 @@ def _take_lock(file: TextIO, folder: Path) -> None:
         log.warning("the file system of the run folder has no locks (%s): start one training at a time there", error)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the run in `folder`, empty for a new run."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return {}
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -5,7 +5,6 @@ disk.
 """
 
 import logging
-import math
 import secrets
 import sys
 import threading
@@ -21,13 +20,12 @@ from tqdm import tqdm
 from osp.config import Config, LoggerConfig, WandbMode, to_dict
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after
+from osp.run.evaluations import replace_nonfinite
 from osp.run.metrics import build_workspace, layer_grids
 
 log = logging.getLogger(__name__)
 
 SECONDS_TO_FINISH = 20.0  # for W&B to send the rest when a run ends
-
-KINDS = ("train", "val", "quant", "checkpoint", "monitor", "heatmap")  # of metrics, drawn over steps
 
 
 class Logger:
@@ -56,9 +54,9 @@ class Logger:
 
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:
         """Append the metrics after `step` and `tokens` to metrics.jsonl and send them to W&B. NaN becomes null."""
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._metrics.write({"step": step, "tokens": tokens, **finite})
-        self._wandb.log({"step": step, "tokens": tokens, **metrics})
+        line = {"step": step, "tokens": tokens, **metrics}
+        self._metrics.write(replace_nonfinite(line))
+        self._wandb.log(line)
 
     def event(self, kind: str, message: str, *, step: int, tokens: int, **details: Any) -> None:
         """Append an event after `step` to events.jsonl and print it; an `alert` also goes to W&B.
@@ -109,19 +107,11 @@ class WandB:
             id_file = folder / "wandb_run_id"
             known = id_file.read_text().strip() if resumed and id_file.exists() else ""
             run_id = known or secrets.token_hex(4)
-            self._run = wandb.init(
-                project=options.project,
-                entity=options.entity,
-                name=config.run.name,
-                id=run_id,
-                resume="allow",
-                mode=mode,
-                dir=str(folder),
-                config=to_dict(config),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-            )
+            about = {"project": options.project, "entity": options.entity, "name": config.run.name, "dir": str(folder)}
+            about |= {"settings": wandb.Settings(silent=True, console="off", init_timeout=60)}
+            self._run = wandb.init(**about, config=to_dict(config), id=run_id, resume="allow", mode=mode)
             id_file.write_text(run_id + "\n")
-            for kind in KINDS:
+            for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap"):
                 self._run.define_metric(f"{kind}/*", step_metric="step")
             if mode == "online" and not resumed:
                 _add_panels(self._run)

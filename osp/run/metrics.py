@@ -32,13 +32,8 @@ class Metric:
         return ": ".join(filter(None, [self.title, self.name]))
 
 
-PLACEHOLDERS = {
-    "<role>": r"\w+",
-    "<layer>": r"layer_\d+",
-    "<site>": r"(layer_\d+/)?\w+",
-    "<weight>": r"(layer_\d+/)?\w+",
-    "<statistic>": r"\w+",
-}
+PLACEHOLDERS = {"<role>": r"\w+", "<statistic>": r"\w+", "<layer>": r"layer_\d+"}
+PLACEHOLDERS |= {"<site>": r"(layer_\d+/)?\w+", "<weight>": r"(layer_\d+/)?\w+"}
 _FILE = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
 SITE_TITLES: dict[str, str] = _FILE["sites"]
 METRICS = {key: Metric(**fields) for key, fields in _FILE["metrics"].items()}
@@ -99,13 +94,9 @@ class Panel:
 
     section: str
     keys: tuple[str, ...]
+    regex: str  # of the metrics; empty: `keys` are their names
     title: str
     log: bool  # on a logarithmic axis
-
-    @property
-    def regex(self) -> str:
-        """The regular expression of the metrics, empty if `keys` are their names."""
-        return f"^{key_regex(self.keys[0])}$" if "<" in self.keys[0] else ""
 
 
 def _panels() -> Iterator[Panel]:
@@ -118,7 +109,8 @@ def _panels() -> Iterator[Panel]:
                 metric = metric_of(keys[0].replace("<layer>", "layer_00"))
                 assert metric is not None, keys
                 title = ", ".join(filter(None, [metric.title, panel.get("detail", "").replace(word, name)]))
-                yield Panel(section, keys, title, metric.log)
+                regex = f"^{key_regex(keys[0])}$" if "<" in keys[0] else ""
+                yield Panel(section, keys, regex, title, metric.log)
 
 
 PANELS = tuple(_panels())
@@ -133,14 +125,10 @@ def build_workspace(entity: str, project: str) -> Any:
         raise UserError("the W&B panels need wandb-workspaces; pip install 'osp[wandb]'") from error
     sections: dict[str, list[Any]] = {}
     for panel in PANELS:
-        plot = wr.LinePlot(
-            title=panel.title,
-            x="step",
-            y=[] if panel.regex else list(panel.keys),
-            metric_regex=panel.regex or None,
-            log_y=panel.log or None,
-            point_visualization_method="bucketing-gorilla",  # minimum and maximum survive the down-sampling
-        )
+        drawn: dict[str, Any] = {"metric_regex": panel.regex} if panel.regex else {"y": list(panel.keys)}
+        # the minimum and the maximum survive this down-sampling
+        drawn |= {"log_y": panel.log or None, "point_visualization_method": "bucketing-gorilla"}
+        plot = wr.LinePlot(title=panel.title, x="step", **drawn)
         sections.setdefault(panel.section, []).append(plot)
     shown = [ws.Section(name=name, panels=plots, is_open=i < 2) for i, (name, plots) in enumerate(sections.items())]
     settings = ws.WorkspaceSettings(x_axis="step")

@@ -4,6 +4,7 @@ Missing or broken parts are named in `Run.notes` and the rest is read. The run m
 writing, or may never have been validated or probed.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -68,11 +69,6 @@ class Run:
         """Return the newest finite value of a metric, or nan."""
         return self.series[key].last if key in self.series else math.nan
 
-    def median(self, key: str) -> float:
-        """Return the median of the finite values of a metric, or nan."""
-        values = self.series[key].finite if key in self.series else []
-        return float(np.median(values)) if len(values) else math.nan
-
     @property
     def step(self) -> int:
         """The last optimizer step with a metric."""
@@ -98,11 +94,9 @@ class Run:
     def num_parameters(self) -> int | None:
         """Return the number of parameters by the manifest of a checkpoint, or None before the first checkpoint."""
         for manifest in sorted(self.folder.glob("checkpoints/step_*/manifest.json")):
-            try:
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 shapes = json.loads(manifest.read_text(encoding="utf-8"))["shapes"]
-            except (OSError, ValueError, KeyError):
-                continue
-            return sum(math.prod(shape) for shape in shapes.values())
+                return sum(math.prod(shape) for shape in shapes.values())
         return None
 
     def sites(self) -> dict[Site, Series]:
@@ -120,23 +114,12 @@ def read_run(folder: Path) -> Run:
         why = "is empty" if (folder / "metrics.jsonl").exists() else "is missing"
         raise UserError(f"{folder}: metrics.jsonl {why}, nothing to draw{_runs_near(folder)}")
     config = _read(folder / "config.yaml", dict, notes)
-    starts = _read(folder / "environment.json", list, notes)
+    name = str(config.get("run", {}).get("name") or folder.resolve().name)
+    starts = [start for start in _read(folder / "environment.json", list, notes) if isinstance(start, dict)]
     summary = _read(folder / "summary.json", dict, notes) if (folder / "summary.json").exists() else {}
     probes, events = _probes(folder / "probes.jsonl", notes), list(_json_lines(folder / "events.jsonl", notes))
     evaluations, comparison = read_evaluations(folder, notes)
-    return Run(
-        folder=folder,
-        name=str(config.get("run", {}).get("name") or folder.resolve().name),
-        config=config,
-        starts=[start for start in starts if isinstance(start, dict)],
-        summary=summary,
-        series=series,
-        probes=probes,
-        events=events,
-        evaluations=evaluations,
-        comparison=comparison,
-        notes=notes,
-    )
+    return Run(folder, name, config, starts, summary, series, probes, events, evaluations, comparison, notes)
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
