@@ -422,7 +422,7 @@ def _latest(folder: Path) -> Path | None:
     """Return the target of the file `latest`, always inside `folder`; None without the file."""
     try:
         name = Path((folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()).name
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return folder / name if name else None
 

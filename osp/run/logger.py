@@ -107,9 +107,10 @@ class WandB:
             id_file = folder / "wandb_run_id"
             known = id_file.read_text().strip() if resumed and id_file.exists() else ""
             run_id = known or secrets.token_hex(4)
-            about = {"project": options.project, "entity": options.entity, "name": config.run.name, "dir": str(folder)}
-            about |= {"settings": wandb.Settings(silent=True, console="off", init_timeout=60)}
-            self._run = wandb.init(**about, config=to_dict(config), id=run_id, resume="allow", mode=mode)
+            about = {"project": options.project, "entity": options.entity, "name": config.run.name, "id": run_id}
+            about |= {"dir": str(folder), "resume": "allow", "mode": mode}
+            settings = wandb.Settings(silent=True, console="off", init_timeout=60)
+            self._run = wandb.init(**about, config=to_dict(config), settings=settings)
             id_file.write_text(run_id + "\n")
             for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap"):
                 self._run.define_metric(f"{kind}/*", step_metric="step")

@@ -1,4 +1,4 @@
-"""The report and the W&B panels show the numbers of a run folder; a bad folder is one line."""
+"""The report shows the numbers of run folders, also in a real browser; a folder that cannot be read is one line."""
 
 import html
 import json
@@ -115,7 +115,7 @@ def test_envelope_keeps_every_extreme_and_few_points() -> None:
     assert len(thin.steps) <= 2 * 400 + 3
     assert np.all(np.diff(thin.steps) > 0)
     assert {1, 1235, 7778, 5001, 10_000} <= set(thin.steps.tolist())
-    np.testing.assert_array_equal(thin.values, values[thin.steps - 1])  # no value is made up
+    np.testing.assert_array_equal(thin.values, values[thin.steps - 1])  # no value is invented
     for stretch in np.array_split(np.arange(10_000), 400):  # every stretch covers the same pixels as before
         kept = thin.values[np.isin(thin.steps, stretch + 1)]
         assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(values[stretch]), np.nanmax(values[stretch]))
@@ -214,7 +214,7 @@ def test_legend_names_differences_except_paths(tmp_path: Path) -> None:
     assert differences_between(runs)["engine.zero_stage"] == [1, 3, 3]
     assert labels(runs[1:]) == ["optimizer.lr=0.01", "optimizer.lr=0.02"]
     twin = small_run(tmp_path / "d", norm={"name": "rmsnorm"}, optimizer={"lr": 0.02}, engine={"zero_stage": 1})
-    assert labels([runs[2], read_run(twin)]) == ["engine.zero_stage=3", "engine.zero_stage=1"]  # nothing else does
+    assert labels([runs[2], read_run(twin)]) == ["engine.zero_stage=3", "engine.zero_stage=1"]  # nothing else differs
     assert labels(runs[:1]) == ["a"]
     write_report([a, b, c], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -348,10 +348,10 @@ def tip(browser: Browser, selector: str) -> str:
     return browser.wait(lambda: browser.run(f"document.querySelector('{selector} .values')?.innerText"))
 
 
-def test_page_of_a_long_run_opens_at_once_and_without_errors(pages: tuple[Path, Path], browser: Browser) -> None:
+def test_page_of_a_long_run_opens_quickly_and_without_errors(pages: tuple[Path, Path], browser: Browser) -> None:
     for page in pages:
         assert page.stat().st_size < 5e6
-        # the best of some: other jobs may use this machine
+        # the best of several: other jobs may use this machine
         assert any(browser.open(page) < 2.0 for _ in range(10))
         assert browser.errors == []
         drawn = browser.run("[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('canvas')).length")
@@ -430,7 +430,7 @@ def test_charts_draw_metrics_that_exist(tmp_path: Path) -> None:
     assert {name for name, about in STATISTICS.items() if about.section == "sites"} <= {s.stat for s in run.sites()}
 
 
-def test_training_ends_by_writing_the_report_and_survives_its_failure(
+def test_training_writes_the_report_at_the_end_and_survives_its_failure(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from osp.train.setup import train

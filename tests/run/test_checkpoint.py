@@ -39,7 +39,7 @@ def model() -> Transformer:
     return build_model(from_dict(CONFIG).model, seed=3)
 
 
-def cut(source: Transformer, ranks: int) -> list[list[Slice]]:
+def partition(source: Transformer, ranks: int) -> list[list[Slice]]:
     """Return every parameter in `ranks` uneven slices, possibly empty; momentum is the weight plus one."""
     shares: list[list[Slice]] = [[] for _ in range(ranks)]
     for name, parameter in source.named_parameters():
@@ -53,10 +53,10 @@ def cut(source: Transformer, ranks: int) -> list[list[Slice]]:
 
 def write(folder: Path, source: Transformer, *, ranks: int = 1, step: int = 5, **options: Any) -> Path:
     """Write a checkpoint of `ranks` ranks; return its folder."""
-    return save(savers(folder, source, ranks=ranks, step=step, **options)).folder
+    return save(begin_saves(folder, source, ranks=ranks, step=step, **options)).folder
 
 
-def savers(
+def begin_saves(
     folder: Path,
     source: Transformer,
     *,
@@ -70,7 +70,7 @@ def savers(
     manifest = {"step": step, "tokens": 40, "config": CONFIG, **more}
     manifest["shapes"] = {name: list(p.shape) for name, p in source.named_parameters()}
     gather, started = threads_gather(ranks), []
-    for rank, share in enumerate(cut(source, ranks)):
+    for rank, share in enumerate(partition(source, ranks)):
         saver = Saver(
             folder, keep_last=keep_last, keep_every=keep_every, token="host-1", rank=rank, gather=partial(gather, rank)
         )
@@ -158,7 +158,7 @@ def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path)
     path = written / "manifest.json"
     original = path.read_text()
     manifest = json.loads(original)
-    table, key = data.draw(st.sampled_from(list(places(manifest))))
+    table, key = data.draw(st.sampled_from(list(entries_of(manifest))))
     if data.draw(st.booleans()):
         table[key] = data.draw(FOREIGN)
     else:
@@ -166,7 +166,7 @@ def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path)
     path.write_text(json.dumps(manifest))
     message = ""
     try:
-        read_as_a_start_does(written)
+        read_as_at_start(written)
     except UserError as error:
         message = str(error)
     finally:
@@ -174,7 +174,7 @@ def test_mutated_manifest_is_read_or_refused(data: st.DataObject, written: Path)
     assert not message or (str(written) in message and "\n" not in message)
 
 
-def read_as_a_start_does(folder: Path) -> None:
+def read_as_at_start(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     check_continues(checkpoint.config, checkpoint, checkpoint.shapes)
     for values in checkpoint.manifest.get("spikes", {}).values():
@@ -182,12 +182,12 @@ def read_as_a_start_does(folder: Path) -> None:
     assert checkpoint.manifest.get("skipped", 0) >= 0
 
 
-def places(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def entries_of(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield every table of a JSON tree with each of its keys."""
     for key, value in tree.items():
         yield tree, key
         if isinstance(value, dict):
-            yield from places(value)
+            yield from entries_of(value)
 
 
 @pytest.fixture(scope="module")
@@ -244,23 +244,23 @@ def test_loaded_model_needs_neither_deepspeed_nor_hydra(tmp_path: Path) -> None:
     assert int(done.stdout) == sum(p.numel() for p in model().parameters())
 
 
-def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_while_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`begin` returns before anything is on disk, and the file holds the state at that moment."""
     gate, source = threading.Event(), model()
     write_tensors = checkpoint_module.write_tensors
 
-    def slowly(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def write_slowly(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         assert gate.wait(timeout=120)
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", slowly)
-    (saver,) = savers(tmp_path, source)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", write_slowly)
+    (saver,) = begin_saves(tmp_path, source)
     before = source.lm_head.weight.detach().clone()
     assert saver.busy
     assert not saver.write_done
     assert find(tmp_path) is None
     with torch.no_grad():
-        source.lm_head.weight.add_(1.0)  # training goes on
+        source.lm_head.weight.add_(1.0)  # training continues
     gate.set()
     saved = saver.finish()
     assert (saved.error, saver.busy) == (None, False)
@@ -276,13 +276,13 @@ def test_write_error_on_one_rank_fails_the_save_everywhere_and_keeps_the_old_one
     write(tmp_path, model(), ranks=2, step=1)
     write_tensors = checkpoint_module.write_tensors
 
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def fail(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         if path.name == f"rank_{rank:05d}.safetensors":
             raise error
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
-    saved = save(savers(tmp_path, model(), ranks=2, step=2))
+    monkeypatch.setattr(checkpoint_module, "write_tensors", fail)
+    saved = save(begin_saves(tmp_path, model(), ranks=2, step=2))
     assert saved.error is not None
     assert saved.error.startswith(f"rank {rank}: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
@@ -292,11 +292,11 @@ def test_write_error_on_one_rank_fails_the_save_everywhere_and_keeps_the_old_one
 def test_write_error_of_the_manifest_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, model(), step=1)
 
-    def full(path: Path, text: str) -> None:
+    def fail(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "write_text", full)
-    saved = save(savers(tmp_path, model(), step=2))
+    monkeypatch.setattr(checkpoint_module, "write_text", fail)
+    saved = save(begin_saves(tmp_path, model(), step=2))
     assert saved.error is not None
     assert "No space left on device" in saved.error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]

@@ -1,4 +1,4 @@
-"""Records of evaluations: those of older versions are read, and what is not a record is left out."""
+"""Records of evaluations: older versions are read, and a file that is not a record is left out."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.made_run import small_run, write_evaluations
 
 
 def test_model_without_a_step_takes_the_step_of_its_record(tmp_path: Path) -> None:
-    """Records of several versions: the step is on the model, or on the record alone."""
+    """The step is a key of the model or, in an older version, only of the record."""
     write_evaluations(tmp_path)
     path = tmp_path / "evaluation" / "compare" / "step_00001200.json"
     (model,) = read_comparison(path).models

@@ -39,7 +39,7 @@ def flip_last_byte(path: Path) -> None:
 
 def test_two_trainings_cannot_share_a_folder(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.stop_at=2"))
-    with (tmp_path / "run" / ".lock").open("a") as other:  # another process holds it like this
+    with (tmp_path / "run" / ".lock").open("a") as other:  # as another process would hold it
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"run.dir=.*run: another training \(.+-\d+\) is writing there"):
             train(tiny())
@@ -102,7 +102,7 @@ def test_run_is_refused_when_every_checkpoint_is_damaged(tiny: Tiny, tmp_path: P
 
 
 def test_resuming_from_an_older_checkpoint_discards_later_ones(tiny: Tiny, tmp_path: Path) -> None:
-    """The same command given again, for example by a scheduler, continues instead of going back once more."""
+    """The same command continues when it is run again, for example by a scheduler; it does not go back once more."""
     train(tiny("checkpoint.every=1", name="straight"))
     train(tiny("train.stop_at=4", "checkpoint.every=1"))
     back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
@@ -111,14 +111,14 @@ def test_resuming_from_an_older_checkpoint_discards_later_ones(tiny: Tiny, tmp_p
     assert [e["step"] for e in read_metrics(tmp_path / "run") if "train/loss" in e] == [1, 2, 3]
     train(tiny(back, skip, "checkpoint.every=1"))
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 3]
-    rows, straight = (
+    checksums, straight = (
         [e["train/rows_checksum"] for e in read_metrics(tmp_path / name) if "train/rows_checksum" in e]
         for name in ("run", "straight")
     )
-    assert rows[:5] == [straight[0], straight[1], straight[3], straight[4], straight[5]]
+    assert checksums[:5] == [straight[0], straight[1], straight[3], straight[4], straight[5]]
 
 
-def test_resuming_from_an_older_checkpoint_holds_without_a_later_save(tiny: Tiny, tmp_path: Path) -> None:
+def test_going_back_to_an_older_checkpoint_persists_without_a_later_save(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.stop_at=4", "checkpoint.every=1"))
     back = f"resume={tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
     train(tiny(back, "train.stop_at=2"))  # as if killed before the first save
@@ -126,17 +126,15 @@ def test_resuming_from_an_older_checkpoint_holds_without_a_later_save(tiny: Tiny
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 2]
 
 
-def test_full_disk_costs_a_checkpoint_but_not_the_run(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_fails_a_save_but_not_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tensors = checkpoint_module.write_tensors
 
-    def full(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    def fail(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
         if ".step_00000002." in str(path):
             raise OSError(28, "No space left on device", str(path))
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", fail)
     train(tiny("checkpoint.every=1"))
     (event,) = events(tmp_path / "run", "checkpoint_failed")
     assert "checkpoint of step 2 not written: rank 0: " in event["message"]
@@ -152,12 +150,12 @@ def test_run_without_its_last_checkpoint_is_not_complete(
     with monkeypatch.context() as patch:
         write_tensors = checkpoint_module.write_tensors
 
-        def full(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+        def fail(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
             if ".step_00000006." in str(path):
                 raise OSError(28, "No space left on device", str(path))
             return write_tensors(path, tensors)
 
-        patch.setattr(checkpoint_module, "write_tensors", full)
+        patch.setattr(checkpoint_module, "write_tensors", fail)
         with pytest.raises(RunError, match=r"step 6: the last checkpoint could not be written to .*make room there"):
             train(tiny())
     assert marker(tmp_path / "run")["checkpoint"].endswith("step_00000003")
@@ -195,7 +193,7 @@ def test_training_waits_only_for_the_copy_of_a_save(
     """Writing, renaming and removing, slow on some file systems, run in the background."""
     done: list[tuple[str, threading.Thread]] = []
 
-    def noted(name: str) -> None:
+    def record_calls(name: str) -> None:
         original = getattr(checkpoint_module, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
@@ -207,7 +205,7 @@ def test_training_waits_only_for_the_copy_of_a_save(
 
     config = tiny("checkpoint.every=2", "checkpoint.keep_last=1", "eval.every=0", "eval.sample_tokens=0")
     for name in ("_sha256", "flush_folder", "remove", "prune"):
-        noted(name)
+        record_calls(name)
     train(config)
     assert {name for name, _ in done} == {"_sha256", "flush_folder", "remove", "prune"}
     assert threading.main_thread() not in [thread for _, thread in done]
@@ -217,7 +215,7 @@ def test_training_waits_only_for_the_copy_of_a_save(
     assert len(saves) == 3
 
 
-def test_save_slower_than_the_launcher_waits_is_announced(
+def test_warning_if_a_save_takes_longer_than_the_launcher_waits(
     tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("osp.train.setup.seconds_to_write", lambda folder, num_bytes: 45.0)

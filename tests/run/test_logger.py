@@ -11,7 +11,7 @@ from osp.config import Config, LoggerConfig
 from osp.run.logger import Logger
 
 
-def test_run_goes_on_if_panels_cannot_be_created(
+def test_training_continues_if_panels_cannot_be_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     logged = []
