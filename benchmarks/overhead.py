@@ -69,7 +69,7 @@ def main() -> None:
 def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str, int]]:
     """Return the seconds of one step, wait, validation, probe and save, and the interval of validations."""
     trainer = setup(config)
-    trainer.logger = None
+    trainer.logger = trainer.validator.logger = None
     monitor = trainer.build_monitor()
     steps, waits = [], []
     for number in range(2 + arguments.steps):
@@ -79,7 +79,8 @@ def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str,
         waits.append(metrics["train/data_wait_seconds"])
     trainer.step = 2 + arguments.steps
     seconds = {"step": statistics.median(steps[2:]), "wait": statistics.median(waits[2:])}
-    seconds["validation"] = timed(trainer.validate)
+    validate, forward, asked_to_stop = trainer.validator.validate, trainer._forward, trainer._asked_to_stop
+    seconds["validation"] = timed(lambda: validate(trainer.step, forward, asked_to_stop))
     monitor.probe(1, tokens=0, train_seconds=1.0)  # the first probe allocates
     seconds["probe"] = timed(lambda: monitor.probe(2, tokens=0, train_seconds=1.0))
     began = clock()

@@ -76,8 +76,7 @@ class TrainConfig:
     # Length of the run: the first of the next three that is set.
     steps: Count | None = None  # optimizer steps
     tokens: Count | None = None  # training tokens, rounded up to whole steps
-    # Minutes of training: the speed of this machine, measured before the first step, gives the number of steps.
-    minutes: Annotated[Positive, Field(le=10**7)] | None = None
+    minutes: Annotated[Positive, Field(le=10**7)] | None = None  # of training: the measured speed gives the steps
     seq_len: Annotated[Int, Field(ge=1, le=2**24)] = 2048  # tokens predicted per sequence
     tokens_per_step: Annotated[Int, Field(ge=1, le=2**30)] = 524_288  # per optimizer step, over all ranks
     micro_batch_size: Count | Literal["auto"] = "auto"  # sequences per rank and backward pass; see osp.train.resolve
@@ -111,11 +110,9 @@ class EvalQuantConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # Steps between validations. auto: keep below 1/50 of the training time. 0: only at the end.
-    every: CountOrZero | Literal["auto"] = "auto"
+    every: CountOrZero | Literal["auto"] = "auto"  # steps; auto: below 1/50 of the training time; 0: only at the end
     tokens: Count = 1_000_000  # upper bound of tokens per validation
-    # Tokens of the sample text in the closing summary; 0: none.
-    sample_tokens: Annotated[Int, Field(ge=0, le=10**6)] = 64
+    sample_tokens: Annotated[Int, Field(ge=0, le=10**6)] = 64  # of the sample text in the closing summary; 0: none
     quant: EvalQuantConfig = field(default_factory=EvalQuantConfig)
 
 
@@ -134,8 +131,7 @@ class PenaltyConfig:
 
     weight: NotNegative = 0.0  # 0: no penalty
     site: Literal["block_out", "down_proj_in"] = "block_out"  # in every block; names of the monitor
-    # The scale in (|x| / scale)^4; rms: the RMS of each token.
-    scale: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["rms"] = 3.0
+    scale: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["rms"] = 3.0  # in (|x| / scale)^4; rms: of each token
 
 
 @dataclass(frozen=True)

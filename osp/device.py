@@ -30,11 +30,11 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
-def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Return the device of a single process. `auto` is the GPU if there is one."""
+def choose_device(device: Literal["auto", "cpu", "cuda"], *, key: str = "device") -> torch.device:
+    """Return the device of a single process. `auto` is the GPU if there is one. key: name of the key in the error."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch finds no GPU here; set device=cpu")
-    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+        raise UserError(f"{key}=cuda, but torch finds no GPU here; set {key}=cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def native_bf16(device: torch.device | str) -> bool:

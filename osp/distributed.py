@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore  # dist.HashStore, which torch's stubs leave out
 from tqdm import tqdm
 
-from osp.device import local_ranks
+from osp.device import choose_device, local_ranks
 from osp.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
@@ -26,19 +27,15 @@ T = TypeVar("T")
 
 def device_of_rank(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """Return the device of this rank. Raises `UserError` if the host has too few GPUs, or none where one is wanted."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device=cuda, but torch finds no GPU here; set engine.device=cpu")
+    chosen, local_rank = choose_device(device, key="engine.device"), int(os.environ.get("LOCAL_RANK", "0"))
     # not only this rank's: then every rank refuses, and none waits for the others
     num_ranks = max(local_rank + 1, local_ranks())
-    if device == "cuda" and num_ranks > torch.cuda.device_count():
+    if chosen.type == "cuda" and num_ranks > torch.cuda.device_count():
         raise UserError(
             f"{num_ranks} ranks on a host with {torch.cuda.device_count()} GPUs; start at most that many processes "
             f"per host (deepspeed --num_gpus, torchrun --nproc-per-node), or set engine.device=cpu"
         )
-    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    return torch.device("cuda", local_rank) if chosen.type == "cuda" else chosen
 
 
 def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: float = 1800) -> torch.device:
@@ -75,6 +72,7 @@ class Peers:
     """
 
     POLL_SECONDS = 2.0
+    SECONDS_TO_DIE = 3.0  # from a broken connection to the end of the process
     GRACE_SECONDS = 10.0  # for the collective in progress to fail by itself, which ends the run more gently
 
     def __init__(self) -> None:
@@ -94,15 +92,10 @@ class Peers:
         if self._thread.is_alive():
             self._thread.join()  # at once: the thread only waits for the event
 
-    def dead(self, *, seconds: float = 0.0) -> list[int]:
-        """Return the ranks of this host whose process is gone; look for up to `seconds` if there are none."""
-        until = time.monotonic() + seconds
-        while True:
-            here = socket.gethostname()
-            dead = [rank for rank, (host, pid) in enumerate(self._all) if host == here and not _alive(pid)]
-            if dead or time.monotonic() > until:
-                return dead
-            time.sleep(0.1)
+    def dead(self) -> list[int]:
+        """Return the ranks of this host whose process is gone."""
+        here = socket.gethostname()
+        return [rank for rank, (host, pid) in enumerate(self._all) if host == here and not psutil.pid_exists(pid)]
 
     def cause(self, error: BaseException) -> str | None:
         """Return which rank has died if that is why a collective failed with `error`; None for any other error."""
@@ -112,7 +105,12 @@ class Peers:
             and not isinstance(error, RunError)
             and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
         )
-        return self._describe(self.dead(seconds=3)) if lost else None
+        if not lost:
+            return None
+        until = time.monotonic() + self.SECONDS_TO_DIE
+        while not self.dead() and time.monotonic() < until:
+            time.sleep(0.1)
+        return self._describe(self.dead())
 
     def _describe(self, ranks: list[int]) -> str:
         if not ranks:
@@ -127,14 +125,6 @@ class Peers:
                     log.error("error: %s; this rank ends too", self._describe(dead))
                     os._exit(1)
                 return
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # the process of another user
-    return True
 
 
 def shutdown() -> None:

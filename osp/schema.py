@@ -11,7 +11,7 @@ import json
 import re
 import typing
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ from pydantic_core import ErrorDetails
 from osp.errors import UserError
 
 C = TypeVar("C")
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 def _to_int(value: Any) -> Any:
@@ -89,11 +91,6 @@ def build(cls: type[C], values: Any, *, path: str = "") -> C:
     except ValidationError as error:
         errors = error.errors(include_url=False)
     raise UserError(_explain(cls, values, path, errors))
-
-
-@functools.cache
-def _adapter(cls: type[C]) -> TypeAdapter[C]:
-    return TypeAdapter(cls)
 
 
 def _check_plain(value: Any, path: str) -> None:

@@ -20,7 +20,7 @@ def text_table(rows: Rows, *, left: int | None = None) -> str:
 
     left: number of left-aligned columns, the others are right-aligned; None: all.
     """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = len(widths) if left is None else left
     lines = []
     for row in rows:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from osp.config import OptimizerConfig
 from osp.distributed import add_up
 from osp.optim.groups import Trainable, build_groups
 from osp.optim.optimizer import PartitionedOptimizer
+from osp.train.resolve import Resolved
 
 # Elements of the reduction buffer. DeepSpeed allocates it in every step, and its default is 7 times larger.
 _BUCKET = 2**26
@@ -55,37 +55,27 @@ class Engine:
         engine.step(number, factor)
     """
 
-    def __init__(
-        self,
-        model: Trainable,
-        config: OptimizerConfig,
-        *,
-        zero_stage: int,
-        micro_batch_size: int,
-        gradient_accumulation_steps: int,
-        grad_clip: float,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, model: Trainable, resolved: Resolved) -> None:
         """Collective. `init_distributed` must have run."""
         import deepspeed
 
         parameters = [p for _, p in model.named_parameters(remove_duplicate=False)]
         assert all(p.dtype == torch.float32 for p in parameters), "parameters are fp32; the model casts at the matmul"
-        self.device = device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.groups = build_groups(model, config)
+        config = resolved.config
+        self.device, self.world_size, self.rank = resolved.device, resolved.world_size, dist.get_rank()
+        self.gradient_accumulation_steps = resolved.gradient_accumulation_steps
+        self.groups = build_groups(model, config.optimizer)
         self.optimizer = PartitionedOptimizer(self.groups)
-        self._stage, self._micro_step = zero_stage, 0
+        self._stage, self._micro_step = config.engine.zero_stage, 0
         num_parameters = sum(p.numel() for p in parameters)
         # fp32 throughout; optimizer and learning rate are ours
         settings = {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "gradient_clipping": grad_clip,  # of the raw gradient: DeepSpeed clips before it calls our optimizer
+            "train_micro_batch_size_per_gpu": resolved.micro_batch_size,
+            "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
+            "gradient_clipping": config.train.grad_clip,  # of the raw gradient, before DeepSpeed calls our optimizer
             "zero_allow_untested_optimizer": True,
             "zero_optimization": zero_settings(
-                zero_stage, world_size=self.world_size, num_parameters=num_parameters, device=device
+                self._stage, world_size=self.world_size, num_parameters=num_parameters, device=self.device
             ),
         }
         logger = deepspeed.utils.logger
@@ -97,7 +87,7 @@ class Engine:
         logger.setLevel(logging.WARNING)
         self.module: nn.Module = self._engine.module  # below ZeRO-3 it can be called directly, e.g. for evaluation
         self._zero: Any = self._engine.optimizer
-        self.optimizer.bind(self._share_masters(), stage=zero_stage, rank=self.rank, world_size=self.world_size)
+        self.optimizer.bind(self._share_masters(), stage=self._stage, rank=self.rank, world_size=self.world_size)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -181,10 +171,7 @@ class Engine:
         return statistics
 
     def rng_state(self) -> dict[str, Tensor]:
-        """Return the RNG state of this rank by device type, uint8.
-
-        Nothing in training draws from these generators: data, initial weights and samples have their own.
-        """
+        """Return the RNG state of this rank by device type, uint8. Data, initial weights and samples have their own."""
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 

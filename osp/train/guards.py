@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
+from torch import Tensor
 
 from osp.config import Config
 from osp.data.loader import Loader, data_step
@@ -63,33 +63,32 @@ class StepGuard:
         for key, values in state.get("spikes", {}).items():
             self.spikes[key] = deque(values, maxlen=self.config.spike.window)
 
-    def examine(
-        self, step: int, loss: float, grad_norm: float, *, losses: torch.Tensor, norms: dict[str, float]
-    ) -> Verdict:
+    def examine(self, step: int, metrics: Mapping[str, float], losses: Tensor, norms: dict[str, float]) -> Verdict:
         """Decide whether the update of `step`, counted from 0, is applied. Collective: every rank decides the same.
 
         `losses` are the sums of this rank's micro batches, `norms` belong to the raw gradients of all parameters.
         """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        values = {key: metrics[f"train/{key}"] for key in ("loss", "grad_norm")}
+        if all(map(math.isfinite, values.values())):
             kind, action = "spike", self.config.spike.action
-            message = self._describe_spike(step, {"loss": loss, "grad_norm": grad_norm}) if action != "off" else ""
+            message = self._describe_spike(step, values) if action != "off" else ""
         else:
             kind, action = "nonfinite", self.config.train.on_nonfinite
-            message = self._describe_nonfinite(step, loss, losses, norms)
+            message = self._describe_nonfinite(step, values["loss"], losses, norms)
         if not message:
             return Verdict("apply")
         if action == "warn":
             return Verdict("apply", kind, message)
-        limit = self.config.train.max_skips
         if action == "stop":
             return Verdict("stop", kind, f"{message}; no weight was changed")
+        limit = self.config.train.max_skips
         if self.num_skipped == limit:
             reason = f"no weight was changed, and train.max_skips={limit} updates are left out already"
             return Verdict("stop", kind, f"{message}; {reason}")
         self.num_skipped += 1
         return Verdict("skip", kind, f"{message}; this update is left out ({self.num_skipped} of at most {limit})")
 
-    def _describe_nonfinite(self, step: int, loss: float, losses: torch.Tensor, norms: dict[str, float]) -> str:
+    def _describe_nonfinite(self, step: int, loss: float, losses: Tensor, norms: dict[str, float]) -> str:
         """Describe what is not finite, from which sequences, and the largest gradients; write nonfinite.json."""
         size = self.loader.micro_batch_size
         first = data_step(step, self.config.data.skip_steps) * self.loader.rows_per_step

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from osp.config import Config, TokenizerConfig, TrainConfig, check
+from osp.config import Config, TokenizerConfig, check
 from osp.device import compute_dtype, native_bf16
 from osp.errors import UserError
 from osp.optim.schedule import build_schedule
@@ -60,7 +60,22 @@ def resolve(
         compiled = device.type == "cuda" and config.engine.zero_stage < 3
     elif compiled and config.engine.zero_stage == 3:
         raise UserError("train.compile=true does not work with engine.zero_stage=3 (its hooks break every graph)")
-    size, num_micro_batches = _cut_batch(train, device=device, world_size=world_size)
+    sequences = train.tokens_per_step // train.seq_len
+    if sequences % world_size:
+        nearest = max(1, round(sequences / world_size)) * world_size * train.seq_len
+        raise UserError(
+            f"train.tokens_per_step={train.tokens_per_step} is {sequences} sequences of train.seq_len={train.seq_len}, "
+            f"which {world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
+        )
+    per_rank, size = sequences // world_size, train.micro_batch_size
+    if size == "auto":
+        limit = max(1, (16384 if device.type == "cuda" else 4096) // train.seq_len)
+        size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
+    elif per_rank % size:
+        raise UserError(
+            f"train.micro_batch_size={size} does not divide the {per_rank} sequences that each of {world_size} "
+            f"ranks takes per step (train.tokens_per_step / train.seq_len / ranks)"
+        )
     train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
     steps = train.num_steps if total_steps is None else total_steps
     if steps is not None:
@@ -71,32 +86,10 @@ def resolve(
         world_size=world_size,
         total_steps=TRIAL_STEPS if steps is None else steps,
         micro_batch_size=size,
-        gradient_accumulation_steps=num_micro_batches,
+        gradient_accumulation_steps=per_rank // size,
         compute_dtype=compute_dtype(precision),
         compiled=compiled,
     )
-
-
-def _cut_batch(train: TrainConfig, *, device: torch.device, world_size: int) -> tuple[int, int]:
-    """Return (sequences of a micro batch, micro batches per rank and step)."""
-    sequences = train.tokens_per_step // train.seq_len
-    if sequences % world_size:
-        nearest = max(1, round(sequences / world_size)) * world_size * train.seq_len
-        raise UserError(
-            f"train.tokens_per_step={train.tokens_per_step} is {sequences} sequences of train.seq_len={train.seq_len}, "
-            f"which {world_size} ranks do not divide; the nearest that works is train.tokens_per_step={nearest}"
-        )
-    per_rank = sequences // world_size
-    size = train.micro_batch_size
-    if size == "auto":
-        limit = max(1, (16384 if device.type == "cuda" else 4096) // train.seq_len)
-        size = max(b for b in range(1, min(per_rank, limit) + 1) if per_rank % b == 0)
-    elif per_rank % size:
-        raise UserError(
-            f"train.micro_batch_size={size} does not divide the {per_rank} sequences that each of {world_size} "
-            f"ranks takes per step (train.tokens_per_step / train.seq_len / ranks)"
-        )
-    return size, per_rank // size
 
 
 def _with_initial_model(config: Config) -> Config:

@@ -81,7 +81,11 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         raise UserError("the ranks have different configurations; start all of them with the same command and files")
     shapes = {name: list(p.shape) for name, p in meta_model(config.model).named_parameters()}
     if config.train.precision == "fp8":
-        _check_fp8(resolved, shapes)
+        fp8_linear(emulate=not native_fp8(device))  # raises without torchao
+        if native_fp8(device):
+            check_fp8(shapes, resolved.micro_batch_size * config.train.seq_len)
+        elif is_main():
+            log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", device)
     wandb_mode: WandbMode = on_main(lambda: check_wandb(config.logger))
     folder, resumable = on_main(lambda: open_run(config))
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
@@ -187,15 +191,7 @@ def build_engine(resolved: Resolved) -> Engine:
     if resolved.compiled:
         for layer in model.layers:
             layer.compile()
-    return Engine(
-        model,
-        config.optimizer,
-        zero_stage=config.engine.zero_stage,
-        micro_batch_size=resolved.micro_batch_size,
-        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
-        grad_clip=train.grad_clip,
-        device=resolved.device,
-    )
+    return Engine(model, resolved)
 
 
 def load_initial_weights(path: str, engine: Engine) -> None:
@@ -244,17 +240,6 @@ def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
             f"run {SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint is one of checkpoint.every; use a "
             "faster disk, more ranks, or an earlier signal (scripts/slurm.sh)"
         )
-
-
-def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
-    """Raise `UserError` without torchao, or for sizes the hardware cannot multiply; warn on a device without fp8."""
-    matrices = {name: shape for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2}
-    native = native_fp8(resolved.device)
-    fp8_linear(emulate=not native)
-    if native:
-        check_fp8(matrices, resolved.micro_batch_size * resolved.config.train.seq_len)
-    elif is_main():
-        log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", resolved.device)
 
 
 def _check_vocabulary(config: Config, num_tokens: int) -> None:

@@ -59,5 +59,4 @@ class StopRequest:
 
 def count_flags(*flags: bool, device: torch.device) -> list[int]:
     """Return on how many ranks each flag is set, so that all ranks act alike. Collective."""
-    counts = torch.tensor(flags, dtype=torch.float32, device=device)
-    return [int(count) for count in add_up(counts).tolist()]
+    return add_up(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()

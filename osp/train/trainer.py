@@ -15,7 +15,7 @@ from torch import Tensor
 from osp.config import to_dict
 from osp.data.loader import Batch, Loader, data_step
 from osp.device import peak_tflops_of
-from osp.distributed import Peers, add_up, gather_objects, on_main
+from osp.distributed import Peers, add_up, gather_objects
 from osp.errors import LostRankError, RunError, StoppedError
 from osp.files import write_text
 from osp.model.loss import IGNORE
@@ -28,7 +28,7 @@ from osp.train.engine import Engine
 from osp.train.guards import StepGuard
 from osp.train.resolve import Resolved
 from osp.train.stop import StopRequest, count_flags
-from osp.train.validate import Measurement, Validator, describe_start, describe_summary, last_measurement
+from osp.train.validate import Validator, describe_start, describe_summary
 
 SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a request to stop may go unnoticed
 SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
@@ -66,7 +66,7 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = resolved.build_schedule()
         self.shards = loader.rows.folder
-        self.validator = Validator(resolved, self.model, self.shards)
+        self.validator = Validator(resolved, self.model, self.shards, logger)
         self.guard = StepGuard(config, loader, report=folder / "nonfinite.json" if logger else None)
         self.saver = Saver(
             folder / "checkpoints",
@@ -78,8 +78,6 @@ class Trainer:
         )
         self.step = 0  # optimizer steps taken
         self.saved: int | None = None  # step of the newest checkpoint that was begun
-        self.validation: Measurement = (-1, {})  # the last one
-        self.quantized: Measurement = (-1, {})
         self.stop = StopRequest()
         self.interrupted = False  # a rank was asked to stop, and all ranks know it
         self.failure = ""  # why the run cannot go on, known to all ranks
@@ -100,9 +98,10 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, and leave stopped.json, which says why the run ended. Raises `StoppedError` on a signal."""
-        self._say(describe_start(self.resolved, self.engine, self.shards, self.peak_tflops))
-        if self.step == self.total_steps:
-            self._say("this run is complete")
+        if self.logger:
+            self.logger.say(describe_start(self.resolved, self.engine, self.shards, self.peak_tflops))
+            if self.step == self.total_steps:
+                self.logger.say("this run is complete")
         first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
             monitor = self.build_monitor()
@@ -173,13 +172,7 @@ class Trainer:
         metrics = self._reduce(torch.stack(losses), torch.stack(penalties), batches)
         names, norms = self.engine.gradient_norms()
         metrics["train/grad_norm"] = torch.linalg.vector_norm(norms).item()
-        verdict = self.guard.examine(
-            step,
-            metrics["train/loss"],
-            metrics["train/grad_norm"],
-            losses=torch.stack(losses),
-            norms=dict(zip(names, norms.tolist(), strict=True)),
-        )
+        verdict = self.guard.examine(step, metrics, torch.stack(losses), dict(zip(names, norms.tolist(), strict=True)))
         if verdict.message:
             self._event(verdict.kind, verdict.message, step + 1)
         if verdict.action != "apply":
@@ -195,23 +188,6 @@ class Trainer:
         if record:
             metrics |= self._costly_metrics(data_wait, updated=verdict.action == "apply")
         return metrics
-
-    def validate(self) -> None:
-        """Measure and log the loss on the validation split. Stops early, without a result, when asked to stop."""
-        metrics = self.validator.loss(self._forward, self._asked_to_stop)
-        if metrics is not None:
-            self.validation = self.step, metrics
-            self._log(metrics)
-            loss, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
-            self._say(f"step {self.step}: validation loss {loss:.4f}, {bits:.4f} bits/byte")
-
-    def validate_quantized(self) -> None:
-        """Measure and log the perplexity of the model as it is and at 4 bits."""
-        metrics = self.validator.quantized_perplexity()
-        self.quantized = self.step, metrics
-        self._log(metrics)
-        values = [f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items() if "perplexity" in key]
-        self._say(f"step {self.step}: perplexity {', '.join(values)}")
 
     def save(self) -> None:
         """Begin a checkpoint of this boundary; training goes on while it is written."""
@@ -250,8 +226,7 @@ class Trainer:
         self.step = checkpoint.step
         if checkpoint.folder.resolve().parent == self.saver.folder.resolve():
             self.saved = self.step
-            self.validation = on_main(lambda: last_measurement(self.folder, "val/loss"))
-            self.quantized = on_main(lambda: last_measurement(self.folder, "quant/seconds"))
+            self.validator.restore(self.folder)
         self._event("resumed", f"continuing after step {self.step} from {checkpoint.folder}", self.step)
 
     def build_monitor(self) -> Monitor:
@@ -283,10 +258,10 @@ class Trainer:
             self.save()
         if monitor.due(step):
             monitor.probe(step, tokens=self.tokens, train_seconds=self.train_seconds)
-        if self.validation[0] != step and self._due(self.validator.every, step):
-            self.validate()
-        if every and self.quantized[0] != step and self._due(every, step) and not self._asked_to_stop():
-            self.validate_quantized()
+        if self.validator.validated[0] != step and self._due(self.validator.every, step):
+            self.validator.validate(step, self._forward, self._asked_to_stop)
+        if every and self.validator.quantized[0] != step and self._due(every, step) and not self._asked_to_stop():
+            self.validator.validate_quantized(step)
         return not self.interrupted
 
     def _wait_for_data(self, step: int) -> bool:
@@ -294,9 +269,8 @@ class Trainer:
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
-            num_stopped, num_ready, num_written = count_flags(
-                bool(self.stop), ready, self.saver.write_done, device=self.engine.device
-            )
+            flags = bool(self.stop), ready, self.saver.write_done
+            num_stopped, num_ready, num_written = count_flags(*flags, device=self.engine.device)
             if num_written == world_size and (saved := self.saver.advance()):
                 self._log_save(saved)
             self.interrupted = num_stopped > 0
@@ -355,14 +329,9 @@ class Trainer:
             self.saved = None
             message = f"checkpoint of step {saved.step} not written: {saved.error}; training goes on, older ones stay"
             self._event("checkpoint_failed", message, self.step)
-        else:
-            self._log(
-                {
-                    "checkpoint/blocked_seconds": saved.blocked_seconds,
-                    "checkpoint/write_seconds": saved.write_seconds,
-                    "checkpoint/bytes": float(saved.num_bytes),
-                }
-            )
+            return
+        seconds = {"checkpoint/blocked_seconds": saved.blocked_seconds, "checkpoint/write_seconds": saved.write_seconds}
+        self._log(seconds | {"checkpoint/bytes": float(saved.num_bytes)})
 
     def _save_the_rest(self) -> None:
         """Complete a checkpoint of this boundary. Raises `RunError` if it cannot be written."""
@@ -383,7 +352,7 @@ class Trainer:
             summary = json.loads(path.read_text(encoding="utf-8"))
         else:
             figures = {"tokens_per_second": self._speed(first), "train_seconds": self.train_seconds}
-            summary = {"steps": self.step, "tokens": self.tokens, **self.validation[1], **figures}
+            summary = {"steps": self.step, "tokens": self.tokens, **self.validator.validated[1], **figures}
             summary |= self.validator.compare_and_sample()
             if self.logger:
                 write_text(path, json.dumps(summary, indent=1) + "\n")
@@ -399,10 +368,6 @@ class Trainer:
         """Return training tokens per second since step `first`, without validation and saving; 0 before a step."""
         tokens = (self.step - first) * self.config.train.tokens_per_step
         return tokens / self.train_seconds if self.train_seconds else 0.0
-
-    def _say(self, message: str) -> None:
-        if self.logger:
-            self.logger.say(message)
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self.logger:

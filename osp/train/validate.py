@@ -13,7 +13,7 @@ from osp.config import Config
 from osp.data.loader import Batch, validation_batches
 from osp.data.manifest import load_manifest
 from osp.data.tokenizer import load_tokenizer, token_bytes
-from osp.distributed import add_up
+from osp.distributed import add_up, on_main
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
 from osp.evaluation.texts import held_out
@@ -22,6 +22,7 @@ from osp.model.generate import Sampling, generate
 from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
 from osp.optim.groups import describe_groups
 from osp.report.page import write_report
+from osp.run.logger import Logger
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved
 
@@ -32,20 +33,27 @@ Measurement = tuple[int, dict[str, float]]  # after which step, and the metrics
 
 
 class Validator:
-    """Measures `model` on the validation split below `shards`. All methods are collective."""
+    """Measures `model` on the validation split below `shards` and logs the result. All methods are collective."""
 
-    def __init__(self, resolved: Resolved, model: Transformer, shards: Path):
-        self.resolved, self.model, self.shards = resolved, model, shards
+    def __init__(self, resolved: Resolved, model: Transformer, shards: Path, logger: Logger | None):
+        self.resolved, self.model, self.shards, self.logger = resolved, model, shards, logger
         self.config, quant = resolved.config, resolved.config.eval.quant
         self.every = validation_every(self.config, load_manifest(shards).val.tokens)
+        self.validated: Measurement = (-1, {})  # the last one
+        self.quantized: Measurement = (-1, {})
         self.tokenizer = load_tokenizer(shards / "tokenizer.json")
         self._token_bytes = torch.from_numpy(token_bytes(self.tokenizer)).to(resolved.device)
         if quant.every:
             self._text = held_out("held_out", shards, self.tokenizer, max_tokens=quant.tokens)
 
+    def restore(self, folder: Path) -> None:
+        """Read the last measurements of a run."""
+        self.validated = on_main(lambda: last_measurement(folder, "val/loss"))
+        self.quantized = on_main(lambda: last_measurement(folder, "quant/seconds"))
+
     @torch.no_grad()
-    def loss(self, forward: Callable[[Batch], Output], asked_to_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Return `val/loss` in nats per token, `val/bits_per_byte` and `val/seconds`; None when asked to stop."""
+    def validate(self, step: int, forward: Callable[[Batch], Output], asked_to_stop: Callable[[], bool]) -> None:
+        """Measure the loss in nats per token and bits per byte. Stops early, without a result, when asked to stop."""
         began, train = time.perf_counter(), self.config.train
         sums = torch.zeros(3, dtype=torch.float64, device=self.resolved.device)  # nats, tokens, bytes
         self.model.eval()
@@ -60,7 +68,7 @@ class Validator:
                 document_ids=train.document_mask,
             ):
                 if asked_to_stop():
-                    return None
+                    return
                 targets = batch.tokens[: batch.num_rows, 1:].to(self.resolved.device)
                 loss = forward(batch).loss
                 assert loss is not None
@@ -70,24 +78,24 @@ class Validator:
             self.model.train()
         nats, tokens, num_bytes = add_up(sums).tolist()
         measured = CodeLength(nats=nats, tokens=int(tokens), bytes=int(num_bytes))
-        return {
-            "val/loss": measured.loss,
-            "val/bits_per_byte": measured.bits_per_byte,
-            "val/seconds": time.perf_counter() - began,
-        }
+        seconds = time.perf_counter() - began
+        metrics = {"val/loss": measured.loss, "val/bits_per_byte": measured.bits_per_byte, "val/seconds": seconds}
+        self.validated = step, metrics
+        self._log(self.validated, f"validation loss {measured.loss:.4f}, {measured.bits_per_byte:.4f} bits/byte")
 
-    def quantized_perplexity(self) -> dict[str, float]:
-        """Return `quant/perplexity/BITS` of the model as it is and at 4 bits, and `quant/seconds`.
+    def validate_quantized(self, step: int) -> None:
+        """Measure the perplexity of the model as it is and at 4 bits.
 
         Weights, buffers and random numbers are the same bits afterwards.
         """
         began, seq_len = time.perf_counter(), self.config.train.seq_len
+        batch_tokens = self.resolved.micro_batch_size * seq_len
         # the windows of a text have another shape than a batch, and compiled code ignores hooks
         with torch.compiler.set_stance("force_eager"):
-            metrics = live_perplexity(
-                self.model, self._text, seq_len=seq_len, batch_tokens=self.resolved.micro_batch_size * seq_len
-            )
-        return metrics | {"quant/seconds": time.perf_counter() - began}
+            metrics = live_perplexity(self.model, self._text, seq_len=seq_len, batch_tokens=batch_tokens)
+        values = [f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items()]
+        self.quantized = step, metrics | {"quant/seconds": time.perf_counter() - began}
+        self._log(self.quantized, f"perplexity {', '.join(values)}")
 
     def compare_and_sample(self) -> dict[str, Any]:
         """Return `gzip_bits_per_byte` of the validation split, and `sample`: its first tokens, continued by the model.
@@ -107,6 +115,12 @@ class Validator:
             (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)
         self.model.train()
         return figures | {"sample": self.tokenizer.decode([*prompt, *tokens])}
+
+    def _log(self, measurement: Measurement, message: str) -> None:
+        step, metrics = measurement
+        if self.logger:
+            self.logger.log(metrics, step=step, tokens=step * self.config.train.tokens_per_step)
+            self.logger.say(f"step {step}: {message}")
 
 
 def validation_every(config: Config, val_tokens: int) -> int:

@@ -8,10 +8,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig
+from osp.config import Config, EngineConfig, ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig, TrainConfig
 from osp.distributed import add_up, on_main
 from osp.model.transformer import build_model
+from osp.optim.groups import Trainable
 from osp.train.engine import Engine, zero_settings
+from osp.train.resolve import Resolved
 from tests.optim.reference import ROWS, Model, batch, factor
 
 STEPS, CLIP, LR, ADAM_LR, DECAY = 5, 0.05, 0.02, 0.03, 0.1
@@ -23,19 +25,35 @@ def in_parts(*arguments: Any, **options: Any) -> dict[str, Any]:
     return zero_settings(*arguments, **options) | {"stage3_param_persistence_threshold": 0}
 
 
+def engine_of(
+    model: Trainable,
+    stage: int,
+    *,
+    rows: int,
+    accumulation: int = 1,
+    partition_small: bool = False,
+    clip: float = CLIP,
+    optimizer: OptimizerConfig = CONFIG,
+) -> Engine:
+    resolved = Resolved(
+        Config(optimizer=optimizer, engine=EngineConfig(zero_stage=stage), train=TrainConfig(grad_clip=clip)),
+        device=torch.device("cpu"),
+        world_size=torch.distributed.get_world_size(),
+        total_steps=STEPS,
+        micro_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        compute_dtype=torch.float32,
+        compiled=False,
+    )
+    with patch("osp.train.engine.zero_settings", in_parts if partition_small else zero_settings):
+        return Engine(model, resolved)
+
+
 def build(stage: int, accumulation: int, *, clip: float = CLIP, config: OptimizerConfig = CONFIG) -> Engine:
     """`Engine` of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
-    rows = ROWS // accumulation // torch.distributed.get_world_size()
-    with patch("osp.train.engine.zero_settings", in_parts if stage == 3 and accumulation > 1 else zero_settings):
-        return Engine(
-            Model(),
-            config,
-            zero_stage=stage,
-            micro_batch_size=rows,
-            gradient_accumulation_steps=accumulation,
-            grad_clip=clip,
-            device=torch.device("cpu"),
-        )
+    rows, parts = ROWS // accumulation // torch.distributed.get_world_size(), stage == 3 and accumulation > 1
+    options: dict[str, Any] = {"partition_small": parts, "clip": clip, "optimizer": config}
+    return engine_of(Model(), stage, rows=rows, accumulation=accumulation, **options)
 
 
 def shares(engine: Engine, step: int) -> Iterator[Tensor]:
@@ -115,16 +133,8 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
     model = build_model(PENALIZED, seed=0)
     model.activation_checkpointing = stage > 1
     model.set_penalty(PENALTY)
-    with patch("osp.train.engine.zero_settings", in_parts if stage == 3 else zero_settings):
-        engine = Engine(
-            model,
-            CONFIG,
-            zero_stage=stage,
-            micro_batch_size=len(PENALIZED_IDS) // world_size // 2,
-            gradient_accumulation_steps=2,
-            grad_clip=CLIP,
-            device=torch.device("cpu"),
-        )
+    rows = len(PENALIZED_IDS) // world_size // 2
+    engine = engine_of(model, stage, rows=rows, accumulation=2, partition_small=stage == 3)
     for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
         loss, _, penalty = engine(ids[:, :-1], ids[:, 1:])
         engine.backward((loss + PENALTY.weight * penalty) / PENALIZED_IDS[:, 1:].numel())
@@ -139,16 +149,7 @@ BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2,
 def bhyt_constants(stage: int) -> list[float]:
     """BHyT's constants after a refresh of forgotten ones; under ZeRO-3 every weight is in parts before."""
     model = build_model(dataclasses.replace(BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2), seed=0)
-    with patch("osp.train.engine.zero_settings", in_parts if stage == 3 else zero_settings):
-        engine = Engine(
-            model,
-            CONFIG,
-            zero_stage=stage,
-            micro_batch_size=1,
-            gradient_accumulation_steps=1,
-            grad_clip=CLIP,
-            device=torch.device("cpu"),
-        )
+    engine = engine_of(model, stage, rows=1, partition_small=stage == 3)
     constants = [buffer for name, buffer in model.named_buffers() if name.endswith("attention_gain")]
     for constant in constants:
         constant.fill_(torch.nan)
