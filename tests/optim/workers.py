@@ -27,7 +27,7 @@ def in_parts(*arguments: Any, **options: Any) -> dict[str, Any]:
 
 def engine_of(
     model: Trainable,
-    stage: int,
+    stage: Any,
     *,
     rows: int,
     accumulation: int = 1,
