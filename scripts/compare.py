@@ -1,4 +1,4 @@
-"""Tables 2 and 4 of the paper for several models: `python scripts/compare.py RUN RUN texts=[wikitext2]`."""
+"""Print tables 2 and 4 of the paper for several models: `python scripts/compare.py RUN RUN texts=[wikitext2]`."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Another normalizer, the same function: `python scripts/convert.py MODEL to=rmsnorm out=DIR`."""
+"""Change the norm of a model without changing its function: `python scripts/convert.py MODEL to=rmsnorm out=DIR`."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every entry point shares: compose the configuration with Hydra, run, and turn a user's mistake into one line."""
+"""Shared by all scripts: compose the configuration with Hydra, run, and print an error of the user as one line."""
 
 import atexit
 import contextlib
@@ -33,10 +33,10 @@ def launch(
     defaults: dict[str, Any] | None = None,
     positional: str | None = None,
 ) -> NoReturn:
-    """`run`, and the end of the process with its status: all that a script does.
+    """Call `run`, then end the process with its status.
 
-    The interpreter is not finalized: DeepSpeed holds on to the process group, so that torch's communication threads
-    live until then, and one that lets go of a tensor while Python goes down is stopped inside C++, which aborts the
+    The interpreter is not finalized. DeepSpeed keeps a reference to the process group, so torch's communication threads
+    are still running. A thread that frees a tensor while Python finalizes is stopped inside C++, which aborts the
     process ("terminate called without an active exception").
     """
     status = 0
@@ -48,7 +48,7 @@ def launch(
         traceback.print_exc()
         status = 1
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):  # nobody reads on
+    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has ended
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
@@ -61,18 +61,19 @@ def run(
     defaults: dict[str, Any] | None = None,
     positional: str | None = None,
 ) -> None:
-    """Run `main` on the composed, resolved configuration. A user's mistake is one line and exit status 2.
+    """Run `main` on the composed, resolved configuration. Print a `UserError` as one line and exit with status 2.
 
-    defaults: every key and its value, where these are not a training's. positional: the key of the arguments that come
-    first, before all options and overrides; if its default is a list it takes all of them. They are taken as they are:
-    Hydra, whose grammar gives quotes, braces and line ends a meaning, does not see them.
+    Args:
+        defaults: all keys with their default values; None: the keys of a training.
+        positional: key of the arguments before the first option or override. It takes all of them if its default is a
+            list. Hydra does not parse them, so quotes, braces and line ends in them have no special meaning.
     """
     defaults = to_dict(Config()) if defaults is None else defaults
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # the deepspeed launcher inserts --local_rank=N before the overrides; LOCAL_RANK says the same
+    # the deepspeed launcher inserts --local_rank=N before the overrides; LOCAL_RANK has the same value
     sys.argv[1:] = _without_local_rank(sys.argv[1:])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they become one line here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     ConfigStore.instance().store(name="defaults", node=defaults)
     debug = any(argument in ("debug=true", "+debug=true") for argument in sys.argv)
 
@@ -82,45 +83,44 @@ def run(
             first = _take_first(sys.argv, positional, many=isinstance(defaults[positional], list | tuple))
         for config in _compose(config_name, defaults):
             main({**config, **first})
-    except StoppedError as error:  # the run has said it; a shell tells a signal by this status
+    except StoppedError as error:  # the run has printed it; this status tells the shell the signal
         sys.exit(128 + signal.Signals[error.signal])
     except (UserError, RunError) as error:
         if debug:
             raise
         if is_main or isinstance(error, LostRankError):
             print(f"error: {_on_one_line(error)}", file=sys.stderr)
-        # a run that failed, or a user's mistake
         sys.exit(1 if isinstance(error, RunError) else 2)
-    except KeyboardInterrupt:  # before the first step, or where nothing is to be saved
+    except KeyboardInterrupt:  # before the first step, or in a script without state to save
         if is_main:
-            print("interrupted; nothing was to be saved", file=sys.stderr)
+            print("interrupted; there was nothing to save", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """The configuration that the command line describes, resolved; none for Hydra's own --help and --cfg.
+    """Return the resolved configuration of the command line in a list; an empty list after Hydra's --help or --cfg.
 
-    Raises `UserError` whatever Hydra, OmegaConf or the YAML reader raise: all they are given is the user's.
+    Raises `UserError` for every error of Hydra, OmegaConf and the YAML reader: their only input comes from the user.
     """
     if {"-m", "--multirun"} & set(sys.argv):
-        raise UserError("--multirun: one start trains one model; start once for each value, with its own run.name")
+        raise UserError("--multirun: one start trains one model; start once for each value, with another run.name")
     composed: list[DictConfig] = []
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(composed.append)()
         values = [_plain(config) for config in composed]
-    except SystemExit as stop:  # of argparse, which prints its usage as well
+    except SystemExit as stop:  # from argparse, which also prints its usage
         if stop.code != 2:
             raise
         for argument, after in itertools.pairwise([*sys.argv[1:], "VALUE"]):
             name, equals, value = argument.removeprefix("--").partition("=")
             if argument.startswith("--") and name in defaults:
                 raise UserError(f"there is no option --{name}; write {name}={value if equals else after}") from stop
-        raise UserError(said.getvalue().strip().split("error: ")[-1] + "; see --help") from stop
-    except Exception as error:  # among them plain ones of the parser, `norm=null` for example
+        raise UserError(errors.getvalue().strip().split("error: ")[-1] + "; see --help") from stop
+    except Exception as error:  # the parser raises plain exceptions too, e.g. for `norm=null`
         raise UserError(_explained(error, defaults)) from error
-    sys.stderr.write(said.getvalue())
+    sys.stderr.write(errors.getvalue())
     return values
 
 
@@ -154,7 +154,7 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _take_first(argv: list[str], key: str, *, many: bool) -> dict[str, Any]:
-    """Move the first arguments, up to an option or an override, from `argv` to `key`; empty if there are none."""
+    """Remove the arguments before the first option or override from `argv`; return them under `key`, or {}."""
     values = list(itertools.takewhile(lambda argument: not re.match(r"-|[~+]*[A-Za-z_][\w./@]*=", argument), argv[1:]))
     if len(values) > 1 and not many:
         raise UserError(f"one {key} at a time, not {len(values)}: {' '.join(values)}")
@@ -163,22 +163,22 @@ def _take_first(argv: list[str], key: str, *, many: bool) -> dict[str, Any]:
 
 
 def _explained(error: Exception, defaults: dict[str, Any]) -> str:
-    """What Hydra's `error` means to whoever typed the command."""
+    """Return Hydra's `error` as a sentence for the user who typed the command."""
     text = str(error)
     if "To append to your config" in text and (match := re.match(r"Could not override '([^']+)'", text)):
-        return unknown_key(match[1], defaults)  # Hydra's advice to append an unknown key gives way to the valid keys
+        return unknown_key(match[1], defaults)  # the valid keys instead of Hydra's advice to append the unknown one
     if isinstance(error, OverrideParseException):
         reason = text.split("See https://hydra.cc")[0]
         reason = reason.removeprefix(f"Error parsing override '{error.override}'").strip()
         if "LexerNoViableAlt" in reason:
             reason = "a character there needs quotes"
         return (
-            f"Error parsing override {error.override!r}: {reason}; write KEY=VALUE, and quote what is no plain word: "
-            """'run.dir="~/runs"'"""
+            f"Error parsing override {error.override!r}: {reason}; write KEY=VALUE, and quote a value that is not a "
+            """plain word: 'run.dir="~/runs"'"""
         )
     text = text.split("Config search path:")[0].split("See https://hydra.cc")[0]
     text = re.sub(r"^In '\w+': ", "", text)
-    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):  # names neither key nor file
+    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):  # these name a key or a file
         text += f"; the arguments were: {' '.join(sys.argv[1:])}"
     return text if error.__cause__ is None else f"{text.rstrip()}: {error.__cause__}"
 

@@ -25,11 +25,11 @@ DEFAULT_NEW_TOKENS = 256
 class GenerateConfig:
     """Keys besides the model and the prompts, which come first."""
 
-    prompts: FilePath | None = None  # a text file with another prompt on every line
+    prompts: FilePath | None = None  # a text file with one prompt per line
     max_new_tokens: Annotated[Int, Field(ge=1, le=2**24)] | None = None  # None: 256, or the positions left
     temperature: NotNegative = 0.8  # 0: always the most likely token
     top_k: Count | None = None  # sample from the k most likely tokens only
-    top_p: PositiveFraction = 1.0  # ... and from the smallest set of tokens with this probability
+    top_p: PositiveFraction = 1.0  # sample from the smallest set of tokens with this probability
     seed: Seed = 0
     bos: bool = True  # put the model's BOS token before every prompt
     device: Device = "auto"
@@ -50,12 +50,12 @@ def main(values: dict[str, Any]) -> None:
 
 @dataclass
 class Speed:
-    """Tokens read and generated, and the seconds that took."""
+    """Counts and seconds of reading the prompts and writing new tokens."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
-    reading: float = 0.0  # until the first new tokens
-    writing: float = 0.0  # the other new tokens
+    reading: float = 0.0  # seconds until the first new tokens
+    writing: float = 0.0  # seconds of the other new tokens
 
     def __str__(self) -> str:
         rate = f": {self.new_tokens / self.writing:,.0f} tokens/s" if self.writing else ""
@@ -68,8 +68,8 @@ class Speed:
 def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: Callable[[str], None]) -> Speed:
     """Continue `prompts` and the lines of `config.prompts` with the model at `path`.
 
-    write: Receives the texts in pieces, prompts included, in their order and separated by an empty line. The first
-        text arrives while it is generated. A `UserError` is raised before the first piece.
+    write: Called with pieces of the texts, prompts included, in their order and separated by an empty line. The first
+        text is written while it is generated. A `UserError` is raised before the first call.
     """
     prompts = [*prompts, *read_prompts(config.prompts)]
     device = choose_device(config.device)
@@ -115,7 +115,7 @@ def read_prompts(path: str | None) -> list[str]:
         raise UserError(f"prompts={path}: cannot read it: {error}") from error
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"prompts={path} holds no prompt; write one in each line")
+        raise UserError(f"prompts={path} holds no prompt; write one per line")
     return prompts
 
 
@@ -125,7 +125,7 @@ def encode(subject: LanguageModel, prompt: str, number: int, *, bos: bool) -> li
         raise UserError(f"prompt {number} is empty; give it some text")
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # bytes on the command line that are not UTF-8 arrive as surrogates
+    except UnicodeEncodeError as error:  # Python decodes bytes that are not UTF-8 as surrogates
         raise UserError(f"prompt {number} is not UTF-8 text") from error
     ids = subject.encode(prompt)
     return [subject.bos_id, *ids] if bos and subject.bos_id is not None else ids

@@ -1,4 +1,4 @@
-"""Find the outliers of a model and the step they appeared: `python scripts/inspect_outliers.py RUN_OR_CHECKPOINT`."""
+"""Find the outliers of a model and when they appeared: `python scripts/inspect_outliers.py RUN_OR_CHECKPOINT`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def main(values: dict[str, Any]) -> None:
     config = build(InspectConfig, values)
     if config.path is None:
         raise UserError("usage: python scripts/inspect_outliers.py RUN_OR_CHECKPOINT [text=FILE] [out=DIR]")
-    # torch after the checks: a typing mistake is reported at once
+    # imports torch, after the checks: a typing mistake is reported at once
     from osp.monitor.inspect import inspect
 
     text, out = (Path(name) if name else None for name in (config.text, config.out))

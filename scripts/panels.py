@@ -1,4 +1,4 @@
-"""Make the W&B workspace of a project: `python scripts/panels.py ENTITY/PROJECT`, for instance after `wandb sync`."""
+"""Create the W&B workspace of a project: `python scripts/panels.py ENTITY/PROJECT`, for instance after `wandb sync`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def main(values: dict[str, Any]) -> None:
         print(build_workspace(entity, project).save().url)
     except UserError:
         raise
-    except Exception as error:  # W&B raises its own errors, the network's and GraphQL's
+    except Exception as error:  # an error of W&B, the network or GraphQL
         raise UserError(f"W&B refused the workspace: {type(error).__name__}: {error}") from error
 
 

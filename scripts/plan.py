@@ -20,9 +20,9 @@ DEFAULTS = to_dict(Config()) | OPTIONS
 def main(values: dict[str, Any]) -> None:
     options = build(PlanConfig, {key: values.pop(key) for key in OPTIONS if key in values})
     config = from_dict(values)
-    # a constant that was typed is no longer what the file says of it
-    typed = {word.lstrip("+").split("=")[0].removeprefix("machine.") for word in sys.argv if "machine." in word}
-    sources = options.machine.sources | dict.fromkeys(typed, "the command line")
+    # the file does not describe a constant that the command line overrides
+    overridden = {word.lstrip("+").split("=")[0].removeprefix("machine.") for word in sys.argv if "machine." in word}
+    sources = options.machine.sources | dict.fromkeys(overridden, "the command line")
     options = dataclasses.replace(options, machine=dataclasses.replace(options.machine, sources=sources))
     from osp.plan.plan import describe, make_plan, to_json
 

@@ -17,10 +17,10 @@ def main(values: dict[str, Any]) -> None:
         for argument in sys.argv[1:]:
             if argument.lstrip("+~").split("=")[0].split(".")[0] in OF_THE_MODEL:
                 raise UserError(
-                    f"{argument}: model and tokenizer are those of checkpoint.init_from={config.checkpoint.init_from}; "
+                    f"{argument}: model and tokenizer come from checkpoint.init_from={config.checkpoint.init_from}; "
                     "leave it out (scripts/convert.py changes the norm)"
                 )
-    # torch after the checks: a typing mistake is reported at once
+    # imports torch, after the checks: a typing mistake is reported at once
     from osp.distributed import shutdown
     from osp.train.setup import train
 

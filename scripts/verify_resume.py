@@ -34,7 +34,7 @@ from osp.schema import Count, FilePath, Int, ZeroStage, build
 from osp.train.launch import Process, failure, training_command
 
 TRAIN = Path(__file__).with_name("train.py")
-SLACK = 4.0  # times the yardstick that a run which changed ranks or stage may deviate
+SLACK = 4.0  # largest deviation of a run that changed ranks or stage, over the yardstick
 MAX_ATTEMPTS = 5  # to send SIGTERM before a short run ends
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VerifyResumeConfig:
-    """The group `verify`."""
+    """Keys of the group `verify`."""
 
     steps: tuple[Count, Count] = (3, 3)  # before and after the interruption
     rows: Count | None = None  # sequences per step; None: two per rank of the largest topology
     ranks: tuple[Count, ...] | None = None  # None: 1, 2 and 4, as far as the GPUs of this host go
     stages: tuple[ZeroStage, ...] = (1, 2, 3)
-    pairs: Literal["cycle", "all"] = "cycle"  # which topology resumes whose checkpoint: the next one, or all
-    seed: Int = 0  # of the moments at which SIGTERM is sent
+    pairs: Literal["cycle", "all"] = "cycle"  # a checkpoint is resumed on the next topology, or on all others
+    seed: Int = 0  # of the random moments of SIGTERM
     dir: FilePath | None = None  # of the short runs; None: a temporary folder in run.dir
     keep: bool = False  # keep the short runs and their logs
     out: FilePath | None = None  # JSON file of the certificate; None: verify_resume.json in run.dir
@@ -73,7 +73,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two runs over the steps that both took."""
+    """The difference between two runs over the steps that both took."""
 
     rows: bool = True  # every step read the same sequences
     rates: bool = True  # every step used the same learning rates
@@ -438,7 +438,7 @@ def newest(run: Path) -> Checkpoint:
     """Return the newest checkpoint of a run."""
     folder = find(run)
     if folder is None:
-        raise RunError(f"{run}: the run has left no checkpoint")
+        raise RunError(f"{run}: the run wrote no checkpoint")
     return Checkpoint(folder)
 
 

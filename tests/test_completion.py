@@ -150,7 +150,7 @@ def test_seed_and_sampling_reach_the_model(script: Callable[..., Outcome], llama
         (["LLAMA", "a", "temperature=-1"], "temperature=-1: must be at least 0"),
         (["LLAMA", "a", "temperatur=1"], "unknown key 'temperatur'; did you mean 'temperature'"),
         (["LLAMA", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot read it"),
-        (["LLAMA", "prompts=empty.txt"], "prompts=empty.txt holds no prompt; write one in each line"),
+        (["LLAMA", "prompts=empty.txt"], "prompts=empty.txt holds no prompt; write one per line"),
         (["LLAMA", "a", "device=tpu"], "device='tpu': must be 'auto', 'cpu' or 'cuda'"),
     ],
     ids=lambda value: " ".join(value).encode("ascii", "replace").decode()[:40] if isinstance(value, list) else "",

@@ -335,7 +335,7 @@ def test_model_keys_beside_init_from_are_refused(argument: str, monkeypatch: pyt
 
     values = {"train": {"steps": 1}, "checkpoint": {"init_from": "somewhere"}}
     monkeypatch.setattr(sys, "argv", ["train.py", "checkpoint.init_from=somewhere", argument])
-    message = rf"{re.escape(argument)}: model and tokenizer are those of checkpoint.init_from=somewhere; leave it out"
+    message = rf"{re.escape(argument)}: model and tokenizer come from checkpoint.init_from=somewhere; leave it out"
     with pytest.raises(UserError, match=message):
         load_script("train").main(values)
 

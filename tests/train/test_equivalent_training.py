@@ -20,7 +20,7 @@ LAYERNORM = ModelConfig(
     norm=NormConfig("layernorm", eps=1e-5),
 )
 RECENTRED = dataclasses.replace(LAYERNORM, norm=NormConfig("rmsnorm", eps=1e-5), recentre=True)
-# largest difference of the mean loss of a step, in nats per token: rounding, which 200 steps of AdamW carry on
+# largest difference of the mean loss of a step, in nats per token: rounding, accumulated over 200 steps of AdamW
 FP32, BF16 = 1e-5, 0.1
 
 

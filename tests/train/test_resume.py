@@ -119,7 +119,7 @@ def test_partial_gradient_of_an_interrupted_step_is_discarded(
 
     def ask(trainer: Trainer, step: int, loss: torch.Tensor) -> torch.Tensor:
         calls.append(step)
-        trainer._check_every = 1  # as where a micro batch takes seconds
+        trainer._check_every = 1  # as if a micro batch took seconds
         if len(calls) == 3 * 8 + 3:
             trainer.stop.signal = "SIGTERM"
         return loss
@@ -127,7 +127,7 @@ def test_partial_gradient_of_an_interrupted_step_is_discarded(
     change_loss(monkeypatch, ask)
     with pytest.raises(StoppedError, match="SIGTERM on rank 0: stopped after step 3 of 6 with a checkpoint"):
         train(tiny(*overrides, name="pieces"))
-    assert len(calls) == 3 * 8 + 3  # it did not go on to the end of the step
+    assert len(calls) == 3 * 8 + 3  # the step was not completed
     marker = json.loads((tmp_path / "pieces" / "stopped.json").read_text())
     assert (marker["reason"], marker["step"]) == ("SIGTERM", 3)
     monkeypatch.undo()
@@ -138,9 +138,9 @@ def test_partial_gradient_of_an_interrupted_step_is_discarded(
 def test_spike_windows_and_skip_count_survive_a_restart(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A spike is relative to the steps before it, also to those before the interruption."""
+    """A spike is relative to the steps before it, including steps before the interruption."""
     overrides = ("train.steps=12", "spike.action=skip", "spike.window=8", "train.max_skips=2", "spike.threshold=20")
-    spiky = {4, 8}  # steps, from 0, whose loss is far off
+    spiky = {4, 8}  # steps, from 0, with a spike of the loss
 
     def spike(trainer: Trainer, step: int, loss: torch.Tensor) -> torch.Tensor:
         return loss * (30.0 if step in spiky else 1.0)
@@ -154,7 +154,7 @@ def test_spike_windows_and_skip_count_survive_a_restart(
     assert manifests[0]["spikes"] == manifests[1]["spikes"]
     loss_of = [step["train/loss"] for step in steps_of(tmp_path / "straight").values()]
     assert manifests[1]["spikes"]["loss"] == loss_of[-8:]
-    # the limit on skips counts for the whole run, not for one start
+    # the limit on skips holds for the whole run, not for one start
     spiky.add(10)
     with pytest.raises(RuntimeError, match=r"train.max_skips=2 updates are left out already"):
         train_in_pieces(tiny, *overrides, stops=(6, 9), name="once_more")

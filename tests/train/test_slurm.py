@@ -13,11 +13,11 @@ from osp.config import Config
 from tests.conftest import ROOT, losses, overrides_of
 
 SCRIPT = ROOT / "scripts" / "slurm.sh"
-# Two tasks; in the first job they are signalled as SLURM does it when the time is nearly up, after some steps
+# Two tasks. With SIGNALLED=yes they receive SIGUSR1 after a few steps, as from SLURM shortly before the time limit.
 SRUN = """#!/bin/bash
 [[ $1 == --kill-on-bad-exit=0 ]] || exit 99
 shift
-[[ $SIGNALLED == early ]] && exit 138 # what a task that SIGUSR1 has ended makes of it
+[[ $SIGNALLED == early ]] && exit 138 # the exit status of a task that SIGUSR1 ended
 export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
@@ -35,7 +35,7 @@ SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo localhost; else echo "$@" >> scontrol.log; fi
 """
 
-JOB_ID = str(4000 + os.getpid() % 10000)  # the port of the ranks follows from it
+JOB_ID = str(4000 + os.getpid() % 10000)  # the script derives the port of the ranks from it
 
 Tiny = Callable[..., Config]
 
@@ -73,7 +73,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return job
 
 
-@pytest.mark.timeout(900)  # four ranks start one after the other on a slow machine
+@pytest.mark.timeout(900)  # two jobs of two ranks
 def test_signalled_job_is_requeued_and_the_next_one_completes_the_run(
     submit: Callable[..., subprocess.CompletedProcess[str]], tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -97,7 +97,7 @@ def test_signalled_job_is_requeued_and_the_next_one_completes_the_run(
 def test_failed_job_is_not_requeued(
     submit: Callable[..., subprocess.CompletedProcess[str]], tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Also when a signal stopped the job before, whose marker still exists."""
+    """Not even if the marker of an earlier job, which a signal stopped, still exists."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stopped.json").write_text('{"reason": "SIGUSR1"}')
     done = submit(*overrides_of(tiny('data.paths=["nowhere.jsonl"]', f"data.cache_dir={tmp_path / 'shards'}")))

@@ -263,12 +263,12 @@ def test_signal_during_a_probe_stops_at_its_boundary(
 def test_signal_stops_a_run_that_waits_for_data(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data of step 4 is not prepared yet, and may take hours."""
     train(tiny(name="straight"))
-    read, wait, there, came = Loader._read, Loader.wait, threading.Event(), []
+    read, wait, prepared, steps_read = Loader._read, Loader.wait, threading.Event(), []
 
     def read_late(self: Loader, step: int) -> Any:
         if step >= 3:
-            there.wait(120)
-            came.append(step)
+            prepared.wait(120)
+            steps_read.append(step)
         return read(self, step)
 
     def ask_while_waiting(self: Loader, step: int, *, seconds: float) -> bool:
@@ -281,8 +281,8 @@ def test_signal_stops_a_run_that_waits_for_data(tiny: Tiny, tmp_path: Path, monk
     monkeypatch.setattr(Loader, "wait", ask_while_waiting)
     with pytest.raises(StoppedError, match="SIGUSR1 on rank 0: stopped after step 3 of 6"):
         train(tiny("eval.every=0", name="run"))
-    assert came == []  # it did not wait for them
-    there.set()
+    assert steps_read == []  # the run did not wait for the data
+    prepared.set()
     monkeypatch.undo()
     train(tiny("eval.every=0", name="run"))
     assert_same_run(tmp_path / "straight", tmp_path / "run")

@@ -187,7 +187,7 @@ def interrupt_after(step: int, config: Config) -> None:
 
     def step_or_die(self: Trainer, number: int, *, record: bool) -> dict[str, float] | None:
         if number == step + 1:
-            if self.saver.busy:  # the save of the boundary before has had its time
+            if self.saver.busy:  # complete the save in progress
                 self._log_save(self.saver.finish())
             raise KilledError
         return original(self, number, record=record)
