@@ -20,7 +20,7 @@ import torch
 from train_step import run_config
 
 from osp.config import Config
-from osp.device import choose_device, compute_dtype, native_bf16, prepare_cpu
+from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import shutdown
 from osp.model.transformer import build_model, flops_per_token
 from osp.optim.muon import newton_schulz, newton_schulz_flops
@@ -69,7 +69,7 @@ def config_of(arguments: argparse.Namespace, rows: int) -> Config:
 
 def measured(config: Config, device: torch.device, repeats: int) -> MachineConfig:
     """Return this machine with its constants measured; one rank, so that nothing is sent."""
-    dtype = compute_dtype(config.train.precision)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     square = torch.randn(2048, 2048, device=device).to(dtype)
     best = 2 * 2048**3 / seconds_of(lambda: square @ square, device, repeats)
     model = build_model(config.model, seed=0, device=device)

@@ -39,7 +39,6 @@ from osp.schema import (
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 ROLES: tuple[Role, ...] = ("matrix", "embed_proj", "gain", "embedding", "head")
 WandbMode = Literal["online", "offline", "disabled"]
-Rule = str  # a key of osp.optim.rules.RULES; checked when parameter groups are built
 
 
 class Heads(NamedTuple):
@@ -235,15 +234,9 @@ class OptimizerConfig:
     per_head: bool = False  # muon: orthogonalize attention matrices head by head
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     adam_eps: NotNegative = 1e-8
-    rules: dict[Role, Rule] = field(
-        default_factory=lambda: {
-            "matrix": "muon",
-            "embed_proj": "muon",
-            "gain": "normalized",
-            "embedding": "adamw",
-            "head": "adamw",
-        }
-    )
+    rules: dict[Role, str] = field(default_factory=lambda: {  # keys of osp.optim.rules.RULES
+        "matrix": "muon", "embed_proj": "muon", "gain": "normalized", "embedding": "adamw", "head": "adamw",
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,8 +249,6 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A source of text."""
-
     source: str = "text"  # a key of osp.data.sources.SOURCES; none: a converted model without its data
     paths: tuple[FilePath, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
     text_field: Text = "text"  # text, hf: the field of a record that holds the document
@@ -322,10 +313,7 @@ class AlertConfig:
 def _default_alerts() -> dict[Statistic, dict[AlertSite, AlertConfig]]:
     # down_proj reads a product of two activations: its tails are heavy in every model and grow in the first steps
     return {
-        "kurtosis": {
-            "all": AlertConfig(above=100.0, growth=4.0, floor=5.0),
-            "down_proj_in": AlertConfig(above=500.0),
-        },
+        "kurtosis": {"all": AlertConfig(above=100.0, growth=4.0, floor=5.0), "down_proj_in": AlertConfig(above=500.0)},
         "max_over_median": {
             "all": AlertConfig(above=1000.0, growth=4.0, floor=50.0),
             "down_proj_in": AlertConfig(above=5000.0),

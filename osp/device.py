@@ -52,11 +52,6 @@ def native_fp8(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of activations for a `train.precision` other than auto; bf16 for fp8."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
-
-
 # Dense bf16 TFLOP/s by vendor datasheet; keys are parts of a device's name, and the first match counts.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0}
 

@@ -76,13 +76,10 @@ class Peers:
     GRACE_SECONDS = 10.0  # for the collective in progress to fail by itself, which ends the run more gently
 
     def __init__(self) -> None:
-        """Collective."""
+        """End this process if a rank of this host dies before `dismiss`. Collective."""
         self._all: list[tuple[str, int]] = gather_objects((socket.gethostname(), os.getpid()))
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="osp-peers")
-
-    def watch(self) -> None:
-        """End this process if a rank of this host dies before `dismiss`."""
         if len(self._all) > 1:
             self._thread.start()
 

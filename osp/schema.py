@@ -160,24 +160,20 @@ def _dataclass_in(hint: Any) -> Any:
     return next(filter(None, map(_dataclass_in, typing.get_args(hint))), None)
 
 
+_WORDS = {  # pydantic's and ours
+    "greater than or equal to": "at least", "less than or equal to": "at most", "greater than": "above",
+    "less than": "below", "an object": "a table", "valid array": "list", "a valid integer": "an integer",
+    "a valid boolean": "true or false", "a valid number": "a number", "a valid string": "text",
+}  # fmt: skip
+
+
 def _words(error: ErrorDetails) -> str:
     """Return pydantic's message in the words of the other messages."""
     if error["type"] == "missing":
         return f"must have an element [{error['loc'][-1]}]"
     words = re.sub(r"^(Value error, |(Input|String|Tuple) should (?=be|have|match)|)", "", error["msg"])
     words = words if words.startswith("must") else f"must {words}"
-    for theirs, ours in (
-        ("greater than or equal to", "at least"),
-        ("less than or equal to", "at most"),
-        ("greater than", "above"),
-        ("less than", "below"),
-        ("an object", "a table"),
-        ("valid array", "list"),
-        ("a valid integer", "an integer"),
-        ("a valid boolean", "true or false"),
-        ("a valid number", "a number"),
-        ("a valid string", "text"),
-    ):
+    for theirs, ours in _WORDS.items():
         words = words.replace(theirs, ours)
     return words
 

@@ -67,10 +67,13 @@ def ours() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread.name.startswith("osp-")}
 
 
-class TwoRanks(Peers):  # otherwise no rank would be watched
+class TwoRanks(Peers):
+    """Watches although there is one rank."""
+
     def __init__(self) -> None:
         super().__init__()
         self._all *= 2
+        self._thread.start()
 
 
 @pytest.mark.parametrize("error", [None, RunError("the disk is full")])

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from osp.config import Config, Rule, from_dict, to_dict
+from osp.config import Config, from_dict, to_dict
 from osp.data.sources import make_source
 from osp.errors import UserError
 from osp.model.norms import NORMS
@@ -168,10 +168,10 @@ def test_recipe_of_the_paper(name: str, lr: float) -> None:
     assert got.run.dir == f"runs/{name}"
 
 
-PAPER: dict[str, Rule] = {"matrix": "muon", "embed_proj": "muon", "gain": "normalized"}
-ADAM: dict[str, Rule] = {"embedding": "adamw", "head": "adamw"}
+PAPER: dict[str, str] = {"matrix": "muon", "embed_proj": "muon", "gain": "normalized"}
+ADAM: dict[str, str] = {"embedding": "adamw", "head": "adamw"}
 # rows of OSP's table 2: norm, EmbProj, learning rate, rules
-ROWS: dict[str, tuple[str, bool, float, dict[str, Rule]]] = {
+ROWS: dict[str, tuple[str, bool, float, dict[str, str]]] = {
     "adam": ("rmsnorm", False, 5e-3, dict.fromkeys(("matrix", "embed_proj", "gain", "embedding", "head"), "adamw")),
     "muon_all": ("rmsnorm", False, 5e-4, {**PAPER, "embedding": "muon", "head": "muon"}),
     "muon": ("rmsnorm", False, 5e-4, {**PAPER, **ADAM}),

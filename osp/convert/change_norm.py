@@ -251,7 +251,7 @@ def _write(folder: Path, subject: LanguageModel, model: Transformer, out: Path, 
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
         "conversion": {"steps": steps, "bos_id": subject.bos_id},
     }
-    saver = Saver(folder / "checkpoints", keep_last=0, keep_every=0, token="convert", rank=0, gather=lambda x: [x])
+    saver = Saver(folder / "checkpoints", config.checkpoint, token="convert", rank=0, gather=lambda x: [x])
     saver.begin(whole_parameters(model), rng={}, buffers=dict(model.named_buffers()), manifest=manifest)
     if error := saver.finish().error:
         raise OSError(error)

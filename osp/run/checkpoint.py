@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import from_dict
+from osp.config import CheckpointConfig, from_dict
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
 from osp.model.transformer import Transformer, meta_model
@@ -179,8 +179,8 @@ class Saver:
         gather: returns the values of all ranks on every rank.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int, token: str, rank: int, gather: GatherObjects):
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+    def __init__(self, folder: Path, config: CheckpointConfig, *, token: str, rank: int, gather: GatherObjects):
+        self.folder, self.config = folder, config
         self._token, self._rank, self._gather = token, rank, gather
         self._host: dict[str, Tensor] = {}  # reused by every save: allocating page-locked memory is slow
         self._manifest: dict[str, Any] = {}
@@ -294,7 +294,7 @@ class Saver:
             shutil.rmtree(self._temporary, ignore_errors=True)
             return str(error)
         # in the background too: some file systems take seconds to remove a large file
-        self._thread.submit(prune, self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+        self._thread.submit(prune, self.folder, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
         return None
 
 

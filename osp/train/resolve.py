@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from osp.config import Config, TokenizerConfig, check
-from osp.device import compute_dtype, native_bf16
+from osp.device import native_bf16
 from osp.errors import UserError
 from osp.optim.schedule import build_schedule
 from osp.run.checkpoint import Checkpoint, find
@@ -29,7 +29,7 @@ class Resolved:
     total_steps: int  # TRIAL_STEPS while `config.train.minutes` is set: the length is not measured yet
     micro_batch_size: int  # sequences per rank and backward pass
     gradient_accumulation_steps: int  # backward passes per rank and optimizer step
-    compute_dtype: torch.dtype  # of matmuls and activations
+    compute_dtype: torch.dtype  # of matmuls and activations; with fp8 of all but the matmuls in the blocks
     compiled: bool  # every block by torch.compile
 
     def build_schedule(self) -> Callable[[int], float]:
@@ -87,7 +87,7 @@ def resolve(
         total_steps=TRIAL_STEPS if steps is None else steps,
         micro_batch_size=size,
         gradient_accumulation_steps=per_rank // size,
-        compute_dtype=compute_dtype(precision),
+        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         compiled=compiled,
     )
 

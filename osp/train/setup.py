@@ -62,8 +62,7 @@ def setup(config: Config) -> Trainer:
     init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads)
-    peers = Peers()
-    peers.watch()  # from here on: preparing the text may take hours, while the other ranks wait
+    peers = Peers()  # from here on: preparing the text may take hours, while the other ranks wait
     try:
         return _set_up(config, resolved, peers)
     except BaseException as error:
@@ -98,7 +97,17 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
     shards = on_main(lambda: start_preparing(config.data, config.tokenizer, progress=config.logger.progress))
     _check_vocabulary(config, load_manifest(shards).vocab_size)
-    loader = build_loader(resolved, shards)
+    loader = Loader(
+        shards,
+        seq_len=config.train.seq_len,
+        rows_per_step=config.train.tokens_per_step // config.train.seq_len,
+        micro_batch_size=resolved.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        seed=config.train.seed,
+        document_ids=config.train.document_mask,
+        skip_steps=config.data.skip_steps,
+    )
     engine = build_engine(resolved)
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
@@ -163,22 +172,6 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
 
 
-def build_loader(resolved: Resolved, shards: Path) -> Loader:
-    """Return the loader of this rank's sequences of every step."""
-    train = resolved.config.train
-    return Loader(
-        shards,
-        seq_len=train.seq_len,
-        rows_per_step=train.tokens_per_step // train.seq_len,
-        micro_batch_size=resolved.micro_batch_size,
-        rank=dist.get_rank(),
-        world_size=resolved.world_size,
-        seed=train.seed,
-        document_ids=train.document_mask,
-        skip_steps=resolved.config.data.skip_steps,
-    )
-
-
 def build_engine(resolved: Resolved) -> Engine:
     """Return the engine with the initialised model inside. Collective."""
     config, train = resolved.config, resolved.config.train
@@ -225,8 +218,7 @@ def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: L
         tensor.copy_(before)
     engine.sync_weights_from_master()
     # the first steps compile, allocate and read cold memory
-    steps = max(1, int(60 * minutes / statistics.median(seconds[len(seconds) // 2 :])))
-    return on_main(lambda: steps)
+    return on_main(lambda: max(1, int(60 * minutes / statistics.median(seconds[len(seconds) // 2 :]))))
 
 
 def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:

@@ -13,7 +13,6 @@ from osp.distributed import add_up, gather_objects
 from osp.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
 # The launcher passes the signal of a terminal or scheduler on, so one request may arrive twice within this time.
 SECONDS_OF_ONE_REQUEST = 1.0
 

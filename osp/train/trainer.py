@@ -68,14 +68,8 @@ class Trainer:
         self.shards = loader.rows.folder
         self.validator = Validator(resolved, self.model, self.shards, logger)
         self.guard = StepGuard(config, loader, report=folder / "nonfinite.json" if logger else None)
-        self.saver = Saver(
-            folder / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-            token=lock.token if lock else "",
-            rank=engine.rank,
-            gather=gather_objects,
-        )
+        saves, token = folder / "checkpoints", lock.token if lock else ""
+        self.saver = Saver(saves, config.checkpoint, token=token, rank=engine.rank, gather=gather_objects)
         self.step = 0  # optimizer steps taken
         self.saved: int | None = None  # step of the newest checkpoint that was begun
         self.stop = StopRequest()

@@ -23,6 +23,7 @@ from osp.model.transformer import Output, Transformer, count_parameters, flops_p
 from osp.optim.groups import describe_groups
 from osp.report.page import write_report
 from osp.run.logger import Logger
+from osp.tables import render_markdown
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved
 
@@ -80,8 +81,8 @@ class Validator:
         measured = CodeLength(nats=nats, tokens=int(tokens), bytes=int(num_bytes))
         seconds = time.perf_counter() - began
         metrics = {"val/loss": measured.loss, "val/bits_per_byte": measured.bits_per_byte, "val/seconds": seconds}
-        self.validated = step, metrics
-        self._log(self.validated, f"validation loss {measured.loss:.4f}, {measured.bits_per_byte:.4f} bits/byte")
+        message = f"validation loss {measured.loss:.4f}, {measured.bits_per_byte:.4f} bits/byte"
+        self.validated = self._record(step, metrics, message)
 
     def validate_quantized(self, step: int) -> None:
         """Measure the perplexity of the model as it is and at 4 bits.
@@ -94,8 +95,8 @@ class Validator:
         with torch.compiler.set_stance("force_eager"):
             metrics = live_perplexity(self.model, self._text, seq_len=seq_len, batch_tokens=batch_tokens)
         values = [f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items()]
-        self.quantized = step, metrics | {"quant/seconds": time.perf_counter() - began}
-        self._log(self.quantized, f"perplexity {', '.join(values)}")
+        metrics["quant/seconds"] = time.perf_counter() - began
+        self.quantized = self._record(step, metrics, f"perplexity {', '.join(values)}")
 
     def compare_and_sample(self) -> dict[str, Any]:
         """Return `gzip_bits_per_byte` of the validation split, and `sample`: its first tokens, continued by the model.
@@ -116,11 +117,11 @@ class Validator:
         self.model.train()
         return figures | {"sample": self.tokenizer.decode([*prompt, *tokens])}
 
-    def _log(self, measurement: Measurement, message: str) -> None:
-        step, metrics = measurement
+    def _record(self, step: int, metrics: dict[str, float], message: str) -> Measurement:
         if self.logger:
             self.logger.log(metrics, step=step, tokens=step * self.config.train.tokens_per_step)
             self.logger.say(f"step {step}: {message}")
+        return step, metrics
 
 
 def validation_every(config: Config, val_tokens: int) -> int:
@@ -159,21 +160,9 @@ def describe_start(resolved: Resolved, engine: Engine, shards: Path, tflops: flo
 
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     """Return summary.json as text, after writing the report page of the run, where a finished run must not fail."""
-    report = str(folder / "report.html")
+    report = folder / "report.html"
     try:
-        write_report([folder], Path(report))
+        write_report([folder], report)
     except Exception as error:
         report = f"not written, {type(error).__name__}: {error}"
-    lines = [
-        "",
-        f"trained             {summary['steps']:,} steps, {summary['tokens']:,} tokens",
-        f"validation loss     {summary['val/loss']:.4f} nats per token",
-        f"bits per byte       {summary['val/bits_per_byte']:.4f}   "
-        f"(gzip -9, file by file: {summary['gzip_bits_per_byte']:.4f})",
-        f"tokens per second   {summary['tokens_per_second']:,.0f}",
-        f"run folder          {folder}",
-        f"report              {report}",
-    ]
-    if summary["sample"]:
-        lines += ["sample, continuing a held-out text:", *(f"    {line}" for line in summary["sample"].split("\n"))]
-    return "\n".join(lines)
+    return render_markdown(Path(__file__).with_name("summary.txt"), summary=summary, folder=folder, report=report)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from osp.config import Config, Heads, ModelConfig, OptimizerConfig
-from osp.device import compute_dtype
 from osp.model.transformer import Transformer, meta_model
 from osp.optim.groups import build_groups
 from osp.optim.optimizer import PartitionedOptimizer
@@ -110,7 +109,7 @@ def test_peak_counts_tensors_that_are_alive_together() -> None:
 
 def model_of(settings: Config) -> Transformer:
     model = meta_model(settings.model)
-    model.compute_dtype = compute_dtype(settings.train.precision)
+    model.compute_dtype = torch.float32 if settings.train.precision == "fp32" else torch.bfloat16
     return model
 
 

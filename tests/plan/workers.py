@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from osp.config import Config
+from osp.config import CheckpointConfig, Config
 from osp.distributed import gather_objects
 from osp.run.checkpoint import Saver
 from osp.train.engine import Engine
@@ -84,7 +84,7 @@ def measure(config: Config, folder: Path) -> dict[str, int]:
         found[kind] = sum(count for name, count in collectives.counts.items() if kind in name)
     found["reduce"] = collectives.counts.get("reduce", 0)
     found["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
-    saver = Saver(folder, keep_last=0, keep_every=0, token="t", rank=engine.rank, gather=gather_objects)
+    saver = Saver(folder, CheckpointConfig(), token="t", rank=engine.rank, gather=gather_objects)
     saver.begin(engine.optimizer.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
     saved = saver.finish()
     assert saved.error is None

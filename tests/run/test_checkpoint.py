@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from osp.config import Config, TrainConfig, from_dict, to_dict
+from osp.config import CheckpointConfig, Config, TrainConfig, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import Transformer, build_model
 from osp.run import checkpoint as checkpoint_module
@@ -71,9 +71,8 @@ def begin_saves(
     manifest["shapes"] = {name: list(p.shape) for name, p in source.named_parameters()}
     gather, started = threads_gather(ranks), []
     for rank, share in enumerate(partition(source, ranks)):
-        saver = Saver(
-            folder, keep_last=keep_last, keep_every=keep_every, token="host-1", rank=rank, gather=partial(gather, rank)
-        )
+        keep = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
+        saver = Saver(folder, keep, token="host-1", rank=rank, gather=partial(gather, rank))
         saver.begin(share, rng={"cpu": torch.full((5,), rank, dtype=torch.uint8)}, buffers={}, manifest=manifest)
         started.append(saver)
     return started
