@@ -21,7 +21,6 @@ from osp.schema import (
     Device,
     FilePath,
     Finite,
-    Fraction,
     Int,
     Name,
     NotNegative,
@@ -244,7 +243,7 @@ class ScheduleConfig:
     name: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
     warmup: str | Int = "5%"
     decay: str | Int = "20%"  # trapezoid: length of the linear decay at the end
-    final_ratio: Fraction = 0.0  # last learning rate / peak learning rate
+    final_ratio: Annotated[Finite, Field(ge=0, le=1)] = 0.0  # last learning rate / peak learning rate
 
 
 @dataclass(frozen=True)

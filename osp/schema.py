@@ -63,7 +63,6 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 Positive = Annotated[Finite, Field(gt=0)]
 Decay = Annotated[Finite, Field(ge=0, lt=1)]  # of a running mean
-Fraction = Annotated[Finite, Field(ge=0, le=1)]
 PositiveFraction = Annotated[Finite, Field(gt=0, le=1)]
 Share = Annotated[Finite, Field(gt=0, lt=1)]
 Text = Annotated[str, AfterValidator(_text)]
