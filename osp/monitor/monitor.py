@@ -80,10 +80,7 @@ class Monitor:
         return step >= self._next if every == "auto" else every > 0 and step % every == 0
 
     def probe(self, step: int, *, tokens: int, train_seconds: float) -> None:
-        """Measure the model after `step`, write the reading and raise alerts. Collective.
-
-        train_seconds: training time of this process so far.
-        """
+        """Measure the model after `step` and `train_seconds` of training by this process; raise alerts. Collective."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the training step in progress is not part of the probe's time
         began = time.perf_counter()
