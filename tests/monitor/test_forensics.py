@@ -71,6 +71,6 @@ def test_query_channel_includes_its_rotary_partner_and_value_heads_are_shared() 
 def test_ratio_is_the_norm_of_a_row_over_the_median_norm() -> None:
     model = workers.planted("down_proj_in")
     gate = behind("down_proj_in", 1, 21, model)[0]
-    rows = model.get_parameter("layers.1.mlp.gate_proj.weight").detach().norm(dim=1)
-    assert gate["norm"] == pytest.approx(float(rows[21]))
-    assert gate["ratio"] == pytest.approx(float(rows[21] / rows.median()))
+    norms = model.get_parameter("layers.1.mlp.gate_proj.weight").detach().norm(dim=1)
+    assert gate["norm"] == pytest.approx(float(norms[21]))
+    assert gate["ratio"] == pytest.approx(float(norms[21] / norms.median()))

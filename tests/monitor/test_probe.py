@@ -39,7 +39,7 @@ def ranks_of(world_size: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def clean() -> Reading:
-    return probe(workers.planted(None), workers.rows(), FULL)
+    return probe(workers.planted(None), workers.probe_text(), FULL)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -48,13 +48,13 @@ def test_statistics_and_place_name_the_planted_outlier(
 ) -> None:
     name, channel, _ = SITES[site]
     for rank in by_rank:
-        seen = rank["planted"][site]["reading"].sites[name]
-        assert (seen.channel, seen.row, seen.position, seen.token) == (channel, ROW, POSITION, TOKEN)
-        assert seen.top_channel == channel
-        assert seen.channels[0] == (channel, abs(seen.value))
-        assert abs(seen.value) > 300
-        assert (seen.value < 0) == (site == "embed_out")
-        for statistic, value in seen.statistics.items():
+        outlier = rank["planted"][site]["reading"].sites[name]
+        assert (outlier.channel, outlier.row, outlier.position, outlier.token) == (channel, ROW, POSITION, TOKEN)
+        assert outlier.top_channel == channel
+        assert outlier.channels[0] == (channel, abs(outlier.value))
+        assert abs(outlier.value) > 300
+        assert (outlier.value < 0) == (site == "embed_out")
+        for statistic, value in outlier.statistics.items():
             if statistic == "massive_count":  # the outlier makes 6 sigma so wide that nothing else is beyond
                 assert value == 1
             else:
@@ -90,15 +90,15 @@ def test_forensics_name_the_planted_outlier(site: str, by_rank: list[dict[str, A
         assert contents["layer"] == (LAYER if "/" in name else None)
         assert (contents["channel"], contents["row"], contents["position"]) == (channel, ROW, POSITION)
         assert (contents["token"], contents["token_text"]) == (TOKEN, f" t{TOKEN}")
-        tokens = workers.rows().tokens[ROW, POSITION - 8 :].tolist()
+        tokens = workers.probe_text().tokens[ROW, POSITION - 8 :].tolist()
         assert contents["text"] == "".join(f" t{token}" for token in tokens)
         assert contents["growth"] == [[0, None], [1, abs(contents["value"])]]
         assert contents["since"] == 1
-        loudest = max(contents["weights"], key=lambda weight: weight["ratio"])
-        assert loudest["parameter"] == parameter
+        largest = max(contents["weights"], key=lambda weight: weight["ratio"])
+        assert largest["parameter"] == parameter
         expected = {"o_proj_in": 9}.get(site, channel)
-        assert loudest["index"] == expected
-        assert loudest["ratio"] > 3
+        assert largest["index"] == expected
+        assert largest["ratio"] > 3
         entry = next(entry for entry in contents["optimizer"] if entry["parameter"] == parameter)
         role = "embedding" if "embed" in parameter else "gain" if "norm" in parameter else "matrix"
         rule = {"embedding": "adamw", "gain": "normalized", "matrix": "muon"}[role]
@@ -117,7 +117,7 @@ def forward(model: Transformer, ids: Tensor, product: Product) -> dict[str, Tens
     config = model.config
     heads, groups, size = config.num_attention_heads, config.kv_heads, config.head_size
     x = model.embed_tokens.weight[ids]
-    seen = {"embed_out": x}
+    activations = {"embed_out": x}
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
         attention, mlp = layer.self_attn, layer.mlp
@@ -136,8 +136,8 @@ def forward(model: Transformer, ids: Tensor, product: Product) -> dict[str, Tens
         act = F.silu(product(h2, mlp.gate_proj.weight)) * product(h2, mlp.up_proj.weight)
         x = x + product(act, mlp.down_proj.weight)
         sites = {"attn_in": h, "q": q, "k": k, "v": v, "o_proj_in": out, "mlp_in": h2, "down_proj_in": act}
-        seen |= {f"layer_{index:02d}/{name}": value for name, value in {**sites, "block_out": x}.items()}
-    return {**seen, "final_norm_out": rms_norm(x, model.norm.weight)}
+        activations |= {f"layer_{index:02d}/{name}": value for name, value in {**sites, "block_out": x}.items()}
+    return {**activations, "final_norm_out": rms_norm(x, model.norm.weight)}
 
 
 def rms_norm(x: Tensor, gain: Any) -> Tensor:
@@ -159,21 +159,24 @@ def quantized_product(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def naive_pass() -> tuple[Reading, dict[str, Tensor], dict[str, Tensor], float]:
     """Return (reading of the probe, sites of all sequences, the same under fake W4A4, OSP's script)."""
-    model, rows = workers.small_model(), workers.rows()
+    model, text = workers.small_model(), workers.probe_text()
     with torch.no_grad():
         for layer in model.layers:
             assert isinstance(layer, Block)
             layer.mlp.up_proj.weight[3] *= 8  # some outliers
-        plain = [forward(model, row, lambda x, w: x @ w.T) for row in rows.tokens]
-        noisy = [forward(model, row, quantized_product) for row in rows.tokens]
-        single_tokens = [forward(model, token[None], lambda x, w: x @ w.T) for row in rows.tokens for token in row]
+        plain = [forward(model, row, lambda x, w: x @ w.T) for row in text.tokens]
+        noisy = [forward(model, row, quantized_product) for row in text.tokens]
+        single_tokens = [forward(model, token[None], lambda x, w: x @ w.T) for row in text.tokens for token in row]
     states = ("embed_out", "layer_00/block_out", "final_norm_out")  # as Hugging Face gives them
     script = []
     for state in states:
-        x = torch.stack([seen[state] for seen in single_tokens])
+        x = torch.stack([activations[state] for activations in single_tokens])
         script.append(torch.relu((x**4).mean(-1) / x.std(-1) ** 4 - 3).mean())
-    together = [{name: torch.cat([row[name] for row in seen]) for name in seen[0]} for seen in (plain, noisy)]
-    return probe(model, rows, FULL), together[0], together[1], float(torch.stack(script).mean())
+    together = [
+        {name: torch.cat([row[name] for row in activations]) for name in activations[0]}
+        for activations in (plain, noisy)
+    ]
+    return probe(model, text, FULL), together[0], together[1], float(torch.stack(script).mean())
 
 
 def test_every_site_is_measured_as_the_model_computes_it(naive_pass: Any) -> None:
@@ -204,7 +207,7 @@ def test_osp_script_reads_the_hidden_states_of_hugging_face(naive_pass: Any) -> 
 
 def test_gain_max_and_weight_row_max_are_the_largest_of_the_weights() -> None:
     model = workers.planted("attn_in")
-    metrics = probe(model, workers.rows(), FULL).metrics
+    metrics = probe(model, workers.probe_text(), FULL).metrics
     assert metrics["monitor/gain_max/layer_01/input_layernorm"] == 400
     assert metrics["monitor/gain_max/layer_00/input_layernorm"] == 1
     assert metrics["monitor/gain_max/norm"] == 1
@@ -245,7 +248,7 @@ def test_reading_does_not_depend_on_the_number_of_ranks(world_size: int) -> None
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_probe_without_sites_merges_over_ranks(world_size: int) -> None:
-    one = probe(workers.small_model(), workers.rows(), MonitorConfig(sites=(), statistics=("R_L",)))
+    one = probe(workers.small_model(), workers.probe_text(), MonitorConfig(sites=(), statistics=("R_L",)))
     for rank in ranks_of(world_size):
         assert rank["without_sites"].sites == {}
         assert rank["without_sites"].metrics == pytest.approx(one.metrics, rel=1e-12)
@@ -255,7 +258,7 @@ def test_probe_leaves_the_model_unchanged() -> None:
     model = workers.small_model().train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    probe(model, workers.rows(), FULL)
+    probe(model, workers.probe_text(), FULL)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
     for module in model.modules():
@@ -273,7 +276,7 @@ def test_probe_that_fails_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("osp.monitor.statistics.take_sample", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        probe(model, workers.rows(), FULL)
+        probe(model, workers.probe_text(), FULL)
     assert all(m.training and not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())
 
 
@@ -288,7 +291,8 @@ def test_probe_that_fails_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_only_chosen_sites_and_statistics_are_measured(sites: Any, statistics: Any, expected: set[str]) -> None:
-    metrics = probe(workers.small_model(), workers.rows(), MonitorConfig(sites=sites, statistics=statistics)).metrics
+    config = MonitorConfig(sites=sites, statistics=statistics)
+    metrics = probe(workers.small_model(), workers.probe_text(), config).metrics
     names = {key.removeprefix("monitor/") for key in metrics}
     assert expected <= names
     kinds = set(statistics) - {"osp_script"} | ({"kurtosis"} if "osp_script" in statistics else set())
@@ -299,7 +303,7 @@ def test_only_chosen_sites_and_statistics_are_measured(sites: Any, statistics: A
 
 @pytest.mark.parametrize("norm", ["layernorm", "ssnorm", "crmsnorm", "bhyt", "dyt"])
 def test_every_norm_can_be_probed(norm: str) -> None:
-    metrics = probe(workers.small_model(norm, embed_proj=True), workers.rows(), FULL).metrics
+    metrics = probe(workers.small_model(norm, embed_proj=True), workers.probe_text(), FULL).metrics
     assert all(math.isfinite(value) for value in metrics.values())
     assert ("monitor/gain_max/layer_00/input_layernorm" in metrics) == (norm != "crmsnorm")
     assert "monitor/weight_row_max/embed_proj" in metrics
@@ -309,6 +313,6 @@ def test_bf16_model_is_measured_in_fp64() -> None:
     """Fourth powers in bf16 would have no correct digit."""
     model = workers.planted("block_out")
     model.compute_dtype = torch.bfloat16
-    seen = probe(model, workers.rows(), FULL).sites["layer_01/block_out"]
-    assert (seen.channel, seen.row, seen.position) == (13, ROW, POSITION)
-    assert seen.value == torch.tensor(seen.value).bfloat16().item()
+    outlier = probe(model, workers.probe_text(), FULL).sites["layer_01/block_out"]
+    assert (outlier.channel, outlier.row, outlier.position) == (13, ROW, POSITION)
+    assert outlier.value == torch.tensor(outlier.value).bfloat16().item()

@@ -27,22 +27,22 @@ def test_kurtosis_of_known_samples() -> None:
     """Two values: -2. Three values a, 0, -a in shares p/2, 1 - p, p/2: 1/p - 3. One of n that differs: n - 5 + 1/(n-1).
     A uniform grid of n points: -1.2 (n^2 + 1) / (n^2 - 1)."""
 
-    def of(values: list[float]) -> float:
+    def kurtosis_of(values: list[float]) -> float:
         return float(st.excess_kurtosis(st.compute_moments(torch.tensor(values), 0)))
 
-    assert of([1.0, -1.0] * 8) == pytest.approx(-2, abs=1e-12)
-    assert of([7.0, 3.0] * 8) == pytest.approx(-2, abs=1e-12)
-    assert of([5.0, -5.0] + [0.0] * 14) == pytest.approx(16 / 2 - 3, rel=1e-12)
-    assert of([1e6] + [1.0] * 31) == pytest.approx(32 - 5 + 1 / 31, rel=1e-12)
-    assert of(list(range(100))) == pytest.approx(-1.2 * (100**2 + 1) / (100**2 - 1), rel=1e-12)
-    assert of([0.1] * 50) == 0.0
-    assert of([0.0] * 50) == 0.0
+    assert kurtosis_of([1.0, -1.0] * 8) == pytest.approx(-2, abs=1e-12)
+    assert kurtosis_of([7.0, 3.0] * 8) == pytest.approx(-2, abs=1e-12)
+    assert kurtosis_of([5.0, -5.0] + [0.0] * 14) == pytest.approx(16 / 2 - 3, rel=1e-12)
+    assert kurtosis_of([1e6] + [1.0] * 31) == pytest.approx(32 - 5 + 1 / 31, rel=1e-12)
+    assert kurtosis_of(list(range(100))) == pytest.approx(-1.2 * (100**2 + 1) / (100**2 - 1), rel=1e-12)
+    assert kurtosis_of([0.1] * 50) == 0.0
+    assert kurtosis_of([0.0] * 50) == 0.0
 
 
 def test_every_statistic_of_alternating_signs() -> None:
     """All channels and tokens have the same energy, and all values the same magnitude."""
-    got = measured(torch.tensor([1.0, -1.0]).repeat(N, D // 2) * 4)
-    assert got == pytest.approx(
+    result = measured(torch.tensor([1.0, -1.0]).repeat(N, D // 2) * 4)
+    assert result == pytest.approx(
         {
             "kurtosis": -2,
             "kurtosis_pooled": -2,
@@ -64,9 +64,9 @@ def test_every_statistic_of_one_spike() -> None:
     """One value of 1024 among zeros: the largest possible kurtosis, all energy in one channel of one token."""
     x = torch.zeros(N, D)
     x[5, 7] = -1024.0
-    got = measured(x)
-    assert math.isinf(got.pop("max_over_median"))
-    assert got == pytest.approx(
+    result = measured(x)
+    assert math.isinf(result.pop("max_over_median"))
+    assert result == pytest.approx(
         {
             "kurtosis": (D - 5 + 1 / (D - 1)) / N,  # the other tokens are constant
             "kurtosis_pooled": N * D - 5 + 1 / (N * D - 1),
@@ -89,28 +89,28 @@ def test_decomposition_separates_channels_from_tokens() -> None:
     r, c = torch.ones(N).double(), torch.ones(D).double()
     r[3], c[8] = 25.0, 100.0
     x = signs * (r[:, None] * c).sqrt()
-    got = measured(x)
-    assert got["few_channels"] == pytest.approx(D * (D - 1 + 100**2) / (D - 1 + 100) ** 2, rel=1e-12)
-    assert got["few_tokens"] == pytest.approx(N * (N - 1 + 25**2) / (N - 1 + 25) ** 2, rel=1e-12)
+    result = measured(x)
+    assert result["few_channels"] == pytest.approx(D * (D - 1 + 100**2) / (D - 1 + 100) ** 2, rel=1e-12)
+    assert result["few_tokens"] == pytest.approx(N * (N - 1 + 25**2) / (N - 1 + 25) ** 2, rel=1e-12)
     fourth = float((x**4).mean() / (x**2).mean() ** 2)
-    assert got["few_channels"] * got["few_tokens"] == pytest.approx(fourth, rel=1e-12)
+    assert result["few_channels"] * result["few_tokens"] == pytest.approx(fourth, rel=1e-12)
 
 
 def test_normal_values_have_no_excess() -> None:
     x = torch.randn(2000, 500, generator=torch.Generator().manual_seed(0))
-    got = measured(x)
-    assert got["kurtosis"] == pytest.approx(-6 / 501, abs=0.01)  # of a sample of 500, biased
-    assert got["kurtosis_pooled"] == pytest.approx(0, abs=0.02)
-    assert got["max_over_median"] == pytest.approx(float(x.abs().max()) / 0.6745, rel=5e-3)
-    assert got["few_channels"] * got["few_tokens"] == pytest.approx(1, abs=0.01)
+    result = measured(x)
+    assert result["kurtosis"] == pytest.approx(-6 / 501, abs=0.01)  # of a sample of 500, biased
+    assert result["kurtosis_pooled"] == pytest.approx(0, abs=0.02)
+    assert result["max_over_median"] == pytest.approx(float(x.abs().max()) / 0.6745, rel=5e-3)
+    assert result["few_channels"] * result["few_tokens"] == pytest.approx(1, abs=0.01)
 
 
 def test_kurtosis_is_accurate_with_a_large_mean() -> None:
     """Sums of x^4 would cancel: 1000 deviations to the 4th power are 1e12."""
     x = torch.tensor([1.0, -1.0, 0.0, 0.0]).double().repeat(N, D // 4) + 1e4
-    got = measured(x)
-    assert got["kurtosis"] == pytest.approx(2 - 3, rel=1e-7)
-    assert got["kurtosis_pooled"] == pytest.approx(2 - 3, rel=1e-7)
+    result = measured(x)
+    assert result["kurtosis"] == pytest.approx(2 - 3, rel=1e-7)
+    assert result["kurtosis_pooled"] == pytest.approx(2 - 3, rel=1e-7)
 
 
 # --- oracles ------------------------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ def test_osp_script_kurtosis_equals_the_script() -> None:
         kurt = (x**4).mean(dim=-1) / x.std(dim=-1) ** 4 - 3
         total.append(torch.relu(kurt).mean())
     expected = torch.stack(total).mean().item()
-    got = torch.stack([st.osp_script_kurtosis(x).mean() for x in hidden_states]).mean().item()
-    assert got == pytest.approx(expected, rel=1e-5)
+    result = torch.stack([st.osp_script_kurtosis(x).mean() for x in hidden_states]).mean().item()
+    assert result == pytest.approx(expected, rel=1e-5)
     # one channel of D holds everything: the largest value D - 3, up to the unbiased deviation
     spike = torch.zeros(2048)
     spike[3] = 5.0
@@ -206,15 +206,15 @@ def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: b
     largest, sink = -math.inf, []
     for h in range(heads):
         for t in range(length):
-            seen = range(starts[t], t + 1)
-            logits = [float(q[t, h].double() @ k[s, h * groups // heads].double()) / math.sqrt(size) for s in seen]
+            visible = range(starts[t], t + 1)
+            logits = [float(q[t, h].double() @ k[s, h * groups // heads].double()) / math.sqrt(size) for s in visible]
             largest = max(largest, *logits)
             if len(logits) > 1:
                 sink.append(math.exp(logits[0]) / (off_by_one + sum(map(math.exp, logits))))
-    got = st.attention_statistics(q, k, mask, off_by_one=off_by_one)
-    assert got[0].item() == pytest.approx(largest, rel=1e-5)
-    assert got[1].item() == pytest.approx(sum(sink), rel=1e-5)
-    assert got[2].item() == len(sink)
+    result = st.attention_statistics(q, k, mask, off_by_one=off_by_one)
+    assert result[0].item() == pytest.approx(largest, rel=1e-5)
+    assert result[1].item() == pytest.approx(sum(sink), rel=1e-5)
+    assert result[2].item() == len(sink)
 
 
 # --- merging ------------------------------------------------------------------------------------------------------
@@ -224,11 +224,11 @@ def test_moments_merge_exactly() -> None:
     """Against rational arithmetic: the sums of powers of 12 numbers in parts of 1, 4 and 7."""
     values = [3.5, -2.25, 100.0, 7.0, 0.5, -8.0, 11.0, 2.0, -1.0, 64.0, 5.0, 0.25]
     parts = [st.compute_moments(torch.tensor(values[a:b]), 0) for a, b in ((0, 1), (1, 5), (5, 12))]
-    got = st.merge_moments(st.Moments(*map(torch.stack, zip(*parts, strict=True))))
+    result = st.merge_moments(st.Moments(*map(torch.stack, zip(*parts, strict=True))))
     exact = [Fraction(v) for v in values]
     mean = sum(exact) / len(exact)
-    assert float(got.mean) == pytest.approx(float(mean), rel=1e-14)
-    for power, sums in ((2, got.m2), (3, got.m3), (4, got.m4)):
+    assert float(result.mean) == pytest.approx(float(mean), rel=1e-14)
+    for power, sums in ((2, result.m2), (3, result.m3), (4, result.m4)):
         assert float(sums) == pytest.approx(float(sum((v - mean) ** power for v in exact)), rel=1e-13)
 
 
@@ -257,5 +257,5 @@ def test_merging_is_associative() -> None:
 def test_nan_propagates_to_the_statistics() -> None:
     x = heavy()
     x[3, 3] = math.nan
-    got = measured(x)
-    assert all(math.isnan(got[key]) for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms"))
+    result = measured(x)
+    assert all(math.isnan(result[key]) for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms"))

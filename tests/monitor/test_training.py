@@ -49,14 +49,14 @@ def test_training_is_bit_identical_with_and_without_monitor(overrides: list[str]
         assert torch.equal(a[name], b[name]), name
     probes = read_lines(tmp_path / "with" / "probes.jsonl")
     assert [probe["step"] for probe in probes] == [0, 1, 2, 3]
-    # the metrics equal those of the plain model under every engine
+    # under every engine the metrics equal the metrics of the plain model
     config = tiny(*overrides, *FULL)
-    rows = held_out_text(shard_folder(config.data, config.tokenizer), config)
-    assert rows.tokens.shape == (4, 32)
+    text = held_out_text(shard_folder(config.data, config.tokenizer), config)
+    assert text.tokens.shape == (4, 32)
     for step, model in ((0, build_model(config.model, seed=0)), (3, load_model(tmp_path / "with"))):
         (line,) = [e for e in read_metrics(tmp_path / "with") if e["step"] == step and "monitor/seconds" in e]
         assert len(probes[step]["sites"]) == 2 + 2 * 8
-        for key, value in probe(model, rows, config.monitor).metrics.items():
+        for key, value in probe(model, text, config.monitor).metrics.items():
             assert line[key] == pytest.approx(value, rel=1e-9), key
 
 

@@ -47,7 +47,7 @@ def small_model(norm: str = "rmsnorm", **options: Any) -> Transformer:
     return build_model(config, seed=0)
 
 
-def rows(count: int = 3) -> ProbeText:
+def probe_text(count: int = 3) -> ProbeText:
     """Return sequences of 12 tokens; TOKEN occurs once."""
     tokens = torch.randint(0, TOKEN, (count, 12), generator=torch.Generator().manual_seed(1))
     tokens[ROW, POSITION] = TOKEN
@@ -89,7 +89,7 @@ def planted(site: str | None) -> Transformer:
             attention.v_proj.weight[9, MARKED] = 400
         case "o_proj_in":
             attention.v_proj.weight[9, MARKED] = 400
-            # query heads 2 and 3 read value head 1; only in head 2 does the token attend to itself alone
+            # query heads 2 and 3 read value head 1; only in head 2 does the token attend only to itself
             attention.q_proj.weight[19, MARKED] = attention.k_proj.weight[11, MARKED] = 10
         case "mlp_in":
             model.get_parameter("layers.1.post_attention_layernorm.weight")[MARKED] = 400
@@ -121,7 +121,7 @@ class Words:
 
 def find_planted(site: str) -> dict[str, Any]:
     """Return reading, alerts and forensics of this rank for the model with an outlier at `site`."""
-    model, text = planted(site), rows()
+    model, text = planted(site), probe_text()
     reading = probe(model, text, FULL)
     name = SITES[site][0]
     words: Any = Words()
@@ -137,7 +137,7 @@ def find_planted(site: str) -> dict[str, Any]:
 
 def everything(_: int) -> dict[str, Any]:
     """Return what one rank measures: each planted outlier, a model with heavy tails, and a probe without sites."""
-    without_sites = probe(small_model(), rows(), MonitorConfig(sites=(), statistics=("R_L",)))
+    without_sites = probe(small_model(), probe_text(), MonitorConfig(sites=(), statistics=("R_L",)))
     planted_sites = {site: find_planted(site) for site in SITES}
     return {"planted": planted_sites, "reading": heavy_reading(), "without_sites": without_sites}
 
@@ -154,7 +154,7 @@ def heavy_reading() -> Reading:
         for parameter in model.parameters():
             parameter.copy_(_heavier(parameter))
     ids = torch.arange(12).div(5, rounding_mode="floor").repeat(5, 1)
-    return probe(model, ProbeText(rows(5).tokens, ids), FULL)
+    return probe(model, ProbeText(probe_text(5).tokens, ids), FULL)
 
 
 def _heavier(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quantization written down value by value in float64, and a Llama that uses it: nothing here knows osp.quant.grid."""
+"""Quantization written down value by value in float64, and a Llama that uses it, independent of osp.quant.grid."""
 
 import math
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from osp.quant.spec import QuantSpec
 
 
 def naive_grid(values: list[float], bits: int, symmetric: bool) -> tuple[float, int, int, int]:
-    """(scale, zero, lowest level, highest level) that reaches the extremes."""
+    """Return (scale, zero, lowest level, highest level) of the grid that reaches the extremes."""
     if symmetric:
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         return (max(abs(v) for v in values) / high or 1.0), 0, low, high
@@ -24,7 +24,7 @@ def naive_grid(values: list[float], bits: int, symmetric: bool) -> tuple[float, 
 
 
 def naive_levels(values: list[float], bits: int, symmetric: bool, clip: bool) -> tuple[list[int], float, int]:
-    """(integer of each value, scale, zero)."""
+    """Return (integer of each value, scale, zero)."""
 
     def levels(scale: float) -> list[int]:
         return [min(max(round(v / scale) + zero, low), high) for v in values]
@@ -40,7 +40,7 @@ def naive_levels(values: list[float], bits: int, symmetric: bool, clip: bool) ->
 def naive_quantize(
     x: np.ndarray, bits: int, *, symmetric: bool, group_size: int | None = None, clip: bool = False
 ) -> np.ndarray:
-    """x (rows, channels) with every group of channels of every row on its grid."""
+    """Return x (rows, channels) with every group of channels of every row on its grid."""
     size = group_size or x.shape[1]
     out = np.empty_like(x)
     for r in range(x.shape[0]):
@@ -51,12 +51,12 @@ def naive_quantize(
 
 
 def sylvester(n: int) -> np.ndarray:
-    """Entry (i, j): (-1)^(number of common binary digits of i and j) / sqrt(n); n a power of two."""
+    """Return (n, n) with entries (-1)^(number of common binary digits of i and j) / sqrt(n); n is a power of two."""
     return np.array([[(-1) ** (i & j).bit_count() for j in range(n)] for i in range(n)]) / math.sqrt(n)
 
 
 def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Collection[str]) -> np.ndarray:
-    """(T, V) logits of one row, with `spec` at `sites` alone; rmsnorm, no rotation of the residual stream."""
+    """Return the logits (T, V) of a sequence, quantized only at `sites`; for rmsnorm and an unrotated stream."""
     config = model.config
     size, heads, kv_heads = config.head_size, config.num_attention_heads, config.kv_heads
     w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
@@ -79,7 +79,7 @@ def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Col
         return naive_quantize(x, spec.a_bits, symmetric=spec.a_symmetric, group_size=group_size)
 
     def cache(site: str, x: np.ndarray) -> np.ndarray:
-        """x (T, K) of one head."""
+        """Return the quantized x (T, K) of one head."""
         if site not in sites:
             return x
         return naive_quantize(x, spec.kv_bits, symmetric=spec.kv_symmetric, group_size=spec.kv_group_size)
@@ -125,7 +125,7 @@ def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Col
 
 
 def outlier_model(*, seed: int = 0, **shape: Any) -> Transformer:
-    """A small Llama in float64 with grouped queries, gains that differ and one large channel."""
+    """Return a small Llama in float64 with grouped queries, gains that differ and one large channel."""
     values = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -151,5 +151,5 @@ def outlier_model(*, seed: int = 0, **shape: Any) -> Transformer:
     return model
 
 
-def some_tokens(rows: int, length: int, *, seed: int = 0, vocab_size: int = 96) -> torch.Tensor:
-    return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+def some_tokens(count: int, length: int, *, seed: int = 0, vocab_size: int = 96) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""A model under `quantized`: the logits of an independent Llama, and afterwards the model as it was."""
+"""A model inside `quantized` has the logits of an independent Llama, and is restored at the end."""
 
 import dataclasses
 from typing import Any
@@ -38,7 +38,7 @@ def logits(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def snapshot(model: Transformer) -> dict[str, Any]:
-    """Everything that has to be the same afterwards: bits, storage, modules, hooks."""
+    """Return what quantization must restore: bits, storage, modules, hooks and config."""
     return {
         "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "storage": {name: p.data_ptr() for name, p in model.named_parameters()},
@@ -57,31 +57,31 @@ def assert_untouched(model: Transformer, before: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_logits_of_the_naive_llama(name: str) -> None:
+def test_logits_equal_the_naive_llama(name: str) -> None:
     model, ids = outlier_model(), some_tokens(2, 12)
     spec = SPECS[name]
     with quantized(model, spec) as state:
-        got = logits(model, ids)
-    for row, ids_of_row in zip(got, ids.tolist(), strict=True):
-        expected = torch.from_numpy(naive_logits(model, ids_of_row, spec, state.sites))
-        torch.testing.assert_close(row, expected, rtol=0, atol=2e-5)
-    assert (got - logits(model, ids)).abs().max() > 0.01
+        quantized_logits = logits(model, ids)
+    for row_logits, sequence in zip(quantized_logits, ids.tolist(), strict=True):
+        expected = torch.from_numpy(naive_logits(model, sequence, spec, state.sites))
+        torch.testing.assert_close(row_logits, expected, rtol=0, atol=2e-5)
+    assert (quantized_logits - logits(model, ids)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_each_site_alone(site: str) -> None:
+def test_single_quantized_site_equals_the_naive_llama(site: str) -> None:
     model, ids = outlier_model(attention=AttentionConfig(gate=True, off_by_one=True), ffn_norm=True), some_tokens(1, 12)
     spec = dataclasses.replace(W4A4KV4, embedding_and_head=True, ffn_hadamard=True, w_clip=False)
     with quantized(model, spec, sites=[site]) as state:
-        got = logits(model, ids)[0]
+        quantized_logits = logits(model, ids)[0]
     assert state.sites == {site}
     expected = torch.from_numpy(naive_logits(model, ids[0].tolist(), spec, [site]))
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
-    assert (got - logits(model, ids)[0]).abs().max() > 1e-3
+    torch.testing.assert_close(quantized_logits, expected, rtol=0, atol=2e-5)
+    assert (quantized_logits - logits(model, ids)[0]).abs().max() > 1e-3
 
 
 def test_embedding_and_head_match_the_exported_model() -> None:
-    """With projections: the head's input is what the absorbed head reads."""
+    """With projections, the input of the head is the input of the absorbed head."""
     model, ids = outlier_model(embed_proj=True), some_tokens(1, 12)
     exported = outlier_model(embed_proj=True)
     absorb_projections(exported)
@@ -117,7 +117,7 @@ def test_16_bits_are_the_model_bit_for_bit(norm: str) -> None:
     ],
     ids=str,
 )
-def test_model_is_put_back_bit_for_bit(spec: QuantSpec) -> None:
+def test_model_is_restored_bit_for_bit(spec: QuantSpec) -> None:
     model, ids = outlier_model(norm=NormConfig(name="ssnorm"), embed_proj=True).float(), some_tokens(2, 12)
     model.compute_dtype = torch.float32
     clean, before = logits(model, ids), snapshot(model)
@@ -152,7 +152,7 @@ def test_training_is_unchanged_by_quantized_evaluation() -> None:
         for _ in range(3):
             optimizer.zero_grad()
             model(ids[:, :-1], ids[:, 1:].contiguous()).loss.backward()
-            if evaluate:  # between backward and step: gradients stay too
+            if evaluate:  # between backward and step: gradients are kept too
                 with quantized(model, dataclasses.replace(W4A4KV4, ffn_hadamard=True)), torch.no_grad():
                     model(ids)
             optimizer.step()
@@ -163,7 +163,7 @@ def test_training_is_unchanged_by_quantized_evaluation() -> None:
 
 
 def test_compiled_blocks_are_quantized_too() -> None:
-    """A hook on code that was compiled before is passed by in silence."""
+    """Compiled code silently ignores hooks that are added later."""
     model, ids = outlier_model(), some_tokens(1, 12)
     with quantized(model, W4A4KV4):
         expected = logits(model, ids)
@@ -175,16 +175,16 @@ def test_compiled_blocks_are_quantized_too() -> None:
     assert torch.equal(logits(model, ids), clean)
 
 
-def test_bf16_compute() -> None:
+def test_bf16_logits_are_close_to_the_unquantized_ones() -> None:
     model, ids = outlier_model().float(), some_tokens(2, 12)
     model.compute_dtype = torch.bfloat16
     with quantized(model, QuantSpec(8, 8, 8, ffn_hadamard=True)):
-        got = logits(model, ids)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), logits(model, ids).float(), rtol=0, atol=0.3)
+        quantized_logits = logits(model, ids)
+    assert quantized_logits.dtype == torch.bfloat16
+    torch.testing.assert_close(quantized_logits.float(), logits(model, ids).float(), rtol=0, atol=0.3)
 
 
-def test_mistakes() -> None:
+def test_unknown_site_missing_text_and_wrong_group_size_are_refused() -> None:
     model = outlier_model()
     with (
         pytest.raises(UserError, match="unknown site 'qproj'; choose from q_proj, "),
@@ -203,29 +203,29 @@ def test_mistakes() -> None:
         pass
 
 
-def test_calibration_rows_are_windows_of_the_text() -> None:
+def test_calibration_sequences_are_windows_of_the_text() -> None:
     tokens = torch.arange(1000)
     spec = QuantSpec(calibration_tokens=90, calibration="a.txt")
-    rows = draw_calibration(tokens, spec, seq_len=20)
-    assert rows.shape == (5, 20)
-    assert torch.equal(rows, rows[:, :1] + torch.arange(20))
-    assert torch.equal(rows, draw_calibration(tokens, spec, seq_len=20))
-    assert not torch.equal(rows, draw_calibration(tokens, dataclasses.replace(spec, seed=1), seq_len=20))
+    sequences = draw_calibration(tokens, spec, seq_len=20)
+    assert sequences.shape == (5, 20)
+    assert torch.equal(sequences, sequences[:, :1] + torch.arange(20))
+    assert torch.equal(sequences, draw_calibration(tokens, spec, seq_len=20))
+    assert not torch.equal(sequences, draw_calibration(tokens, dataclasses.replace(spec, seed=1), seq_len=20))
     with pytest.raises(UserError, match=r"quant\.calibration=a\.txt: 80 tokens are too few .*calibration_tokens=90"):
         draw_calibration(tokens[:80], spec, seq_len=20)
 
 
 @pytest.mark.parametrize("rotation", ["none", "quarot"])
 def test_propagated_error_matches_its_definition(rotation: Any) -> None:
-    """R_L over all tokens; for a rotated model in the basis of the plain one."""
-    model, rows = outlier_model(), some_tokens(4, 12)
+    """R_L is over all tokens, and for a rotated model in the basis of the unrotated one."""
+    model, sequences = outlier_model(), some_tokens(4, 12)
     spec = dataclasses.replace(W4A4KV4, rotation=rotation, ffn_hadamard=True)
     clean, noisy = [], []
 
     def hidden(into: list[Tensor]) -> None:
         names = [f"layer_{layer:02d}/block_out" for layer in range(len(model.layers))] + ["final_norm_out"]
         handles = [hook_site(model, name, lambda x: into.append(x.double())) for name in names]
-        logits(model, rows)
+        logits(model, sequences)
         for handle in handles:
             handle.remove()
 
@@ -239,7 +239,7 @@ def test_propagated_error_matches_its_definition(rotation: Any) -> None:
         assert isinstance(norm.weight, nn.Parameter)
         noisy[-1] = noisy[-1] * norm.weight.detach()
     expected = [float(((q - h) ** 2).sum() / (h**2).sum()) for q, h in zip(noisy, clean, strict=True)]
-    error = propagated_error(model, spec, rows)
+    error = propagated_error(model, spec, sequences)
     assert error == pytest.approx(expected, rel=1e-6)
     assert 0.001 < error[0] < 1
-    assert propagated_error(model, QuantSpec(), rows) == [0.0, 0.0, 0.0]
+    assert propagated_error(model, QuantSpec(), sequences) == [0.0, 0.0, 0.0]

@@ -28,10 +28,10 @@ def naive_activation(row: Any, bits: int) -> list[Any]:
     return [scale * f32(min(max(round(float(v / scale)) + zero, 0), 2**bits - 1) - zero) for v in row]
 
 
-def rows() -> torch.Tensor:
+def samples() -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(8, 24, generator=draw) * torch.logspace(-3, 3, 8)[:, None]
-    x[1] = 0.0  # nothing to scale by
+    x[1] = 0.0  # has no scale
     x[2] = x[2].abs() + 1.0  # all on one side of zero
     x[3, 5] = 1e4  # an outlier
     x[4] = torch.arange(24.0) - 12  # ties
@@ -41,7 +41,7 @@ def rows() -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(2, 17))
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_rounding_matches_the_oracle_bit_for_bit(bits: int, group_size: int | None) -> None:
-    x = rows()
+    x = samples()
     for quantize, naive in ((round_weight, naive_weight), (round_activation, naive_activation)):
         size = group_size or 24
         parts = x.numpy().reshape(-1, size)
@@ -60,11 +60,11 @@ def test_levels_fit_the_bits_and_include_zero(bits: int) -> None:
             assert row[0] == 0.0
     step = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
     error = (round_activation(x, bits=bits) - x).abs().amax(-1)
-    assert (error <= step * 1.001).all()  # half a step, and half of one for the rounded zero at the ends
+    assert (error <= step * 1.001).all()  # half a step, and half a step for the rounded zero at the ends
 
 
 def test_one_outlier_ruins_its_group_only() -> None:
-    """What this project is about: with a value of 1000 in the row the others are rounded to nothing."""
+    """With a value of 1000 in the group, the other values are rounded to zero."""
     x = torch.ones(1, 16)
     x[0, 0] = 1000.0
     assert round_activation(x, bits=4)[0, 1:].abs().max() == 0
@@ -72,7 +72,7 @@ def test_one_outlier_ruins_its_group_only() -> None:
 
 
 def test_dtype_is_kept_and_argument_unchanged() -> None:
-    x = rows().bfloat16()
+    x = samples().bfloat16()
     before = x.clone()
     assert round_activation(x, bits=4).dtype == torch.bfloat16
     assert round_weight(x, bits=4).dtype == torch.bfloat16
@@ -82,4 +82,4 @@ def test_dtype_is_kept_and_argument_unchanged() -> None:
 @pytest.mark.parametrize(("bits", "group_size"), [(1, None), (17, None), (4, 7), (4, 0)])
 def test_invalid_settings_are_refused(bits: int, group_size: int | None) -> None:
     with pytest.raises(ValueError, match=r"bits=|group_size="):
-        round_weight(rows(), bits=bits, group_size=group_size)
+        round_weight(samples(), bits=bits, group_size=group_size)

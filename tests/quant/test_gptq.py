@@ -1,4 +1,4 @@
-"""GPTQ against optimal brain quantization written down, and against round-to-nearest on its objective."""
+"""GPTQ equals optimal brain quantization by its formula, and has a smaller objective than round-to-nearest."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def gptq_spec(bits: int, **options: Any) -> QuantSpec:
 
 
 def correlated(rows: int, channels: int, *, seed: int = 0) -> Tensor:
-    """Inputs as models have them: correlated channels of very different size."""
+    """Return inputs with correlated channels of very different size, as in a model."""
     draw = torch.Generator().manual_seed(seed)
     mixing = torch.randn(channels, channels, generator=draw) / channels**0.5 + torch.eye(channels)
     return torch.randn(rows, channels, generator=draw) @ mixing * torch.logspace(-1, 1, channels)
@@ -91,7 +91,7 @@ def test_identity_hessian_is_round_to_nearest_bit_for_bit(clip: bool, act_order:
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_beats_round_to_nearest_beyond_one_block_of_columns(seed: int, act_order: bool) -> None:
+def test_gptq_has_less_error_than_rounding_beyond_one_block_of_columns(seed: int, act_order: bool) -> None:
     weight, hessian = weight_and_hessian(16, 300, seed=seed)
     for bits in (3, 4, 8):
         nearest = objective(weight, round_weight(weight, bits=bits), hessian)
@@ -99,7 +99,7 @@ def test_beats_round_to_nearest_beyond_one_block_of_columns(seed: int, act_order
         assert objective(weight, rounded, hessian) < (0.7 if act_order else 0.95) * nearest
 
 
-def test_a_channel_that_never_fires_is_rounded_to_nearest() -> None:
+def test_channel_without_input_is_rounded_to_nearest() -> None:
     weight, hessian = weight_and_hessian(4, 24)
     hessian[5] = hessian[:, 5] = 0.0
     got = gptq(weight, hessian, gptq_spec(4, w_clip=False))
@@ -108,25 +108,25 @@ def test_a_channel_that_never_fires_is_rounded_to_nearest() -> None:
 
 
 @torch.no_grad()
-def test_beats_round_to_nearest_on_every_matrix_of_a_model() -> None:
-    """On the inputs that each matrix sees in the model before it, quantized."""
-    model, rows = outlier_model(), some_tokens(24, 16)
+def test_gptq_has_less_error_than_rounding_on_every_matrix_of_a_model() -> None:
+    """On the inputs of each matrix in the model whose earlier matrices are quantized."""
+    model, sequences = outlier_model(), some_tokens(24, 16)
     before = {name: m.weight.data for name, m in linears(model).items()}
-    quantize_weights_gptq(model, QuantSpec(w_bits=4), rows, sites=INNER_SITES["w"])
-    inputs = seen_inputs(model, rows)
+    quantize_weights_gptq(model, QuantSpec(w_bits=4), sequences, sites=INNER_SITES["w"])
+    inputs = inputs_of_matrices(model, sequences)
     assert len(inputs) == 14
     for name, x in inputs.items():
         hessian, weight = x.T @ x, before[name]
         nearest = round_weight(weight, bits=4, clip_search=True)
-        ours = linears(model)[name].weight
-        assert objective(weight, ours, hessian) < 0.95 * objective(weight, nearest, hessian), name
+        rounded = linears(model)[name].weight
+        assert objective(weight, rounded, hessian) < 0.95 * objective(weight, nearest, hessian), name
 
 
 @torch.no_grad()
-def test_sites_that_are_not_asked_for_stay() -> None:
-    model, rows = outlier_model(), some_tokens(4, 16)
+def test_only_the_given_sites_change() -> None:
+    model, sequences = outlier_model(), some_tokens(4, 16)
     before = {name: m.weight.data for name, m in linears(model).items()}
-    quantize_weights_gptq(model, QuantSpec(w_bits=4), rows, sites=["k_proj", "down_proj"])
+    quantize_weights_gptq(model, QuantSpec(w_bits=4), sequences, sites=["k_proj", "down_proj"])
     changed = {name.split(".")[-1] for name, m in linears(model).items() if not torch.equal(m.weight, before[name])}
     assert changed == {"k_proj", "down_proj"}
 
@@ -135,15 +135,15 @@ def linears(model: Transformer) -> dict[str, Linear]:
     return {name: module for name, module in model.layers.named_modules() if isinstance(module, Linear)}
 
 
-def seen_inputs(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
-    """Input (tokens, channels) of every matrix of the blocks."""
-    seen: dict[str, Tensor] = {}
+def inputs_of_matrices(model: Transformer, sequences: Tensor) -> dict[str, Tensor]:
+    """Return the input (tokens, channels) of every matrix of the blocks."""
+    inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _, arguments: seen.update({name: arguments[0].flatten(0, 1)})
+        return lambda _, arguments: inputs.update({name: arguments[0].flatten(0, 1)})
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in linears(model).items()]
-    model(rows)
+    model(sequences)
     for handle in handles:
         handle.remove()
-    return seen
+    return inputs

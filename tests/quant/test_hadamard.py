@@ -38,7 +38,7 @@ def test_signs_are_orthogonal_in_integers(order: int) -> None:
 
 
 @pytest.mark.parametrize("q", [3, 5, 9, 13, 25, 27, 49, 343])
-def test_jacobsthal_matrix(q: int) -> None:
+def test_jacobsthal_matrix_satisfies_its_identities(q: int) -> None:
     """Q Q^T = q I - J, rows that sum to 0, and Q^T = chi(-1) Q define it up to a relabelling of the field."""
     chi = jacobsthal(q)
     assert torch.equal(chi @ chi.T, q * torch.eye(q, dtype=torch.int64) - 1)
@@ -49,14 +49,14 @@ def test_jacobsthal_matrix(q: int) -> None:
         assert chi.tolist() == [[-1 if e == q - 1 else e for e in row] for row in euler]
 
 
-def test_prime_powers() -> None:
+def test_prime_powers_are_recognized() -> None:
     assert {q: prime_power(q) for q in (3, 9, 15, 27, 343, 344, 171, 1, 2, 4)} == {
         3: (3, 1), 9: (3, 2), 15: None, 27: (3, 3), 343: (7, 3), 344: None, 171: None, 1: None, 2: None, 4: None,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("n", sorted({1, 2, 6, 48, 172, 688, 1376, 5504, 11008, 14336} | MODEL_WIDTHS))
-def test_every_width_of_a_model(n: int) -> None:
+def test_transform_is_orthogonal_and_flat_for_every_width(n: int) -> None:
     factors = orders(n)
     assert math.prod(factors) == n
     assert max(factors, default=1) <= 344  # the cost of the product, whatever the width
@@ -73,7 +73,7 @@ def test_every_width_of_a_model(n: int) -> None:
         assert h.abs().max() <= bound / math.sqrt(n) + 1e-12
 
 
-def test_the_ffn_of_osp() -> None:
+def test_ffn_width_of_osp_is_a_power_of_two_times_paley() -> None:
     assert orders(5504) == (16, 344)
 
 
@@ -84,7 +84,7 @@ def test_product_is_the_kronecker_product_of_the_factors() -> None:
     np.testing.assert_allclose(hadamard_matrix(256).numpy(), sylvester(256), rtol=0, atol=1e-14)
 
 
-def test_dtypes_and_an_outlier() -> None:
+def test_transform_keeps_the_dtype_and_spreads_an_outlier() -> None:
     x = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
     x[..., 5] = 1.0
     y = hadamard_transform(x)

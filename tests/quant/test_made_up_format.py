@@ -66,30 +66,33 @@ def config(tmp_path: Path) -> EvaluateConfig:
 
 
 @torch.no_grad()
-def test_weights_activations_and_cache_are_rounded_to_it(llama: LanguageModel) -> None:
+def test_weights_activations_and_cache_are_rounded_to_the_format(llama: LanguageModel) -> None:
     before = {name: weight.clone() for name, weight in llama.model.named_parameters()}
-    seen: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
-    def see(name: str, number: int) -> None:
+    def observe(name: str, number: int) -> None:
         module = llama.model.get_submodule(name)
-        handle = module.register_forward_pre_hook(lambda _, inputs: seen.update({name: inputs[number]}))
+        handle = module.register_forward_pre_hook(lambda _, arguments: inputs.update({name: arguments[number]}))
         handles.append(handle)
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     with quantized(llama.model, build(QuantSpec, SPEC)):
-        see("layers.0.mlp.down_proj", 0)  # hooks run in the order of their registration
-        see("layers.1.self_attn.attend", 2)
+        observe("layers.0.mlp.down_proj", 0)  # hooks run in the order of their registration
+        observe("layers.1.self_attn.attend", 2)
         llama.model(torch.arange(20)[None])
         weight = llama.model.get_parameter("layers.0.mlp.down_proj.weight")
         assert torch.equal(weight, PowersOfTwo(4).round(before["layers.0.mlp.down_proj.weight"]))
     for handle in handles:
         handle.remove()
-    assert torch.equal(seen["layers.0.mlp.down_proj"], PowersOfTwo(5).round(seen["layers.0.mlp.down_proj"]))
-    assert torch.equal(seen["layers.1.self_attn.attend"], PowersOfTwo(3).round(seen["layers.1.self_attn.attend"]))
+    assert torch.equal(inputs["layers.0.mlp.down_proj"], PowersOfTwo(5).round(inputs["layers.0.mlp.down_proj"]))
+    assert torch.equal(
+        inputs["layers.1.self_attn.attend"],
+        PowersOfTwo(3).round(inputs["layers.1.self_attn.attend"]),
+    )
     assert all(torch.equal(before[name], weight) for name, weight in llama.model.named_parameters())
 
 
-def test_evaluation_and_live_perplexity_use_it(llama: LanguageModel, config: EvaluateConfig) -> None:
+def test_evaluation_and_live_perplexity_use_the_format(llama: LanguageModel, config: EvaluateConfig) -> None:
     text = read_text(config.texts[0], llama)
     with quantized(llama.model, config.quant):
         expected = perplexity(llama.model, text, seq_len=32, max_tokens=128).perplexity
@@ -106,7 +109,7 @@ def test_evaluation_and_live_perplexity_use_it(llama: LanguageModel, config: Eva
         assert live["quant/perplexity/4-5-3"] == perplexity(llama.model, text, seq_len=32).perplexity
 
 
-def test_propagated_error_falls_with_its_bits(llama: LanguageModel) -> None:
+def test_propagated_error_falls_with_the_bits_of_the_format(llama: LanguageModel) -> None:
     ids = torch.arange(60).view(2, 30)
     errors = []
     for bits in ("3-16-16", "5-16-16"):
@@ -115,7 +118,7 @@ def test_propagated_error_falls_with_its_bits(llama: LanguageModel) -> None:
     assert errors[0] > errors[1] > 0
 
 
-def test_it_works_with_rotations_and_groups(llama: LanguageModel) -> None:
+def test_format_works_with_rotations_and_groups(llama: LanguageModel) -> None:
     ids = torch.arange(30)[None]
     for changes in ({"rotation": "quarot"}, {"ffn_hadamard": True}, {"w_group_size": 4, "a_group_size": 4}):
         with quantized(llama.model, build(QuantSpec, {**SPEC, **changes})), torch.no_grad():
@@ -129,8 +132,8 @@ def test_prescribed_blocks_are_checked_against_the_model(llama: LanguageModel) -
     check_spec(spec, dataclasses.replace(llama.model.config, intermediate_size=56))
 
 
-def test_it_is_not_looked_at_where_16_bits_leave_a_tensor_as_it_is(llama: LanguageModel) -> None:
-    """It has at most 5 bits, so that it does not exist at 16."""
+def test_format_is_ignored_at_16_bits(llama: LanguageModel) -> None:
+    """The format has at most 5 bits, so it does not exist at 16."""
     for bits in ("16-16-16", "4-16-16", "16-4-16", "16-16-4"):
         spec = build(QuantSpec, {"w_format": NAME, "a_format": NAME, "kv_format": NAME}).at(bits)
         check_spec(spec, llama.model.config)
@@ -152,7 +155,7 @@ def test_it_is_not_looked_at_where_16_bits_leave_a_tensor_as_it_is(llama: Langua
         ),
     ],
 )
-def test_what_it_cannot_do_is_refused_with_a_reason(values: dict[str, object], message: str) -> None:
+def test_unsupported_settings_of_a_format_are_refused_with_a_reason(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build(QuantSpec, values, path="quant")
     assert not re.search("\n", str(caught.value))

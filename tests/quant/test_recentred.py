@@ -1,4 +1,4 @@
-"""What is rounded and rotated are the weights as they act: recentred ones, and those with biases."""
+"""Quantization and rotation treat weights as the forward pass uses them: recentred, and with their biases."""
 
 from typing import Any
 
@@ -43,15 +43,15 @@ def biased_model(**config: Any) -> Transformer:
 
 @pytest.mark.parametrize("embed_proj", [False, True])
 @pytest.mark.parametrize("name", SPECS)
-def test_recentred_weights_are_rounded_as_they_act(name: str, embed_proj: bool) -> None:
-    """As the same model whose weights were recentred beforehand; and it is the same bits again afterwards."""
+def test_recentred_weights_are_rounded_as_the_forward_pass_uses_them(name: str, embed_proj: bool) -> None:
+    """The logits equal the ones of a model recentred beforehand, and the bits are restored afterwards."""
     model, baked = (biased_model(recentre=True, embed_proj=embed_proj) for _ in range(2))
     bake_recentring(baked)
-    ids, rows = some_tokens(1, 12), some_tokens(4, 12)
+    ids, sequences = some_tokens(1, 12), some_tokens(4, 12)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     clean = logits(model, ids)
     torch.testing.assert_close(logits(baked, ids), clean, rtol=0, atol=1e-12)
-    with quantized(model, SPECS[name], calibration=rows), quantized(baked, SPECS[name], calibration=rows):
+    with quantized(model, SPECS[name], calibration=sequences), quantized(baked, SPECS[name], calibration=sequences):
         torch.testing.assert_close(logits(model, ids), logits(baked, ids), rtol=0, atol=1e-9)
         assert (logits(model, ids) - clean).abs().max() > 1e-3
         assert model.config == baked.config
@@ -65,7 +65,7 @@ def test_recentred_weights_are_rounded_as_they_act(name: str, embed_proj: bool) 
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_rotations_take_the_biases_along() -> None:
+def test_rotations_transform_the_biases() -> None:
     model, ids = biased_model(), some_tokens(2, 12)
     expected = logits(model, ids)
     fold_norm_gains(model)

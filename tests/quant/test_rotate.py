@@ -1,4 +1,4 @@
-"""Rotations, foldings and online transforms leave logits as they are; learned ones lower the loss."""
+"""Rotations, folds and online transforms keep the logits; learned rotations lower the loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_logits_do_not_change(norm: NormConfig, shape: dict[str, Any], embed_pro
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_learned_rotations_turn_biases_and_leave_gated_values_alone(gate: bool) -> None:
+def test_learned_rotations_include_biases_and_skip_gated_values(gate: bool) -> None:
     model = outlier_model(attention=AttentionConfig(gate=gate), attention_bias=True, mlp_bias=True)
     ids = some_tokens(2, 12)
     spec = QuantSpec(w_bits=12, a_bits=12, kv_bits=12, rotation="spinquant", rotation_steps=2, calibration_tokens=24)
@@ -83,8 +83,8 @@ def test_learned_rotations_turn_biases_and_leave_gated_values_alone(gate: bool) 
             assert (model(ids).logits - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_no_tensor_is_written_into() -> None:
-    """Who holds the old tensors puts them back: `quantized` relies on it."""
+def test_tensors_are_replaced_and_not_written_in_place() -> None:
+    """`quantized` restores the old tensors, so they must keep their values."""
     model = outlier_model(embed_proj=True)
     old = {name: (p.data, p.data.clone()) for name, p in model.named_parameters()}
     for step in STEPS:
@@ -97,7 +97,7 @@ def test_rotation_spreads_the_outlier_channel() -> None:
     model = outlier_model()
 
     def peak() -> float:
-        """The energy of the largest channel of the embedding over the mean."""
+        """Return the energy of the largest channel of the embedding over the mean."""
         energy = model.embed_tokens.weight.detach().square().mean(0)
         return float(energy.max() / energy.mean())
 
@@ -109,7 +109,7 @@ def test_rotation_spreads_the_outlier_channel() -> None:
     torch.testing.assert_close(model.embed_tokens.weight.detach().norm(dim=1), length, rtol=1e-12, atol=0)
 
 
-def test_cayley_step() -> None:
+def test_cayley_step_is_orthogonal_and_descends() -> None:
     """Orthogonal to rounding, descent by the first-order model, and for a small step the exponential of -lr A."""
     draw = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=draw))[0]
@@ -126,26 +126,26 @@ def test_cayley_step() -> None:
 
 
 def trained_model() -> tuple[Transformer, Tensor]:
-    """A small model that has learned to count with gaps, and rows of what it learned."""
+    """Return a small model trained to count with gaps, and its training sequences."""
     model = outlier_model(norm=NormConfig(name="ssnorm")).float()
     model.compute_dtype = torch.float32
     draw = torch.Generator().manual_seed(0)
-    rows = (torch.randint(0, 96, (64, 1), generator=draw) + torch.arange(17) * torch.randint(1, 5, (64, 1))) % 96
+    sequences = (torch.randint(0, 96, (64, 1), generator=draw) + torch.arange(17) * torch.randint(1, 5, (64, 1))) % 96
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        (model(rows[:, :-1], rows[:, 1:].contiguous()).loss / rows[:, 1:].numel()).backward()
+        (model(sequences[:, :-1], sequences[:, 1:].contiguous()).loss / sequences[:, 1:].numel()).backward()
         optimizer.step()
-    return model, rows
+    return model, sequences
 
 
 def test_learned_rotations_lower_the_loss_of_random_ones() -> None:
     torch.manual_seed(0)
-    model, rows = trained_model()
+    model, sequences = trained_model()
 
     def loss(spec: QuantSpec) -> float:
-        with quantized(model, spec, calibration=rows), torch.no_grad():
-            return float(model(rows[:, :-1], rows[:, 1:].contiguous()).loss / rows[:, 1:].numel())
+        with quantized(model, spec, calibration=sequences), torch.no_grad():
+            return float(model(sequences[:, :-1], sequences[:, 1:].contiguous()).loss / sequences[:, 1:].numel())
 
     quarot = [QuantSpec(3, 3, 3, w_clip=False, rotation="quarot", ffn_hadamard=True, seed=seed) for seed in (0, 3)]
     spinquant = [dataclasses.replace(q, rotation="spinquant", rotation_steps=80, rotation_lr=0.1) for q in quarot]
@@ -163,13 +163,13 @@ def test_gradients_pass_straight_through() -> None:
     assert torch.equal(x.grad, torch.arange(9.0))
 
 
-def test_learning_is_seeded_and_leaves_gptq_its_weights() -> None:
+def test_learning_follows_the_seed_and_leaves_weights_to_gptq() -> None:
     """Same seed, same rotations; before GPTQ the weights stay unrounded while rotations are learned."""
-    model, rows = outlier_model(norm=NormConfig(name="ssnorm")), some_tokens(8, 12)
+    model, sequences = outlier_model(norm=NormConfig(name="ssnorm")), some_tokens(8, 12)
     spec = QuantSpec(4, 4, 4, rotation="spinquant", rotation_steps=3)
     bases = []
-    for each in (spec, spec, dataclasses.replace(spec, seed=1), dataclasses.replace(spec, method="gptq")):
-        with quantized(model, each, calibration=rows) as state:
+    for variant in (spec, spec, dataclasses.replace(spec, seed=1), dataclasses.replace(spec, method="gptq")):
+        with quantized(model, variant, calibration=sequences) as state:
             assert state.basis is not None
             bases.append(state.basis)
     assert torch.equal(bases[0], bases[1])
@@ -179,12 +179,12 @@ def test_learning_is_seeded_and_leaves_gptq_its_weights() -> None:
 
 
 def test_gradients_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows = outlier_model(norm=NormConfig(name="ssnorm")), some_tokens(8, 12)
+    model, sequences = outlier_model(norm=NormConfig(name="ssnorm")), some_tokens(8, 12)
     spec = QuantSpec(4, 4, 4, rotation="spinquant", rotation_steps=1)
     bases = []
     for tokens_at_once in (4096, 36):
         monkeypatch.setattr("osp.quant.spinquant.TOKENS_AT_ONCE", tokens_at_once)
-        with quantized(model, spec, calibration=rows) as state:
+        with quantized(model, spec, calibration=sequences) as state:
             assert state.basis is not None
             bases.append(state.basis)
     torch.testing.assert_close(bases[0], bases[1], rtol=0, atol=1e-5)

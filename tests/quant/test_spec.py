@@ -27,7 +27,7 @@ def test_preset_builds_and_fits_the_models(path: Path) -> None:
     assert spec.is_identity == (path.stem == "none")
 
 
-def test_presets_set_what_their_names_say() -> None:
+def test_presets_have_the_settings_of_their_names() -> None:
     paper, strict = preset("osp_paper"), preset("strict")
     assert paper == dataclasses.replace(QuantSpec(), w_bits=4, a_bits=4, kv_bits=4)  # the defaults are the paper's
     assert (paper.qk_hadamard, paper.o_proj_by_head, paper.w_clip, paper.embedding_and_head) == (
@@ -65,7 +65,7 @@ def test_presets_set_what_their_names_say() -> None:
         ({"w_bit": 4}, r"unknown key 'quant\.w_bit'; did you mean 'quant\.w_bits'"),
     ],
 )
-def test_mistake_is_one_line(values: dict[str, Any], message: str) -> None:
+def test_invalid_setting_is_a_one_line_error(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build(QuantSpec, values, path="quant")
     assert "\n" not in str(caught.value)
