@@ -38,7 +38,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         length, size = q.shape[2:]
         grad = grad_outputs[0].transpose(1, 2).reshape(q.shape)
@@ -54,7 +54,5 @@ class BlockwiseAttention(torch.autograd.Function):
             ds = dp.sub_(delta_rows).mul_(p).to(q.dtype)
             grad_q[:, :, start:stop] = torch.bmm(ds, k[:, :stop]).view(grad_q[:, :, start:stop].shape)
             grad_k[:, :stop] += torch.bmm(ds.mT, q_rows)
-        batch = len(grad_outputs[0])
         grads = (grad_q * size**-0.5, (grad_k * size**-0.5).to(k.dtype), grad_v.to(v.dtype))
-        a, b, c = (x.view(batch, -1, length, size).transpose(1, 2) for x in grads)
-        return a, b, c
+        return tuple(x.view(len(grad_outputs[0]), -1, length, size).transpose(1, 2) for x in grads)

@@ -195,15 +195,13 @@ class TextStream:
     def push(self, token: int) -> str:
         """Return the text completed by `token`, empty if it ends inside a character."""
         self.ids.append(token)
-        text, known = self._text(self.begin, len(self.ids)), self._text(self.begin, self.end)
-        if text.endswith("\ufffd") or len(text) <= len(known):
+        text = self.finish()
+        if not text or text.endswith("\ufffd"):
             return ""
         self.begin, self.end = self.end, len(self.ids)
-        return text[len(known) :]
+        return text
 
     def finish(self) -> str:
-        """Return the rest: an incomplete character as replacement characters."""
-        return self._text(self.begin, len(self.ids))[len(self._text(self.begin, self.end)) :]
-
-    def _text(self, begin: int, end: int) -> str:
-        return self.tokenizer.decode(self.ids[begin:end])
+        """Return the rest of the text: an incomplete character as replacement characters."""
+        known = self.tokenizer.decode(self.ids[self.begin : self.end])
+        return self.tokenizer.decode(self.ids[self.begin :])[len(known) :]

@@ -22,9 +22,7 @@ def activation_penalty(x: Tensor, config: PenaltyConfig) -> Tensor:
 
     Autograd keeps only x; backward recomputes the powers.
     """
-    penalty = checkpoint(_sum_of_fourth_powers, x, config.scale, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(penalty, Tensor)
-    return penalty
+    return checkpoint(_sum_of_fourth_powers, x, config.scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def _sum_of_fourth_powers(x: Tensor, scale: float | str) -> Tensor:

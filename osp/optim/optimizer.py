@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osp.optim.rules import Group, WholeRule
-from osp.optim.zero import Interval, Piece, batches, flat_size, rank_intervals
+from osp.optim.zero import Piece, batches, flat_size, rank_intervals
 
 
 class PartitionedOptimizer(torch.optim.Optimizer):
@@ -28,27 +28,27 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         super().__init__([{**group, "lr": 0.0} for group in groups], defaults={})
         self._number = 0
         self._recording = False
-        self._pieces: list[Piece] = []
+        self.pieces: list[Piece] = []  # of all groups in order; DeepSpeed replaces `param_groups` while it steps
         # This rank's sum of squares of the last recorded update, per role: with learning rate, without weight decay
         self.update_squares: dict[str, Tensor] = {}
-        self._sources = list(self.param_groups)  # DeepSpeed replaces `param_groups` while it steps
 
     def bind(self, flats: Sequence[Tensor], *, stage: int, rank: int = 0, world_size: int = 1) -> None:
         """Take over `flats`, this rank's flat tensor of each group in ZeRO's layout, and create the state.
 
         State is created here, not at the first step, so that every rank has the same checkpoint keys from the start.
         """
-        assert len(flats) == len(self._sources), (len(flats), len(self._sources))
+        assert len(flats) == len(self.param_groups), (len(flats), len(self.param_groups))
         self.state.clear()
-        self._pieces = []
-        for group, flat in zip(self._sources, flats, strict=True):
+        self.pieces = []
+        for group, flat in zip(self.param_groups, flats, strict=True):
             rule, numels = group["update_rule"], [shape.numel() for shape in group["shapes"]]
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             whole = isinstance(rule, WholeRule)
             work = batches(numels[0], len(numels), rank=rank, **layout) if whole else []
             self.state[flat] = {name: torch.zeros_like(flat, dtype=torch.float32) for name in rule.STATE_NAMES}
-            self._pieces.append(Piece(flat, self.state[flat], rank_intervals(numels, rank=rank, **layout), work))
+            intervals = rank_intervals(numels, rank=rank, **layout)
+            self.pieces.append(Piece(group, flat, self.state[flat], intervals, work))
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
         """Prepare optimizer step `number`, counted from 1: every learning rate becomes its base times `factor`.
@@ -58,8 +58,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         assert number >= 1, number
         self._number, self._recording = number, record
         self.update_squares = {}
-        for group in self._sources:
-            group["lr"] = group["base_lr"] * factor
+        for piece in self.pieces:
+            piece.group["lr"] = piece.group["base_lr"] * factor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -67,21 +67,21 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         assert closure is None, "a closure would need gradients that ZeRO has already reduced"
         if self._number == 0:
             return
-        pieces = {id(piece.flat): piece for piece in self._pieces}
-        for group in self.param_groups:
-            for flat in group["params"]:
-                rule, piece = group["update_rule"], pieces[id(flat)]
-                squares = rule.step(piece, flat.grad, group, number=self._number, record=self._recording)
-                if squares is not None:
-                    self.update_squares[group["role"]] = self.update_squares.get(group["role"], 0) + squares
+        pieces = {id(piece.flat): piece for piece in self.pieces}
+        for flat in (flat for group in self.param_groups for flat in group["params"]):
+            piece = pieces[id(flat)]
+            rule, role = piece.group["update_rule"], piece.group["role"]
+            squares = rule.step(piece, flat.grad, number=self._number, record=self._recording)
+            if squares is not None:
+                self.update_squares[role] = self.update_squares.get(role, 0) + squares
 
     @torch.no_grad()
     def parameter_squares(self) -> dict[str, Tensor]:
         """Return this rank's sum of squares of the master weights, per role."""
         squares: dict[str, Tensor] = {}
-        for group, piece in zip(self._sources, self._pieces, strict=True):
+        for piece in self.pieces:
             # ZeRO-3 leaves padding uninitialized: sum over the intervals
-            total = squares.setdefault(group["role"], piece.flat.new_zeros(()))
+            total = squares.setdefault(piece.group["role"], piece.flat.new_zeros(()))
             for interval in piece.intervals:
                 total += torch.linalg.vector_norm(piece.flat[interval.place]).square()
         return squares
@@ -89,16 +89,9 @@ class PartitionedOptimizer(torch.optim.Optimizer):
     def numels(self) -> dict[str, int]:
         """Return the number of elements per role, over all ranks."""
         counts: Counter[str] = Counter()
-        for group in self._sources:
+        for group in self.param_groups:
             counts[group["role"]] += sum(shape.numel() for shape in group["shapes"])
         return counts
-
-    def intervals(self) -> list[list[tuple[str, Interval]]]:
-        """Return per group, in the order of its flat tensor, the names and intervals of what this rank holds."""
-        return [
-            [(group["names"][interval.index], interval) for interval in piece.intervals]
-            for group, piece in zip(self._sources, self._pieces, strict=True)
-        ]
 
     @torch.no_grad()
     def local_state(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
@@ -107,8 +100,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         The tensors are writable 1-D fp32 views of elements [start, stop) of the flattened parameter: copying into them
         loads a checkpoint.
         """
-        for group, piece in zip(self._sources, self._pieces, strict=True):
+        for piece in self.pieces:
             tensors = {"weight": piece.flat.detach(), **piece.state}
             for interval in piece.intervals:
                 views = {name: tensor[interval.place] for name, tensor in tensors.items()}
-                yield group["names"][interval.index], interval.start, interval.stop, views
+                yield piece.group["names"][interval.index], interval.start, interval.stop, views

@@ -40,13 +40,12 @@ class UpdateRule(ABC):
         return self.config.lr
 
     @abstractmethod
-    def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
+    def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
         """Update this rank's part of a group in place; `grad` is not changed.
 
         Args:
-            piece: the flat master weights and state, and where parameters lie in them.
+            piece: the group, the flat master weights and state, and where parameters lie in them.
             grad: the flat gradient.
-            group: `lr` is the learning rate of this step.
             number: of the step, from 1.
             record: return the sum of squares of the update: learning rate and scale included, weight decay excluded.
         """
@@ -72,9 +71,9 @@ class WholeRule(UpdateRule):
         """Return the factor of `direction` that gives an orthogonal matrix or a unit vector AdamW's RMS of 0.2."""
         return 0.2 * max(whole_shape(group["shapes"][0], group["heads"])) ** 0.5
 
-    def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
-        momentum, lr, scale = self.config.momentum, group["lr"], self.scale(group)
-        squares = None
+    def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
+        group, momentum, squares = piece.group, self.config.momentum, None
+        lr, scale = group["lr"], self.scale(group)
         for batch in piece.batches:
             g, buf, p = grad[batch.local], piece.state["momentum"][batch.local], piece.flat[batch.local]
             buf.mul_(momentum).add_(g)
@@ -159,11 +158,12 @@ class AdamW(UpdateRule):
     def base_lr(self) -> float:
         return self.config.lr if self.config.adam_lr is None else self.config.adam_lr
 
-    def step(self, piece: Piece, grad: Tensor, group: Group, *, number: int, record: bool) -> Tensor | None:
-        (beta1, beta2), lr, eps = self.config.adam_betas, group["lr"], self.config.adam_eps
+    def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
+        (beta1, beta2), eps = self.config.adam_betas, self.config.adam_eps
+        lr, decay = piece.group["lr"], piece.group["weight_decay"]
         mean, square = piece.state["exp_avg"], piece.state["exp_avg_sq"]
         count = torch.full((), number - 1, dtype=torch.float32, device=grad.device)  # the kernel adds the 1
-        options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": group["weight_decay"]}
+        options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
         modes = {"fused": True, "amsgrad": False, "maximize": False}
         adamw([piece.flat], [grad], [mean], [square], [], [count], **modes, **options)
         if not record:

@@ -14,8 +14,6 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
     warm-up, constant. The decay reaches `final_ratio` right after the last step. A warm-up of n steps begins at 1/n,
     because a step with learning rate 0 would be wasted.
     """
-    if config.name not in ("trapezoid", "cosine", "constant"):
-        raise UserError(f"schedule.name={config.name!r}; choose from trapezoid, cosine, constant")
     warmup = length_in_steps("schedule.warmup", config.warmup, tokens_per_step=tokens_per_step, total_steps=total_steps)
     decay = length_in_steps("schedule.decay", config.decay, tokens_per_step=tokens_per_step, total_steps=total_steps)
     if config.name != "trapezoid":

@@ -6,7 +6,7 @@ DeepSpeed's layout in the project. K parameters in the group, W ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,7 @@ class MatrixBatch:
 class Piece:
     """What one rank holds of a parameter group."""
 
+    group: dict[str, Any]  # see `osp.optim.groups.build_groups`; `lr` is the learning rate of this step
     flat: Tensor  # master weights
     state: dict[str, Tensor]  # flat tensors of the update rule by name, zero before the first step
     intervals: list[Interval]

@@ -125,18 +125,18 @@ class Engine:
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
         names = [name for group in self.groups for name in group["names"]]
         places = {name: i for i, name in enumerate(names)}
-        indices, pieces = [], []
-        for index, intervals in enumerate(self.optimizer.intervals()):
+        indices, parts = [], []
+        for index, piece in enumerate(self.optimizer.pieces):
             # ZeRO holds this rank's part of a group as a list of consecutive tensors with padding in between
             gradients = self._zero.averaged_gradients[index]
             offsets = [0, *itertools.accumulate(g.numel() for g in gradients)]
             at = dict(zip(offsets, gradients, strict=False))
-            for name, interval in intervals:
-                indices.append(places[name])
-                pieces.append(at[interval.offset].view(-1)[: interval.size])
+            for interval in piece.intervals:
+                indices.append(places[piece.group["names"][interval.index]])
+                parts.append(at[interval.offset].view(-1)[: interval.size])
         squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        if pieces:
-            norms = torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).double()
+        if parts:
+            norms = torch.stack([torch.linalg.vector_norm(part) for part in parts]).double()
             squares.index_add_(0, torch.tensor(indices, device=self.device), norms.square())
         return names, add_up(squares).sqrt()
 

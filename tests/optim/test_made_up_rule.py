@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,8 @@ class SignDescent(UpdateRule):
     STATE_NAMES = ("direction",)
     UPDATE_RMS = "1"
 
-    def step(self, piece: Piece, grad: Tensor, group: Any, *, number: int, record: bool) -> Tensor | None:
+    def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
+        group = piece.group
         update = piece.state["direction"].mul_(self.config.momentum).add_(grad).sign()
         piece.flat.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
         return update.square().sum() * group["lr"] ** 2 if record else None

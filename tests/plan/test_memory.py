@@ -85,7 +85,7 @@ def test_planned_workspace_of_an_update_equals_its_allocations() -> None:
         optimizer.param_groups[0]["params"] = [values]
         optimizer.bind([values], stage=1)
         optimizer.set_step(1, 1.0)
-        (group,), work = groups, optimizer._pieces[0].batches
+        (group,), work = groups, optimizer.pieces[0].batches
         planned_bytes = max(group["update_rule"].batch_bytes(group, batch, native_bf16=True) for batch in work)
         assert peak(optimizer.step) == pytest.approx(planned_bytes, rel=0.02), (shape, heads)
 
