@@ -1,6 +1,7 @@
 """The configuration of `scripts/ablation.py`, and the rows it can train."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,38 +48,31 @@ class AblationConfig:
     debug: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a name, and the overrides of its training."""
-
-    name: str
-    overrides: tuple[str, ...]
-
-
-def parse_rows(config: AblationConfig) -> list[Row]:
-    """Return the rows of `config`; raise `UserError` for a malformed one."""
-    rows = []
+def parse_rows(config: AblationConfig) -> dict[str, tuple[str, ...]]:
+    """Return the overrides of each row by its name; raise `UserError` for a malformed or repeated row."""
+    rows: dict[str, tuple[str, ...]] = {}
     for text in config.rows:
         name, colon, rest = text.partition(":")
         name = name.strip()
         if not 0 < len(name) <= 200 or name in (".", "..") or set(name) & set(" ,=/\\"):
             raise UserError(f"rows: {text!r}; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'")
+        if name in rows:
+            raise UserError(f"rows: {name!r} is repeated; give each row another name")
         try:
-            overrides = tuple(shlex.split(rest)) if colon else (f"+experiment={name}",)
+            rows[name] = tuple(shlex.split(rest)) if colon else (f"+experiment={name}",)
         except ValueError as error:
             raise UserError(f"rows: {text!r}: {error}") from error
-        rows.append(Row(name, overrides))
     return rows
 
 
-def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """Return the overrides that `settings` has for a row.
+def settings_of(row: str, overrides: Sequence[str], settings: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the overrides that `settings` has for a row with these `overrides`, which win over them.
 
     The key is the name of the row or of its experiment, or the longest prefix of that name before an underscore (`osp`
-    for `osp_gate`). The overrides of the row itself win over these.
+    for `osp_gate`).
     """
-    experiments = [text.partition("=")[2] for text in row.overrides if text.lstrip("+").startswith("experiment=")]
-    for name in (row.name, *experiments):
+    experiments = [text.partition("=")[2] for text in overrides if text.lstrip("+").startswith("experiment=")]
+    for name in (row, *experiments):
         for key in sorted(settings, key=len, reverse=True):
             if name == key or name.startswith(f"{key}_"):
                 return settings[key]
@@ -87,19 +81,13 @@ def settings_of(row: Row, settings: dict[str, tuple[str, ...]]) -> tuple[str, ..
 
 def check_ablation(config: AblationConfig) -> None:
     """Raise `UserError` for well-typed values that are not a valid ablation."""
-    rows, sweep = [row.name for row in parse_rows(config)], config.sweep
+    rows, sweep = list(parse_rows(config)), config.sweep
     for key, values, example in (("rows", rows, PAPER_ROWS), ("seeds", config.seeds, (0, 1, 2))):
         if not values:
             raise UserError(f"{key}=[]: name at least one, for example {key}=[{','.join(map(str, example))}]")
-    for key, values in {
-        "rows": rows,
-        "seeds": config.seeds,
-        "rates": config.rates,
-        "sweep.values": sweep.values,
-    }.items():
-        texts = list(map(str, values))
-        if repeated := [text for text in texts if texts.count(text) > 1]:
-            raise UserError(f"{key}=[{','.join(texts)}]: {repeated[0]} is repeated and would be the same run")
+    for key, values in {"seeds": config.seeds, "rates": config.rates, "sweep.values": sweep.values}.items():
+        if repeated := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{key}={list(values)}: {repeated[0]} is repeated and would be the same run")
     for name in config.rates:
         if name != "paper" and name not in config.settings:
             raise UserError(f"rates={list(config.rates)}: {name!r}; choose from {['paper', *config.settings]}")

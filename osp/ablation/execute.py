@@ -4,21 +4,19 @@ import json
 import logging
 import os
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from osp.ablation.ablation_page import ablation_page
 from osp.ablation.config import AblationConfig, check_ablation, parse_rows
 from osp.ablation.runs import Compose, Planned, plan
-from osp.ablation.table import as_json, collect, contents
+from osp.ablation.table import ablation_page, as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, leaves
 from osp.errors import RunError, StoppedError, UserError
 from osp.files import write_text
@@ -53,12 +51,10 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     except OSError as error:
         raise UserError(f"dir={config.dir}: cannot write there: {error.strerror}") from error
     execution = Execution(config, runs, scripts=scripts)
-    num_tokens, places = statistics.fmean(run.num_tokens for run in execution.runs), execution.slots
-    threads = f"{places[0].threads} thread{'s' * (places[0].threads > 1)} per process"
-    where = f"GPUs {[slot.gpus for slot in places]}" if places[0].gpus else threads
-    log.info(
-        f"{len(execution.runs)} runs of {num_tokens:,.0f} tokens in {config.dir}, {len(places)} at a time, {where}"
-    )
+    num_tokens, places = [run.num_steps * run.config.train.tokens_per_step for run in execution.runs], execution.slots
+    where = f"GPUs {[s.gpus for s in places]}" if places[0].gpus else f"threads per process: {places[0].threads}"
+    number = f"{len(execution.runs)} runs of {sum(num_tokens) / len(num_tokens):,.0f} tokens"
+    log.info("%s in %s, %d at a time, %s", number, config.dir, len(places), where)
     try:
         execution()
     finally:
@@ -71,8 +67,7 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
         )
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The threads and GPUs of one run at a time."""
 
     threads: int
@@ -99,14 +94,13 @@ class Execution:
     """Trains and measures runs. `failures`: label -> reason; a failed run does not stop the others."""
 
     def __init__(self, config: AblationConfig, runs: list[Planned], *, scripts: Path):
-        """scripts: the folder of train.py and compare.py."""
         self.config, self.planned, self.scripts = config, runs, scripts
         labels = [run.label for run in runs]
         self.runs = [run for i, run in enumerate(runs) if run.label not in labels[:i]]  # equal trainings run once
         self.slots, self.failures = slots(config, self.runs), dict[str, str]()
         self._finished: set[str] = set()  # labels; cached, because the check parses a file
         self._logs = Path(config.dir) / "logs"
-        rows = [row.name for row in parse_rows(config)]
+        rows = list(parse_rows(config))
         self._with_methods = {"ends": {rows[0], rows[-1]}, "all": set(rows), "none": set[str]()}[config.methods]
 
     def __call__(self) -> None:
@@ -193,7 +187,7 @@ class Execution:
         return {
             "texts": list(self.config.texts),
             "max_tokens": self.config.max_tokens,
-            "methods": "last" if run.row.name in self._with_methods and run.value is None else "none",
+            "methods": "last" if run.row in self._with_methods and run.value is None else "none",
             "quant.calibration_tokens": self.config.calibration_tokens,
         }
 
@@ -233,14 +227,15 @@ def last_step(path: Path) -> int:
 
 def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
     """Return lines on the model, the data, the machine, the command and the rows."""
-    config, machine, num_tokens = runs[0].config, environment(), runs[0].num_tokens
+    config, machine = runs[0].config, environment()
     model, train = config.model, config.train
     return [
         f"ours: {count_parameters(model)['total'] / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of "
-        f"{model.hidden_size}, {model.norm.name} in the first row), {num_tokens:,} tokens in steps of "
-        f"{train.tokens_per_step:,}, sequences of {train.seq_len}",
+        f"{model.hidden_size}, {model.norm.name} in the first row), "
+        f"{runs[0].num_steps * train.tokens_per_step:,} tokens in steps of {train.tokens_per_step:,}, "
+        f"sequences of {train.seq_len}",
         f"data: {' '.join([config.data.source, *config.data.paths])}",
         f"machine: {machine['cpus']} cores, torch {machine['torch']}, Python {machine['python']}",
         f"command: python {shlex.join(command)}",
-        *(f"row {row.name}: {' '.join(row.overrides)}" for row in dict.fromkeys(run.row for run in runs)),
+        *dict.fromkeys(f"row {run.row}: {' '.join(run.overrides)}" for run in runs),
     ]

@@ -1,4 +1,4 @@
-"""The numbers of an ablation, their spread over seeds, and the tables that ablation.md and ablation.html show."""
+"""The numbers of an ablation with their spread over seeds, the tables of ablation.md, the charts of ablation.html."""
 
 import dataclasses
 import itertools
@@ -16,6 +16,9 @@ import yaml
 from osp.ablation.config import AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS, METHODS
+from osp.report.charts import line_words
+from osp.report.downsample import rounded
+from osp.report.page import render
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.metrics import key_regex
 from osp.run.read import Series, read_run
@@ -26,9 +29,8 @@ HADAMARD = " +Had"
 FIRST, LAST = COLUMNS[0], COLUMNS[-1]
 TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} | {"cost": f"{LAST} costs, nats"}
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
-
-
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+LARGE_KURTOSIS, SMALLEST_KURTOSIS = 20, 0.01  # an axis is logarithmic above the first, and begins at the second
+Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,11 @@ class Results:
     @property
     def sweep(self) -> dict[str, list[Measured]]:
         """Row -> its runs of the sweep, by ascending value."""
-        swept: dict[str, list[Measured]] = {}
-        for run in self.runs:
-            if run.value is not None:
-                swept.setdefault(run.row, []).append(run)
-        return {
-            row: sorted(runs, key=lambda run: (isinstance(run.value, str), run.value)) for row, runs in swept.items()
-        }
+        swept: dict[str, list[Measured]] = {run.row: [] for run in self.runs if run.value is not None}
+        for row, runs in swept.items():
+            runs += (run for run in self.runs if run.row == row and run.value is not None)
+            runs.sort(key=lambda run: (isinstance(run.value, str), run.value))
+        return swept
 
 
 def collect(
@@ -123,7 +123,7 @@ def collect(
     for rates, row in itertools.product(config.rates, parse_rows(config)):
         labels = [run.label for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
         cells = summarize([numbers[label] for label in labels if label in numbers], columns)
-        lines.append(Line(row.name, rates, cells, tuple(label for label in labels if label not in numbers)))
+        lines.append(Line(row, rates, cells, tuple(label for label in labels if label not in numbers)))
     return Results(
         about=about,
         data={name: digest for model in models for name, digest in model.texts.items()},
@@ -155,7 +155,7 @@ def measure(run: Planned, record: ComparisonRecord) -> Measured:
     if layers:
         tokens = layers[0].steps * run.config.train.tokens_per_step
         kurtosis = Series(tokens, np.mean([series.values for series in layers], axis=0))
-    plan = (run.label, run.row.name, run.row.overrides, run.rates, run.seed, run.value)
+    plan = (run.label, run.row, run.overrides, run.rates, run.seed, run.value)
     return Measured(*plan, model.sha256, record.commit, numbers, kurtosis)
 
 
@@ -263,14 +263,16 @@ def verdict(lines: Sequence[Line]) -> str:
         return ""
     a, b = first.cells["cost"], last.cells["cost"]
     by, spread = (a - b).mean, (a - b).deviation
-    costs = f"{LAST} costs {first.row} {a} and {last.row} {b} nats per token"
-    if not math.isfinite(by):
-        return f"{costs}."
-    if math.isfinite(spread) and abs(by) <= 2 * spread:
-        return f"{costs}: no difference beyond twice the spread over seeds ({spread:.4f})."
-    known = f", {abs(by) / spread:.1f} times the spread over seeds" if math.isfinite(spread) and spread else ""
-    one_seed = "" if math.isfinite(spread) else "; one seed, so the spread is unknown"
-    return f"{costs}: {last.row} loses {abs(by):.4f} {'less' if by > 0 else 'more'}{known}{one_seed}."
+    text = f"{LAST} costs {first.row} {a} and {last.row} {b} nats per token"
+    if abs(by) <= 2 * spread:  # not if one of them is nan
+        text += f": no difference beyond twice the spread over seeds ({spread:.4f})"
+    elif math.isfinite(by):
+        text += f": {last.row} loses {abs(by):.4f} {'less' if by > 0 else 'more'}"
+        if math.isnan(spread):
+            text += "; one seed, so the spread is unknown"
+        elif spread:
+            text += f", {abs(by) / spread:.1f} times the spread over seeds"
+    return f"{text}."
 
 
 def format_number(value: float) -> str:
@@ -281,3 +283,78 @@ def format_number(value: float) -> str:
         return f"{value:.1e}".replace(".0e", "e").replace("e+0", "e").replace("e+", "e")
     decimals = 0 if size >= 1000 else 2 if size >= 10 else 3 if size >= 1 else 4
     return f"{value:.{decimals}f}"
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+
+def ablation_page(results: Results, config: AblationConfig) -> str:
+    """Return all tables with charts, as HTML."""
+    rows = list(dict.fromkeys(line.row for line in results.rows)) or list(results.sweep)
+    charts = {"sweep": _sweep_charts(results, config.sweep.key or "", rows)}  # id of a section -> charts
+    for rates in dict.fromkeys(line.rates for line in results.rows):
+        charts[f"rates-{rates}"] = _rates_charts(results, rates, rows)
+    lines = {chart["name"]: chart for drawn in charts.values() for chart in drawn}
+    return render(
+        Path(__file__).with_name("ablation.html"),
+        kind="ablation",
+        data={"runs": rows, "lines": lines, "sites": {}, "stats": {}, "words": {}, "histograms": {}},
+        legend=[(row, "") for row in rows],
+        figures={section: [chart for chart in drawn if chart["curves"]] for section, drawn in charts.items()},
+        columns=results.columns,
+        folder=config.dir,
+        **contents(results, config),
+    )
+
+
+def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
+    values = [run.value for runs in results.sweep.values() for run in runs]
+    numeric = all(isinstance(value, int | float) and value > 0 for value in values)
+    names = list(dict.fromkeys(map(str, values)))
+    axis = {"x": key} | ({"logx": True} if numeric else {"categories": names})
+    charts = []
+    for name, words in WORDS["charts"]["sweep"].items():
+        curves = []
+        for row, runs in results.sweep.items():
+            x = [run.value if numeric else names.index(str(run.value)) for run in runs]
+            curves.append(_curve(rows.index(row), x, [run.numbers[name] for run in runs], key=name))
+        unit = ", ".join(filter(None, [words.get("unit"), f"over {key}"]))
+        charts.append(_chart(f"sweep-{name}", curves, rows, **words | {"unit": unit} | axis))
+    return charts
+
+
+def _rates_charts(results: Results, rates: str, rows: list[str]) -> list[Chart]:
+    """Return the kurtosis over tokens of the first seed of each row, and perplexity by bits."""
+    words, kurtosis = WORDS["charts"], {}
+    for run in results.runs:
+        if (run.rates, run.value) == (rates, None) and run.kurtosis is not None and run.row not in kurtosis:
+            x, y = run.kurtosis.steps.tolist(), rounded(run.kurtosis.values, 4)
+            kurtosis[run.row] = _curve(rows.index(run.row), x, y)
+    charts = [_chart(f"kurtosis-{rates}", list(kurtosis.values()), rows, **words["kurtosis"])]
+    for name, suffix in {"bits": "", "had": HADAMARD}.items():
+        curves = []
+        for line in results.rows:
+            cells = [line.cells.get(bits + suffix) for bits in COLUMNS]
+            y = [cell.mean if cell else None for cell in cells]
+            curve = _curve(rows.index(line.row), list(range(len(COLUMNS))), y)
+            if line.rates == rates and any(curve["y"]):
+                curves.append(curve)
+        charts.append(_chart(f"{name}-{rates}", curves, rows, categories=COLUMNS, **words[name]))
+    return charts
+
+
+def _curve(run: int, x: list[Any], y: Sequence[float | None], *, key: str = "") -> dict[str, Any]:
+    values = [None if value is None or not math.isfinite(value) else value for value in y]
+    return {"run": run, "key": key, "name": "", "faint": False, "x": x, "y": values}
+
+
+def _chart(name: str, curves: list[dict[str, Any]], rows: list[str], **more: Any) -> Chart:
+    """Return a chart over `x`, not a step. more: its words, "logx", or "categories" (names of x = 0, 1, ...)."""
+    texts = {"name": name, "unit": "", "says": "", "wide": False}
+    chart = {**texts, "log": False, "curves": curves, "levels": [], "events": [], **more}
+    if chart["log"] == "auto":
+        values = [y for curve in curves for y in curve["y"] if y is not None]
+        chart["log"] = max(values, default=0) > LARGE_KURTOSIS
+        for curve in curves if chart["log"] else []:  # a logarithmic axis cannot show values below 0
+            curve["y"] = [None if y is None else max(y, SMALLEST_KURTOSIS) for y in curve["y"]]
+    return chart | {"words": line_words(chart, rows)}

@@ -22,8 +22,7 @@ from osp.tables import render_markdown
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2
-LAST_BITS = "4-4-4"  # of table 4
+COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2; the last of table 4
 METHODS = {"RTN": "", "+ FFN Had": "+Had", "+ GPTQ": "+GPTQ", "+ QuaRot": "+QuaRot"}  # row of table 4 -> of table 2
 ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
 KURTOSIS_TOKENS = 16_384  # of the text, at most
@@ -38,14 +37,16 @@ def compare(config: CompareConfig) -> list[Comparison]:
     check_out(config)
     for path in config.paths:
         find_model(Path(path))
-    comparisons = []
+    machine, comparisons = environment(), []
+    origin = {"config": dataclasses.asdict(config), "commit": machine.pop("git"), "environment": machine}
     for path in config.paths:
         subject = open_subject(path, config)
         comparisons.append(compare_one(subject, config))
         if config.out is None:
-            record = comparison_record(config, comparisons[-1:])
-            store_record(record, config.out, subject.run, f"{COMPARISONS}/step_{subject.step or 0:08d}")
-    store_record(comparison_record(config, comparisons), config.out)
+            record = ComparisonRecord(step=comparisons[-1].step, models=(comparisons[-1],), **origin)
+            store_record(record, None, subject.run, f"{COMPARISONS}/step_{subject.step or 0:08d}")
+    step = comparisons[0].step if len(comparisons) == 1 else None
+    store_record(ComparisonRecord(step=step, models=tuple(comparisons), **origin), config.out)
     return comparisons
 
 
@@ -57,12 +58,19 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
     cells = {(row, bits): named[row].at(bits) for row in rows for bits in COLUMNS}
     methods = {}
     if config.methods != "none":
-        methods = {method: named[row].at(LAST_BITS) for method, row in METHODS.items()}
+        methods = {method: named[row].at(COLUMNS[-1]) for method, row in METHODS.items()}
         if config.spinquant:
             methods["+ SpinQuant"] = dataclasses.replace(methods["+ QuaRot"], rotation="spinquant")
     specs = [*cells.values(), *methods.values()]
     wanted = {str(spec): spec for spec in specs}
-    scores = {words: Score(None, None) for words, spec in wanted.items() if not _is_possible(spec, subject)}
+    scores: dict[str, Score] = {}
+    for words, spec in wanted.items():
+        check_spec(dataclasses.replace(spec, rotation="none"), subject.model.config)
+        try:
+            check_spec(spec, subject.model.config)
+        except UserError as error:  # the model cannot be rotated
+            logger.warning("%s: cells left out, %s", subject.name, error)
+            scores[words] = Score(None, None)
     possible = [words for words in wanted if words not in scores]
     sha256, what, kurtosis = subject.sha256(), "", script_kurtosis(measurement)
     for words in tqdm(possible, desc=subject.name, unit="cell", disable=not progress):
@@ -113,41 +121,11 @@ def script_kurtosis(measurement: Measurement) -> float | None:
 def markdown(comparisons: list[Comparison]) -> str:
     """Return table 2, then table 4, and below them what the numbers are."""
     names = [c.name for c in comparisons]
-    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
-    table_2 = []
-    for c, name in zip(comparisons, names, strict=True):
-        kurtosis = "-" if c.kurtosis is None else format_short(c.kurtosis)
-        for row, cells in c.bits.items():
-            table_2.append([row or name, "" if row else kurtosis, *(str(cells[bits]) for bits in COLUMNS)])
     return render_markdown(
         Path(__file__).with_name("compare.md"),
-        columns=list(COLUMNS),
-        names=names,
-        table_2=table_2,
-        table_4=[[row, *(str(c.methods[row]) for c in comparisons)] for row in comparisons[0].methods],
+        comparisons=comparisons,
+        names=[f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)],
+        columns=COLUMNS,
         has_tasks=any(score.accuracy is not None for c in comparisons for score in c.methods.values()),
-        measured=[c.what for c in comparisons],
+        short=format_short,
     )
-
-
-def comparison_record(config: CompareConfig, comparisons: list[Comparison]) -> ComparisonRecord:
-    """Return all cells and what they depend on; the step belongs to a record of one model."""
-    machine = environment()
-    return ComparisonRecord(
-        step=comparisons[0].step if len(comparisons) == 1 else None,
-        config=dataclasses.asdict(config),
-        commit=machine.pop("git"),
-        environment=machine,
-        models=tuple(comparisons),
-    )
-
-
-def _is_possible(spec: QuantSpec, subject: LanguageModel) -> bool:
-    """Return False if the model cannot be rotated as `spec` asks; any other misfit raises `UserError`."""
-    check_spec(dataclasses.replace(spec, rotation="none"), subject.model.config)
-    try:
-        check_spec(spec, subject.model.config)
-    except UserError as error:
-        logger.warning("%s: cells left out, %s", subject.name, error)
-        return False
-    return True

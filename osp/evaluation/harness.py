@@ -15,7 +15,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -42,20 +41,25 @@ class HarnessModel:
     progress: bool = False
     what: str = "requests"  # for the progress bar and for errors
     truncated: int = 0  # contexts so far that were too long and lost their beginnings
-
     rank: ClassVar[int] = 0
     world_size: ClassVar[int] = 1
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request, whose `args` are (context, continuation)."""
-        longest = self.subject.model.config.max_position_embeddings
-        sequences = []
-        for request in requests:
-            head, tail = encode_pair(self.subject, *request.args, bos=self.bos)
+        longest, encode, sequences = self.subject.model.config.max_position_embeddings, self.subject.encode, []
+        for context, continuation in [request.args for request in requests]:
+            # split as the harness's own models do it: white space at the end of the context belongs to the continuation
+            stripped = context.rstrip()
+            head = encode(stripped)
+            tail = encode(context + continuation)[len(head) :]
+            if not tail:  # the continuation merges into the last tokens of the context
+                tail = encode(context[len(stripped) :] + continuation)
+            if self.bos or not head:
+                head = [self.subject.begin_id, *head]
             if len(tail) > longest:
                 raise UserError(
                     f"{self.what}: a continuation of {len(tail)} tokens is longer than the model's {longest}: "
-                    f"{request.args[1]!r:.60}"
+                    f"{continuation!r:.60}"
                 )
             # the last token is predicted but not read
             self.truncated += len(head) + len(tail) > longest + 1
@@ -63,10 +67,7 @@ class HarnessModel:
         return self.score(sequences)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Return the log-likelihood of the text of each request, every token once, after BOS.
-
-        A longer text is read in windows of the model's length; the last window is as full as the others.
-        """
+        """Return the log-likelihood of each text, every token once, after BOS. A last window is full too."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         longest = self.subject.model.config.max_position_embeddings
@@ -83,10 +84,7 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return the greedy text after the context of each request, up to the first of its stop strings.
-
-        A context keeps at least half of the model's positions.
-        """
+        """Return the greedy text after each context up to a stop string. Half of the positions stay for a context."""
         longest = self.subject.model.config.max_position_embeddings
         prompts, limits, stops = [], [], []
         for context, options in [request.args for request in requests]:
@@ -115,29 +113,25 @@ class HarnessModel:
     @torch.no_grad()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of the predicted tokens of each sequence."""
-        results = torch.zeros(len(sequences), 2, dtype=torch.float64, device=self.subject.device)
-        batches = batches_by_tokens([len(tokens) for tokens, _ in sequences], self.batch_tokens)
-        for _, batch in my_share(batches, what=self.what, progress=self.progress):
-            results[batch] = self._score_batch([sequences[i] for i in batch])
-        return [(nats, greedy > 0) for nats, greedy in add_up(results).tolist()]
-
-    def _score_batch(self, batch: list[Scored]) -> Tensor:
-        """Return (N, 2) fp64: the log-likelihood of each sequence, and 1 if all predicted tokens are greedy, else 0."""
         model, device = self.subject.model, self.subject.device
-        # padding comes after the tokens, where causal attention does not look
-        ids = pad_sequence([torch.tensor(tokens[:-1]) for tokens, _ in batch], batch_first=True)
-        hidden, _ = model.hidden_states(ids.to(device))
-        targets = torch.tensor([token for tokens, count in batch for token in tokens[-count:]], device=device)
-        places = [(n, len(tokens) - 1 - count + i) for n, (tokens, count) in enumerate(batch) for i in range(count)]
-        which, where = torch.tensor(places, device=device).unbind(1)
-        nats = torch.zeros(len(batch), dtype=torch.float64, device=device)
-        misses = torch.zeros_like(nats)
-        for part in torch.arange(len(places), device=device).split(LOGIT_ROWS):
-            logits = model.lm_head(hidden[which[part], where[part]])
-            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, targets[part, None])[:, 0]
-            nats.index_add_(0, which[part], log_p.double())
-            misses.index_add_(0, which[part], (logits.argmax(-1) != targets[part]).double())
-        return torch.stack((nats, (misses == 0).double()), dim=1)
+        results = torch.zeros(2, len(sequences), dtype=torch.float64, device=device)
+        nats, misses = results
+        batches = batches_by_tokens([len(tokens) for tokens, _ in sequences], self.batch_tokens)
+        for _, numbers in my_share(batches, what=self.what, progress=self.progress):
+            batch = [sequences[i] for i in numbers]
+            # padding comes after the tokens, where causal attention does not look
+            ids = pad_sequence([torch.tensor(tokens[:-1]) for tokens, _ in batch], batch_first=True)
+            hidden, _ = model.hidden_states(ids.to(device))
+            targets = torch.tensor([token for tokens, count in batch for token in tokens[-count:]], device=device)
+            places = [(n, len(tokens) - 1 - count + i) for n, (tokens, count) in enumerate(batch) for i in range(count)]
+            which, where = torch.tensor(places, device=device).unbind(1)
+            owner = torch.tensor(numbers, device=device)[which]
+            for part in torch.arange(len(places), device=device).split(LOGIT_ROWS):
+                logits = model.lm_head(hidden[which[part], where[part]])
+                log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, targets[part, None])[:, 0]
+                nats.index_add_(0, owner[part], log_p.double())
+                misses.index_add_(0, owner[part], (logits.argmax(-1) != targets[part]).double())
+        return [(total, missed == 0) for total, missed in zip(*add_up(results).tolist(), strict=True)]
 
     def _continue(self, prompts: list[list[int]], limit: int, stops: list[list[str]]) -> list[str]:
         """Return the greedy text after each prompt, up to a stop string, the end of the text or the limit."""
@@ -158,23 +152,6 @@ class HarnessModel:
         return texts
 
 
-def encode_pair(
-    subject: LanguageModel, context: str, continuation: str, *, bos: bool = False
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of context and continuation, encoded as one text and split as the harness's own models do it.
-
-    White space at the end of the context belongs to the continuation. The context has at least one token.
-    """
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    head = subject.encode(stripped)
-    # the tail is empty where the continuation merges into the last tokens of the context
-    tail = subject.encode(stripped + continuation)[len(head) :] or subject.encode(continuation)
-    if bos or not head:
-        head = [subject.begin_id, *head]
-    return head, tail
-
-
 def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
     """Return the scores of a task file and their standard errors."""
     results = _evaluate(model, task.name, {task.name: as_harness_task(task)}, num_fewshot=task.num_fewshot)
@@ -187,8 +164,7 @@ def evaluate_named_tasks(
 ) -> list[Result]:
     """Return the scores of tasks or groups of the harness, each with its number of examples before an item.
 
-    limit: items of each task, None for all. include_path: folder of further task files. Raises `UserError` for an
-    unknown task, and for one whose data cannot be loaded.
+    limit: items of each task, None for all. include_path: folder of further task files.
     """
     from lm_eval.tasks import TaskManager
 

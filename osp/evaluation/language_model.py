@@ -65,8 +65,7 @@ def open_model(
 ) -> LanguageModel:
     """Return the language model at `path` on `device`, its matmuls in `dtype`.
 
-    Raises:
-        UserError: The path is not a run, a checkpoint or a Hugging Face Llama, or the tokenizer does not fit.
+    Raises `UserError` if the path is not a run, a checkpoint or a Hugging Face Llama, or the tokenizer does not fit.
     """
     folder = Path(path)
     checkpoint_folder = find_model(folder)

@@ -72,7 +72,7 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
         raise UserError(f"tasks: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {error.object.count(10, 0, error.start) + 1}: not UTF-8") from error
-    docs, form = [], ""
+    docs, chosen, form = [], [], ""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             name, doc = _parse_line(line, where=f"{path}, line {number}")
@@ -85,7 +85,14 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
             docs.append(doc)
     if num_fewshot < 0 or len(docs) <= num_fewshot:
         raise UserError(f"{path} has {len(docs)} items: too few for num_fewshot={num_fewshot}")
-    chosen = [_with_examples(docs, i, num_fewshot=num_fewshot, seed=seed) for i in range(len(docs[:limit]))]
+    for number, doc in enumerate(docs[:limit]):
+        draw = random.Random(f"{seed} {number}").sample(range(len(docs) - 1), num_fewshot)
+        others = [docs[i + (i >= number)]["example"] for i in draw]
+        prefix = "".join(example + FEWSHOT_DELIMITER for example in others)
+        if "contexts" in doc:
+            chosen.append(doc | {"contexts": [prefix + context for context in doc["contexts"]]})
+        else:
+            chosen.append(doc | {"context": prefix + doc["context"]})
     return LocalTask(path.stem, form, chosen, num_fewshot, hashlib.sha256(raw).hexdigest())
 
 
@@ -158,21 +165,9 @@ def _check_values(record: dict[str, Any], fields: list[str], where: str) -> None
         texts = [record[key]] if least is None else record[key]
         are_texts = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
         if not are_texts or len(texts) < (least or 0):
-            what = "text that is not empty"
-            if least is not None:
-                what = f"list of {f'{least} texts or more' if least else 'texts'}, none of them empty"
+            what = "text that is not empty" if least is None else f"list of texts, {least} or more, none of them empty"
             raise UserError(f"{where}: {key}={record[key]!r:.60}: must be a {what}")
     if "gold" in fields:
         gold, num_choices = record["gold"], len(next(record[key] for key in fields if key in LISTS))
         if type(gold) is not int or not 0 <= gold < num_choices:
             raise UserError(f"{where}: gold={gold!r}: must be the number of a choice, 0 to {num_choices - 1}")
-
-
-def _with_examples(docs: list[Doc], number: int, *, num_fewshot: int, seed: int) -> Doc:
-    """Return document `number` with others before each of its contexts."""
-    doc, draw = docs[number], random.Random(f"{seed} {number}")
-    others = draw.sample(docs[:number] + docs[number + 1 :], num_fewshot)
-    prefix = "".join(other["example"] + FEWSHOT_DELIMITER for other in others)
-    if "contexts" in doc:
-        return doc | {"contexts": [prefix + context for context in doc["contexts"]]}
-    return doc | {"context": prefix + doc["context"]}

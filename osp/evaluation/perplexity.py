@@ -66,15 +66,14 @@ def perplexity(
 ) -> CodeLength:
     """Return the code length of `text`. Collective: every rank gets the same number, whatever the number of ranks.
 
+    Raises `UserError` if the windows do not fit the model or the text.
+
     Args:
         seq_len: Tokens of a window.
         overlap: Tokens at the start of a window that are context only.
         bos_id: Token before every window; None: no token.
         max_tokens: Tokens to read from the start of the text; None: all.
         batch_tokens: Tokens that the model reads at a time.
-
-    Raises:
-        UserError: The windows do not fit the model or the text.
     """
     tokens, device, bos = text.tokens[:max_tokens], next(model.parameters()).device, bos_id is not None
     longest = model.config.max_position_embeddings

@@ -62,12 +62,9 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
     return encode(path.name, texts, subject)
 
 
-def wikitext(rows: list[str]) -> str:
-    """Return WikiText as published perplexities read it: lines joined by two line ends, blank ones empty.
-
-    rows: lines with their line ends.
-    """
-    return "\n\n".join(row if row.strip() else "" for row in rows)
+def wikitext(lines: list[str]) -> str:
+    """Return WikiText as published perplexities read it: lines, line ends included, joined by two; blank ones empty."""
+    return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
 def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
@@ -79,11 +76,7 @@ def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
 
 
 def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> Text:
-    """Return the validation split of a folder of shards, or its first `max_tokens`.
-
-    Raises:
-        UserError: The shards were made with another tokenizer.
-    """
+    """Return the validation split, or its first `max_tokens`, of shards that were made with this tokenizer."""
     split = Shards(shards, "val")
     if split.manifest.tokenizer_hash != spec_hash(tokenizer.to_str()):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")

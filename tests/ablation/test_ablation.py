@@ -44,7 +44,7 @@ def run(config: AblationConfig) -> dict[str, Any]:
 def test_stopped_ablation_continues_with_equal_losses(tiny: Tiny, tmp_path: Path) -> None:
     """The losses equal an uninterrupted run; finished work is not repeated."""
     config = tiny_ablation(tiny, tmp_path / "table")
-    (run_of_osp,) = [planned for planned in plan(config, entry.compose) if planned.row.name == "osp"]
+    (run_of_osp,) = [planned for planned in plan(config, entry.compose) if planned.row == "osp"]
     metrics = run_of_osp.folder / "metrics.jsonl"
 
     def stop() -> None:

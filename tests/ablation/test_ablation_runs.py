@@ -37,8 +37,8 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
         ),
         entry.compose,
     )  # fmt: skip
-    planned = {(run.row.name, run.rates, run.seed, run.value): run.config for run in runs}
-    order = [(run.row.name, run.rates, run.seed, run.value) for run in runs]
+    planned = {(run.row, run.rates, run.seed, run.value): run.config for run in runs}
+    order = [(run.row, run.rates, run.seed, run.value) for run in runs]
     assert order[:4] == [(row, "tuned", 3, None) for row in ("adam", "adam_fast", "muon", "osp")]
     assert order[4:6] == [("adam", "paper", 3, None), ("adam_fast", "paper", 3, None)]
     assert order[-2:] == [("osp", "sweep", 3, 0.02), ("osp", "sweep", 3, 0.5)]
@@ -56,21 +56,21 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"rows": ["adam", "ospp"]}, r"row ospp: Could not find 'experiment/ospp'(?s:.)*adam"),
-        ({"rows": ["adam", "adam"]}, r"rows=\[adam,adam\]: adam is repeated"),
+        ({"rows": ["adam", "adam"]}, r"rows: 'adam' is repeated"),
         ({"rows": []}, r"rows=\[\]: name at least one"),
         ({"rows": ["a b"]}, r"rows: 'a b'; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'"),
         ({"rows": ["x: 'y"]}, r"rows: \"x: 'y\": No closing quotation"),
         ({"rows": ["x: optimizer.lrr=1"]}, r"row x: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'\?"),
         ({"rows": ["x: optimizer.lr=-1"]}, r"row x: optimizer.lr=-1"),
         ({"seeds": []}, r"seeds=\[\]: name at least one"),
-        ({"seeds": [1, 2, 1]}, r"seeds=\[1,2,1\]: 1 is repeated and would be the same run"),
+        ({"seeds": [1, 2, 1]}, r"seeds=\[1, 2, 1\]: 1 is repeated and would be the same run"),
         ({"seeds": [-1]}, r"seeds\[0\]=-1: must be"),
         ({"rates": ["best"]}, r"rates=\['best'\]: 'best'; choose from \['paper'\]"),
-        ({"rates": ["paper", "paper"]}, r"rates=\[paper,paper\]: paper is repeated"),
+        ({"rates": ["paper", "paper"]}, r"rates=\['paper', 'paper'\]: paper is repeated"),
         ({"rates": []}, r"nothing to train"),
         ({"sweep": {"key": "optimizer.lr"}}, r"a sweep needs both"),
         ({"sweep": {"values": [1]}}, r"a sweep needs both"),
-        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"sweep.values=\[1,1\]: 1 is repeated"),
+        ({"sweep": {"key": "optimizer.lr", "values": [1, 1]}}, r"sweep.values=\[1, 1\]: 1 is repeated"),
         (
             {"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}},
             r"sweep.rows=\['muon'\]: no such rows; choose from",
@@ -102,9 +102,9 @@ def test_a_mistake_is_one_line_before_anything_is_written(values: dict[str, Any]
 
 def test_settings_of_a_row() -> None:
     settings = {"muon": ("a=1",), "muon_ssnorm": ("a=2",), "osp": ("a=3",)}
-    overrides = [settings_of(row, settings) for row in parse_rows(config(rows=[
+    overrides = [settings_of(row, overrides, settings) for row, overrides in parse_rows(config(rows=[
         "adam", "muon", "muon_all", "muon_ssnorm", "ospx", "osp_gate", "mine: +experiment=osp norm=bhyt", "osp: x=1",
-    ]))]  # fmt: skip
+    ])).items()]  # fmt: skip
     assert overrides == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
 
 
@@ -113,7 +113,7 @@ def test_equal_trainings_share_one_run(tmp_path: Path) -> None:
     settings = {"same": {"osp": ("optimizer.lr=5e-4",)}}
     sweep = {"key": "optimizer.lr", "values": [5e-4, 1e-3], "rows": ["osp"]}
     runs = plan(config(tmp_path, seeds=[0, 1], settings=settings, rates=["paper", "same"], sweep=sweep), entry.compose)
-    osp = [run.label for run in runs if run.row.name == "osp"]
+    osp = [run.label for run in runs if run.row == "osp"]
     assert len(osp) == 6
     assert len(set(osp)) == 3
     assert all(re.fullmatch(r"osp-seed[01]-[0-9a-f]{8}", label) for label in osp)

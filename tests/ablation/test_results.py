@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from osp.ablation.ablation_page import ablation_page
 from osp.ablation.config import AblationConfig
 from osp.ablation.runs import Planned, plan
 from osp.ablation.table import (
@@ -18,6 +17,7 @@ from osp.ablation.table import (
     Line,
     Measured,
     Results,
+    ablation_page,
     against_first,
     as_json,
     collect,
@@ -73,9 +73,9 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Ablation:
     wanted = config(folder, seeds=[0, 1], sweep=sweep)
     runs, records = plan(wanted, entry.compose), {}
     for run in runs:
-        if (run.row.name, run.seed) != ("osp", 1):
-            made_run(run.folder, steps=64, layers=2, outliers=run.row.name == "adam", seed=run.seed)
-            records[run.label] = made_record(run.row.name, run.seed)
+        if (run.row, run.seed) != ("osp", 1):
+            made_run(run.folder, steps=64, layers=2, outliers=run.row == "adam", seed=run.seed)
+            records[run.label] = made_record(run.row, run.seed)
     (failed,) = [run.label for run in runs if run.label not in records]
     return wanted, runs, collect(wanted, runs, records, {failed: "the disk is full"}, about=["trained here"])
 
