@@ -26,7 +26,7 @@ from entry import launch
 
 from osp.config import Config, ScheduleConfig, from_dict, to_dict
 from osp.errors import RunError, UserError
-from osp.files import read_lines, write_text
+from osp.files import read_lines, write_out
 from osp.optim.schedule import length_in_steps
 from osp.run.checkpoint import Checkpoint, find
 from osp.run.folder import STOPPED, environment
@@ -126,8 +126,7 @@ def verify(config: Config, options: VerifyResumeConfig) -> None:
             if not any(home.iterdir()):
                 home.rmdir()
     out = Path(options.out) if options.out else home / "verify_resume.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(certificate(verification.config, options, results), indent=1) + "\n")
+    write_out(out, json.dumps(certificate(verification.config, options, results), indent=1) + "\n")
     failed = [result for result in results if not result.passed]
     if failed:
         names = "; ".join(f"{r.case}, {r.before} -> {r.after}" for r in failed[:3])

@@ -229,20 +229,6 @@ def _in_layer(place: tuple[float, int | None, int]) -> str:
     return number(value) if layer is None else f"{number(value)} in layer {layer}"
 
 
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:]
-
-
-def number(value: float | None, otherwise: str = DASH) -> str:
-    """Return four significant digits of a number, or `otherwise` if it is unknown or not finite."""
-    if value is None or not math.isfinite(value):
-        return otherwise
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
-        digits, _, exponent = f"{value:.2e}".partition("e")
-        return f"{float(digits):g}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def histogram_data(runs: list[Run]) -> dict[str, list[Any]]:
     """Return site -> for each run None or {"x": steps, "first": octave, "v": rows of 100 log10(share of the values)}.
 
@@ -272,6 +258,20 @@ def _shares(histogram: dict[str, Any], first: int, last: int) -> list[int | None
     counts = dict(enumerate(histogram["counts"], start=histogram["edges_log2"][0]))
     total = sum(counts.values())
     return [round(100 * math.log10(counts[o] / total)) if counts.get(o) else None for o in range(first, last)]
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def number(value: float | None, otherwise: str = DASH) -> str:
+    """Return four significant digits of a number, or `otherwise` if it is unknown or not finite."""
+    if value is None or not math.isfinite(value):
+        return otherwise
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 # ---- outliers --------------------------------------------------------------------------------------------------------
