@@ -65,19 +65,19 @@ def compute_statistics(s: Sample) -> dict[str, float]:
     rank = torch.div(at_most[-1] + 1, 2, rounding_mode="floor")  # of the lower median of |x|
     median = values[torch.searchsorted(at_most, rank).clamp(max=_BINS - 1)]
     statistics = {
-        # excess kurtosis: of each token over its channels, averaged over tokens (OSP eq. 4); of all N D values; of each
-        # channel over tokens, averaged over channels
-        "kurtosis": token_kurtosis / count,
-        "kurtosis_pooled": excess_kurtosis(pooled),
-        "kurtosis_channel": excess_kurtosis(s.channels).mean(),
+        "kurtosis": token_kurtosis / count,  # excess, of each token over its channels, averaged (OSP eq. 4)
+        "kurtosis_pooled": excess_kurtosis(pooled),  # of all N D values
+        "kurtosis_channel": excess_kurtosis(s.channels).mean(),  # of each channel over tokens, averaged
         "max_abs": s.peak[0],
         "max_over_median": s.peak[0] / median,  # of |x| rounded to bf16
         "rms": (total / (count * num_channels)).sqrt(),
-        "top_channel_share": energy.max() / total,  # 1/D: all channels have the same energy, 1: one has all of it
+        "top_channel_share": energy.max() / total,  # 1/D: all channels have the same energy, 1: one has all
         "top_token_share": s.token_energy_max / total,  # max_t e_t / E
         "massive_count": s.counts[massive].sum(),  # |x - mu| > 6 sigma of all values (OSP section 5), x rounded to bf16
-        "few_channels": num_channels * energy.square().sum() / total**2,  # from 1 to D as top_channel_share
-        "few_tokens": count * token_energy_squares / total**2,  # from 1 to N
+        "few_channels": num_channels
+        * energy.square().sum()
+        / total**2,  # 1: all channels have the same energy, D: one has all
+        "few_tokens": count * token_energy_squares / total**2,  # 1: all tokens have the same energy, N: one has all
     }
     return {name: float(value) for name, value in statistics.items()}
 

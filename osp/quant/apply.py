@@ -1,6 +1,6 @@
 """Fake quantization of a model: its own forward pass with rounded weights and hooks, undone at the end of a context.
 
-    with quantized(model, spec, calibration=rows):
+    with quantized(model, spec, calibration=sequences):
         loss = model(inputs, targets).loss
 
 Only the weights that change are copied. Parameters get other tensors inside the context and their own tensors back at
@@ -91,14 +91,14 @@ def error_and_energy(h_q: Tensor, h: Tensor) -> Tensor:
 
 @torch.no_grad()
 def propagated_error(
-    model: Transformer, spec: QuantSpec, rows: Tensor, *, calibration: Tensor | None = None
+    model: Transformer, spec: QuantSpec, sequences: Tensor, *, calibration: Tensor | None = None
 ) -> list[float]:
-    """Return R_L = ||h_q - h||^2 / ||h||^2 on `rows` (N, T) for each block, then for the output of the last norm.
+    """Return R_L = ||h_q - h||^2 / ||h||^2 on `sequences` (N, T) for each block, then for the output of the last norm.
 
     h is the residual stream, h_q as the quantized model computes it, and the norms are over all tokens. Both are kept
     on the CPU: 2 * num_hidden_layers * N * T * D values.
     """
-    batches = rows.split(1)
+    batches = sequences.split(1)
     clean = [_residuals(model, batch) for batch in batches]
     with quantized(model, spec, calibration=calibration) as state:
         noisy = [[state.in_own_basis(h) for h in _residuals(model, batch)] for batch in batches]
@@ -178,11 +178,11 @@ def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset
         stack.callback(hook_site(model, name, functools.partial(StraightThrough.apply, quantize)).remove)
 
 
-def _residuals(model: Transformer, rows: Tensor) -> list[Tensor]:
+def _residuals(model: Transformer, sequences: Tensor) -> list[Tensor]:
     """Return the residual stream (B, T, D) after each block, on the CPU."""
     seen: list[Tensor] = []
     with _eager(), ExitStack() as stack:
         for name in site_names(len(model.layers), ("block_out",)):
             stack.callback(hook_site(model, name, lambda x: seen.append(x.cpu())).remove)
-        model(rows.to(model.embed_tokens.weight.device))
+        model(sequences.to(model.embed_tokens.weight.device))
     return seen

@@ -60,11 +60,11 @@ def quantize_weights_gptq(
     device = model.embed_tokens.weight.device
     cos, sin = model.rotary(calibration.shape[1], device)
 
-    def run(layer: nn.Module, rows: list[Tensor]) -> list[Tensor]:
-        return [layer(row.to(device), cos, sin, None)[0].to(row.device) for row in rows]
+    def run(layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        return [layer(x.to(device), cos, sin, None)[0].to(x.device) for x in hidden]
 
     # kept on the CPU: 128 sequences of 2048 tokens are larger than a block
-    rows = [
+    hidden = [
         model.embed_proj(model.embed_tokens(ids[None].to(device)).to(model.compute_dtype)).cpu() for ids in calibration
     ]
     for index, layer in enumerate(tqdm(model.layers, desc="GPTQ", unit="block", leave=False, disable=not progress)):
@@ -78,10 +78,10 @@ def quantize_weights_gptq(
             with ExitStack() as stack:
                 add = functools.partial(_add_second_moments, hessian)
                 stack.callback(hook_site(model, f"{layer_name(index)}/{site}", add).remove)
-                run(layer, rows)
+                run(layer, hidden)
             for weight in chosen:
                 weight.data = gptq(weight, hessian, spec)
-        rows = run(layer, rows)
+        hidden = run(layer, hidden)
 
 
 def _add_second_moments(hessian: Tensor, x: Tensor) -> None:

@@ -60,20 +60,21 @@ def learn_rotations(
     device = model.embed_tokens.weight.device
     rotations = [rotation.to(device) for rotation in start]
     rounded = sites if spec.method == "rtn" else frozenset()
-    num_rows = min(len(calibration), -(-TOKENS_PER_STEP // calibration.shape[1]))
+    num_sequences = min(len(calibration), -(-TOKENS_PER_STEP // calibration.shape[1]))
     steps = range(spec.rotation_steps)
     for step in tqdm(steps, desc="learning rotations", unit="step", leave=False, disable=not progress):
-        rows = calibration[torch.arange(step * num_rows, (step + 1) * num_rows) % len(calibration)].to(device)
-        gradients = _gradients(model, spec, [rotation.float() for rotation in rotations], rows, rounded)
+        chosen = torch.arange(step * num_sequences, (step + 1) * num_sequences) % len(calibration)
+        sequences = calibration[chosen].to(device)
+        gradients = _gradients(model, spec, [rotation.float() for rotation in rotations], sequences, rounded)
         lr = spec.rotation_lr * (1 - step / spec.rotation_steps)
         rotations = [cayley_step(old, gradient, lr=lr) for old, gradient in zip(rotations, gradients, strict=True)]
     return rotations
 
 
 def _gradients(
-    model: Transformer, spec: QuantSpec, rotations: list[Tensor], rows: Tensor, rounded: frozenset[str]
+    model: Transformer, spec: QuantSpec, rotations: list[Tensor], sequences: Tensor, rounded: frozenset[str]
 ) -> list[Tensor]:
-    """Return the gradients by each rotation of the mean cross-entropy of the next tokens of `rows` (N, T)."""
+    """Return the gradients by each rotation of the mean cross-entropy of the next tokens of `sequences` (N, T)."""
     rotations = [rotation.requires_grad_() for rotation in rotations]
     weights = rotated_weights(model, rotations)
     for name, weight in weights.items():
@@ -83,9 +84,9 @@ def _gradients(
     # first the gradients of the weights, part by part, then once the gradients of the rotations
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     totals = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    for part in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
+    for part in sequences.split(max(1, TOKENS_AT_ONCE // sequences.shape[1])):
         inputs, targets = part[:, :-1], part[:, 1:].contiguous()
-        loss = functional_call(model, leaves, (inputs, targets)).loss / rows[:, 1:].numel()
+        loss = functional_call(model, leaves, (inputs, targets)).loss / sequences[:, 1:].numel()
         for total, gradient in zip(totals, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             total += gradient
     return list(torch.autograd.grad(list(weights.values()), rotations, totals))
