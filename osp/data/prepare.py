@@ -1,8 +1,8 @@
 """Documents -> token shards, prepared once per configuration.
 
-1. `sources.documents` yields texts; `_batches` groups them.
-2. Threads encode a batch (`_encode`): tokens + end-of-text, and the hash of each text. Results come back in the order
-   of the documents, so the bytes written do not depend on the number of threads.
+1. `sources.documents` yields texts.
+2. Threads encode them (`_encode`): tokens + end-of-text, and the hash of the text. Results come back in the order of
+   the documents, so the bytes written do not depend on the number of threads.
 3. `_Writer` sends a document to the validation split if the hash of its text is small, else to training, and seals a
    shard for every `data.shard_tokens` training tokens. The validation split is sealed together with the first training
    shard, so that a run can start while documents still stream in; later documents of that split are dropped.
@@ -27,7 +27,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +43,7 @@ from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_
 from osp.errors import UserError
 from osp.files import lock, write_atomically
 
-BATCH_BYTES = 1 << 20  # text that a thread encodes at a time
-BATCH_DOCUMENTS = 1024
+CHARACTERS_PER_THREAD = 1 << 21  # of the texts that are read ahead
 MOST_THREADS = 32  # for data.num_workers=0
 POLL_SECONDS = 0.2
 
@@ -183,22 +181,24 @@ def _write_shards(
             manifest = _begin(data, config, folder)
         save_manifest(manifest, folder)
         writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
-        batches = _batches(itertools.islice(sources.documents(data), manifest.next_document, None))
+        texts = itertools.islice(sources.documents(data), manifest.next_document, None)
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-        pending: deque[Future[list[Document]]] = deque()
+        pending: deque[Future[Document]] = deque()
+        size = 0  # of the texts in `pending`
         bar.set_description("preparing data")
         bar.update(manifest.train.tokens)
         while writer.room:
-            while len(pending) < 2 * num_threads and (batch := next(batches, None)):
-                pending.append(pool.submit(_encode, batch, tokenizer, manifest.eos_id, manifest.dtype))
+            while size < CHARACTERS_PER_THREAD * num_threads and (text := next(texts, None)) is not None:
+                pending.append(pool.submit(_encode, text, tokenizer, manifest.eos_id, manifest.dtype))
+                size += 1 + len(text)
             if not pending:
                 break
-            for document in pending.popleft().result():
-                if writer.room:
-                    writer.add(document)
-                    bar.update(len(document.tokens))
-                if in_background and manifest.usable:
-                    bar.close()
+            document = pending.popleft().result()
+            size -= 1 + len(document.text)
+            writer.add(document)
+            bar.update(len(document.tokens))
+            if in_background and manifest.usable:
+                bar.close()
         writer.finish()
 
 
@@ -223,19 +223,6 @@ def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
     )
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the texts in lists of about BATCH_BYTES characters."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 class Document(NamedTuple):
     """An encoded document, or the rest of one."""
 
@@ -248,14 +235,10 @@ class Document(NamedTuple):
         return len(self.text.encode())
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, eos: int, dtype: str) -> list[Document]:
-    """Return the encodings of `texts`."""
-    documents = []
-    for text in texts:
-        # encode_batch_fast lets other threads run, encode does not
-        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
-        documents.append(Document(text, np.array([*ids, eos] if ids else [], dtype=dtype), text_hash(text)))
-    return documents
+def _encode(text: str, tokenizer: Tokenizer, eos: int, dtype: str) -> Document:
+    # encode_batch_fast lets other threads run, encode does not
+    ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
+    return Document(text, np.array([*ids, eos] if ids else [], dtype=dtype), text_hash(text))
 
 
 class _NoValidationDocumentError(Exception):
