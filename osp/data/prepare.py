@@ -1,6 +1,6 @@
 """Documents -> token shards, prepared once per configuration.
 
-1. `sources.documents` yields texts.
+1. The source yields texts.
 2. Threads encode them (`_encode`): tokens + end-of-text, and the hash of the text. Results come back in the order of
    the documents, so the bytes written do not depend on the number of threads.
 3. `_Writer` sends a document to the validation split if the hash of its text is small, else to training, and seals a
@@ -36,8 +36,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from osp.config import DataConfig, TokenizerConfig
-from osp.data import sources
 from osp.data.manifest import FORMAT, Manifest, Shard, Split, SplitName, check_sizes, find_manifest, save_manifest
+from osp.data.sources import SOURCES, make_source
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_hash, train_tokenizer, vocab_size
 from osp.errors import UserError
@@ -97,7 +97,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     assert child.stdin is not None
     assert child.stdout is not None
     with child.stdin:
-        child.stdin.write(pickle.dumps((sources.SOURCES, data, tokenizer, progress)))
+        child.stdin.write(pickle.dumps((SOURCES, data, tokenizer, progress)))
     while child.poll() is None:
         manifest = find_manifest(folder)
         if manifest and manifest.usable and manifest.error is None:  # the child clears an error of an earlier one
@@ -127,7 +127,7 @@ def _background(parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
     registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
-    sources.SOURCES.update(registered)
+    SOURCES.update(registered)
     reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
     try:
         prepare(data, tokenizer, progress=progress, in_background=True)
@@ -145,7 +145,7 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
         spec = hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest() if tokenizer.path else None
     except OSError as error:
         raise UserError(f"tokenizer.path={tokenizer.path} cannot be read: {error.strerror}") from error
-    source = sources.make_source(data)
+    source = make_source(data)
     identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, source.fingerprint()]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9._]+", "_", source.label)[:100]  # a file name has at most 255 bytes
@@ -181,7 +181,7 @@ def _write_shards(
             manifest = _begin(data, config, folder)
         save_manifest(manifest, folder)
         writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
-        texts = itertools.islice(sources.documents(data), manifest.next_document, None)
+        texts = itertools.islice(make_source(data).documents(), manifest.next_document, None)
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         pending: deque[Future[Document]] = deque()
         size = 0  # of the texts in `pending`
@@ -206,7 +206,7 @@ def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
     """Write the tokenizer.json of `folder`, trained on the training split or an existing one; return a manifest."""
     limit = int(data.val_fraction * 2**64)
     if config.train:
-        texts = (text for text in sources.documents(data) if text and text_hash(text) >= limit)
+        texts = (text for text in make_source(data).documents() if text and text_hash(text) >= limit)
         tokenizer = train_tokenizer(texts, config)
     else:
         tokenizer = existing_tokenizer(config)
@@ -229,10 +229,6 @@ class Document(NamedTuple):
     text: str  # "" once it is no longer needed
     tokens: np.ndarray[Any, Any]  # with end-of-text; none for an empty document
     hash: int  # of the text, 64 bits
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.text.encode())
 
 
 def _encode(text: str, tokenizer: Tokenizer, eos: int, dtype: str) -> Document:
@@ -274,7 +270,7 @@ class _Writer:
             return
         split = self.manifest.train
         if not self.skip:
-            split.documents, split.bytes = split.documents + 1, split.bytes + document.num_bytes
+            split.documents, split.bytes = split.documents + 1, split.bytes + len(document.text.encode())
         self.train.append(document._replace(text="", tokens=document.tokens[self.skip :]))
         self.num_tokens += len(self.train[-1].tokens)
         while 0 < self.room <= self.num_tokens:
@@ -314,9 +310,9 @@ class _Writer:
             raise _NoValidationDocumentError
         if not val.shards:
             self._seal("val", self.val)
-            val.documents, val.bytes = len(self.val), sum(document.num_bytes for document in self.val)
-            sizes = [len(gzip.compress(document.text.encode(), 9)) for document in self.val]
-            self.manifest.val_gzip_bytes, self.val = sum(sizes), []
+            texts = [document.text.encode() for document in self.val]
+            val.documents, val.bytes, self.val = len(texts), sum(map(len, texts)), []
+            self.manifest.val_gzip_bytes = sum(len(gzip.compress(text, 9)) for text in texts)
         self._seal("train", self.train, num_tokens)
         newest, self.train = self.train[-1], []
         self.manifest.next_document, self.manifest.next_token = self.num_documents, 0

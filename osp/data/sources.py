@@ -183,11 +183,6 @@ def make_source(config: DataConfig | SourceConfig, key: str = "data") -> Source:
     return SOURCES[config.source](config, key)
 
 
-def documents(config: DataConfig | SourceConfig) -> Iterator[str]:
-    """Yield the documents of the source that `config` names."""
-    return make_source(config).documents()
-
-
 def known_suffix(path: Path) -> str | None:
     """Return the suffix that names the format of a file of documents, or None if there is no such format."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)

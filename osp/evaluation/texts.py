@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from osp.config import SourceConfig, from_dict
 from osp.data.loader import Shards
 from osp.data.prepare import prepare
-from osp.data.sources import documents, known_suffix
+from osp.data.sources import known_suffix, make_source
 from osp.data.tokenizer import spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
@@ -52,7 +52,7 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
         return encode(path.name, [_utf8(path)], subject)
     file = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:
-        texts = list(documents(HUB_WIKITEXT2 if name == WIKITEXT2 else file))
+        texts = list(make_source(HUB_WIKITEXT2 if name == WIKITEXT2 else file).documents())
     except UserError as error:  # it names the key of a training run
         reason = str(error).removeprefix("data.paths: ").replace("data.text_field", "text_field")
         if name == WIKITEXT2:

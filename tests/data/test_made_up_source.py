@@ -9,7 +9,7 @@ import pytest
 from osp.config import Config, DataConfig, SourceConfig
 from osp.data.manifest import load_manifest
 from osp.data.prepare import shard_folder
-from osp.data.sources import SOURCES, Source, documents, make_source
+from osp.data.sources import SOURCES, Source, make_source
 from osp.errors import UserError
 from osp.train.setup import train
 from tests.conftest import losses
@@ -56,7 +56,7 @@ def test_made_up_source_is_prepared_and_trained_on(tiny: Callable[..., Config], 
 @pytest.mark.usefixtures("counting")
 def test_made_up_source_is_a_part_of_a_mixture() -> None:
     parts = tuple(SourceConfig(source="counting", dataset=noun) for noun in ("sheep", "cows"))
-    first, second, *_ = documents(DataConfig(source="mixture", mixture=parts))
+    first, second, *_ = make_source(DataConfig(source="mixture", mixture=parts)).documents()
     assert (first[:8], second[:7]) == ("0 sheep.", "0 cows.")
 
 

@@ -23,7 +23,7 @@ from osp.data import prepare as prepare_module
 from osp.data.loader import Loader
 from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder, start_preparing
-from osp.data.sources import SOURCES, PythonStdlib
+from osp.data.sources import SOURCES, PythonStdlib, TextFiles
 from osp.data.tokenizer import load_tokenizer, spec_hash
 from osp.errors import UserError
 from osp.files import is_locked
@@ -219,7 +219,7 @@ def test_prepared_shards_are_reused_until_something_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = contents(shards)
-    monkeypatch.setattr(prepare_module.sources, "documents", lambda source: pytest.fail("the corpus is read again"))
+    monkeypatch.setattr(TextFiles, "documents", lambda source: pytest.fail("the corpus is read again"))
     assert prepare(data_config, tokenizer_config) == shards
     assert start_preparing(data_config, tokenizer_config) == shards
     assert contents(shards) == before
