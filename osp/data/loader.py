@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Sequences of one micro batch. Those from `num_rows` on only fill the shape and must not count."""
+    """Sequences of one micro batch. From number `num_rows` on they only fill the shape and must not count."""
 
     tokens: torch.Tensor  # int64 (b, T+1)
     document_ids: torch.Tensor | None  # int32 (b, T+1): number of the document in its sequence, from 0
