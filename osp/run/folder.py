@@ -240,6 +240,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+    if not values or not isinstance(values, dict):  # an empty one would pass for a new run
         raise UserError(f"{path}: not the configuration of a run")
     return values
