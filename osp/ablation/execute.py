@@ -85,9 +85,8 @@ def slots(config: AblationConfig, runs: list[Planned]) -> list[Slot]:
     on_gpu = gpus > 0 and all(run.config.engine.device != "cpu" for run in runs)
     available = max(1, (gpus if on_gpu else cores) // config.ranks)
     number = min(config.parallel or available, len(runs), available if on_gpu else cores)
-    threads = max(1, cores // (number * config.ranks))
-    ranks = range(config.ranks)
-    return [Slot(threads, tuple(i * config.ranks + r for r in ranks) if on_gpu else ()) for i in range(max(number, 1))]
+    threads, ranks = max(1, cores // (number * config.ranks)), config.ranks
+    return [Slot(threads, tuple(range(i * ranks, (i + 1) * ranks)) if on_gpu else ()) for i in range(number)]
 
 
 class Execution:

@@ -46,7 +46,8 @@ class HarnessModel:
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request, whose `args` are (context, continuation)."""
-        longest, encode, sequences = self.subject.model.config.max_position_embeddings, self.subject.encode, []
+        longest, encode = self.subject.model.config.max_position_embeddings, self.subject.encode
+        sequences = []
         for context, continuation in [request.args for request in requests]:
             # split as the harness's own models do it: white space at the end of the context belongs to the continuation
             stripped = context.rstrip()
@@ -67,7 +68,7 @@ class HarnessModel:
         return self.score(sequences)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Return the log-likelihood of each text, every token once, after BOS. A last window is full too."""
+        """Return the log-likelihood of each text after BOS, every token once. All windows of a long text are full."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         longest = self.subject.model.config.max_position_embeddings
@@ -84,7 +85,7 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return the greedy text after each context up to a stop string. Half of the positions stay for a context."""
+        """Return the greedy text after each context up to a stop string. A context keeps half of the positions."""
         longest = self.subject.model.config.max_position_embeddings
         prompts, limits, stops = [], [], []
         for context, options in [request.args for request in requests]:

@@ -87,8 +87,7 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
         raise UserError(f"{path} has {len(docs)} items: too few for num_fewshot={num_fewshot}")
     for number, doc in enumerate(docs[:limit]):
         draw = random.Random(f"{seed} {number}").sample(range(len(docs) - 1), num_fewshot)
-        others = [docs[i + (i >= number)]["example"] for i in draw]
-        prefix = "".join(example + FEWSHOT_DELIMITER for example in others)
+        prefix = "".join(docs[i + (i >= number)]["example"] + FEWSHOT_DELIMITER for i in draw)  # not its own
         if "contexts" in doc:
             chosen.append(doc | {"contexts": [prefix + context for context in doc["contexts"]]})
         else:

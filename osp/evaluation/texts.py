@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +92,7 @@ def training_text(subject: LanguageModel) -> torch.Tensor:
     return torch.from_numpy(shards.tokens[0].astype(np.int64))
 
 
-def _text(name: str, ids: np.ndarray[Any, Any], sha256: str, tokenizer: Tokenizer) -> Text:
+def _text(name: str, ids: np.ndarray, sha256: str, tokenizer: Tokenizer) -> Text:
     if len(ids) < 2:
         raise UserError(f"{name}: the text has {len(ids)} tokens; there is nothing to predict")
     sizes = token_bytes(tokenizer)

@@ -32,8 +32,8 @@ def tiny_ablation(tiny: Tiny, folder: Path, **values: Any) -> AblationConfig:
     skipped = ("run.", "train.precision", "model.embed_proj", "norm.", "optimizer.", "model.norm.")
     common = [override for override in overrides_of(tiny("train.steps=60")) if not override.startswith(skipped)]
     common += ["monitor.enabled=true", "monitor.every=0", "monitor.tokens=64", "optimizer.ns_dtype=fp32"]
-    whole = {"dir": str(folder), "common": common, "rows": ["adam", "osp"], "max_tokens": 256}
-    return build(AblationConfig, {**whole, "calibration_tokens": 256, "progress": False, **values})
+    defaults = {"dir": str(folder), "common": common, "rows": ["adam", "osp"], "max_tokens": 256}
+    return build(AblationConfig, {**defaults, "calibration_tokens": 256, "progress": False, **values})
 
 
 def run(config: AblationConfig) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def test_failed_row_does_not_affect_the_others(tiny: Tiny, tmp_path: Path, monke
     monkeypatch.setattr(
         "osp.ablation.execute.Execution.measured", lambda self, run: any(run.label in s for s in started)
     )
-    sweep = {"key": "optimizer.lr", "values": [5e-3], "rows": ["adam"]}  # the run that is there at the paper's rate
+    # the learning rate of the experiment adam: the same run
+    sweep = {"key": "optimizer.lr", "values": [5e-3], "rows": ["adam"]}
     config = tiny_ablation(tiny, tmp_path / "table", rows=["adam", "muon", "osp"], parallel=1, sweep=sweep)
     with pytest.raises(RunError, match=r"1 of 3 runs failed, muon-seed0-\w+: no luck; the page says what is missing"):
         run(config)

@@ -1,4 +1,4 @@
-"""Plan of an ablation: which runs are trained; every mistake is one line before anything starts."""
+"""The plan of an ablation: which runs are trained, and one-line errors before anything starts."""
 
 import dataclasses
 import re
@@ -46,7 +46,7 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
     assert planned["adam", "tuned", 5, None].optimizer.lr == 1e-3
     assert planned["adam", "paper", 5, None].optimizer.lr == 5e-3  # its experiment's
     assert planned["osp", "sweep", 3, 0.5].optimizer.lr == 0.5
-    assert planned["adam_fast", "tuned", 3, None].optimizer.lr == 7e-3  # a row that says its rate means it
+    assert planned["adam_fast", "tuned", 3, None].optimizer.lr == 7e-3  # the row's override wins over the settings
     assert {c.train.grad_clip for c in planned.values()} == {0.5}
     assert planned["muon", "paper", 5, None].train.seed == 5
     assert not list(tmp_path.iterdir())
@@ -89,7 +89,7 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_written(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_mistake_is_one_line_before_anything_is_written(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     def checked() -> None:
         wanted = config(tmp_path, **values)
         check_ablation(wanted)
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(values: dict[str, Any]
 def test_settings_of_a_row() -> None:
     settings = {"muon": ("a=1",), "muon_ssnorm": ("a=2",), "osp": ("a=3",)}
     overrides = [settings_of(row, overrides, settings) for row, overrides in parse_rows(config(rows=[
-        "adam", "muon", "muon_all", "muon_ssnorm", "ospx", "osp_gate", "mine: +experiment=osp norm=bhyt", "osp: x=1",
+        "adam", "muon", "muon_all", "muon_ssnorm", "ospx", "osp_gate", "bhyt: +experiment=osp norm=bhyt", "osp: x=1",
     ])).items()]  # fmt: skip
     assert overrides == [(), ("a=1",), ("a=1",), ("a=2",), (), ("a=3",), ("a=3",), ("a=3",)]
 
@@ -119,7 +119,7 @@ def test_equal_trainings_share_one_run(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"osp-seed[01]-[0-9a-f]{8}", label) for label in osp)
     assert {run.folder for run in runs} == {tmp_path / "runs" / run.label for run in runs}
     other = plan(config(tmp_path, overrides=["engine.zero_stage=2", "monitor.every=7"]), entry.compose)
-    assert {run.label for run in other} <= {run.label for run in runs}  # what changes no result changes no name
+    assert {run.label for run in other} <= {run.label for run in runs}  # these keys do not change the result
     other = plan(config(tmp_path, overrides=["train.grad_clip=2"]), entry.compose)
     assert not {run.label for run in other} & {run.label for run in runs}
 

@@ -117,7 +117,7 @@ def test_mean_and_spread_over_seeds(ablation: Ablation) -> None:
     assert Cell(5.0, 3.0, 2) - Cell(1.0, 4.0, 2) == Cell(4.0, 5.0, 2)
 
 
-def test_better_rows_lose_less_at_4_bits_and_nothing_at_16() -> None:
+def test_better_row_loses_less_at_4_bits_and_not_more_at_16() -> None:
     def line(row: str, at_16: float, at_4: float, deviation: float = 0.03) -> Line:
         values = {"nats_16": at_16, "nats_4": at_4}
         return Line(row, "tuned", {name: Cell(value, deviation, 2) for name, value in values.items()}, ())
@@ -135,16 +135,16 @@ def test_better_rows_lose_less_at_4_bits_and_nothing_at_16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("adam", "osp", "says"),
+    ("adam", "osp", "sentence"),
     [
         (Cell(1.0, 0.1, 3), Cell(0.1, 0.1, 3), r"osp loses 0\.9000 less, 6\.4 times the spread over seeds"),
         (Cell(0.1, 0.1, 3), Cell(0.2, 0.1, 3), r"no difference beyond twice the spread over seeds \(0\.1414\)"),
         (Cell(0.1, math.nan, 1), Cell(0.4, math.nan, 1), r"osp loses 0\.3000 more; one seed, so the spread is unknown"),
     ],
 )
-def test_verdict_compares_the_difference_with_the_spread(adam: Cell, osp: Cell, says: str) -> None:
+def test_verdict_compares_the_difference_with_the_spread(adam: Cell, osp: Cell, sentence: str) -> None:
     lines = [Line("adam", "paper", {"cost": adam}, ()), Line("osp", "paper", {"cost": osp}, ())]
-    assert re.search(says, verdict(lines))
+    assert re.search(sentence, verdict(lines))
 
 
 def test_markdown_has_every_table_with_equal_columns(ablation: Ablation) -> None:
@@ -200,7 +200,7 @@ def from_json(values: dict[str, Any]) -> Results:
 
 @pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past"])
 def test_committed_json_renders_the_committed_tables(name: str) -> None:
-    """Tables of today that the committed file lacks are allowed."""
+    """Tables that were added after the file was committed are allowed."""
     folder = ROOT / "benchmarks"
     values = json.loads((folder / f"{name}.json").read_text())
     seeds = sorted({run["seed"] for run in values["runs"]})
@@ -216,7 +216,7 @@ def test_committed_json_renders_the_committed_tables(name: str) -> None:
 
 
 def test_table_of_the_paper_is_complete() -> None:
-    """Every row has a number for every cell, and of the +Had rows of the paper only Adam stays without use."""
+    """Every row of the paper has a number for every cell."""
     for row in PAPER.values():
         assert set(row) == {"osp_script", *COLUMNS, *(f"{bits} +Had" for bits in COLUMNS)}
     assert PAPER["osp"]["4-4-4"] == 19.6

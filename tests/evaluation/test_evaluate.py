@@ -1,4 +1,4 @@
-"""The commands evaluate and compare: what they print and store is what their parts give one by one."""
+"""The commands evaluate and compare: what they print and store equals the results of their parts."""
 
 import dataclasses
 import json
@@ -105,7 +105,7 @@ def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageM
 
 
 def test_diverged_model_has_a_table() -> None:
-    """Where a perplexity is infinite, unquantized or not: infinite bars, none where there is nothing to compare."""
+    """Bars are full for an infinite perplexity, and empty if the unquantized one is infinite too."""
 
     def bars(ablation: SiteAblation) -> list[int]:
         quant = {"text": "4-4-4 rtn", "hash": "abc"}
@@ -118,7 +118,7 @@ def test_diverged_model_has_a_table() -> None:
 
 
 def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    """A record of an evaluation and one of a comparison as the first versions wrote them; null is infinity."""
+    """An evaluation and a comparison in the format of the first versions; null is infinity."""
     (tmp_path / "evaluation" / "compare").mkdir(parents=True)
     result = {"what": "wikitext2[len=64]", "metric": "perplexity", "value": None, "stderr": None, "truncated": 0}
     ablation = {"text": "t", "unquantized": 2.0, "quantized": 8.0, "layer_errors": [0.1], "last_error": 0.2}
@@ -152,14 +152,14 @@ def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageMod
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
     llama.model.train()
     try:
-        found = live_perplexity(llama.model, text, seq_len=32)
+        metrics = live_perplexity(llama.model, text, seq_len=32)
         assert llama.model.training
     finally:
         llama.model.eval()
-    assert list(found) == ["quant/perplexity/16-16-16", "quant/perplexity/4-4-4"]
-    assert found["quant/perplexity/16-16-16"] == perplexity(llama.model, text, seq_len=32).perplexity
+    assert list(metrics) == ["quant/perplexity/16-16-16", "quant/perplexity/4-4-4"]
+    assert metrics["quant/perplexity/16-16-16"] == perplexity(llama.model, text, seq_len=32).perplexity
     with quantized(llama.model, FOUR):
-        assert found["quant/perplexity/4-4-4"] == perplexity(llama.model, text, seq_len=32).perplexity
+        assert metrics["quant/perplexity/4-4-4"] == perplexity(llama.model, text, seq_len=32).perplexity
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.model.state_dict().items())
 
 
@@ -179,7 +179,7 @@ def test_calibration_is_never_the_text_that_is_measured(
 
 
 def test_kurtosis_matches_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
-    """On hidden states of transformers, as the script does it: every token by itself, all but the last block's."""
+    """Hidden states of transformers, as in the script: every token is a sequence, without the last block."""
     config = CompareConfig(texts=(str(text_file),), seq_len=16, max_tokens=70)
     measurement = Measurement(llama, config)
     with torch.no_grad():
@@ -191,20 +191,20 @@ def test_kurtosis_matches_the_papers_script(llama: LanguageModel, transformers_l
 
 
 def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
-    """Its rows with a rotation stay empty; all others are there."""
+    """Rows with a rotation are empty; all others have scores."""
     (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
     spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=64)
     config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=64, quant=spec, progress=False)
     shape = dataclasses.replace(llama.model.config, norm=NormConfig(name="layernorm"))
     subject = dataclasses.replace(llama, model=build_model(shape, seed=0).eval())
-    found = compare_one(subject, dataclasses.replace(config, methods="all"))
-    assert list(found.bits) == ["", "+Had", "+GPTQ", "+QuaRot"]
-    empty = {bits: score.perplexity is None for bits, score in found.bits["+QuaRot"].items()}
+    comparison = compare_one(subject, dataclasses.replace(config, methods="all"))
+    assert list(comparison.bits) == ["", "+Had", "+GPTQ", "+QuaRot"]
+    empty = {bits: score.perplexity is None for bits, score in comparison.bits["+QuaRot"].items()}
     assert empty == {bits: bits != "16-16-16" for bits in COLUMNS}
-    assert found.methods["+ QuaRot"] == Score(None, None)
-    assert all(score.perplexity for row in ("", "+Had", "+GPTQ") for score in found.bits[row].values())
-    assert found.bits["+GPTQ"]["4-4-4"] == found.methods["+ GPTQ"] != found.methods["+ FFN Had"]
-    (line,) = [line for line in markdown([found]).split("\n") if line.startswith("| + QuaRot")]
+    assert comparison.methods["+ QuaRot"] == Score(None, None)
+    assert all(score.perplexity for row in ("", "+Had", "+GPTQ") for score in comparison.bits[row].values())
+    assert comparison.bits["+GPTQ"]["4-4-4"] == comparison.methods["+ GPTQ"] != comparison.methods["+ FFN Had"]
+    (line,) = [line for line in markdown([comparison]).split("\n") if line.startswith("| + QuaRot")]
     assert line == "| + QuaRot | - |"
     with pytest.raises(UserError, match=r"quant.w_group_size=5 does not divide"):
         compare_one(subject, dataclasses.replace(config, quant=dataclasses.replace(spec, w_group_size=5)))
@@ -214,17 +214,17 @@ def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Pa
     (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
     spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=128)
     config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=128, quant=spec, progress=False)
-    found = compare_one(llama, config)
-    assert found.bits[""]["16-16-16"] == found.bits["+Had"]["16-16-16"]
+    comparison = compare_one(llama, config)
+    assert comparison.bits[""]["16-16-16"] == comparison.bits["+Had"]["16-16-16"]
     text = read_text(str(text_file), llama)
     for row, bits in (("", "4-8-16"), ("+Had", "4-4-4")):
         with quantized(llama.model, dataclasses.replace(spec, ffn_hadamard=bool(row)).at(bits)):
             expected = perplexity(llama.model, text, seq_len=32, max_tokens=128).perplexity
-        assert found.bits[row][bits].perplexity == expected
-    assert found.methods["RTN"] == found.bits[""]["4-4-4"]
-    assert found.methods["+ FFN Had"] == found.bits["+Had"]["4-4-4"]
-    assert list(found.methods) == list(METHODS)
-    lines = markdown([found, found]).split("\n")
+        assert comparison.bits[row][bits].perplexity == expected
+    assert comparison.methods["RTN"] == comparison.bits[""]["4-4-4"]
+    assert comparison.methods["+ FFN Had"] == comparison.bits["+Had"]["4-4-4"]
+    assert list(comparison.methods) == list(METHODS)
+    lines = markdown([comparison, comparison]).split("\n")
     assert lines[0] == f"| model | ex. kurtosis | {' | '.join(COLUMNS)} |"
     assert [line.split(" | ")[0] for line in lines[2:6]] == [
         f"| {llama.name} (1)",
@@ -232,16 +232,16 @@ def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Pa
         f"| {llama.name} (2)",
         "| +Had",
     ]
-    assert found.kurtosis is not None
+    assert comparison.kurtosis is not None
     assert lines[2].startswith(
-        f"| {llama.name} (1) | {found.kurtosis:.2f} | {found.bits['']['16-16-16'].perplexity:.2f} | "
+        f"| {llama.name} (1) | {comparison.kurtosis:.2f} | {comparison.bits['']['16-16-16'].perplexity:.2f} | "
     )
     assert sum(line.startswith("| + QuaRot | ") for line in lines) == 1
 
 
 @pytest.fixture
 def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """The line that `python scripts/NAME.py ARGUMENTS` prints."""
+    """Return the error line that `python scripts/NAME.py ARGUMENTS` prints."""
 
     def run(name: str, *arguments: str) -> str:
         import compare
@@ -297,14 +297,23 @@ def test_mistake_on_the_command_line(
     arguments: list[str], message: str, error_of: Callable[..., str], llama_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "t.txt").write_text("some words of a text that is long enough to be measured")
-    found = error_of("evaluate", *(str(llama_folder) if a == "LLAMA" else a for a in arguments), "threads=1")
-    assert re.search(message, found)
+    line = error_of("evaluate", *(str(llama_folder) if a == "LLAMA" else a for a in arguments), "threads=1")
+    assert re.search(message, line)
 
 
-def test_comparing_nothing(error_of: Callable[..., str], llama_folder: Path) -> None:
+def test_compare_names_the_model_that_is_missing(error_of: Callable[..., str], llama_folder: Path) -> None:
     assert "name the models to compare" in error_of("compare")
     assert "one/two: no model" in error_of("compare", "one/two", "three")
     assert "one/two: no model" in error_of("compare", str(llama_folder), "one/two"), "before the first is measured"
+
+
+def test_paper_tasks_are_the_files_that_exist(llama: LanguageModel, config: EvaluateConfig, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    line = json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0}) + "\n"
+    for name in ("siqa", "triviaqa_sm_sub"):
+        (tmp_path / f"{name}.jsonl").write_text(line * 9)
+    tasks = Measurement(llama, dataclasses.replace(config, tasks=("paper",), tasks_dir=str(tmp_path))).tasks
+    assert [(task.name, task.num_fewshot) for task in tasks] == [("siqa", 0), ("triviaqa_sm_sub", 5)]
 
 
 def test_missing_harness_names_the_extra(
@@ -324,7 +333,7 @@ def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path)
 
 
 def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """The real command below torchrun: the numbers of one process, once."""
+    """Started by torchrun, the command prints the numbers of a single process, once."""
     arguments = [str(llama_folder), f"texts=[{text_file}]", "seq_len=32", "quant=strict", "progress=false"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}

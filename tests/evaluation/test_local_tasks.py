@@ -1,4 +1,4 @@
-"""Scores of the harness against a loop that asks `transformers` for one pair at a time, and lines that are refused."""
+"""Scores of the harness against a loop over pairs with `transformers`, and lines that are refused."""
 
 import json
 import math
@@ -39,19 +39,19 @@ def scores(results: list[Result]) -> dict[str, float]:
 
 
 def evaluate(subject: LanguageModel, task: LocalTask, **options: Any) -> dict[str, Result]:
-    """Metric -> result."""
+    """Return metric -> result."""
     return {result.metric: result for result in evaluate_local_task(HarnessModel(subject, **options), task)}
 
 
 def pairs_of(doc: dict[str, Any]) -> list[Pair]:
-    """The (context, continuation) of each choice of a document."""
+    """Return the (context, continuation) of every choice of a document."""
     contexts = doc.get("contexts") or [doc["context"]] * len(doc.get("choices", [0]))
     continuations = doc.get("choices") or [doc["continuation"]] * len(contexts)
     return list(zip(contexts, continuations, strict=True))
 
 
 def naive(model: Any, subject: LanguageModel, pair: Pair, *, bos: bool = False) -> tuple[float, bool]:
-    """(log-likelihood, is greedy) of one pair, fp64, from the logits of a whole sequence."""
+    """Return (log-likelihood, whether greedy) of one pair, in fp64, from the logits of a whole sequence."""
     context, continuation = pair
     head = subject.encode(context.rstrip())
     tail = subject.encode(context + continuation)[len(head) :]
@@ -65,7 +65,7 @@ def naive(model: Any, subject: LanguageModel, pair: Pair, *, bos: bool = False) 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_likelihoods_match_transformers(bos: bool, llama: LanguageModel, transformers_llama: Any) -> None:
-    pairs = [*PAIRS, ("", "alone"), (" ", "alone"), ("word " * 90, "and then")]
+    pairs = [*PAIRS, ("", "word"), (" ", "word"), ("word " * 90, "and then")]
     model = HarnessModel(llama, bos=bos, batch_tokens=100)
     answers = model.loglikelihood([request(*pair) for pair in pairs])
     lengths = [len(llama.encode("".join(pair))) + (bos or not pair[0].strip()) for pair in pairs]
@@ -92,7 +92,7 @@ def test_batches_change_nothing_but_rounding(llama: LanguageModel) -> None:
         assert batched == pytest.approx(one_by_one, rel=1e-6)
 
 
-def test_batches_hold_every_row_and_no_more_tokens_than_asked() -> None:
+def test_batches_hold_every_sequence_and_at_most_the_asked_tokens() -> None:
     lengths = [5, 1, 9, 3, 3, 7, 2, 30]
     batches = batches_by_tokens(lengths, 18)
     assert sorted(i for batch in batches for i in batch) == list(range(8))
@@ -242,18 +242,18 @@ def test_impossible_tasks_are_refused(tmp_path: Path, llama: LanguageModel) -> N
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")
-def test_shared_task_files_are_read() -> None:
+def test_shared_task_files_have_right_examples() -> None:
     for path in sorted((DATA / "tasks").glob("*.jsonl")):
         task = read_task(path)
         assert len(task.docs) >= 100
         assert ("exact_match" in FORMS[task.form]["metrics"]) == (path.stem in ("gsm8k", "triviaqa_sm_sub"))
         for doc in task.docs:
             assert "gold" not in doc or len(pairs_of(doc)) > doc["gold"]
-            # what an example shows is a right answer
+            # an example shows a right answer
             assert "answers" not in doc or score_answer(doc, [doc["shown"]]) == {"exact_match": 1.0}, doc
 
 
-def test_right_answers_are_told_from_wrong_ones() -> None:
+def test_only_right_answers_match() -> None:
     answers = ["The Beatles", "1,080", "Spider-Man", "\U0001f40e"]
 
     def is_right(text: str, **doc: Any) -> bool:
@@ -271,7 +271,7 @@ def test_right_answers_are_told_from_wrong_ones() -> None:
 def test_answers_match_the_greedy_text_of_transformers(
     llama: LanguageModel, transformers_llama: Any, tmp_path: Path
 ) -> None:
-    """Each question by itself, uncached; ours in batches with a cache. Half of the questions are given their answer."""
+    """The expected text is generated without cache or batches. Half of the questions have it as their answer."""
 
     def answer(context: str) -> str:
         ids, start = llama.encode(context), len(llama.encode(context))
@@ -286,8 +286,8 @@ def test_answers_match_the_greedy_text_of_transformers(
     given = [answer(f"Question: {question}\nAnswer:") for question in questions]
     assert all(given[1::2])
     records = [
-        {"context": question, "answer": found if n % 2 and found else "no", "aliases": []}
-        for n, (question, found) in enumerate(zip(questions, given, strict=True))
+        {"context": question, "answer": truth if n % 2 and truth else "no", "aliases": []}
+        for n, (question, truth) in enumerate(zip(questions, given, strict=True))
     ]
     task = read_task(write(tmp_path / "quiz.jsonl", *records))
     expected = torch.tensor([float(record["answer"] != "no") for record in records])
@@ -309,7 +309,7 @@ def test_examples_of_reasoning_end_with_the_answer(tmp_path: Path) -> None:
 
 
 def test_harness_gets_the_likelihood_of_a_whole_text(llama: LanguageModel, transformers_llama: Any) -> None:
-    """As in the harness's own example: all tokens once, the last window as full as the others."""
+    """Every token counts once, and the last window is full, as in the example of the harness."""
     text = " ".join(WORDS[:80])
     tokens = [0, *llama.encode(text)]
     assert len(tokens) > 2 * 64
@@ -321,8 +321,8 @@ def test_harness_gets_the_likelihood_of_a_whole_text(llama: LanguageModel, trans
             log_p = transformers_llama(window).logits[0].double().log_softmax(-1)
         nats += sum(log_p[i - stop, tokens[i]].item() for i in range(done, stop))
         done = stop
-    found = HarnessModel(llama).loglikelihood_rolling([request("short"), request(text)])
-    assert found[1] == pytest.approx(nats, rel=1e-6)
+    answers = HarnessModel(llama).loglikelihood_rolling([request("short"), request(text)])
+    assert answers[1] == pytest.approx(nats, rel=1e-6)
 
 
 def test_harness_gets_greedy_text(llama: LanguageModel, transformers_llama: Any) -> None:
@@ -337,9 +337,9 @@ def test_harness_gets_greedy_text(llama: LanguageModel, transformers_llama: Any)
                 ids.pop()
                 break
         expected.append(llama.tokenizer.decode(ids[len(llama.encode(context)) :]))
-    found = HarnessModel(llama).generate_until([request(context, options) for context in contexts])
-    assert found == expected
-    assert len(set(found)) == 3
+    answers = HarnessModel(llama).generate_until([request(context, options) for context in contexts])
+    assert answers == expected
+    assert len(set(answers)) == 3
     stop = expected[0][3]
     (cut,) = HarnessModel(llama).generate_until([request(contexts[0], {"until": [stop], "max_gen_toks": 6})])
     assert cut == expected[0][: expected[0].index(stop)]
@@ -360,9 +360,9 @@ def test_named_task_of_the_harness_agrees_with_the_file(llama: LanguageModel, tm
         'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{query}}\\nAnswer:"\n'
         "doc_to_target: gold\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
     )
-    found = evaluate_named_tasks(HarnessModel(llama), {"local_quiz": 0}, include_path=str(tmp_path))
+    results = evaluate_named_tasks(HarnessModel(llama), {"local_quiz": 0}, include_path=str(tmp_path))
     expected = evaluate(llama, read_task(data))["acc"]
-    (result,) = found
+    (result,) = results
     assert (result.what, result.metric) == ("local_quiz[shots=0]", "acc")
     assert result.value == pytest.approx(expected.value)
     assert result.stderr == pytest.approx(expected.stderr)

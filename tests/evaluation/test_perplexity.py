@@ -28,7 +28,7 @@ def text(llama: LanguageModel) -> Text:
 
 
 def naive(model: Any, tokens: list[int], *, seq_len: int, overlap: int, bos_id: int | None) -> tuple[float, list[int]]:
-    """(nats, places of the predicted tokens): each window by itself, each token once, fp64."""
+    """Return (nats, places of the predicted tokens) from one window at a time, every token once, in fp64."""
     length = min(seq_len - (bos_id is not None), len(tokens))
     nats, predicted, start = 0.0, [], 0
     while start + length <= len(tokens):
@@ -51,32 +51,32 @@ def naive(model: Any, tokens: list[int], *, seq_len: int, overlap: int, bos_id: 
 def test_perplexity_matches_transformers(
     seq_len: int, overlap: int, bos_id: int | None, llama: LanguageModel, transformers_llama: Any, text: Text
 ) -> None:
-    found = perplexity(
+    measured = perplexity(
         llama.model, text, seq_len=seq_len, overlap=overlap, bos_id=bos_id, max_tokens=200, batch_tokens=100
     )
     tokens = text.tokens[:200].tolist()
     nats, predicted = naive(transformers_llama, tokens, seq_len=seq_len, overlap=overlap, bos_id=bos_id)
-    assert found.tokens == len(predicted)
-    assert found.loss == pytest.approx(nats / len(predicted), rel=2e-6)
-    assert found.perplexity == pytest.approx(math.exp(nats / len(predicted)), rel=2e-5)
+    assert measured.tokens == len(predicted)
+    assert measured.loss == pytest.approx(nats / len(predicted), rel=2e-6)
+    assert measured.perplexity == pytest.approx(math.exp(nats / len(predicted)), rel=2e-5)
     num_bytes = sum(len(str(llama.tokenizer.id_to_token(tokens[place]))) for place in predicted)  # one sign per byte
-    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=2e-6)
+    assert measured.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=2e-6)
 
 
-def test_name_says_how_it_was_measured(llama: LanguageModel, text: Text) -> None:
-    found = perplexity(llama.model, text, seq_len=16, overlap=4, max_tokens=40)
-    assert found.name == "made[len=16,overlap=4,bos=no,first=40]"
+def test_name_has_the_settings_of_the_measurement(llama: LanguageModel, text: Text) -> None:
+    measured = perplexity(llama.model, text, seq_len=16, overlap=4, max_tokens=40)
+    assert measured.name == "made[len=16,overlap=4,bos=no,first=40]"
     assert perplexity(llama.model, text, seq_len=16, bos_id=0).name == "made[len=16,overlap=0,bos=yes]"
 
 
 def test_text_shorter_than_a_window_is_one_window(llama: LanguageModel, text: Text) -> None:
-    found = perplexity(llama.model, text, seq_len=32, max_tokens=10)
-    assert (found.name, found.tokens) == ("made[len=10,overlap=0,bos=no,first=10]", 9)
+    measured = perplexity(llama.model, text, seq_len=32, max_tokens=10)
+    assert (measured.name, measured.tokens) == ("made[len=10,overlap=0,bos=no,first=10]", 9)
 
 
 def test_batch_size_changes_nothing_but_rounding(llama: LanguageModel, text: Text) -> None:
-    found = [perplexity(llama.model, text, seq_len=32, overlap=8, batch_tokens=n).nats for n in (1, 100, 1000, 10**6)]
-    assert found == pytest.approx([found[0]] * 4, rel=1e-7)
+    nats = [perplexity(llama.model, text, seq_len=32, overlap=8, batch_tokens=n).nats for n in (1, 100, 1000, 10**6)]
+    assert nats == pytest.approx([nats[0]] * 4, rel=1e-7)
 
 
 def _measure_on_a_rank(folder: str) -> tuple[CodeLength, list[Any], list[str], list[Any]]:
@@ -109,9 +109,9 @@ def test_number_of_ranks_changes_nothing(llama_folder: Path) -> None:
 
 
 def test_infinite_loss_is_infinite_perplexity() -> None:
-    found = CodeLength(nats=1e6, tokens=10, bytes=0)
-    assert found.perplexity == math.inf
-    assert math.isnan(found.bits_per_byte)
+    measured = CodeLength(nats=1e6, tokens=10, bytes=0)
+    assert measured.perplexity == math.inf
+    assert math.isnan(measured.bits_per_byte)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_impossible_windows_are_refused(
         perplexity(llama.model, text, **options)
 
 
-def test_wikitext_rows_are_joined_the_hugging_face_way(llama: LanguageModel, tmp_path: Path) -> None:
+def test_wikitext_lines_are_joined_as_in_published_perplexities(llama: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "wiki.test.raw"
     file.write_bytes(b" \n = Title = \n \n Some text . \n")
     text = read_text(str(file), llama)
@@ -141,7 +141,7 @@ def test_wikitext_rows_are_joined_the_hugging_face_way(llama: LanguageModel, tmp
     assert text.sha256 == hashlib.sha256(expected.encode()).hexdigest()
 
 
-def test_documents_of_a_file_are_each_followed_by_the_end(llama: LanguageModel, tmp_path: Path) -> None:
+def test_each_document_of_a_file_is_followed_by_eos(llama: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "two.jsonl"
     file.write_text('{"text": "one thing"}\n{"text": ""}\n{"text": "another"}\n')
     text = read_text(str(file), llama)
@@ -183,7 +183,7 @@ def test_wikitext2_has_the_published_number_of_gpt2_tokens(llama: LanguageModel)
 
 
 def test_stories260k_tells_stories_better_than_wikipedia(stories: LanguageModel) -> None:
-    """And its bits per byte count the bytes of the text."""
+    """Bits per byte count the bytes of the text."""
     story = perplexity(stories.model, encode("story", [STORIES_TEXT], stories), seq_len=256, bos_id=BOS)
     wiki = read_text(str(DATA / "wikitext2" / "wiki.test.raw"), stories)
     other = perplexity(stories.model, wiki, seq_len=256, bos_id=BOS, max_tokens=2000)
