@@ -71,13 +71,11 @@ def compute_statistics(s: Sample) -> dict[str, float]:
         "max_abs": s.peak[0],
         "max_over_median": s.peak[0] / median,  # of |x| rounded to bf16
         "rms": (total / (count * num_channels)).sqrt(),
-        "top_channel_share": energy.max() / total,  # 1/D: all channels have the same energy, 1: one has all
+        "top_channel_share": energy.max() / total,  # 1/D: all have the same energy, 1: one has all
         "top_token_share": s.token_energy_max / total,  # max_t e_t / E
         "massive_count": s.counts[massive].sum(),  # |x - mu| > 6 sigma of all values (OSP section 5), x rounded to bf16
-        "few_channels": num_channels
-        * energy.square().sum()
-        / total**2,  # 1: all channels have the same energy, D: one has all
-        "few_tokens": count * token_energy_squares / total**2,  # 1: all tokens have the same energy, N: one has all
+        "few_channels": num_channels * energy.square().sum() / total**2,  # 1: all have the same energy, D: one has all
+        "few_tokens": count * token_energy_squares / total**2,  # 1: all have the same energy, N: one has all
     }
     return {name: float(value) for name, value in statistics.items()}
 
