@@ -16,13 +16,10 @@ from osp.model.attention_cpu import BlockwiseAttention
 def rotary_table(
     head_dim: int, length: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each (length, head_dim / 2) fp32, of the angles t * theta^(-2 i / head_dim).
-
-    t is the position and i the pair of channels; `scaling` lowers some or all frequencies.
-    """
+    """Return cos and sin (length, head_dim / 2), fp32, of t * theta^(-2 i / head_dim) at position t for the pair i."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if scaling is not None:
-        kept: Tensor | float = 0.0  # share of a frequency that is not lowered; with llama3 up to 1 for high ones
+        kept: Tensor | float = 0.0  # share of a frequency that is not lowered; with llama3 1 for high ones
         if scaling.rope_type == "llama3":
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
             turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
@@ -33,20 +30,15 @@ def rotary_table(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (B, T, H, K) rotated by position. Pairs are (i, i + K/2), Hugging Face's half-split layout.
-
-    cos, sin: (T, K/2), or (B, T, K/2) if the sequences are at different positions.
-    """
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # (..., T, 1, K/2)
+    """Return x (B, T, H, K) rotated by position. Pairs are (i, i + K/2), Hugging Face's half-split layout."""
+    # (T, K/2), or (B, T, K/2) if the sequences are at different positions -> (..., T, 1, K/2)
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Return (B, 1, T, T) bool, True where query t may see key s: s <= t and both in the same document.
-
-    document_ids: (B, T).
-    """
+    """Return (B, 1, T, T) bool, True where query t may see key s: s <= t and the same of the `document_ids` (B, T)."""
     length = document_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
@@ -87,9 +79,8 @@ class KVCache:
     """Keys and values (L, B, S, G, K) of the preceding tokens; slot s holds position s.
 
     The cache is allocated once: a pass of one token always has the same shapes and addresses, as CUDA graphs need. The
-    first pass (`positions` None) reads all prompts from slot 0. Padding after a shorter prompt is at later positions
-    than every query of its sequence, and the tokens that follow overwrite it slot by slot. So prompts of different
-    lengths need neither padding masks nor shifted positions.
+    first pass (`positions` None) reads all prompts from slot 0. Padding after a shorter prompt is later than each query
+    of its sequence, and the next tokens overwrite it. So prompts need neither padding masks nor shifted positions.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, device: torch.device):

@@ -19,9 +19,8 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length, _, size = q.shape
-        # (N, R, T, K), (N, T, K), (N, T, K)
-        q = q.transpose(1, 2).reshape(batch * k.shape[2], -1, length, size)
-        k, v = (x.transpose(1, 2).reshape(-1, length, size) for x in (k, v))
+        q = q.transpose(1, 2).reshape(batch * k.shape[2], -1, length, size)  # (N, R, T, K)
+        k, v = (x.transpose(1, 2).reshape(-1, length, size) for x in (k, v))  # (N, T, K)
         wide_q, wide_k = q.float() * size**-0.5, k.float()
         above_diagonal = torch.full((_BLOCK, _BLOCK), float("-inf")).triu(1)
         out, kept = torch.empty_like(q), []

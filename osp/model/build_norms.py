@@ -1,7 +1,4 @@
-"""Build the norms of a model from its configuration.
-
-The options of a norm are the keywords of its class in `osp.model.norms`, so a new norm needs no change here.
-"""
+"""Build the norms of a model from its configuration. The options of a norm are the keywords of its class."""
 
 import dataclasses
 import inspect
@@ -18,10 +15,7 @@ PLACE = ("layer", "before_attention", "after_attention")
 
 
 def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
-    """Return the norm `name` over `hidden_size` channels; `options` are keywords of its class.
-
-    Raises `UserError` for an unknown name and for an option that the norm does not have.
-    """
+    """Return the norm `name`; `options` are keywords of its class. Raises `UserError` for an unknown name or option."""
     if name not in NORMS:
         raise UserError(f"unknown norm {name!r}; choose from {sorted(NORMS)}")
     keywords = _keywords(NORMS[name])

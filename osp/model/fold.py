@@ -67,10 +67,7 @@ def fold_embedding_scale(model: Transformer) -> None:
 
 @torch.no_grad()
 def fold_constants(model: Transformer) -> None:
-    """Compute once what every forward pass derives from parameters only; every output keeps its bits.
-
-    This covers the zero mean of `recentre`, the scale of the embedding and the constants of the norms.
-    """
+    """Compute once, with the same bits, what every pass derives from parameters only: means, scales, norm constants."""
     bake_recentring(model, exact=False)
     fold_embedding_scale(model)
     for module in model.modules():
@@ -83,11 +80,8 @@ def fold_constants(model: Transformer) -> None:
 
 @torch.no_grad()
 def fold_norm_gains(model: Transformer) -> None:
-    """Fold the gains of RMSNorms into the matrices that read them, W' = W diag(g), and set the gains to 1.
-
-    The projections must have been absorbed: the head reads the last norm.
-    """
-    assert isinstance(model.head_proj, nn.Identity)
+    """Fold the gains of RMSNorms into the matrices that read them, W' = W diag(g), and set the gains to 1."""
+    assert isinstance(model.head_proj, nn.Identity), "absorb the projections first: the head must read the last norm"
     for _, norm, readers in residual_norms(model):
         assert norm.not_rmsnorm is None
         if norm.weight is not None:
@@ -103,10 +97,7 @@ def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
 
 
 def residual_norms(model: Transformer) -> Iterator[tuple[str, Norm, list[str]]]:
-    """Yield (name, module, names of the matrices that read it) for every norm of the residual stream.
-
-    The head reads the last norm once the projections are absorbed.
-    """
+    """Yield (name, module, names of the matrices that read it) for every norm of the residual stream."""
     modules = dict(model.named_modules())
     for i in range(len(model.layers)):
         for site in (SITES["attn_in"], SITES["mlp_in"]):
@@ -115,4 +106,4 @@ def residual_norms(model: Transformer) -> Iterator[tuple[str, Norm, list[str]]]:
             assert isinstance(norm, Norm)
             readers = [f"layers.{i}.{path}" for path in site.readers]
             yield name, norm, [reader for reader in readers if reader in modules]
-    yield "norm", model.norm, ["lm_head"]
+    yield "norm", model.norm, ["lm_head"]  # once the projections are absorbed

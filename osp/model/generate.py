@@ -113,7 +113,6 @@ def stream(
 
     Args:
         model: in eval mode.
-        prompts: token ids of each sequence.
         sampling: None for greedy decoding.
         eos_id: ends a sequence; it is yielded, and the sequence yields None afterwards.
         compile: see `Decoder`.

@@ -67,10 +67,7 @@ def load_hf(folder: str | Path) -> Transformer:
 
 
 def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, int | None, int | None]:
-    """Return the tokenizer of a Hugging Face folder and the ids of BOS and EOS, None if the folder names none.
-
-    Raises `UserError` if there is no tokenizer or it has more tokens than the model.
-    """
+    """Return the tokenizer of a folder and the ids of BOS and EOS or None. Raises `UserError` if it does not fit."""
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
     if not (folder / TOKENIZER).is_file():
@@ -104,7 +101,6 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     rope = values.get("rope_parameters") or {}
     model = {key: values.get(key) for key in REQUIRED}
     model |= {key: values[key] for key in OPTIONAL if values.get(key) is not None}
-    model.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     model["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
     model["rope_scaling"] = _rope_scaling(path, values.get("rope_scaling") or rope)
     model["norm"] = {"name": "rmsnorm", "eps": eps}

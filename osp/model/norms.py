@@ -50,7 +50,6 @@ class Norm(nn.Module):
     # How a norm that can be converted treats the mean of its input; norms that treat it alike are interchangeable.
     mean: ClassVar[str | None] = None
     one_gain: ClassVar[bool] = False  # one gain for all channels
-
     refreshes = False  # whether `refresh` derives statistics from weights
     output_scale = 1.0  # of LayerNorm scaling
 

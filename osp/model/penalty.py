@@ -18,10 +18,8 @@ EPS = 1e-12  # added to the mean square of a token before the division
 
 
 def activation_penalty(x: Tensor, config: PenaltyConfig) -> Tensor:
-    """Return the sum over tokens of mean over channels of (|x| / scale)^4, fp32, 0-dim. x: (..., D)
-
-    Autograd keeps only x; backward recomputes the powers.
-    """
+    """Return the sum over tokens of the mean over channels of (|x| / scale)^4, fp32, 0-dim. x: (..., D)"""
+    # autograd keeps only x; backward recomputes the powers
     return checkpoint(_sum_of_fourth_powers, x, config.scale, use_reentrant=False, preserve_rng_state=False)
 
 

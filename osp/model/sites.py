@@ -26,8 +26,7 @@ class SiteDefinition:
     in_block: bool = True
     writers: tuple[str, ...] = ()  # modules whose weights write a channel of the site directly; not all models have all
     readers: tuple[str, ...] = ()  # matrices that multiply the site; not all models have all
-    # of the residual stream and its norms: sublayers of this block that are already in the stream (0, 1 or 2)
-    sublayers: int | None = None
+    sublayers: int | None = None  # of the stream and its norms: sublayers of this block already in it (0, 1 or 2)
 
 
 # In the order of the forward pass. SiteDefinition(module, argument, ...)

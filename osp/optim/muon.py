@@ -24,7 +24,6 @@ from osp.device import native_bf16
 from osp.errors import UserError
 
 Triple = tuple[float, float, float]
-
 _RESTART = 3  # steps between fresh Gram matrices
 
 

@@ -26,8 +26,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[Group]) -> None:
         super().__init__([{**group, "lr": 0.0} for group in groups], defaults={})
-        self._number = 0
-        self._recording = False
+        self._number, self._recording = 0, False
         self.pieces: list[Piece] = []  # of all groups in order; DeepSpeed replaces `param_groups` while it steps
         # This rank's sum of squares of the last recorded update, per role: with learning rate, without weight decay
         self.update_squares: dict[str, Tensor] = {}
@@ -37,7 +36,6 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
         State is created here, not at the first step, so that every rank has the same checkpoint keys from the start.
         """
-        assert len(flats) == len(self.param_groups), (len(flats), len(self.param_groups))
         self.state.clear()
         self.pieces = []
         for group, flat in zip(self.param_groups, flats, strict=True):
@@ -51,10 +49,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             self.pieces.append(Piece(group, flat, self.state[flat], intervals, work))
 
     def set_step(self, number: int, factor: float, *, record: bool = False) -> None:
-        """Prepare optimizer step `number`, counted from 1: every learning rate becomes its base times `factor`.
-
-        record: keep the sum of squares of the update in `update_squares`.
-        """
+        """Prepare step `number`, from 1: learning rates become base times `factor`; `record` keeps `update_squares`."""
         assert number >= 1, number
         self._number, self._recording = number, record
         self.update_squares = {}

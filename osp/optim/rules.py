@@ -87,10 +87,7 @@ class WholeRule(UpdateRule):
         return squares
 
     def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
-        """Return the most bytes that `step` allocates at a time for a batch on a device with or without native bf16.
-
-        Here u, the whole parameters collected from it, and two tensors in `direction`.
-        """
+        """Return the most bytes that `step` allocates for a batch: u, whole parameters, two tensors in `direction`."""
         return FP32 * (batch.local.stop - batch.local.start + 3 * batch.num_owned * batch.numel)
 
 

@@ -42,10 +42,7 @@ def build_schedule(config: ScheduleConfig, *, total_steps: int, tokens_per_step:
 
 
 def length_in_steps(key: str, value: str | int, *, tokens_per_step: int, total_steps: int) -> int:
-    """Return the steps of a schedule length: `100` steps, `5e9 tokens` or `20%` of the run, rounded up.
-
-    key: the configuration key, for the message of the `UserError` for a malformed length.
-    """
+    """Return the steps of a length, rounded up: `100` steps, `5e9 tokens` or `20%` of the run. key: for the message."""
     try:
         if isinstance(value, str) and value.endswith("%"):
             steps = math.ceil(float(value[:-1]) * total_steps / 100)  # multiply first: 0.07 * 100 > 7

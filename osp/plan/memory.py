@@ -31,10 +31,7 @@ def rank_memory(
 ) -> dict[str, int]:
     """Return the bytes of the fullest rank at one ZeRO stage, by part, and `peak`.
 
-    Args:
-        groups: parameter groups, and `work` the batches of each on every rank.
-        kept: bytes of the activations and of the working set, from `activation_bytes`.
-        num: micro batches of a step.
+    work: the batches of every group. kept: the result of `activation_bytes`. num: micro batches of a step.
     """
     world_size, layout = options.world_size, {"world_size": options.world_size, "stage": stage}
     numels = [[shape.numel() for shape in group["shapes"]] for group in groups]
