@@ -59,7 +59,7 @@ Statistic = Literal[
 ]  # fmt: skip
 
 EVALUATIONS = "evaluation"  # folder inside a run: records of evaluations
-COMPARISONS = "compare"  # folder inside EVALUATIONS: rows of comparisons
+COMPARISONS = "compare"  # folder inside EVALUATIONS: records of comparisons
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,10 @@ class Peers:
 
     def cause(self, error: BaseException) -> str | None:
         """Return which rank has died if that is why a collective failed with `error`; None for any other error."""
-        text = str(error)
         lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
             isinstance(error, RuntimeError)
             and not isinstance(error, RunError)
-            and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
+            and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out"))
         )
         if not lost:
             return None

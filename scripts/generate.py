@@ -84,7 +84,7 @@ def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: C
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     compile = device.type == "cuda" if config.compile == "auto" else config.compile
 
-    texts = Texts(prompts, [TextStream(subject.tokenizer, row) for row in ids], subject.eos_id, write)
+    texts = Texts(prompts, [TextStream(subject.tokenizer, prompt_ids) for prompt_ids in ids], subject.eos_id, write)
     speed = Speed(prompt_tokens=sum(map(len, ids)))
     began = time.perf_counter()
     for tokens in stream(subject.model, ids, limit, sampling=sampling, eos_id=subject.eos_id, compile=compile):
@@ -143,23 +143,24 @@ class Texts:
 
     def push(self, tokens: Sequence[int | None]) -> None:
         """Add one token to each text; None or EOS ends it."""
-        for row, token in enumerate(tokens):
+        for number, token in enumerate(tokens):
             if token is None or token == self.eos_id:
-                self._end(row)
+                self._end(number)
             else:
-                self.waiting[row] += self.streams[row].push(token)
+                self.waiting[number] += self.streams[number].push(token)
         self._write()
 
     def finish(self) -> None:
         """End all texts."""
-        for row in range(len(self.streams)):
-            self._end(row)
+        for number in range(len(self.streams)):
+            self._end(number)
         self._write()
 
-    def _end(self, row: int) -> None:
-        if not self.ended[row]:
-            self.ended[row] = True
-            self.waiting[row] += self.streams[row].finish() + ("\n" if row == len(self.streams) - 1 else "\n\n")
+    def _end(self, number: int) -> None:
+        if not self.ended[number]:
+            self.ended[number] = True
+            separator = "\n" if number == len(self.streams) - 1 else "\n\n"
+            self.waiting[number] += self.streams[number].finish() + separator
 
     def _write(self) -> None:
         while self.current < len(self.streams):

@@ -75,9 +75,7 @@ class StepGuard:
         else:
             kind, action = "nonfinite", self.config.train.on_nonfinite
             message = self._describe_nonfinite(step, values["loss"], losses, norms)
-        if not message:
-            return Verdict("apply")
-        if action == "warn":
+        if not message or action == "warn":
             return Verdict("apply", kind, message)
         if action == "stop":
             return Verdict("stop", kind, f"{message}; no weight was changed")

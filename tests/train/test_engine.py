@@ -202,7 +202,7 @@ def test_cuda_without_a_gpu_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> 
         init_distributed("cuda")
 
 
-def start_alone(folder: str) -> dict[str, Any]:
+def start_without_launcher(folder: str) -> dict[str, Any]:
     """Start plain python without a launcher: no RANK, no port, no compiled op, nothing logged below a warning."""
     import os
     import sys
@@ -230,7 +230,7 @@ def test_start_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
     import multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(start_alone, (str(tmp_path),))
+        result = pool.apply(start_without_launcher, (str(tmp_path),))
     assert result["device"] == "cpu"
     assert result["group"] == ("gloo", 0, 1)
     assert result["port"] is None
