@@ -218,8 +218,7 @@ def _build(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
     model.compute_dtype = torch.float64
     for name, parameter in model.named_parameters():
         assert name in tensors or name.endswith((".bias", "norm.weight")), name
-        default = torch.zeros_like(parameter) if name.endswith(".bias") else parameter
-        value = tensors.pop(name, default)
+        value = tensors.pop(name, torch.zeros_like(parameter) if name.endswith(".bias") else parameter)
         if value.numel() > parameter.numel():  # a gain per channel for a norm with a single one
             if (value != value[0]).any():
                 raise UserError(f"{name}: its gains differ, and to={config.norm.name} has one for all channels")

@@ -65,8 +65,8 @@ def export(
         trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
         fold_into_weights(model)
         folding = check_same_function("folding projections and scales", trained, observe_function(model))
-        ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
-        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, **ids)
+        bos_id, eos_id = subject.bos_id, subject.eos_id
+        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, bos_id=bos_id, eos_id=eos_id)
         _write_tokenizer(subject, folder)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype]).float()

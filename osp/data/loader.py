@@ -220,10 +220,8 @@ class Loader:
         first = data_step(step, self.skip_steps) * self.rows_per_step
         rows = self.rows.read(first + self.indices)  # (M*b, T+1)
         eos_id = self.rows.manifest.eos_id if self.document_ids else None
-        batches = []
-        for part in rows.reshape(-1, self.micro_batch_size, rows.shape[1]):
-            batches.append(_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))))
-        return batches
+        parts = rows.reshape(-1, self.micro_batch_size, rows.shape[1])
+        return [_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]
 
 
 def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:
