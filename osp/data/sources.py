@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from osp.config import DataConfig, SourceConfig
+from osp.config import DataConfig, TextConfig
 from osp.data.tokenizer import HUB_TIMEOUT, ask_hub
 from osp.errors import UserError
 
@@ -33,7 +33,7 @@ class Source(ABC):
 
     IN_MIXTURE = True  # may be a part of a mixture
 
-    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+    def __init__(self, config: TextConfig, key: str = "data") -> None:
         """Check `config`, the whole `data` or a part of `data.mixture`. key: its name in messages"""
         self.config, self.key = config, key
         self.label = config.source  # first part of the name of the folder with the shards
@@ -50,7 +50,7 @@ class Source(ABC):
 class PythonStdlib(Source):
     """The running interpreter's standard library: one document per module, sorted by path."""
 
-    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+    def __init__(self, config: TextConfig, key: str = "data") -> None:
         super().__init__(config, key)
         self.label = f"python_stdlib-{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -69,7 +69,7 @@ class PythonStdlib(Source):
 class TextFiles(Source):
     """Local files: a .txt, .md or .py file is one document, a record of .jsonl or .parquet is one document."""
 
-    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+    def __init__(self, config: TextConfig, key: str = "data") -> None:
         super().__init__(config, key)
         if not config.paths:
             raise UserError(f"{key}.paths is empty; name files or folders, for example {key}.paths=[corpus.jsonl]")
@@ -95,7 +95,7 @@ class TextFiles(Source):
 class HubDataset(Source):
     """A Hugging Face data set, streamed; a null is an empty document."""
 
-    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+    def __init__(self, config: TextConfig, key: str = "data") -> None:
         super().__init__(config, key)
         if not config.dataset:
             raise UserError(f"{key}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
@@ -131,7 +131,7 @@ class Mixture(Source):
 
     IN_MIXTURE = False
 
-    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+    def __init__(self, config: TextConfig, key: str = "data") -> None:
         super().__init__(config, key)
         assert isinstance(config, DataConfig)
         if not config.mixture:
@@ -173,7 +173,7 @@ SOURCES: dict[str, type[Source]] = {
 NO_TEXT = "none"  # source of a model that was converted from a Hugging Face folder: its text is not here
 
 
-def make_source(config: DataConfig | SourceConfig, key: str = "data") -> Source:
+def make_source(config: TextConfig, key: str = "data") -> Source:
     """Return the source that `config` names. Raises `UserError` if it is unknown or its configuration incomplete."""
     if config.source == NO_TEXT:
         raise UserError(f"{key}.source=none: this model was converted and has no training text; name a source")

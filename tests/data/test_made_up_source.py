@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from osp.config import Config, DataConfig, SourceConfig
+from osp.config import Config, DataConfig, SourceConfig, TextConfig
 from osp.data.manifest import load_manifest
 from osp.data.prepare import shard_folder
 from osp.data.sources import SOURCES, Source, make_source
@@ -20,7 +20,7 @@ NUM_DOCUMENTS = 300
 class Counting(Source):
     """Sentences that count; `data.dataset` is the noun."""
 
-    def __init__(self, config: DataConfig | SourceConfig, key: str = "data") -> None:
+    def __init__(self, config: TextConfig, key: str = "data") -> None:
         super().__init__(config, key)
         if not config.dataset:
             raise UserError(f"{key}.dataset is not set; name what to count, for example sheep")

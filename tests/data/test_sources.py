@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from osp.config import DataConfig, SourceConfig, from_dict
+from osp.config import DataConfig, SourceConfig, TextConfig, from_dict
 from osp.data.sources import SOURCES, Source, make_source
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
 
-def documents(config: DataConfig | SourceConfig) -> Iterator[str]:
+def documents(config: TextConfig) -> Iterator[str]:
     return make_source(config).documents()
 
 
