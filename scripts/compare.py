@@ -13,11 +13,13 @@ def main(values: dict[str, Any]) -> None:
     config = build(CompareConfig, values)
     from osp.distributed import is_main, shutdown
     from osp.evaluation.compare import compare, markdown
+    from osp.evaluation.evaluate import store_record
 
     try:
-        comparisons = compare(config)
+        record = compare(config)
         if is_main():
-            print(markdown(comparisons), end="")
+            print(markdown(record.models), end="")
+        store_record(record, config.out)
     finally:
         shutdown()
 

@@ -30,6 +30,7 @@ FIRST, LAST = COLUMNS[0], COLUMNS[-1]
 TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} | {"cost": f"{LAST} costs, nats"}
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
 LARGE_KURTOSIS, SMALLEST_KURTOSIS = 20, 0.01  # an axis is logarithmic above the first, and begins at the second
+Records = dict[str, ComparisonRecord]  # label of a run -> record of scripts/compare.py
 Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
 
 
@@ -107,14 +108,9 @@ class Results:
 
 
 def collect(
-    config: AblationConfig,
-    runs: list[Planned],
-    records: dict[str, ComparisonRecord],
-    failures: dict[str, str],
-    *,
-    about: list[str],
+    config: AblationConfig, runs: list[Planned], records: Records, failures: dict[str, str], *, about: list[str]
 ) -> Results:
-    """Return the results of the finished runs. records: label -> record of scripts/compare.py."""
+    """Return the results of the finished runs. failures: label -> reason. about: see `Results`."""
     models = [record.models[0] for record in records.values()]
     columns = {name: digest for model in models for name, digest in model.hashes.items()}
     measured = [measure(run, records[run.label]) for run in runs if run.label in records]

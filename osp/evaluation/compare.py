@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,8 +29,8 @@ ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated
 KURTOSIS_TOKENS = 16_384  # of the text, at most
 
 
-def compare(config: CompareConfig) -> list[Comparison]:
-    """Return the tables of every model, each also kept in its run, or all in the file `out`. Collective."""
+def compare(config: CompareConfig) -> ComparisonRecord:
+    """Return the tables of every model, each also kept in its run unless `out` is set. Collective."""
     if not config.paths:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
@@ -46,8 +47,7 @@ def compare(config: CompareConfig) -> list[Comparison]:
             record = ComparisonRecord(step=comparisons[-1].step, models=(comparisons[-1],), **origin)
             store_record(record, None, subject.run, f"{COMPARISONS}/step_{subject.step or 0:08d}")
     step = comparisons[0].step if len(comparisons) == 1 else None
-    store_record(ComparisonRecord(step=step, models=tuple(comparisons), **origin), config.out)
-    return comparisons
+    return ComparisonRecord(step=step, models=tuple(comparisons), **origin)
 
 
 def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
@@ -118,7 +118,7 @@ def script_kurtosis(measurement: Measurement) -> float | None:
     return reading.metrics["monitor/kurtosis/osp_script"]
 
 
-def markdown(comparisons: list[Comparison]) -> str:
+def markdown(comparisons: Sequence[Comparison]) -> str:
     """Return table 2, then table 4, and below them what the numbers are."""
     names = [c.name for c in comparisons]
     return render_markdown(

@@ -1,9 +1,10 @@
 """`scripts/evaluate.py`: measure one model on texts and tasks under one quantization."""
 
 import dataclasses
-import importlib.util
+import importlib
 import math
 import os
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,13 @@ class Measurement:
         for name in config.lm_eval:
             if name == "paper" or name.endswith(".jsonl"):
                 raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
-        if (config.tasks or config.lm_eval) and not importlib.util.find_spec("lm_eval"):
-            raise UserError("tasks, lm_eval: lm-eval is not installed; pip install 'osp[lm-eval]'")
-        if config.bos and subject.bos_id is None:
+        if config.tasks or config.lm_eval:
+            try:
+                importlib.import_module("lm_eval")
+            except ImportError as error:
+                fix = "pip install 'osp[lm-eval]'"
+                raise UserError(f"tasks, lm_eval: lm-eval is not installed; {fix} ({error})") from error
+        if names and config.bos and subject.bos_id is None:
             raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
         self.subject, self.config = subject, config
         self.tasks = [read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config)]
@@ -100,9 +105,9 @@ class Measurement:
         for task in self.tasks:
             results += evaluate_local_task(model, task)
         if config.lm_eval:
-            tasks = {name: config.num_fewshot for name in config.lm_eval if name != "paper_ten"}
-            if "paper_ten" in config.lm_eval:
-                tasks |= {name: num_fewshot for name, (num_fewshot, _) in PAPER_TEN.items()}
+            tasks, ten = {}, {name: num_fewshot for name, (num_fewshot, _) in PAPER_TEN.items()}
+            for name in config.lm_eval:
+                tasks |= ten if name == "paper_ten" else {name: config.num_fewshot}
             results += evaluate_named_tasks(model, tasks, limit=config.limit, include_path=config.lm_eval_dir)
         return results
 
@@ -176,17 +181,18 @@ def live_perplexity(
 
 
 def check_out(config: MeasureConfig) -> None:
-    """Raise `UserError` before the work if `out` cannot be written."""
+    """Make the folder of `out`; raise `UserError` before the work if nothing can be written there."""
     if config.out is None:
         return
     path = Path(config.out)
-    if path.is_dir():
-        raise UserError(f"out={path}: is a folder; name a JSON file")
-    folder = next(folder for folder in path.parents if os.path.exists(folder))
-    if not folder.is_dir():
-        raise UserError(f"out={path}: {folder} is not a folder; name a JSON file")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"out={path}: cannot write to {folder}; name another file")
+    if path.is_dir() or path.parent.is_file():
+        reason = "is a folder" if path.is_dir() else f"{path.parent} is not a folder"
+        raise UserError(f"out={path}: {reason}; name a JSON file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
 
 
 def store_record(

@@ -155,7 +155,7 @@ class HarnessModel:
 
 def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
     """Return the scores of a task file and their standard errors."""
-    results = _evaluate(model, task.name, {task.name: as_harness_task(task)}, num_fewshot=task.num_fewshot)
+    results = _evaluate(model, task.name, {task.name: as_harness_task(task)}, shots=task.num_fewshot)
     scores = {result.metric: result for result in results}
     return [replace(scores[name], metric=metric) for metric, name in FORMS[task.form]["metrics"].items()]
 
@@ -184,13 +184,11 @@ def evaluate_named_tasks(
             if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
                 task.set_config("num_fewshot", num_fewshot)
             task.set_fewshot_seed(FEWSHOT_SEED)
-        results += _evaluate(model, name, loaded, num_fewshot=num_fewshot, limit=limit)
+        results += _evaluate(model, name, loaded, shots=num_fewshot, limit=limit)
     return results
 
 
-def _evaluate(
-    model: HarnessModel, name: str, tasks: Any, *, num_fewshot: int, limit: int | None = None
-) -> list[Result]:
+def _evaluate(model: HarnessModel, name: str, tasks: Any, *, shots: int, limit: int | None = None) -> list[Result]:
     """Return the metrics of the task or group `name` by their names in the harness."""
     from lm_eval.evaluator import evaluate
 
@@ -202,7 +200,7 @@ def _evaluate(
         answer: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
     # {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}
     values = {key.split(",")[0]: value for key, value in answer["results"][name].items() if isinstance(value, float)}
-    what, truncated = f"{name}[shots={num_fewshot}]", model.truncated - before
+    what, truncated = f"{name}[shots={shots}]", model.truncated - before
     return [
         Result(what, metric, value, values.get(f"{metric}_stderr"), truncated)
         for metric, value in values.items()

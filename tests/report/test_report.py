@@ -304,7 +304,7 @@ def test_report_shows_the_rows_of_a_comparison(tiny: Any, tmp_path: Path) -> Non
     config = CompareConfig(
         paths=(str(run),), quant=QuantSpec(calibration_tokens=64), max_tokens=64, device="cpu", progress=False
     )
-    (made,) = compare(config)
+    (made,) = compare(config).models
     assert [str(path.relative_to(run)) for path in run.glob("evaluation/**/*.json")] == [
         "evaluation/compare/step_00000001.json"
     ]
