@@ -142,12 +142,11 @@ def on_main(action: Callable[[], T]) -> T:
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:
     """Run `action` on every rank and return all results. A `UserError` of one is raised on every rank. Collective."""
-    result, problem = None, None
     try:
-        result = action()
+        outcome = action(), None
     except UserError as error:
-        problem = error
-    outcomes: list[Any] = gather_objects((result, problem))
+        outcome = None, error
+    outcomes: list[Any] = gather_objects(outcome)
     for _, problem in outcomes:
         if problem is not None:
             raise problem

@@ -20,7 +20,6 @@ from pydantic_core import ErrorDetails
 from osp.errors import UserError
 
 C = TypeVar("C")
-
 _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 

@@ -106,9 +106,9 @@ class Engine:
         self._micro_step += 1
 
     def step(self, number: int, factor: float, *, record: bool = False) -> bool:
-        """Clip and update: step `number`, from 1, at `factor` times the peak learning rate. `record` its statistics.
+        """Clip the gradient and take step `number`, from 1, at `factor` times the peak learning rate. Collective.
 
-        Returns False, with every weight unchanged, if the gradient is not finite.
+        Returns False, with every weight unchanged, if the gradient is not finite. `record` keeps its statistics.
         """
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
         self._micro_step = 0
