@@ -63,7 +63,7 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         num_steps = trained.train.num_steps
         if num_steps is None:
             raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")
-        # The folder is named by a hash of the training. One that appears twice, for instance in a sweep, runs once, and
+        # The folder's name has a hash of the training: one that appears twice, for instance in a sweep, runs once, and
         # a run with another configuration is never mistaken for it.
         values = {key: value for key, value in leaves(to_dict(trained)) if not key.startswith(FREE)}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

@@ -221,7 +221,7 @@ def results_table(record: Evaluation) -> str:
 
 
 def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
-    """Return (file, number of examples) of each task; `paper` stands for OSP's ten as far as tasks_dir holds them."""
+    """Return (file, number of examples) of each task; `paper` names the files of OSP's ten that tasks_dir has."""
     folder, files = Path(config.tasks_dir), []
     for name in config.tasks:
         if name != "paper":

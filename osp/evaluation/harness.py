@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness (extra `lm-eval`) on a model of ours, quantized or not.
+"""EleutherAI's lm-evaluation-harness (extra `lm-eval`) for a `Transformer`, quantized or not.
 
 The harness builds the requests and computes the metrics. `HarnessModel` answers the requests: batched by token count,
 shared by all ranks. Every rank gives the harness all requests and gets all answers, so it sees a single process.
