@@ -50,14 +50,14 @@ def engine_of(
 
 
 def build(stage: int, accumulation: int, *, clip: float = CLIP, config: OptimizerConfig = CONFIG) -> Engine:
-    """`Engine` of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
+    """Return an engine of the small model. Under ZeRO-3 with accumulation, weights exist only while they are used."""
     rows, parts = ROWS // accumulation // torch.distributed.get_world_size(), stage == 3 and accumulation > 1
     options: dict[str, Any] = {"partition_small": parts, "clip": clip, "optimizer": config}
     return engine_of(Model(), stage, rows=rows, accumulation=accumulation, **options)
 
 
 def shares(engine: Engine, step: int) -> Iterator[Tensor]:
-    """This rank's micro batches of a step."""
+    """Yield this rank's micro batches of a step."""
     ids, _ = batch(step)
     return iter(ids.chunk(engine.world_size * engine.gradient_accumulation_steps)[engine.rank :: engine.world_size])
 
@@ -116,7 +116,7 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def per_head(stage: int, accumulation: int) -> dict[str, Tensor]:
-    """Weights after training whose matrices of attention are orthogonalized head by head."""
+    """Return the weights after training with attention matrices orthogonalized head by head."""
     engine = build(stage, accumulation, config=dataclasses.replace(CONFIG, per_head=True))
     run_steps(engine, range(STEPS))
     engine.close()
@@ -129,7 +129,7 @@ PENALIZED_IDS = torch.randint(0, 17, (8, 9), generator=torch.Generator().manual_
 
 
 def penalized(stage: int, world_size: int) -> dict[str, float]:
-    """Gradient norms of loss and penalty of one step over two micro batches; with checkpointing above stage 1."""
+    """Return the gradient norms of one step over two micro batches, with penalty and, above stage 1, checkpointing."""
     model = build_model(PENALIZED, seed=0)
     model.activation_checkpointing = stage > 1
     model.set_penalty(PENALTY)
@@ -147,7 +147,7 @@ BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2,
 
 
 def bhyt_constants(stage: int) -> list[float]:
-    """BHyT's constants after a refresh of forgotten ones; under ZeRO-3 every weight is in parts before."""
+    """Return BHyT's constants, refreshed after they were NaN; under ZeRO-3 all weights are partitioned before."""
     model = build_model(dataclasses.replace(BHYT, vocab_size=32, intermediate_size=24, num_hidden_layers=2), seed=0)
     engine = engine_of(model, stage, rows=1, partition_small=stage == 3)
     constants = [buffer for name, buffer in model.named_buffers() if name.endswith("attention_gain")]
@@ -160,7 +160,7 @@ def bhyt_constants(stage: int) -> list[float]:
 
 
 def discard(stage: int, accumulation: int) -> dict[str, Tensor]:
-    """Weights of STEPS steps with gradients of other batches discarded after one, and after all, micro batches."""
+    """Return the weights of STEPS steps; between them gradients are discarded after one and after all micro batches."""
     engine = build(stage, accumulation)
     run_steps(engine, range(2))
     for step in (40, 41):
@@ -175,7 +175,7 @@ def discard(stage: int, accumulation: int) -> dict[str, Tensor]:
 
 
 def round_trip(stage: int, accumulation: int) -> dict[str, Any]:
-    """Weights after 2 steps, saving by name, 1 step, loading, and the remaining steps; and right after the loading."""
+    """Return the weights before a save by name, after the load into another engine, and after the remaining steps."""
     engine = build(stage, accumulation)
     run_steps(engine, range(2))
     saved, before = state(engine), weights(engine)
@@ -196,7 +196,7 @@ def round_trip(stage: int, accumulation: int) -> dict[str, Any]:
 
 
 def backward_only(stage: int, accumulation: int) -> float:
-    """Largest change of a weight between the start and the end of all backward passes of a step."""
+    """Return the largest change of a weight between the start and the end of all backward passes of a step."""
     engine = build(stage, accumulation)
     before = weights(engine)
     accumulate(engine, 0)
@@ -206,7 +206,7 @@ def backward_only(stage: int, accumulation: int) -> float:
 
 
 def not_finite(stage: int) -> tuple[bool, float, float]:
-    """(applied, change of weights, error of a later good step against one without the accident)."""
+    """Return (applied, change of weights, error of the next finite step against an engine that never saw a NaN)."""
     engine, good = build(stage, 1), build(stage, 1)
     before = weights(engine)
     for ids in shares(engine, 0):
