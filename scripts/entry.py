@@ -23,7 +23,8 @@ from yaml import YAMLError
 from osp.config import Config, to_dict, unknown_key
 from osp.errors import LostRankError, RunError, StoppedError, UserError
 
-CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+SCRIPTS = os.path.dirname(os.path.abspath(__file__))
+CONFIGS = os.path.join(os.path.dirname(SCRIPTS), "configs")
 
 
 def launch(
@@ -39,6 +40,8 @@ def launch(
     are still running. A thread that frees a tensor while Python finalizes is stopped inside C++, which aborts the
     process ("terminate called without an active exception").
     """
+    # Python looks for modules beside the script first: evaluate.py would hide the package that tasks of lm-eval import
+    sys.path[:] = [folder for folder in sys.path if folder != SCRIPTS]
     status = 0
     try:
         run(main, config_name, defaults=defaults, positional=positional)

@@ -22,7 +22,7 @@ Tiny = Callable[..., Config]
 # In each child a thread keeps returning from C++, as threads of gloo do after the last collective. If the interpreter
 # is finalized by then, the process dies of SIGABRT.
 PROGRAM = """
-import atexit, os, signal, sys, threading
+import atexit, importlib.util, os, signal, sys, threading
 import torch
 import entry
 from osp.errors import RunError, StoppedError, UserError
@@ -36,6 +36,8 @@ def busy():
 def main(values):
     atexit.register(print, "closed")
     threading.Thread(target=busy, daemon=True).start()
+    evaluate = importlib.util.find_spec("evaluate")
+    assert evaluate is None or evaluate.origin != os.path.join(entry.SCRIPTS, "evaluate.py")
     print("done")
     if values["outcome"] is not None:
         raise values["outcome"]
