@@ -44,6 +44,7 @@ from osp.errors import UserError
 from osp.files import lock, write_atomically
 
 CHARACTERS_PER_THREAD = 1 << 21  # of the texts that are read ahead
+CHARACTERS_PER_DOCUMENT = 1 << 10  # memory of a waiting document beside its text, as characters
 MOST_THREADS = 32  # for data.num_workers=0
 POLL_SECONDS = 0.2
 
@@ -190,11 +191,11 @@ def _write_shards(
         while writer.room:
             while size < CHARACTERS_PER_THREAD * num_threads and (text := next(texts, None)) is not None:
                 pending.append(pool.submit(_encode, text, tokenizer, manifest.eos_id, manifest.dtype))
-                size += 1 + len(text)
+                size += CHARACTERS_PER_DOCUMENT + len(text)
             if not pending:
                 break
             document = pending.popleft().result()
-            size -= 1 + len(document.text)
+            size -= CHARACTERS_PER_DOCUMENT + len(document.text)
             writer.add(document)
             bar.update(len(document.tokens))
             if in_background and manifest.usable:
