@@ -15,10 +15,9 @@ input for the second copy, and the copies are compared at the end of each block.
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -77,13 +76,27 @@ def probe(model: Transformer, text: ProbeText, config: MonitorConfig) -> Reading
     training = model.training
     model.eval()  # without activation checkpointing
     try:
-        without_head = patch.object(model.lm_head, "forward", lambda x, *_: x)
+        without_head = _replaced_forward(model.lm_head, lambda x, *_: x)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), without_head:
             for first in range(0, len(text.tokens), world_size):
                 recorder.run(first + rank)
     finally:
         model.train(training)
     return recorder.reading()
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace the forward of `module`. Its hooks, DeepSpeed's among them, stay in effect."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 class _Recorder:
@@ -118,7 +131,7 @@ class _Recorder:
                 for module in model.layers.modules():
                     if isinstance(module, Linear):
                         product = functools.partial(_lockstep_linear, module)
-                        stack.enter_context(patch.object(module, "forward", product))  # the module's hooks still run
+                        stack.enter_context(_replaced_forward(module, product))
             model(tokens.repeat(times, 1), document_ids=None if ids is None else ids.repeat(times, 1))
         if "osp_script" in self.statistics:
             # Hugging Face's `hidden_states`: the embedding, every block but the last, and the final norm
