@@ -296,7 +296,7 @@ class Faults:
         if not ranks:
             return ""
         victim = self._random.choice(ranks)
-        name = f"rank {victim.environ()['RANK']} alone"
+        name = f"only rank {victim.environ()['RANK']}"
         victim.kill()
         self.figures.of_one_rank += 1
         seconds = self._wait(process, lambda: not any(p.is_running() for p in ranks if p != victim), SECONDS_TO_END)

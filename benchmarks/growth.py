@@ -4,14 +4,14 @@
     python benchmarks/growth.py --scale 8 --curves layers width seq_len micro_batch   # a GPU
     python benchmarks/growth.py --pages-only --out growth.json                        # redraw the page
 
-Writes the figures and, beside them, a page with a chart for each curve: what was measured, and what follows from the
-first point by arithmetic. A point of the first four curves is the median step of the real trainer (Muon, SSNorm,
-EmbProj). The arithmetic is the flops of a step: `flops_per_token` of its tokens and Newton-Schulz.
+Writes the figures and, beside them, a page with a chart for each curve: the measurements, and the values expected from
+the first point. A point of the first four curves is the median step of the real trainer (Muon, SSNorm,
+EmbProj). Expected values follow the flops of a step: `flops_per_token` of its tokens and Newton-Schulz.
 
 The curves over ranks run 1, 2, 4 and 8 gloo processes on the CPU, each with the same number of sequences, at every
 ZeRO stage. Bytes are what a rank sends in a step, counted from all collectives that it calls as ring algorithms send
-them: an all-reduce of S bytes sends 2 (W - 1) / W S; a reduce-scatter, a reduce or an all-gather half of it. The
-arithmetic, of P parameters and M elements in matrices, 4 bytes each, times (W - 1) / W:
+them: an all-reduce of S bytes sends 2 (W - 1) / W S; a reduce-scatter, a reduce or an all-gather half of it. Expected
+for P parameters and M elements in matrices, 4 bytes each, times (W - 1) / W:
 
     ZeRO-1, ZeRO-2   2 P: a reduce-scatter of gradients and an all-gather of weights; and Muon's exchange
     ZeRO-3           3 P: weights are gathered twice; and Muon's exchange
@@ -44,7 +44,7 @@ from osp.model.transformer import count_parameters, flops_per_token
 from osp.optim.muon import newton_schulz_flops as flops_of_matrix
 from osp.report import page as report_page
 
-BASE = {"layers": 4, "width": 256, "seq_len": 256, "micro_batch": 8}  # 8 rows a step
+BASE = {"layers": 4, "width": 256, "seq_len": 256, "micro_batch": 8}  # 8 sequences per step
 POINTS = {
     "layers": [1, 2, 4, 8],
     "width": [128, 256, 384, 512],
@@ -67,25 +67,25 @@ ON_GPU = torch.cuda.is_available()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES))
-    parser.add_argument("--scale", type=int, default=1, help="factor of width, rows and sequence length")
+    parser.add_argument("--scale", type=int, default=1, help="factor of width, sequences and sequence length")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a point, after two others")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, default=Path("growth.json"), help="JSON file; the page is beside it")
-    parser.add_argument("--pages-only", action="store_true", help="draw what --out holds, measure nothing")
+    parser.add_argument("--pages-only", action="store_true", help="draw the figures in --out, measure nothing")
     arguments = parser.parse_args()
     if not arguments.pages_only:
-        found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        figures = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         for curve in arguments.curves:
             began = time.perf_counter()
-            found[curve] = over_ranks(arguments) if curve == "ranks" else over_sizes(curve, arguments)
+            figures[curve] = over_ranks(arguments) if curve == "ranks" else over_sizes(curve, arguments)
             print(f"{curve}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-            arguments.out.write_text(json.dumps({**found, "machine": machine()}, indent=1))
-    found = json.loads(arguments.out.read_text())
-    charts = charts_of(found)
+            arguments.out.write_text(json.dumps({**figures, "machine": machine()}, indent=1))
+    figures = json.loads(arguments.out.read_text())
+    charts = charts_of(figures)
     for chart in charts:
         print(f"{chart['title']}: {chart['words']}")
-    arguments.out.with_suffix(".html").write_text(page(charts, found["machine"]), encoding="utf-8")
+    arguments.out.with_suffix(".html").write_text(page(charts, figures["machine"]), encoding="utf-8")
 
 
 # ---- tokens/s against sizes ---------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def run_rank(rank: int, world_size: int, folder: str, steps: int) -> None:
 
 
 def exchange(stage: int, *, steps: int, folder: Path) -> dict[str, Any]:
-    """Return CPU seconds, bytes sent in a step by kind, and the arithmetic, of this rank at a ZeRO stage."""
+    """Return CPU seconds, bytes sent in a step by kind, and the bytes expected, of this rank at a ZeRO stage."""
     from osp.train.setup import setup
 
     world_size = dist.get_world_size()
@@ -292,8 +292,8 @@ class Collectives(TorchDispatchMode):
         if name == "alltoall_base_":
             output, _, _, _, sends = args[:5]
             rank = dist.get_rank()
-            mine = sends[rank] if sends else output.numel() / self.world_size
-            return "all_to_all", 4 * (sum(sends) - mine) if sends else 4 * (output.numel() - mine)
+            kept = sends[rank] if sends else output.numel() / self.world_size
+            return "all_to_all", 4 * (sum(sends) - kept) if sends else 4 * (output.numel() - kept)
         assert name in ("barrier", "monitored_barrier_"), f"a collective that is not counted: {name}"
         return name, 0.0
 
@@ -307,11 +307,11 @@ def size_of(tensors: Any) -> int:
 # ---- charts ----------------------------------------------------------------------------------------------------------
 
 
-def charts_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+def charts_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the charts of the page: title, unit, axis, curves of {name, x, y, dashed}, and the verdict in words."""
     charts = []
     for curve in POINTS:
-        if points := found.get(curve):
+        if points := figures.get(curve):
             first = points[0]
             work = first["tokens_per_second"] * first["flops"]  # flops per second of the first point
             expected = [work / p["flops"] for p in points]
@@ -320,7 +320,7 @@ def charts_of(found: dict[str, Any]) -> list[dict[str, Any]]:
             worst = max(e / s for e, s in zip(expected, speeds, strict=True))
             words = (
                 f"time per token grows {speeds[0] / speeds[-1]:.2f} times from {x[0]} to {x[-1]}, flops "
-                f"{points[-1]['flops'] / first['flops']:.2f} times; at worst {worst:.2f} of what flops say"
+                f"{points[-1]['flops'] / first['flops']:.2f} times; at worst {worst:.2f} of the expected time"
             )
             curves = [
                 {"name": "measured", "x": x, "y": speeds},
@@ -328,7 +328,7 @@ def charts_of(found: dict[str, Any]) -> list[dict[str, Any]]:
             ]
             title = f"Tokens per second against {curve.replace('_', ' ')}"
             charts.append({"title": title, "axis": curve, "unit": "tokens/s", "curves": curves, "words": words})
-    if points := found.get("ranks"):
+    if points := figures.get("ranks"):
         charts += rank_charts(points)
     return charts
 
@@ -340,7 +340,7 @@ def rank_charts(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         x = [p["x"] for p in rows]
         sent.append({"name": f"ZeRO-{stage}", "x": x, "y": [p["bytes"] for p in rows]})
         most = [p["expected"] + p["expected_muon"] for p in rows]
-        sent.append({"name": f"ZeRO-{stage}, mathematics", "x": x, "y": most, "dashed": True})
+        sent.append({"name": f"ZeRO-{stage}, expected", "x": x, "y": most, "dashed": True})
         seconds.append({"name": f"ZeRO-{stage}", "x": x, "y": [p["seconds"] for p in rows]})
         last = rows[-1]
         ratios.append(
@@ -351,9 +351,9 @@ def rank_charts(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         f"{c['name']} {c['y'][-1] / c['y'][0]:.2f} times from {c['x'][0]} to {c['x'][-1]}" for c in seconds
     )
     return [
-        {"title": "Bytes a rank sends in a step", "axis": "ranks", "unit": "bytes", "curves": sent}
+        {"title": "Bytes sent by a rank in a step", "axis": "ranks", "unit": "bytes", "curves": sent}
         | {"words": "; ".join(ratios)},
-        {"title": "CPU time of a step on a rank, equal rows", "axis": "ranks", "unit": "s", "curves": seconds}
+        {"title": "CPU time of a step on a rank, equal sequences", "axis": "ranks", "unit": "s", "curves": seconds}
         | {"words": times},
     ]
 

@@ -1,4 +1,4 @@
-"""The optimizer step alone on osp_1b's matrices: ours, `torch.optim.Muon`, and DeepSpeed's MuonWithAuxAdam.
+"""Measure the optimizer step on osp_1b's matrices: ours, `torch.optim.Muon`, and DeepSpeed's MuonWithAuxAdam.
 
     python benchmarks/muon_step.py --layers 1                  # CPU
     python benchmarks/muon_step.py --layers 24                 # a GPU

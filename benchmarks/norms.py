@@ -1,10 +1,10 @@
 """Measure every normalizer: forward and backward beside a copy and torch's own norms, and whole training steps.
 
-    python benchmarks/norms.py                                                        # the norms alone
+    python benchmarks/norms.py                                                        # only the norms
     python benchmarks/norms.py --train nano --rows 16 --seq-len 256                   # and a training step with each
     python benchmarks/norms.py --train osp_1b --rows 8 --seq-len 2048                 # on a GPU, bf16
 
-The norms alone, eager and compiled: x (tokens, D) forward, then backward from a given gradient to x and the gains. The
+Only the norms, eager and compiled: x (tokens, D) forward, then backward from a given gradient to x and the gains. The
 minimal memory traffic is 5 D values per token (read x, write y; read x and dy, write dx), and 2 D for a copy; the
 column `of copy` is the ratio of the two bandwidths on the same x. `bhyt, after attention` takes its variance from the
 norm before. The default size is smaller on a CPU.
@@ -62,14 +62,14 @@ def main() -> None:
     modes = ("eager", "compiled") if arguments.compile else ("eager",)
     print(f"{arguments.repeats}\n\n| D | norm |{''.join(f' {mode} us | GB/s | of copy |' for mode in modes)}")
     print(f"|---|---|{'---|---|---|' * len(modes)}")
-    alone = [row for hidden in arguments.hidden for row in measured(arguments, hidden, modes)]
+    isolated = [row for hidden in arguments.hidden for row in measured(arguments, hidden, modes)]
     steps = train_in_turns(arguments) if arguments.train else {}
     if arguments.out:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        arguments.out.write_text(json.dumps({"settings": settings, "device": place, "alone": alone, "train": steps}))
+        arguments.out.write_text(json.dumps({"settings": settings, "device": place, "alone": isolated, "train": steps}))
 
 
-# --- the norms alone ----------------------------------------------------------------------------------------------
+# --- only the norms -----------------------------------------------------------------------------------------------
 
 
 def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Measure the constants of a plan on this machine, and compare planned steps with real ones: seconds and bytes.
+"""Measure the constants of a plan on this machine, and compare planned with real steps: seconds and bytes.
 
     python benchmarks/plan.py --model nano --threads 1 --rows 16 4 32
 
 The constants are those of `scripts/plan.py machine.KEY=`: products of 2048 x 2048 matrices; Newton-Schulz of the
-model's own matrices; forward and backward pass of the bare model at the first number of rows, without engine and
-optimizer. With these the step of the real trainer is planned for every number of rows, on one rank.
+model's own matrices; forward and backward pass of the model without engine and optimizer, at the first number of
+sequences. With these the step of the real trainer is planned for every number of sequences, on one rank.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from osp.train.setup import setup
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="nano", help="a choice of configs/model")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 4, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 4, 32], help="sequences per step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=None)
@@ -48,7 +48,7 @@ def main() -> None:
     machine = measured(resolve(configs[0], device=device, world_size=1).config, device, arguments.steps)
     shown = [f"machine.{key}={getattr(machine, key):.3g}" for key in ("peak_tflops", "matmul_share", "ns_share")]
     print(f"{machine.name}: {' '.join(shown)}\n")
-    print("| rows | planned s | real s | real / planned | planned GB | real GB |\n|---|---|---|---|---|---|")
+    print("| sequences | planned s | real s | real / planned | planned GB | real GB |\n|---|---|---|---|---|---|")
     results = []
     for rows, config in zip(arguments.rows, configs, strict=True):
         plan = make_plan(config, PlanConfig(world_size=1, machine=machine))
@@ -121,7 +121,7 @@ def step_of(config: Config, plan: Plan, repeats: int) -> tuple[float, float]:
     if device.type == "cuda":
         num_bytes = trainer.engine.memory()
     else:
-        # what was there before the step: weights and optimizer state, whose bytes tests hold against the engine
+        # allocated before the step: weights and optimizer state, whose planned bytes tests compare with the engine
         num_bytes = peak(step) + plan.stages[1]["weights"] + plan.stages[1]["optimizer_state"]
     trainer.close()
     trainer.engine.close()

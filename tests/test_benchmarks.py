@@ -172,7 +172,7 @@ def test_collectives_are_counted_as_ring_algorithms(monkeypatch: pytest.MonkeyPa
 
 
 def test_growth_page_has_a_chart_for_each_curve() -> None:
-    """The page calls a speed that falls with the flops expected, and a speed of half of that slow."""
+    """A speed that falls with the flops is the expected one; a speed that falls with their square is slow."""
     points = [{"x": x, "tokens_per_second": 100 / x, "flops": 10.0 * x} for x in (1, 2, 4)]
     slow = [{**p, "tokens_per_second": 100 / p["x"] ** 2} for p in points]
     common = {"stage": 1, "seconds": 0.1, "muon": 0.0, "expected": 200.0, "expected_muon": 10.0}
@@ -181,11 +181,11 @@ def test_growth_page_has_a_chart_for_each_curve() -> None:
     assert [chart["title"] for chart in charts] == [
         "Tokens per second against layers",
         "Tokens per second against width",
-        "Bytes a rank sends in a step",
-        "CPU time of a step on a rank, equal rows",
+        "Bytes sent by a rank in a step",
+        "CPU time of a step on a rank, equal sequences",
     ]
-    assert "at worst 1.00 of what" in charts[0]["words"]
-    assert "at worst 4.00 of what" in charts[1]["words"]
+    assert "at worst 1.00 of the expected time" in charts[0]["words"]
+    assert "at worst 4.00 of the expected time" in charts[1]["words"]
     html = growth.page(charts, "a machine")
     assert json.loads(html.split('id="data">')[1].split("</script>")[0])[0]["curves"][1]["dashed"] is True
     assert html.count('<div class="plot"') == 4
