@@ -87,8 +87,8 @@ def test_rotary_returns_bf16_for_bf16() -> None:
 @pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
 def test_causal_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool) -> None:
     q, k, v = 2 * normal(2, 11, 6, 4), normal(2, 11, kv_heads, 4, seed=1), normal(2, 11, kv_heads, 4, seed=2)
-    got = causal_attention(q, k, v, off_by_one=off_by_one)
-    torch.testing.assert_close(got.double(), naive_attention(q, k, v, off_by_one=off_by_one), **CLOSE)
+    actual = causal_attention(q, k, v, off_by_one=off_by_one)
+    torch.testing.assert_close(actual.double(), naive_attention(q, k, v, off_by_one=off_by_one), **CLOSE)
 
 
 @pytest.mark.parametrize("off_by_one", [False, True])
@@ -97,8 +97,8 @@ def test_masked_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool)
     """Documents of length 1 and a different packing in each sequence; ids need not be sorted or start at 0."""
     documents = torch.tensor([[7, 7, 7, 2, 2, 2, 2, 5], [0, 1, 1, 1, 1, 1, 3, 3]])
     q, k, v = 2 * normal(2, 8, 4, 6), normal(2, 8, kv_heads, 6, seed=1), normal(2, 8, kv_heads, 6, seed=2)
-    got = causal_attention(q, k, v, document_mask(documents), off_by_one=off_by_one)
-    torch.testing.assert_close(got.double(), naive_attention(q, k, v, documents, off_by_one=off_by_one), **CLOSE)
+    actual = causal_attention(q, k, v, document_mask(documents), off_by_one=off_by_one)
+    torch.testing.assert_close(actual.double(), naive_attention(q, k, v, documents, off_by_one=off_by_one), **CLOSE)
 
 
 def test_document_mask_by_hand() -> None:
@@ -115,7 +115,7 @@ def test_mask_of_one_document_equals_no_mask() -> None:
     torch.testing.assert_close(causal_attention(q, k, v, mask), causal_attention(q, k, v), rtol=1e-6, atol=1e-6)
 
 
-def test_packed_documents_equal_each_document_alone() -> None:
+def test_packed_documents_equal_separate_documents() -> None:
     """Tokens are rotated at their packed positions, because only distances matter."""
     lengths, table = (5, 1, 10), rotary_table(8, 16, 10_000.0, "cpu")
     ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
@@ -142,13 +142,13 @@ def test_bf16_cpu_attention_is_about_as_exact_as_torch(heads: int, groups: int, 
         out = attention(*leaves)
         return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
-    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
             1, 2
         )
 
-    exact, torch_bf16 = run(torch.float64, torchs), run(torch.bfloat16, torchs)
+    exact, torch_bf16 = run(torch.float64, torch_attention), run(torch.bfloat16, torch_attention)
     for ours, theirs, truth in zip(run(torch.bfloat16, causal_attention), torch_bf16, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         assert ours.shape == truth.shape

@@ -194,10 +194,10 @@ def assert_is_its_formula(config: ModelConfig) -> None:
     mean_loss(expected, IDS).backward()
     assert (logits - expected).abs().max() < 1e-10
     for name, parameter in model.named_parameters():
-        got, want = parameter.grad, reference.p[name].grad
-        assert got is not None, name
-        assert want is not None, name
-        assert (got - want).abs().max() < 1e-9 * want.abs().max(), name
+        actual, expected = parameter.grad, reference.p[name].grad
+        assert actual is not None, name
+        assert expected is not None, name
+        assert (actual - expected).abs().max() < 1e-9 * expected.abs().max(), name
 
 
 def assert_every_parameter_learns(config: ModelConfig) -> None:

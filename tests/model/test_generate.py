@@ -138,7 +138,7 @@ def test_cache_is_allocated_once_in_the_compute_dtype() -> None:
     assert decoder.cache.keys.dtype == torch.bfloat16
     place = decoder.cache.keys.data_ptr()
     first = [decoder.read(PROMPTS), *(decoder.read_next(torch.tensor([1, 2, 3])) for _ in range(12))]
-    # a second text in the same memory, whose old contents nobody sees
+    # a second text in the same memory, whose old contents must have no effect
     again = [decoder.read(PROMPTS), *(decoder.read_next(torch.tensor([1, 2, 3])) for _ in range(12))]
     assert decoder.cache.keys.data_ptr() == place
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -136,9 +136,9 @@ def test_a_chunk_is_freed_before_the_next_is_allocated() -> None:
     x, weight = torch.randn(256, 8, dtype=torch.bfloat16), torch.randn(1024, 8, requires_grad=True)
     targets = torch.randint(0, 1024, (256,))
 
-    def most(rows: int) -> int:
-        part = x[:rows].requires_grad_()
-        return peak(lambda: linear_cross_entropy(part, weight, targets[:rows], chunk_tokens=64))
+    def peak_bytes(num_tokens: int) -> int:
+        part = x[:num_tokens].requires_grad_()
+        return peak(lambda: linear_cross_entropy(part, weight, targets[:num_tokens], chunk_tokens=64))
 
-    assert most(64) > 64 * 1024 * (2 + 4), "logits and probabilities"
-    assert most(256) - most(64) < 2 * x.numel() * x.element_size()
+    assert peak_bytes(64) > 64 * 1024 * (2 + 4), "logits and probabilities"
+    assert peak_bytes(256) - peak_bytes(64) < 2 * x.numel() * x.element_size()

@@ -38,8 +38,8 @@ def tiny(norm: str = "rmsnorm", **changes: Any) -> ModelConfig:
     return dataclasses.replace(TINY, norm=NormConfig(name=norm, seq_len=seq_len), **changes)
 
 
-def tokens(rows: int = 2, length: int = 16, seed: int = 0) -> Tensor:
-    return torch.randint(0, TINY.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+def tokens(batch_size: int = 2, length: int = 16, seed: int = 0) -> Tensor:
+    return torch.randint(0, TINY.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
 def lively(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -194,7 +194,7 @@ def test_every_parameter_gets_a_gradient(norm: str) -> None:
 
 
 def test_packed_documents_equal_each_document_alone() -> None:
-    model, ids = lively(tiny(num_key_value_heads=2)), tokens(rows=1)
+    model, ids = lively(tiny(num_key_value_heads=2)), tokens(batch_size=1)
     documents = torch.tensor([[0] * 5 + [1] + [2] * 10])
     with torch.no_grad():
         packed = model(ids, document_ids=documents).logits
@@ -260,7 +260,7 @@ class Sizes(TorchDispatchMode):
 
 
 def test_training_never_allocates_all_logits() -> None:
-    model, ids = build_model(tiny(vocab_size=997), seed=0), tokens(rows=4)
+    model, ids = build_model(tiny(vocab_size=997), seed=0), tokens(batch_size=4)
     with Sizes() as whole:
         F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
     with Sizes() as chunked:

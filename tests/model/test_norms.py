@@ -125,9 +125,9 @@ def test_value_and_gradients_equal_float64_formula(case: str, shape: tuple[int, 
     torch.testing.assert_close(x.grad.double() / scale, x64.grad / scale, **CLOSE)
     for key, parameter in norm.named_parameters():
         assert parameter.grad is not None, key
-        got, want = parameter.grad.double(), wide[key].grad
-        assert want is not None
-        torch.testing.assert_close(got / want.abs().max(), want / want.abs().max(), **CLOSE)
+        actual, exact = parameter.grad.double(), wide[key].grad
+        assert exact is not None
+        torch.testing.assert_close(actual / exact.abs().max(), exact / exact.abs().max(), **CLOSE)
 
 
 @pytest.mark.parametrize("case", ["rmsnorm", "ssnorm", "bhyt"])
@@ -260,7 +260,7 @@ def bhyt_norm(**options: Any) -> BHyT:
 
 
 def second_norm(**options: Any) -> BHyT:
-    """The norm after attention."""
+    """Return the norm after attention."""
     return bhyt_norm(after_attention=True, **options)
 
 
@@ -445,7 +445,7 @@ def test_dyt_has_a_separate_slope_before_attention() -> None:
 
 
 def kept_for_backward(norm: Norm, dtype: torch.dtype) -> float:
-    """Bytes per element of the input that autograd keeps alive, of tensors as large as the input."""
+    """Return the bytes per element of the input that autograd keeps in tensors as large as the input."""
     x = sample((64, 256)).to(dtype).requires_grad_()
     kept: dict[int, int] = {}
 
@@ -468,9 +468,9 @@ KEPT |= {"dyt": (8, 6), "derf": (12, 8)}
 
 @pytest.mark.parametrize("name", KEPT)
 def test_bytes_kept_for_backward(name: str) -> None:
-    """Of a bounded norm the tanh, and of no norm the normalized input."""
-    got = tuple(kept_for_backward(build_norm(name, 256), dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert got == KEPT[name]
+    """Bounded norms keep the tanh; no norm keeps the normalized input."""
+    actual = tuple(kept_for_backward(build_norm(name, 256), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert actual == KEPT[name]
 
 
 def test_norm_after_attention_keeps_no_more_bytes_for_backward() -> None:

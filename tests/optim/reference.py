@@ -59,12 +59,12 @@ class Model(nn.Module):
         }
 
     def parameter_heads(self) -> dict[str, Heads]:
-        """The square matrices write 2 heads, `gate` 6, and `down` reads 3."""
+        """Return 2 heads for the output of square matrices, 6 for `gate`, and 3 for the input of `down`."""
         squares = {f"blocks.{i}.square.weight": Heads(2, 0) for i in range(5)}
         return {**squares, "gate.weight": Heads(6, 0), "down.weight": Heads(3, 1)}
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Sum of the token losses; label -100 does not count. ids: (B, 2, T), inputs and labels"""
+        """Return the sum of the token losses; label -100 does not count. ids: (B, 2, T), inputs and labels"""
         x = self.embedding(ids[:, 0])
         for block in self.blocks:
             x = block(x)
@@ -91,7 +91,7 @@ class OneRole:
 
 
 def batch(step: int) -> tuple[Tensor, int]:
-    """The rows (ROWS, 2, T) of a step and their number of valid labels, which differs from row to row."""
+    """Return the sequences (ROWS, 2, T) of a step and the number of valid labels, which differs between sequences."""
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(0, VOCAB, (ROWS, 2, TOKENS), generator=generator)
     ids[:, 1][torch.rand(ROWS, TOKENS, generator=generator) < torch.linspace(0, 0.8, ROWS)[:, None]] = -100
@@ -105,7 +105,7 @@ def factor(step: int) -> float:
 def train(
     *, steps: int, clip: float, lr: float, adam_lr: float, decay: float, per_head: bool = False
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights by name and gradient norms after plain training. per_head: every head's block is one matrix."""
+    """Return weights by name and gradient norms after plain training. per_head: each head is one matrix."""
     model, norms = Model(), []
     state: dict[str, list[Tensor]] = {
         name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""The update rules one by one, in one process and without DeepSpeed."""
+"""Each update rule in one process and without DeepSpeed."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ CONFIG = OptimizerConfig(lr=0.125, adam_lr=0.01, weight_decay=0.0, ns_dtype="fp3
 def build(
     parameters: dict[str, nn.Parameter], role: str, config: OptimizerConfig, heads: dict[str, Heads] | None = None
 ) -> tuple[PartitionedOptimizer, list[Tensor]]:
-    """An optimizer on flat copies of the parameters, as ZeRO would make them."""
+    """Return an optimizer on flat copies of the parameters, as ZeRO makes them, and the copies."""
     groups = build_groups(OneRole(parameters, role, heads), config)
     flats = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
     flats = [torch.cat([flat, flat.new_zeros(flat.numel() % 2)]) for flat in flats]
@@ -42,8 +42,8 @@ def step(optimizer: PartitionedOptimizer, flats: list[Tensor], grads: dict[str, 
 
 
 def weights(optimizer: PartitionedOptimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    found = {name: tensors["weight"] for name, _, _, tensors in optimizer.local_state()}
-    return {name: found[name].view(p.shape) for name, p in parameters.items()}
+    flattened = {name: tensors["weight"] for name, _, _, tensors in optimizer.local_state()}
+    return {name: flattened[name].view(p.shape) for name, p in parameters.items()}
 
 
 def integers(*shape: int, seed: int) -> Tensor:

@@ -71,7 +71,10 @@ def test_workspace_bounds_a_batch_and_covers_the_group() -> None:
 
 
 def exchange(cases: list[tuple[int, int, int, int]]) -> list[Any]:
-    """For (numel, count, stage, workspace): what this rank owns, and the change of its flat tensor by a round trip."""
+    """Return the parameters of this rank and the change of its flat tensor by a round trip, for each case.
+
+    cases: (numel, count, stage, workspace).
+    """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = []
     for numel, count, stage, workspace in cases:
@@ -82,9 +85,9 @@ def exchange(cases: list[tuple[int, int, int, int]]) -> list[Any]:
             flat[iv.place] = whole[iv.index, iv.start : iv.stop]
         before, owned = flat.clone(), []
         for batch in batches(numel, count, rank=rank, workspace=workspace, **layout):
-            mine = batch.collect(flat[batch.local])
-            owned.append(mine.clone())
-            update = batch.distribute(torch.ones_like(mine))
+            whole_parameters = batch.collect(flat[batch.local])
+            owned.append(whole_parameters.clone())
+            update = batch.distribute(torch.ones_like(whole_parameters))
             flat[batch.local] += update
         results.append((torch.cat(owned) if owned else None, flat - before, before >= 0))
     return results

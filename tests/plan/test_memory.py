@@ -1,4 +1,4 @@
-"""Planned bytes against the tensors of a running engine, and the counting of tensors against sums by hand."""
+"""Planned bytes against the tensors of a running engine, and counted tensors against sums by hand."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ def planned(stage: int, world_size: int, **train: Any) -> Plan:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_planned_bytes_equal_a_running_engine(world_size: int, tmp_path: Path) -> None:
-    """96 tokens are 12 rows: several micro batches of 2 on every rank."""
+    """96 tokens are 12 sequences: several micro batches of 2 on every rank."""
     configs = [config(stage) for stage in (1, 2, 3)]
     ranks = run_distributed(workers.held, world_size, configs, tmp_path)
     for index, stage in enumerate((1, 2, 3)):
@@ -48,7 +48,7 @@ def test_planned_bytes_equal_a_running_engine(world_size: int, tmp_path: Path) -
         assert most["weights"] == memory["weights"], stage
         assert most["optimizer_state"] == memory["optimizer_state"], stage
         assert most["reduced_gradients"] == pytest.approx(memory["reduced_gradients"], abs=1000), stage
-        # at stage 2 the plan has those of one micro batch more, which are there while they are added
+        # at stage 2 the plan also counts the gradients of one micro batch while they are added
         accumulated = memory["gradients"] // (2 if stage == 2 else 1)
         assert most["accumulated"] == pytest.approx(accumulated, abs=1000), stage
         sent = [sum(group.bytes_sent[r] for group in plan.groups) for r in range(world_size)]
@@ -58,13 +58,13 @@ def test_planned_bytes_equal_a_running_engine(world_size: int, tmp_path: Path) -
         assert measured[0]["checkpoint"] == pytest.approx(plan.checkpoint_bytes, rel=0.01)
 
 
-def check_traffic(plan: Plan, stage: int, found: dict[str, int], *, others: float) -> None:
-    """Which collectives DeepSpeed calls on how many bytes, each of which it sends once."""
+def check_traffic(plan: Plan, stage: int, measured: dict[str, int], *, others: float) -> None:
+    """Compare the planned traffic with the bytes of DeepSpeed's collectives, each of which it sends once."""
     little = 20_000  # norms, flags, padding
-    assert found["allreduce"] < little
-    reduced = found["reduce_scatter"] if stage == 3 else found["reduce"]
+    assert measured["allreduce"] < little
+    reduced = measured["reduce_scatter"] if stage == 3 else measured["reduce"]
     assert reduced * others == pytest.approx(plan.traffic["gradients"], abs=little), stage
-    gathered = found["allgather"] * others
+    gathered = measured["allgather"] * others
     if stage < 3:
         assert gathered == pytest.approx(plan.traffic["weights"], abs=little), stage
     else:
@@ -72,7 +72,7 @@ def check_traffic(plan: Plan, stage: int, found: dict[str, int], *, others: floa
 
 
 def test_planned_workspace_of_an_update_equals_its_allocations() -> None:
-    """`PartitionedOptimizer.step` on one rank, every tensor counted as it is made and freed."""
+    """Every tensor of `PartitionedOptimizer.step` on one rank is counted as it is created and freed."""
     settings = OptimizerConfig(ns_dtype="bf16", per_head=True)
     splits = (None, Heads(2, dim=0), Heads(4, dim=0), Heads(4, dim=1), Heads(8, dim=1))
     for shape, heads in itertools.product(((64, 64), (32, 96), (96, 32)), splits):
@@ -101,7 +101,7 @@ def test_kept_counts_each_storage_once_and_no_parameter() -> None:
 def test_peak_counts_tensors_that_are_alive_together() -> None:
     def run() -> None:
         a = torch.zeros(100)
-        a = a + torch.ones(100)  # the three together
+        a = a + torch.ones(100)  # three tensors at a time
         torch.zeros(50)
 
     assert peak(run) == 1200
@@ -143,7 +143,7 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing_and_compilat
 
 
 def test_logits_of_a_chunk_bound_the_working_set() -> None:
-    """fp32 logits and log-probabilities of a chunk, those of the chunk before, weight gradients."""
+    """The working set: fp32 logits and log-probabilities of a chunk and of the previous one, and weight gradients."""
     small, large = (planned_activations(config(1, seq_len=256, loss_chunk_tokens=n))[1] for n in (64, 512))
     assert small < large
     vocab = 1024

@@ -27,7 +27,7 @@ SMALL = ("train.steps=100", "train.seq_len=256", "train.tokens_per_step=32768", 
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> Callable[..., str]:
-    """What the script prints for these arguments."""
+    """Return a function that runs the script with arguments and returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> str:
@@ -40,7 +40,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> C
 
 @pytest.fixture
 def error_of(typed: Callable[..., str], capsys: Capture, tmp_path: Path) -> Callable[..., str]:
-    """The one line for these arguments; nothing is written."""
+    """Return a function that returns the error line of the script, and checks that no file is written."""
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:

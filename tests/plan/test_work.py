@@ -29,19 +29,19 @@ SHAPES = {(1,): 49, (2048, 2048): 96, (5504, 2048): 48, (2048, 5504): 24}  # the
 
 
 @functools.cache
-def groups_of(model: str) -> list[Group]:
-    """The optimizer's groups of a model of configs/model with EmbProj, on tensors without memory."""
+def groups_of_model(model: str) -> list[Group]:
+    """Return the parameter groups of a choice of configs/model with EmbProj, on the meta device."""
     values = yaml.safe_load((ROOT / "configs" / "model" / f"{model}.yaml").read_text())
     shapes = meta_model(ModelConfig(**values, embed_proj=True))
     return build_groups(shapes, OptimizerConfig())
 
 
 def structured(model: str = "osp_1b") -> list[Group]:
-    return [group for group in groups_of(model) if group["rule"] != "adamw"]
+    return [group for group in groups_of_model(model) if group["rule"] != "adamw"]
 
 
 def tiles(parts: Iterable[tuple[int, int]], size: int) -> bool:
-    """Whether intervals, in any order, cover [0, size) once."""
+    """Return whether intervals, in any order, cover [0, size) exactly once."""
     position = 0
     for start, stop in sorted(parts):
         if start != position:
@@ -51,8 +51,8 @@ def tiles(parts: Iterable[tuple[int, int]], size: int) -> bool:
 
 
 def test_groups_equal_the_paper_s_model() -> None:
-    found = [(group["role"], group["shapes"][0], len(group["shapes"])) for group in structured()]
-    assert sorted(found) == sorted([*(("matrix", s, n) for s, n in SHAPES.items() if len(s) == 2),
+    actual = [(group["role"], group["shapes"][0], len(group["shapes"])) for group in structured()]
+    assert sorted(actual) == sorted([*(("matrix", s, n) for s, n in SHAPES.items() if len(s) == 2),
                                     ("gain", (1,), 49), ("embed_proj", (2048, 2048), 2)])  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_every_element_of_every_matrix_is_held_once_and_owned_once(world_size: i
 
 
 def check_batch(work: Sequence[MatrixBatch], numel: int, held: dict[int, list[tuple[int, int]]]) -> None:
-    """One batch on all ranks: what each sends is what the other expects, and makes whole parameters."""
+    """Check one batch on all ranks: every part that is sent is expected, and the parts make whole parameters."""
     sends, receives = np.array([b.sends for b in work]), np.array([b.receives for b in work])
     assert (sends == receives.T).all()
     owner = {b.first + i: rank for rank, b in enumerate(work) for i in range(b.num_owned)}
@@ -103,11 +103,11 @@ def check_batch(work: Sequence[MatrixBatch], numel: int, held: dict[int, list[tu
                 whole[iv.index].append((iv.start, iv.stop))
         assert next(parts, None) is None
         assert sorted(whole) == list(range(batch.num_owned))
-        assert all(tiles(found, numel) for found in whole.values())
+        assert all(tiles(parts, numel) for parts in whole.values())
 
 
 class Wire:
-    """Stands in for the all-to-all of ranks that run one after the other: first all send, then all receive."""
+    """Simulate the all-to-all of ranks that run one after the other: first all send, then all receive."""
 
     def __init__(self) -> None:
         self.sent: list[list[Tensor]] = []
@@ -125,7 +125,7 @@ class Wire:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_exchange_of_512_ranks_moves_every_number_to_its_place_and_back(stage: int) -> None:
-    """EmbProj's two matrices of 2048 x 2048, each element its own number, through the real packing on all 512 ranks."""
+    """EmbProj's two matrices of 2048 x 2048, each element a different number, packed and unpacked on all 512 ranks."""
     numel, count, world_size = 2048 * 2048, 2, 512
     layout = {"world_size": world_size, "stage": stage}
     whole = torch.arange(numel * count, dtype=torch.float32).view(count, numel)  # below 2^24: exact
@@ -212,7 +212,10 @@ def test_bytes_sent_are_the_parts_that_owners_do_not_hold(world_size: int, stage
 
 def test_traffic_and_time_of_two_ranks_by_hand() -> None:
     """nano on 2 ranks: every byte by the ring's formulas, every second by its constant."""
-    groups, total = groups_of("nano"), 4 * sum(p.numel() for group in groups_of("nano") for p in group["params"])
+    groups, total = (
+        groups_of_model("nano"),
+        4 * sum(p.numel() for group in groups_of_model("nano") for p in group["params"]),
+    )
     work = [group_work(g, batches_of(g, world_size=2, stage=1)) for g in structured("nano")]
     padding = 8 * len(groups)
     machine = MachineConfig(

@@ -19,13 +19,13 @@ from osp.train.setup import build_engine
 
 
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages of these tensors, each counted once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    return sum(found.values())
+    """Return the bytes of the storages of these tensors, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
 
 
 def flat(values: Any) -> list[Tensor]:
-    """The tensors in a list or table of lists."""
+    """Return the tensors in a list or table of lists."""
     if isinstance(values, dict):
         return flat(list(values.values()))
     return [t for value in values for t in flat(value)] if isinstance(values, list) else [values]
@@ -49,7 +49,7 @@ def gradients(engine: Engine, stage: int) -> int:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the bytes of the whole tensors that collectives work on, by the name of the operator."""
+    """Count the bytes of the whole tensors of collectives, by the name of the operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,38 +64,38 @@ class Collectives(TorchDispatchMode):
 
 
 def held(configs: list[Config], folder: Path) -> list[dict[str, int]]:
-    """For each configuration: bytes by part of a real engine on this rank, exchanged bytes, and of a checkpoint."""
+    """Return for each configuration the bytes of a real engine on this rank: by part, exchanged, and of a checkpoint."""
     return [measure(config, folder / str(i)) for i, config in enumerate(configs)]
 
 
 def measure(config: Config, folder: Path) -> dict[str, int]:
-    stage, found = config.engine.zero_stage, {}
+    stage, measured = config.engine.zero_stage, {}
     resolved = resolve(config, device=torch.device("cpu"), world_size=dist.get_world_size())
     engine = build_engine(resolved)
     tokens = torch.zeros(resolved.micro_batch_size, config.train.seq_len, dtype=torch.long)
     with Collectives() as collectives:
         for _ in range(engine.gradient_accumulation_steps):
-            found["accumulated"] = gradients(engine, stage)  # by the micro batches before
+            measured["accumulated"] = gradients(engine, stage)  # by the micro batches before
             engine.backward(engine(tokens, tokens).loss / config.train.tokens_per_step)
-        found["weights"] = weights(engine, stage)
-        found["reduced_gradients"] = gradients(engine, stage)
-        found["exchange"] = exchanged(engine)
+        measured["weights"] = weights(engine, stage)
+        measured["reduced_gradients"] = gradients(engine, stage)
+        measured["exchange"] = exchanged(engine)
     for kind in ("allreduce", "reduce_scatter", "allgather"):
-        found[kind] = sum(count for name, count in collectives.counts.items() if kind in name)
-    found["reduce"] = collectives.counts.get("reduce", 0)
-    found["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
+        measured[kind] = sum(count for name, count in collectives.counts.items() if kind in name)
+    measured["reduce"] = collectives.counts.get("reduce", 0)
+    measured["optimizer_state"] = num_bytes(t for state in engine.optimizer.state.values() for t in state.values())
     saver = Saver(folder, CheckpointConfig(), token="t", rank=engine.rank, gather=gather_objects)
     saver.begin(engine.optimizer.local_state(), rng=engine.rng_state(), buffers={}, manifest={"step": 1})
     saved = saver.finish()
     assert saved.error is None
-    found["checkpoint"] = saved.num_bytes
+    measured["checkpoint"] = saved.num_bytes
     saver.close()
     engine.close()
-    return found
+    return measured
 
 
 def exchanged(engine: Engine) -> int:
-    """Bytes that this rank hands to torch's all-to-all for other ranks, in one optimizer step."""
+    """Return the bytes that this rank sends to other ranks by all-to-all in one optimizer step."""
     sent, original = [0], dist.all_to_all_single
 
     def count(received: Tensor, values: Tensor, *, output_split_sizes: list[int], input_split_sizes: list[int]) -> Any:
