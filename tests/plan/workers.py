@@ -64,7 +64,7 @@ class Collectives(TorchDispatchMode):
 
 
 def held(configs: list[Config], folder: Path) -> list[dict[str, int]]:
-    """Return for each configuration the bytes of a real engine on this rank: by part, exchanged, and of a checkpoint."""
+    """Return the bytes of a real engine on this rank for each configuration: by part, exchanged, of a checkpoint."""
     return [measure(config, folder / str(i)) for i, config in enumerate(configs)]
 
 
