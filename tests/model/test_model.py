@@ -193,7 +193,7 @@ def test_every_parameter_gets_a_gradient(norm: str) -> None:
 # --- documents ----------------------------------------------------------------------------------------------------
 
 
-def test_packed_documents_equal_each_document_alone() -> None:
+def test_logits_of_packed_documents_equal_separate_documents() -> None:
     model, ids = lively(tiny(num_key_value_heads=2)), tokens(batch_size=1)
     documents = torch.tensor([[0] * 5 + [1] + [2] * 10])
     with torch.no_grad():

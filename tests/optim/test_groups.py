@@ -76,7 +76,7 @@ def test_tied_parameter_is_refused() -> None:
         build_groups(model, CONFIG)
 
 
-def test_unknown_and_unfit_rules_are_refused() -> None:
+def test_unknown_and_unsuitable_rules_are_refused() -> None:
     with pytest.raises(UserError, match=r"rules.matrix='sgd': unknown rule; choose from adamw, muon, normalized"):
         build_groups(Model(), replace(CONFIG, rules=CONFIG.rules | {"matrix": "sgd"}))
     with pytest.raises(UserError, match=r"rules.gain=muon: the rule needs 2-D parameters, 'blocks.0.gain.weight' is"):
@@ -112,7 +112,7 @@ def test_matrices_with_heads_have_separate_groups(monkeypatch: pytest.MonkeyPatc
     assert not any(group["heads"] for group in build_groups(Model(), per_head))
 
 
-def test_groups_do_not_depend_on_values() -> None:
+def test_groups_do_not_depend_on_parameter_values() -> None:
     meta = Model().to("meta")
     assert describe_groups(build_groups(meta, CONFIG)) == describe_groups(build_groups(Model(), CONFIG))
     assert torch.device("meta") == meta.up.weight.device

@@ -1,4 +1,4 @@
-"""A new update rule needs one class and one entry in `RULES`: sign descent with momentum, known to this file alone."""
+"""A new update rule needs one class and one entry in `RULES`: sign descent with momentum, defined only here."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ class SignDescent(UpdateRule):
 
 @pytest.fixture
 def tiny_signs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
-    """The small configuration with the made-up rule for matrices and gains."""
+    """Return a function that returns the small configuration with the made-up rule for matrices and gains."""
     monkeypatch.setitem(RULES, "signs", SignDescent)
     rules = [f"optimizer.rules.{role}=signs" for role in ROLES] + ["optimizer.rules.embed_proj=muon"]
     rest = ["optimizer.rules.embedding=adamw", "optimizer.rules.head=adamw", "optimizer.lr=0.002"]
@@ -89,7 +89,7 @@ def test_plan_counts_the_state_and_the_workspace_of_a_made_up_rule(tiny_signs: T
 
 
 def weights_of_rank() -> dict[str, Tensor]:
-    """Weights after training `tests.optim.reference.Model` with the made-up rule; its groups are cut anywhere."""
+    """Return the weights of `tests.optim.reference.Model` after training with the made-up rule, cut at any element."""
     RULES["signs"] = SignDescent
     rules = workers.CONFIG.rules | dict.fromkeys(ROLES, "signs")
     config = dataclasses.replace(workers.CONFIG, rules=rules)

@@ -38,7 +38,7 @@ def step(optimizer: PartitionedOptimizer, flats: list[Tensor], grads: dict[str, 
         single, optimizer.param_groups = optimizer.param_groups, [group]
         optimizer.step()
         optimizer.param_groups = single
-        assert torch.equal(flat.grad, before), "the gradient was changed"
+        assert torch.equal(flat.grad, before), "the rule must not change the gradient"
 
 
 def weights(optimizer: PartitionedOptimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def test_muon_equals_torch_up_to_bf16() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 7), (7, 5), (9,), (1,)])
-def test_rules_equal_the_paper_s(shape: tuple[int, ...]) -> None:
+def test_rules_equal_the_formulas_of_the_paper(shape: tuple[int, ...]) -> None:
     parameters = {f"p{i}": nn.Parameter(torch.randn(shape)) for i in range(3)}
     expected = {name: p.detach().clone() for name, p in parameters.items()}
     buffers = {name: torch.zeros(shape) for name in parameters}

@@ -47,11 +47,11 @@ def test_lengths_in_tokens_and_percent() -> None:
     assert values(ScheduleConfig("trapezoid", warmup="10%", decay="2000 tokens"), 100) == in_steps
 
 
-def test_zero_lengths_are_a_constant_rate() -> None:
+def test_zero_lengths_give_a_constant_learning_rate() -> None:
     assert values(ScheduleConfig("trapezoid", warmup=0, decay=0), 5) == [1.0] * 5
 
 
-def test_steps_past_the_end_keep_the_final_rate() -> None:
+def test_steps_past_the_end_keep_the_final_learning_rate() -> None:
     factor = build_schedule(ScheduleConfig(final_ratio=0.3), total_steps=50, tokens_per_step=1)
     assert factor(50) == factor(10**6) == pytest.approx(0.3)
 

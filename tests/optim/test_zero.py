@@ -1,4 +1,4 @@
-"""Every element lies on exactly one rank, and the exchange returns updates to where parameters came from."""
+"""Every element lies on exactly one rank, and the exchange returns updates to the ranks of their parameters."""
 
 import random
 from collections.abc import Sequence

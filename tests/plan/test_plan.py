@@ -53,7 +53,7 @@ def error_of(typed: Callable[..., str], capsys: Capture, tmp_path: Path) -> Call
     return run
 
 
-def test_page_and_json_of_the_paper_s_model(typed: Callable[..., str], tmp_path: Path) -> None:
+def test_page_and_json_of_osp_1b(typed: Callable[..., str], tmp_path: Path) -> None:
     page = typed("+experiment=osp_1b", "world_size=256", "out=plan.json", "machine.disk=3", "train.compile=false")
     assert re.search(r"osp_1b on 256 x NVIDIA H100 SXM, ZeRO-1, bf16, blocks eager", page)
     assert re.search(r"4,194,304 tokens in sequences of 2,048; each rank 1 \(gradient accumulation\) times 8", page)

@@ -50,7 +50,7 @@ def tiles(parts: Iterable[tuple[int, int]], size: int) -> bool:
     return position == size
 
 
-def test_groups_equal_the_paper_s_model() -> None:
+def test_groups_of_osp_1b() -> None:
     actual = [(group["role"], group["shapes"][0], len(group["shapes"])) for group in structured()]
     assert sorted(actual) == sorted([*(("matrix", s, n) for s, n in SHAPES.items() if len(s) == 2),
                                     ("gain", (1,), 49), ("embed_proj", (2048, 2048), 2)])  # fmt: skip
@@ -59,7 +59,7 @@ def test_groups_equal_the_paper_s_model() -> None:
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 3, 8, 48, 512, 1024])
 def test_every_element_of_every_matrix_is_held_once_and_owned_once(world_size: int, stage: int) -> None:
-    """By the ends of intervals, for every rank; stage 2 cuts as stage 1 does."""
+    """Compare the ends of intervals on every rank; stage 2 cuts like stage 1."""
     for group in structured():
         numel, count = torch.Size(group["shapes"][0]).numel(), len(group["shapes"])
         ranks = batches_of(group, world_size=world_size, stage=stage)
@@ -70,7 +70,7 @@ def test_every_element_of_every_matrix_is_held_once_and_owned_once(world_size: i
             table = interval_table([numel] * count, world_size=world_size, stage=stage)
             assert all(iv.size == numel for intervals in table for iv in intervals)
             continue
-        assert len({len(work) for work in ranks}) == 1, "a batch is a collective: all ranks take part"
+        assert len({len(work) for work in ranks}) == 1, "all ranks must take part in a batch, which is a collective"
         for batch_of in zip(*ranks, strict=True):
             check_batch(batch_of, numel, held)
         assert sorted(held) == list(range(count))
@@ -158,7 +158,7 @@ def test_rank_of_1024_builds_its_exchange_in_milliseconds() -> None:
         began = time.process_time()
         for shape, count in SHAPES.items():
             batches(torch.Size(shape).numel(), count, world_size=1024, rank=700, stage=stage)
-        assert time.process_time() - began < 0.2, "it grew with ranks times parameters: 0.5 to 1.4 s"
+        assert time.process_time() - began < 0.2, "time proportional to ranks times parameters would be 0.5 to 1.4 s"
 
 
 def work_of(world_size: int, stage: int = 1) -> list[GroupWork]:
@@ -184,7 +184,7 @@ def test_critical_path_is_the_sum_over_groups_of_the_fullest_rank() -> None:
 
 @pytest.mark.parametrize(("heads", "matrix"), [(Heads(4, dim=0), (8, 48)), (Heads(4, dim=1), (32, 12))])
 def test_flops_of_heads_equal_counted_products(heads: Heads, matrix: tuple[int, int]) -> None:
-    """5 matrices of 4 heads; the optimizer's products beside the plan's."""
+    """Compare the products of the optimizer with the plan's for 5 matrices of 4 heads."""
     parameters = {str(i): nn.Parameter(torch.randn(32, 48)) for i in range(5)}
     model = OneRole(parameters, heads=dict.fromkeys(parameters, heads))
     (group,) = build_groups(model, OptimizerConfig(per_head=True))
@@ -212,10 +212,8 @@ def test_bytes_sent_are_the_parts_that_owners_do_not_hold(world_size: int, stage
 
 def test_traffic_and_time_of_two_ranks_by_hand() -> None:
     """nano on 2 ranks: every byte by the ring's formulas, every second by its constant."""
-    groups, total = (
-        groups_of_model("nano"),
-        4 * sum(p.numel() for group in groups_of_model("nano") for p in group["params"]),
-    )
+    groups = groups_of_model("nano")
+    total = 4 * sum(p.numel() for group in groups for p in group["params"])
     work = [group_work(g, batches_of(g, world_size=2, stage=1)) for g in structured("nano")]
     padding = 8 * len(groups)
     machine = MachineConfig(
@@ -227,13 +225,13 @@ def test_traffic_and_time_of_two_ranks_by_hand() -> None:
         assert sent[stage]["gradients"] == pytest.approx(total * gradients, abs=3 * padding)
         assert sent[stage]["weights"] == pytest.approx(total * weights, abs=3 * padding)
     eight, nine = (traffic(groups, work, options[n], stage=2, accumulation=3)["gradients"] for n in (8, 9))
-    assert nine / eight == pytest.approx(2 * (8 / 9) / (7 / 8), rel=0.01), "to all and not to owners beyond a host"
+    assert nine / eight == pytest.approx(2 * (8 / 9) / (7 / 8), rel=0.01), "all-reduced beyond a host"
     first = step_time(work, sent[1], options[2], stage=1, flops=1e12)
     assert first["passes"] == pytest.approx(1e12 / 50e12)
     assert first["gradients"] == pytest.approx(sent[1]["gradients"] / 5e9)
     assert first["newton_schulz"] == pytest.approx(sum(g.critical_flops for g in work) / 25e12)
     assert step_time(work, sent[3], options[2], stage=3, flops=1e12)["gradients"] == 0, (
-        "it travels while the passes compute"
+        "the transfer overlaps with the passes"
     )
     far = step_time(work, sent[1], options[16], stage=1, flops=1e12)
-    assert far["gradients"] == pytest.approx(first["gradients"] * 10 / 8), "through the 8 adapters of a host"
+    assert far["gradients"] == pytest.approx(first["gradients"] * 10 / 8), "a ring uses the 8 adapters of a host"
