@@ -87,7 +87,7 @@ class KVCache:
         # zeros: unwritten slots have the attention weight 0, and 0 times uninitialized memory may be nan
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(shape[1], device=device)[:, None]
+        self.sequences = torch.arange(shape[1], device=device)[:, None]
         self.positions: Tensor | None = None  # (B, T) of the tokens of the next pass; None: 0 to T - 1
         self.width = shape[2]  # slots that the next pass reads: all, or as many as its largest position needs
 
@@ -97,7 +97,7 @@ class KVCache:
         if self.positions is None:
             keys[:, : k.shape[1]], values[:, : v.shape[1]] = k, v
             return k, v
-        keys[self.rows, self.positions], values[self.rows, self.positions] = k, v
+        keys[self.sequences, self.positions], values[self.sequences, self.positions] = k, v
         return keys[:, : self.width], values[:, : self.width]
 
     def mask(self, positions: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ class BlockwiseAttention(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for start in range(0, length, _BLOCK):
             stop = min(start + _BLOCK, length)
-            rows = wide_q[:, :, start:stop]
-            scores = torch.bmm(rows.flatten(1, 2), wide_k[:, :stop].mT).view(*rows.shape[:3], stop)
+            queries = wide_q[:, :, start:stop]
+            scores = torch.bmm(queries.flatten(1, 2), wide_k[:, :stop].mT).view(*queries.shape[:3], stop)
             scores[..., start:] += above_diagonal[: stop - start, : stop - start]
-            p = scores.softmax(-1).to(v.dtype).flatten(1, 2)  # (N, R rows, stop)
-            out[:, :, start:stop] = torch.bmm(p, v[:, :stop]).view(rows.shape)
+            p = scores.softmax(-1).to(v.dtype).flatten(1, 2)  # (N, R queries, stop)
+            out[:, :, start:stop] = torch.bmm(p, v[:, :stop]).view(queries.shape)
             kept.append(p)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(batch, -1, length, size).transpose(1, 2)

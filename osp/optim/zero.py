@@ -113,7 +113,7 @@ def batches(
 ) -> list[MatrixBatch]:
     """Return the work of one rank on a group of `count` parameters of `numel` elements.
 
-    Where ZeRO's pieces are whole parameters each rank works alone, in views. Elsewhere parameter k of a batch of K
+    Where ZeRO's pieces are whole parameters each rank works by itself, in views. Elsewhere parameter k of a batch of K
     belongs to rank k*W//K, and all ranks take part in every batch, because it is a collective.
     The time is proportional to what the rank holds and owns, not to K W: every rank of a large job does this at start.
     """

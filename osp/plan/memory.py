@@ -40,7 +40,7 @@ def rank_memory(
     flat, total = sum(flats), sum(every)
     settings = zero_settings(stage, world_size=world_size, num_parameters=total, device=torch.device("cuda"))
     bucket = settings["reduce_bucket_size"]
-    # the collective works on a copy; a parameter larger than the bucket is sent alone
+    # the collective works on a copy; a parameter larger than the bucket is sent separately
     buffers = bucket * (2 if settings["overlap_comm"] and stage < 3 else 1) + max(bucket, *every)
     weights, gathered = flat if stage == 3 else world_size * flat, 0
     if stage == 3:
