@@ -1,8 +1,8 @@
 """Documents -> token shards, prepared once per configuration.
 
-1. The source yields texts.
-2. Threads encode them (`_encode`): tokens + end-of-text, and the hash of the text. Results come back in the order of
-   the documents, so the bytes written do not depend on the number of threads.
+1. The source yields texts; `_batches` groups them.
+2. Threads encode a batch (`_encode`): tokens + end-of-text, and the hash of each text. Results come back in the order
+   of the documents, so the bytes written do not depend on the number of threads.
 3. `_Writer` sends a document to the validation split if the hash of its text is small, else to training, and seals a
    shard for every `data.shard_tokens` training tokens. The validation split is sealed together with the first training
    shard, so that a run can start while documents still stream in; later documents of that split are dropped.
@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +44,8 @@ from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_
 from osp.errors import UserError
 from osp.files import lock, write_atomically
 
-CHARACTERS_PER_THREAD = 1 << 21  # of the texts that are read ahead
-CHARACTERS_PER_DOCUMENT = 1 << 10  # memory of a waiting document beside its text, as characters
+BATCH_CHARACTERS = 1 << 20  # of texts that a thread encodes at a time
+BATCH_DOCUMENTS = 1024
 MOST_THREADS = 32  # for data.num_workers=0
 POLL_SECONDS = 0.2
 
@@ -182,22 +183,20 @@ def _write_shards(
             manifest = _begin(data, config, folder)
         save_manifest(manifest, folder)
         writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
-        texts = itertools.islice(make_source(data).documents(), manifest.next_document, None)
+        batches = _batches(itertools.islice(make_source(data).documents(), manifest.next_document, None))
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-        pending: deque[Future[Document]] = deque()
-        size = 0  # of the texts in `pending`
+        pending: deque[Future[list[Document]]] = deque()
         bar.set_description("preparing data")
         bar.update(manifest.train.tokens)
         while writer.room:
-            while size < CHARACTERS_PER_THREAD * num_threads and (text := next(texts, None)) is not None:
-                pending.append(pool.submit(_encode, text, tokenizer, manifest.eos_id, manifest.dtype))
-                size += CHARACTERS_PER_DOCUMENT + len(text)
+            while len(pending) < 2 * num_threads and (batch := next(batches, None)):
+                pending.append(pool.submit(_encode, batch, tokenizer, manifest.eos_id, manifest.dtype))
             if not pending:
                 break
-            document = pending.popleft().result()
-            size -= CHARACTERS_PER_DOCUMENT + len(document.text)
-            writer.add(document)
-            bar.update(len(document.tokens))
+            for document in pending.popleft().result():
+                if writer.room:
+                    writer.add(document)
+                    bar.update(len(document.tokens))
             if in_background and manifest.usable:
                 bar.close()
         writer.finish()
@@ -224,6 +223,19 @@ def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
     )
 
 
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the texts in lists of at most BATCH_DOCUMENTS, and of about BATCH_CHARACTERS."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 class Document(NamedTuple):
     """An encoded document, or the rest of one."""
 
@@ -232,10 +244,13 @@ class Document(NamedTuple):
     hash: int  # of the text, 64 bits
 
 
-def _encode(text: str, tokenizer: Tokenizer, eos: int, dtype: str) -> Document:
+def _encode(texts: list[str], tokenizer: Tokenizer, eos: int, dtype: str) -> list[Document]:
+    documents = []
     # encode_batch_fast lets other threads run, encode does not
-    ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
-    return Document(text, np.array([*ids, eos] if ids else [], dtype=dtype), text_hash(text))
+    for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        tokens = np.array([*encoding.ids, eos] if encoding.ids else [], dtype=dtype)
+        documents.append(Document(text, tokens, text_hash(text)))
+    return documents
 
 
 class _NoValidationDocumentError(Exception):
