@@ -23,9 +23,7 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
         valid = sorted(keywords - {*PLACE})
         raise UserError(f"norm.{key}={options[key]!r}: {name} has no such option; it has {valid}")
     build = cast(Callable[..., Norm], NORMS[name])  # each class has its own keywords
-    norm = build(hidden_size, **{key: value for key, value in options.items() if key in keywords})
-    norm.reset_parameters()
-    return norm
+    return build(hidden_size, **{key: value for key, value in options.items() if key in keywords})
 
 
 def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:

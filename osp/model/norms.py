@@ -54,7 +54,10 @@ class Norm(nn.Module):
     output_scale = 1.0  # of LayerNorm scaling
 
     def __init__(self, **initial: float) -> None:
-        """initial: initial values of parameters and buffers by name, other than 1 for `weight` and 0 for `bias`."""
+        """initial: initial values of parameters and buffers by name, other than 1 for `weight` and 0 for `bias`.
+
+        A subclass creates its parameters afterwards, and then calls `reset_parameters`.
+        """
         super().__init__()
         self.initial = {"weight": 1.0, "bias": 0.0, **initial}
         self.weight: nn.Parameter | None = None
@@ -102,6 +105,7 @@ class LayerNorm(Norm):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
         self.bias = nn.Parameter(torch.empty(hidden_size)) if bias else None
+        self.reset_parameters()
 
     def normalize(self, x: Tensor) -> Tensor:
         # torch's function is fused on every device and keeps only its input for backward
@@ -123,6 +127,7 @@ class RMSNorm(Norm):
         super().__init__(weight=init)
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size)) if affine else None
+        self.reset_parameters()
 
     def normalize(self, x: Tensor) -> Tensor:
         return Divided.apply(x, None, None, self.weight, self.eps)[0]
@@ -194,6 +199,7 @@ class DyT(Norm):
         self.shift = nn.Parameter(torch.empty(1)) if self.shifts else None
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
 
     def normalize(self, x: Tensor) -> Tensor:
         argument = self.alpha * upcast(x)
@@ -253,6 +259,7 @@ class BHyTStar(Norm):
         self.slope: Tensor | None = None  # lambda / kappa, once folded
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.lam = nn.Parameter(torch.empty(1)) if learnable_lambda else nn.Buffer(torch.empty(1))
+        self.reset_parameters()
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
         """Return the mean square (..., 1) approximated from the first norm of the block, fp32; None: measure it."""
@@ -324,6 +331,7 @@ class BHyT(BHyTStar):
             self.eta = nn.Parameter(torch.empty(1))
         if self.approximates:
             self.attention_gain = nn.Buffer(torch.empty(1))
+        self.reset_parameters()
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
         if carry is None or not self.approximates:

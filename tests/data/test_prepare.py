@@ -105,7 +105,7 @@ def test_shards_equal_a_naive_packer(
 def test_any_number_of_threads_writes_the_same_bytes(
     data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "CHARACTERS_PER_THREAD", 10_000)  # a few documents in flight
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 10_000)  # many batches in flight
     written = []
     for num_workers in (1, 2, 3):
         config = dataclasses.replace(data_config, num_workers=num_workers, cache_dir=str(tmp_path / str(num_workers)))
