@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py --model nano --threads 1 --rows 16 4 32
 
-The constants are those of `scripts/plan.py machine.KEY=`: products of 2048 x 2048 matrices; Newton-Schulz of the
+The constants are the keys of `scripts/plan.py machine.KEY=`: products of 2048 x 2048 matrices; Newton-Schulz of the
 model's own matrices; forward and backward pass of the model without engine and optimizer, at the first number of
 sequences. With these the step of the real trainer is planned for every number of sequences, on one rank.
 """

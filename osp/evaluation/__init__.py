@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity and tasks, as it is and quantized."""
+"""Evaluate a model, quantized or not: perplexity and tasks."""

@@ -84,7 +84,7 @@ def test_every_statistic_of_one_spike() -> None:
 
 
 def test_decomposition_separates_channels_from_tokens() -> None:
-    """Energy r_t c_c with random signs: the rest of the fourth moment is 1, the factors are those of r and c."""
+    """Energy r_t c_c with random signs: the rest of the fourth moment is 1, the factors come from r and c."""
     signs = torch.randint(0, 2, (N, D), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     r, c = torch.ones(N).double(), torch.ones(D).double()
     r[3], c[8] = 25.0, 100.0
