@@ -1,1 +1,1 @@
-"""What a training will need, worked out before it starts."""
+"""Plan a training without starting it: memory, traffic and time."""

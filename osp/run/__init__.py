@@ -1,0 +1,1 @@
+"""Files of a run: folder, checkpoints, metrics, events and records of evaluations, written and read."""
