@@ -6,6 +6,7 @@ folder gets its name after the files were read back and compared with the traine
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 import re
@@ -155,7 +156,8 @@ def write_llama(
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors |= {f"{name}.weight": norm_gain(norm, config.hidden_size) for name, norm, _ in residual_norms(model)}
     stored = {key if key == HEAD else BODY + key: tensor.to(DTYPES[dtype]).cpu() for key, tensor in tensors.items()}
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # it would name the temporary folder
+    # it would print the name of the temporary folder; its logger has the name of its file
+    logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     save_torch_state_dict(stored, folder, max_shard_size=shard_bytes)
     for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
         path.chmod((folder / CONFIG).stat().st_mode)
