@@ -370,6 +370,11 @@ def meta_model(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Return the shape of every parameter by name, as the manifest of a checkpoint records it."""
+    return {name: list(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+
+
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters by role, and the `total`."""
     model = meta_model(config)

@@ -22,7 +22,7 @@ from osp.distributed import Peers, device_of_rank, gather_objects, init_distribu
 from osp.errors import LostRankError, RunError, UserError
 from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
-from osp.model.transformer import build_model, meta_model
+from osp.model.transformer import build_model, meta_model, parameter_shapes
 from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
 from osp.run.folder import begin, check_disk, open_run, recorded_steps, seconds_to_write
@@ -78,7 +78,7 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     config, device, world_size = resolved.config, resolved.device, resolved.world_size
     if any(other != [given, config] for other in gather_objects([given, config])):
         raise UserError("the ranks have different configurations; start all of them with the same command and files")
-    shapes = {name: list(p.shape) for name, p in meta_model(config.model).named_parameters()}
+    shapes = parameter_shapes(config.model)
     if config.train.precision == "fp8":
         fp8_linear(emulate=not native_fp8(device))  # raises without torchao
         if native_fp8(device):

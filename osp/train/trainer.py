@@ -19,7 +19,7 @@ from osp.distributed import Peers, add_up, gather_objects
 from osp.errors import LostRankError, RunError, StoppedError
 from osp.files import write_text
 from osp.model.loss import IGNORE
-from osp.model.transformer import Output, Transformer, flops_per_token, meta_model
+from osp.model.transformer import Output, Transformer, flops_per_token, parameter_shapes
 from osp.monitor.monitor import Monitor
 from osp.run.checkpoint import Checkpoint, Saved, Saver, load
 from osp.run.folder import RunLock, end, environment
@@ -80,7 +80,7 @@ class Trainer:
         self._check_every = 1  # micro steps between looks at requests to stop
         # computed once: asking git and building a model take longer than the copy of a save
         self._environment = environment() if engine.rank == 0 else None
-        self._shapes = {name: list(p.shape) for name, p in meta_model(config.model).named_parameters()}
+        self._shapes = parameter_shapes(config.model)
         self.flops_per_token = flops_per_token(config.model, config.train.seq_len)
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
         self.peak_tflops = config.logger.peak_tflops or peak_tflops_of(name)
