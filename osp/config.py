@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ from osp.schema import (
 )
 
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
-ROLES: tuple[Role, ...] = ("matrix", "embed_proj", "gain", "embedding", "head")
+ROLES: tuple[Role, ...] = get_args(Role)
 WandbMode = Literal["online", "offline", "disabled"]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AfterValidator
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from osp.quant.formats import NumberFormat
 
 Part = Literal["w", "a", "kv"]  # weights, activations and cache: prefix of their keys
-PARTS: tuple[Part, ...] = ("w", "a", "kv")
+PARTS: tuple[Part, ...] = get_args(Part)
 # Where a model can be quantized: sites (osp.model.sites), and for weights the modules of the model.
 INNER_SITES: dict[Part, tuple[str, ...]] = {
     "w": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "attention_gate"),
