@@ -126,15 +126,20 @@ def test_going_back_to_an_older_checkpoint_persists_without_a_later_save(tiny: T
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 2]
 
 
-def test_full_disk_fails_a_save_but_not_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, *, at_step: int) -> None:
+    """Leave no space for the checkpoint of one step."""
     write_tensors = checkpoint_module.write_tensors
 
     def fail(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-        if ".step_00000002." in str(path):
+        if f".step_{at_step:08d}." in str(path):
             raise OSError(28, "No space left on device", str(path))
         return write_tensors(path, tensors)
 
     monkeypatch.setattr(checkpoint_module, "write_tensors", fail)
+
+
+def test_full_disk_fails_a_save_but_not_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_the_disk(monkeypatch, at_step=2)
     train(tiny("checkpoint.every=1"))
     (event,) = events(tmp_path / "run", "checkpoint_failed")
     assert "checkpoint of step 2 not written: rank 0: " in event["message"]
@@ -148,14 +153,7 @@ def test_run_without_its_last_checkpoint_is_not_complete(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        write_tensors = checkpoint_module.write_tensors
-
-        def fail(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-            if ".step_00000006." in str(path):
-                raise OSError(28, "No space left on device", str(path))
-            return write_tensors(path, tensors)
-
-        patch.setattr(checkpoint_module, "write_tensors", fail)
+        fill_the_disk(patch, at_step=6)
         with pytest.raises(RunError, match=r"step 6: the last checkpoint could not be written to .*make room there"):
             train(tiny())
     assert marker(tmp_path / "run")["checkpoint"].endswith("step_00000003")
