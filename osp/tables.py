@@ -1,4 +1,4 @@
-"""Rows of text as a table, in Markdown and for a terminal, and Markdown from a template."""
+"""Rows of text as a table, in Markdown and for a terminal, and text from a template."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,14 @@ import jinja2
 Rows = Sequence[Sequence[str]]
 
 
+def escape_cell(text: str) -> str:
+    """Return `text` for a cell of a Markdown table, where a `|` would end the cell."""
+    return text.replace("|", "\\|")
+
+
 def markdown_table(head: Sequence[str], rows: Rows) -> str:
     """Return a Markdown table. A `|` inside a cell is escaped."""
-    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [head, *rows]]
+    lines = [[escape_cell(cell) for cell in cells] for cells in [head, *rows]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(head), *lines[1:]])
 
 
@@ -29,17 +34,17 @@ def text_table(rows: Rows, *, left: int | None = None) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def render_markdown(template: Path, **values: Any) -> str:
-    """Return the text of a Jinja template with these values.
+def render_text(template: Path, **values: Any) -> str:
+    """Return the text of a Jinja template with these values, Markdown or plain.
 
-    Filters: `cell` escapes a text for a table; `number` gives 4 digits, and "not finite" for None. Function: `table`,
+    Filters: `cell` is `escape_cell`; `number` gives 4 digits, and "not finite" for None. Function: `table`,
     which is `markdown_table`.
     """
     loader = jinja2.FileSystemLoader(template.parent)
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    environment.filters["cell"] = escape_cell
     environment.filters["number"] = lambda value: "not finite" if value is None else f"{value:.4g}"
     environment.globals["table"] = markdown_table
     return environment.get_template(template.name).render(**values)

@@ -23,7 +23,7 @@ from osp.files import write_text
 from osp.model.transformer import count_parameters
 from osp.run.evaluations import ComparisonRecord, read_comparison
 from osp.run.folder import environment
-from osp.tables import render_markdown
+from osp.tables import render_text
 from osp.train.launch import Process, failure, training_command
 from osp.train.stop import StopRequest
 
@@ -159,7 +159,7 @@ class Execution:
         results = collect(self.config, self.planned, records, self.failures, about=about)
         folder, template = Path(self.config.dir), Path(__file__).with_name("ablation.md")
         write_text(folder / "ablation.json", json.dumps(as_json(results), indent=1) + "\n")
-        write_text(folder / "ablation.md", render_markdown(template, **contents(results, self.config)))
+        write_text(folder / "ablation.md", render_text(template, **contents(results, self.config)))
         write_text(folder / "ablation.html", ablation_page(results, self.config))
 
     def trained(self, run: Planned) -> bool:

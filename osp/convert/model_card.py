@@ -12,7 +12,7 @@ from osp.model.transformer import count_parameters
 from osp.quant.spec import QuantSpec
 from osp.run.evaluations import read_evaluation
 from osp.run.metrics import METRICS
-from osp.tables import render_markdown
+from osp.tables import render_text
 
 FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest
 CURVE_ROWS = 10
@@ -46,7 +46,7 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
     if len(curves) > CURVE_ROWS:
         curves = [curves[round(i * (len(curves) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
     records = [read_evaluation(path) for path in sorted((run / EVALUATIONS).glob("*.json"))]
-    return render_markdown(
+    return render_text(
         Path(__file__).with_suffix(".md"),
         config=config,
         step=step,

@@ -19,7 +19,7 @@ from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec, check_spec
 from osp.run.evaluations import Comparison, ComparisonRecord, Score, format_short
 from osp.run.folder import environment
-from osp.tables import render_markdown
+from osp.tables import render_text
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def script_kurtosis(measurement: Measurement) -> float | None:
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """Return table 2, then table 4, and below them what the numbers are."""
     names = [c.name for c in comparisons]
-    return render_markdown(
+    return render_text(
         Path(__file__).with_name("compare.md"),
         comparisons=comparisons,
         names=[f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)],

@@ -29,7 +29,7 @@ from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
 from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_record
 from osp.run.folder import environment
-from osp.tables import render_markdown
+from osp.tables import render_text
 
 LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
 BAR_WIDTH = 40
@@ -210,7 +210,7 @@ def results_table(record: Evaluation) -> str:
     costs = [record.ablation.cost_alone(site) for site in record.ablation.sites] if record.ablation else []
     largest = max([1e-9, *filter(math.isfinite, costs)])
     shares = [nats / largest if math.isfinite(nats) else float(nats == math.inf) for nats in costs]
-    return render_markdown(
+    return render_text(
         Path(__file__).with_name("evaluate.txt"),
         record=record,
         width=max((len(f"{result.what} {result.metric}") for result in record.results), default=0),

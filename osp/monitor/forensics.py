@@ -23,7 +23,7 @@ from osp.optim.groups import build_groups
 from osp.optim.schedule import build_schedule
 from osp.run.evaluations import replace_nonfinite
 from osp.run.history import growth, since
-from osp.tables import render_markdown
+from osp.tables import render_text
 
 CONTEXT = 8  # tokens of text shown before the token of an outlier
 SHOWN_WRITERS = 4  # weights shown of those that add to a channel of the residual stream
@@ -101,7 +101,7 @@ def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{contents['step']:08d}_{contents['site'].replace('/', '_')}.json"
     path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    markdown = render_markdown(Path(__file__).with_suffix(".md"), **contents)
+    markdown = render_text(Path(__file__).with_suffix(".md"), **contents)
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     return path
 

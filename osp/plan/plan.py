@@ -17,7 +17,7 @@ from osp.plan.config import PlanConfig
 from osp.plan.memory import activation_bytes, rank_memory
 from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic
 from osp.run.checkpoint import checkpoint_bytes
-from osp.tables import render_markdown, text_table
+from osp.tables import render_text, text_table
 from osp.train.resolve import resolve
 from osp.train.setup import SECONDS_TO_KILL
 
@@ -118,7 +118,7 @@ def describe(plan: Plan) -> str:
     for name, value in dataclasses.asdict(machine).items():
         if isinstance(value, float):
             constants.append([f"{name}={value:g}", machine.sources.get(name, "the default")])
-    return render_markdown(
+    return render_text(
         Path(__file__).with_suffix(".txt"),
         plan=plan,
         shared_flops=sum(group.flops * len(group.owners) for group in plan.groups) / world_size,

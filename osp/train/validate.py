@@ -23,7 +23,7 @@ from osp.model.transformer import Output, Transformer, count_parameters, flops_p
 from osp.optim.groups import describe_groups
 from osp.report.page import write_report
 from osp.run.logger import Logger
-from osp.tables import render_markdown
+from osp.tables import render_text
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved
 
@@ -165,4 +165,4 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
         write_report([folder], report)
     except Exception as error:
         report = f"not written, {type(error).__name__}: {error}"
-    return render_markdown(Path(__file__).with_name("summary.txt"), summary=summary, folder=folder, report=report)
+    return render_text(Path(__file__).with_name("summary.txt"), summary=summary, folder=folder, report=report)

@@ -28,7 +28,7 @@ from osp.ablation.table import (
 )
 from osp.evaluation.compare import COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
-from osp.tables import render_markdown
+from osp.tables import render_text
 from tests.ablation.test_ablation_runs import config
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
@@ -81,7 +81,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Ablation:
 
 
 def as_markdown(results: Results, wanted: AblationConfig) -> str:
-    return render_markdown(ROOT / "osp" / "ablation" / "ablation.md", **contents(results, wanted))
+    return render_text(ROOT / "osp" / "ablation" / "ablation.md", **contents(results, wanted))
 
 
 def test_numbers_equal_the_run_folders(ablation: Ablation) -> None:
