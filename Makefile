@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 ARGS ?=
 
-.PHONY: install install-dev train test test-slow check format lock clean
+.PHONY: install install-dev train test test-slow check format docs lock clean
 
 install: $(VENV)/.train
 install-dev: $(VENV)/.dev
@@ -41,6 +41,11 @@ check: install-dev
 format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site in docs/ as build/site, which opens without a server. A broken link fails.
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 # Resolve both locks again from pyproject.toml. torch comes first and pinned: a range resolves to another build.
 FREEZE := build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu//; s/ @ file:.*//'
