@@ -1,4 +1,4 @@
-"""Where the time and the memory of a training step go, for `train_step.py --profile`.
+"""Split the time and the memory of a training step into parts, for `train_step.py --profile`.
 
 Time. Every kernel (GPU) or operation (CPU) of one profiled step is assigned to the first part that matches:
 

@@ -83,10 +83,10 @@ class Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--kills", type=int, default=24, help="starts that are killed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3))
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the run")
+    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage")
     parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
     parser.add_argument("--folder", type=Path, default=None, help="where the runs go; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
@@ -110,7 +110,7 @@ def main() -> None:
     for key, value in dataclasses.asdict(figures).items():
         print(f"{key.replace('_', ' '):<22}{value if not isinstance(value, float) else f'{value:.0f}'}")
     if not figures.equal or figures.survivors or figures.leftovers_at_end:
-        sys.exit(f"something was lost or left; the runs are in {folder}")
+        sys.exit(f"the run differs, or processes or folders were left behind; the runs are in {folder}")
     if not arguments.folder:
         shutil.rmtree(folder)
 

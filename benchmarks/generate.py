@@ -33,7 +33,7 @@ PEER = "transformers"
 
 class Contender(Protocol):
     def run(self) -> tuple[float, float]:
-        """Return seconds until the first token, and seconds for all that follow."""
+        """Return the seconds until the first token, and the seconds of all following tokens."""
         ...
 
 
@@ -58,7 +58,7 @@ class Ours:
 
 
 class Transformers:
-    """Time to the first token is a `generate` call for one new token; a longer call minus that is the rest."""
+    """The peer. Time to the first token: a `generate` call for one new token. The rest: a longer call minus that."""
 
     def __init__(self, config: ModelConfig, prompts: Tensor, arguments: Any):
         from transformers import LlamaForCausalLM
@@ -96,7 +96,7 @@ GREEDY = Sampling()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="nano", help="a file of configs/model")
+    parser.add_argument("--model", default="nano", help="a choice of configs/model")
     parser.add_argument("--norms", nargs="+", default=["rmsnorm", "ssnorm", "layernorm", "bhyt", "bhyt_star", "dyt"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=128)

@@ -1,4 +1,4 @@
-"""How cost grows: tokens/s against layers, width, sequence length and micro batch; time and bytes against ranks.
+"""Measure how cost grows: tokens/s with layers, width, length and micro batch, time and bytes with the ranks.
 
     python benchmarks/growth.py --out growth.json                                     # CPU: a few minutes of one core
     python benchmarks/growth.py --scale 8 --curves layers width seq_len micro_batch   # a GPU
@@ -264,7 +264,7 @@ def expected_bytes(model: ModelConfig, *, stage: int, world_size: int) -> dict[s
 class Collectives(TorchDispatchMode):
     """Count the bytes that this rank sends in collectives, by kind, as ring algorithms send them.
 
-    It sees the operators that every caller of torch.distributed ends in; what only synchronises (a barrier) is nothing.
+    It sees the operators that every function of torch.distributed ends in. A barrier sends nothing.
     """
 
     def __init__(self, world_size: int):

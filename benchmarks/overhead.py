@@ -52,7 +52,7 @@ def main() -> None:
     }
     total = train + sum(spent.values()) - spent["waiting for data"]  # already part of the steps
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{arguments.model}, {arguments.tokens_per_step} tokens a step, {place}; step {seconds['step']:.3f} s\n")
+    print(f"\n{arguments.model}, {arguments.tokens_per_step} tokens per step, {place}; step {seconds['step']:.3f} s\n")
     print("| | one, s | times | share of the run |\n|---|---|---|---|")
     one = {"waiting for data": "wait", "validation": "validation", "probes": "probe", "saving": "save"}
     for name, value in spent.items():
@@ -94,7 +94,7 @@ def measure(config: Config, arguments: Any) -> tuple[dict[str, float], dict[str,
 
 
 def count_probes(step_seconds: float, probe_seconds: float, *, max_cost: float) -> int:
-    """Return the number of probes with `monitor.every=auto` if all steps and all probes take the same time."""
+    """Return the number of probes with `monitor.every=auto` if every step and every probe takes this time."""
     step, count = 0, 0
     interval = max(1, RUN_STEPS // MOST_PROBES)
     while step < RUN_STEPS:

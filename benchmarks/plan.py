@@ -1,10 +1,15 @@
-"""Measure the constants of a plan on this machine, and compare planned with real steps: seconds and bytes.
+"""Measure the constants of a plan on this machine, and compare planned steps with real ones: seconds and bytes.
 
     python benchmarks/plan.py --model nano --threads 1 --rows 16 4 32
 
-The constants are the keys of `scripts/plan.py machine.KEY=`: products of 2048 x 2048 matrices; Newton-Schulz of the
-model's own matrices; forward and backward pass of the model without engine and optimizer, at the first number of
-sequences. With these the step of the real trainer is planned for every number of sequences, on one rank.
+The constants are keys of `scripts/plan.py` (`machine.KEY=`):
+
+    peak_tflops    products of 2048 x 2048 matrices
+    matmul_share   forward and backward pass of the model, without engine and optimizer, over that peak
+    ns_share       Newton-Schulz of the model's matrices, over that peak
+
+The pass is measured at the first number of sequences. A step on one rank is then planned with these constants for every
+number of sequences, and measured with the real trainer.
 """
 
 import argparse
@@ -34,11 +39,11 @@ from osp.train.setup import setup
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="nano", help="a choice of configs/model")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 4, 32], help="sequences per step")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 4, 32], help="numbers of sequences per step")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all cores")
+    parser.add_argument("--steps", type=int, default=5, help="measured repetitions, after one for warm-up")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     arguments = parser.parse_args()
     device = choose_device("auto")
@@ -63,12 +68,13 @@ def main() -> None:
 
 
 def config_of(arguments: argparse.Namespace, rows: int) -> Config:
+    """Return the configuration of `train_step.py` with this number of sequences per step."""
     given = argparse.Namespace(**{**vars(arguments), "rows": rows, "child": None, "compile": False})
     return run_config(given)
 
 
 def measured(config: Config, device: torch.device, repeats: int) -> MachineConfig:
-    """Return this machine with its constants measured; one rank, so that nothing is sent."""
+    """Measure the constants and return them. There is one rank, so the network is not measured."""
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     square = torch.randn(2048, 2048, device=device).to(dtype)
     best = 2 * 2048**3 / seconds_of(lambda: square @ square, device, repeats)
@@ -98,7 +104,7 @@ def measured(config: Config, device: torch.device, repeats: int) -> MachineConfi
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median of `repeats` runs, after one to warm up."""
+    """Return the median seconds of `repeats` calls, after one for warm-up."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -110,7 +116,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def step_of(config: Config, plan: Plan, repeats: int) -> tuple[float, float]:
-    """Return the seconds of the real trainer's step and its peak bytes in tensors, counted on a CPU, read on a GPU."""
+    """Return seconds and peak bytes of a step of the real trainer. On a CPU the bytes of tensors are counted."""
     trainer = setup(config)
     device, numbers = trainer.engine.device, iter(range(100))
 
@@ -121,7 +127,7 @@ def step_of(config: Config, plan: Plan, repeats: int) -> tuple[float, float]:
     if device.type == "cuda":
         num_bytes = trainer.engine.memory()
     else:
-        # allocated before the step: weights and optimizer state, whose planned bytes tests compare with the engine
+        # weights and optimizer state exist before the step; tests compare their planned bytes with the engine
         num_bytes = peak(step) + plan.stages[1]["weights"] + plan.stages[1]["optimizer_state"]
     trainer.close()
     trainer.engine.close()

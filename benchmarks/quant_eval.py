@@ -1,11 +1,11 @@
-"""Perplexity under every preset of `quant=`: seconds to quantize and to read the text, memory, over the plain model.
+"""Measure evaluation under every preset of `quant=`: seconds to quantize and to read the text, and memory.
 
     python benchmarks/quant_eval.py                                                   # CPU, a small model
     python benchmarks/quant_eval.py --hidden 2048 --ffn 5504 --layers 24 --heads 16   # a GPU, osp_1b's blocks
 
-A randomly initialised model reads random tokens: the time does not depend on their values. `none` is the plain forward
-pass, the reference of `over plain`, whose target is 2. Memory is the peak of the GPU, or the growth of the resident
-memory of the process, during quantization and forward pass.
+A randomly initialised model reads random tokens: the time does not depend on their values. `none` is the unquantized
+forward pass, the reference of `over plain`; the aim is at most 2. Memory is the peak of the GPU, or the growth of the
+resident memory of the process, during quantization and forward pass.
 """
 
 import argparse

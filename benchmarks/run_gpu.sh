@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fills in the open GPU rows of benchmarks/README.md on one GPU, in less than 9 minutes:
+# Measures what benchmarks/README.md calls open on one GPU, in less than 9 minutes:
 #
 #     benchmarks/run_gpu.sh [--dry-run] [--python PYTHON] [OUT]        # OUT: build/gpu
 #
 # Writes a JSON file and a log for each step into OUT and goes on when one fails or takes too long; summary.tsv and the
-# last lines say which did. --dry-run prints the commands. The most important steps come first: what the time does not
-# suffice for is named as such. Needs no network and no account.
+# last lines say which did. --dry-run prints the commands. The most important steps come first; steps that no time is
+# left for are named. Needs no network and no account.
 set -u
 cd "$(dirname "$0")/.."
 

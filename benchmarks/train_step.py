@@ -8,9 +8,9 @@ their peak memory, and they take turns, so that a drift of the machine affects a
 with data loader, DeepSpeed engine and loss check; the peer reads the same sequences. In bf16 the peer keeps fp32
 weights and runs in `torch.autocast`, so both have the same master weights.
 
-MFU counts 6 flops per token for each weight that multiplies, and causal attention (flops_per_token), over the
-dense bf16 peak of the GPU (osp.device.PEAK_TFLOPS: 989 TFLOP/s for an H100 and an H200). `--profile` adds where the
-time and the memory of a step go (breakdown.py). With `--threads 1` on a CPU the time is the CPU time of the process,
+MFU counts 6 flops per token for each weight in a matrix product, and causal attention (flops_per_token), over the
+dense bf16 peak of the GPU (osp.device.PEAK_TFLOPS: 989 TFLOP/s for an H100 and an H200). `--profile` adds the time
+and the memory of a step by part (breakdown.py). With `--threads 1` on a CPU the time is the CPU time of the process,
 which excludes other jobs.
 """
 

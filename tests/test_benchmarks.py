@@ -1,7 +1,9 @@
-"""The commands of benchmarks/run_gpu.sh are valid, a failure does not end it, and the benchmarks count correctly."""
+"""The commands of benchmarks/run_gpu.sh are valid, a failure does not end it, the benchmarks count correctly, and the
+page of results agrees with the log."""
 
 import argparse
 import json
+import re
 import runpy
 import shlex
 import subprocess
@@ -36,6 +38,41 @@ def dry_run() -> dict[str, list[str]]:
 
 
 STEPS = dry_run()
+
+
+RESULTS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+SOURCES = "".join(
+    (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
+    for name in ("LOG.md", "ablation_nano.md", "ablation_nano_past.md")
+)
+
+
+def numbers_of(text: str) -> list[tuple[float, int]]:
+    """Return the numbers of a text that have a decimal point or a comma, with their decimals."""
+    found = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w]|\.\d)", text)
+    values = [word.strip(",").replace(",", "") for word in found if re.search(r"\.|,\d", word)]
+    return [(float(value), len(value.partition(".")[2])) for value in values]
+
+
+def test_every_figure_of_the_page_is_in_the_log() -> None:
+    """A figure of a table may be rounded. Commands and commits are left out."""
+    logged = {value for value, _ in numbers_of(SOURCES)}
+    rows = [re.sub(r"`[^`]*`", "", line) for line in RESULTS.splitlines() if line.startswith("|")]
+    shown = [number for row in rows for number in numbers_of(row)]
+    assert len(shown) > 60
+    missing = [value for value, decimals in shown if not any(round(x, decimals) == value for x in logged)]
+    assert not missing
+
+
+def test_every_commit_of_the_page_is_in_the_log() -> None:
+    commits = set(re.findall(r"\b(?=[a-f]*\d)[0-9a-f]{7}\b", RESULTS))
+    assert len(commits) > 8
+    assert not {commit for commit in commits if commit not in SOURCES}
+
+
+def test_page_lists_every_benchmark() -> None:
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts <= set(re.findall(r"\w+\.py", RESULTS.split("## Run them")[1]))
 
 
 class ParsedError(Exception):

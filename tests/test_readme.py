@@ -49,7 +49,7 @@ def test_command_composes(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
         assert key in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/LOG.md"])
 def test_files_named_in_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:osp|scripts|tests|benchmarks|docs)/[\w/]+\.\w+", text))
