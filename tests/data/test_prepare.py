@@ -1,6 +1,7 @@
 """Shards hold exactly the corpus, with any number of threads, after interruptions and beside other processes."""
 
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import json
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from osp.data.sources import SOURCES, PythonStdlib, TextFiles
 from osp.data.tokenizer import load_tokenizer, spec_hash
 from osp.errors import UserError
 from osp.files import is_locked
+from tests.data.stopped import WaitingFiles, becomes_true, waiting_corpus
 
 fork = multiprocessing.get_context("fork")
 
@@ -291,17 +292,22 @@ def test_killed_preparation_continues_to_the_same_bytes(
     assert resumed == expected
 
 
-def _prepare_and_record(data: DataConfig, tokenizer: TokenizerConfig, notes: Path, barrier: Any) -> None:
-    original = prepare_module._write_shards
+def _prepare_and_record(data: DataConfig, tokenizer: TokenizerConfig, notes: Path, at_lock: Any) -> None:
+    """Prepare; whoever holds the lock waits until both processes have asked for it."""
+    write_shards, flock = prepare_module._write_shards, fcntl.flock
+
+    def counted(*args: Any) -> None:
+        at_lock.release()
+        flock(*args)
 
     def recorded(*args: Any, **kwargs: Any) -> None:
         with notes.open("a") as file:
             file.write("prepared\n")
-        time.sleep(0.3)  # long enough for the other process to reach the lock
-        original(*args, **kwargs)
+        assert becomes_true(lambda: at_lock.get_value() >= 2)
+        write_shards(*args, **kwargs)
 
     prepare_module.__dict__["_write_shards"] = recorded
-    barrier.wait()
+    fcntl.flock = counted
     try:
         prepare(data, tokenizer, progress=False)
     except UserError as error:
@@ -313,8 +319,7 @@ def test_two_processes_prepare_the_same_shards_once(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
-    barrier = fork.Barrier(2)
-    arguments = (config, tokenizer_config, tmp_path / "notes", barrier)
+    arguments = (config, tokenizer_config, tmp_path / "notes", fork.Semaphore(0))
     children = [fork.Process(target=_prepare_and_record, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
@@ -330,58 +335,63 @@ def test_waiting_process_prepares_after_the_first_one_failed(
 ) -> None:
     # the first process removes the folder together with the lock that the second one waits for
     config = with_text(data_config, write_jsonl(tmp_path / "corpus.jsonl", []))
-    barrier = fork.Barrier(2)
-    arguments = (config, TokenizerConfig(), tmp_path / "notes", barrier)
+    arguments = (config, TokenizerConfig(), tmp_path / "notes", fork.Semaphore(0))
     children = [fork.Process(target=_prepare_and_record, args=arguments) for _ in range(2)]
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join()
     assert [child.exitcode for child in children] == [0, 0]
     message = "the corpus is empty: 0 documents, none of them with text"
     assert sorted((tmp_path / "notes").read_text().splitlines()) == sorted(["prepared", message] * 2)
     assert list(Path(config.cache_dir).iterdir()) == []
 
 
-def long_corpus(path: Path, texts: list[str], *, copies: int) -> None:
-    """Write a corpus that takes long to encode: the texts repeated, each time with another first line."""
-    with path.open("w") as file:
-        file.writelines(json.dumps({"text": f"# {i}\n{text}"}) + "\n" for i in range(copies) for text in texts)
+@pytest.fixture
+def waiting_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOURCES, "text", WaitingFiles)
 
 
+@pytest.mark.usefixtures("waiting_files")
 def test_start_returns_after_the_first_shard_and_the_rest_follows(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
-    long_corpus(tmp_path / "long.jsonl", texts, copies=14)
-    config = with_text(data_config, tmp_path / "long.jsonl")
+    gate = tmp_path / "gate"
+    waiting_corpus(tmp_path / "corpus.jsonl", texts, gates=[gate])
+    config = with_text(data_config, tmp_path / "corpus.jsonl")
     folder = start_preparing(config, tokenizer_config, progress=False)
     manifest = load_manifest(folder)
     assert manifest.usable
     assert not manifest.complete
     loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
-    rows = len(manifest.train.shards) * (config.shard_tokens // 64)
-    assert len(loader.step(rows // 8 + 100)) == 2  # waits for shards that are not sealed yet
+    step = len(manifest.train.shards) * (config.shard_tokens // 64) // 8 + 1
+    assert not loader.wait(step, seconds=0.1)  # for shards that are not sealed yet
+    gate.touch()
+    assert len(loader.step(step)) == 2
     prepare(config, tokenizer_config, progress=False)
     loader.close()
     assert load_manifest(folder).complete
     verify_hashes(folder)
 
 
+@pytest.mark.usefixtures("waiting_files")
 def test_start_reports_an_error_of_its_child_process(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "long.jsonl"
+    path = tmp_path / "corpus.jsonl"
     path.write_text("{]\n")
     config = with_text(data_config, path)
-    with pytest.raises(UserError, match=r"^\S*long\.jsonl, line 1: malformed JSON"):
+    with pytest.raises(UserError, match=r"^\S*corpus\.jsonl, line 1: malformed JSON"):
         start_preparing(config, tokenizer_config, progress=False)
     assert list(Path(config.cache_dir).iterdir()) == []
 
-    long_corpus(path, texts, copies=12)
-    path.write_text(path.read_text() + "{]\n")  # read long after the run has started
+    gate = tmp_path / "gate"
+    waiting_corpus(path, texts, gates=[gate])
+    path.write_text(path.read_text() + "{]\n")  # read after the run has started
     folder = start_preparing(config, tokenizer_config, progress=False)
+    gate.touch()
     loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
-    with pytest.raises(UserError, match=r"preparing .* failed: .*long\.jsonl, line \d+: malformed JSON"):
+    with pytest.raises(UserError, match=r"preparing .* failed: .*corpus\.jsonl, line \d+: malformed JSON"):
         loader.step(10**6)
     loader.close()
 
@@ -389,18 +399,17 @@ def test_start_reports_an_error_of_its_child_process(
 def test_background_preparation_ends_with_its_parent(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
-    long_corpus(tmp_path / "long.jsonl", texts, copies=40)
-    config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
-    program = "import os; from osp.config import *; from osp.data.prepare import start_preparing; " + (
+    waiting_corpus(tmp_path / "corpus.jsonl", texts, gates=[tmp_path / "never"], num_workers=2)
+    config = with_text(data_config, tmp_path / "corpus.jsonl", num_workers=2)
+    program = (
+        "import os; from osp.config import *; from osp.data.prepare import start_preparing; "
+        "from tests.data.stopped import register_waiting_files; register_waiting_files(); "
         f"print(start_preparing({config!r}, {tokenizer_config!r}, progress=False), flush=True); os.kill(os.getpid(), 9)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     folder = Path(parent.stdout.strip())
-    deadline = time.monotonic() + 60
-    while is_locked(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_locked(folder)
+    assert becomes_true(lambda: not is_locked(folder))
     assert load_manifest(folder).usable
     assert not load_manifest(folder).complete
 

@@ -8,8 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +17,10 @@ from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder
 from osp.errors import UserError
 from osp.files import is_locked
-from tests.data.test_prepare import contents, long_corpus, verify_hashes, with_text
+from tests.data.stopped import MOMENTS, Moment, becomes_true, die_in_write, waiting_corpus
+from tests.data.test_prepare import contents, verify_hashes, with_text
 
 fork = multiprocessing.get_context("fork")
-
-
-def becomes_true(condition: Callable[[], bool], *, seconds: float = 30) -> bool:
-    """Wait for `condition`; return whether it was true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 def children_of(pid: int) -> list[int]:
@@ -44,32 +35,66 @@ def alive(pid: int) -> bool:
         return False
 
 
+def _prepare_and_die(config: DataConfig, tokenizer: TokenizerConfig, number: int, moment: Moment) -> None:
+    die_in_write(number, moment)
+    prepare(config, tokenizer, progress=False)
+
+
+def _exit_code_of(number: int, moment: Moment, config: DataConfig, tokenizer: TokenizerConfig) -> int | None:
+    """Prepare in a child process that dies in write number `number`, if there is one."""
+    child = fork.Process(target=_prepare_and_die, args=(config, tokenizer, number, moment))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_preparation_killed_at_random_moments_gives_the_same_bytes(
+def test_preparation_killed_again_and_again_gives_the_same_bytes(
     num_workers: int, data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(data_config, shard_tokens=2_003, num_workers=num_workers)  # 67 files to cut
+    """About 140 writes: tokenizer.json, 67 shards and the manifest after each. A preparation may make no progress."""
+    config = dataclasses.replace(data_config, shard_tokens=2_003, num_workers=num_workers)
     whole = dataclasses.replace(config, cache_dir=str(tmp_path / "whole"))
     killed = dataclasses.replace(config, cache_dir=str(tmp_path / "killed"))
     expected = contents(prepare(whole, tokenizer_config, progress=False))
     folder = shard_folder(killed, tokenizer_config)
     rng = random.Random(num_workers)
-    for _ in range(3):
-        done = len(list(folder.glob("*")))
-        reached = done + rng.randint(1, 15)  # files, including the one that is being written
-        child = fork.Process(target=prepare, args=(killed, tokenizer_config), kwargs={"progress": False})
-        child.start()
-        assert becomes_true(lambda reached=reached: len(list(folder.glob("*"))) >= reached)
-        time.sleep(rng.uniform(0, 0.01))
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        assert not (folder / "manifest.json").exists() or not load_manifest(folder).complete
-    resumed = contents(prepare(killed, tokenizer_config, progress=False))
+    exit_codes = []
+    while 0 not in exit_codes:
+        exit_codes.append(_exit_code_of(rng.randint(1, 40), rng.choice(MOMENTS), killed, tokenizer_config))
+        assert exit_codes[-1] == 0 or not (folder / "manifest.json").exists() or not load_manifest(folder).complete
+    assert set(exit_codes[:-1]) == {-signal.SIGKILL}
+    assert len(exit_codes) > 5
+    resumed = contents(folder)
     for files in (resumed, expected):
         files["manifest.json"] = files["manifest.json"].replace(b"/killed", b"/whole")
     assert resumed == expected
     verify_hashes(folder)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_preparation_killed_in_its_first_or_last_write_gives_the_same_bytes(
+    is_last: bool,
+    moment: Moment,
+    data_config: DataConfig,
+    shards: Path,
+    tokenizer_config: TokenizerConfig,
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path))
+    num_writes = 4 + 2 * len(load_manifest(shards).train.shards)  # tokenizer, manifests of start and end, validation
+    number = num_writes if is_last else 1
+    assert _exit_code_of(number, moment, config, tokenizer_config) == -signal.SIGKILL
+    folder = shard_folder(config, tokenizer_config)
+    assert (folder / "tokenizer.json").exists() == (is_last or moment == "renamed")
+    if is_last:
+        assert load_manifest(folder).complete == (moment == "renamed")
+    resumed, expected = contents(prepare(config, tokenizer_config, progress=False)), contents(shards)
+    resumed["manifest.json"] = resumed["manifest.json"].replace(
+        config.cache_dir.encode(), data_config.cache_dir.encode()
+    )
+    assert resumed == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the children in /proc")
@@ -77,9 +102,12 @@ def test_preparation_survives_signals_and_ends_with_its_trainer(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, texts: list[str], tmp_path: Path
 ) -> None:
     """A launcher signals every process of a job, and the trainer may need data to finish its step."""
-    long_corpus(tmp_path / "long.jsonl", texts, copies=60)
-    config = with_text(data_config, tmp_path / "long.jsonl", num_workers=2)
-    program = "import time; from osp.config import *; from osp.data.prepare import start_preparing; " + (
+    gates = [tmp_path / "signalled", tmp_path / "never"]
+    waiting_corpus(tmp_path / "corpus.jsonl", texts, gates=gates, num_workers=2)
+    config = with_text(data_config, tmp_path / "corpus.jsonl", num_workers=2)
+    program = (
+        "import time; from osp.config import *; from osp.data.prepare import start_preparing; "
+        "from tests.data.stopped import register_waiting_files; register_waiting_files(); "
         f"print(start_preparing({config!r}, {tokenizer_config!r}, progress=False), flush=True); time.sleep(600)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -87,12 +115,13 @@ def test_preparation_survives_signals_and_ends_with_its_trainer(
         assert trainer.stdout is not None
         folder = Path(trainer.stdout.readline().strip())
         (preparer,) = children_of(trainer.pid)
+        sealed = len(load_manifest(folder).train.shards)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(preparer, number)
-        sealed = len(load_manifest(folder).train.shards)
+        gates[0].touch()
         assert becomes_true(lambda: len(load_manifest(folder).train.shards) > sealed)
         assert load_manifest(folder).error is None
-        assert not load_manifest(folder).complete, "the corpus is too short for this test"
+        assert not load_manifest(folder).complete
         assert alive(preparer)
         trainer.kill()
         trainer.wait()
@@ -122,7 +151,7 @@ def test_full_disk_is_reported_in_one_line_and_leaves_nothing(
     arguments = (config, tokenizer_config, tmp_path / "notes", limit)
     child = fork.Process(target=_prepare_recording_the_error, args=arguments)
     child.start()
-    child.join(60)
+    child.join()
     assert child.exitcode == 0
     message = (tmp_path / "notes").read_text()
     assert message == f"cannot write {shard_folder(config, tokenizer_config) / file}: File too large"
