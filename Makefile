@@ -44,6 +44,7 @@ format: install-dev
 
 # The site in docs/ as build/site, which opens without a server. A broken link fails.
 docs: install-dev
+	$(BIN)/python docs/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 

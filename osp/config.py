@@ -64,29 +64,31 @@ COMPARISONS = "compare"  # folder inside EVALUATIONS: records of comparisons
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: Name = "osp"
-    dir: FilePath = "runs/osp"
+    name: Name = "osp"  # shown in the progress bar, W&B and the report
+    dir: FilePath = "runs/osp"  # run folder; see docs/training.md
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    seed: Seed = 0
-    # Length of the run: the first of the next three that is set.
-    steps: Count | None = None  # optimizer steps
-    tokens: Count | None = None  # training tokens, rounded up to whole steps
-    minutes: Annotated[Positive, Field(le=10**7)] | None = None  # of training: the measured speed gives the steps
+    """How to train. The first of `steps`, `tokens` and `minutes` that is set gives the length of the run."""
+
+    seed: Seed = 0  # of the initial weights, the order of the sequences, and the sample text
+    steps: Count | None = None  # length of the run in optimizer steps
+    tokens: Count | None = None  # or in training tokens, rounded up to whole steps
+    minutes: Annotated[Positive, Field(le=10**7)] | None = None  # or in minutes: a trial at the start gives the steps
     seq_len: Annotated[Int, Field(ge=1, le=2**24)] = 2048  # tokens predicted per sequence
-    tokens_per_step: Annotated[Int, Field(ge=1, le=2**30)] = 524_288  # per optimizer step, over all ranks
-    micro_batch_size: Count | Literal["auto"] = "auto"  # sequences per rank and backward pass; see osp.train.resolve
+    tokens_per_step: Annotated[Int, Field(ge=1, le=2**30)] = 524_288  # global batch in tokens, over all ranks
+    micro_batch_size: Count | Literal["auto"] = "auto"  # sequences per rank and backward pass
     grad_clip: NotNegative = 1.0  # upper bound of the global gradient norm; 0 disables clipping
-    compile: bool | Literal["auto"] = "auto"  # torch.compile for each block; auto: on for CUDA below ZeRO-3
-    # For matmuls and activations. auto: bf16 if native; fp8: bf16 with 8-bit matmuls in the blocks (osp.model.fp8).
+    compile: bool | Literal["auto"] = "auto"  # compile each block with torch.compile; auto: on for CUDA below ZeRO-3
+    # Dtype of matmuls and activations. auto: bf16 if the hardware has it, else fp32; fp8: bf16, and 8-bit floats in the
+    # matmuls of the blocks (needs torchao).
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # recompute the activations of each block in the backward pass
     document_mask: bool = False  # tokens attend only to their own document
-    loss_chunk_tokens: Count = 8192  # tokens whose logits are in memory at the same time
+    loss_chunk_tokens: Count = 8192  # tokens whose logits are in memory at once
     norm_refresh_every: Count | Literal["auto"] = "auto"  # steps between updates of a norm's statistics (BHyT)
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # on a loss or gradient that is not finite; skip: drop the update
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # after a loss or gradient that is not finite; skip: drop the update
     max_skips: CountOrZero = 10  # updates that `on_nonfinite` and `spike` may drop before the run ends
     stop_at: Count | None = None  # save and end after this step; the schedule still spans the whole run
 
@@ -102,59 +104,64 @@ class TrainConfig:
 class EvalQuantConfig:
     """Perplexity during training at 16-16-16 and at fake-quantized 4-4-4 (weights-activations-KV), round to nearest."""
 
-    every: CountOrZero = 0  # steps, and at the end; 0: never
-    tokens: Annotated[Int, Field(ge=2, le=10**9)] = 16_384  # always the first of the validation split
+    every: CountOrZero = 0  # steps between measurements, with one at the end; 0: never
+    tokens: Annotated[Int, Field(ge=2, le=10**9)] = 16_384  # tokens, always the first of the validation split
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: CountOrZero | Literal["auto"] = "auto"  # steps; auto: below 1/50 of the training time; 0: only at the end
+    # Steps between validations. auto: as often as takes at most 1/50 of the training time; 0: only at the end.
+    every: CountOrZero | Literal["auto"] = "auto"
     tokens: Count = 1_000_000  # upper bound of tokens per validation
-    sample_tokens: Annotated[Int, Field(ge=0, le=10**6)] = 64  # of the sample text in the closing summary; 0: none
+    sample_tokens: Annotated[Int, Field(ge=0, le=10**6)] = 64  # length of the sample in the closing summary; 0: none
     quant: EvalQuantConfig = field(default_factory=EvalQuantConfig)
 
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """A loss or gradient norm far above its values in the last steps; see osp.train.guards."""
+    """What to do about a loss or gradient norm far above its values in the last steps; see osp.train.guards."""
 
-    action: Literal["off", "warn", "skip"] = "warn"  # skip: drop the update
-    threshold: Positive = 8.0  # robust z-score
-    window: Annotated[Int, Field(ge=1, le=100_000)] = 128  # steps that the score compares with
+    action: Literal["off", "warn", "skip"] = "warn"  # warn: log an event; skip: also drop the update
+    threshold: Positive = 8.0  # robust z-score from which a step is a spike
+    window: Annotated[Int, Field(ge=1, le=100_000)] = 128  # last steps that the score compares with
 
 
 @dataclass(frozen=True)
 class PenaltyConfig:
     """A penalty on large activations, added to the training loss; see osp.model.penalty."""
 
-    weight: NotNegative = 0.0  # 0: no penalty
-    site: Literal["block_out", "down_proj_in"] = "block_out"  # in every block; names of the monitor
-    scale: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["rms"] = 3.0  # in (|x| / scale)^4; rms: of each token
+    weight: NotNegative = 0.0  # factor of the penalty in the loss; 0: no penalty
+    site: Literal["block_out", "down_proj_in"] = "block_out"  # penalized activations, in every block
+    # The penalty is the mean of (|x| / scale)^4. rms: the RMS of each token, which makes it a kurtosis.
+    scale: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["rms"] = 3.0
 
 
 @dataclass(frozen=True)
 class NormConfig:
-    """The normalizer of a model. `None` selects the default of its class in `osp.model.norms`."""
+    """The normalizer of a model. `None` selects the default of its class in `osp.model.norms`.
+
+    An option that the chosen norm does not have is refused.
+    """
 
     name: str = "ssnorm"  # a key of osp.model.norms.NORMS
     final: str | None = None  # normalizer before the head; None: as in the paper of `name`
     placement: Literal["pre", "peri"] = "pre"  # peri: a second norm after each sublayer, before the residual addition
     lns: bool = False  # scale the norms of layer l, counted from 1, by 1 / sqrt(l)
     embed_scale: bool = False  # a learnable scalar after the embedding, initially sqrt(hidden_size) (DyT)
-    eps: NotNegative | None = None
+    eps: NotNegative | None = None  # added to the mean square or the variance, for stability
     init: Finite | None = None  # initial value of every gain
     affine: bool | None = None  # layernorm, rmsnorm, crmsnorm: one gain per channel
-    bias: bool | None = None  # layernorm
+    bias: bool | None = None  # layernorm: a learnable bias per channel
     alpha: Finite | None = None  # dyt, derf: initial slope
     alpha_attention: Finite | None = None  # dyt, derf: initial slope of norms before attention; None: alpha
     lam: Finite | None = None  # bhyt: lambda, the bound of the tanh argument
-    kappa: Finite | None = None  # bhyt: Chebyshev factor
-    kappa_schedule: Literal["constant", "decay", "grow", "mild_grow"] | None = None  # bhyt: kappa by depth
-    learnable_lambda: bool | None = None  # bhyt
-    approximation: Literal["baseline", "beta", "eta", "residual_aware"] | None = None  # bhyt: of the variance
+    kappa: Finite | None = None  # bhyt: Chebyshev factor, standard deviations within the bound
+    kappa_schedule: Literal["constant", "decay", "grow", "mild_grow"] | None = None  # bhyt: change of kappa by depth
+    learnable_lambda: bool | None = None  # bhyt: train lambda
+    approximation: Literal["baseline", "beta", "eta", "residual_aware"] | None = None  # bhyt: formula for the variance
     gain_variance: bool | None = None  # bhyt: include the gain of the norm before attention in the variance
     exact_layers: tuple[Count, ...] | None = None  # bhyt: layers, from 1, that measure the variance after attention
-    seq_len: Count | None = None  # bhyt: sequence length of the variance approximation; None: train.seq_len
+    seq_len: Count | None = None  # bhyt: sequence length in the variance formula; None: train.seq_len
 
 
 @dataclass(frozen=True)
@@ -165,18 +172,19 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """RoPE frequencies for longer contexts, as in Hugging Face's `rope_scaling`; see `rotary_table`.
+    """RoPE frequencies for longer contexts, as in Hugging Face's `rope_scaling`; see `osp.model.attention`.
 
-    linear: divide every frequency by `factor`.
-    llama3 (Llama 3.1): divide by `factor` the frequencies with fewer than `low_freq_factor` turns in
+    `linear`: divide every frequency by `factor`.
+
+    `llama3` (Llama 3.1): divide by `factor` the frequencies with fewer than `low_freq_factor` turns in
     `original_max_position_embeddings` tokens, keep those with more than `high_freq_factor`, and interpolate between.
     """
 
-    rope_type: Literal["linear", "llama3"]
-    factor: Positive
-    low_freq_factor: Positive = 1.0
-    high_freq_factor: Positive = 4.0
-    original_max_position_embeddings: Count = 8192
+    rope_type: Literal["linear", "llama3"]  # which of the two formulas
+    factor: Positive  # divisor of the frequencies
+    low_freq_factor: Positive = 1.0  # llama3: turns below which a frequency is divided
+    high_freq_factor: Positive = 4.0  # llama3: turns above which a frequency is kept
+    original_max_position_embeddings: Count = 8192  # llama3: context in tokens in which turns are counted
 
 
 # Fields of `ModelConfig` that are top-level keys in YAML and on the command line: `norm=bhyt qk_norm=true`.
@@ -187,23 +195,24 @@ AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm", "recentre")
 class ModelConfig:
     """Shape of a Llama. Names are from Hugging Face's `LlamaConfig`, except `embed_proj` and all fields below it."""
 
-    vocab_size: Annotated[Int, Field(ge=1, le=2**24)] = 4096
-    hidden_size: Annotated[Int, Field(ge=1, le=2**20)] = 256
-    intermediate_size: Annotated[Int, Field(ge=1, le=2**24)] = 688
-    num_hidden_layers: Annotated[Int, Field(ge=1, le=1000)] = 6
-    num_attention_heads: Count = 4
-    num_key_value_heads: Count | None = None  # None: num_attention_heads (MHA)
-    head_dim: Count | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: Annotated[Int, Field(ge=1, le=2**24)] = 2048
-    rope_theta: Positive = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False  # of q_proj, k_proj, v_proj and o_proj
-    mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
-    hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # of the gate: down(act(gate(x)) * up(x))
-    initializer_range: Annotated[Positive, Field(le=100)] | None = None  # None: 1/sqrt(hidden_size)
-    scale_residual_init: bool = False  # initialize o_proj and down_proj with deviation / sqrt(2 num_hidden_layers)
-    embed_proj: bool = False  # EmbProj after the embedding and before the head (OSP, section 3)
-    head_bias: bool = False  # of lm_head; folding a final LayerNorm moves its bias here
+    vocab_size: Annotated[Int, Field(ge=1, le=2**24)] = 4096  # tokens of the embedding and the head
+    hidden_size: Annotated[Int, Field(ge=1, le=2**20)] = 256  # channels of the residual stream
+    intermediate_size: Annotated[Int, Field(ge=1, le=2**24)] = 688  # channels of the MLP
+    num_hidden_layers: Annotated[Int, Field(ge=1, le=1000)] = 6  # number of blocks
+    num_attention_heads: Count = 4  # query heads
+    num_key_value_heads: Count | None = None  # heads of keys and values; None: num_attention_heads
+    head_dim: Count | None = None  # channels of a head; None: hidden_size / num_attention_heads
+    max_position_embeddings: Annotated[Int, Field(ge=1, le=2**24)] = 2048  # longest sequence in tokens
+    rope_theta: Positive = 10_000.0  # base of the RoPE frequencies
+    rope_scaling: RopeScaling | None = None  # RoPE for longer contexts; None: plain
+    attention_bias: bool = False  # biases of q_proj, k_proj, v_proj and o_proj
+    mlp_bias: bool = False  # biases of gate_proj, up_proj and down_proj
+    hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # the MLP is down(act(gate(x)) * up(x))
+    # Standard deviation of the initial weights. None: 1/sqrt(hidden_size).
+    initializer_range: Annotated[Positive, Field(le=100)] | None = None
+    scale_residual_init: bool = False  # divide that of o_proj and down_proj by sqrt(2 * num_hidden_layers)
+    embed_proj: bool = False  # a learnable projection after the embedding and before the head (OSP, section 3)
+    head_bias: bool = False  # bias of lm_head; folding a final LayerNorm moves its bias here
     norm: NormConfig = field(default_factory=NormConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     qk_norm: bool = False  # normalize queries and keys of every head before RoPE
@@ -221,80 +230,85 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    lr: NotNegative = 5e-4  # peak learning rate of the rules muon and normalized
-    adam_lr: NotNegative | None = None  # peak learning rate of the rule adamw; None: lr
-    weight_decay: NotNegative = 0.01  # decoupled; for every role
-    momentum: Decay = 0.95
-    nesterov: bool = True
+    lr: NotNegative = 5e-4  # peak learning rate of the rules `muon` and `normalized`
+    adam_lr: NotNegative | None = None  # peak learning rate of the rule `adamw`; None: lr
+    weight_decay: NotNegative = 0.01  # decoupled weight decay, for every role
+    momentum: Decay = 0.95  # of `muon` and `normalized`
+    nesterov: bool = True  # Nesterov momentum
+    # Newton-Schulz iteration of muon. gram: on the Gram matrix, fewer operations for long matrices.
     ns_method: Literal["standard", "gram"] = "standard"
-    ns_coefficients: str = "keller_jordan"  # a key of osp.optim.muon.COEFFICIENTS
-    ns_steps: Annotated[Int, Field(ge=1, le=100)] = 5
-    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if native
-    per_head: bool = False  # muon: orthogonalize attention matrices head by head
-    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
-    adam_eps: NotNegative = 1e-8
-    rules: dict[Role, str] = field(default_factory=lambda: {  # keys of osp.optim.rules.RULES
+    ns_coefficients: str = "keller_jordan"  # polynomials of the iteration, a key of osp.optim.muon.COEFFICIENTS
+    ns_steps: Annotated[Int, Field(ge=1, le=100)] = 5  # steps of the iteration
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # dtype of the iteration; auto: bf16 if the hardware has it
+    per_head: bool = False  # let muon orthogonalize attention matrices head by head
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)  # of the rule `adamw`
+    adam_eps: NotNegative = 1e-8  # of the rule `adamw`
+    rules: dict[Role, str] = field(default_factory=lambda: {  # update rule of a role: a key of osp.optim.rules.RULES
         "matrix": "muon", "embed_proj": "muon", "gain": "normalized", "embedding": "adamw", "head": "adamw",
     })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    name: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
-    warmup: str | Int = "5%"
-    decay: str | Int = "20%"  # trapezoid: length of the linear decay at the end
+    """The learning rate over the run, as a share of its peak."""
+
+    name: Literal["trapezoid", "cosine", "constant"] = "trapezoid"  # shape after the warm-up
+    warmup: str | Int = "5%"  # length of the linear warm-up: steps, tokens or a share of the run
+    decay: str | Int = "20%"  # trapezoid: length of the linear decay at the end: steps, tokens or a share of the run
     final_ratio: Annotated[Finite, Field(ge=0, le=1)] = 0.0  # last learning rate / peak learning rate
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    source: str = "text"  # a key of osp.data.sources.SOURCES; none: a converted model without its data
-    paths: tuple[FilePath, ...] = ()  # text: files or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
+    source: str = "text"  # where text comes from: a key of osp.data.sources.SOURCES
+    paths: tuple[FilePath, ...] = ()  # text: files, or folders of .txt .md .py .jsonl[.gz|.zst|.xz] .parquet
     text_field: Text = "text"  # text, hf: the field of a record that holds the document
     dataset: FilePath | None = None  # hf: name of the data set
     subset: Text | None = None  # hf: its configuration
-    split: Text = "train"  # hf
+    split: Text = "train"  # hf: its split
 
 
 @dataclass(frozen=True)
 class SourceConfig(TextConfig):
-    weight: Positive = 1.0  # share of the tokens = weight / sum of weights
+    weight: Positive = 1.0  # the share of the tokens is weight / sum of weights
 
 
 @dataclass(frozen=True)
 class DataConfig(TextConfig):
+    """Training text, and how it is tokenized into shards."""
+
     source: str = "python_stdlib"
-    mixture: tuple[SourceConfig, ...] = ()  # mixture: sources with their weights
-    max_tokens: Count | None = None  # stop preparing after this many training tokens; None: use the whole source
+    mixture: tuple[SourceConfig, ...] = ()  # mixture: list of sources with their weights
+    max_tokens: Count | None = None  # training tokens to stop preparing after; None: use the whole source
     val_fraction: Share = 0.01  # share of documents in the validation split, chosen by a hash of their text
-    shard_tokens: Annotated[Int, Field(ge=1, le=2**32)] = 32_000_000
-    cache_dir: FilePath = "data/shards"
+    shard_tokens: Annotated[Int, Field(ge=1, le=2**32)] = 32_000_000  # tokens per shard file
+    cache_dir: FilePath = "data/shards"  # folder of the shards, shared by all runs
     num_workers: Annotated[Int, Field(ge=0, le=1024)] = 0  # tokenizing threads; 0: one per core, at most 32
-    skip_steps: tuple[tuple[Count, Count], ...] = ()  # [[first, last], ...]: leave out the data of these steps
+    skip_steps: tuple[tuple[Count, Count], ...] = ()  # leave out the data of these steps: [[first, last], ...]
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     train: bool = True  # train a byte-level BPE on the data
-    vocab_size: Annotated[Int, Field(ge=1, le=2**24)] = 4096
+    vocab_size: Annotated[Int, Field(ge=1, le=2**24)] = 4096  # tokens of the BPE to train; at most model.vocab_size
     sample_bytes: Count = 32_000_000  # bytes of text to train the BPE on
     path: FilePath | None = None  # an existing tokenizer.json, with train=false
-    hub: Text | None = None  # or a tokenizer of the Hugging Face hub, with train=false
-    eos_token: Text = "<|endoftext|>"
+    hub: Text | None = None  # or the name of a tokenizer on the Hugging Face hub, with train=false
+    eos_token: Text = "<|endoftext|>"  # the token that ends every document
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    zero_stage: ZeroStage = 1
-    device: Device = "auto"
+    zero_stage: ZeroStage = 1  # partition optimizer state (1), gradients too (2), weights too (3)
+    device: Device = "auto"  # auto: CUDA if there is a GPU
     threads: Threads | None = None  # CPU threads per rank; None: share all cores among the ranks of a host
     timeout: Positive = 1800.0  # seconds until a rank stops waiting for the others
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: CountOrZero = 1000  # steps; 0: only at the end
-    keep_last: CountOrZero = 2  # newest checkpoints to keep; 0: all
+    every: CountOrZero = 1000  # steps between checkpoints; 0: only at the end
+    keep_last: CountOrZero = 2  # number of newest checkpoints to keep; 0: all
     keep_every: CountOrZero = 0  # keep every checkpoint whose step is a multiple of this; 0: none
     # Start at step 0 with the model and tokenizer of a run, a checkpoint, or an output of scripts/convert.py.
     init_from: FilePath | None = None
@@ -306,7 +320,7 @@ class AlertConfig:
 
     above: Positive | None = None  # warn if the statistic is larger than this
     growth: Positive | None = None  # warn if it is larger than growth * max(floor, its value at half of the steps)
-    floor: Positive = 1.0
+    floor: Positive = 1.0  # least value that growth is measured from
 
 
 def _default_alerts() -> dict[Statistic, dict[AlertSite, AlertConfig]]:
@@ -326,12 +340,14 @@ def _default_alerts() -> dict[Statistic, dict[AlertSite, AlertConfig]]:
 class MonitorConfig:
     """Which outlier statistics to measure on validation text, how often, and when to warn."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: no probes and no alerts
     # Steps between probes. auto: at powers of two, and as often as max_cost allows. 0: only at the start and the end.
     every: CountOrZero | Literal["auto"] = "auto"
-    max_cost: Share = 0.005  # every=auto: share of the training time for probes
+    max_cost: Share = 0.005  # share of the training time for probes, with every=auto
     tokens: Annotated[Int, Field(ge=2, le=2**24)] = 2048  # validation tokens per probe, over all ranks
+    # Activations to measure; docs/monitoring.md describes them.
     sites: tuple[Site, ...] | Literal["all"] = ("embed_out", "attn_in", "down_proj_in", "block_out", "final_norm_out")
+    # What to compute from them; docs/metrics.md defines each.
     statistics: tuple[Statistic, ...] | Literal["all"] = (
         "kurtosis", "kurtosis_pooled", "max_abs", "max_over_median", "rms", "top_channel_share", "top_token_share",
         "osp_script", "R_L", "attn_logit_max", "gain_max", "var_error",
@@ -343,11 +359,11 @@ class MonitorConfig:
 @dataclass(frozen=True)
 class LoggerConfig:
     every: Count = 1  # steps between training lines of metrics.jsonl and W&B
-    wandb: WandbMode = "offline"
-    project: Text = "osp"
-    entity: Text | None = None
-    progress: bool = True
-    peak_tflops: Positive | None = None  # per rank, for MFU; None: the table of known GPUs, no MFU on other devices
+    wandb: WandbMode = "offline"  # mode of W&B; offline: files in the run folder
+    project: Text = "osp"  # project in W&B
+    entity: Text | None = None  # user or team in W&B; None: your default
+    progress: bool = True  # show a progress bar
+    peak_tflops: Positive | None = None  # TFLOP/s of a rank, for MFU; None: a table of known GPUs
 
 
 @dataclass(frozen=True)
@@ -366,7 +382,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    resume: FilePath | bool = "auto"  # auto | a checkpoint or run folder | false
+    # Checkpoint to start from. auto: the newest of this run; a path: of that run, or that checkpoint; false: none.
+    resume: FilePath | bool = "auto"
     debug: bool = False  # show tracebacks of user errors
 
 

@@ -26,17 +26,20 @@ class GenerateConfig:
     """Keys besides the model and the prompts, which come first."""
 
     prompts: FilePath | None = None  # a text file with one prompt per line
-    max_new_tokens: Annotated[Int, Field(ge=1, le=2**24)] | None = None  # None: 256, or the positions left
-    temperature: NotNegative = 0.8  # 0: always the most likely token
+    # Tokens to write. None: 256, or as many as the context has left.
+    max_new_tokens: Annotated[Int, Field(ge=1, le=2**24)] | None = None
+    temperature: NotNegative = 0.8  # of sampling; 0: always the most likely token
     top_k: Count | None = None  # sample from the k most likely tokens only
     top_p: PositiveFraction = 1.0  # sample from the smallest set of tokens with this probability
-    seed: Seed = 0
+    seed: Seed = 0  # of sampling
     bos: bool = True  # put the model's BOS token before every prompt
-    device: Device = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # weights, activations, cache; auto: bf16 on a GPU that has it
+    device: Device = "auto"  # auto: CUDA if there is a GPU
+    dtype: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # of weights, activations and cache; auto: bf16 on a GPU that has it
+    )
     compile: bool | Literal["auto"] = "auto"  # run one token as one CUDA graph; auto: on a GPU
     threads: Threads | None = None  # CPU threads; None: all cores
-    debug: bool = False
+    debug: bool = False  # show tracebacks of user errors
 
 
 def main(values: dict[str, Any]) -> None:

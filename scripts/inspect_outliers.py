@@ -16,7 +16,7 @@ class InspectConfig:
     path: FilePath | None = None  # a run folder or one of its checkpoints
     text: FilePath | None = None  # a text file; None: the run's validation split
     out: FilePath | None = None  # folder of the bundle; None: forensics of the run
-    debug: bool = False
+    debug: bool = False  # show tracebacks of user errors
 
 
 def main(values: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from osp.schema import build
 @dataclass(frozen=True)
 class PanelsConfig:
     project: str = ""  # ENTITY/PROJECT, as in the address of the project
-    debug: bool = False
+    debug: bool = False  # show tracebacks of user errors
 
 
 def main(values: dict[str, Any]) -> None:

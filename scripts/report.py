@@ -17,7 +17,7 @@ from osp.schema import FilePath, build
 class ReportConfig:
     paths: tuple[FilePath, ...] = ()  # run folders
     out: FilePath | None = None  # the file to write; None: report.html in the first run folder
-    debug: bool = False
+    debug: bool = False  # show tracebacks of user errors
 
 
 def main(values: dict[str, Any]) -> None:

@@ -44,13 +44,14 @@ log = logging.getLogger(__name__)
 class VerifyResumeConfig:
     """Keys of the group `verify`."""
 
-    steps: tuple[Count, Count] = (3, 3)  # before and after the interruption
+    steps: tuple[Count, Count] = (3, 3)  # steps before and after the interruption
     rows: Count | None = None  # sequences per step; None: two per rank of the largest topology
-    ranks: tuple[Count, ...] | None = None  # None: 1, 2 and 4, as far as the GPUs of this host go
-    stages: tuple[ZeroStage, ...] = (1, 2, 3)
-    pairs: Literal["cycle", "all"] = "cycle"  # a checkpoint is resumed on the next topology, or on all others
+    ranks: tuple[Count, ...] | None = None  # numbers of ranks; None: 1, 2 and 4, as far as the GPUs of this host go
+    stages: tuple[ZeroStage, ...] = (1, 2, 3)  # ZeRO stages
+    # Topologies that resume a checkpoint of another one. cycle: the next one; all: all others.
+    pairs: Literal["cycle", "all"] = "cycle"
     seed: Int = 0  # of the random moments of SIGTERM
-    dir: FilePath | None = None  # of the short runs; None: a temporary folder in run.dir
+    dir: FilePath | None = None  # folder of the short runs; None: a temporary folder in run.dir
     keep: bool = False  # keep the short runs and their logs
     out: FilePath | None = None  # JSON file of the certificate; None: verify_resume.json in run.dir
 

@@ -15,8 +15,8 @@ PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp") 
 class SweepConfig:
     """Train each row at several values of one key, with the first seed."""
 
-    key: str | None = None  # for example optimizer.lr
-    values: tuple[Any, ...] = ()
+    key: str | None = None  # key of a training, for example optimizer.lr
+    values: tuple[Any, ...] = ()  # values of the key
     rows: tuple[str, ...] = ()  # names of rows; names without a row are ignored; empty: all rows
 
 
@@ -28,24 +28,23 @@ class AblationConfig:
     `gated: +experiment=osp attention.gate=true`.
     """
 
-    dir: FilePath = "ablations/nano"
-    rows: tuple[str, ...] = PAPER_ROWS
-    seeds: tuple[Seed, ...] = (0,)
+    dir: FilePath = "ablations/nano"  # folder of the runs and the tables
+    rows: tuple[str, ...] = PAPER_ROWS  # what to train
+    seeds: tuple[Seed, ...] = (0,)  # values of train.seed
     common: tuple[str, ...] = ()  # overrides of every training, from the preset
     overrides: tuple[str, ...] = ()  # overrides of every training, from the command line
-    # Named sets of overrides by row, see `settings_of`. `rates` selects the sets to train with; `paper` is the empty
-    # set: the learning rates of the experiments.
+    # Named sets of overrides by row, see `settings_of`.
     settings: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
-    rates: tuple[str, ...] = ("paper",)
+    rates: tuple[str, ...] = ("paper",)  # names in `settings` to train with; `paper`: the rates of the experiments
     sweep: SweepConfig = field(default_factory=SweepConfig)
     ranks: Count = 1  # processes of each training
     parallel: Count | None = None  # trainings at a time; None: as many as the machine allows
-    texts: tuple[str, ...] = ()  # for perplexity; empty: the validation split
-    max_tokens: Count | None = None  # of each text
-    calibration_tokens: Count = 262_144  # of GPTQ
+    texts: tuple[str, ...] = ()  # texts for perplexity; empty: the validation split
+    max_tokens: Count | None = None  # tokens to read from the start of each text; None: all
+    calibration_tokens: Count = 262_144  # calibration tokens of GPTQ
     methods: Literal["ends", "all", "none"] = "ends"  # rows to measure with GPTQ and QuaRot; ends: first and last
-    progress: bool = True
-    debug: bool = False
+    progress: bool = True  # show a progress bar
+    debug: bool = False  # show tracebacks of user errors
 
 
 def parse_rows(config: AblationConfig) -> dict[str, tuple[str, ...]]:

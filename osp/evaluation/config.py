@@ -13,40 +13,41 @@ from osp.schema import Count, CountOrZero, Device, Int, Threads
 class MeasureConfig:
     """Keys that both scripts have."""
 
-    texts: tuple[str, ...] = ()  # wikitext2, held_out, a run folder, files; see osp.evaluation.texts
-    text_field: str = "text"  # of records: the field that holds the document
+    texts: tuple[str, ...] = ()  # for perplexity: `wikitext2`, `held_out`, run folders, files
+    text_field: str = "text"  # the field of a record that holds the document
     # Tokens of a window; None: what the model was trained at, 2048 at most
     seq_len: Annotated[Int, Field(ge=2, le=2**24)] | None = None
     overlap: CountOrZero = 0  # tokens of a window that are context only
-    bos: bool = False  # the BOS token before every window and context
+    bos: bool = False  # put the BOS token before every window and context
     # Tokens to read from the start of each text; None: all
     max_tokens: Annotated[Int, Field(ge=2, le=10**15)] | None = None
-    tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or paper: OSP's ten as far as present
-    tasks_dir: str = "."
+    tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or `paper`: OSP's ten as far as present
+    tasks_dir: str = "."  # folder of the task files
     num_fewshot: CountOrZero = 0  # examples before each item of a local task
     limit: Count | None = None  # items of each task; None: all
-    lm_eval: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or paper_ten
-    lm_eval_dir: str | None = None  # folder of further task files for it
-    batch_tokens: Count = 8192  # that the model reads at a time
-    device: Device = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of matmuls; auto: bf16 where it is native
+    lm_eval: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or `paper_ten`
+    lm_eval_dir: str | None = None  # folder of further task files for the harness
+    batch_tokens: Count = 8192  # tokens that the model reads at a time
+    device: Device = "auto"  # auto: CUDA if there is a GPU
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of matmuls; auto: bf16 if the hardware has it
     threads: Threads | None = None  # CPU threads per rank; None: all cores shared among the ranks of a host
-    out: str | None = None  # the JSON file; None: below `evaluation` of a run, nowhere for a Hugging Face folder
-    progress: bool = True
-    debug: bool = False
+    out: str | None = None  # JSON file; None: in `evaluation` of a run, nowhere for a Hugging Face folder
+    progress: bool = True  # show a progress bar
+    debug: bool = False  # show tracebacks of user errors
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(MeasureConfig):
     path: str = ""  # a run, a checkpoint or a Hugging Face folder
-    quant: QuantSpec = field(default_factory=QuantSpec)
-    ablate: bool = False  # perplexity with only one site quantized and with one left out, for each site; R_L per layer
+    quant: QuantSpec = field(default_factory=QuantSpec)  # the quantization
+    # Perplexity with only one site quantized, and with one left out, for each site; R_L per layer.
+    ablate: bool = False
 
 
 @dataclass(frozen=True)
 class CompareConfig(MeasureConfig):
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()  # runs, checkpoints and Hugging Face folders
     quant: QuantSpec = field(default_factory=QuantSpec)  # the rows vary its bits and methods
     # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
     methods: Literal["none", "last", "all"] = "last"
-    spinquant: bool = False  # the last row of table 4, which takes longest
+    spinquant: bool = False  # measure the last row of table 4 too, which takes longest

@@ -44,33 +44,33 @@ class QuantSpec:
     them. A rotation is applied only where something in its basis is quantized.
     """
 
-    w_bits: Bits = 16
-    a_bits: Bits = 16
-    kv_bits: Bits = 16
-    w_symmetric: bool = True
+    w_bits: Bits = 16  # bits of weights
+    a_bits: Bits = 16  # bits of activations
+    kv_bits: Bits = 16  # bits of keys and values
+    w_symmetric: bool = True  # a scale and no zero point
     w_group_size: Count | None = None  # input channels that share a scale; None: all of an output channel
     w_clip: bool = True  # narrow the range of each scale to the least rounding error
-    a_symmetric: bool = False
+    a_symmetric: bool = False  # a scale and no zero point
     a_group_size: Count | None = None  # channels of a token that share a scale; None: all
     o_proj_by_head: bool = True  # the input of o_proj has one scale per head
-    kv_symmetric: bool = False
+    kv_symmetric: bool = False  # a scale and no zero point
     kv_group_size: Count | None = None  # channels of a head that share a scale; None: all
-    embedding_and_head: bool = False  # the embedding and the head at w_bits too, the head's input at a_bits
+    embedding_and_head: bool = False  # quantize the embedding and the head too, and the input of the head
     ffn_hadamard: bool = False  # online Hadamard transform of the input of down_proj
     qk_hadamard: bool = True  # online Hadamard transform of queries and keys after RoPE
     method: Literal["rtn", "gptq"] = "rtn"  # how weights are rounded
     act_order: bool = False  # gptq: channels with the largest inputs first
     damping: Positive = 0.01  # gptq: share of the Hessian's mean diagonal that is added to its diagonal
-    rotation: Literal["none", "quarot", "spinquant"] = "none"  # of residual stream and values, fused into weights
+    # Rotation of the residual stream and the values, fused into the weights.
+    rotation: Literal["none", "quarot", "spinquant"] = "none"
     rotation_steps: Count = 100  # spinquant: steps of the optimization
     rotation_lr: Positive = 1.5  # spinquant: first learning rate; falls linearly to 0
-    calibration: Text = "train"  # gptq, spinquant: name of the text; train: the training split. Never the test text
-    calibration_tokens: Count = 262_144  # 128 sequences of 2048, as in QuaRot's code
+    calibration: Text = "train"  # gptq, spinquant: name of a text, not the test text; train: the training split
+    calibration_tokens: Count = 262_144  # tokens of it: 128 sequences of 2048, as in QuaRot's code
     seed: CountOrZero = 0  # of calibration sequences and random rotations
-    # Number formats by their names in osp.quant.formats; None: integers, symmetric or not as the keys above say
-    w_format: str | None = None
-    a_format: str | None = None
-    kv_format: str | None = None
+    w_format: str | None = None  # number format, a key of osp.quant.formats.FORMATS; None: as w_symmetric says
+    a_format: str | None = None  # number format, a key of osp.quant.formats.FORMATS; None: as a_symmetric says
+    kv_format: str | None = None  # number format, a key of osp.quant.formats.FORMATS; None: as kv_symmetric says
 
     def __post_init__(self) -> None:
         for part in PARTS:
