@@ -33,7 +33,7 @@ def test_table_of_sites_equals_the_map() -> None:
 
 
 def test_shapes_of_the_sites_are_those_of_a_forward_pass() -> None:
-    sizes = {"D": 24, "F": 40, "H K": 4 * 8, "G K": 2 * 8}
+    sizes = {"D": 24, "F": 40, "HK": 4 * 8, "GK": 2 * 8}
     config = ModelConfig(
         vocab_size=16,
         hidden_size=sizes["D"],
@@ -50,9 +50,7 @@ def test_shapes_of_the_sites_are_those_of_a_forward_pass() -> None:
         name = f"{layer_name(0)}/{kind}" if site.in_block else kind
         hook_site(model, name, lambda x, kind=kind: seen.__setitem__(kind, x[0].flatten(1).shape[1]))
     model(torch.zeros(1, 3, dtype=torch.long))
-    documented = {
-        cells[0].strip("`"): sizes[cells[2].removeprefix("(T, ").removesuffix(")")] for cells in table("site")
-    }
+    documented = {cells[0].strip("`"): sizes[cells[2].removeprefix("(T,").removesuffix(")")] for cells in table("site")}
     assert documented == seen
 
 
