@@ -12,19 +12,25 @@ from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.files import read_lines
+from osp.model.sites import split_site
 from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
 from osp.run.history import growth, since
+from osp.run.verdict import judge, over_usual
 from osp.tables import text_table
 
 SHOWN = 20  # sites of the table
-TITLES = ("site", "kurtosis", "pooled", "max|x|", "/median", "channel", "energy", "position", "since", "text")
+TITLES = (
+    "site", "kurtosis", "judgement", "pooled", "max|x|", "/median", "channel", "energy", "position", "since", "text",
+)  # fmt: skip
 
 
 def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tuple[str, Path]:
     """Probe the model of a run folder or checkpoint; return a table of its sites, worst first, and a bundle's path.
+
+    The worst site has the highest kurtosis for its kind: heavy tails are normal at the input of down_proj.
 
     Args:
         text: file to read instead of the run's validation split, up to `monitor.tokens`.
@@ -40,7 +46,8 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     reading = probe(forensics.model, probed, MonitorConfig(sites="all", statistics="all"))
     history: list[Any] = [line for line in read_lines(run / PROBES) if line["step"] < checkpoint.step]
     history.append({"step": checkpoint.step, "sites": forensics.site_records(reading)})
-    order = sorted(reading.sites, key=lambda name: -reading.sites[name].statistics["kurtosis_pooled"])
+    kurtoses = {name: site.statistics["kurtosis"] for name, site in reading.sites.items()}
+    order = sorted(kurtoses, key=lambda name: -over_usual(name, kurtoses[name]))
     place = out or run / FORENSICS
     try:
         bundle_path = write_bundle(forensics.bundle(order[0], reading, history), place)
@@ -78,7 +85,9 @@ def _table(order: Sequence[str], reading: Reading, history: Sequence[Any]) -> st
         table.append(
             [
                 name,
-                *(f"{numbers[key]:.4g}" for key in ("kurtosis", "kurtosis_pooled", "max_abs", "max_over_median")),
+                f"{numbers['kurtosis']:.4g}",
+                judge(split_site(name)[1], numbers["kurtosis"]),
+                *(f"{numbers[key]:.4g}" for key in ("kurtosis_pooled", "max_abs", "max_over_median")),
                 str(site.channel),
                 f"{numbers['top_channel_share']:.1%}",
                 f"{site.row}:{site.position}",
@@ -90,7 +99,7 @@ def _table(order: Sequence[str], reading: Reading, history: Sequence[Any]) -> st
     return (
         f"after step {history[-1]['step']}: {', '.join(f'{name} {value:.4g}' for name, value in whole.items())}\n\n"
         f"{text_table(table)}\n\n"
-        f"the {len(table) - 1} of {len(order)} sites with the largest pooled kurtosis. channel, position "
-        "(sequence:token): of the largest |x|; energy: share of the strongest channel; since: first of the latest "
-        "probes in which this channel was at least half as large"
+        f"the {len(table) - 1} of {len(order)} sites with the highest kurtosis for their kind; raised: higher than in "
+        "models without outliers. channel, position (sequence:token): of the largest |x|; energy: share of the "
+        "strongest channel; since: first of the latest probes in which this channel was at least half as large"
     )

@@ -17,8 +17,9 @@ import yaml
 from osp.config import leaves
 from osp.report.downsample import averaged, envelope, grid, rounded
 from osp.run.history import growth, since
-from osp.run.metrics import METRICS, Site, expand_roles, metric_of, site_of
+from osp.run.metrics import METRICS, Site, expand_roles, metric_of
 from osp.run.read import FREE, Run, Series
+from osp.run.verdict import over_usual
 
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
 NOISY = 600  # points from which a noisy curve is drawn with its means
@@ -54,6 +55,7 @@ class Statistic:
 
 
 _FILE = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text(encoding="utf-8"))
+TERMS: dict[str, str] = _FILE["terms"]
 LINES = tuple(Lines(**fields | {"keys": expand_roles(fields["keys"])}) for fields in _FILE["lines"])
 STATISTICS = {
     name: Statistic(section, next(metric.title for key, metric in METRICS.items() if f"/{name}/<" in key), **fields)
@@ -155,8 +157,11 @@ def lines_data(runs: list[Run], names: list[str]) -> dict[str, dict[str, Any]]:
                 "events": events if lines.marked else [],
                 "curves": curves,
             }
+            chart["words"] = line_words(chart, names)
+            # a chart of points, one for each curve, is shown in words
+            chart["single"] = chart["words"] if curves and all(len(curve["x"]) == 1 for curve in curves) else ""
             if curves or not split:
-                charts[chart["name"]] = chart | {"words": line_words(chart, names)}
+                charts[chart["name"]] = chart
     return charts
 
 
@@ -188,6 +193,10 @@ def line_words(chart: dict[str, Any], runs: list[str]) -> str:
         values = [v for v in curve["y"] if v is not None]
         if values and not curve.get("mean"):  # which lacks the extremes
             words = f"lowest {number(min(values))}, highest {number(max(values))}, last {number(values[-1])}"
+            if len(values) == 1:
+                words = number(values[0]) + (
+                    "" if "x" in chart or "categories" in chart else f" at step {curve['x'][-1]:,}"
+                )
             name = " ".join(filter(None, [runs[curve["run"]] if len(runs) > 1 else "", curve["name"]]))
             alike.setdefault(words, []).append(name)
     parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
@@ -220,6 +229,8 @@ def _site_words(cells: list[Any], names: list[str]) -> str:
             last_step = max(step for _, _, step in flat)
             last, top = max(f for f in flat if f[2] == last_step), max(flat)
             words = f"last {_in_layer(last)}, largest {_in_layer(top)} at step {top[2]:,}"
+            if len(cell["x"]) == 1:
+                words = f"{_in_layer(last)} at step {last_step:,}, the only probe so far"
             parts.append(f"{name}: {words}" if len(cells) > 1 else _sentence(words))
     return "; ".join(parts)
 
@@ -277,14 +288,6 @@ def number(value: float | None, otherwise: str = DASH) -> str:
 # ---- outliers --------------------------------------------------------------------------------------------------------
 
 
-def worst_site(run: Run, stat: str) -> tuple[str, float]:
-    """Return (site, value) of the largest last value of a statistic; ("", nan) if it was not measured."""
-    last = {key.split("/", 2)[2]: s.last for key, s in run.series.items() if (t := site_of(key)) and t.stat == stat}
-    finite = {name: value for name, value in last.items() if math.isfinite(value)}
-    name = max(finite, key=lambda site: finite[site], default="")
-    return name, finite.get(name, math.nan)
-
-
 @dataclass(frozen=True)
 class Outlier:
     """The largest value of a site in the last probe, its channel, and the step since which that channel is large."""
@@ -302,23 +305,21 @@ class Outlier:
 
 
 def find_outliers(run: Run) -> list[Outlier]:
-    """Return the sites of the last probe with the most extreme values, relative to their RMS where it is known."""
+    """Return the sites of the last probe whose kurtosis is highest for their kind, then those without a kurtosis."""
     sites = run.probes[-1]["sites"] if run.probes else {}
-    values = {name: _number(site.get("top_value")) for name, site in sites.items()}
-    times_rms = {name: abs(v) / (run.last(f"monitor/rms/{name}") or math.nan) for name, v in values.items()}
-    size = times_rms if all(map(math.isfinite, times_rms.values())) else values
+    kurtoses = {name: run.last(f"monitor/kurtosis/{name}") for name in sites}
     outliers = []
-    for name in sorted(sites, key=lambda name: -abs(size[name]))[:MOST_OUTLIERS]:
-        site, channel = sites[name], sites[name]["channels"][0][0]
+    for name in sorted(sites, key=lambda name: -over_usual(name, kurtoses[name]))[:MOST_OUTLIERS]:
+        site, channel, value = sites[name], sites[name]["channels"][0][0], _number(sites[name].get("top_value"))
         outliers.append(
             Outlier(
                 site=name,
-                value=values[name],
-                times_rms=times_rms[name],
+                value=value,
+                times_rms=abs(value) / (run.last(f"monitor/rms/{name}") or math.nan),
                 channel=channel,
                 share=_number(site.get("top_channel_share")),
                 strongest=site.get("top_channel", -1),
-                kurtosis=run.last(f"monitor/kurtosis/{name}"),
+                kurtosis=kurtoses[name],
                 text=str(site.get("top_text", "")),
                 position=site.get("top_position", -1),
                 since=since(growth(run.probes, name, channel)),

@@ -15,6 +15,7 @@ const HEAT = {
   true: ["#1d2130", "#43205f", "#86296b", "#cc4658", "#f5823b", "#fbd65a"],
 };
 const DEPTH = { false: ["#a9b7e8", "#3f6fb5", "#1b4f72", "#0b2a3c"], true: ["#3b5b8f", "#4f9fd0", "#8fd6d6", "#f2f7c8"] };
+const BAD = ["alert", "nonfinite"]; // events drawn as solid lines
 const PARTS = ["run0", "run1", "run2", "run3", "run4", "run5"];
 const view = { from: 0, to: Infinity }; // the steps of the chart that is being drawn
 const state = { shown: data.runs.map(() => true), x: "linear", from: 0, stat: null, run: 0, histogram: null };
@@ -43,7 +44,9 @@ function mix(ramp, share) {
 const steps = (from, to) => (from === to ? `step ${number(to)}` : `steps ${number(from)} to ${number(to)}`);
 const several = data.runs.length > 1;
 
-// The names of the axes, in free corners.
+// A step on an axis: in full as long as it is short.
+const stepName = (value) => (value < 1e5 ? number(value) : short(value));
+// Names of axes in free corners.
 const named = (texts) => texts.map(([text, place]) => ({
   type: "text", silent: true, ...place, style: { text, fill: colour("soft"), font: "11px system-ui, -apple-system, sans-serif" },
 }));
@@ -55,12 +58,12 @@ function axes(log) {
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
-    graphic: named([["step", { right: 8, bottom: 4 }]]),
-    grid: { left: 8, right: 14, top: 12, bottom: 6, containLabel: true },
+    grid: { left: 8, right: 22, top: 12, bottom: 22, containLabel: true },
     xAxis: {
       type: state.x === "log" ? "log" : "value", min: state.x === "log" ? Math.max(1, view.from) : view.from, max: "dataMax",
       axisLine: { lineStyle: { color: colour("line") } }, axisTick: { show: false }, splitLine: { show: false },
-      axisLabel: { ...text, formatter: short, hideOverlap: true, showMaxLabel: false }, axisPointer: { label: { show: false } },
+      name: "step", nameLocation: "middle", nameGap: 24, nameTextStyle: text,
+      axisLabel: { ...text, formatter: stepName, hideOverlap: true, showMaxLabel: true }, axisPointer: { label: { show: false } },
     },
     yAxis: {
       type: log ? "log" : "value", scale: true, splitNumber: 4,
@@ -123,8 +126,11 @@ function linesOption(figure) {
   const option = axes(spec.log);
   option.series = curves.map((curve) => series(curve, spec.log));
   option.tooltip.formatter = tooltip(curves, spec);
-  if (spec.x) option.graphic = []; // the heading of the chart says what x is
-  if (spec.x) Object.assign(option.xAxis, { type: spec.logx ? "log" : "value", min: "dataMin" });
+  if (spec.x || spec.categories) { // the heading of the chart says what x is
+    Object.assign(option.xAxis, { name: "" });
+    option.grid.bottom = 6;
+  }
+  if (spec.x) Object.assign(option.xAxis, { type: spec.logx ? "log" : "value", min: "dataMin", axisLabel: { ...option.xAxis.axisLabel, formatter: short } });
   if (spec.categories) Object.assign(option.xAxis, { type: "category", data: spec.categories, min: null, max: null, axisLabel: { ...option.xAxis.axisLabel, formatter: null, showMaxLabel: true } });
   if (keys.length > 1) {
     option.grid.top = 30;
@@ -132,9 +138,9 @@ function linesOption(figure) {
   }
   const marks = [
     ...spec.levels.map((level) => ({ yAxis: level.y, lineStyle: { color: colour("soft"), type: [6, 4] }, label: { show: true, formatter: level.text, position: "insideEndTop", color: colour("soft"), fontSize: 11 } })),
-    ...spec.events.filter((event) => state.shown[event.run] && event.step >= view.from && event.step <= view.to).map((event) => ({ xAxis: event.step, name: event.kind,
-      lineStyle: { color: colour(event.kind === "alert" || event.kind === "nonfinite" ? "bad" : "warn"), type: [2, 3] },
-      label: { show: spec.events.length < 8, formatter: event.kind, position: "insideEndTop", color: colour("soft"), fontSize: 11 } })),
+    ...spec.events.filter((event) => state.shown[event.run] && event.step >= view.from && event.step <= view.to).map((event, i) => ({ xAxis: event.step, name: event.kind,
+      lineStyle: { color: colour(BAD.includes(event.kind) ? "bad" : "warn"), type: BAD.includes(event.kind) ? "solid" : [2, 3] },
+      label: { show: spec.events.length < 8, formatter: event.kind, position: "insideEndTop", offset: [0, 13 * i], color: colour("soft"), fontSize: 11 } })),
   ];
   if (marks.length && option.series.length) option.series[0].markLine = { silent: true, symbol: "none", label: { show: false }, data: marks };
   return option;
@@ -182,9 +188,9 @@ function heatmap(what, x, y, values, low, high, label, tip) {
   return {
     animation: false,
     textStyle: { fontFamily: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif" },
-    graphic: named([["step", { right: 30, bottom: 4 }], [what, { left: 8, top: 3 }]]),
-    grid: { left: 8, right: 62, top: 20, bottom: 6, containLabel: true },
-    xAxis: { ...axis, data: x }, yAxis: { ...axis, data: y },
+    graphic: named([[what, { left: 8, top: 3 }]]),
+    grid: { left: 8, right: 62, top: 20, bottom: 22, containLabel: true },
+    xAxis: { ...axis, data: x, name: "step", nameLocation: "middle", nameGap: 24, nameTextStyle: text }, yAxis: { ...axis, data: y },
     visualMap: {
       type: "continuous", min: low, max: high, dimension: 2, right: 0, top: "middle", itemWidth: 9, itemHeight: 120, text: [label(high), label(low)],
       textGap: 5, textStyle: text, formatter: label, inRange: { color: HEAT[dark.matches] }, hoverLink: false, padding: 0,
@@ -202,7 +208,7 @@ function siteHeatOption(figure) {
   cell.v.forEach((row, layer) => row.forEach((value, i) => {
     if (value !== null && cell.x[i][1] >= view.from) values.push([i, layer, Math.log10(Math.max(value, spec.floor)), value]);
   }));
-  return heatmap("layer", cell.x.map((pair) => short(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
+  return heatmap("layer", cell.x.map((pair) => stepName(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
     ({ value }) => `<div class="values"><b>${steps(...cell.x[value[0]])}</b><div>${layerName(cell.layers[value[1]])} <b>${number(value[3])}</b></div></div>`);
 }
 function histogramOption(figure) {
@@ -211,7 +217,7 @@ function histogramOption(figure) {
   const octaves = cell.v[0].map((_, i) => cell.first + i), values = [];
   cell.v.forEach((row, i) => row.forEach((share, octave) => share !== null && values.push([i, octave, share / 100])));
   const edge = (octave) => short(2 ** octave);
-  return heatmap("|x|", cell.x.map(short), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
+  return heatmap("|x|", cell.x.map(stepName), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
     ({ value }) => `<div class="values"><b>step ${number(cell.x[value[0]])}</b><div>|x| from ${edge(octaves[value[1]])} to ${edge(octaves[value[1]] + 1)}: <b>${number(100 * 10 ** value[2])}%</b> of the values</div></div>`);
 }
 
@@ -294,7 +300,7 @@ function describe() {
   all("figure[data-kind]").forEach((figure) => {
     const { stat, spec, runs } = cells(figure);
     const words = (data.words[stat] || {})[figure.dataset.kind] || "not measured in these runs";
-    const drawn = runs.some(Boolean);
+    const drawn = runs.some((cell) => cell && cell.x.length > 1); // one probe is no curve; the words say so
     figure.querySelector(".numbers").textContent = words;
     all(".plot", figure).forEach((plot) => {
       plot.setAttribute("aria-label", `${spec.title}: ${words}`);
@@ -363,6 +369,14 @@ all(".legend button").forEach((button, run) => button.addEventListener("click", 
 }));
 all("figure details").forEach((details) => details.addEventListener("toggle", () => details.open && fillTable(details)));
 dark.addEventListener("change", redraw);
+// A link into a closed part of the page opens it.
+function unfold() {
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  for (let part = target; part; part = part.parentElement) if (part.matches("details")) part.open = true;
+  if (target) all(":scope > details", target).forEach((details) => (details.open = true));
+}
+addEventListener("hashchange", unfold);
+unfold();
 // A link into the page must not scroll its target below the sticky bars.
 function clearBars() {
   const bars = all(".bar").filter((bar) => getComputedStyle(bar).position === "sticky");

@@ -9,6 +9,7 @@ and heatmaps with hover on touch screens at a quarter of plotly's size. No packa
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from osp.config import leaves
 from osp.errors import UserError
@@ -27,6 +28,7 @@ from osp.report.charts import DASH, Outlier, number
 from osp.run.evaluations import SiteAblation, SiteCost
 from osp.run.metrics import SITE_TITLES
 from osp.run.read import FREE, Run, read_run
+from osp.run.verdict import USUAL, SiteState, Verdict, judge_run, judge_sites
 
 HERE = Path(__file__).parent
 
@@ -40,6 +42,8 @@ class Shown:
     name: str  # in the charts
     label: str  # what sets it apart from the other runs
     outliers: list[Outlier]
+    verdict: Verdict
+    states: dict[str, SiteState]  # by kind of site
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[str]:
@@ -65,7 +69,18 @@ def write_report(folders: Sequence[Path], out: Path) -> list[str]:
 def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
     """Return the HTML document about `runs`. left_out: notes on folders that could not be read."""
     names, labels = charts.short_names(runs), charts.labels(runs)
-    shown = [Shown(i, run, names[i], labels[i], charts.find_outliers(run)) for i, run in enumerate(runs)]
+    shown = [
+        Shown(
+            index=i,
+            run=run,
+            name=names[i],
+            label=labels[i],
+            outliers=charts.find_outliers(run),
+            verdict=judge_run(run),
+            states={state.kind: state for state in judge_sites(run)},
+        )
+        for i, run in enumerate(runs)
+    ]
     data = charts.chart_data(runs, names)
     titles = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
     comparisons = [run.comparison for run in runs if run.comparison]
@@ -83,6 +98,9 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
         statistic_choice=list(titles.items()),
         histogram_choice=[(site, site) for site in data["histograms"]],
         sites={kind: title for kind, title in SITE_TITLES.items() if any(kind in data["sites"][s] for s in titles)},
+        judged={kind: SITE_TITLES[kind] for kind in USUAL if any(kind in s.states for s in shown)},
+        usual=USUAL,
+        terms=charts.TERMS,
         columns=dict.fromkeys(bits for c in comparisons for cells in c.bits.values() for bits in cells),
         methods=dict.fromkeys(method for c in comparisons for method in c.methods),
         specs={key: words for c in comparisons for key, words in c.specs.items()},
@@ -106,6 +124,7 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["kurtosis"] = lambda value: f"{value:.2f}" if abs(value) < 100 else number(value)
     environment.filters["plain"] = charts.plain
     environment.filters["median"] = lambda values: statistics.median(values) if len(values) else math.nan
     environment.tests["finite"] = math.isfinite
@@ -113,7 +132,9 @@ def render(template: Path, **values: Any) -> str:
     # line ends and control characters as in a JSON string
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)[1:-1]
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.globals |= {"leaves": leaves, "site_costs": site_costs, "worst_site": charts.worst_site}
+    # words between backticks are code
+    environment.filters["with_code"] = lambda text: Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
+    environment.globals |= {"leaves": leaves, "site_costs": site_costs}
     environment.globals["source"] = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))
     time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
     return environment.get_template(template.name).render(time=time, **values) + "\n"

@@ -23,6 +23,8 @@ from osp.model.transformer import Output, Transformer, count_parameters, flops_p
 from osp.optim.groups import describe_groups
 from osp.report.page import write_report
 from osp.run.logger import Logger
+from osp.run.read import read_run
+from osp.run.verdict import judge_run
 from osp.tables import render_text
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved
@@ -160,9 +162,11 @@ def describe_start(resolved: Resolved, engine: Engine, shards: Path, tflops: flo
 
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     """Return summary.json as text, after writing the report page of the run, where a finished run must not fail."""
-    report = folder / "report.html"
+    report, verdict = folder / "report.html", None
     try:
         write_report([folder], report)
+        verdict = judge_run(read_run(folder))
     except Exception as error:
         report = f"not written, {type(error).__name__}: {error}"
-    return render_text(Path(__file__).with_name("summary.txt"), summary=summary, folder=folder, report=report)
+    values = {"summary": summary, "verdict": verdict, "folder": folder, "report": report}
+    return render_text(Path(__file__).with_name("summary.txt"), **values)

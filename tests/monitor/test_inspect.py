@@ -51,7 +51,8 @@ def test_inspection_names_the_outlier_and_the_step_since_it_exists(spiky: Path, 
     table, path = inspect(spiky, out=tmp_path)
     (line,) = [line for line in table.split("\n") if line.startswith("embed_out")]
     cells = line.split()
-    assert cells[5] == "11"
+    assert cells[2] == "outlier"
+    assert cells[6] == "11"
     assert "step 2" in line
     contents = json.loads(path.read_text())
     assert contents["step"] == 3

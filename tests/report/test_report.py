@@ -196,8 +196,8 @@ def test_outliers_name_site_channel_token_and_first_step(tmp_path: Path) -> None
     write_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "&lt;b&gt;</code> at 0" in page
-    assert section_of(tmp_path / "report.html", "outliers")[1] == [
-        "layer_01/mlp_in", "-80", "40", "99", "7", "step 3", "<b> at 0", "80%",
+    assert section_of(tmp_path / "report.html", "largest")[1] == [
+        "layer_01/mlp_in", "-80", "40", "99.00", "1", "7", "step 3", "<b> at 0", "80%",
     ]  # fmt: skip
 
 
@@ -257,6 +257,62 @@ def test_plotting_library_is_the_released_file() -> None:
     assert digest == "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
 
 
+# ---- the verdict -------------------------------------------------------------------------------------------------
+
+
+def words_of(page: Path, name: str) -> str:
+    """Return the text of a section."""
+    match = re.search(f'<section id="{name}">(.*?)</section>', page.read_text(), flags=re.DOTALL)
+    assert match
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", match[1])).split())
+
+
+def test_page_begins_with_the_verdict(long_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    write_report(long_runs[:1], tmp_path / "one.html")
+    text = words_of(tmp_path / "one.html", "verdict")
+    assert re.match(
+        r"Is it safe at 4 bits\? complete after 10,000 of 10,000 steps, .* tokens broken Broken at 4 bits", text
+    )
+    assert "4 bits cost 6.1 nats" in text.replace("6.100", "6.1")
+    assert "The likely cause is the outliers at attn_in" in text
+    page = (tmp_path / "one.html").read_text()
+    ids = re.findall(r'<section id="(\w+)">', page)
+    assert ids[:7] == ["verdict", "sites", "loss", "outliers", "layers", "quantized", "details"]
+    write_report(long_runs, tmp_path / "two.html")
+    rows = section_of(tmp_path / "two.html", "verdict")
+    assert [row[:2] for row in rows if row] == [["adam", "broken"], ["osp", "noticeable"]]
+
+
+def test_sites_are_judged_against_their_own_range(long_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    write_report(long_runs[1:], tmp_path / "report.html")
+    rows = {row[0].split()[-1]: row[1:] for row in section_of(tmp_path / "report.html", "sites") if row}
+    assert next(iter(rows)) == "embed_out"
+    first, last, usual, word = rows["down_proj_in"]
+    assert 10 < float(first.removesuffix("step 1")) < 20
+    assert (usual, word) == ("300", "normal")
+    assert "layer" in last
+    assert "Largest kurtosis" not in (tmp_path / "report.html").read_text()
+
+
+def test_single_values_are_words_instead_of_empty_charts(tmp_path: Path, browser: Browser) -> None:
+    folder = made_run(tmp_path / "run", steps=40, layers=2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["step"] == 1 or not any(k.startswith(("val/", "monitor/")) for k in line)]
+    write_lines(folder / "metrics.jsonl", *kept)
+    write_report([folder], tmp_path / "report.html")
+    assert re.search(
+        r'data-lines="val_loss">.*?<b>[\d.]+ at step 1</b>', (tmp_path / "report.html").read_text(), re.DOTALL
+    )
+    browser.open(tmp_path / "report.html")
+    assert browser.run("document.querySelector('[data-lines=val_loss] .plot')") is None
+    words = browser.run("document.querySelector('[data-kind=block_out] .numbers').textContent")
+    assert re.fullmatch(r"-?[\d.]+ in layer \d at step 1, the only probe so far", words, re.IGNORECASE), words
+    browser.run(DRAW_ALL)
+    shown = "[...document.querySelectorAll('[data-kind=block_out] .plot')].filter((p) => p.clientWidth).length"
+    assert browser.run(shown) == 0
+    assert browser.errors == []
+
+
 # ---- evaluations -----------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +321,7 @@ def section_of(page: Path, name: str) -> list[list[str]]:
     match = re.search(f'<section id="{name}">.*?</section>', page.read_text(), flags=re.DOTALL)
     assert match
     rows = re.findall("<tr>(.*?)</tr>", match[0], flags=re.DOTALL)
-    cells = [re.findall("<td>(.*?)</td>", row, flags=re.DOTALL) for row in rows]
+    cells = [re.findall(r'<td(?: rowspan="\d+")?>(.*?)</td>', row, flags=re.DOTALL) for row in rows]
     return [[html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
 
 
@@ -342,6 +398,35 @@ def pages(long_runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return folder / "one.html", folder / "two.html"
 
 
+# the whole page, chart after chart, also those in closed parts
+DRAW_ALL = """document.querySelectorAll('.fold').forEach((d) => (d.open = true));
+document.querySelectorAll('.plot').forEach((p) => { if (p.clientWidth) draw(p); });"""
+# texts of a chart that cover each other or leave it
+COLLISIONS = """(() => {
+  const found = [];
+  charts.forEach((chart, plot) => {
+    if (!plot.clientWidth) return;
+    chart.getZr().refreshImmediately();
+    const boxes = chart.getZr().storage.getDisplayList(true)
+      .filter((el) => (el.type === 'tspan' || el.type === 'text') && !el.ignore && !el.invisible && el.style.text)
+      .map((el) => {
+        const box = el.getBoundingRect().clone();
+        if (el.transform) box.applyTransform(el.transform);
+        return { text: el.style.text, left: box.x, right: box.x + box.width, top: box.y, bottom: box.y + box.height };
+      });
+    boxes.forEach((a, i) => {
+      if (a.left < -0.5 || a.top < -0.5 || a.right > plot.clientWidth + 0.5 || a.bottom > plot.clientHeight + 0.5)
+        found.push(`${a.text} leaves the chart`);
+      boxes.slice(i + 1).forEach((b) => {
+        if (a.left < b.right - 0.5 && b.left < a.right - 0.5 && a.top < b.bottom - 1 && b.top < a.bottom - 1)
+          found.push(`${a.text} covers ${b.text}`);
+      });
+    });
+  });
+  return { charts: charts.size, found };
+})()"""
+
+
 def tip(browser: Browser, selector: str) -> str:
     """Return the tooltip at the middle of a chart."""
     browser.hover(selector)
@@ -357,7 +442,7 @@ def test_page_of_a_long_run_opens_quickly_and_without_errors(pages: tuple[Path, 
         drawn = browser.run("[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('canvas')).length")
         assert drawn > 0
         # the whole page, chart after chart
-        browser.run("document.querySelectorAll('.plot').forEach((p) => { if (p.style.display !== 'none') draw(p); })")
+        browser.run(DRAW_ALL)
         assert browser.run("document.querySelectorAll('.plot canvas').length") > 30
         assert browser.errors == []
 
@@ -420,6 +505,33 @@ def test_choosing_another_statistic_changes_pictures_and_words(pages: tuple[Path
     assert browser.errors == []
 
 
+def test_labels_of_the_charts_do_not_collide(tmp_path: Path, browser: Browser) -> None:
+    """The last label of an axis, its name, and the names of events, at widths from phone to desktop."""
+    for steps in (137, 150, 1500, 10_000):
+        run = made_run(
+            tmp_path / str(steps), steps=steps, layers=3, probe_every=max(1, steps // 20), outliers=steps > 150
+        )
+        write_report([run], tmp_path / f"{steps}.html")
+        for width in (390, 800, 1280):
+            browser.open(tmp_path / f"{steps}.html", width=width)
+            browser.run(DRAW_ALL)
+            result = browser.run(COLLISIONS)
+            assert result["charts"] > 30
+            assert result["found"] == [], (steps, width)
+            browser.run("x.value = 'log'; x.dispatchEvent(new Event('change'))")
+            browser.run(DRAW_ALL)
+            assert browser.run(COLLISIONS)["found"] == [], (steps, width, "log")
+            assert browser.errors == []
+
+
+def test_link_to_a_closed_part_opens_it(pages: tuple[Path, Path], browser: Browser) -> None:
+    browser.open(pages[0])
+    assert browser.run("document.querySelector('#optimizer details').open") is False
+    browser.run("location.hash = '#optimizer'")
+    browser.wait(lambda: browser.run("document.querySelector('#optimizer details').open"))
+    browser.wait(lambda: browser.run("document.querySelector('[data-lines=grad_norm] canvas') !== null"))
+
+
 # ---- after a training ---------------------------------------------------------------------------------------------
 
 
@@ -440,7 +552,9 @@ def test_training_writes_the_report_at_the_end_and_survives_its_failure(
     train(tiny("train.steps=2", "eval.quant.tokens=64", *everything, name="run"))
     assert not unknown_metrics(set(read_run(tmp_path / "run").series))
     kurtosis = data_of(tmp_path / "run" / "report.html")["lines"]["kurtosis"]["curves"]
-    assert [curve["name"] for curve in kurtosis] == ["worst site", "mean of the sites", "the paper's script"]
+    assert [curve["key"] for curve in kurtosis] == ["monitor/kurtosis/osp_script"]
+    assert re.search(r"at 4 bits +(Safe|Usable|Not safe|Broken) at 4 bits", caplog.text)
+    assert re.search(r"4 bits cost -?0\.\d{3} nats per token: perplexity [\d.e+]+ becomes", caplog.text)
     assert f"report              {tmp_path / 'run' / 'report.html'}" in caplog.text
     curve = data_of(tmp_path / "run" / "report.html")["lines"]["train_loss"]["curves"][0]
     assert curve["x"] == [1, 2]

@@ -1,0 +1,220 @@
+"""Is a model safe at 4 bits? The verdict on a run, and the judgement of its sites. Needs no torch.
+
+verdict.yaml holds the thresholds, the measurements behind them, and the words.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from osp.config import AlertConfig, MonitorConfig
+from osp.run.evaluations import format_short
+from osp.run.read import Run
+
+_FILE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+LEVELS: dict[str, dict[str, Any]] = _FILE["levels"]
+USUAL: dict[str, float] = _FILE["sites"]
+_RULES: dict[Any, AlertConfig] = MonitorConfig().alerts["kurtosis"]
+LIMITS: dict[str, float] = {kind: _RULES.get(kind, _RULES["all"]).above or math.inf for kind in USUAL}
+BEFORE, AFTER = "16-16-16", "4-4-4"
+
+
+# ---- sites -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """The kurtosis of one kind of site, of its worst layer, at the first and the last probe, and its judgement."""
+
+    kind: str
+    first: tuple[int, float]  # step, excess kurtosis
+    last: tuple[int, float]
+    layer: int | None  # of `last`
+    word: str  # "normal", "raised" or "outlier"
+    since: int | None  # the probe since which it is that or worse; None: normal
+
+
+def judge(kind: str, kurtosis: float) -> str:
+    """Return the judgement of an excess kurtosis at a kind of site: "normal", "raised" or "outlier".
+
+    Raised is more than any outlier-free model that was measured; an outlier is beyond the default of monitor.alerts.
+    """
+    return "outlier" if kurtosis > LIMITS[kind] else "raised" if kurtosis > USUAL[kind] else "normal"
+
+
+def over_usual(name: str, kurtosis: float) -> float:
+    """Return E[x^4] / Var[x]^2 of the site `layer_03/q` over the largest normal one; -1 if it is not known."""
+    usual = USUAL.get(name.rpartition("/")[2], math.nan)
+    return -1.0 if math.isnan(ratio := (kurtosis + 3) / (usual + 3)) else ratio
+
+
+def judge_sites(run: Run) -> list[SiteState]:
+    """Return the state of each kind of site whose kurtosis was measured, in the order of a forward pass."""
+    worst: dict[str, dict[int, tuple[float, int | None]]] = {kind: {} for kind in USUAL}  # kind -> step -> value, layer
+    for site, series in run.sites().items():
+        if site.stat == "kurtosis" and site.kind in worst:
+            steps = worst[site.kind]
+            for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
+                if math.isfinite(value) and (step not in steps or value > steps[step][0]):
+                    steps[step] = value, site.layer
+    return [_state(kind, sorted(steps.items())) for kind, steps in worst.items() if steps]
+
+
+def _state(kind: str, probes: list[tuple[int, tuple[float, int | None]]]) -> SiteState:
+    """probes: (step, (kurtosis, layer)) of the worst layer, by step."""
+    words = ("normal", "raised", "outlier")
+    ranks = [words.index(judge(kind, value)) for _, (value, _) in probes]
+    start = len(probes)
+    while start and ranks[start - 1] >= ranks[-1]:
+        start -= 1
+    (first, (before, _)), (last, (value, layer)) = probes[0], probes[-1]
+    since = probes[start][0] if ranks[-1] else None
+    return SiteState(kind, (first, before), (last, value), layer, words[ranks[-1]], since)
+
+
+# ---- the cost of 4 bits ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A measured cost of 4 bits."""
+
+    before: float  # perplexity at 16 bits
+    after: float
+    quant: str
+    where: str  # in words
+    step: int
+
+    @property
+    def nats(self) -> float:
+        """Nats per token; infinite if only the model at 16 bits has a finite perplexity, nan if it has none."""
+        return math.log(self.after) - math.log(self.before) if math.isfinite(self.before) else math.nan
+
+
+def measured_cost(run: Run) -> Cost | None:
+    """Return the measured cost of 4-4-4, by preference of the preset, and of the newest step."""
+    costs = [cost for cost in (*_of_records(run), *_in_training(run)) if not math.isnan(cost.nats)]
+    return max(costs, key=lambda cost: (cost.quant == _FILE["preset"], cost.step), default=None)
+
+
+def _in_training(run: Run) -> Iterator[Cost]:
+    """Yield the last measurement of eval.quant.every."""
+    before, after = (run.series.get(f"quant/perplexity/{bits}") for bits in (BEFORE, AFTER))
+    if before and after and before.steps[-1] == after.steps[-1]:
+        pair = [math.inf if math.isnan(series.values[-1]) else float(series.values[-1]) for series in (before, after)]
+        tokens = ((run.config.get("eval") or {}).get("quant") or {}).get("tokens")
+        where = "during training, on " + (f"{tokens:,} tokens of " if tokens else "") + "the validation split"
+        yield Cost(*pair, _FILE["preset"], where, int(after.steps[-1]))
+
+
+def _of_records(run: Run) -> Iterator[Cost]:
+    """Yield the costs by the records of scripts/evaluate.py and scripts/compare.py."""
+    at_16 = {
+        (record.step, result.what): result.value
+        for record in run.evaluations
+        for result in record.results
+        if result.metric == "perplexity" and record.quant["text"].startswith(BEFORE)
+    }
+    losses = run.series.get("val/loss")
+    validation = dict(zip(losses.steps.tolist(), losses.values.tolist(), strict=True)) if losses else {}
+    for record in run.evaluations:
+        quant, step = record.quant["text"], record.step
+        if not quant.startswith(AFTER):
+            continue
+        if ablation := record.ablation:
+            where = f"by scripts/evaluate.py on {ablation.text}"
+            yield Cost(ablation.unquantized, ablation.quantized, quant, where, step)
+        for result in record.results:
+            whole_split = result.what.startswith("held_out[") and "first=" not in result.what
+            before = at_16.get(
+                (step, result.what), math.exp(validation.get(step, math.inf)) if whole_split else math.inf
+            )
+            if result.metric == "perplexity":
+                yield Cost(before, result.value, quant, f"by scripts/evaluate.py on {result.what}", step)
+    if run.comparison:
+        cells, specs = run.comparison.bits.get("", {}), run.comparison.specs.values()
+        pair = [cells[bits].perplexity if bits in cells else None for bits in (BEFORE, AFTER)]
+        quant = next((words for words in specs if words.startswith(AFTER)), AFTER)
+        if all(pair):
+            yield Cost(*pair, quant, f"by scripts/compare.py on {run.comparison.what}", run.comparison.step)
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about a run at 4 bits, in words. A `command` stands between backticks."""
+
+    level: str  # of LEVELS
+    basis: str  # "measured", "estimated", or what it rests on without a cost
+    nats: float  # the cost per token, measured or estimated; nan: unknown
+    rests_on: str
+    remarks: tuple[str, ...]  # the likely cause, and how sure the verdict is
+
+    @property
+    def title(self) -> str:
+        return LEVELS[self.level]["title"]
+
+    @property
+    def mark(self) -> str:
+        """The title in a word or two."""
+        return LEVELS[self.level]["mark"]
+
+
+def judge_run(run: Run) -> Verdict:
+    """Return the verdict by the best evidence: the measured cost of 4 bits, else R_L, else the sites' kurtosis."""
+    cost, sites, path, fit = measured_cost(run), judge_sites(run), rate_times_steps(run), _FILE["estimate"]
+    outliers, raised = (", ".join(s.kind for s in sites if s.word == word) for word in ("outlier", "raised"))
+    errors, nats, now = run.series.get("monitor/R_L"), math.nan, run.step
+    step, error = (int(errors.steps[-1]), errors.last) if errors and len(errors.finite) else (-1, math.nan)
+    words: dict[str, Any] = {"folder": run.folder, "sites": outliers, "raised": raised, "R_L": f"{error:.3g}", **fit}
+    if cost:
+        rests_on, nats, step = "measured", cost.nats, cost.step
+        words |= {"before": format_short(cost.before), "after": format_short(cost.after)}
+        words |= {"quant": cost.quant, "where": cost.where}
+    elif step > 0 and not path < _FILE["path"]["early"]:
+        rests_on, nats = "estimated", fit["factor"] * error ** fit["exponent"]
+    elif step >= 0:
+        rests_on = "early"
+    else:
+        rests_on = ("outliers" if outliers else "quiet") if sites else "unknown"
+    level = rests_on
+    if not math.isnan(nats):
+        level = next((name for name, about in LEVELS.items() if nats < about.get("below", -math.inf)), "broken")
+    costly = level in ("unsafe", "broken")
+    remarks = {
+        "outliers": costly and outliers,
+        "rounding": costly and sites and not outliers,
+        "measured": cost,
+        "estimated": rests_on == "estimated",
+        "stale": cost and step < now,
+        "command": not cost,
+        "short": path < _FILE["path"]["short"] and rests_on != "unknown" and not outliers,
+        "raised": raised and not outliers,
+    }
+    words |= {"step": f"{step:,}", "now": f"{now:,}", "path": path, "nats": _nats(nats), "change": _change(nats)}
+    texts = [_FILE["remarks"][name].format(**words) for name, holds in remarks.items() if holds]
+    return Verdict(level, rests_on, nats, _FILE["rests_on"][rests_on].format(**words), tuple(texts))
+
+
+def rate_times_steps(run: Run) -> float:
+    """Return the sum of the learning rate of the matrices over the steps of a run, nan if it was not logged."""
+    rates = run.series.get("train/lr/matrix")
+    return float(np.trapezoid(rates.values, rates.steps) + rates.values[0] * rates.steps[0]) if rates else math.nan
+
+
+def _nats(nats: float) -> str:
+    return "infinitely many" if nats == math.inf else f"{nats:.3f}"
+
+
+def _change(nats: float) -> str:
+    """Return the change of the perplexity in words."""
+    if nats < 1:
+        return f"{100 * math.expm1(nats):+.1f}%"
+    return f"{math.exp(nats):,.1f} times as high" if nats < 20 else "beyond use"
