@@ -68,7 +68,7 @@ def made_run(
             if step % max(steps // 40, 1) == 0:
                 loss = curve(step, steps) + 0.03
                 lines.append({"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / 4.4, "val/seconds": 4.0})
-                lost = 0.1 + 6 * growth(step, steps, outliers)  # nats
+                lost = 0.05 + 6 * growth(step, steps, outliers)  # nats
                 perplexities = {"16-16-16": math.exp(loss), "4-4-4": math.exp(loss + lost)}
                 lines.append({f"quant/perplexity/{bits}": value for bits, value in perplexities.items()})
             if step in probed:

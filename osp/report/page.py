@@ -28,7 +28,7 @@ from osp.report.charts import DASH, Outlier, number
 from osp.run.evaluations import SiteAblation, SiteCost
 from osp.run.metrics import SITE_TITLES
 from osp.run.read import FREE, Run, read_run
-from osp.run.verdict import USUAL, SiteState, Verdict, judge_run, judge_sites
+from osp.run.verdict import USUAL, SiteState, FourBitVerdict, judge_run, judge_sites
 
 HERE = Path(__file__).parent
 
@@ -42,7 +42,7 @@ class Shown:
     name: str  # in the charts
     label: str  # what sets it apart from the other runs
     outliers: list[Outlier]
-    verdict: Verdict
+    verdict: FourBitVerdict
     states: dict[str, SiteState]  # by kind of site
 
 

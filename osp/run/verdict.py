@@ -148,7 +148,7 @@ def _of_records(run: Run) -> Iterator[Cost]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FourBitVerdict:
     """What is known about a run at 4 bits, in words. A `command` stands between backticks."""
 
     level: str  # of LEVELS
@@ -167,7 +167,7 @@ class Verdict:
         return LEVELS[self.level]["mark"]
 
 
-def judge_run(run: Run) -> Verdict:
+def judge_run(run: Run) -> FourBitVerdict:
     """Return the verdict by the best evidence: the measured cost of 4 bits, else R_L, else the sites' kurtosis."""
     cost, sites, path, fit = measured_cost(run), judge_sites(run), rate_times_steps(run), _FILE["estimate"]
     outliers, raised = (", ".join(s.kind for s in sites if s.word == word) for word in ("outlier", "raised"))
@@ -200,7 +200,7 @@ def judge_run(run: Run) -> Verdict:
     }
     words |= {"step": f"{step:,}", "now": f"{now:,}", "path": path, "nats": _nats(nats), "change": _change(nats)}
     texts = [_FILE["remarks"][name].format(**words) for name, holds in remarks.items() if holds]
-    return Verdict(level, rests_on, nats, _FILE["rests_on"][rests_on].format(**words), tuple(texts))
+    return FourBitVerdict(level, rests_on, nats, _FILE["rests_on"][rests_on].format(**words), tuple(texts))
 
 
 def rate_times_steps(run: Run) -> float:

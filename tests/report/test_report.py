@@ -273,8 +273,8 @@ def test_page_begins_with_the_verdict(long_runs: tuple[Path, Path], tmp_path: Pa
     assert re.match(
         r"Is it safe at 4 bits\? complete after 10,000 of 10,000 steps, .* tokens broken Broken at 4 bits", text
     )
-    assert "4 bits cost 6.1 nats" in text.replace("6.100", "6.1")
-    assert "The likely cause is the outliers at attn_in" in text
+    assert re.search(r"4 bits cost 6\.0\d+ nats per token: perplexity", text)
+    assert re.search("The likely cause is the outliers at .*attn_in", text)
     page = (tmp_path / "one.html").read_text()
     ids = re.findall(r'<section id="(\w+)">', page)
     assert ids[:7] == ["verdict", "sites", "loss", "outliers", "layers", "quantized", "details"]
