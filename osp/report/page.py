@@ -28,7 +28,7 @@ from osp.report.charts import DASH, Outlier, number
 from osp.run.evaluations import SiteAblation, SiteCost
 from osp.run.metrics import SITE_TITLES
 from osp.run.read import FREE, Run, read_run
-from osp.run.verdict import USUAL, SiteState, FourBitVerdict, judge_run, judge_sites
+from osp.run.verdict import USUAL, FourBitVerdict, SiteState, judge_run, judge_sites
 
 HERE = Path(__file__).parent
 
