@@ -434,13 +434,13 @@ def tip(browser: Browser, selector: str) -> str:
 
 
 def test_page_of_a_long_run_opens_quickly_and_without_errors(pages: tuple[Path, Path], browser: Browser) -> None:
+    drawn = "[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('canvas')).length"
     for page in pages:
         assert page.stat().st_size < 5e6
         # the best of several: other jobs may use this machine
         assert any(browser.open(page) < 2.0 for _ in range(10))
         assert browser.errors == []
         # a chart is drawn when it scrolls into view
-        drawn = "[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('canvas')).length"
         browser.run("document.getElementById('loss').scrollIntoView({ behavior: 'instant' })")
         browser.wait(lambda: browser.run(drawn) > 0)
         # the whole page, chart after chart
