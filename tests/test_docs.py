@@ -66,9 +66,14 @@ def outside_blocks(text: str) -> str:
     return re.sub(r"^ *```\w*.*\n(?:.*\n)*? *```$", "", text, flags=re.MULTILINE)
 
 
-COMMANDS = list(
-    dict.fromkeys(command for _, command in shell_lines() if re.search(r"\bscripts/\w+\.(py|sh)\b", command))
-)
+def with_script(command: str) -> str:
+    """Return the command behind `make train ARGS="..."`, and other commands as they are."""
+    made = re.fullmatch(r"""make train ARGS=(["'])(.*)\1""", command)
+    return f"python scripts/train.py +experiment=quickstart {made[2]}" if made else command
+
+
+COMMANDS = list(dict.fromkeys(with_script(command) for _, command in shell_lines()))
+COMMANDS = [command for command in COMMANDS if re.search(r"\bscripts/\w+\.(py|sh)\b", command)]
 SPANS = sorted({span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", outside_blocks(text))})
 
 
