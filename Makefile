@@ -45,7 +45,7 @@ format: install-dev
 # The site in docs/ as build/site, which opens without a server. A broken link fails.
 docs: install-dev
 	$(BIN)/python docs/make_reference.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/site/index.html"
 
 # Resolve both locks again from pyproject.toml. torch comes first and pinned: a range resolves to another build.

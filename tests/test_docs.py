@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -327,15 +328,34 @@ def test_configuration_page_has_every_script() -> None:
 # --- the site -----------------------------------------------------------------------------------------------------
 
 
+def build_site(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of the repository at `root` as `make docs` does."""
+    (options,) = re.findall(r"mkdocs build (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "mkdocs", "build", *options.split(), "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=120)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the site, built strictly: a broken link, a missing anchor or a page outside the navigation is an error."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
+    built = build_site(ROOT, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
+
+
+def test_mistakes_end_the_build_of_the_site(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "docs" / "lost.md").write_text("# A page outside the navigation\n", encoding="utf-8")
+    mistakes = "\n[link](nothing.md), [anchor](norms.md#nothing), ![picture](assets/nothing.svg)\n"
+    with (tmp_path / "docs" / "data.md").open("a", encoding="utf-8") as file:
+        file.write(mistakes)
+    built = build_site(tmp_path, tmp_path / "site")
+    assert built.returncode == 1
+    for message in ("nothing.md", "norms.md#nothing", "assets/nothing.svg", "lost.md"):
+        assert message in built.stderr
 
 
 def test_site_has_a_page_for_every_file(site: Path) -> None:
