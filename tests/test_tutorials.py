@@ -3,6 +3,8 @@
 `SMALLER` lists every change that makes them short. The full first tutorial is a slow test.
 """
 
+import json
+import math
 import re
 import runpy
 import shlex
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import entry
 import pytest
+from safetensors.torch import load_file
 
 from osp.run.checkpoint import find
 from tests.conftest import ROOT, read_metrics
@@ -126,6 +129,32 @@ def _check_mistakes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             run_command(command, monkeypatch, ("logger.progress=false",))
         assert stopped.value.code == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+
+
+def test_from_llama(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    written = follow("from-llama", monkeypatch, capsys)
+    certificate = json.loads((folder / "converted" / "certificate.json").read_text(encoding="utf-8"))
+    assert certificate["fp64"]["relative"] < 1e-9
+    assert certificate["perplexity"]["before"] == pytest.approx(certificate["perplexity"]["after"], rel=1e-6)
+    exported = load_file(folder / "my-llama-safe" / "model.safetensors")
+    gains = [tensor for name, tensor in exported.items() if "norm" in name]
+    assert len(gains) == 7  # two in each of three layers, and the last
+    assert all(bool((gain == gain[0]).all()) for gain in gains)
+    assert len(results(written)) == 4
+    assert "The for statement" in written[-1]
+
+
+def test_four_bits(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("compressed_tensors")
+    written = follow("four-bits", monkeypatch, capsys)
+    assert len(results(written)) == 3
+    packed = load_file(folder / "small-4bit" / "model.safetensors")
+    blocks_packed = [name for name in packed if name.endswith(".weight_packed")]
+    assert len(blocks_packed) == 4 * 7
+    assert not [name for name in packed if name.endswith("_proj.weight")]
+    sizes, perplexities = zip(*re.findall(r": ([\d.]+) MB, perplexity ([\d.]+) on", written[-1]), strict=True)
+    assert float(sizes[1]) < float(sizes[0]) / 1.5
+    assert math.isclose(float(perplexities[0]), float(perplexities[1]), rel_tol=0.1)
 
 
 @pytest.mark.slow
