@@ -1,5 +1,6 @@
 """Ranks: start the process group, exchange values, detect a dead rank, share the batches of an evaluation."""
 
+import functools
 import logging
 import os
 import socket
@@ -54,10 +55,13 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
     os.environ["DS_ACCELERATOR"] = place.type  # else DeepSpeed takes a GPU it finds, or warns that it finds none
     import deepspeed
+    from deepspeed.utils import numa
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # an optional shared-memory all-reduce for CPU ranks, which takes a compiler and most of a minute to build
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # on CPUs DeepSpeed starts `numactl` in every backward pass of ZeRO-3
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
     # DeepSpeed calls renamed collectives of torch at every step
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

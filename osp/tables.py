@@ -1,5 +1,6 @@
 """Rows of text as a table, in Markdown and for a terminal, and text from a template."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,16 @@ def render_text(template: Path, **values: Any) -> str:
     Filters: `cell` is `escape_cell`; `number` gives 4 digits, and "not finite" for None. Function: `table`,
     which is `markdown_table`.
     """
-    loader = jinja2.FileSystemLoader(template.parent)
+    return _environment(template.parent).get_template(template.name).render(**values)
+
+
+@functools.cache  # it keeps the compiled templates
+def _environment(folder: Path) -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(folder)
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["cell"] = escape_cell
     environment.filters["number"] = lambda value: "not finite" if value is None else f"{value:.4g}"
     environment.globals["table"] = markdown_table
-    return environment.get_template(template.name).render(**values)
+    return environment

@@ -7,6 +7,7 @@ The library is Apache ECharts 6.1.0 (Apache-2.0, `dist/echarts.min.js` of the np
 and heatmaps with hover on touch screens at a quarter of plotly's size. No package on PyPI carries it alone.
 """
 
+import functools
 import json
 import math
 import re
@@ -116,8 +117,14 @@ def render(template: Path, **values: Any) -> str:
         template: its macros and base are found beside it or beside this module.
         values: `title`, `kind` (of page), `data` (for page.js) and what the template names. Text is escaped there.
     """
+    time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
+    return _environment(template.parent).get_template(template.name).render(time=time, **values) + "\n"
+
+
+@functools.cache  # it keeps the compiled templates
+def _environment(folder: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, HERE]),
+        loader=jinja2.FileSystemLoader([folder, HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -136,8 +143,7 @@ def render(template: Path, **values: Any) -> str:
     environment.filters["with_code"] = lambda text: Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
     environment.globals |= {"leaves": leaves, "site_costs": site_costs}
     environment.globals["source"] = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))
-    time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
-    return environment.get_template(template.name).render(time=time, **values) + "\n"
+    return environment
 
 
 def site_costs(ablation: SiteAblation) -> list[tuple[SiteCost, float, float]]:
