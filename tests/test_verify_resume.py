@@ -28,6 +28,7 @@ from osp.errors import RunError, UserError
 from osp.train.launch import failure
 from osp.train.setup import train
 from tests.conftest import ROOT, overrides_of
+from tests.distributed import ForkedProcess
 
 ONE = Topology(1, 1)
 Tiny = Callable[..., Config]
@@ -141,8 +142,11 @@ def test_schedule_is_scaled_to_the_short_run(
 
 
 @pytest.mark.timeout(900)  # four starts, two of two ranks
-def test_checkpoints_cross_ranks_and_stages_in_real_processes(tiny: Tiny, tmp_path: Path) -> None:
+def test_checkpoints_cross_ranks_and_stages_in_processes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One rank at ZeRO-1 resumes the checkpoint of two ranks at ZeRO-3, and vice versa."""
+    monkeypatch.setattr("verify_resume.Process", ForkedProcess)
     options = VerifyResumeConfig(steps=(2, 2))
     checked = Verification(tiny(name="verified"), options, tmp_path, Subprocesses(tmp_path))
     checked.topologies = [ONE, Topology(2, 3)]
