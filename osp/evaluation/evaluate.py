@@ -64,7 +64,7 @@ class Measurement:
             try:
                 importlib.import_module("lm_eval")
             except ImportError as error:
-                fix = "pip install 'osp[lm-eval]'"
+                fix = "pip install -e '.[lm-eval]'"
                 raise UserError(f"tasks, lm_eval: lm-eval is not installed; {fix} ({error})") from error
         if names and config.bos and subject.bos_id is None:
             raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")

@@ -24,7 +24,7 @@ def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
     try:
         public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
     except ImportError as error:
-        raise UserError("train.precision=fp8 needs torchao: pip install 'osp[fp8]'") from error
+        raise UserError("train.precision=fp8 needs torchao: pip install -e '.[fp8]'") from error
     config = public.Float8LinearConfig(emulate=emulate)
     # a converted layer holds the settings of the function, and the conversion prepares torch.compile for it
     plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")

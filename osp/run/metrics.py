@@ -122,7 +122,7 @@ def build_workspace(entity: str, project: str) -> Any:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        raise UserError("the W&B panels need wandb-workspaces; pip install 'osp[wandb]'") from error
+        raise UserError("the W&B panels need wandb-workspaces; pip install -e '.[wandb]'") from error
     sections: dict[str, list[Any]] = {}
     for panel in PANELS:
         drawn: dict[str, Any] = {"metric_regex": panel.regex} if panel.regex else {"y": list(panel.keys)}

@@ -320,7 +320,7 @@ def test_missing_harness_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, llama: LanguageModel, config: EvaluateConfig
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"lm-eval is not installed; pip install 'osp\[lm-eval\]'"):
+    with pytest.raises(UserError, match=r"lm-eval is not installed; pip install -e '.\[lm-eval\]'"):
         evaluate(llama, dataclasses.replace(config, tasks=("quiz",)))
 
 

@@ -19,7 +19,7 @@ from osp.train.setup import train
 from tests.conftest import losses, overrides_of, run_script
 
 Tiny = Callable[..., Config]
-needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: pip install 'osp[fp8]'")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: pip install -e '.[fp8]'")
 E4M3, E5M2 = (3, -6, 448.0), (2, -14, 57344.0)  # bits of mantissa, smallest exponent, largest value
 
 
@@ -136,6 +136,6 @@ def test_missing_torchao_is_reported_with_the_package_to_install(tiny: Tiny, mon
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     fp8_linear.cache_clear()
     config: Any = tiny("train.precision=fp8")
-    with pytest.raises(UserError, match=r"train.precision=fp8 needs torchao: pip install 'osp\[fp8\]'"):
+    with pytest.raises(UserError, match=r"train.precision=fp8 needs torchao: pip install -e '.\[fp8\]'"):
         train(config)
     assert not Path(config.run.dir).exists()
