@@ -44,6 +44,7 @@ BLOCKS = [
     for language, code in re.findall(r"^ *```(\w+).*\n((?:.*\n)*?) *```$", text, flags=re.MULTILINE)
 ]
 GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+FILES = "py|yaml|json|jsonl|md|html|sh|txt|csv|safetensors|gguf|bin|pt|svg|png"  # not the last part of a key
 TOGETHER = "\n".join(PAGES.values())
 
 
@@ -225,19 +226,15 @@ def test_keys_in_running_text_exist() -> None:
     """`train.seq_len` and so on: a dotted name that begins with a section is a key, a part of one, or a file."""
     known = set(re.findall(r"^\| `([\w.\[\]]+)` \|", PAGES["docs/configuration.md"], flags=re.MULTILINE))
     sections = {*to_dict(Config()), *AT_TOP, "quant", "verify", "machine", "sweep"}
-    wrong = []
-    for span in SPANS:
-        for key in re.findall(r"(?:^|(?<=[ +(]))([a-z_]+(?:\.\w+)+)(?==|$|[ ,)])", span):
-            key = re.sub(r"\.[A-Z]+$", "", key)  # a placeholder
-            if (
-                "." in key
-                and key.partition(".")[0] in sections
-                and not re.search(r"\.(py|yaml|json|jsonl|md|html|pt|sh|txt)$", key)
-            ):
-                key = re.sub(r"^monitor\.alerts\.\w+\.\w+", "monitor.alerts.STATISTIC.SITE", key)
-                if not any(name == key or name.startswith(f"{key}.") for name in known):
-                    wrong.append(span)
-    assert not wrong
+    named = {
+        (span, re.sub(r"\.[A-Z]+$", "", key))  # without a placeholder at the end
+        for span in SPANS
+        for key in re.findall(r"(?:^|(?<=[ +(]))([a-z_]+(?:\.\w+)+)(?==|$|[ ,)])", span)
+        if key.partition(".")[0] in sections and not re.search(rf"\.(?:{FILES})$", key)
+    }
+    for span, name in sorted(named):
+        key = re.sub(r"^monitor\.alerts\.\w+\.\w+", "monitor.alerts.STATISTIC.SITE", name)
+        assert key in sections or any(f"{one}.".startswith(f"{key}.") for one in known), span
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
