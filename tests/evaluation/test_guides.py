@@ -1,0 +1,90 @@
+"""docs/quantization.md and docs/export.md name every key of their scripts, its default, and every form of a task."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from osp.convert.config import ConvertConfig, ExportConfig
+from osp.convert.same_function import FP32_TOLERANCE, FP64_TOLERANCE, PERPLEXITY_TOLERANCE
+from osp.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
+from osp.evaluation.local_tasks import FORMS, PAPER_TEN
+from osp.quant.spec import QuantSpec
+from tests.conftest import ROOT
+
+QUANTIZATION, EXPORT = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("quantization", "export")
+)
+
+
+def section(page: str, title: str) -> str:
+    """Return the text below a heading, up to the next heading of any level."""
+    (text,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#|\Z)", page, flags=re.DOTALL | re.MULTILINE)
+    return text
+
+
+def defaults(text: str) -> dict[str, str]:
+    """Return key -> default, as written, of tables with the columns key, default and meaning."""
+    rows = re.findall(r"^\| (`[^|]+`) \| ([^|]*) \| [^|]+ \|$", text, flags=re.MULTILINE)
+    written = {}
+    for keys, values in rows:
+        names = re.findall(r"`(\w+)`", keys)
+        given = values.replace("`", "")
+        several = given.split(", ") if len(names) > 1 else [given]
+        written |= dict(zip(names, several if len(several) == len(names) else several * len(names), strict=True))
+    return written
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def as_written(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_table_of_quantization_has_every_key_and_default() -> None:
+    expected = {key: as_written(value) for key, value in values_of(QuantSpec()).items()}
+    assert defaults(section(QUANTIZATION, "Keys")) == expected
+
+
+@pytest.mark.parametrize(
+    ("page", "title", "config", "left_out"),
+    [
+        (QUANTIZATION, "Evaluate", EvaluateConfig(), {"path", "quant"}),
+        (QUANTIZATION, "Compare", CompareConfig(), {"paths", "quant", *values_of(MeasureConfig())}),
+        (EXPORT, "Export", ExportConfig(), {"path", "debug"}),
+        (EXPORT, "Convert", ConvertConfig(), {"path", "debug"}),
+    ],
+    ids=["evaluate", "compare", "export", "convert"],
+)
+def test_tables_of_scripts_have_every_key(page: str, title: str, config: Any, left_out: set[str]) -> None:
+    """A default that is a number, a switch or a choice is written as it is; others are explained."""
+    written = defaults(section(page, title))
+    plain = {key: value for key, value in values_of(config).items() if key not in left_out}
+    assert written.keys() == plain.keys()
+    exact = {key: as_written(v) for key, v in plain.items() if isinstance(v, bool | int) or (isinstance(v, str) and v)}
+    assert {key: written[key] for key in exact} == exact
+
+
+def test_forms_of_tasks_and_the_papers_files_are_named() -> None:
+    text = section(QUANTIZATION, "Tasks")
+    for form in FORMS.values():
+        assert re.search(rf"\| {', '.join(f'`{name}`' for name in form['fields'])}[, |]", text), form["fields"]
+    assert not [file for _, file in PAPER_TEN.values() if f"`{file.removesuffix('.jsonl')}`" not in text]
+
+
+def test_words_and_hash_of_osp_paper() -> None:
+    fields = yaml.safe_load((ROOT / "configs" / "quant" / "osp_paper.yaml").read_text(encoding="utf-8"))
+    spec = QuantSpec(**fields)
+    assert f"\n{spec} [{spec.hash}]\n" in QUANTIZATION
+
+
+def test_limits_of_the_checks_are_those_of_the_code() -> None:
+    numbers = {f"{limit:.0e}".replace("e-0", "e-") for limit in (FP32_TOLERANCE, *PERPLEXITY_TOLERANCE.values())}
+    assert not [number for number in numbers if number not in section(EXPORT, "What changes")]
+    assert f"at most {FP64_TOLERANCE:.0e}".replace("e-0", "e-") in section(EXPORT, "The certificate")
