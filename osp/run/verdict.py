@@ -159,7 +159,8 @@ class FourBitVerdict:
 
     @property
     def title(self) -> str:
-        return LEVELS[self.level]["title"]
+        title = LEVELS[self.level]["title"]
+        return f"Probably {title[0].lower()}{title[1:]}" if self.basis == "estimated" else title
 
     @property
     def mark(self) -> str:
