@@ -21,6 +21,7 @@ from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.evaluations import replace_nonfinite
 from osp.run.logger import Logger
+from osp.run.verdict import over_usual
 
 PROBES = "probes.jsonl"
 FORENSICS = "forensics"
@@ -147,8 +148,8 @@ def held_out_text(shards: Path, config: Config) -> ProbeText:
 
 
 def _site_of(alert: Alert, reading: Reading) -> str:
-    """Return the site of an alert; for a layer or the whole model, the site with the largest peak over RMS."""
+    """Return the site of an alert; for a layer or the whole model, the site with the highest kurtosis for its kind."""
     if alert.place in reading.sites:
         return alert.place
-    within = {name: site.statistics for name, site in reading.sites.items() if name.startswith(alert.place)}
-    return max(within, key=lambda name: within[name]["max_abs"] / (within[name]["rms"] or math.inf), default="")
+    kurtoses = {n: site.statistics["kurtosis"] for n, site in reading.sites.items() if n.startswith(alert.place)}
+    return max(kurtoses, key=lambda name: over_usual(name, kurtoses[name]), default="")

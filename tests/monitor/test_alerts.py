@@ -1,12 +1,15 @@
 """Rules that raise and clear alerts, and the schedule of probes."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from osp.config import AlertConfig, MonitorConfig
-from osp.monitor.alerts import Alerts
-from osp.monitor.monitor import next_probe
+from osp.monitor.alerts import Alert, Alerts
+from osp.monitor.monitor import _site_of, next_probe
+from osp.monitor.probe import ProbeText, Reading
 
 KEY = "monitor/kurtosis/layer_03/attn_in"
 
@@ -120,3 +123,13 @@ def test_auto_with_a_cheap_probe_is_limited_by_its_interval() -> None:
 def test_auto_stays_at_powers_of_two_without_a_measured_time() -> None:
     waits = [next_probe(step, wait=1800.0, step_seconds=0.0, interval=1) for step in (0, 100)]
     assert waits == [1, 128]
+
+
+def test_alert_about_a_layer_names_the_site_that_is_unusual_for_its_kind() -> None:
+    """The input of down_proj has the highest kurtosis in every model."""
+    sites: Any = {
+        name: SimpleNamespace(statistics={"kurtosis": kurtosis})
+        for name, kurtosis in (("layer_00/attn_in", 12.0), ("layer_00/down_proj_in", 90.0), ("layer_01/attn_in", 50.0))
+    }
+    alert = Alert("above", "monitor/attn_logit_max/layer_00", 150.0, 100.0, 8)
+    assert _site_of(alert, Reading({}, sites, ProbeText(torch.zeros(1, 2)))) == "layer_00/attn_in"
