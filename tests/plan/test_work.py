@@ -1,9 +1,11 @@
 """Exchange of `osp_1b`'s groups: every element is held and owned once, and every part sent is received."""
 
 import functools
-import time
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -153,12 +155,32 @@ def through_wire(ranks: list) -> list[Tensor]:
     return results
 
 
-def test_rank_of_1024_builds_its_exchange_in_milliseconds() -> None:
-    for stage in (1, 3):
-        began = time.process_time()
-        for shape, count in SHAPES.items():
-            batches(torch.Size(shape).numel(), count, world_size=1024, rank=700, stage=stage)
-        assert time.process_time() - began < 0.2, "time proportional to ranks times parameters would be 0.5 to 1.4 s"
+def instructions(action: Callable[[], object]) -> int:
+    """Return how many bytecode instructions Python executes in `action`: its work, on any machine."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(("stage", "most"), [(1, 50), (3, 200)])
+def test_work_of_a_rank_of_1024_does_not_grow_with_ranks_times_parameters(stage: int, most: int) -> None:
+    """At most so many instructions for every parameter and rank alone; it takes milliseconds."""
+    for shape, count in SHAPES.items():
+        numel = torch.Size(shape).numel()
+        work = instructions(lambda n=numel, k=count: batches(n, k, world_size=1024, rank=700, stage=stage))
+        assert work < most * (1024 + count) < 10 * 1024 * count, shape
 
 
 def work_of(world_size: int, stage: int = 1) -> list[GroupWork]:
