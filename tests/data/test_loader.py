@@ -251,7 +251,9 @@ def test_reading_stops_waiting_for_a_dead_preparation(copy: Path, monkeypatch: p
     assert manifest.complete
 
 
-def test_close_ends_a_waiting_thread(copy: Path) -> None:
+def test_close_ends_a_waiting_thread(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "CLOSE_SECONDS", 200)
+    monkeypatch.setattr(loader, "POLL_SECONDS", 10**6)  # the thread does not look again before the end
     rewrite_manifest(copy, complete=False)
     with lock(copy):
         source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)

@@ -1,5 +1,6 @@
 """Scores of the harness against a loop over pairs with `transformers`, and lines that are refused."""
 
+import functools
 import json
 import math
 import types
@@ -352,22 +353,29 @@ def test_paper_ten_names_eleven_tasks_of_the_harness() -> None:
     assert (PAPER_TEN["gsm8k"][0], PAPER_TEN["triviaqa"][0]) == (8, 5)
 
 
-def test_named_task_of_the_harness_agrees_with_the_file(llama: LanguageModel, tmp_path: Path) -> None:
+def test_named_task_of_the_harness_agrees_with_the_file(
+    llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A task file of the harness on the same items, offline."""
+    # it reads the files of all tasks, which takes seconds
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
     data = write(tmp_path / "quiz.jsonl", *(choices(n, gold=n % 3) for n in range(15)))
     (tmp_path / "quiz.yaml").write_text(
         f"task: local_quiz\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\n"
         'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{query}}\\nAnswer:"\n'
         "doc_to_target: gold\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
     )
-    results = evaluate_named_tasks(HarnessModel(llama), {"local_quiz": 0}, include_path=str(tmp_path))
+    subject, folder = HarnessModel(llama), str(tmp_path)
+    results = evaluate_named_tasks(subject, {"local_quiz": 0}, include_path=folder)
     expected = evaluate(llama, read_task(data))["acc"]
     (result,) = results
     assert (result.what, result.metric) == ("local_quiz[shots=0]", "acc")
     assert result.value == pytest.approx(expected.value)
     assert result.stderr == pytest.approx(expected.stderr)
     with pytest.raises(UserError, match=r"no task 'nonsense_task'"):
-        evaluate_named_tasks(HarnessModel(llama), {"nonsense_task": 0})
+        evaluate_named_tasks(subject, {"nonsense_task": 0}, include_path=folder)
 
 
 @pytest.mark.parametrize("progress", [False, True])
