@@ -15,8 +15,10 @@ from osp.config import Config, ModelConfig
 from osp.errors import UserError
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import Linear, build_model
+from osp.train.launch import training_command
 from osp.train.setup import train
-from tests.conftest import losses, overrides_of, run_script
+from tests.conftest import ROOT, losses
+from tests.distributed import ForkedProcess
 
 Tiny = Callable[..., Config]
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: pip install -e '.[fp8]'")
@@ -117,10 +119,10 @@ def test_fp8_training_loses_little_and_resumes(stage: int, tiny: Tiny) -> None:
 
 @needs_torchao
 def test_two_ranks_train_in_fp8_and_one_logs_the_emulation(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("train.precision=fp8", "engine.zero_stage=2")
-    result = run_script(*overrides_of(config), launcher=("torchrun", "--nproc-per-node", "2"), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (result.stdout + result.stderr).count("has no fp8; it is emulated") == 1
+    config, log = tiny("train.precision=fp8", "engine.zero_stage=2"), tmp_path / "log"
+    command = training_command(config, script=ROOT / "scripts" / "train.py", ranks=2, path=tmp_path / "config.yaml")
+    assert ForkedProcess(command, log).wait() == 0, log.read_text()
+    assert log.read_text().count("has no fp8; it is emulated") == 1
     assert len(losses(Path(config.run.dir))) == 6
 
 

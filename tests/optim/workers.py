@@ -89,8 +89,8 @@ def weights(engine: Engine) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
-def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
-    """Run all checks for one world size in one set of processes, because starting processes takes the time."""
+def everything(world_size: int, grid: list[tuple[int, int]], all_checks: bool) -> dict[str, Any]:
+    """Run all checks for one world size, or only the trainings of `grid`, in one set of processes."""
     results: dict[str, Any] = {"train": {}, "unclipped": {}, "statistics": {}}
     for stage, accumulation in grid:
         engine = build(stage, accumulation)
@@ -99,6 +99,8 @@ def everything(world_size: int, grid: list[tuple[int, int]]) -> dict[str, Any]:
         results["statistics"][stage, accumulation] = engine.optimizer_statistics()
         results["settings"] = engine._engine.config
         engine.close()
+    if not all_checks:
+        return results
     results["per head"] = {stage: per_head(stage, accumulation=4 // world_size) for stage in (1, 2, 3)}
     results["broadcast"] = broadcast()
     for stage in (1, 2, 3):
