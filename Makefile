@@ -46,7 +46,7 @@ format: install-dev
 docs: install-dev
 	$(BIN)/python docs/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html in a browser"
 
 # Resolve both locks again from pyproject.toml. torch comes first and pinned: a range resolves to another build.
 FREEZE := build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu//; s/ @ file:.*//'

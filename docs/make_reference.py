@@ -167,7 +167,7 @@ def _plural(words: str) -> str:
 
 
 def _annotated(hint: Any, metadata: tuple[Any, ...]) -> str:
-    validators = {schema._path: "path", schema._name: "name", schema._text: "text"}
+    validators: dict[Any, str] = {schema._path: "path", schema._name: "name", schema._text: "text"}
     base, low, high = describe(hint), "", ""
     for item in metadata:
         if isinstance(item, AfterValidator):

@@ -32,7 +32,7 @@ class MachineConfig:
 class PlanConfig:
     """Keys of scripts/plan.py beyond the configuration of a training; see osp.plan.plan."""
 
-    world_size: Annotated[Int, Field(ge=1, le=4096)] = 8  # ranks
+    world_size: Annotated[Int, Field(ge=1, le=4096)] = 8  # number of ranks
     gpu_memory: Positive | None = None  # GiB of a rank; None: machine.memory
     machine: MachineConfig = field(default_factory=MachineConfig)  # what a rank has
     out: FilePath | None = None  # JSON file for all figures
