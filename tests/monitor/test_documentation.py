@@ -10,6 +10,7 @@ import torch
 from osp.config import ModelConfig, MonitorConfig, Site, Statistic
 from osp.model.sites import SITES, hook_site, layer_name
 from osp.model.transformer import Transformer
+from osp.run.verdict import LEVELS, LIMITS, USUAL
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
@@ -77,3 +78,11 @@ def test_table_of_alerts_has_the_default_rules() -> None:
         for site, rule in sites.items()
     }
     assert documented == rules
+
+
+def test_verdict_has_the_levels_and_bounds_of_the_code() -> None:
+    limits = {mark: limit.split()[-1] for mark, limit, _ in table("mark") if limit.startswith("below")}
+    assert limits == {about["mark"]: f"{about['below']:g}" for about in LEVELS.values() if about.get("below", 9) < 9}
+    normal, _, outlier = (limit for _, limit, _ in table("judgement"))
+    assert f"{USUAL['block_out']:g} for the residual stream, {USUAL['down_proj_in']:g} for `down_proj_in`" in normal
+    assert outlier.endswith(f", {LIMITS['block_out']:g}, or {LIMITS['down_proj_in']:g} for `down_proj_in`")
