@@ -5,9 +5,9 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from osp.ablation.runs import plan
 from osp.config import Config, from_dict
 from osp.errors import RunError, StoppedError
 from osp.schema import build
+from osp.train.launch import Process
 from osp.train.setup import train
+from osp.train.trainer import Trainer
 from tests.conftest import ROOT, losses, overrides_of
+from tests.distributed import ForkedProcess
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import entry
@@ -30,7 +33,7 @@ Tiny = Callable[..., Config]
 
 def tiny_ablation(tiny: Tiny, folder: Path, **values: Any) -> AblationConfig:
     skipped = ("run.", "train.precision", "model.embed_proj", "norm.", "optimizer.", "model.norm.")
-    common = [override for override in overrides_of(tiny("train.steps=60")) if not override.startswith(skipped)]
+    common = [override for override in overrides_of(tiny("train.steps=12")) if not override.startswith(skipped)]
     common += ["monitor.enabled=true", "monitor.every=0", "monitor.tokens=64", "optimizer.ns_dtype=fp32"]
     defaults = {"dir": str(folder), "common": common, "rows": ["adam", "osp"], "max_tokens": 256}
     return build(AblationConfig, {**defaults, "calibration_tokens": 256, "progress": False, **values})
@@ -41,22 +44,43 @@ def run(config: AblationConfig) -> dict[str, Any]:
     return json.loads((Path(config.dir) / "ablation.json").read_text())
 
 
-def test_stopped_ablation_continues_with_equal_losses(tiny: Tiny, tmp_path: Path) -> None:
+def ask_to_stop(ablation: int) -> None:
+    """Let the training in this process ask the process `ablation` to stop, in step 4, and go on when asked to stop."""
+
+    def step_when_asked(self: Trainer, step: int, **options: Any) -> Any:
+        if step == 3:
+            os.kill(ablation, signal.SIGTERM)
+            while not self.stop:
+                time.sleep(0.01)
+        return train_step(self, step, **options)
+
+    train_step = Trainer.train_step
+    Trainer.train_step = step_when_asked
+
+
+def test_stopped_ablation_continues_with_equal_losses(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The losses equal an uninterrupted run; finished work is not repeated."""
+    started: list[str] = []
+
+    def start(command: list[str], output: Path, **options: Any) -> Process | ForkedProcess:
+        """Fork all processes but one; the first one that trains the row osp stops the ablation."""
+        started.append("-".join([output.name.split("-")[0], output.name.split(".")[-2]]))
+        if started[-1] == "adam-compare":
+            return Process(command, output, **options)
+        is_first = started.count("osp-train") == 1 and started[-1] == "osp-train"
+        prepare = partial(ask_to_stop, os.getpid()) if is_first else None
+        return ForkedProcess(command, output, prepare=prepare, **options)
+
+    monkeypatch.setattr("osp.ablation.execute.Process", start)
     config = tiny_ablation(tiny, tmp_path / "table")
     (run_of_osp,) = [planned for planned in plan(config, entry.compose) if planned.row == "osp"]
     metrics = run_of_osp.folder / "metrics.jsonl"
-
-    def stop() -> None:
-        while last_step(metrics) < 3:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(StoppedError):
         run(config)
     assert f"{run_of_osp.label}: not trained yet" in (tmp_path / "table" / "ablation.md").read_text()
-    assert last_step(metrics) < 60
+    assert last_step(metrics) == 3
 
     values = run(config)
     rows = {line["row"]: line["cells"] for line in values["rows"]}
@@ -65,6 +89,9 @@ def test_stopped_ablation_continues_with_equal_losses(tiny: Tiny, tmp_path: Path
         rows["osp"]
     )
     assert values["failures"] == {}
+    # on several cores adam trains at the same time, and may be stopped too
+    assert set(started) == {"adam-train", "adam-compare", "osp-train", "osp-compare"}
+    assert (started.count("osp-train"), started.count("osp-compare")) == (2, 1)
     for page in ("ablation.md", "ablation.html"):
         assert "not trained yet" not in (tmp_path / "table" / page).read_text()
 

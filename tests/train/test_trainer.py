@@ -1,9 +1,11 @@
 """Whole runs on a small model: their files, that they learn, and that only the mathematics decides the result."""
 
 import dataclasses
+import itertools
 import json
 import math
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from osp.config import Config, LoggerConfig, from_dict
+from osp.config import Config, LoggerConfig, from_dict, to_dict
 from osp.data.loader import Shards
+from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import RunError, UserError
 from osp.model.norms import BHyT
@@ -25,6 +28,8 @@ from osp.train.setup import train
 from osp.train.trainer import Trainer
 from osp.train.validate import validation_every
 from tests.conftest import losses, overrides_of, read_metrics, run_script
+from tests.distributed import run_distributed
+from tests.monitor.workers import trained
 
 Tiny = Callable[..., Config]
 
@@ -81,13 +86,17 @@ def test_length_of_a_run_is_the_first_of_steps_tokens_and_minutes(tiny: Tiny, tm
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_measuring_the_length_of_a_run_leaves_no_trace(stage: int, tiny: Tiny, tmp_path: Path) -> None:
+def test_measuring_the_length_of_a_run_leaves_no_trace(
+    stage: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next start does not measure again: the same command continues the run."""
-    overrides = ["train.steps=null", "train.minutes=0.01", f"engine.zero_stage={stage}"]
+    clock = types.SimpleNamespace(perf_counter=map(float, itertools.count(0)).__next__)  # a second per step
+    monkeypatch.setattr("osp.train.setup.time", clock)
+    overrides = ["train.steps=null", "train.minutes=0.1", f"engine.zero_stage={stage}"]
     timed = tiny(*overrides, "eval.every=0", "checkpoint.every=0", name="timed")
     train(timed)
     steps = yaml.safe_load((tmp_path / "timed" / "config.yaml").read_text())["train"]["steps"]
-    assert len(losses(tmp_path / "timed")) == steps
+    assert len(losses(tmp_path / "timed")) == steps == 6
     train(tiny(f"train.steps={steps}", f"engine.zero_stage={stage}", "eval.every=0", name="fixed"))
     assert losses(tmp_path / "timed") == losses(tmp_path / "fixed")
     assert_same_weights(tmp_path / "timed", tmp_path / "fixed")
@@ -105,8 +114,8 @@ def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
 def test_validation_loss_equals_a_plain_loop(tiny: Tiny, plain_run: Path) -> None:
     model = load_model(plain_run).double()
     model.compute_dtype = torch.float64
-    shard_folder = next(Path(tiny().data.cache_dir).iterdir())
-    tokens = torch.from_numpy(Shards(shard_folder, "val").tokens[0].astype("int64"))
+    config = tiny()
+    tokens = torch.from_numpy(Shards(shard_folder(config.data, config.tokenizer), "val").tokens[0].astype("int64"))
     tokenizer = load_tokenizer(plain_run / "tokenizer.json")
     nats, count, text = 0.0, 0, b""
     for row in range(min(1024, len(tokens) - 1) // 32):
@@ -146,8 +155,9 @@ def test_live_quantized_perplexity_equals_a_plain_loop(tiny: Tiny, tmp_path: Pat
     assert [event["step"] for event in events] == [4, 6]
     model = load_model(tmp_path / "run").double()
     model.compute_dtype = torch.float64
-    shard_folder = next(Path(config.data.cache_dir).iterdir())
-    windows = torch.from_numpy(Shards(shard_folder, "val").tokens[0][:128].astype("int64")).view(4, 32)
+    windows = torch.from_numpy(
+        Shards(shard_folder(config.data, config.tokenizer), "val").tokens[0][:128].astype("int64")
+    ).view(4, 32)
     with torch.no_grad():
         loss = F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
@@ -234,17 +244,21 @@ def test_zero_stage_changes_only_rounding(stage: int, tiny: Tiny, plain_run: Pat
     ("launcher", "stage"),
     [
         (("torchrun", "--standalone", "--nproc-per-node", "2"), 3),
-        (("deepspeed", "--num_gpus", "4"), 2),
+        (("deepspeed", "--num_gpus", "2"), 2),
+        (None, 2),
     ],
 )
 @pytest.mark.timeout(900)
 def test_ranks_change_only_rounding(
-    launcher: tuple[str, ...], stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
+    launcher: tuple[str, ...] | None, stage: int, tiny: Tiny, plain_run: Path, tmp_path: Path
 ) -> None:
-    """2 and 4 ranks through the real launchers see the same data, losses and validation as one process."""
+    """2 ranks of the real launchers, and 4 forked ones, see the same data, losses and validation as one process."""
     config = tiny(f"engine.zero_stage={stage}", name="many")
-    result = run_script(*overrides_of(config), launcher=launcher, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
+    if launcher:
+        result = run_script(*overrides_of(config), launcher=launcher, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+    else:
+        run_distributed(trained, 4, to_dict(config))
     for key in ("train/loss", "val/loss", "val/bits_per_byte", "train/grad_norm", "train/param_norm"):
         one, many = (
             torch.tensor([e[key] for e in read_metrics(folder) if key in e])
