@@ -86,6 +86,7 @@ def test_no_thread_of_a_run_outlives_it(error: Exception | None, tiny: Tiny, mon
             raise error
 
     during: set[str] = set()
+    monkeypatch.setattr("osp.data.loader.CLOSE_SECONDS", 200)  # a slow read is waited for
     monkeypatch.setattr("osp.train.setup.Peers", TwoRanks)
     monkeypatch.setattr(Trainer, "_conclude", conclude)
     config = tiny("train.steps=2", "eval.every=0")

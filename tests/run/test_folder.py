@@ -167,7 +167,7 @@ def test_size_and_time_of_saves_are_logged(tiny: Tiny, tmp_path: Path) -> None:
     assert len(saves) == 2
     folder = tmp_path / "run" / "checkpoints" / "step_00000006"
     assert saves[-1]["checkpoint/bytes"] == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    assert all(0 < event["checkpoint/blocked_seconds"] < 5 for event in saves)
+    assert all(0 < event["checkpoint/blocked_seconds"] < 200 for event in saves)
     assert all(event["checkpoint/write_seconds"] > 0 for event in saves)
 
 
