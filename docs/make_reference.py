@@ -49,19 +49,9 @@ GROUPS = {
 UNBOUNDED = 10**6  # upper bounds from here on only refuse what no machine holds, and are left out
 # In comments: first words of clauses that name a choice of another key, and first parts of dotted names.
 ONLY_FOR = (
-    "layernorm",
-    "rmsnorm",
-    "crmsnorm",
-    "dyt",
-    "derf",
-    "bhyt",
-    "llama3",
-    "muon",
-    "gptq",
-    "spinquant",
-    "hf",
-    "text",
-)
+    "layernorm", "rmsnorm", "crmsnorm", "dyt", "derf", "bhyt", "llama3", "muon", "gptq", "spinquant", "hf", "text",
+    "mixture", "trapezoid", "auto",
+)  # fmt: skip
 SET_BY = {
     "monitor.alerts": "see below",
     "machine.sources": "of `machine=`",
@@ -154,7 +144,7 @@ def describe(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         if arguments[-1] is Ellipsis:
             return f"list of {_plural(describe(arguments[0]))}"
-        return f"list of {len(arguments)}: " + _plural(describe(arguments[0]))
+        return f"list of {len(arguments)} {_plural(describe(arguments[0]))}"
     if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
         return "table"
     names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", Any: "any value"}
@@ -163,7 +153,7 @@ def describe(hint: Any) -> str:
 
 def _plural(words: str) -> str:
     """Return "integers >= 1" for "integer >= 1"; choices and lists stay."""
-    return re.sub(r"^(integer|number|path|name)\b", r"\1s", words)
+    return re.sub(r"^(integer|number|path|name|table|list)\b", r"\1s", words)
 
 
 def _annotated(hint: Any, metadata: tuple[Any, ...]) -> str:
