@@ -237,6 +237,12 @@ def test_keys_in_running_text_exist() -> None:
         assert key in sections or any(f"{one}.".startswith(f"{key}.") for one in known), span
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_finished(page: str) -> None:
+    assert not re.findall(r"@@\w*|\bTODO\b|\bTBD\b|\bHERO\b|\bXXX\b", PAGES[page])
+    assert len(PAGES[page]) > 1000
+
+
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
