@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from osp.config import AlertConfig, MonitorConfig
+from osp.config import AlertConfig, MonitorConfig, leaves
 from osp.run.evaluations import format_short
 from osp.run.read import Run
 
@@ -92,8 +92,9 @@ class Cost:
 
     @property
     def nats(self) -> float:
-        """Nats per token; infinite if only the model at 16 bits has a finite perplexity, nan if it has none."""
-        return math.log(self.after) - math.log(self.before) if math.isfinite(self.before) else math.nan
+        """Nats per token; infinite if the perplexity at 4 bits is, nan without one at 16 bits."""
+        known = 0 < self.before < math.inf and self.after > 0
+        return math.log(self.after) - math.log(self.before) if known else math.nan
 
 
 def measured_cost(run: Run) -> Cost | None:
@@ -106,10 +107,10 @@ def _in_training(run: Run) -> Iterator[Cost]:
     """Yield the last measurement of eval.quant.every."""
     before, after = (run.series.get(f"quant/perplexity/{bits}") for bits in (BEFORE, AFTER))
     if before and after and before.steps[-1] == after.steps[-1]:
-        pair = [math.inf if math.isnan(series.values[-1]) else float(series.values[-1]) for series in (before, after)]
-        tokens = ((run.config.get("eval") or {}).get("quant") or {}).get("tokens")
-        where = "during training, on " + (f"{tokens:,} tokens of " if tokens else "") + "the validation split"
-        yield Cost(*pair, _FILE["preset"], where, int(after.steps[-1]))
+        first, last = (float(np.nan_to_num(series.values[-1], nan=math.inf)) for series in (before, after))
+        tokens = dict(leaves(run.config)).get("eval.quant.tokens")
+        where = "during training, on " + (f"{tokens:,} tokens of " if isinstance(tokens, int) else "")
+        yield Cost(first, last, _FILE["preset"], f"{where}the validation split", int(after.steps[-1]))
 
 
 def _of_records(run: Run) -> Iterator[Cost]:
@@ -130,18 +131,18 @@ def _of_records(run: Run) -> Iterator[Cost]:
             where = f"by scripts/evaluate.py on {ablation.text}"
             yield Cost(ablation.unquantized, ablation.quantized, quant, where, step)
         for result in record.results:
+            before, where = at_16.get((step, result.what)), f"by scripts/evaluate.py on {result.what}"
             whole_split = result.what.startswith("held_out[") and "first=" not in result.what
-            before = at_16.get(
-                (step, result.what), math.exp(validation.get(step, math.inf)) if whole_split else math.inf
-            )
-            if result.metric == "perplexity":
-                yield Cost(before, result.value, quant, f"by scripts/evaluate.py on {result.what}", step)
+            if before is None and whole_split and step in validation:
+                before, where = math.exp(min(validation[step], 700)), f"{where}, against the validation loss"
+            if before and result.metric == "perplexity":
+                yield Cost(before, result.value, quant, where, step)
     if run.comparison:
         cells, specs = run.comparison.bits.get("", {}), run.comparison.specs.values()
-        pair = [cells[bits].perplexity if bits in cells else None for bits in (BEFORE, AFTER)]
         quant = next((words for words in specs if words.startswith(AFTER)), AFTER)
-        if all(pair):
-            yield Cost(*pair, quant, f"by scripts/compare.py on {run.comparison.what}", run.comparison.step)
+        if BEFORE in cells and AFTER in cells:  # which lack a perplexity that is infinite
+            first, last = (cells[bits].perplexity or math.inf for bits in (BEFORE, AFTER))
+            yield Cost(first, last, quant, f"by scripts/compare.py on {run.comparison.what}", run.comparison.step)
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------------

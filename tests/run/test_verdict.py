@@ -166,6 +166,7 @@ def test_records_of_evaluations_are_evidence(tmp_path: Path) -> None:
     cost = measured_cost(replace(run, evaluations=[alone, plain]))
     assert cost is not None
     assert (cost.before, cost.after) == (50.0, 60.0)
+    assert measured_cost(replace(run, evaluations=[replace(alone, results=(replace(held_out, value=0.0),))])) is None
     part = replace(held_out, what="held_out[len=32,first=64]", value=60.0)
     assert measured_cost(replace(run, evaluations=[replace(alone, results=(part,))])) is None
 
