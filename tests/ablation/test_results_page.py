@@ -1,0 +1,82 @@
+"""The tables and the picture of docs/results.md have the numbers of benchmarks/ablation_*.json."""
+
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import sweep
+
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+# column of the page -> quantity of the ablation
+QUANTITIES = {
+    "max abs at `down_proj`": "down_proj_max",
+    "at 16-16-16": "16-16-16",
+    "at 4-4-4": "4-4-4",
+    "4-4-4 costs": "cost",
+    "kurtosis, paper's script": "osp_script",
+    "here, 1.5 M tokens": "osp_script",
+}
+PAST = {  # row of the page -> row of the ablation, where they differ
+    "`osp`, `norm.placement=peri`": "osp_peri",
+    "`adam`, penalty 0.01": "adam_penalty",
+    "`osp`, weight decay 0.5": "osp_decay",
+}
+
+
+def cells_of(file: str, rates: str) -> dict[str, dict[str, Any]]:
+    rows = json.loads((ROOT / "benchmarks" / file).read_text(encoding="utf-8"))["rows"]
+    return {row["row"]: row["cells"] for row in rows if row["rates"] == rates}
+
+
+def tables(title: str) -> list[list[dict[str, str]]]:
+    """Return the tables with a column "row" below a heading, each row by column."""
+    (text,) = re.findall(rf"^#+ {title}\n(.*?)(?=^##|\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
+    found = []
+    for block in re.findall(r"^\| row \|.*\n(?:\|.*\n)+", text, flags=re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def assert_written(cell: str, mean: float, deviation: float) -> None:
+    """Check `1.23±0.45` against a mean and a deviation, to the digits that are written."""
+    for text, number in zip(cell.split("±"), (mean, deviation), strict=True):
+        digits = len(text.partition(".")[2])
+        assert abs(float(text) - number) <= 0.5001 * 10**-digits, (cell, mean, deviation)
+
+
+@pytest.mark.parametrize(
+    ("title", "rates"), [("At the best learning rates", "tuned"), ("At the paper's learning rates", "paper")]
+)
+def test_tables_of_the_papers_rows(title: str, rates: str) -> None:
+    measured = cells_of("ablation_nano.json", rates)
+    for table in tables(title):
+        assert [row["row"].strip("`") for row in table] == [
+            "adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp",
+        ]  # fmt: skip
+        for row in table:
+            for column in QUANTITIES.keys() & row.keys():
+                cell = measured[row["row"].strip("`")][QUANTITIES[column]]
+                assert_written(row[column], cell["mean"], cell["deviation"])
+
+
+def test_table_past_the_paper() -> None:
+    measured = cells_of("ablation_nano_past.json", "tuned")
+    (table,) = tables("Past the paper")
+    assert len(table) == len(measured) - 2  # osp is the reference, adam is in brackets
+    for row in table:
+        cells = measured[PAST.get(row["row"], row["row"].strip("`"))]
+        for column, quantity in (("at 16-16-16", "nats_16"), ("at 4-4-4", "nats_4")):
+            ours, reference = cells[quantity], measured["osp"][quantity]
+            deviation = math.hypot(ours["deviation"], reference["deviation"])
+            assert_written(row[column], ours["mean"] - reference["mean"], deviation)
+        largest = re.findall(r"\d+", row["max abs at `down_proj`"])[0]
+        assert int(largest) == round(cells["down_proj_max"]["mean"])
+
+
+def test_picture_is_what_the_generator_draws() -> None:
+    assert sweep.PICTURE.read_text(encoding="utf-8") == sweep.render(), "run `python docs/sweep.py`"
