@@ -29,9 +29,9 @@ def die_in_write(number: int, moment: Moment) -> None:
     """Let SIGKILL end this process in write number `number`: in the middle, before the rename or after it."""
     replace, calls = os.replace, itertools.count(1)
 
-    def deadly(source: Any, target: Any) -> None:
+    def deadly(source: Any, target: Any, **options: Any) -> None:
         if next(calls) < number:
-            return replace(source, target)
+            return replace(source, target, **options)
         if moment == "torn":
             os.truncate(source, os.path.getsize(source) // 2)
         elif moment == "renamed":

@@ -43,7 +43,7 @@ def _arm(how: str, number: int) -> None:
             die()
         return step(self, *args, **kwargs)
 
-    def publish_or_die(self: Path, target: Path) -> Path:
+    def publish_or_die(self: Path, target: Any) -> Any:
         deadly = target.name.startswith("step_") and next(calls) == number
         if deadly and how == "before publishing":
             die()
