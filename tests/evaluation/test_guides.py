@@ -88,3 +88,16 @@ def test_limits_of_the_checks_are_those_of_the_code() -> None:
     numbers = {f"{limit:.0e}".replace("e-0", "e-") for limit in (FP32_TOLERANCE, *PERPLEXITY_TOLERANCE.values())}
     assert not [number for number in numbers if number not in section(EXPORT, "What changes")]
     assert f"at most {FP64_TOLERANCE:.0e}".replace("e-0", "e-") in section(EXPORT, "The certificate")
+
+
+def test_table_of_ffn_widths_and_the_context_length() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\w+) \| (\w+) \| (\w+) \|$", EXPORT, flags=re.MULTILINE)
+    models = {
+        path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / "configs" / "model").glob("*.yaml")
+    }
+    assert {name: int(width) for name, width, *_ in rows} == {
+        name: model["intermediate_size"] for name, model in models.items()
+    }
+    for _, width, *answers in rows:
+        assert answers == ["no" if int(width) % group else "yes" for group in (32, 128, 256)]
+    assert {model["max_position_embeddings"] for model in models.values()} == {2048}
