@@ -177,7 +177,7 @@ def _explained(error: Exception, defaults: dict[str, Any]) -> str:
             reason = "a character there needs quotes"
         return (
             f"Error parsing override {error.override!r}: {reason}; write KEY=VALUE, and quote a value that is not a "
-            """plain word: 'run.dir="~/runs"'"""
+            """plain word: 'run.dir="my runs"'"""
         )
     text = text.split("Config search path:")[0].split("See https://hydra.cc")[0]
     text = re.sub(r"^In '\w+': ", "", text)
