@@ -161,6 +161,11 @@ def test_four_bits(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert math.isclose(float(perplexities[0]), float(perplexities[1]), rel_tol=0.1)
 
 
+def test_every_replacement_is_used() -> None:
+    programs = [content for page in TUTORIALS.glob("*.md") for _, content in blocks(page.stem)]
+    assert all(any(long in program for program in programs) for long in SMALLER_PROGRAM)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_outliers_at_full_length(
