@@ -82,9 +82,12 @@ def run(
 
     try:
         first: dict[str, Any] = {}
+        typed = sys.argv.copy()
         if positional is not None:
             first = _take_first(sys.argv, positional, many=isinstance(defaults[positional], list | tuple))
-        for config in _compose(config_name, defaults):
+        configs = _compose(config_name, defaults)
+        sys.argv[:] = typed  # `main` may record the command
+        for config in configs:
             main({**config, **first})
     except StoppedError as error:  # the run has printed it; this status tells the shell the signal
         sys.exit(128 + signal.Signals[error.signal])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import entry
 import pytest
 
 from osp.config import Config
@@ -52,6 +53,20 @@ for outcome in outcomes:
         entry.launch(main)
     print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+def test_main_sees_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate records the command: the argument that Hydra does not parse is a part of it."""
+    typed = ["generate.py", "runs/a", "seed=3"]
+    monkeypatch.setattr(sys, "argv", typed.copy())
+    seen: list[Any] = []
+    entry.run(
+        lambda values: seen.append((values["path"], values["seed"], sys.argv.copy())),
+        "generate",
+        defaults={"path": None, "seed": 0},
+        positional="path",
+    )
+    assert seen == [("runs/a", 3, typed)]
 
 
 def test_process_ends_with_its_status_while_threads_are_in_c(tmp_path: Path) -> None:
