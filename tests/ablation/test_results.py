@@ -198,7 +198,7 @@ def from_json(values: dict[str, Any]) -> Results:
     return Results(**values | {"rows": lines, "runs": runs, "columns": columns})
 
 
-@pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past"])
+@pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past", "outliers"])
 def test_committed_json_renders_the_committed_tables(name: str) -> None:
     """Tables that were added after the file was committed are allowed."""
     folder = ROOT / "benchmarks"

@@ -3,10 +3,11 @@
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
-import sweep
 
 from tests.conftest import ROOT
 
@@ -78,5 +79,25 @@ def test_table_past_the_paper() -> None:
         assert int(largest) == round(cells["down_proj_max"]["mean"])
 
 
-def test_picture_is_what_the_generator_draws() -> None:
-    assert sweep.PICTURE.read_text(encoding="utf-8") == sweep.render(), "run `python docs/sweep.py`"
+@pytest.mark.parametrize("file", pictures.PICTURES, ids=lambda file: file.name)
+def test_picture_is_what_the_generator_draws(file: Path) -> None:
+    assert file.read_text(encoding="utf-8") == pictures.render(pictures.PICTURES[file]()), (
+        "run `python docs/pictures.py`"
+    )
+
+
+def test_table_of_the_first_outliers() -> None:
+    measured = cells_of("outliers.json", "paper")
+    curves = json.loads(pictures.CURVES.read_text(encoding="utf-8"))
+    (table,) = tables("Where outliers form first")
+    assert [row["row"].strip("`") for row in table] == list(measured)
+    for row in table:
+        name = row["row"].strip("`")
+        for column in QUANTITIES.keys() & row.keys():
+            assert_written(
+                row[column], measured[name][QUANTITIES[column]]["mean"], measured[name][QUANTITIES[column]]["deviation"]
+            )
+        for column, statistic in (("largest kurtosis", "kurtosis"), ("largest value", "max_abs")):
+            for text, curve in zip(row[column].split(", "), curves[name], strict=True):
+                digits = len(text.partition(".")[2])
+                assert abs(float(text.replace(",", "")) - curve[statistic][-1]) <= 0.5001 * 10**-digits, (name, text)
