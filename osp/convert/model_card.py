@@ -18,7 +18,7 @@ FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest
 CURVE_ROWS = 10
 CURVES = (  # keys of metrics.jsonl
     *("val/loss", "val/bits_per_byte", "quant/perplexity/16-16-16", "quant/perplexity/4-4-4"),
-    *("monitor/kurtosis/mean", "monitor/kurtosis/osp_script", "monitor/max_abs/max"),
+    *("monitor/R_L", "monitor/kurtosis/osp_script"),
 )
 
 
