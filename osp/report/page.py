@@ -61,10 +61,15 @@ def write_report(folders: Sequence[Path], out: Path) -> list[str]:
             left_out.append(str(error))
     if not runs:
         raise UserError("; ".join(left_out) or "name at least one run folder")
+    write_page(runs, out, left_out)
+    return left_out
+
+
+def write_page(runs: list[Run], out: Path, left_out: Sequence[str] = ()) -> None:
+    """Write the page about `runs` to `out`; raise `UserError` where that is not possible."""
     if out.is_dir():
         raise UserError(f"out={out} is a folder; name the file to write")
     write_out(out, page(runs, left_out))
-    return left_out
 
 
 def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:

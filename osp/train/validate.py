@@ -21,7 +21,7 @@ from osp.files import read_lines
 from osp.model.generate import Sampling, generate
 from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
 from osp.optim.groups import describe_groups
-from osp.report.page import write_report
+from osp.report.page import write_page
 from osp.run.logger import Logger
 from osp.run.read import read_run
 from osp.run.verdict import judge_run
@@ -164,8 +164,9 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     """Return summary.json as text, after writing the report page of the run, where a finished run must not fail."""
     report, verdict = folder / "report.html", None
     try:
-        write_report([folder], report)
-        verdict = judge_run(read_run(folder))
+        run = read_run(folder)
+        write_page([run], report)
+        verdict = judge_run(run)
     except Exception as error:
         report = f"not written, {type(error).__name__}: {error}"
     values = {"summary": summary, "verdict": verdict, "folder": folder, "report": report}

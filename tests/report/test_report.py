@@ -564,6 +564,6 @@ def test_training_writes_the_report_at_the_end_and_survives_its_failure(
     def full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("osp.train.validate.write_report", full)
+    monkeypatch.setattr("osp.train.validate.write_page", full)
     train(tiny("train.steps=2", name="run"))  # complete already: only its summary is written again
     assert "report              not written, OSError: no space left" in caplog.text
