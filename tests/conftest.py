@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import entry
 import pytest
 
 from osp.config import Config, from_dict
@@ -163,6 +165,15 @@ def free_port(first: int = 10_000, end: int = 32_000) -> int:
             place.bind(("", port))
             return port
     raise RuntimeError("all ports are in use")
+
+
+def run_in_process(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    """Run `python scripts/SCRIPT.py ARGUMENTS` in this process and in the working directory."""
+    path = str(ROOT / "scripts" / f"{script}.py")
+    monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
+    monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # later tests use the process group
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(path, run_name="__main__")
 
 
 def run_script(

@@ -272,19 +272,6 @@ def test_table_of_normalizers_lists_every_choice_and_its_options() -> None:
                 assert str(sorted(re.findall(r"`(\w+)`", options))) in str(caught.value), name
 
 
-def test_table_of_alerts_has_the_default_rules() -> None:
-    pattern = r"^\| `(\w+)` \| `(\w+)` \| ([\d.]*) +\| ([\d.]*) *\| ([\d.]*) *\|$"
-    rows = re.findall(pattern, PAGES["docs/monitoring.md"].replace("| |", "|  |"), flags=re.MULTILINE)
-    rules = {
-        (statistic, site): tuple("" if value is None else f"{value:g}" for value in (rule.above, rule.growth))
-        for statistic, sites in Config().monitor.alerts.items()
-        for site, rule in sites.items()
-    }
-    assert {(statistic, site): (above, growth) for statistic, site, above, growth, _ in rows} == rules
-    floors = {(statistic, site): floor for statistic, site, _, growth, floor in rows if growth}
-    assert floors == {key: f"{Config().monitor.alerts[key[0]][key[1]].floor:g}" for key in floors}
-
-
 # --- Python -------------------------------------------------------------------------------------------------------
 
 

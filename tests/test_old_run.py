@@ -4,14 +4,12 @@ tests/old_run/make.py made the archive.
 """
 
 import json
-import runpy
-import sys
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import entry
 import pytest
 import torch
 import yaml
@@ -20,7 +18,7 @@ import osp
 from osp.config import from_dict
 from osp.run.read import read_run
 from osp.train.setup import train
-from tests.conftest import ROOT, losses
+from tests.conftest import ROOT, losses, run_in_process
 
 TOLERANCE = 2e-4  # relative; on another CPU vector units and BLAS round differently, and training amplifies it
 
@@ -37,15 +35,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`script("report", "runs/a")`: run scripts/report.py in this process."""
-
-    def run(name: str, *arguments: str) -> None:
-        path = ROOT / "scripts" / f"{name}.py"
-        monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
-        monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # later tests use the process group
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        runpy.run_path(str(path), run_name="__main__")
-
-    return run
+    return partial(run_in_process, monkeypatch)
 
 
 @pytest.fixture(scope="module")

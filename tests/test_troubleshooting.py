@@ -6,9 +6,7 @@ import fcntl
 import functools
 import gzip
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from osp.data.prepare import prepare
 from osp.train.resolve import resolve
 from osp.train.setup import train
 from osp.train.trainer import Trainer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_in_process
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 BLOCKS = [" ".join(block.split("\n")) for block in re.findall(r"^```text\n(.*?)\n```$", PAGE, flags=re.M | re.S)]
@@ -79,7 +77,6 @@ def error_of(
 ) -> Callable[[str, list[str]], str]:
     """Return the error line of a script, which runs in this process and must refuse before any work."""
     monkeypatch.chdir(workspace)
-    monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # one process group serves all tests of this process
     monkeypatch.setattr("osp.train.setup.start_preparing", prepare)  # in this process: a child takes seconds to import
     monkeypatch.setattr(Trainer, "fit", lambda _: pytest.fail("training began"))
     monkeypatch.setattr(wandb, "login", lambda **_: False)
@@ -87,10 +84,8 @@ def error_of(
     def run(script: str, arguments: list[str]) -> str:
         if script == "train" and not any(argument.startswith("logger.wandb=") for argument in arguments):
             arguments = [*arguments, "logger.wandb=disabled"]
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+            run_in_process(monkeypatch, script, *arguments)
         assert stop.value.code == 2
         (line,) = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error:")]
         return line

@@ -6,17 +6,14 @@
 import json
 import math
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
-import entry
 import pytest
 from safetensors.torch import load_file
 
 from osp.run.checkpoint import find
-from tests.conftest import ROOT, read_metrics
+from tests.conftest import ROOT, read_metrics, run_in_process
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -59,10 +56,8 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch, added: tuple[str,
     """Run `python scripts/X.py ...` in this process and in the working directory."""
     python, script, *arguments = shlex.split(command, comments=True)
     assert python == "python"
-    monkeypatch.setattr(sys, "argv", [script, *arguments, *added])
-    monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
-    monkeypatch.setattr("osp.distributed.shutdown", lambda: None)  # DeepSpeed would keep the groups that it ends
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert script == f"scripts/{Path(script).name}"
+    run_in_process(monkeypatch, Path(script).stem, *arguments, *added)
 
 
 def smaller(command: str, page: str) -> tuple[str, ...]:

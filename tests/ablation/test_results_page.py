@@ -10,8 +10,9 @@ import pictures
 import pytest
 
 from tests.conftest import ROOT
+from tests.documents import read_page, section, tables
 
-PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/results.md")
 # column of the page -> quantity of the ablation
 QUANTITIES = {
     "max abs at `down_proj`": "down_proj_max",
@@ -33,16 +34,6 @@ def cells_of(file: str, rates: str) -> dict[str, dict[str, Any]]:
     return {row["row"]: row["cells"] for row in rows if row["rates"] == rates}
 
 
-def tables(title: str) -> list[list[dict[str, str]]]:
-    """Return the tables with a column "row" below a heading, each row by column."""
-    (text,) = re.findall(rf"^#+ {title}\n(.*?)(?=^##|\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
-    found = []
-    for block in re.findall(r"^\| row \|.*\n(?:\|.*\n)+", text, flags=re.MULTILINE):
-        head, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
-        found.append([dict(zip(head, row, strict=True)) for row in rows])
-    return found
-
-
 def assert_written(cell: str, mean: float, deviation: float) -> None:
     """Check `1.23±0.45` against a mean and a deviation, to the digits that are written."""
     for text, number in zip(cell.split("±"), (mean, deviation), strict=True):
@@ -55,7 +46,7 @@ def assert_written(cell: str, mean: float, deviation: float) -> None:
 )
 def test_tables_of_the_papers_rows(title: str, rates: str) -> None:
     measured = cells_of("ablation_nano.json", rates)
-    for table in tables(title):
+    for table in tables(section(PAGE, title), "row"):
         assert [row["row"].strip("`") for row in table] == [
             "adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp",
         ]  # fmt: skip
@@ -67,7 +58,7 @@ def test_tables_of_the_papers_rows(title: str, rates: str) -> None:
 
 def test_table_past_the_paper() -> None:
     measured = cells_of("ablation_nano_past.json", "tuned")
-    (table,) = tables("Past the paper")
+    (table,) = tables(section(PAGE, "Past the paper"), "row")
     assert len(table) == len(measured) - 2  # osp is the reference, adam is in brackets
     for row in table:
         cells = measured[PAST.get(row["row"], row["row"].strip("`"))]
@@ -89,7 +80,7 @@ def test_picture_is_what_the_generator_draws(file: Path) -> None:
 def test_table_of_the_first_outliers() -> None:
     measured = cells_of("outliers.json", "paper")
     curves = json.loads(pictures.CURVES.read_text(encoding="utf-8"))
-    (table,) = tables("Where outliers form first")
+    (table,) = tables(section(PAGE, "Where outliers form first"), "row")
     assert [row["row"].strip("`") for row in table] == list(measured)
     for row in table:
         name = row["row"].strip("`")

@@ -13,16 +13,9 @@ from osp.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
 from osp.evaluation.local_tasks import FORMS, PAPER_TEN
 from osp.quant.spec import QuantSpec
 from tests.conftest import ROOT
+from tests.documents import read_page, section
 
-QUANTIZATION, EXPORT = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("quantization", "export")
-)
-
-
-def section(page: str, title: str) -> str:
-    """Return the text below a heading, up to the next heading of any level."""
-    (text,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#|\Z)", page, flags=re.DOTALL | re.MULTILINE)
-    return text
+QUANTIZATION, EXPORT = read_page("docs/quantization.md"), read_page("docs/export.md")
 
 
 def defaults(text: str) -> dict[str, str]:

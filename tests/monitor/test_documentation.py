@@ -1,7 +1,5 @@
 """The tables of docs/monitoring.md are those of the code: sites, statistics, presets and alerts."""
 
-import re
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -11,16 +9,15 @@ from osp.config import ModelConfig, MonitorConfig, Site, Statistic
 from osp.model.sites import SITES, hook_site, layer_name
 from osp.model.transformer import Transformer
 from osp.run.verdict import LEVELS, LIMITS, USUAL
-from tests.conftest import ROOT
+from tests.documents import read_page, tables
 
-PAGE = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/monitoring.md")
 
 
-def table(first_title: str) -> Iterator[list[str]]:
-    """Yield the cells of each row of the table whose first column has this title."""
-    (rows,) = re.findall(rf"^\| {first_title} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE, flags=re.MULTILINE)
-    for row in rows.splitlines():
-        yield [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+def table(first_title: str) -> list[list[str]]:
+    """Return the cells of each row of the table whose first column has this title."""
+    (rows,) = tables(PAGE, first_title)
+    return [list(row.values()) for row in rows]
 
 
 def test_table_of_sites_equals_the_map() -> None:

@@ -1,13 +1,11 @@
 """`python scripts/inspect_outliers.py`: a table and a bundle from a run folder, or a one-line error."""
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import entry
 import pytest
 
 from osp.config import Config, from_dict
@@ -15,7 +13,7 @@ from osp.errors import UserError
 from osp.monitor.inspect import inspect
 from osp.train.engine import Engine
 from osp.train.setup import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_in_process
 
 Tiny = Callable[..., Config]
 
@@ -137,10 +135,8 @@ def test_mistyped_command_is_a_one_line_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["inspect_outliers.py", *arguments])
-    monkeypatch.setattr(entry, "launch", entry.run)  # `launch` would end this process
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "scripts" / "inspect_outliers.py"), run_name="__main__")
+        run_in_process(monkeypatch, "inspect_outliers", *arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
 
