@@ -346,7 +346,7 @@ def training() -> Iterator[str]:
     """Yield the keys of a training with the defaults of `scripts/train.py`."""
     values = composed("train", to_dict(Config()))
     yield from ["## Keys of a training", ""]
-    yield "For `train.py`, `prepare.py`, `verify_resume.py` and `plan.py`. The defaults are those of `train.py`."
+    yield "For `train.py`, `prepare.py`, `verify_resume.py` and `plan.py`. The defaults here hold for `train.py`."
     yield ""
     hints = typing.get_type_hints(Config)
     top = [field.name for field in dataclasses.fields(Config) if not dataclasses.is_dataclass(hints[field.name])]
