@@ -210,7 +210,7 @@ class ModelConfig:
     hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # the MLP is down(act(gate(x)) * up(x))
     # Standard deviation of the initial weights. None: 1/sqrt(hidden_size).
     initializer_range: Annotated[Positive, Field(le=100)] | None = None
-    scale_residual_init: bool = False  # divide it by sqrt(2 * num_hidden_layers) for o_proj and down_proj
+    scale_residual_init: bool = False  # o_proj and down_proj: deviation / sqrt(2 * num_hidden_layers)
     embed_proj: bool = False  # a learnable projection after the embedding and before the head (OSP, section 3)
     head_bias: bool = False  # bias of lm_head; folding a final LayerNorm moves its bias here
     norm: NormConfig = field(default_factory=NormConfig)
