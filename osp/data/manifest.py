@@ -113,6 +113,14 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     write_atomically(folder / FILE_NAME, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
 
 
+def content(manifest: Manifest) -> list[str]:
+    """Return hashes of the tokenizer, the validation split and the training shards sealed so far, in this order.
+
+    Preparation only appends: two lists belong to the same text if the shorter one begins the longer one.
+    """
+    return [manifest.tokenizer_hash, *(shard.sha256 for shard in manifest.val.shards + manifest.train.shards)]
+
+
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Raise `UserError` for the first sealed shard whose file is missing or has the wrong size."""
     for shard in manifest.val.shards + manifest.train.shards:
