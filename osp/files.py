@@ -1,9 +1,11 @@
-"""Files that must survive a crash, locks on folders, and the lines of a run folder."""
+"""Files that must survive a crash, JSON and text from outside, locks on folders, and the lines of a run folder."""
 
 import fcntl
+import glob
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,79 @@ from osp.errors import UserError
 log = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
+MOST_DIGITS = 4300  # of an integer that Python converts without being told to
+
+# C0 without tab and line feed, DEL and C1: what a terminal may obey. The bidirectional controls reorder a line.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters as escapes such as ``\\x1b``, so that a terminal shows and obeys nothing.
+
+    Tabs and line feeds stay. Halves of surrogate pairs, as in names of files that are not UTF-8, are escaped as well.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the JSON value in `text`; integers of more than `MOST_DIGITS` digits are read as floats, like 1e5000.
+
+    Raises `ValueError` for everything that is not JSON, also for nesting that Python cannot follow.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
+    except ValueError:  # of int(), for its time is quadratic in the digits
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in a file. Raises `UserError` that names the file if there is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file")  # a pipe would be read without end
+        value = parse_json(path.read_bytes())
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell halves of surrogate pairs, which nothing prints
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else error
+        raise UserError(f"{path}: malformed JSON ({reason})") from error
+    return value
+
+
+def read_record(path: Path) -> Any | None:
+    """Return the JSON value in a file that describes a run, None if it is missing, or damaged: with a warning then.
+
+    A power failure may cut such a file short, which must not prevent a start or a report.
+    """
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except UserError as error:
+        log.warning("%s; it is ignored", error)
+        return None
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Replace a file and flush it to disk, so that a reader, or a crash, sees all of `data` or none of it."""
+    """Replace a file and flush it to disk, so that a reader, or a crash, sees all of `data` or none of it.
+
+    Never writes through a link: one at `path` is replaced, one at the place of the temporary file is removed.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -63,7 +131,8 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
         try:
-            file = (folder / LOCK_NAME).open("w")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+            file = os.fdopen(os.open(folder / LOCK_NAME, flags, 0o666), "w")
         except FileNotFoundError:  # the holder before us gave up and removed the folder between the two lines
             continue
         except OSError as error:
@@ -93,18 +162,44 @@ def is_locked(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, renamed to `out` on success and removed otherwise. `out` must not exist."""
-    if out.exists():
+    """Yield a temporary folder, renamed to `out` on success and removed otherwise. `out` must not exist.
+
+    Its lock is held meanwhile. A temporary folder of `out` that nobody holds is of a killed process and is removed.
+    """
+    if out.exists() or out.is_symlink():
         raise UserError(f"out={out} exists; name a folder that does not")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    descriptor = None
     try:
+        for former in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+            if not _is_held(former):
+                shutil.rmtree(former, ignore_errors=True)
         temporary.mkdir(parents=True)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         temporary.rename(out)
     except OSError as error:
         raise UserError(f"out={out}: cannot write there: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_held(folder: Path) -> bool:
+    """Return whether a process holds the lock of the folder itself; True where that cannot be known."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def flush_folder(folder: Path) -> None:
@@ -123,12 +218,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def iterate_lines(path: Path, broken: list[int]) -> Iterator[dict[str, Any]]:
     """Yield what `read_lines` returns, one entry at a time, and append the numbers of the other lines to `broken`."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 entry = None
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -139,7 +234,7 @@ def iterate_lines(path: Path, broken: list[int]) -> Iterator[dict[str, Any]]:
 
 def drop_after(path: Path, step: int) -> None:
     """Remove incomplete lines and the lines after `step`: a run that resumes at `step` writes them again."""
-    if path.exists():
+    if path.is_file():
         lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
         write_text(path, "".join(lines))
 
