@@ -154,9 +154,13 @@ class NormConfig:
     bias: bool | None = None  # layernorm: a learnable bias per channel
     alpha: Finite | None = None  # dyt, derf: initial slope
     alpha_attention: Finite | None = None  # dyt, derf: initial slope of norms before attention; None: alpha
-    lam: Finite | None = None  # bhyt: lambda, the bound of the tanh argument
-    kappa: Finite | None = None  # bhyt: Chebyshev factor, standard deviations within the bound
+    lam: Positive | None = None  # bhyt: initial lambda, the bound of the tanh argument
+    lam_post: Positive | None = None  # bhyt: initial lambda of norms after attention; None: lam
+    lam_final: Positive | None = None  # bhyt: initial lambda of the norm before the head; None: lam
+    kappa: Positive | None = None  # bhyt: Chebyshev factor, standard deviations within the bound
     kappa_schedule: Literal["constant", "decay", "grow", "mild_grow"] | None = None  # bhyt: change of kappa by depth
+    # bhyt: layer of the norm before the head, for kappa_schedule; None: num_hidden_layers + 1.
+    layer_final: Count | None = None
     learnable_lambda: bool | None = None  # bhyt: train lambda
     approximation: Literal["baseline", "beta", "eta", "residual_aware"] | None = None  # bhyt: formula for the variance
     gain_variance: bool | None = None  # bhyt: include the gain of the norm before attention in the variance
@@ -210,6 +214,8 @@ class ModelConfig:
     hidden_act: Literal["silu", "gelu", "relu2", "sigmoid"] = "silu"  # the MLP is down(act(gate(x)) * up(x))
     # Standard deviation of the initial weights. None: 1/sqrt(hidden_size).
     initializer_range: Annotated[Positive, Field(le=100)] | None = None
+    # Initial matrices and head. normal: initializer_range. fan_in: deviation 1/sqrt(inputs of the matrix), truncated.
+    init: Literal["normal", "fan_in"] = "normal"
     scale_residual_init: bool = False  # o_proj and down_proj: deviation / sqrt(2 * num_hidden_layers)
     embed_proj: bool = False  # a learnable projection after the embedding and before the head (OSP, section 3)
     head_bias: bool = False  # bias of lm_head; folding a final LayerNorm moves its bias here
@@ -232,7 +238,8 @@ class ModelConfig:
 class OptimizerConfig:
     lr: NotNegative = 5e-4  # peak learning rate of the rules `muon` and `normalized`
     adam_lr: NotNegative | None = None  # peak learning rate of the rule `adamw`; None: lr
-    weight_decay: NotNegative = 0.01  # decoupled weight decay, for every role
+    weight_decay: NotNegative = 0.01  # decoupled weight decay
+    gain_decay: NotNegative | None = None  # weight decay of the role `gain`: gains, biases, lambda; None: weight_decay
     momentum: Decay = 0.95  # of `muon` and `normalized`
     nesterov: bool = True  # Nesterov momentum
     # Newton-Schulz iteration of muon. gram: on the Gram matrix, fewer operations for long matrices.
@@ -412,6 +419,15 @@ def from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
+def from_manifest(values: dict[str, Any]) -> Config:
+    """Return the `Config` in a checkpoint: without `norm.layer_final` its version took kappa of layer 1 at the end."""
+    norm: Any = values.get("norm")
+    old = isinstance(norm, dict) and "layer_final" not in norm and norm.get("final") in ("bhyt", "bhyt_star")
+    if old and norm.get("kappa_schedule") not in (None, "constant"):
+        values = values | {"norm": norm | {"layer_final": 1}}
+    return from_dict(values)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return plain containers, ready for YAML or JSON: the inverse of `from_dict`."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # lists instead of tuples
@@ -500,6 +516,11 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.num_attention_heads={model.num_attention_heads} is not divisible by "
             f"model.num_key_value_heads={model.num_key_value_heads}"
+        )
+    if model.init == "fan_in" and model.initializer_range is not None:
+        raise UserError(
+            f"model.initializer_range={model.initializer_range} with model.init=fan_in, which takes the deviation of a "
+            "matrix from its shape; set model.initializer_range=null or model.init=normal"
         )
     scaling, norm = model.rope_scaling, model.norm
     if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:

@@ -71,7 +71,7 @@ def test_groups_are_where_users_expect_them() -> None:
     assert {*NORMS, "peri", "lns"} == {p.stem for p in CONFIGS.glob("norm/*.yaml")}  # the last two are placements
     assert {"muon", "muon_all", "adamw"} == {p.stem for p in CONFIGS.glob("optimizer/*.yaml")}
     assert {"python_stdlib", "text", "hf", "smollm_corpus"} <= {p.stem for p in CONFIGS.glob("data/*.yaml")}
-    assert {"osp_1b", "adam_1b", "quickstart", *ROWS, *PLUS} == set(EXPERIMENTS)
+    assert {"osp_1b", "adam_1b", "bhyt", "quickstart", *ROWS, *PLUS} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -145,10 +145,13 @@ def test_recipe_of_the_paper(name: str, lr: float) -> None:
     model, train, optimizer, schedule = got.model, got.train, got.optimizer, got.schedule
     assert (model.vocab_size, model.hidden_size, model.intermediate_size) == (49152, 2048, 5504)
     assert (model.num_hidden_layers, model.num_attention_heads, model.kv_heads) == (24, 16, 16)
-    assert (model.rope_theta, model.initializer_range) == (10_000.0, None)
+    assert (model.rope_theta, model.norm.eps) == (10_000.0, None)
+    # as in example_modeling_flax.py, which keeps Flax's default; SmolLM1 has 1/sqrt(D), and divides by sqrt(2 L)
+    assert (model.init, model.initializer_range, model.scale_residual_init) == ("fan_in", None, False)
     assert (train.tokens, train.steps) == (100_000_000_000, None)
     assert (train.seq_len, train.tokens_per_step) == (2048, 2048 * 2048)
     assert (optimizer.lr, optimizer.weight_decay, train.grad_clip) == (lr, 0.01, 1.0)
+    assert optimizer.gain_decay is None, "the authors decay every parameter (mask=None)"
     assert optimizer.adam_lr in (None, lr)
     assert (optimizer.adam_betas, optimizer.adam_eps) == ((0.9, 0.95), 1e-8)
     assert (optimizer.momentum, optimizer.nesterov) == (0.95, True)
@@ -227,6 +230,18 @@ def test_row_past_the_paper_differs_from_osp_in_its_own_keys(name: str) -> None:
     got, osp = config("model=60m", f"+experiment={name}"), config("model=60m", "+experiment=osp")
     assert differences(to_dict(osp), to_dict(got)) == PLUS[name]
     assert got.run.name == name
+
+
+@pytest.mark.parametrize("model", ["nano", "374m"])
+def test_bhyt_is_trained_as_in_its_scripts(model: str) -> None:
+    """A point of the grid in pt_bhyt_sweep.sh of arXiv 2601.09719, with the betas of its llama_pt.yaml."""
+    got = config("+experiment=bhyt", f"model={model}")
+    norm, optimizer, schedule = got.model.norm, got.optimizer, got.schedule
+    assert (norm.name, norm.lam, norm.lam_post, norm.kappa, norm.final) == ("bhyt", 2.0, 1.0, 10.0, None)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.gain_decay) == (5e-4, 0.1, 0.0)
+    assert (optimizer.adam_betas, set(optimizer.rules.values())) == ((0.9, 0.95), {"adamw"})
+    assert (schedule.name, schedule.warmup, schedule.final_ratio) == ("cosine", "5%", 0.1)
+    assert not got.model.embed_proj
 
 
 def test_quickstart_is_an_outlier_safe_model() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from osp.config import Config, from_dict
+from osp.config import Config
 from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError
 from osp.model.hf_llama import CONFIG, check_vocabulary, load_hf, load_hf_tokenizer
@@ -74,7 +74,7 @@ def open_model(
         subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos)
     else:
         checkpoint = Checkpoint(checkpoint_folder)
-        config, conversion = from_dict(checkpoint.manifest["config"]), checkpoint.manifest.get("conversion")
+        config, conversion = checkpoint.config, checkpoint.manifest.get("conversion")
         run = checkpoint_folder.resolve().parent.parent
         tokenizer = load_tokenizer(run / "tokenizer.json")
         check_vocabulary(run / "tokenizer.json", tokenizer, num_embeddings=config.model.vocab_size)

@@ -35,11 +35,21 @@ def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
 
 
 def final_norm(config: ModelConfig) -> Norm:
-    """Return the norm before the head: `norm.final`, or the default of the class of `norm.name`."""
+    """Return the norm before the head, layer L + 1: `norm.final`, or the default of the class of `norm.name`."""
     name = final_norm_name(config.norm)
     if name not in NORMS:
         raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
-    given = {key: value for key, value in _given(config.norm).items() if key in _keywords(NORMS[name])}
+    keywords = _keywords(NORMS[name])
+    given = {key: value for key, value in _given(config.norm).items() if key in keywords}
+    given["layer"] = config.num_hidden_layers + 1
+    for key in ("lam", "layer"):
+        if (value := getattr(config.norm, f"{key}_final")) is not None:
+            if key not in keywords:
+                raise UserError(
+                    f"norm.{key}_final={value}: the norm before the head is {name}, which has no such option; "
+                    "set norm.final=bhyt or leave it out"
+                )
+            given[key] = value
     return build_norm(name, config.hidden_size, **given)
 
 
@@ -59,7 +69,8 @@ def bound_warning(config: ModelConfig) -> str | None:
 
     Within the bound the output variance of every layer is below that with LayerNorm scaling (arXiv 2601.09719).
     """
-    norms = [block_norm(config, layer=layer) for layer in (1, config.num_hidden_layers)]
+    ends, places = (1, config.num_hidden_layers), (False, True)
+    norms = [block_norm(config, layer=layer, after_attention=after) for layer in ends for after in places]
     bound = 1 / math.sqrt(config.num_hidden_layers)
     ratio = max((norm.initial["lam"] / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
     if ratio < bound:
@@ -80,5 +91,5 @@ def _keywords(norm: type) -> set[str]:
 
 def _given(config: NormConfig) -> dict[str, Any]:
     """Return the options of the norm that the user set."""
-    of_model = ("name", "final", "placement", "lns", "embed_scale")
+    of_model = ("name", "final", "placement", "lns", "embed_scale", "lam_final", "layer_final")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in of_model and v is not None}

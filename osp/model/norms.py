@@ -228,7 +228,8 @@ class BHyTStar(Norm):
 
     BHyT* of arXiv 2601.09719 as in its code (`bhytstar`, which assumes mean 0): one learnable scalar lambda per norm (a
     buffer with `learnable_lambda=False`), gain per channel starting at `init`, no bias. By Chebyshev the argument stays
-    in [-lambda, lambda] with probability 1 - kappa^-2; kappa may depend on the layer, see `KAPPA_EXPONENTS`.
+    in [-lambda, lambda] with probability 1 - kappa^-2; kappa may depend on the layer, see `KAPPA_EXPONENTS`. The norm
+    before the head counts as layer L + 1 of L, as in the code.
 
     The output starts with an RMS near lambda / kappa, several times below that after RMSNorm, so learning rates and
     initial values tuned for RMSNorm do not carry over.
@@ -247,13 +248,14 @@ class BHyTStar(Norm):
         init: float = 1.0,
         lam: float = 1.0,
         kappa: float = 10.0,
+        lam_post: float | None = None,
         kappa_schedule: str = "constant",
         learnable_lambda: bool = True,
         layer: int = 1,
+        after_attention: bool = False,
     ):
-        super().__init__(weight=init, lam=lam)
-        if not (lam > 0 and kappa > 0):
-            raise UserError(f"norm.lam={lam} and norm.kappa={kappa}: both must be above 0")
+        """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
+        super().__init__(weight=init, lam=lam_post if after_attention and lam_post is not None else lam)
         self.eps = eps
         self.kappa = kappa * layer ** KAPPA_EXPONENTS[kappa_schedule]
         self.slope: Tensor | None = None  # lambda / kappa, once folded
@@ -315,8 +317,7 @@ class BHyT(BHyTStar):
         after_attention: bool = False,
         **options: Any,
     ):
-        """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
-        super().__init__(hidden_size, layer=layer, **options)
+        super().__init__(hidden_size, layer=layer, after_attention=after_attention, **options)
         self.initial |= {"beta": 1.0, "eta": 0.0, "attention_gain": 0.0}
         if gain_variance and approximation == "eta":
             raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")

@@ -26,6 +26,7 @@ from osp.model.loss import linear_cross_entropy
 from osp.model.norms import Norm
 from osp.model.penalty import activation_penalty
 
+TRUNCATED_STD = 0.87962566103423978  # standard deviation of a standard normal variable within [-2, 2]
 Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^T
 
 
@@ -318,8 +319,10 @@ class Transformer(nn.Module):
         """Initialize every parameter and buffer.
 
         Matrices, embedding and head are normal with standard deviation `initializer_range` (1/sqrt(D) by default),
-        EmbProj matrices are orthogonal, biases are 0, and norms reset themselves. Values are drawn on the CPU and
-        depend only on the seed and the shapes, so every device and rank starts from the same model.
+        EmbProj matrices are orthogonal, biases are 0, and norms reset themselves. With `init=fan_in` matrices and head
+        are normal with deviation 1/sqrt(inputs), cut off at two deviations and rescaled (LeCun et al. 1998; the default
+        of Flax's Dense layers, hence of OSP's example code). Values are drawn on the CPU and depend only on the seed
+        and the shapes, so every device and rank starts from the same model.
         """
         config = self.config
         std = config.initializer_range or 1 / math.sqrt(config.hidden_size)
@@ -332,7 +335,11 @@ class Transformer(nn.Module):
                 else:
                     residual_output = config.scale_residual_init and name.endswith(("o_proj", "down_proj"))
                     scale = 1 / math.sqrt(2 * config.num_hidden_layers) if residual_output else 1.0
-                    values.normal_(0.0, std * scale, generator=generator)
+                    if config.init == "fan_in" and isinstance(module, Linear):
+                        parent = scale / math.sqrt(values.shape[1]) / TRUNCATED_STD  # before it is cut off
+                        nn.init.trunc_normal_(values, 0.0, parent, -2 * parent, 2 * parent, generator=generator)
+                    else:
+                        values.normal_(0.0, std * scale, generator=generator)
                 module.weight.copy_(values)
                 if isinstance(module, Linear) and module.bias is not None:
                     module.bias.zero_()

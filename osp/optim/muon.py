@@ -39,6 +39,7 @@ class Coefficients:
 COEFFICIENTS = {
     # Jordan et al. 2024; OSP's optimization.py
     "keller_jordan": Coefficients(((3.4445, -4.7750, 2.0315),)),
+    "keller_jordan_bf16": Coefficients(((3.4375, -4.78125, 2.03125),)),  # as JAX rounds them beside bf16 matrices
     # Amsel et al. 2025, arXiv 2505.16932: optimal for 5 steps, 2% safety
     "polar_express": Coefficients(
         (

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import CheckpointConfig, from_dict
+from osp.config import CheckpointConfig, from_manifest
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
 from osp.model.transformer import Transformer, meta_model
@@ -87,7 +87,7 @@ class Checkpoint:
         self.step: int = self.manifest["step"]
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]  # whole shape of every parameter
         try:
-            self.config = from_dict(self.manifest["config"])
+            self.config = from_manifest(self.manifest["config"])
         except UserError as error:
             raise UserError(f"{folder / MANIFEST}: not the configuration of a run: {error}") from error
         for name, entry in self.manifest["files"].items():

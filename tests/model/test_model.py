@@ -18,7 +18,7 @@ from osp.errors import UserError
 from osp.model.generate import generate
 from osp.model.loss import IGNORE
 from osp.model.norms import NORMS, BHyT
-from osp.model.transformer import Block, Transformer, build_model, count_parameters, flops_per_token
+from osp.model.transformer import TRUNCATED_STD, Block, Transformer, build_model, count_parameters, flops_per_token
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -367,6 +367,50 @@ def test_initial_matrices_have_the_given_standard_deviation_and_mean_zero(given:
             n = value.numel()
             assert float(value.detach().std()) == pytest.approx(std, rel=4 / math.sqrt(2 * n)), name
             assert abs(float(value.detach().mean())) < 4 * std / math.sqrt(n), name
+
+
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 320, "head_dim": 32, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("variant", ["normal", "residual", "fan_in"])
+def test_initial_deviation_of_every_matrix_equals_the_closed_form(variant: str) -> None:
+    """In `normal` the deviation of all is 1/sqrt(D); SmolLM1 divides the two matrices that write to the stream.
+
+    `fan_in` is Flax's default, which OSP's example code keeps: `lecun_normal`, a truncated normal of deviation
+    1/sqrt(inputs), for matrices and head, and a normal of deviation 1/sqrt(D) for the embedding.
+    """
+    config = tiny(vocab_size=500, embed_proj=True, **WIDE)
+    options = {"normal": {}, "residual": {"scale_residual_init": True}, "fan_in": {"init": "fan_in"}}[variant]
+    model = build_model(dataclasses.replace(config, **options), seed=0)
+    inputs = {"down_proj": 320, "o_proj": 4 * 32}
+    for name, value in model.named_parameters():
+        kind = name.split(".")[-2]
+        if value.ndim != 2 or kind in ("embed_proj", "head_proj"):
+            continue
+        fan_in = inputs.get(kind, 64) if variant == "fan_in" else 64
+        std = 1 / math.sqrt(fan_in * (2 * 2 if variant == "residual" and kind in inputs else 1))
+        n, x = value.numel(), value.detach().double()
+        assert x.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * n)), name
+        assert abs(x.mean().item()) < 4 * std / math.sqrt(n), name
+        # beyond 2 parent deviations nothing, below it as many as in a normal distribution cut off there
+        parent, cut = std / 0.87962566103423978, variant == "fan_in" and kind != "embed_tokens"
+        assert (x.abs().max().item() <= 2 * parent * (1 + 1e-6)) == cut, name
+        if cut:
+            share = math.erf(1 / math.sqrt(2)) / math.erf(2 / math.sqrt(2))  # within 1 parent deviation
+            assert (x.abs() < parent).double().mean().item() == pytest.approx(share, abs=2.5 / math.sqrt(n)), name
+
+
+def test_deviation_of_a_truncated_normal() -> None:
+    """Var[z | |z| < 2] = 1 - 2 * 2 phi(2) / (2 Phi(2) - 1), the constant of `jax.nn.initializers`."""
+    phi = math.exp(-2) / math.sqrt(2 * math.pi)
+    assert math.sqrt(1 - 4 * phi / math.erf(math.sqrt(2))) == pytest.approx(TRUNCATED_STD, rel=1e-12)
+
+
+def test_a_deviation_besides_fan_in_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"initializer_range=0.02 with model.init=fan_in.*set .*null or model.init=norm"
+    ):
+        Transformer(tiny(init="fan_in", initializer_range=0.02))
 
 
 def test_initial_matrices_are_independent() -> None:

@@ -103,7 +103,14 @@ def factor(step: int) -> float:
 
 
 def train(
-    *, steps: int, clip: float, lr: float, adam_lr: float, decay: float, per_head: bool = False
+    *,
+    steps: int,
+    clip: float,
+    lr: float,
+    adam_lr: float,
+    decay: float,
+    gain_decay: float | None = None,
+    per_head: bool = False,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Return weights by name and gradient norms after plain training. per_head: each head is one matrix."""
     model, norms = Model(), []
@@ -121,13 +128,14 @@ def train(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 g = grads[name] * shrink
+                wd = decay if gain_decay is None or roles[name] != "gain" else gain_decay
                 if roles[name] in ("matrix", "gain"):
                     count, dim = heads.get(name, (1, 0))
                     blocks = zip(g.chunk(count, dim), state[name][0].chunk(count, dim), strict=True)
                     direction = torch.cat([osp_direction(*block) for block in blocks], dim)
-                    p -= lr * factor(step) * (direction + decay * p)
+                    p -= lr * factor(step) * (direction + wd * p)
                 else:
-                    p -= adam_lr * factor(step) * (adam_direction(g, state[name], step + 1) + decay * p)
+                    p -= adam_lr * factor(step) * (adam_direction(g, state[name], step + 1) + wd * p)
     return {name: p.detach().clone() for name, p in model.named_parameters()}, norms
 
 

@@ -40,6 +40,15 @@ def test_adamw_learning_rate_defaults_to_lr() -> None:
     assert {g["base_lr"] for g in groups} == {1e-3}
 
 
+@pytest.mark.parametrize("rule", ["normalized", "adamw"])
+def test_decay_of_gains_is_apart_from_other_roles(rule: str) -> None:
+    config = replace(CONFIG, rules=CONFIG.rules | {"gain": rule})
+    for given, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
+        groups = build_groups(Model(), replace(config, gain_decay=given))
+        assert {g["weight_decay"] for g in groups if g["role"] == "gain"} == {expected}
+        assert {g["weight_decay"] for g in groups if g["role"] != "gain"} == {0.1}
+
+
 def test_roles_choose_rules() -> None:
     model = Model()
     everything = dict.fromkeys(CONFIG.rules, "adamw")

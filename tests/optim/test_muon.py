@@ -40,6 +40,12 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(name, method, shap
     torch.testing.assert_close(result, through_svd(x, steps, name), atol=1e-9, rtol=1e-9)
 
 
+def test_rounded_coefficients_are_those_of_weakly_typed_scalars() -> None:
+    """JAX gives a Python float beside a bf16 array the array's dtype."""
+    (exact,), (rounded,) = (COEFFICIENTS[name].triples for name in ("keller_jordan", "keller_jordan_bf16"))
+    assert torch.equal(torch.tensor(rounded), torch.tensor(exact).bfloat16().float())
+
+
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(32, 32), (32, 96), (96, 32)])
 def test_newton_schulz_in_fp32_is_close_to_fp64(method, shape) -> None:

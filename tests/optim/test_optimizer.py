@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import Heads, OptimizerConfig
+from osp.model.build_norms import build_norm
 from osp.optim.groups import build_groups
 from osp.optim.optimizer import PartitionedOptimizer
 from osp.optim.rules import RULES, Group, WholeRule
@@ -127,6 +128,23 @@ def test_rules_equal_the_formulas_of_the_paper(shape: tuple[int, ...]) -> None:
             p -= CONFIG.lr * (osp_direction(grads[name], buffers[name]) + 0.2 * p)
     for name, value in weights(optimizer, parameters).items():
         torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["normalized", "adamw"])
+def test_lambda_and_gains_shrink_by_their_own_decay(rule: str) -> None:
+    """Without a gradient only decay is left: (1 - lr decay)^3; the default is the decay of all."""
+    norm = build_norm("bhyt", 4, lam=3.0, init=2.0)
+    parameters = dict(norm.named_parameters())
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    assert start.keys() == {"lam", "weight"}
+    config = replace(CONFIG, weight_decay=0.5, rules=CONFIG.rules | {"gain": rule})
+    lr = CONFIG.lr if rule == "normalized" else 0.01
+    for given, decay in ((None, 0.5), (0.0, 0.0), (0.2, 0.2)):
+        optimizer, flats = build(parameters, "gain", replace(config, gain_decay=given))
+        for number in range(1, 4):
+            step(optimizer, flats, {name: torch.zeros_like(p) for name, p in parameters.items()}, number)
+        for name, value in weights(optimizer, parameters).items():
+            torch.testing.assert_close(value, start[name] * (1 - lr * decay) ** 3, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((6, 8), Heads(3, 0)), ((8, 8), Heads(2, 1)), ((5, 12), Heads(2, 1))])

@@ -118,8 +118,8 @@ def everything(world_size: int, grid: list[tuple[int, int]], all_checks: bool) -
 
 
 def per_head(stage: int, accumulation: int) -> dict[str, Tensor]:
-    """Return the weights after training with attention matrices orthogonalized head by head."""
-    engine = build(stage, accumulation, config=dataclasses.replace(CONFIG, per_head=True))
+    """Return the weights after training head by head in the matrices of attention, and without decay of gains."""
+    engine = build(stage, accumulation, config=dataclasses.replace(CONFIG, per_head=True, gain_decay=0.0))
     run_steps(engine, range(STEPS))
     engine.close()
     return weights(engine)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from osp.config import CheckpointConfig, Config, TrainConfig, from_dict, to_dict
 from osp.errors import UserError
+from osp.model.norms import BHyTStar
 from osp.model.transformer import Transformer, build_model
 from osp.run import checkpoint as checkpoint_module
 from osp.run.checkpoint import Checkpoint, Saved, Saver, Slice, candidates, find, load_model, prune, remove_unfinished
@@ -113,6 +114,27 @@ def test_any_partition_reads_back_whole(ranks: int, tmp_path: Path) -> None:
         assert torch.equal(checkpoint.read("momentum", name, middle.start, middle.stop), flat[middle] + 1), name
     loaded = load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["grow", "constant", None])
+def test_old_checkpoint_keeps_the_function_of_its_final_bhyt_norm(schedule: str | None, tmp_path: Path) -> None:
+    """Before `norm.layer_final` the norm before the head had kappa of layer 1, whatever `norm.kappa_schedule`."""
+    norm = {"name": "bhyt_star", "final": "bhyt_star", "kappa": 4.0, "kappa_schedule": schedule}
+    old = CONFIG | {"norm": norm}
+    new = to_dict(from_dict(old))
+    source = build_model(from_dict(old).model, seed=3)
+    ids = torch.arange(8)[None]
+    kappas = {}
+    for name, config in (("old", old), ("new", new)):
+        write(tmp_path / name, source, config=config)
+        loaded = load_model(tmp_path / name)
+        assert isinstance(loaded.norm, BHyTStar)
+        kappas[name] = loaded.norm.kappa
+        source.norm.kappa = loaded.norm.kappa
+        torch.testing.assert_close(loaded(ids).logits, source(ids).logits)
+    assert kappas == {"old": 4.0, "new": pytest.approx(4.0 * 2**0.5 if schedule == "grow" else 4.0)}
+    (folder,) = candidates(tmp_path / "old")
+    assert Checkpoint(folder).config.model.norm.layer_final == (1 if schedule == "grow" else None)
 
 
 def test_missing_state_is_reported(tmp_path: Path) -> None:
