@@ -3,7 +3,8 @@
 A sequence ("row" in names) is T+1 tokens: T inputs and, shifted by one, T labels. Sequences start every T tokens of a
 shard. Number g = step * rows_per_step + index runs through the shards in order, and inside a shard in an order that
 depends on (seed, epoch, shard). So the sequences of a step depend on (seed, step) alone: not on the number of ranks,
-the micro batch size, restarts, or the progress of the preparation.
+the micro batch size, restarts, or the progress of the preparation. A run that continues another one with other
+rows_per_step counts from its `origin`, the first sequence that the other one has not read.
 
 Letters: n sequences, b sequences of a micro batch, T tokens that a sequence predicts, W ranks.
 """
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from osp.data.manifest import SplitName, check_sizes, damaged, load_manifest
+from osp.data.manifest import SplitName, check_sizes, content, damaged, load_manifest, same_text
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import spec_hash
 from osp.errors import UserError
@@ -83,11 +84,12 @@ class Rows(Shards):
     """Training sequences by number, for one (seed, seq_len): number g is always the same sequence.
 
     Raises `UserError` if there is no sequence to read, or the first shard holds an id outside the vocabulary.
+    expected: `content` of the shards when the run read them before; other shards are not read.
     """
 
-    def __init__(self, folder: str | Path, *, seq_len: int, seed: int) -> None:
+    def __init__(self, folder: str | Path, *, seq_len: int, seed: int, expected: Sequence[str] = ()) -> None:
         super().__init__(folder, "train")
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len, self.seed, self.expected = seq_len, seed, expected
         self.stop = threading.Event()  # ends a wait for shards
         if self.rows_per_epoch == 0:
             raise UserError(
@@ -138,6 +140,8 @@ class Rows(Shards):
                 raise UserError(f"{self.folder} is not complete and nothing is preparing it; start the run again")
             self.stop.wait(POLL_SECONDS)
             self.reload()
+            if not same_text(self.expected, content(self.manifest)):
+                raise UserError(f"{self.folder} holds another text than the run has read; choose another run.name")
 
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
@@ -170,9 +174,12 @@ class Loader:
         seed: int = 0,
         document_ids: bool = False,
         skip_steps: Sequence[tuple[int, int]] = (),  # see `data_step`
+        origin: tuple[int, int] = (0, 0),  # a data step, and the number of its first sequence
+        expected: Sequence[str] = (),  # see `Rows`
     ) -> None:
         assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
-        self.rows = Rows(folder, seq_len=seq_len, seed=seed)
+        self.rows = Rows(folder, seq_len=seq_len, seed=seed, expected=expected)
+        self.origin = origin
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
         self.rank, self.document_ids, self.skip_steps = rank, document_ids, tuple(skip_steps)
         indices = np.arange(rows_per_step, dtype=np.int64).reshape(-1, world_size, micro_batch_size)
@@ -191,11 +198,16 @@ class Loader:
         self._request(step)
         batches = self._ahead.pop(step).result()
         rows_per_epoch = self.rows.rows_per_epoch
-        epoch = data_step(step, self.skip_steps) * self.rows_per_step // rows_per_epoch if rows_per_epoch else 0
+        epoch = self.first_row(step) // rows_per_epoch if rows_per_epoch else 0
         if epoch > self._epoch and self.rank == 0:
             logger.warning("step %d: the training split was read %d times; reading it again", step, epoch)
         self._epoch = epoch
         return batches
+
+    def first_row(self, step: int) -> int:
+        """Return the number of the first sequence of optimizer step `step`."""
+        first, row = self.origin
+        return row + (data_step(step, self.skip_steps) - first) * self.rows_per_step
 
     def _request(self, step: int) -> None:
         """Have the thread read `step` and the next ones, and cancel all others."""
@@ -217,8 +229,7 @@ class Loader:
 
     def _read(self, step: int) -> list[Batch]:
         """Read the micro batches of a step."""
-        first = data_step(step, self.skip_steps) * self.rows_per_step
-        rows = self.rows.read(first + self.indices)  # (M*b, T+1)
+        rows = self.rows.read(self.first_row(step) + self.indices)  # (M*b, T+1)
         eos_id = self.rows.manifest.eos_id if self.document_ids else None
         parts = rows.reshape(-1, self.micro_batch_size, rows.shape[1])
         return [_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]

@@ -10,6 +10,7 @@ lock                held by the process that prepares the folder
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,6 +120,11 @@ def content(manifest: Manifest) -> list[str]:
     Preparation only appends: two lists belong to the same text if the shorter one begins the longer one.
     """
     return [manifest.tokenizer_hash, *(shard.sha256 for shard in manifest.val.shards + manifest.train.shards)]
+
+
+def same_text(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether two lists of `content` belong to the same text."""
+    return all(a == b for a, b in zip(one, other, strict=False))
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

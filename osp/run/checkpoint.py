@@ -34,7 +34,7 @@ from osp.config import CheckpointConfig, from_manifest
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
 from osp.model.transformer import Transformer, meta_model
-from osp.schema import CountOrZero, build
+from osp.schema import Count, CountOrZero, build
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -65,6 +65,24 @@ class _Conversion:
 
 
 @dataclass(frozen=True)
+class Position:
+    """What a run reads, and how far it is. Older versions recorded the first four keys."""
+
+    next_step: CountOrZero  # see osp.data.loader.data_step
+    rows_per_step: Count
+    tokenizer_hash: str | None = None
+    seed: CountOrZero | None = None
+    next_row: CountOrZero | None = None  # number of the next sequence; None: next_step * rows_per_step
+    shards: str | None = None  # absolute path of the folder of shards
+    from_run: str | None = None  # the same, relative to the run folder
+    content: tuple[str, ...] = ()  # see osp.data.manifest.content
+
+    @property
+    def row(self) -> int:
+        return self.next_step * self.rows_per_step if self.next_row is None else self.next_row
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """The keys of a manifest that a reader relies on."""
 
@@ -75,6 +93,7 @@ class _Manifest:
     files: dict[str, _File]
     skipped: CountOrZero = 0
     spikes: dict[str, list[float]] = field(default_factory=dict)
+    data: Position | None = None
     conversion: _Conversion | None = None
 
 
@@ -85,7 +104,10 @@ class Checkpoint:
         self.folder = folder
         self.manifest = _read_manifest(folder)
         self.step: int = self.manifest["step"]
+        self.tokens: int = self.manifest["tokens"]
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]  # whole shape of every parameter
+        data = self.manifest.get("data")
+        self.data = build(Position, data) if data else Position(self.step, 1)  # of a conversion, which reads nothing
         try:
             self.config = from_manifest(self.manifest["config"])
         except UserError as error:

@@ -89,7 +89,7 @@ class StepGuard:
     def _describe_nonfinite(self, step: int, loss: float, losses: Tensor, norms: dict[str, float]) -> str:
         """Describe what is not finite, from which sequences, and the largest gradients; write nonfinite.json."""
         size = self.loader.micro_batch_size
-        first = data_step(step, self.config.data.skip_steps) * self.loader.rows_per_step
+        first = self.loader.first_row(step)
         starts = [first + int(index) for index in self.loader.indices[::size]]
         bad = [start for start, value in zip(starts, losses.tolist(), strict=True) if not math.isfinite(value)]
         rows = sorted([start, start + size] for starts in gather_objects(bad) for start in starts)

@@ -4,6 +4,7 @@ Every mistake in the configuration, data, machine or folder is reported here, be
 """
 
 import logging
+import math
 import os
 import statistics
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from osp.config import Config, WandbMode
+from osp.config import AT_TOP, Config, WandbMode, to_dict
 from osp.data.loader import Loader, data_step
-from osp.data.manifest import load_manifest
+from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import start_preparing
 from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
@@ -27,6 +28,7 @@ from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
 from osp.run.folder import begin, check_disk, open_run, recorded_steps, seconds_to_write
 from osp.run.logger import Logger, check_wandb
+from osp.run.read import differences
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved, resolve
 from osp.train.trainer import Trainer
@@ -34,6 +36,10 @@ from osp.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 MIN_TRIAL_STEPS, TRIAL_SECONDS = 3, 3.0  # the trial of `train.minutes` ends after both
+# Keys that decide what trained weights compute or read, and those among them that only matter before the first step.
+MEANING = ("model.", *AT_TOP, "tokenizer.eos_token")
+INITIAL = ("model.initializer_range", "model.scale_residual_init", "model.max_position_embeddings")
+INITIAL += ("norm.init", "norm.alpha")
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
@@ -91,12 +97,14 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     checkpoint = first_whole(resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
+        check_length(given, checkpoint)
     if is_main() and (warning := bound_warning(config.model)):
         log.warning(warning)
     if not config.tokenizer.train:  # known before any text is read
         on_main(lambda: _check_vocabulary(config, vocab_size(existing_tokenizer(config.tokenizer))))
     shards = on_main(lambda: start_preparing(config.data, config.tokenizer, progress=config.logger.progress))
     _check_vocabulary(config, load_manifest(shards).vocab_size)
+    origin, expected = on_main(lambda: position_in(shards, config, checkpoint)) if checkpoint else ((0, 0), ())
     loader = Loader(
         shards,
         seq_len=config.train.seq_len,
@@ -107,12 +115,15 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         seed=config.train.seed,
         document_ids=config.train.document_mask,
         skip_steps=config.data.skip_steps,
+        origin=origin,
+        expected=expected,
     )
     engine = build_engine(resolved)
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
     if config.train.minutes is not None:
-        steps = measure_length(resolved, config.train.minutes, engine, loader, peers)
+        done = checkpoint.step if checkpoint else 0
+        steps = done + measure_length(resolved, config.train.minutes, engine, loader, peers, first=done)
         resolved = resolve(given, device=device, world_size=world_size, total_steps=steps)
     before, tokenizer = checkpoint.folder if checkpoint else None, shards / "tokenizer.json"
     lock = on_main(
@@ -157,6 +168,12 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
             f"{checkpoint.folder}: a converted model, without the state of an optimizer; start from it with "
             "checkpoint.init_from"
         )
+    changed = differences(to_dict(checkpoint.config), to_dict(config))
+    if others := [change for change in changed if change.startswith(MEANING) and not change.startswith(INITIAL)]:
+        raise UserError(
+            f"{checkpoint.folder}: its model has other values than this configuration ({'; '.join(others[:4])}); set "
+            "the old values, since a run keeps its model"
+        )
     if checkpoint.shapes != shapes:
         raise UserError(f"{checkpoint.folder}: its model has other parameters than this configuration's")
     if config.train.steps is not None and checkpoint.step > config.train.steps:
@@ -170,6 +187,54 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
             f"data.skip_steps={[list(pair) for pair in now]} changes what was read before step "
             f"{checkpoint.step}, where {checkpoint.folder} continues; go back with resume=CHECKPOINT to one before it"
         )
+
+
+def check_length(given: Config, checkpoint: Checkpoint) -> None:
+    """Raise `UserError` if `train.tokens` cannot be counted in steps, because earlier steps had another size."""
+    total, size, seen = given.train.tokens, given.train.tokens_per_step, checkpoint.tokens
+    if total is not None and given.train.steps is None and seen != checkpoint.step * size:
+        steps = checkpoint.step + max(0, math.ceil((total - seen) / size))
+        raise UserError(
+            f"train.tokens={total}: the {checkpoint.step} steps of {checkpoint.folder} had {seen} tokens, not "
+            f"{size} each; set train.steps={steps} instead"
+        )
+
+
+def position_in(shards: Path, config: Config, checkpoint: Checkpoint) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Return where `shards` are read on after `checkpoint`, and the content that they must have; see `Loader`.
+
+    Another run's state may go on with another text, from its first sequence. Raises `UserError` if the tokenizer is
+    another one, if a run's own text has changed, or if the next sequence in the same text cannot be determined.
+    """
+    data, before, now = checkpoint.data, checkpoint.config, content(load_manifest(shards))
+    run = checkpoint.folder.resolve().parent.parent
+    own = run == Path(config.run.dir).resolve()
+    subject = f"run.dir={config.run.dir}" if own else f"resume={config.resume}"
+    another = f"choose another run.name, and set resume={run}" if own else "set"
+    if data.tokenizer_hash not in (None, now[0]):
+        raise UserError(
+            f"{subject} was trained with another tokenizer than {shards}; {another} tokenizer=file "
+            f"tokenizer.path={run / 'tokenizer.json'}"
+        )
+    changed = differences(to_dict(before), to_dict(config))
+    same = same_text(data.content, now) if data.content else not any(key.startswith("data.") for key in changed)
+    if own and not same:
+        raise UserError(
+            f"{subject} was trained on another text than {shards} holds now; choose another run.name; with "
+            f"resume={run} that one goes on with the new text"
+        )
+    order = [change for change in changed if change.startswith(("train.seed", "train.seq_len"))]
+    if same and order:
+        raise UserError(
+            f"{subject} has read part of {shards}, and its next sequence is unknown with other values ("
+            f"{'; '.join(order)}); set the old ones, or begin with the weights: checkpoint.init_from={run}"
+        )
+    if changed:
+        log.info("continues with: %s", ", ".join(changed))
+    if same:
+        return (data.next_step, data.row), data.content
+    log.warning("%s holds another text than %s has read: it is read from its beginning", shards, checkpoint.folder)
+    return (data.next_step, 0), ()
 
 
 def build_engine(resolved: Resolved) -> Engine:
@@ -202,12 +267,14 @@ def load_initial_weights(path: str, engine: Engine) -> None:
         log.info("starting from %s, norm=%s, with its model and tokenizer", checkpoint.folder, norm)
 
 
-def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers) -> int:
-    """Return how many steps fit into `minutes`. Takes a few steps and restores all state. Collective."""
+def measure_length(
+    resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers, *, first: int
+) -> int:
+    """Return how many steps fit into `minutes`. Takes a few steps from `first` on, restores all state. Collective."""
     state = [(tensor, tensor.clone()) for *_, states in engine.optimizer.local_state() for tensor in states.values()]
     trial = Trainer(resolved, engine, loader, Path(), None, peers=peers)
     seconds = []
-    for step in range(resolved.total_steps):
+    for step in range(first, first + resolved.total_steps):
         began = time.perf_counter()
         if trial.train_step(step, record=True) is None:
             raise RunError(trial.failure)

@@ -5,6 +5,7 @@ run ends on a boundary; a step in progress is discarded and taken again from its
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from osp.config import to_dict
 from osp.data.loader import Batch, Loader, data_step
+from osp.data.manifest import content
 from osp.device import peak_tflops_of
 from osp.distributed import Peers, add_up, gather_objects
 from osp.errors import LostRankError, RunError, StoppedError
@@ -66,11 +68,12 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = resolved.build_schedule()
         self.shards = loader.rows.folder
-        self.validator = Validator(resolved, self.model, self.shards, logger)
+        self.validator = Validator(resolved, self.model, self.shards, logger, tokens_after=self.tokens_after)
         self.guard = StepGuard(config, loader, report=folder / "nonfinite.json" if logger else None)
         saves, token = folder / "checkpoints", lock.token if lock else ""
         self.saver = Saver(saves, config.checkpoint, token=token, rank=engine.rank, gather=gather_objects)
         self.step = 0  # optimizer steps taken
+        self.restored = (0, 0)  # step and tokens of the checkpoint that this run continues
         self.saved: int | None = None  # step of the newest checkpoint that was begun
         self.stop = StopRequest()
         self.interrupted = False  # a rank was asked to stop, and all ranks know it
@@ -88,7 +91,12 @@ class Trainer:
     @property
     def tokens(self) -> int:
         """Training tokens seen so far."""
-        return self.step * self.config.train.tokens_per_step
+        return self.tokens_after(self.step)
+
+    def tokens_after(self, step: int) -> int:
+        """Return the training tokens of the first `step` steps; those of another run may have had another size."""
+        first, tokens = self.restored
+        return tokens + (step - first) * self.config.train.tokens_per_step
 
     def fit(self) -> None:
         """Train to the end, and leave stopped.json, which says why the run ended. Raises `StoppedError` on a signal."""
@@ -193,11 +201,14 @@ class Trainer:
             "tokens": self.tokens,
             "schedule": {"total_steps": self.total_steps, "next_factor": self.schedule(self.step)},
             "data": {
-                # sequences [next_step * rows_per_step, ...) come next
                 "next_step": data_step(self.step, config.data.skip_steps),
                 "rows_per_step": self.loader.rows_per_step,
                 "tokenizer_hash": self.loader.rows.manifest.tokenizer_hash,
                 "seed": config.train.seed,
+                "next_row": self.loader.first_row(self.step),
+                "shards": str(self.shards.resolve()),
+                "from_run": os.path.relpath(self.shards.resolve(), self.folder.resolve()),
+                "content": content(self.loader.rows.manifest),
             },
             **self.guard.state_dict(),
             "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
@@ -216,8 +227,9 @@ class Trainer:
         load(checkpoint, self.engine.optimizer.local_state(), self.model)
         self.engine.sync_weights_from_master()
         self.engine.set_rng_state(checkpoint.rng(self.engine.rank))
-        self.guard.load_state_dict(checkpoint.manifest)
-        self.step = checkpoint.step
+        if self.loader.first_row(checkpoint.step) or not checkpoint.step:  # else another text, with other losses
+            self.guard.load_state_dict(checkpoint.manifest)
+        self.step, self.restored = checkpoint.step, (checkpoint.step, checkpoint.tokens)
         if checkpoint.folder.resolve().parent == self.saver.folder.resolve():
             self.saved = self.step
             self.validator.restore(self.folder)
@@ -369,4 +381,4 @@ class Trainer:
 
     def _event(self, kind: str, message: str, step: int) -> None:
         if self.logger:
-            self.logger.event(kind, message, step=step, tokens=step * self.config.train.tokens_per_step)
+            self.logger.event(kind, message, step=step, tokens=self.tokens_after(step))

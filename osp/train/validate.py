@@ -38,7 +38,16 @@ Measurement = tuple[int, dict[str, float]]  # after which step, and the metrics
 class Validator:
     """Measures `model` on the validation split below `shards` and logs the result. All methods are collective."""
 
-    def __init__(self, resolved: Resolved, model: Transformer, shards: Path, logger: Logger | None):
+    def __init__(
+        self,
+        resolved: Resolved,
+        model: Transformer,
+        shards: Path,
+        logger: Logger | None,
+        *,
+        tokens_after: Callable[[int], int],
+    ):
+        self.tokens_after = tokens_after
         self.resolved, self.model, self.shards, self.logger = resolved, model, shards, logger
         self.config, quant = resolved.config, resolved.config.eval.quant
         self.every = validation_every(self.config, load_manifest(shards).val.tokens)
@@ -121,7 +130,7 @@ class Validator:
 
     def _record(self, step: int, metrics: dict[str, float], message: str) -> Measurement:
         if self.logger:
-            self.logger.log(metrics, step=step, tokens=step * self.config.train.tokens_per_step)
+            self.logger.log(metrics, step=step, tokens=self.tokens_after(step))
             self.logger.say(f"step {step}: {message}")
         return step, metrics
 
