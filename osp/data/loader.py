@@ -193,6 +193,11 @@ class Loader:
         self._request(step)
         return bool(wait([self._ahead[step]], timeout=seconds).done)
 
+    def problem(self, step: int) -> str | None:
+        """Return why `step`, which was waited for, cannot be read; None if it can or is not read yet."""
+        error = self._ahead[step].exception() if self._ahead[step].done() else None
+        return None if error is None else str(error) or type(error).__name__
+
     def step(self, step: int) -> list[Batch]:
         """Return this rank's micro batches of optimizer step `step`, counted from 0, in any order of steps."""
         self._request(step)

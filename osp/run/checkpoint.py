@@ -291,7 +291,8 @@ class Saver:
         """In the background: write this rank's files and flush them to disk."""
         began, files, error = time.perf_counter(), {}, None
         try:
-            self._temporary.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # not its parent: a run folder that was removed stays removed
+            self._temporary.mkdir(exist_ok=True)
             for name, tensors in contents.items():
                 files[name] = write_tensors(self._temporary / name, tensors)
         except (OSError, SafetensorError) as problem:

@@ -53,7 +53,8 @@ class RunLock:
     def __init__(self, folder: Path):
         """Raises `UserError` if another process trains in `folder`."""
         self.token = f"{socket.gethostname()}-{os.getpid()}"
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        self._path = folder / ".lock"
+        file = self._path.open("a+", encoding="utf-8")
         _take_lock(file, folder)
         file.seek(0)
         if former := file.read().strip():
@@ -64,7 +65,19 @@ class RunLock:
         self._file = file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"token": self.token, "_file": None}
+        return {"token": self.token, "_path": self._path, "_file": None}
+
+    def lost(self) -> str | None:
+        """Return what happened to the folder that this process holds; None if nothing, or on other ranks."""
+        try:
+            holder = self.token if self._file is None else self._path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return f"the run folder {self._path.parent} was removed; nothing more can be saved there"
+        except (OSError, ValueError):  # a file system that does not answer is no reason to stop
+            return None
+        if holder != self.token:
+            return f"another training ({holder}) has taken the run folder {self._path.parent}"
+        return None
 
     def release(self) -> None:
         if self._file is not None:
@@ -189,6 +202,8 @@ def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) 
     checkpoint, now = find(folder), datetime.now(UTC).isoformat(timespec="seconds")
     marker = {"reason": reason, "time": now, "step": step, "tokens": tokens, "total_steps": total_steps}
     marker["checkpoint"] = str(checkpoint) if checkpoint else None
+    if not folder.exists():
+        return
     try:
         write_text(folder / STOPPED, json.dumps(marker, indent=1) + "\n")
     except OSError as error:

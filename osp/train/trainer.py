@@ -78,6 +78,7 @@ class Trainer:
         self.stop = StopRequest()
         self.interrupted = False  # a rank was asked to stop, and all ranks know it
         self.failure = ""  # why the run cannot go on, known to all ranks
+        self.lost = False  # the run folder is not ours any more
         self.train_seconds = 0.0
         self._step_seconds = 0.0  # of the last step, on this rank
         self._check_every = 1  # micro steps between looks at requests to stop
@@ -118,7 +119,8 @@ class Trainer:
                     self.logger.advance(loss=metrics["train/loss"], tokens_per_second=self._speed(first))
                 if record:
                     self._log(metrics)
-            self._save_the_rest()
+            if not self.lost:
+                self._save_the_rest()
             if self.failure:
                 raise RunError(self.failure)
             if self.interrupted:
@@ -151,7 +153,7 @@ class Trainer:
     def train_step(self, step: int, *, record: bool) -> dict[str, float] | None:
         """Take optimizer step `step`, counted from 0, and return its metrics. Collective: every rank calls it.
 
-        Returns None, with every weight unchanged, when a rank was asked to stop or the guard ends the run.
+        Returns None, with every weight unchanged, when a rank was asked to stop, or the run ends with a `failure`.
         `record` adds the metrics that cost time to collect.
         """
         began = time.perf_counter()
@@ -271,12 +273,20 @@ class Trainer:
         return not self.interrupted
 
     def _wait_for_data(self, step: int) -> bool:
-        """Wait until all ranks have the sequences of `step`; return False if one was asked to stop. Collective."""
+        """Wait until all ranks have the sequences of `step`. Collective.
+
+        Returns False if one was asked to stop or cannot read them, or if the run folder is lost.
+        """
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
-            flags = bool(self.stop), ready, self.saver.write_done
-            num_stopped, num_ready, num_written = count_flags(*flags, device=self.engine.device)
+            lost, problem = self.lock.lost() if self.lock else None, self.loader.problem(step)
+            flags = bool(self.stop), ready, self.saver.write_done, bool(lost), bool(problem)
+            num_stopped, num_ready, num_written, num_lost, num_failed = count_flags(*flags, device=self.engine.device)
+            if num_lost or num_failed:
+                self.failure = f"step {step + 1}: {next(filter(None, gather_objects(lost or problem)))}"
+                self.lost = num_lost > 0
+                return False
             if num_written == world_size and (saved := self.saver.advance()):
                 self._log_save(saved)
             self.interrupted = num_stopped > 0
@@ -347,8 +357,8 @@ class Trainer:
             self._log_save(self.saver.finish())
         if self.saved != self.step:
             raise RunError(
-                f"step {self.step}: the last checkpoint could not be written to {self.saver.folder}; make room there, "
-                "the same command continues from the one before"
+                f"{self.failure}{'; ' * bool(self.failure)}step {self.step}: the last checkpoint could not be written "
+                f"to {self.saver.folder}; make room there, the same command continues from the one before"
             )
 
     def _conclude(self, first: int) -> None:

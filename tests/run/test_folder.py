@@ -16,6 +16,7 @@ from osp.errors import RunError, UserError
 from osp.run import checkpoint as checkpoint_module
 from osp.run.folder import RunLock, check_disk
 from osp.train.setup import train
+from osp.train.trainer import Trainer
 from tests.conftest import losses, read_metrics
 from tests.train.test_trainer import assert_same_weights
 
@@ -124,6 +125,49 @@ def test_going_back_to_an_older_checkpoint_persists_without_a_later_save(tiny: T
     train(tiny(back, "train.stop_at=2"))  # as if killed before the first save
     train(tiny(back, "train.stop_at=2"))
     assert [event["step"] for event in events(tmp_path / "run", "resumed")] == [2, 2]
+
+
+def remove_after_step(monkeypatch: pytest.MonkeyPatch, step: int, folder: Path) -> None:
+    """Remove a folder during a training, after `step`."""
+    original: Callable[..., Any] = Trainer.train_step
+
+    def train_step(self: Trainer, number: int, *, record: bool) -> Any:
+        if number == step:
+            shutil.rmtree(folder)
+        return original(self, number, record=record)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_removed_run_folder_ends_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove_after_step(monkeypatch, 4, tmp_path / "run")
+    with pytest.raises(RunError, match=r"step 5: the run folder .*run was removed; nothing more can be saved there"):
+        train(tiny("checkpoint.every=2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_taken_by_another_training_is_not_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = Trainer.train_step
+
+    def train_step(self: Trainer, number: int, *, record: bool) -> Any:
+        if number == 4:
+            (tmp_path / "run" / ".lock").write_text("node7-4711")
+        return original(self, number, record=record)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(RunError, match=r"step 5: another training \(node7-4711\) has taken the run folder"):
+        train(tiny("checkpoint.every=2"))
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000005").exists()
+
+
+def test_removed_checkpoints_are_written_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny("checkpoint.every=0", name="straight"))
+    remove_after_step(monkeypatch, 4, tmp_path / "run" / "checkpoints")
+    train(tiny("checkpoint.every=2"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000006"]
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, *, at_step: int) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from osp.config import from_dict
+from osp.data.loader import Loader
+from osp.errors import RunError, UserError
 from osp.run import checkpoint
 from osp.train.engine import Engine
 from osp.train.setup import train
@@ -25,6 +27,23 @@ def train_until_death(values: dict[str, Any], deaths: dict[int, Death]) -> None:
     if dist.get_rank() in deaths:
         _arm(*deaths[dist.get_rank()])
     train(from_dict(values))
+
+
+def train_until_data_fails(values: dict[str, Any], *, step: int) -> str:
+    """Train the configuration `values`, where rank 1 cannot read `step`, from 0; return the error of this rank."""
+    read = Loader._read
+
+    def fail(self: Loader, number: int) -> Any:
+        if number >= step and self.rank == 1:
+            raise UserError("shard 7: no space left on device")
+        return read(self, number)
+
+    Loader._read = fail
+    try:
+        train(from_dict(values))
+    except RunError as error:
+        return str(error)
+    return ""
 
 
 def _arm(how: str, number: int) -> None:

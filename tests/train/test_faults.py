@@ -1,7 +1,9 @@
 """A run killed while it saves, and on one rank, loses nothing; the benchmark of faults does this in real processes."""
 
+import json
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from benchmarks.faults import MODEL, SECONDS_TO_END, Faults, launcher, newest_wh
 from osp.config import Config, to_dict
 from osp.train.setup import train
 from tests.distributed import exit_codes, run_distributed
-from tests.train.dying import Death, train_until_death
+from tests.train.dying import Death, train_until_data_fails, train_until_death
 
 Tiny = Callable[..., Config]
 
@@ -61,6 +63,15 @@ def test_killed_run_equals_undisturbed_run(tiny: Tiny, tmp_path: Path) -> None:
     assert same_run(tmp_path / "killed", tmp_path / "straight")
     assert len(steps_of(tmp_path / "killed")) == 10
     assert not list(checkpoints.glob(".*.tmp"))
+
+
+def test_data_that_fails_on_one_rank_ends_the_run_with_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    values = to_dict(tiny("checkpoint.every=0", "eval.every=0", "eval.sample_tokens=0"))
+    errors = run_distributed(partial(train_until_data_fails, values, step=4), 2)
+    assert errors == ["step 5: shard 7: no space left on device"] * 2
+    marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert (marker["step"], marker["reason"]) == (4, errors[0])
+    assert newest_whole(tmp_path / "run") == 4
 
 
 def test_comparison_detects_a_different_run(tiny: Tiny, tmp_path: Path) -> None:
