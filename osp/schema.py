@@ -51,6 +51,18 @@ def _path(text: str) -> str:
     return text
 
 
+def _in_range(value: float) -> float:
+    if abs(value) > 1e18:  # a product of two is a float32
+        raise ValueError("must be at most 1e18 in size")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Return `value` as messages show it; a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
+
+
 # Upper bounds refuse here what would otherwise fail in an allocation or after an hour.
 Int = Annotated[int, BeforeValidator(_to_int)]
 Count = Annotated[Int, Field(ge=1, le=10**15)]
@@ -58,7 +70,7 @@ CountOrZero = Annotated[Int, Field(ge=0, le=10**15)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 Threads = Annotated[Int, Field(ge=1, le=4096)]
 ZeroStage = Annotated[Literal[1, 2, 3], BeforeValidator(_only_int)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_in_range)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 Positive = Annotated[Finite, Field(gt=0)]
 Decay = Annotated[Finite, Field(ge=0, lt=1)]  # of a running mean
@@ -104,9 +116,11 @@ def _check_plain(value: Any, path: str) -> None:
             _check_plain(inner, f"{path}[{i}]")
     elif isinstance(value, str):
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-            raise UserError(f"{path}={value!r}: control characters and halves of characters are not allowed")
+            raise UserError(f"{path}={_shown(value)}: control characters and halves of characters are not allowed")
+    elif isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write thousands of digits
+        raise UserError(f"{path}: an integer of {value.bit_length()} bits is out of range")
     elif value is not None and not isinstance(value, int | float):
-        raise UserError(f"{path}={value!r}: must be text, a number, true, false, null, a list or a table")
+        raise UserError(f"{path}={_shown(value)}: must be text, a number, true, false, null, a list or a table")
 
 
 def _explain(cls: type, values: Any, path: str, errors: list[ErrorDetails]) -> str:
@@ -134,7 +148,7 @@ def _explain(cls: type, values: Any, path: str, errors: list[ErrorDetails]) -> s
         fix = f"; write {key}=[{value}]"
     if error["type"] == "dataclass_type":
         fix = f" with keys {', '.join(names)}"
-    return f"{key or 'config'}={value!r}: {' or '.join(words).replace(' or must be', ' or')}{fix}"
+    return f"{key or 'config'}={_shown(value)}: {' or '.join(words).replace(' or must be', ' or')}{fix}"
 
 
 def _locate(cls: Any, values: Any, path: str, error: ErrorDetails) -> tuple[str, Any, Any]:

@@ -201,6 +201,15 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             (float("inf"), "finite number"),
         )
     ),
+    *(
+        ({key: 1e300}, (f"{key.replace('__', '.')}=1e+300", "at most 1e18 in size"))
+        for key in ("norm__init", "norm__alpha", "optimizer__lr", "norm__lam")
+    ),
+    ({"norm__init": -1e19}, ("norm.init=-1e+19", "at most 1e18 in size")),
+    ({"optimizer__lr": "1" * 5000}, ("optimizer.lr='111", "5002 characters", "must be a number")),
+    *(({f"norm__{key}": 0.0}, (f"norm.{key}=0.0", "above 0")) for key in ("lam", "lam_post", "lam_final", "kappa")),
+    ({"optimizer__gain_decay": -0.1}, ("optimizer.gain_decay=-0.1", "at least 0")),
+    ({"model__init": "lecun"}, ("model.init='lecun'", "'normal' or 'fan_in'")),
     ({"optimizer__adam_betas": [0.9, 1.0]}, ("optimizer.adam_betas[1]=1.0", "below 1")),
     ({"optimizer__rules": "muon"}, ("optimizer.rules='muon'", "a table")),
     ({"data__num_workers": -1}, ("data.num_workers=-1", "at least 0")),
@@ -241,6 +250,13 @@ def test_mistake_is_one_line_with_key_value_and_fix(changes: dict[str, Any], fra
     assert not [fragment for fragment in fragments if fragment not in message], message
     assert "\n" not in message
     assert len(message) < 300, message
+
+
+def test_integer_of_thousands_of_digits_is_refused() -> None:
+    """Python refuses to write it, so json.dumps and the message would fail."""
+    for value in (10**5000, [-(10**5000)]):
+        with pytest.raises(UserError, match=r"^optimizer\.lr(\[0\])?: an integer of 16610 bits is out of range$"):
+            from_dict(tree(optimizer__lr=value))
 
 
 def test_limits_are_valid_values() -> None:
