@@ -226,7 +226,7 @@ def iterate_lines(path: Path, broken: list[int]) -> Iterator[dict[str, Any]]:
                 entry = parse_json(line)
             except ValueError:
                 entry = None
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] < 2**53:
                 yield entry
             elif line.endswith("\n"):  # else it is being written
                 broken.append(number)

@@ -227,12 +227,17 @@ def _site_words(cells: list[Any], names: list[str]) -> str:
             flat += [(v, layer, step) for (_, step), v in zip(cell["x"], row, strict=True) if v is not None]
         if flat:
             last_step = max(step for _, _, step in flat)
-            last, top = max(f for f in flat if f[2] == last_step), max(flat)
+            last, top = max((f for f in flat if f[2] == last_step), key=_order), max(flat, key=_order)
             words = f"last {_in_layer(last)}, largest {_in_layer(top)} at step {top[2]:,}"
             if len(cell["x"]) == 1:
                 words = f"{_in_layer(last)} at step {last_step:,}, the only probe so far"
             parts.append(f"{name}: {words}" if len(cells) > 1 else _sentence(words))
     return "; ".join(parts)
+
+
+def _order(place: tuple[float, int | None, int]) -> tuple[float, int, int]:
+    value, layer, step = place
+    return value, -1 if layer is None else layer, step
 
 
 def _in_layer(place: tuple[float, int | None, int]) -> str:

@@ -7,6 +7,7 @@ const $ = (selector) => document.querySelector(selector);
 const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const own = (table, key) => (table && Object.hasOwn(table, key) ? table[key] : undefined); // not what every object has
 const escape = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 
 // Both ramps are monotone in lightness: they read the same without colour.
@@ -150,7 +151,7 @@ function linesOption(figure) {
 
 function cells(figure) {
   const stat = figure.dataset.stat || state.stat;
-  return { stat, spec: data.stats[stat], runs: (data.sites[stat] || {})[figure.dataset.kind] || [] };
+  return { stat, spec: data.stats[stat], runs: own(own(data.sites, stat), figure.dataset.kind) || [] };
 }
 const layerName = (layer) => (layer === null ? "whole model" : `layer ${layer}`);
 
@@ -212,7 +213,7 @@ function siteHeatOption(figure) {
     ({ value }) => `<div class="values"><b>${steps(...cell.x[value[0]])}</b><div>${layerName(cell.layers[value[1]])} <b>${number(value[3])}</b></div></div>`);
 }
 function histogramOption(figure) {
-  const run = Number(figure.dataset.run), cell = (data.histograms[state.histogram] || [])[run];
+  const run = Number(figure.dataset.run), cell = (own(data.histograms, state.histogram) || [])[run];
   if (!cell) return null;
   const octaves = cell.v[0].map((_, i) => cell.first + i), values = [];
   cell.v.forEach((row, i) => row.forEach((share, octave) => share !== null && values.push([i, octave, share / 100])));
@@ -299,7 +300,7 @@ function zoom(plot, chart) {
 function describe() {
   all("figure[data-kind]").forEach((figure) => {
     const { stat, spec, runs } = cells(figure);
-    const words = (data.words[stat] || {})[figure.dataset.kind] || "not measured in these runs";
+    const words = own(own(data.words, stat), figure.dataset.kind) || "not measured in these runs";
     const drawn = runs.some((cell) => cell && cell.x.length > 1); // one probe is no curve; the words say so
     figure.querySelector(".numbers").textContent = words;
     all(".plot", figure).forEach((plot) => {
@@ -308,7 +309,7 @@ function describe() {
     });
   });
   all("figure[data-run]").forEach((figure) => {
-    const cell = (data.histograms[state.histogram] || [])[Number(figure.dataset.run)];
+    const cell = (own(data.histograms, state.histogram) || [])[Number(figure.dataset.run)];
     const octave = (i) => `between ${short(2 ** (cell.first + i))} and ${short(2 ** (cell.first + i + 1))}`;
     const largest = (row) => octave(row.reduce((top, share, i) => (share === null ? top : i), 0));
     const words = !cell ? "not measured in this run" :
@@ -331,7 +332,7 @@ function rowsOf(figure) {
       row.map((v, i) => [data.runs[run], layerName(cell.layers[layer]), number(cell.x[i][1]), number(v)])) : []));
     return [["run", "layer", "step", "value"], rows];
   }
-  const cell = (data.histograms[state.histogram] || [])[Number(figure.dataset.run)];
+  const cell = (own(data.histograms, state.histogram) || [])[Number(figure.dataset.run)];
   const rows = cell ? cell.v.flatMap((row, i) => row.map((s, o) => [number(cell.x[i]), short(2 ** (cell.first + o)), s === null ? "0" : number(10 ** (s / 100))])) : [];
   return [["step", "|x| from", "share of the values"], rows];
 }
@@ -341,7 +342,7 @@ function fillTable(details) {
   const kept = rows.filter((_, i) => i % every === 0 || i === rows.length - 1);
   const cut = every > 1 ? `<caption class="soft">every ${every}th of ${rows.length} numbers; all of them are in metrics.jsonl</caption>` : "";
   details.querySelector(".scroll").innerHTML =
-    `<table>${cut}<thead><tr>${head.map((h) => `<th scope="col">${h}</th>`).join("")}</tr></thead><tbody>` +
+    `<table>${cut}<thead><tr>${head.map((h) => `<th scope="col">${escape(h)}</th>`).join("")}</tr></thead><tbody>` +
     kept.map((row) => `<tr>${row.map((v) => `<td>${escape(v)}</td>`).join("")}</tr>`).join("") + "</tbody></table>";
 }
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from osp.config import COMPARISONS, EVALUATIONS
 from osp.errors import UserError
-from osp.files import write_out
+from osp.files import read_json, write_out
 
 T = TypeVar("T")
 # a number that was not finite when it was written
 Number = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+Perplexity = Annotated[Number, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class SiteCost:
     """Perplexity with only this site quantized, and with every site but this one."""
 
     site: str
-    alone: Number
-    left_out: Number
+    alone: Perplexity
+    left_out: Perplexity
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class SiteAblation:
     """The cost of each quantized site on one text, and the error R_L of the hidden states (see `osp.quant.apply`)."""
 
     text: str
-    unquantized: Number  # perplexity
-    quantized: Number
+    unquantized: Perplexity
+    quantized: Perplexity
     sites: tuple[SiteCost, ...]
     layer_errors: tuple[Number, ...] = ()
     last_error: Number = math.nan
@@ -96,7 +97,7 @@ class Evaluation:
 class Score:
     """One cell of a comparison: perplexity of the first text and mean accuracy of all tasks; None: not measured."""
 
-    perplexity: float | None
+    perplexity: Annotated[float, Field(gt=0)] | None
     accuracy: float | None
 
     def __str__(self) -> str:
@@ -158,7 +159,8 @@ def read_evaluations(run: Path, notes: list[str]) -> tuple[list[Evaluation], Com
 def read_evaluation(path: Path) -> Evaluation:
     """Return the record of `scripts/evaluate.py` at `path`, or raise `UserError`."""
     record = _read(path, Evaluation, "evaluate")
-    if "step" not in record.model or "text" not in record.quant:  # an older record may lack anything else
+    step, quant = record.model.get("step", ""), record.quant.get("text")  # an older record may lack anything else
+    if not (step is None or (type(step) is int and 0 <= step < 2**53)) or not isinstance(quant, str):
         raise UserError(f"{path}: not a record of scripts/evaluate.py; remove it")
     return record
 
@@ -173,8 +175,8 @@ def read_comparison(path: Path) -> ComparisonRecord:
 def _read(path: Path, kind: type[T], script: str) -> T:
     """Return the record at `path`. Keys that are not fields are left out: records of other versions have them."""
     try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return TypeAdapter(kind).validate_python(read_json(path))
+    except ValueError as error:  # among them a `UserError`
         raise UserError(f"{path}: not a record of scripts/{script}.py; remove it") from error
 
 

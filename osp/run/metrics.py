@@ -73,8 +73,8 @@ def site_of(key: str) -> Site | None:
     if prefix not in ("monitor", "bhyt") or name in ("", "max", "mean", "osp_script"):
         return None
     first, _, kind = name.partition("/")
-    if first.startswith("layer_") and first[6:].isdigit():
-        return Site(stat, int(first[6:]), kind)
+    if layer := re.fullmatch("layer_([0-9]{1,9})", first):
+        return Site(stat, int(layer[1]), kind)
     return Site(stat, None, name)
 
 

@@ -1,7 +1,8 @@
 """Read a run folder: curves, probes, events, evaluations and configuration. Needs no torch.
 
-Missing or broken parts are named in `Run.notes` and the rest is read. The run may have been killed, may still be
-writing, or may never have been validated or probed.
+Missing or broken parts are named in `Run.notes` and the rest is read: `keep_valid` leaves out what is not of the type
+that readers of a `Run` rely on. The run may have been killed, may still be writing, or may never have been validated or
+probed.
 """
 
 import contextlib
@@ -12,14 +13,17 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Required
 
 import numpy as np
 import yaml
+from pydantic import Field, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic_core import from_json
+from typing_extensions import TypedDict
 
 from osp.config import Config, leaves, to_dict
 from osp.errors import UserError
-from osp.files import iterate_lines
+from osp.files import iterate_lines, printable, read_json
 from osp.run.evaluations import Comparison, Evaluation, read_evaluations
 from osp.run.metrics import Site, site_of
 
@@ -30,6 +34,33 @@ FREE: tuple[str, ...] = ("run.", "resume", "debug", "logger.", "monitor.", "eval
 FREE += ("checkpoint.every", "checkpoint.keep_", "data.cache_dir", "data.num_workers", "data.skip_steps")
 FREE += ("train.micro_batch_size", "train.compile", "train.activation_checkpointing", "train.loss_chunk_tokens")
 FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at")
+
+
+Table = dict[str, Any]
+Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
+Octaves = Annotated[list[Annotated[StrictInt, Field(ge=-1100, le=1100)]], Field(min_length=1)]
+Channels = Annotated[
+    list[tuple[StrictInt, StrictFloat | None]], Field(min_length=1)
+]  # (channel, max|x|), largest first
+
+
+def _table(**types: Any) -> Any:
+    """Return the type of a table in which these keys, where they exist, have these types."""
+    return TypedDict("Table", types, total=False)  # pyright: ignore
+
+
+# What the readers of a `Run` rely on; they take anything elsewhere.
+_METRICS = TypeAdapter(dict[str, StrictFloat | None])
+_HISTOGRAM = _table(edges_log2=Required[Octaves], counts=Required[Annotated[list[Count], Field(max_length=2200)]])
+_SITE = _table(channels=Required[Channels], histogram=_HISTOGRAM, top_channel=StrictInt, top_position=StrictInt)
+_PROBE = TypeAdapter(_table(sites=Required[dict[str, _SITE]]))
+_EVENT = TypeAdapter(_table(kind=StrictStr))
+_STARTS = TypeAdapter(list[_table(command=list[Any])])
+_SUMMARY = TypeAdapter(_table(gzip_bits_per_byte=Annotated[StrictFloat, Field(gt=0, lt=math.inf)] | None))
+_TRAIN = _table(steps=Count | None, tokens_per_step=Count, seq_len=Count)
+_OPTIMIZER = _table(lr=StrictFloat, rules=Table)
+_CONFIG = TypeAdapter(_table(run=Table, train=_TRAIN, model=Table, norm=Table, optimizer=_OPTIMIZER))
+_MANIFEST = TypeAdapter(_table(shapes=Required[dict[str, list[Count]]]))
 
 
 class Series(NamedTuple):
@@ -76,7 +107,8 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        return int(self.series["tokens"].last) if "tokens" in self.series else 0
+        last = self.last("tokens")
+        return int(last) if math.isfinite(last) else 0
 
     @property
     def alerts(self) -> list[int]:
@@ -94,9 +126,9 @@ class Run:
     def num_parameters(self) -> int | None:
         """Return the number of parameters by the manifest of a checkpoint, or None before the first checkpoint."""
         for manifest in sorted(self.folder.glob("checkpoints/step_*/manifest.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                shapes = json.loads(manifest.read_text(encoding="utf-8"))["shapes"]
-                return sum(math.prod(shape) for shape in shapes.values())
+            with contextlib.suppress(ValueError):
+                shapes = _MANIFEST.validate_python(read_json(manifest))["shapes"]
+                return min(sum(math.prod(shape) for shape in shapes.values()), 2**63)
         return None
 
     def sites(self) -> dict[Site, Series]:
@@ -109,38 +141,53 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder{_runs_near(folder)}")
     notes: list[str] = []
-    series = _columns(_json_lines(folder / "metrics.jsonl", notes))
+    series = _columns(read_metrics(folder / "metrics.jsonl", notes))
     if not series:
         why = "is empty" if (folder / "metrics.jsonl").exists() else "is missing"
         raise UserError(f"{folder}: metrics.jsonl {why}, nothing to draw{_runs_near(folder)}")
-    config = _read(folder / "config.yaml", dict, notes)
+    config = _read(folder / "config.yaml", _CONFIG, notes) or {}
     name = str(config.get("run", {}).get("name") or folder.resolve().name)
-    starts = [start for start in _read(folder / "environment.json", list, notes) if isinstance(start, dict)]
-    summary = _read(folder / "summary.json", dict, notes) if (folder / "summary.json").exists() else {}
-    probes, events = _probes(folder / "probes.jsonl", notes), list(_json_lines(folder / "events.jsonl", notes))
+    starts = _read(folder / "environment.json", _STARTS, notes) or []
+    summary = ((folder / "summary.json").exists() and _read(folder / "summary.json", _SUMMARY, notes)) or {}
+    probes, events = read_probes(folder / "probes.jsonl", notes), list(_lines(folder / "events.jsonl", _EVENT, notes))
     evaluations, comparison = read_evaluations(folder, notes)
     return Run(folder, name, config, starts, summary, series, probes, events, evaluations, comparison, notes)
 
 
-def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a .jsonl file; `notes` counts the broken lines. A missing file is empty."""
-    broken: list[int] = []
-    yield from iterate_lines(path, broken)
+def read_metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics.jsonl: `step`, and a number or None for every metric."""
+    return _lines(path, _METRICS, notes)
+
+
+def read_probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of a probes.jsonl in order of the steps; the last line for a step counts."""
+    by_step = {probe["step"]: probe for probe in _lines(path, _PROBE, notes)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _lines(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield what is valid of the lines of a file; `notes` counts the broken lines. A missing file is empty."""
+    broken, left_out = list[int](), list[str]()
+    for line in iterate_lines(path, broken):
+        places = list[str]()
+        if valid := keep_valid(adapter, line, places):
+            yield valid
+        left_out += (f"step {line['step']} {place}" for place in places)
     if broken:
         numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
         notes.append(f"{path.name}: {len(broken)} unreadable line{'s' * (len(broken) > 1)} skipped (line {numbers})")
+    _note_left_out(path, left_out, notes)
 
 
 def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
     """Return key -> series. The last line for a step counts: a resumed run took that step again."""
     columns: dict[str, tuple[array, array]] = {}  # a long run has millions of values
     for line in lines:
-        step = line["step"]
         for key, value in line.items():
-            if key != "step" and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+            if key != "step":
                 steps, values = columns.setdefault(key, (array("q"), array("d")))
-                steps.append(step)
-                values.append(math.nan if value is None else value)
+                steps.append(line["step"])
+                values.append(math.nan if value is None or not math.isfinite(value) else value)
     series = {}
     for key, (steps, values) in columns.items():
         unique, last = np.unique(np.array(steps)[::-1], return_index=True)
@@ -148,36 +195,73 @@ def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
     return series
 
 
-def _probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the probes in order of the steps; the last line for a step counts."""
-    by_step = {}
-    for probe in _json_lines(path, notes):
-        sites = probe.get("sites")
-        if isinstance(sites, dict):
-            by_step[probe["step"]] = {**probe, "sites": {name: s for name, s in sites.items() if _is_site(s)}}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _is_site(value: Any) -> bool:
-    """Return whether a site of a probe has `channels`, [channel, max|x|] of its largest channels."""
-    channels = value.get("channels") if isinstance(value, dict) else None
-    if not isinstance(channels, list) or not channels:
-        return False
-    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int) for pair in channels)
-
-
-def _read(path: Path, kind: type, notes: list[str]) -> Any:
-    """Return the content of a YAML or JSON file, or an empty `kind` and a note."""
+def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
+    """Return what is valid of a YAML or JSON file, or None and a note."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(value, kind):
-            return value
+        value = read_json(path) if path.suffix == ".json" else _read_yaml(path)
+        value = from_json(json.dumps(value, default=str))  # no deeper than 200 levels, and keys are text
+    except (TypeError, ValueError, RecursionError, OSError, yaml.YAMLError):  # also of what is no file
+        notes.append(f"{path.name} cannot be read; left out" if path.exists() else f"{path.name} is missing")
+        return None
+    left_out = list[str]()
+    valid = keep_valid(adapter, value, left_out)
+    if valid is None:
         notes.append(f"{path.name}: not the format of a run; left out")
-    except FileNotFoundError:
-        notes.append(f"{path.name} is missing")
-    except (OSError, ValueError, yaml.YAMLError):
-        notes.append(f"{path.name} cannot be read; left out")
-    return kind()
+    else:
+        _note_left_out(path, left_out, notes)
+    return valid
+
+
+def _read_yaml(path: Path) -> Any:
+    """Return the value in a YAML file; by aliases a few lines could stand for more values than fit into memory."""
+    text = path.read_text(encoding="utf-8")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise yaml.YAMLError("aliases")
+    return yaml.safe_load(text)
+
+
+def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> Any:
+    """Return `value` without the parts that are not of the adapter's type, None if nothing is left.
+
+    `left_out` gets their places. The adapter converts nothing.
+    """
+    while True:
+        try:
+            adapter.validate_python(value)
+            return value
+        except ValidationError as error:
+            places = {_place(value, found["loc"]) for found in error.errors(include_url=False, include_context=False)}
+        left_out += sorted(".".join(map(str, place)) for place in places)
+        if () in places:
+            return None
+        value = _without(value, places, {place[:i] for place in places for i in range(len(place))})
+
+
+def _place(value: Any, location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the keys in `location` that lead to a part of `value`; others are a missing key or the type of a union."""
+    place: list[int | str] = []
+    for key in location:
+        if key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
+            value = value[key]
+            place.append(key)
+    return tuple(place)
+
+
+def _without(value: Any, places: set[Any], around: set[Any], here: tuple[Any, ...] = ()) -> Any:
+    """Return a copy of `value` without the parts at `places`. around: the places of the tables that hold them."""
+    if here not in around:
+        return value
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    kept = {key: _without(inner, places, around, (*here, key)) for key, inner in items if (*here, key) not in places}
+    return kept if isinstance(value, dict) else list(kept.values())
+
+
+def _note_left_out(path: Path, left_out: list[str], notes: list[str]) -> None:
+    if left_out:
+        first = "; ".join(printable(place)[:80] for place in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+        notes.append(
+            f"{path.name}: {len(left_out)} value{'s' * (len(left_out) > 1)} left out, of the wrong type ({first})"
+        )
 
 
 def _runs_near(folder: Path) -> str:

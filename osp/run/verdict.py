@@ -180,7 +180,7 @@ def judge_run(run: Run) -> FourBitVerdict:
         rests_on, nats, step = "measured", cost.nats, cost.step
         words |= {"before": format_short(cost.before), "after": format_short(cost.after)}
         words |= {"quant": cost.quant, "where": cost.where}
-    elif step > 0 and not path < _FILE["path"]["early"]:
+    elif step > 0 and error >= 0 and not path < _FILE["path"]["early"]:
         rests_on, nats = "estimated", fit["factor"] * error ** fit["exponent"]
     elif step >= 0:
         rests_on = "early"
