@@ -19,7 +19,7 @@ from osp.ablation.runs import Compose, Planned, plan
 from osp.ablation.table import ablation_page, as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, leaves
 from osp.errors import RunError, StoppedError, UserError
-from osp.files import write_text
+from osp.files import parse_json, write_text
 from osp.model.transformer import count_parameters
 from osp.run.evaluations import ComparisonRecord, read_comparison
 from osp.run.folder import environment
@@ -177,7 +177,7 @@ class Execution:
             except UserError:  # cut short
                 continue
             measured = dict(leaves(record.config))
-            if all(measured.get(key) == value for key, value in wanted.items()):
+            if len(record.models) == 1 and all(measured.get(key) == value for key, value in wanted.items()):
                 return record
         return None
 
@@ -216,11 +216,13 @@ class Execution:
 def last_step(path: Path) -> int:
     """Return the step of the last complete line of a metrics.jsonl, 0 before the first."""
     try:
+        if not path.is_file():
+            return 0
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**16))
             lines = file.read().split(b"\n")[1:-1]
-        return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
-    except (OSError, ValueError, KeyError):
+        return max((int(parse_json(line)["step"]) for line in lines[-3:]), default=0)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 

@@ -17,7 +17,7 @@ from osp.ablation.config import AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS, METHODS
 from osp.report.charts import line_words
-from osp.report.downsample import rounded
+from osp.report.downsample import grid, rounded
 from osp.report.page import render
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.metrics import key_regex
@@ -144,13 +144,14 @@ def measure(run: Planned, record: ComparisonRecord) -> Measured:
             numbers[bits + HADAMARD * bool(row)] = math.inf if score.perplexity is None else score.perplexity
     # a method that cannot be applied to a model has no score
     numbers |= {method: s.perplexity for method, s in model.methods.items() if s.perplexity is not None}
-    first, last = math.log(numbers[FIRST]), math.log(numbers[LAST])
+    first, last = (math.log(numbers.get(column, math.nan)) for column in (FIRST, LAST))
     numbers |= {"nats_16": first, "nats_4": last, "cost": last - first}
-    layers = [s for site, s in folder.sites().items() if (site.stat, site.kind) == ("kurtosis", "block_out")]
+    sites = {site: s for site, s in folder.sites().items() if (site.stat, site.kind) == ("kurtosis", "block_out")}
     kurtosis = None
-    if layers:
-        tokens = layers[0].steps * run.config.train.tokens_per_step
-        kurtosis = Series(tokens, np.mean([series.values for series in layers], axis=0))
+    if sites:
+        probes, _, values = grid(sites, run.num_steps + 1)  # a column for each probe
+        tokens = np.array([last for _, last in probes]) * run.config.train.tokens_per_step
+        kurtosis = Series(tokens, np.mean(values, axis=0))
     plan = (run.label, run.row, run.overrides, run.rates, run.seed, run.value)
     return Measured(*plan, model.sha256, record.commit, numbers, kurtosis)
 
@@ -313,7 +314,7 @@ def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
         curves = []
         for row, runs in results.sweep.items():
             x = [run.value if numeric else names.index(str(run.value)) for run in runs]
-            curves.append(_curve(rows.index(row), x, [run.numbers[name] for run in runs], key=name))
+            curves.append(_curve(rows.index(row), x, [run.numbers.get(name) for run in runs], key=name))
         unit = ", ".join(filter(None, [words.get("unit"), f"over {key}"]))
         charts.append(_chart(f"sweep-{name}", curves, rows, **words | {"unit": unit} | axis))
     return charts

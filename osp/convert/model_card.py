@@ -7,11 +7,11 @@ from typing import Any
 from osp.config import EVALUATIONS
 from osp.convert.same_function import Certificate, Difference, Perplexities
 from osp.evaluation.language_model import LanguageModel
-from osp.files import read_lines
 from osp.model.transformer import count_parameters
 from osp.quant.spec import QuantSpec
 from osp.run.evaluations import read_evaluation
 from osp.run.metrics import METRICS
+from osp.run.read import read_metrics
 from osp.tables import render_text
 
 FOUR_BITS = QuantSpec().at("4-4-4")  # OSP's round to nearest
@@ -39,7 +39,7 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
     assert config is not None
     assert run is not None
     rows: dict[int, dict[str, Any]] = {}  # the last value of every metric by step
-    for event in read_lines(run / "metrics.jsonl"):
+    for event in read_metrics(run / "metrics.jsonl", []):
         if event["step"] <= step:
             rows.setdefault(event["step"], {}).update(event)
     curves = [row for row in rows.values() if any(row.get(key) is not None for key in CURVES)]

@@ -1,5 +1,6 @@
 """Inspect a trained model: where its outliers are and since when, without DeepSpeed."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from osp.config import Config, MonitorConfig
 from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
-from osp.files import read_lines
 from osp.model.sites import split_site
 from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
 from osp.run.history import growth, since
+from osp.run.read import read_probes
 from osp.run.verdict import judge, over_usual
 from osp.tables import text_table
+
+log = logging.getLogger(__name__)
 
 SHOWN = 20  # sites of the table
 TITLES = (
@@ -44,7 +47,10 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     probed, tokenizer = _read_text(config, run, text)
     forensics = Forensics(load_model(folder), config, tokenizer)
     reading = probe(forensics.model, probed, MonitorConfig(sites="all", statistics="all"))
-    history: list[Any] = [line for line in read_lines(run / PROBES) if line["step"] < checkpoint.step]
+    notes = list[str]()
+    history: list[Any] = [line for line in read_probes(run / PROBES, notes) if line["step"] < checkpoint.step]
+    for note in notes:
+        log.warning("%s", note)
     history.append({"step": checkpoint.step, "sites": forensics.site_records(reading)})
     kurtoses = {name: site.statistics["kurtosis"] for name, site in reading.sites.items()}
     order = sorted(kurtoses, key=lambda name: -over_usual(name, kurtoses[name]))

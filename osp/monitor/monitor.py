@@ -14,13 +14,14 @@ from osp.data.loader import validation_batches
 from osp.data.tokenizer import load_tokenizer
 from osp.distributed import on_main
 from osp.errors import UserError
-from osp.files import LineWriter, drop_after, read_lines
+from osp.files import LineWriter, drop_after
 from osp.model.transformer import Transformer
 from osp.monitor.alerts import Alert, Alerts
 from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.evaluations import replace_nonfinite
 from osp.run.logger import Logger
+from osp.run.read import read_metrics, read_probes
 from osp.run.verdict import over_usual
 
 PROBES = "probes.jsonl"
@@ -64,7 +65,7 @@ class Monitor:
             self._forensics = Forensics(model, config, load_tokenizer(shards / "tokenizer.json"))
             drop_after(folder / PROBES, step)
             self._lines = LineWriter(folder / PROBES)
-            self._alerts.replay(read_lines(folder / "metrics.jsonl"))
+            self._alerts.replay(read_metrics(folder / "metrics.jsonl", []))
             if self.text.tokens.numel() < config.monitor.tokens // 2:
                 logger.say(
                     f"monitor.tokens={config.monitor.tokens}, but the validation split has only "
@@ -92,7 +93,7 @@ class Monitor:
         if any(places):
             with self._gathered():
                 if self.logger:
-                    history = [*read_lines(self.folder / PROBES), {"step": step, "sites": records}]
+                    history = [*read_probes(self.folder / PROBES, []), {"step": step, "sites": records}]
                     for name in sorted(set(filter(None, places))):
                         raised = [alert for alert, place in zip(alerts, places, strict=True) if place == name]
                         write_bundle(self._forensics.bundle(name, reading, history, raised), self.folder / FORENSICS)

@@ -123,7 +123,8 @@ def render(template: Path, **values: Any) -> str:
         values: `title`, `kind` (of page), `data` (for page.js) and what the template names. Text is escaped there.
     """
     time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
-    return _environment(template.parent).get_template(template.name).render(time=time, **values) + "\n"
+    page = _environment(template.parent).get_template(template.name).render(time=time, **values) + "\n"
+    return page.encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs, as in names of files
 
 
 @functools.cache  # it keeps the compiled templates

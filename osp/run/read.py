@@ -27,6 +27,7 @@ from osp.files import iterate_lines, printable, read_json
 from osp.run.evaluations import Comparison, Evaluation, read_evaluations
 from osp.run.metrics import Site, site_of
 
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not everywhere
 QUIET_SECONDS = 600  # without a summary and without new metrics for this long, a run counts as interrupted
 
 # Keys that may change when a run continues: they do not affect the model or what it learns.
@@ -168,6 +169,8 @@ def read_probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _lines(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what is valid of the lines of a file; `notes` counts the broken lines. A missing file is empty."""
     broken, left_out = list[int](), list[str]()
+    if path.exists() and not path.is_file():
+        notes.append(f"{path.name} is not a file; left out")
     for line in iterate_lines(path, broken):
         places = list[str]()
         if valid := keep_valid(adapter, line, places):
@@ -213,11 +216,15 @@ def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
 
 
 def _read_yaml(path: Path) -> Any:
-    """Return the value in a YAML file; by aliases a few lines could stand for more values than fit into memory."""
-    text = path.read_text(encoding="utf-8")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise yaml.YAMLError("aliases")
-    return yaml.safe_load(text)
+    """Return the value in a YAML file; with aliases a few lines can stand for more values than fit into memory."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")  # a pipe would be read without end
+    text, depth = path.read_text(encoding="utf-8"), 0
+    for event in yaml.parse(text, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 100 or isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{path} is no configuration")
+    return yaml.load(text, _LOADER)
 
 
 def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> Any:

@@ -17,13 +17,12 @@ from osp.distributed import add_up, on_main
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
 from osp.evaluation.texts import held_out
-from osp.files import read_lines
 from osp.model.generate import Sampling, generate
 from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
 from osp.optim.groups import describe_groups
 from osp.report.page import write_page
 from osp.run.logger import Logger
-from osp.run.read import read_run
+from osp.run.read import read_metrics, read_run
 from osp.run.verdict import judge_run
 from osp.tables import render_text
 from osp.train.engine import Engine
@@ -150,7 +149,7 @@ def last_measurement(folder: Path, name: str) -> Measurement:
     """Return the last line of metrics.jsonl with the metric `name`: its step, and its metrics of the same kind."""
     last: Measurement = (-1, {})
     kind = name.partition("/")[0] + "/"
-    for event in read_lines(folder / "metrics.jsonl"):
+    for event in read_metrics(folder / "metrics.jsonl", []):
         if name in event:
             last = event["step"], {key: value for key, value in event.items() if key.startswith(kind)}
     return last
