@@ -419,13 +419,13 @@ def from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
-def from_manifest(values: dict[str, Any]) -> Config:
-    """Return the `Config` in a checkpoint: without `norm.layer_final` its version took kappa of layer 1 at the end."""
+def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored configuration of a run: without `norm.layer_final`, kappa before the head was of layer 1."""
     norm: Any = values.get("norm")
     old = isinstance(norm, dict) and "layer_final" not in norm and norm.get("final") in ("bhyt", "bhyt_star")
     if old and norm.get("kappa_schedule") not in (None, "constant"):
-        values = values | {"norm": norm | {"layer_final": 1}}
-    return from_dict(values)
+        return values | {"norm": norm | {"layer_final": 1}}
+    return values
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import CheckpointConfig, from_manifest
+from osp.config import CheckpointConfig, from_dict, upgrade
 from osp.errors import UserError
 from osp.files import flush_folder, write_text
 from osp.model.transformer import Transformer, meta_model
@@ -109,7 +109,7 @@ class Checkpoint:
         data = self.manifest.get("data")
         self.data = build(Position, data) if data else Position(self.step, 1)  # of a conversion, which reads nothing
         try:
-            self.config = from_manifest(self.manifest["config"])
+            self.config = from_dict(upgrade(self.manifest["config"]))
         except UserError as error:
             raise UserError(f"{folder / MANIFEST}: not the configuration of a run: {error}") from error
         for name, entry in self.manifest["files"].items():

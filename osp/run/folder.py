@@ -32,7 +32,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 
-from osp.config import Config, to_dict
+from osp.config import Config, to_dict, upgrade
 from osp.errors import UserError
 from osp.files import write_text
 from osp.run.checkpoint import LATEST, candidates, find, remove_unfinished, write_tensors
@@ -257,4 +257,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not values or not isinstance(values, dict):  # an empty one would pass for a new run
         raise UserError(f"{path}: not the configuration of a run")
-    return values
+    return upgrade(values)

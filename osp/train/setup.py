@@ -39,7 +39,7 @@ MIN_TRIAL_STEPS, TRIAL_SECONDS = 3, 3.0  # the trial of `train.minutes` ends aft
 # Keys that decide what trained weights compute or read, and those among them that only matter before the first step.
 MEANING = ("model.", *AT_TOP, "tokenizer.eos_token")
 INITIAL = ("model.init", "model.scale_residual_init", "model.max_position_embeddings")
-INITIAL += ("norm.init", "norm.alpha")
+INITIAL += ("norm.init", "norm.alpha", "norm.lam")
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
