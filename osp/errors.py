@@ -5,6 +5,14 @@ class UserError(ValueError):
     """A mistake that the user can correct. Entry points exit with status 2."""
 
 
+class NotTextError(UserError):
+    """A value that is not text, for a key that takes text only. key: its dotted name, without the index in a list."""
+
+    def __init__(self, message: str, key: str):
+        super().__init__(message)
+        self.key = key
+
+
 class RunError(RuntimeError):
     """A valid run that cannot continue. Entry points exit with status 1."""
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import typing
 import unicodedata
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from osp.errors import UserError
+from osp.errors import NotTextError, UserError
 
 C = TypeVar("C")
 _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
@@ -46,6 +47,9 @@ def _name(text: str) -> str:
 
 
 def _path(text: str) -> str:
+    text = os.path.expanduser(text)
+    if text.startswith("~"):
+        raise ValueError("must be a path; no user has this name, and a folder is written ./~NAME")
     if len(text) >= 4096 or any(len(part.encode()) > 255 for part in text.split("/")):
         raise ValueError("must be a path whose parts are at most 255 bytes long")
     return text
@@ -100,7 +104,12 @@ def build(cls: type[C], values: Any, *, path: str = "") -> C:
         return _adapter(cls).validate_json(json.dumps(values), strict=True, extra="forbid")
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    raise UserError(_explain(cls, values, path, errors))
+    message, (key, value, _) = _explain(cls, values, path, errors), _locate(cls, values, path, errors[0])
+    kinds = {other["type"] for other in errors if _locate(cls, values, path, other)[0] == key}
+    is_for_text = kinds == {"string_type"} or (kinds == {"string_type", "bool_type"} and value is not None)
+    if is_for_text and message.startswith(f"{key}="):
+        raise NotTextError(f"{message}; write it in quotes", re.sub(r"\[\d+\]$", "", key))
+    raise UserError(message)
 
 
 def _check_plain(value: Any, path: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import entry
 import pytest
 
-from osp.config import Config
+from osp.config import Config, from_dict
 from osp.distributed import Peers
 from osp.errors import LostRankError, RunError, UserError
 from osp.train.setup import train
@@ -77,6 +77,108 @@ def test_process_ends_with_its_status_while_threads_are_in_c(tmp_path: Path) -> 
     assert done.stdout.count("done\nclosed\n") == len(statuses)  # buffers are written, exit functions have run
     assert done.stderr.count("Traceback") == 1  # of the KeyError
     assert "terminate called" not in done.stderr
+
+
+def composed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
+    """Return the configuration that scripts/train.py takes from a command line."""
+    seen: list[Config] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    entry.run(lambda values: seen.append(from_dict(values)))
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["12345", "4e12345", "1e5", "1_0", "007", "true", "null", "inf", "a=b", "-3", "x~"])
+def test_text_is_taken_as_it_was_typed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For instance the number of a job or the hash of a commit."""
+    config = composed(monkeypatch, f"run.name={name}", f"data.text_field={name}", "train.steps=5e1")
+    assert (config.run.name, config.run.dir, config.data.text_field) == (name, f"runs/{name}", name)
+    assert config.train.steps == 50
+
+
+def test_paths_may_begin_with_a_tilde_and_hold_equals_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = ("run.dir=~/runs/${run.name}", "data.paths=[~/a,date=2024-01-01/b,2024,c d]", "resume=~/x")
+    config = composed(monkeypatch, *arguments, 'data.cache_dir="~"')
+    assert config.run.dir == "/home/me/runs/osp_nano"
+    assert config.data.paths == ("/home/me/a", "date=2024-01-01/b", "2024", "c d")
+    assert (config.resume, config.data.cache_dir) == ("/home/me/x", "/home/me")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "abc"}, "RANK='abc': must be a number; start with torchrun or deepspeed, or unset RANK"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1': must be a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2; start with torchrun or deepspeed"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without MASTER_ADDR; start with torchrun or deepspeed"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999: a port is at most 65535"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc': must be a number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK='': must be a number"),
+    ],
+)
+def test_odd_variable_of_a_launcher(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        composed(monkeypatch)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "3"}, {"WORLD_SIZE": "8", "LOCAL_RANK": "1"}])
+def test_lone_variable_of_a_launcher_is_ignored(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in entry.LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    composed(monkeypatch)
+    assert not set(entry.LAUNCHER_VARIABLES) & os.environ.keys()
+    assert caplog.messages == [f"{next(iter(variables))} is set although no launcher runs: this process trains alone"]
+
+
+# Ranks 0 and 1, children of this process as of a launcher. Rank 0 is slow, and reports last or not at all.
+RANKS = """
+import os, signal, sys, time
+import entry
+from osp.errors import UserError
+
+def main(values):
+    if os.environ["RANK"] == "0":
+        time.sleep(60) if "blocked" in sys.argv else time.sleep(0.5)
+    raise UserError(f"rank {os.environ['RANK']}")
+
+entry.SECONDS_FOR_RANK_0 = 2 if "blocked" in sys.argv else 200
+entry._compose = lambda *_: [{}]
+entry.launch(main)
+"""
+
+
+@pytest.mark.parametrize(("case", "expected"), [("", ["error: rank 0\n", ""]), ("blocked", ["", "error: rank 1\n"])])
+def test_one_rank_reports_the_error_of_all(case: str, expected: list[str]) -> None:
+    """The other rank leaves after rank 0, unless rank 0 does not see the error."""
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, case],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2"}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert ranks[1].communicate(timeout=60)[1] == expected[1]
+    if case == "blocked":
+        ranks[0].kill()
+    else:
+        assert ranks[0].poll() == 2
+    assert ranks[0].communicate()[1] == expected[0]
+    assert ranks[1].returncode == 2
 
 
 def ours() -> set[str]:

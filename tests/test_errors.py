@@ -103,7 +103,7 @@ COMMAND_LINE = [
     ("norm=None", r"Could not find 'norm/None' Available options in 'norm': .*rmsnorm"),
     ("norm=null", r"group override must be a string .*the arguments were: .*norm=null"),
     ("+norm=rmsnorm", r"Multiple values for norm. To override a value use 'override norm: rmsnorm'"),
-    ("norm=rmsnorm,ssnorm", r"Ambiguous value for argument 'norm=rmsnorm,ssnorm'"),
+    ("norm=rmsnorm,ssnorm", r"norm=rmsnorm,ssnorm: one start takes one value, so start once for each, .*run.name; a l"),
     ("norm.name=rmsnrom", r"unknown norm 'rmsnrom'; choose from .*'rmsnorm'"),
     ("norm=ssnorm norm.kappa=3", r"norm.kappa=3.0: ssnorm has no such option; it has \['eps', 'init'\]"),
     ("norm.final=foo", r"norm.final='foo'; choose from"),
@@ -123,18 +123,24 @@ COMMAND_LINE = [
     # syntax of Hydra
     ("train.steps", r"Error parsing override 'train.steps'.*missing EQUAL.*write KEY=VALUE"),
     ("norm='ssnorm", r"Error parsing override \"norm='ssnorm\": a character there needs quotes"),
-    ("run.dir=~/x", r"Error parsing override 'run.dir=~/x': a character there needs quotes"),
+    ("run.dir=~nobody-here/x", r"run.dir='~nobody-here/x': must be a path; no user has this name"),
     ("data.paths=[a,b", r"Error parsing override 'data.paths=\[a,b'"),
     ("data.paths={a:b}", r"Error merging override data.paths={a:b}: Cannot merge DictConfig with ListConfig"),
     ("train..steps=3", r"Error parsing override 'train..steps=3'"),
     ("=3", r"the arguments were: .*=3"),
     ("--config-name=nothing", r"Cannot find primary config 'nothing'"),
     ("--config-dir=/nowhere", r"Additional config directory '/nowhere' not found"),
-    ("--foo", r"unrecognized arguments: --foo; see --help"),
+    ("--foo", r"unrecognized arguments: --foo; keys are written KEY=VALUE, see --help"),
+    ("--steps=5", r"there is no option --steps; write train.steps=5"),
+    ("hydra.run.dir=x", r"hydra.run.dir=x: keys of Hydra itself are fixed"),
+    ("+hydra.callbacks.x._target_=os.getcwd", r"callbacks.x._target_=os.getcwd: keys of Hydra itself are fixed"),
+    ("hydra/job_logging=default", r"hydra/job_logging=default: keys of Hydra itself are fixed"),
+    ("--experimental-rerun=x", r"--experimental-rerun reads a pickle"),
+    ("--config-path=pkg://os", r"config directory '.*pkg:/os' not found"),
     ("--multirun train.steps=1,2", r"--multirun: one start trains one model"),
     ("train.steps=${foo}", r"Interpolation key 'foo' not found full_key: train.steps"),
     ("run.name=${run.name}", r"Recursive interpolation detected full_key: run.name"),
-    ("run.name=${oc.env:OSP_NOWHERE}", r"Environment variable 'OSP_NOWHERE' not found.* full_key: run.name"),
+    ("run.name=${oc.env:OSP_NOWHERE}", r"\${oc.env:OSP_NOWHERE}: variables of the environment are not read"),
     # types and numbers
     ("train.steps=ten", r"train.steps='ten': must be an integer"),
     ("train.steps=1e3.5", r"train.steps='1e3.5': must be an integer"),
@@ -243,6 +249,26 @@ YAML_FILES = {
     "a word": (b"hello\n", r"unknown key 'experiment'"),
     "code": (b"run: !!python/object/apply:os.system ['touch pwned']\n", r"python/object/apply:os.system.*mine.yaml"),
     "code by name": (b"run: !!python/name:os.system\n", r"python/name:os.system.*mine.yaml"),
+    "callback of Hydra": (
+        b"# @package _global_\nhydra: {callbacks: {x: {_target_: os.system, command: touch pwned}}}\n",
+        r"hydra.callbacks: a configuration may not set keys of Hydra itself, which can run code",
+    ),
+    "launcher of Hydra": (
+        b"# @package _global_\nhydra: {launcher: {_target_: os.getcwd}}\n",
+        r"hydra.launcher: a configuration may not",
+    ),
+    "environment of Hydra": (
+        b"# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: pwned.so}}}\n",
+        r"hydra.job.env_set: a configuration may not",
+    ),
+    "variable of the environment": (
+        b"# @package _global_\nrun: {name: '${oc.env:HOME}'}\n",
+        r"\${oc.env:HOME}: variables of the environment are not read, .* shell insert it, KEY=\$HOME",
+    ),
+    "number for text": (
+        b"# @package _global_\nrun: {name: 12345}\n",
+        r"run.name=12345: must be text; write it in quotes",
+    ),
     "hydra target": (b"# @package _global_\nrun: {_target_: os.system}\n", r"unknown key 'run._target_'"),
 }
 

@@ -295,6 +295,7 @@ def test_run_folder_need_not_follow_the_name() -> None:
 def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Return a function that calls `run` of scripts/entry.py with arguments and returns the configuration of `main`."""
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
 
     spec = importlib.util.spec_from_file_location("entry", ROOT / "scripts" / "entry.py")
     assert spec is not None
@@ -302,8 +303,8 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     entry = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(entry)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(GlobalHydra, "_instances", {}, raising=False)
+    others = {cls: instance for cls, instance in Singleton._instances.items() if cls is not GlobalHydra}
+    monkeypatch.setattr(Singleton, "_instances", others)  # these tests hold an initialized Hydra
 
     def run(*arguments: str) -> dict[str, Any]:
         received: list[dict[str, Any]] = []
@@ -312,7 +313,6 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
             make_source(from_dict(values).data)
             received.append(values)
 
-        GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         entry.run(main)
         return received[0]

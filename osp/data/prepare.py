@@ -43,6 +43,7 @@ from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_hash, train_tokenizer, vocab_size
 from osp.errors import UserError
 from osp.files import lock, write_atomically
+from osp.process import STOP_SIGNALS, protect_console
 
 BATCH_CHARACTERS = 1 << 20  # of texts that a thread encodes at a time
 BATCH_DOCUMENTS = 1024
@@ -125,7 +126,8 @@ def _background(parent: int) -> None:
             time.sleep(POLL_SECONDS)
         os._exit(1)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    protect_console()
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
     registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)

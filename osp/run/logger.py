@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from osp.config import Config, LoggerConfig, WandbMode, to_dict
 from osp.errors import UserError
-from osp.files import LineWriter, drop_after
+from osp.files import LineWriter, drop_after, printable
 from osp.run.evaluations import replace_nonfinite
 from osp.run.metrics import build_workspace, layer_grids
 
@@ -82,7 +82,7 @@ class Logger:
     def say(self, message: str) -> None:
         """Print `message` above the progress bar."""
         if self._config.progress:
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(printable(message), file=sys.stderr)
         else:
             log.info(message)
 

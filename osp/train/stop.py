@@ -11,8 +11,8 @@ import torch
 
 from osp.distributed import add_up, gather_objects
 from osp.errors import StoppedError
+from osp.process import LAUNCHER, STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The launcher passes the signal of a terminal or scheduler on, so one request may arrive twice within this time.
 SECONDS_OF_ONE_REQUEST = 1.0
 
@@ -20,11 +20,12 @@ SECONDS_OF_ONE_REQUEST = 1.0
 class StopRequest:
     """Whether this rank was asked to stop, and by which signal.
 
-    The first SIGTERM, SIGINT or SIGUSR1 is recorded; a later one ends the process at once.
+    The first of `STOP_SIGNALS` is recorded; a later one ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None  # "SIGTERM", ...; None: no request
+        self._reason = ""  # of the signal, if known
         self._first = 0.0
 
     def __bool__(self) -> bool:
@@ -32,9 +33,15 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Catch the signals inside this context. Only the main thread of a process can catch them."""
+        """Catch the signals inside this context. Only the main thread of a process can catch them.
+
+        `nohup` ignores SIGHUP, which stays so.
+        """
+        numbers = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
         try:
-            before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            before = {number: signal.signal(number, self._receive) for number in numbers}
         except ValueError:  # another thread
             before = {}
         try:
@@ -45,13 +52,17 @@ class StopRequest:
 
     def error(self, step: int, total_steps: int) -> StoppedError:
         """Return the error that ends a run after `step` and names the first rank that was asked. Collective."""
-        name, rank = next((name, rank) for rank, name in enumerate(gather_objects(self.signal)) if name)
+        asked = gather_objects((self.signal, self._reason))
+        name, reason, rank = next((name, reason, rank) for rank, (name, reason) in enumerate(asked) if name)
         end = f"stopped after step {step} of {total_steps} with a checkpoint; the same command continues it"
-        return StoppedError(f"{name} on rank {rank}: {end}", signal=name)
+        return StoppedError(f"{name} on rank {rank}{reason}: {end}", signal=name)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._first = signal.Signals(number).name, time.monotonic()
+            self._reason = ", whose launcher has ended" if LAUNCHER.gone else ""
+        elif number == signal.SIGXCPU or LAUNCHER.gone:  # repeated every second; or sent by `LAUNCHER`
+            return
         elif time.monotonic() - self._first > SECONDS_OF_ONE_REQUEST:
             os._exit(128 + number)
 
