@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -122,9 +123,9 @@ def _suggest_conversion(config: ModelConfig, path: str | Path) -> str:
 def size_in_bytes(size: str) -> int:
     """Return the bytes of a size such as `5GB` or `500MB`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip().upper())
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) < 1e18:
         raise UserError(f"max_shard_size={size!r}: write a size such as 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    return math.ceil(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
 def write_llama(
