@@ -185,7 +185,7 @@ class RopeScaling:
     """
 
     rope_type: Literal["linear", "llama3"]  # which of the two formulas
-    factor: Positive  # divisor of the frequencies
+    factor: Annotated[float, Field(ge=1e-6, le=1e6)]  # divisor of the frequencies
     low_freq_factor: Positive = 1.0  # llama3: turns below which a frequency is divided
     high_freq_factor: Positive = 4.0  # llama3: turns above which a frequency is kept
     original_max_position_embeddings: Count = 8192  # llama3: context in tokens in which turns are counted
@@ -203,11 +203,13 @@ class ModelConfig:
     hidden_size: Annotated[Int, Field(ge=1, le=2**20)] = 256  # channels of the residual stream
     intermediate_size: Annotated[Int, Field(ge=1, le=2**24)] = 688  # channels of the MLP
     num_hidden_layers: Annotated[Int, Field(ge=1, le=1000)] = 6  # number of blocks
-    num_attention_heads: Count = 4  # query heads
-    num_key_value_heads: Count | None = None  # heads of keys and values; None: num_attention_heads
-    head_dim: Count | None = None  # channels of a head; None: hidden_size / num_attention_heads
+    num_attention_heads: Annotated[Int, Field(ge=1, le=2**20)] = 4  # query heads
+    # Heads of keys and values; None: num_attention_heads.
+    num_key_value_heads: Annotated[Int, Field(ge=1, le=2**20)] | None = None
+    # Channels of a head; None: hidden_size / num_attention_heads.
+    head_dim: Annotated[Int, Field(ge=1, le=2**20)] | None = None
     max_position_embeddings: Annotated[Int, Field(ge=1, le=2**24)] = 2048  # longest sequence in tokens
-    rope_theta: Positive = 10_000.0  # base of the RoPE frequencies
+    rope_theta: Annotated[float, Field(ge=1e-6, le=1e30)] = 10_000.0  # base of the RoPE frequencies
     rope_scaling: RopeScaling | None = None  # RoPE for longer contexts; None: plain
     attention_bias: bool = False  # biases of q_proj, k_proj, v_proj and o_proj
     mlp_bias: bool = False  # biases of gate_proj, up_proj and down_proj

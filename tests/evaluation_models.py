@@ -29,7 +29,8 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    edit_json(folder / "config.json", bos_token_id=0, eos_token_id=0)
+    for name in ("config.json", "generation_config.json"):
+        edit_json(folder / name, bos_token_id=0, eos_token_id=0)
     return folder
 
 

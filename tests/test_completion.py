@@ -88,7 +88,7 @@ CPU = ("device=cpu", "dtype=fp32", "threads=1")
 def expected_text(llama: Path, prompt: str, num_tokens: int) -> str:
     """Return the prompt and its greedy continuation up to EOS."""
     ids = [0, *tokenizer().encode(prompt).ids]
-    (new,) = generate(load_hf(llama), [ids], num_tokens, eos_id=0)
+    (new,) = generate(load_hf(llama), [ids], num_tokens, eos_ids=[0])
     return tokenizer().decode([*ids, *new])
 
 
@@ -114,7 +114,7 @@ def test_prompts_come_from_arguments_and_file(script: Callable[..., Outcome], ll
 
 def test_default_length_fills_the_positions(script: Callable[..., Outcome], llama: Path) -> None:
     _, out, _ = script(str(llama), "abc", "temperature=0", "bos=false", *CPU)
-    (new,) = generate(load_hf(llama), [tokenizer().encode("abc").ids], 37, eos_id=0)
+    (new,) = generate(load_hf(llama), [tokenizer().encode("abc").ids], 37, eos_ids=[0])
     assert out == "abc" + tokenizer().decode(new) + "\n"
 
 
@@ -170,7 +170,7 @@ def test_texts_are_streamed_in_the_order_of_the_prompts() -> None:
     pieces: list[str] = []
     ids = tokenizer().encode("abcd\u20ac").ids
     a, b, c, d, *euro = ids
-    texts = Texts(["<", "[", "("], [TextStream(tokenizer()) for _ in range(3)], 0, pieces.append)
+    texts = Texts(["<", "[", "("], [TextStream(tokenizer()) for _ in range(3)], [0], pieces.append)
     texts.push([a, c, euro[0]])
     assert pieces == ["<a"]
     texts.push([b, 0, euro[1]])

@@ -248,7 +248,7 @@ def _write(folder: Path, subject: LanguageModel, model: Transformer, out: Path, 
         "tokens": step * config.train.tokens_per_step,
         "config": values,
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-        "conversion": {"steps": steps, "bos_id": subject.bos_id},
+        "conversion": {"steps": steps, "bos_id": subject.bos_id, "stop_ids": list(subject.stop_ids)},
     }
     saver = Saver(folder / "checkpoints", config.checkpoint, token="convert", rank=0, gather=lambda x: [x])
     saver.begin(whole_parameters(model), rng={}, buffers=dict(model.named_buffers()), manifest=manifest)

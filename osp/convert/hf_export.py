@@ -34,7 +34,7 @@ from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name
 from osp.model.fold import fold_into_weights, norm_gain, residual_norms
-from osp.model.hf_llama import BODY, CONFIG, HEAD, REQUIRED, TOKENIZER, load_hf
+from osp.model.hf_llama import BODY, CONFIG, GENERATION, HEAD, REQUIRED, TOKENIZER, load_hf
 from osp.model.norms import NORMS
 from osp.model.transformer import Transformer
 from osp.quant.apply import quantized
@@ -180,7 +180,8 @@ def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
         "model_max_length": subject.model.config.max_position_embeddings,
     }
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "generation_config.json", {"bos_token_id": subject.bos_id, "eos_token_id": subject.eos_id})
+    stops = subject.eos_id if len(subject.stop_ids) < 2 else list(subject.stop_ids)
+    _write_json(folder / GENERATION, {"bos_token_id": subject.bos_id, "eos_token_id": stops})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

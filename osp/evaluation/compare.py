@@ -1,9 +1,10 @@
 """`scripts/compare.py`: the rows of OSP's tables 2 and 4 (arXiv 2506.19697) for given models."""
 
+import collections
 import dataclasses
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec, check_spec
-from osp.run.evaluations import Comparison, ComparisonRecord, Score, format_short
+from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short
 from osp.run.folder import environment
 from osp.tables import render_text
 
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2; the last of table 4
 METHODS = {"RTN": "", "+ FFN Had": "+Had", "+ GPTQ": "+GPTQ", "+ QuaRot": "+QuaRot"}  # row of table 4 -> of table 2
 ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
-KURTOSIS_TOKENS = 16_384  # of the text, at most
 
 
 def compare(config: CompareConfig) -> ComparisonRecord:
@@ -35,23 +35,31 @@ def compare(config: CompareConfig) -> ComparisonRecord:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
         config = dataclasses.replace(config, quant=config.quant.at("16-16-16"))
-    check_out(config)
+    check_out(config.out)
     for path in config.paths:
         find_model(Path(path))
     machine, comparisons = environment(), []
     origin = {"config": dataclasses.asdict(config), "commit": machine.pop("git"), "environment": machine}
     for path in config.paths:
         subject = open_subject(path, config)
-        comparisons.append(compare_one(subject, config))
+        check_out(config.out, subject.run)
+        for comparison in compare_one(subject, config):
+            models = (*([] if config.out is None else comparisons), comparison)
+            record = ComparisonRecord(step=comparison.step, models=models, **origin)
+            name = f"{COMPARISONS}/step_{comparison.step:08d}"
+            store_record(record, config.out, subject.run, name, finished=False)
+        comparisons.append(comparison)
         if config.out is None:
-            record = ComparisonRecord(step=comparisons[-1].step, models=(comparisons[-1],), **origin)
-            store_record(record, None, subject.run, f"{COMPARISONS}/step_{subject.step or 0:08d}")
+            store_record(record, None, subject.run, name)
     step = comparisons[0].step if len(comparisons) == 1 else None
     return ComparisonRecord(step=step, models=tuple(comparisons), **origin)
 
 
-def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
-    """Return both tables of one model; a quantization that several cells share is measured once."""
+def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Comparison]:
+    """Yield both tables of one model after each measurement, the complete ones last.
+
+    A quantization that several cells share is measured once.
+    """
     measurement, progress = Measurement(subject, config), config.progress and is_main()
     named = method_specs(config.quant)
     rows = named if config.methods == "all" else ("", "+Had")
@@ -72,29 +80,43 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Comparison:
             logger.warning("%s: cells left out, %s", subject.name, error)
             scores[words] = Score(None, None)
     possible = [words for words in wanted if words not in scores]
-    sha256, what, kurtosis = subject.sha256(), "", script_kurtosis(measurement)
+    sha256, kurtosis, kurtosis_text, what = subject.sha256(), *script_kurtosis(measurement, config), ""
     for words in tqdm(possible, desc=subject.name, unit="cell", disable=not progress):
         calibration = measurement.calibration(wanted[words])
         with quantized(subject.model, wanted[words], calibration=calibration, progress=progress):
-            results = measurement.results()
-        perplexities = [result.value for result in results if result.metric == "perplexity"]
-        accuracies = [result.value for result in results if result.metric in ACCURACIES]
-        accuracy = statistics.fmean(accuracies) if accuracies else None
-        scores[words] = Score(perplexities[0] if perplexities else None, accuracy)
-        what = what or ", ".join(dict.fromkeys(result.what for result in results))
-    return Comparison(
-        subject.name,
-        sha256,
-        kurtosis=kurtosis,
-        what=what,
-        bits={row: {bits: scores[str(cells[row, bits])] for bits in COLUMNS} for row in rows},
-        methods={method: scores[str(spec)] for method, spec in methods.items()},
-        specs={spec.hash: str(spec) for spec in specs},
-        hashes={f"{bits} {row}".strip(): spec.hash for (row, bits), spec in cells.items()}
-        | {method: spec.hash for method, spec in methods.items()},
-        texts={text.name: text.sha256 for text in measurement.texts},
-        step=subject.step or 0,
-    )
+            results = [result for part in measurement.results() for result in part]
+        scores[words], what = score(results), what or ", ".join(dict.fromkeys(result.what for result in results))
+        if subject.run is None and config.out is None:  # no file keeps it
+            logger.info("%s, %s: %s", subject.name, words, scores[words])
+        shown = collections.defaultdict(lambda: Score(None, None), scores)
+        yield Comparison(
+            subject.name,
+            sha256,
+            kurtosis=kurtosis,
+            kurtosis_text=kurtosis_text,
+            what=what,
+            bits={row: {bits: shown[str(cells[row, bits])] for bits in COLUMNS} for row in rows},
+            methods={method: shown[str(spec)] for method, spec in methods.items()},
+            specs={spec.hash: str(spec) for spec in specs},
+            hashes={f"{bits} {row}".strip(): spec.hash for (row, bits), spec in cells.items()}
+            | {method: spec.hash for method, spec in methods.items()},
+            texts={text.name: text.sha256 for text in measurement.texts},
+            step=subject.step or 0,
+        )
+
+
+def score(results: Sequence[Result]) -> Score:
+    """Return the first perplexity, and the mean accuracy of all tasks.
+
+    A task with several filters counts with the first in its file, strict-match of gsm8k, and a group of tasks that has
+    a score itself counts as one task.
+    """
+    perplexities = [result.value for result in results if result.metric == "perplexity"]
+    accuracies: dict[str, float] = {}
+    for result in results:
+        if result.metric.split(",")[0] in ACCURACIES and result.part_of is None:
+            accuracies.setdefault(result.what, result.value)
+    return Score(next(iter(perplexities), None), statistics.fmean(accuracies.values()) if accuracies else None)
 
 
 def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
@@ -104,18 +126,21 @@ def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
     return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
-def script_kurtosis(measurement: Measurement) -> float | None:
-    """Return the excess kurtosis of the residual stream as the paper's script measures it, None without a text.
+def script_kurtosis(measurement: Measurement, config: CompareConfig) -> tuple[float | None, str]:
+    """Return the excess kurtosis of the residual stream as the paper's script measures it, and the text it is for.
 
-    The script reads each of the first tokens of the first text by itself (`osp.monitor.statistics`).
+    The script reads each of the first tokens of the first text by itself (`osp.monitor.statistics`). None and no text
+    without a text.
     """
     if not measurement.texts:
-        return None
-    tokens = measurement.texts[0].tokens[: min(KURTOSIS_TOKENS, measurement.config.max_tokens or KURTOSIS_TOKENS)]
+        return None, ""
+    text = measurement.texts[0]
+    tokens = text.tokens[: min(config.kurtosis_tokens, config.max_tokens or config.kurtosis_tokens)]
     length = min(measurement.seq_len, len(tokens))
     rows = ProbeText(tokens[: len(tokens) // length * length].view(-1, length))
     reading = probe(measurement.subject.model, rows, MonitorConfig(sites=(), statistics=("osp_script",)))
-    return reading.metrics["monitor/kurtosis/osp_script"]
+    name = f"the first {rows.tokens.numel():,} tokens of {text.name}"
+    return reading.metrics["monitor/kurtosis/osp_script"], name
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:

@@ -25,8 +25,8 @@ class MeasureConfig:
     tasks_dir: str = "."  # folder of the task files
     num_fewshot: CountOrZero = 0  # examples before each item of a local task
     limit: Count | None = None  # items of each task; None: all
-    lm_eval: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or `paper_ten`
-    lm_eval_dir: str | None = None  # folder of further task files for the harness
+    lm_eval: tuple[str, ...] = ()  # tasks, tags and groups of the lm-evaluation-harness, or `paper_ten`
+    lm_eval_dir: str | None = None  # folder of further task files for the harness; they can run code
     batch_tokens: Count = 8192  # tokens that the model reads at a time
     device: Device = "auto"  # auto: CUDA if there is a GPU
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of matmuls; auto: bf16 if the hardware has it
@@ -51,3 +51,4 @@ class CompareConfig(MeasureConfig):
     # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
     methods: Literal["none", "last", "all"] = "last"
     spinquant: bool = False  # measure the last row of table 4 too, which takes longest
+    kurtosis_tokens: Count = 16_384  # tokens of the first text for its kurtosis, at most; the paper has 262144 of C4

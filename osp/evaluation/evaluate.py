@@ -1,11 +1,14 @@
 """`scripts/evaluate.py`: measure one model on texts and tasks under one quantization."""
 
 import dataclasses
+import hashlib
 import importlib
+import json
+import logging
 import math
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from osp.config import EVALUATIONS
+from osp.config import COMPARISONS, EVALUATIONS
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import init_distributed, is_main
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
-from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks
+from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.local_tasks import PAPER_TEN, read_task
 from osp.evaluation.perplexity import Text, perplexity
@@ -30,6 +33,8 @@ from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
 from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_record
 from osp.run.folder import environment
 from osp.tables import render_text
+
+log = logging.getLogger(__name__)
 
 LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
 BAR_WIDTH = 40
@@ -66,11 +71,20 @@ class Measurement:
             except ImportError as error:
                 fix = "pip install -e '.[lm-eval]'"
                 raise UserError(f"tasks, lm_eval: lm-eval is not installed; {fix} ({error})") from error
+        if config.lm_eval_dir is not None and not Path(config.lm_eval_dir).is_dir():
+            raise UserError(f"lm_eval_dir={config.lm_eval_dir} is not a folder")
         if names and config.bos and subject.bos_id is None:
             raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
         self.subject, self.config = subject, config
         self.tasks = [read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config)]
         self.texts = [read_text(name, subject, text_field=config.text_field) for name in names]
+        self.named = load_named_tasks(_named_tasks(config), include_path=config.lm_eval_dir) if config.lm_eval else {}
+        called = [
+            *(task.name for task in self.tasks),
+            *(name for loaded in self.named.values() for name in loaded["tasks"]),
+        ]
+        if twice := next((name for name in called if called.count(name) > 1), None):
+            raise UserError(f"tasks, lm_eval: two tasks are called {twice}; measure one of them, or rename its file")
         trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
         self.seq_len = config.seq_len or min(LONGEST_WINDOW, trained)
         self.windows: dict[str, Any] = {  # arguments of `perplexity`
@@ -94,37 +108,33 @@ class Measurement:
             tokens = text.tokens
         return draw_calibration(tokens, spec, seq_len=self.seq_len).to(self.subject.device)
 
-    def results(self) -> list[Result]:
-        """Return the results on all texts and tasks for the model as it is now, quantized or not. Collective."""
-        config, results = self.config, []
+    def results(self) -> Iterator[list[Result]]:
+        """Yield the results on each text and task for the model as it is now, quantized or not. Collective."""
+        config = self.config
         for text in self.texts:
             measured = perplexity(self.subject.model, text, **self.windows, progress=config.progress)
-            results.append(Result(measured.name, "perplexity", measured.perplexity))
-            results.append(Result(measured.name, "bits per byte", measured.bits_per_byte))
+            if not math.isfinite(measured.nats):
+                log.warning("%s: the perplexity is not finite, because an activation overflows", measured.name)
+            numbers = {"perplexity": measured.perplexity, "bits per byte": measured.bits_per_byte}
+            yield [Result(measured.name, metric, value) for metric, value in numbers.items()]
         model = HarnessModel(self.subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
         for task in self.tasks:
-            results += evaluate_local_task(model, task)
-        if config.lm_eval:
-            tasks, ten = {}, {name: num_fewshot for name, (num_fewshot, _) in PAPER_TEN.items()}
-            for name in config.lm_eval:
-                tasks |= ten if name == "paper_ten" else {name: config.num_fewshot}
-            results += evaluate_named_tasks(model, tasks, limit=config.limit, include_path=config.lm_eval_dir)
-        return results
+            yield evaluate_local_task(model, task)
+        for loaded in self.named.values():
+            yield from evaluate_named_tasks(model, loaded, limit=config.limit)
 
 
 def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     """Return the results, the ablation if asked for, and all that both depend on. Collective: every rank calls it."""
     spec, machine, progress = config.quant, environment(), config.progress and is_main()
     check_spec(spec, subject.model.config)
-    check_out(config)
+    check_out(config.out, subject.run)
     measurement = Measurement(subject, config)
     if config.ablate and (not measurement.texts or spec.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
     calibration = measurement.calibration(spec)
     sha256 = subject.sha256()  # of the weights in the file, before they are quantized
-    with quantized(subject.model, spec, calibration=calibration, progress=progress):
-        results = measurement.results()
-    return Evaluation(
+    record = Evaluation(
         model={"name": subject.name, "path": str(subject.folder), "sha256": sha256, "step": subject.step},
         quant={"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
         texts=[{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in measurement.texts],
@@ -134,9 +144,16 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
         dtype=str(subject.model.compute_dtype).removeprefix("torch."),
         commit=machine.pop("git"),
         environment=machine,
-        results=tuple(results),
-        ablation=ablate_sites(measurement, spec, calibration, progress=progress) if config.ablate else None,
+        results=(),
     )
+    with quantized(subject.model, spec, calibration=calibration, progress=progress):
+        for results in measurement.results():
+            record = dataclasses.replace(record, results=(*record.results, *results))
+            if store_record(record, config.out, subject.run, finished=False) is None and is_main():
+                log.info("\n".join(f"{result.what} {result.metric} {result.value:.4f}" for result in results))
+    if not config.ablate:
+        return record
+    return dataclasses.replace(record, ablation=ablate_sites(measurement, spec, calibration, progress=progress))
 
 
 def ablate_sites(
@@ -180,28 +197,40 @@ def live_perplexity(
         model.train(was_training)
 
 
-def check_out(config: MeasureConfig) -> None:
-    """Make the folder of `out`; raise `UserError` before the work if nothing can be written there."""
-    if config.out is None:
+def check_out(out: str | None, run: Path | None = None) -> None:
+    """Make the folder of `out`, or of the records in `run`; raise `UserError` if nothing can be written there."""
+    path = Path(out) if out else run and run / EVALUATIONS / COMPARISONS
+    if path is None:
         return
-    path = Path(config.out)
-    if path.is_dir() or path.parent.is_file():
+    if out and (path.is_dir() or path.parent.is_file()):
         reason = "is a folder" if path.is_dir() else f"{path.parent} is not a folder"
         raise UserError(f"out={path}: {reason}; name a JSON file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
+        fix = "" if out else "; name a file elsewhere with out=FILE"
+        raise UserError(f"{'out=' * bool(out)}{path}: cannot write there: {error.strerror}{fix}") from error
 
 
 def store_record(
-    record: Evaluation | ComparisonRecord, out: str | None, run: Path | None = None, name: str = ""
+    record: Evaluation | ComparisonRecord,
+    out: str | None,
+    run: Path | None = None,
+    name: str = "",
+    finished: bool = True,
 ) -> Path | None:
-    """Write the record on rank 0 to `out`, else into `run` as `name`; return the file, None without either."""
+    """Write the record on rank 0 to `out`, else into `run` as `name`; return the file, None without either.
+
+    A record that is not finished goes to a file beside it, which the finished record of the same command replaces.
+    """
     path = Path(out) if out else run and run / EVALUATIONS / f"{name}.json"
     if path and is_main():
-        write_record(path, record)
+        command = json.dumps([record.config, record.quant if isinstance(record, Evaluation) else ""], sort_keys=True)
+        incomplete = path.with_name(f"incomplete-{hashlib.sha256(command.encode()).hexdigest()[:12]}.json")
+        write_record(path if finished else incomplete, record)
+        if finished:
+            incomplete.unlink(missing_ok=True)
     return path
 
 
@@ -220,6 +249,17 @@ def results_table(record: Evaluation) -> str:
     )
 
 
+def _named_tasks(config: MeasureConfig) -> dict[str, int]:
+    """Return the number of examples of each name of `lm_eval`; `paper_ten` names several."""
+    tasks: dict[str, int] = {}
+    for name in config.lm_eval:
+        ten = {task: shots for task, (shots, _) in PAPER_TEN.items()}
+        for task, shots in (ten if name == "paper_ten" else {name: config.num_fewshot}).items():
+            if tasks.setdefault(task, shots) != shots:
+                raise UserError(f"lm_eval: {task} with {tasks[task]} and with {shots} examples; name it once")
+    return tasks
+
+
 def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
     """Return (file, number of examples) of each task; `paper` names the files of OSP's ten that tasks_dir has."""
     folder, files = Path(config.tasks_dir), []
@@ -232,4 +272,4 @@ def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
             names = ", ".join(file for _, file in PAPER_TEN.values())
             raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {names}")
         files += present
-    return files
+    return list(dict.fromkeys(files))

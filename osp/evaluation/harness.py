@@ -5,10 +5,14 @@ shared by all ranks. Every rank gives the harness all requests and gets all answ
 """
 
 import functools
+import logging
+import math
 import random
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -19,11 +23,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from osp.distributed import add_up, batches_by_tokens, gather_objects, is_main, my_share
-from osp.errors import UserError
+from osp.errors import RunError, UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.local_tasks import FORMS, LocalTask, as_harness_task
 from osp.model.generate import stream
 from osp.run.evaluations import Result
+
+log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256
 LOGIT_ROWS = 1024  # logits (tokens) that exist at a time
@@ -41,6 +47,7 @@ class HarnessModel:
     progress: bool = False
     what: str = "requests"  # for the progress bar and for errors
     truncated: int = 0  # contexts so far that were too long and lost their beginnings
+    nonfinite: int = 0  # answers so far that rest on logits that are not finite
     rank: ClassVar[int] = 0
     world_size: ClassVar[int] = 1
 
@@ -104,12 +111,16 @@ class HarnessModel:
             alike = [i for i, other in enumerate(limits) if other == limit]
             split = batches_by_tokens([len(prompts[i]) + limit for i in alike], self.batch_tokens)
             batches += [[alike[i] for i in batch] for batch in split]
-        texts: dict[int, str] = {}
+        texts: dict[int, str | None] = {}  # None: not finite
         for _, batch in my_share(batches, what=self.what, progress=self.progress):
-            new = self._continue([prompts[i] for i in batch], limits[batch[0]], [stops[i] for i in batch])
+            try:
+                new = self._continue([prompts[i] for i in batch], limits[batch[0]], [stops[i] for i in batch])
+            except RunError:
+                new = [None] * len(batch)
             texts |= zip(batch, new, strict=True)
         answers = ChainMap(*gather_objects(texts))
-        return [answers[i] for i in range(len(requests))]
+        self.nonfinite += list(answers.values()).count(None)
+        return [answers[i] or "" for i in range(len(requests))]
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
@@ -132,15 +143,17 @@ class HarnessModel:
                 log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, targets[part, None])[:, 0]
                 nats.index_add_(0, owner[part], log_p.double())
                 misses.index_add_(0, owner[part], (logits.argmax(-1) != targets[part]).double())
-        return [(total, missed == 0) for total, missed in zip(*add_up(results).tolist(), strict=True)]
+        nats, misses = add_up(results)
+        self.nonfinite += int((~nats.isfinite()).sum())
+        return [(total, missed == 0) for total, missed in zip(nats.tolist(), misses.tolist(), strict=True)]
 
     def _continue(self, prompts: list[list[int]], limit: int, stops: list[list[str]]) -> list[str]:
         """Return the greedy text after each prompt, up to a stop string, the end of the text or the limit."""
         ids: list[list[int]] = [[] for _ in prompts]
         texts, ended = [""] * len(prompts), [False] * len(prompts)
-        for tokens in stream(self.subject.model, prompts, limit, eos_id=self.subject.eos_id):
+        for tokens in stream(self.subject.model, prompts, limit, eos_ids=self.subject.stop_ids):
             for i, token in enumerate(tokens):
-                if token is None or token == self.subject.eos_id:
+                if token is None or token in self.subject.stop_ids:
                     ended[i] = True
                 elif not ended[i]:
                     ids[i].append(token)
@@ -155,54 +168,111 @@ class HarnessModel:
 
 def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
     """Return the scores of a task file and their standard errors."""
-    results = _evaluate(model, task.name, {task.name: as_harness_task(task)}, shots=task.num_fewshot)
+    metrics, truncated = _score(model, task.name, as_harness_task(task))
+    results = _results(f"{task.name}[shots={task.num_fewshot}]", metrics, truncated)
     scores = {result.metric: result for result in results}
     return [replace(scores[name], metric=metric) for metric, name in FORMS[task.form]["metrics"].items()]
 
 
-def evaluate_named_tasks(
-    model: HarnessModel, tasks: dict[str, int], *, limit: int | None = None, include_path: str | None = None
-) -> list[Result]:
-    """Return the scores of tasks or groups of the harness, each with its number of examples before an item.
+def load_named_tasks(tasks: dict[str, int], *, include_path: str | None = None) -> dict[str, Any]:
+    """Return the tasks and groups that the harness loads for each name of a task, a tag or a group.
 
-    limit: items of each task, None for all. include_path: folder of further task files.
+    Raises `UserError` for names that it does not know, tasks that it cannot load, and a task that two names hold. It
+    puts the first item of each task into words, so that most mistakes in task files appear before anything is scored.
+
+    tasks: name -> number of examples before an item. include_path: folder of further task files, which can run code.
     """
     from lm_eval.tasks import TaskManager
 
-    manager, results = TaskManager(include_path=include_path), []
+    manager, loaded, holders = TaskManager(include_path=include_path), {}, {}
     for name in tasks:
         if name not in manager.all_tasks:
-            raise UserError(f"lm_eval: no task {name!r}; `lm_eval ls tasks` lists them")
+            where = f" or in a readable file of lm_eval_dir={include_path}" if include_path else ""
+            raise UserError(f"lm_eval: no task {name!r} in the harness{where}; `lm_eval ls tasks` lists them")
     for name, num_fewshot in tasks.items():
-        random.seed(SEED)  # as the harness's own command does: some tasks draw from the global generators
-        np.random.seed(FEWSHOT_SEED)
+        _seed()
         try:
-            loaded = manager.load([name])
-        except (OSError, ConnectionError) as error:
-            raise UserError(f"lm_eval: the data of {name} cannot be loaded: {' '.join(str(error).split())}") from error
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
-                task.set_config("num_fewshot", num_fewshot)
-            task.set_fewshot_seed(FEWSHOT_SEED)
-        results += _evaluate(model, name, loaded, shots=num_fewshot, limit=limit)
+            loaded[name] = manager.load([name])
+            for task in loaded[name]["tasks"].values():
+                if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
+                    task.set_config("num_fewshot", num_fewshot)
+                task.set_fewshot_seed(FEWSHOT_SEED)
+                with _bar(False):
+                    task.build_all_requests(limit=1)
+        except Exception as error:  # of any kind: readers of data, templates, the task's own code
+            raise UserError(f"lm_eval={name}: cannot be loaded: {_one_line(error)}") from error
+        for member in loaded[name]["tasks"]:
+            if holders.setdefault(member, name) != name:
+                raise UserError(f"lm_eval: {holders[member]} and {name} both hold the task {member}; name one of them")
+    return loaded
+
+
+def evaluate_named_tasks(model: HarnessModel, loaded: Any, *, limit: int | None = None) -> Iterator[list[Result]]:
+    """Yield the results of each task that was loaded for one name, then of the groups that have scores themselves.
+
+    limit: items of each task, None for all.
+    """
+    groups, scores, shots = loaded.get("groups") or {}, {}, set()
+    for name, task in loaded["tasks"].items():
+        _seed()
+        scores[name], truncated = _score(model, name, task, limit=limit)
+        shots.add(task.get_config("num_fewshot"))
+        yield _results(f"{name}[shots={task.get_config('num_fewshot')}]", scores[name], truncated, groups)
+    for name, group in groups.items():
+        yield _results(f"{name}[shots={','.join(map(str, sorted(shots)))}]", group.aggregate(scores), 0, groups)
+
+
+def _score(model: HarnessModel, name: str, task: Any, *, limit: int | None = None) -> tuple[dict[str, Any], int]:
+    """Return the metrics of one task by the harness's keys, and how many contexts were cut."""
+    from lm_eval.evaluator import evaluate
+
+    model.what, truncated, model.nonfinite = name, model.truncated, 0
+    lm: Any = model  # not a subclass, so that this module can be imported without the harness
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    try:
+        with _bar(model.progress and is_main()):
+            answer: Any = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=False)
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # of any kind: templates, metrics and the task's own code
+        raise RunError(f"{name}: cannot be scored: {_one_line(error)}") from error
+    scores = {key: value for key, value in answer["results"][name].items() if "," in key and isinstance(value, Real)}
+    if model.nonfinite:
+        log.warning("%s: %d answers of the model are not finite, so its scores are nan", name, model.nonfinite)
+        scores = dict.fromkeys(scores, math.nan)
+    return scores | {"sample_len": answer["results"][name]["sample_len"]}, model.truncated - truncated
+
+
+def _results(what: str, scores: dict[str, Any], truncated: int, groups: dict[str, Any] | None = None) -> list[Result]:
+    """Return the scores {"acc,none": 0.5, "acc_stderr,none": 0.1, ...}; a filter other than `none` is in the name."""
+    results = []
+    for key, value in scores.items():
+        metric, comma, filter_name = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = scores.get(f"{metric}_stderr,{filter_name}")
+            stderr = float(stderr) if isinstance(stderr, Real) else None
+            part_of = [name for name, group in (groups or {}).items() if _counts(group, what.partition("[")[0], metric)]
+            named = metric if filter_name == "none" else key
+            results.append(Result(what, named, float(value), stderr, truncated, part_of[0] if part_of else None))
     return results
 
 
-def _evaluate(model: HarnessModel, name: str, tasks: Any, *, shots: int, limit: int | None = None) -> list[Result]:
-    """Return the metrics of the task or group `name` by their names in the harness."""
-    from lm_eval.evaluator import evaluate
+def _counts(group: Any, name: str, metric: str) -> bool:
+    """Return whether the group has a score of this metric itself, and the task or group `name` is part of it."""
+    members = [task.task_name for task in group.get_all_tasks()] + [inner.name for inner in group.get_all_groups()]
+    return name in members and metric in [each.metric for each in group.aggregate_metric_list or ()]
 
-    # the harness has no option for its bar over the items
-    quiet = mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=not (model.progress and is_main())))
-    model.what, before = name, model.truncated
-    lm: Any = model  # not a subclass, so that this module can be imported without the harness
-    with quiet:
-        answer: Any = evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
-    # {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}
-    values = {key.split(",")[0]: value for key, value in answer["results"][name].items() if isinstance(value, float)}
-    what, truncated = f"{name}[shots={shots}]", model.truncated - before
-    return [
-        Result(what, metric, value, values.get(f"{metric}_stderr"), truncated)
-        for metric, value in values.items()
-        if not metric.endswith("_stderr")
-    ]
+
+def _bar(shown: bool) -> AbstractContextManager[Any]:
+    """Return a context with or without the harness's bar over the items, for which it has no option."""
+    return mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=not shown))
+
+
+def _seed() -> None:
+    """Seed the global generators as the harness's own command does: some tasks draw from them."""
+    random.seed(SEED)
+    np.random.seed(FEWSHOT_SEED)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -12,7 +12,7 @@ from osp.config import Config
 from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError
 from osp.model.hf_llama import CONFIG, check_vocabulary, load_hf, load_hf_tokenizer
-from osp.model.transformer import Transformer
+from osp.model.transformer import Transformer, check_finite
 from osp.run.checkpoint import Checkpoint, find, load_model
 
 
@@ -30,6 +30,7 @@ class LanguageModel:
     run: Path | None = None  # folder of the training run
     step: int | None = None  # of the checkpoint
     conversion: dict[str, Any] | None = None  # entry of scripts/convert.py in the checkpoint
+    stop_ids: tuple[int, ...] = ()  # the tokens of which each ends a generated text
 
     @property
     def device(self) -> torch.device:
@@ -65,13 +66,14 @@ def open_model(
 ) -> LanguageModel:
     """Return the language model at `path` on `device`, its matmuls in `dtype`.
 
-    Raises `UserError` if the path is not a run, a checkpoint or a Hugging Face Llama, or the tokenizer does not fit.
+    Raises `UserError` if the path is not a run, a checkpoint or a Hugging Face Llama, the tokenizer does not fit, or a
+    weight is not finite.
     """
     folder = Path(path)
     checkpoint_folder = find_model(folder)
     if checkpoint_folder is None:
-        tokenizer, bos, eos = load_hf_tokenizer(folder)  # before the weights, which take longer
-        subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos)
+        tokenizer, bos, eos, stops = load_hf_tokenizer(folder)  # before the weights, which take longer
+        subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos, stop_ids=stops)
     else:
         checkpoint = Checkpoint(checkpoint_folder)
         config, conversion = checkpoint.config, checkpoint.manifest.get("conversion")
@@ -91,8 +93,10 @@ def open_model(
             run=run,
             step=checkpoint.step,
             conversion=conversion,
+            stop_ids=tuple((conversion or {}).get("stop_ids") or (end,)),
         )
     subject.model.to(device).compute_dtype = dtype
+    check_finite(subject.model, folder)
     return subject
 
 

@@ -6,7 +6,7 @@
 Call `prepare_for_generation` first on a model that is used for nothing else. A model in training generates without it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from osp.errors import UserError
+from osp.errors import RunError, UserError
 from osp.model.attention import KVCache
 from osp.model.fold import absorb_projections, fold_constants
 from osp.model.transformer import Transformer
@@ -100,7 +100,7 @@ def stream(
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     compile: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every sequence, one list per forward pass.
@@ -109,12 +109,13 @@ def stream(
     on its index, the other sequences (beyond rounding) or the device, and all ranks of a sharded model choose the same
     tokens.
 
-    Raises `UserError` if a prompt is empty, or prompt and new tokens need more positions than the model has.
+    Raises `UserError` if a prompt is empty, or prompt and new tokens need more positions than the model has, and
+    `RunError` if a logit is not finite.
 
     Args:
         model: in eval mode.
         sampling: None for greedy decoding.
-        eos_id: ends a sequence; it is yielded, and the sequence yields None afterwards.
+        eos_ids: each ends a sequence; it is yielded, and the sequence yields None afterwards.
         compile: see `Decoder`.
     """
     check_lengths(model, prompts, max_new_tokens)
@@ -124,10 +125,12 @@ def stream(
     ended, tokens = [False] * len(prompts), None
     for _ in range(max_new_tokens):
         logits = decoder.read(prompts) if tokens is None else decoder.read_next(tokens)
+        if not logits.isfinite().all():
+            raise RunError("the model's logits are not finite: an activation overflows, so there is no next token")
         uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
         tokens = choose(logits, sampling, uniform)
         yield [None if done else token for done, token in zip(ended, tokens.tolist(), strict=True)]
-        ended = [done or token == eos_id for done, token in zip(ended, tokens.tolist(), strict=True)]
+        ended = [done or token in eos_ids for done, token in zip(ended, tokens.tolist(), strict=True)]
         if all(ended):
             break
 
@@ -135,7 +138,7 @@ def stream(
 def generate(
     model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
 ) -> list[list[int]]:
-    """Return the new tokens of each sequence, up to and including `eos_id`. Arguments and errors: see `stream`."""
+    """Return the new tokens of each sequence, up to one of `eos_ids`, which is included. See `stream`."""
     sequences: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, **options):
         for sequence, token in zip(sequences, tokens, strict=True):

@@ -4,28 +4,31 @@ Names and layout are the same as ours. Models that `Transformer` cannot express 
 quantized weights) are refused with the reason. Only safetensors are read, because pickled weights can hold code.
 """
 
-import json
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from osp.config import ModelConfig
 from osp.data.tokenizer import load_tokenizer, vocab_size
 from osp.errors import UserError
+from osp.files import read_json
 from osp.model.transformer import Transformer, meta_model
 from osp.schema import build
 
+log = logging.getLogger(__name__)
+
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BODY = "model."  # Hugging Face's prefix of all parameters but the head
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"  # our names
+FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # dtypes that are read
 ROTARY_TABLE = "rotary_emb.inv_freq"  # a buffer that old versions stored
 # Keys of config.json that are fields of `ModelConfig` and `RopeScaling`
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -40,41 +43,47 @@ def load_hf(folder: str | Path) -> Transformer:
     missing, damaged or unknown.
     """
     folder = Path(folder)
-    values = _read_json(folder / CONFIG)
-    model = meta_model(_model_config(folder / CONFIG, values)).to_empty(device="cpu")
-    missing = dict(model.named_parameters())
+    values = _read_object(folder / CONFIG)
+    model = meta_model(_model_config(folder / CONFIG, values))
+    stored = _stored_tensors(folder)
+    if values.get("tie_word_embeddings") and EMBEDDING in stored:
+        stored.setdefault(HEAD, stored[EMBEDDING])
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for ours, (file, name) in stored.items():  # headers only: nothing is allocated for a model that cannot be read
+        shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+        if ours not in shapes:
+            raise UserError(f"{folder}: the weights hold {name}, which the model of {CONFIG} does not have")
+        if shape != shapes[ours]:
+            raise UserError(f"{folder}: {name} has the shape {shape} where {CONFIG} says {shapes[ours]}")
+        if dtype not in FLOATS:
+            raise UserError(f"{folder}: {name} is {dtype}; quantized weights cannot be read")
+    if missing := [name for name in shapes if name not in stored]:
+        raise UserError(f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more")
+    model.to_empty(device="cpu")
     with torch.no_grad():
-        for name, tensor in _tensors(folder):
-            ours = name if name == HEAD else name.removeprefix(BODY)
-            if name.endswith(ROTARY_TABLE):
-                continue
-            if ours not in missing:
-                raise UserError(f"{folder}: the weights hold {name}, which the model of {CONFIG} does not have")
-            parameter = missing.pop(ours)
-            if parameter.shape != tensor.shape:
-                raise UserError(
-                    f"{folder}: {name} has the shape {list(tensor.shape)} where {CONFIG} says {list(parameter.shape)}"
-                )
-            if not tensor.is_floating_point():
-                raise UserError(f"{folder}: {name} is {tensor.dtype}; quantized weights cannot be read")
-            parameter.copy_(tensor)
-        if HEAD in missing and values.get("tie_word_embeddings") and "embed_tokens.weight" not in missing:
-            missing.pop(HEAD)
-            model.lm_head.weight.copy_(model.embed_tokens.weight)
-    if missing:
-        raise UserError(f"{folder}: the weights lack {next(iter(missing))} and {len(missing) - 1} more")
+        for ours, parameter in model.named_parameters():
+            file, name = stored[ours]
+            parameter.copy_(file.get_tensor(name))
     return model.eval()
 
 
-def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, int | None, int | None]:
-    """Return the tokenizer of a folder and the ids of BOS and EOS or None. Raises `UserError` if it does not fit."""
+def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, int | None, int | None, tuple[int, ...]]:
+    """Return the tokenizer of a folder, the ids of BOS and EOS or None, and the ids that end a generated text.
+
+    As in transformers, generation_config.json has the last word on the latter. Raises `UserError` if the tokenizer does
+    not fit the model.
+    """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG)
+    config = _read_object(folder / CONFIG)
     if not (folder / TOKENIZER).is_file():
         raise UserError(f"{folder}: {TOKENIZER} is missing; save the tokenizer there in the fast format")
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    check_vocabulary(folder / TOKENIZER, tokenizer, num_embeddings=_model_config(folder / CONFIG, config).vocab_size)
-    return tokenizer, _token_id(config, "bos_token_id"), _token_id(config, "eos_token_id")
+    num_embeddings = _model_config(folder / CONFIG, config).vocab_size
+    check_vocabulary(folder / TOKENIZER, tokenizer, num_embeddings=num_embeddings)
+    bos, eos = (_token_ids(folder / CONFIG, config, key, num_embeddings) for key in ("bos_token_id", "eos_token_id"))
+    generation = _read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    stops = _token_ids(folder / GENERATION, generation, "eos_token_id", num_embeddings) or eos
+    return tokenizer, next(iter(bos), None), next(iter(eos), None), stops
 
 
 def check_vocabulary(path: Path, tokenizer: Tokenizer, *, num_embeddings: int) -> None:
@@ -95,10 +104,12 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     if values.get("quantization_config"):
         raise UserError(f"{path}: the weights are quantized (quantization_config); take the unquantized model")
     eps = values.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, int | float) or not 0 < eps < float("inf"):
-        raise UserError(f"{path}: rms_norm_eps={eps!r}: must be a number above 0")
+    if type(eps) not in (int, float) or not 0 < eps < 1e30:
+        raise UserError(f"{path}: rms_norm_eps={eps!r:.60}: must be a number above 0")
     # transformers 5 keeps theta and scaling in rope_parameters, older versions in two keys
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters={rope!r:.60}: expected a JSON object")
     model = {key: values.get(key) for key in REQUIRED}
     model |= {key: values[key] for key in OPTIONAL if values.get(key) is not None}
     model["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
@@ -122,15 +133,21 @@ def _rope_scaling(path: Path, values: Any) -> dict[str, Any] | None:
     return {"rope_type": kind, **{key: values.get(key) for key in keys}}
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and value of every stored tensor, one in memory at a time."""
+def _stored_tensors(folder: Path) -> dict[str, tuple[Any, str]]:
+    """Return our name of every stored tensor -> the open file, and the name there."""
+    stored: dict[str, tuple[Any, str]] = {}
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()  # a list: safe_open is not a mapping
-                yield from ((name, file.get_tensor(name)) for name in names)
+            file: Any = safe_open(path, framework="pt").__enter__()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: missing or no whole safetensors file: {error}") from error
+        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            ours = name if name == HEAD else name.removeprefix(BODY)
+            if ours in stored:
+                raise UserError(f"{path}: holds {name}, which the weights hold twice; keep one of them")
+            if not name.endswith(ROTARY_TABLE):
+                stored[ours] = file, name
+    return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -138,7 +155,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = _read_json(folder / INDEX).get("weight_map")
+        shards = _read_object(folder / INDEX).get("weight_map")
         names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
         if not names:
             raise UserError(f"{folder / INDEX}: weight_map names no files")
@@ -150,22 +167,18 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no weights, neither {WEIGHTS} nor {INDEX}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: no Hugging Face model, {path.name} cannot be read: {error.strerror}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
-def _token_id(config: dict[str, Any], key: str) -> int | None:
-    """Return the id of a special token, the first of several."""
-    value = config.get(key)
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, int) else None
+def _token_ids(path: Path, values: dict[str, Any], key: str, num_embeddings: int) -> tuple[int, ...]:
+    """Return the ids of special tokens under `key`: a number or a list. Others are left out with a warning."""
+    value = values.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    known = tuple(i for i in ids if type(i) is int and 0 <= i < num_embeddings)
+    if len(known) < len(ids):
+        log.warning("%s: %s=%.60r names a token that the model does not have; it is ignored", path, key, value)
+    return known

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
+from osp.errors import UserError
 from osp.model.attention import KVCache, apply_rotary, causal_attention, document_mask, rotary_table
 from osp.model.build_norms import block_norm, final_norm, inner_norm
 from osp.model.loss import linear_cross_entropy
@@ -289,7 +290,8 @@ class Transformer(nn.Module):
         """Return cos and sin (T, K / 2) of the first `length` positions, from a cached table."""
         if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < length:
             config = self.config
-            positions = max(length, config.max_position_embeddings)
+            # not all positions at once: a configuration may allow millions, which take gigabytes
+            positions = max(length, min(config.max_position_embeddings, max(2 * length, 2**16)))
             self._rotary = rotary_table(config.head_size, positions, config.rope_theta, device, config.rope_scaling)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
@@ -375,6 +377,13 @@ def meta_model(config: ModelConfig) -> Transformer:
     """Return the model of `config` on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return Transformer(config)
+
+
+def check_finite(model: nn.Module, path: object) -> None:
+    """Raise `UserError` that names the first weight or buffer of the model at `path` that is not finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
+            raise UserError(f"{path}: {name} holds infinity or nan; take an older checkpoint or other weights")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, list[int]]:

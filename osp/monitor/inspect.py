@@ -13,6 +13,7 @@ from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.model.sites import split_site
+from osp.model.transformer import check_finite
 from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
@@ -45,7 +46,9 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     checkpoint = Checkpoint(folder)
     config, run = checkpoint.config, folder.parent.parent
     probed, tokenizer = _read_text(config, run, text)
-    forensics = Forensics(load_model(folder), config, tokenizer)
+    model = load_model(folder)
+    check_finite(model, folder)
+    forensics = Forensics(model, config, tokenizer)
     reading = probe(forensics.model, probed, MonitorConfig(sites="all", statistics="all"))
     notes = list[str]()
     history: list[Any] = [line for line in read_probes(run / PROBES, notes) if line["step"] < checkpoint.step]

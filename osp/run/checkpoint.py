@@ -62,6 +62,7 @@ class _Conversion:
 
     steps: tuple[str, ...]  # what was done, in words
     bos_id: CountOrZero | None  # the token that begins a text, where it is not the one that ends it
+    stop_ids: tuple[CountOrZero, ...] = ()  # the tokens that end a generated text, where they are several
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ class Checkpoint:
         """Return [start, stop) of a parameter's flattened `kind` ("weight", "momentum", ...), fp32 (stop - start,)."""
         out = torch.empty(stop - start)
         filled = 0
-        for file, key, first, last in self._slices.get((kind, name), []):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                out[low - start : high - start] = file.get_slice(key)[low - first : high - first]
-                filled += high - low
+        for file, key, first, last in sorted(self._slices.get((kind, name), []), key=lambda stored: stored[2]):
+            low, high = start + filled, min(stop, last)
+            if first <= low < high:
+                out[filled : high - start] = file.get_slice(key)[low - first : high - first]
+                filled = high - start
         if filled != stop - start:
             problem = f"{kind} of {name} covers {filled} of the {stop - start} values wanted"
             raise UserError(f"{self.folder}: {problem}; it was written by another optimizer or model")
@@ -327,9 +328,12 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
         for name, start, stop, states in slices:
             for kind, values in states.items():
                 values.copy_(checkpoint.read(kind, name, start, stop))
-        stored = load_file(checkpoint.folder / BUFFERS)
+        try:
+            stored = load_file(checkpoint.folder / BUFFERS)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{checkpoint.folder / BUFFERS}: missing or damaged ({error})") from error
         for name, buffer in model.named_buffers():
-            if name not in stored:
+            if name not in stored or stored[name].shape != buffer.shape:
                 raise UserError(f"{checkpoint.folder}: {BUFFERS} lacks {name}; it was written by another model")
             buffer.copy_(stored[name])
 
@@ -406,6 +410,14 @@ def load_model(path: str | Path) -> Transformer:
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
     model = meta_model(checkpoint.config.model)
+    if other := [name for name, p in model.named_parameters() if checkpoint.shapes.get(name) != list(p.shape)]:
+        raise UserError(
+            f"{folder / MANIFEST}: its shape of {other[0]} is not that of its config; take another checkpoint"
+        )
+    wanted = 4 * sum(parameter.numel() for parameter in model.parameters())
+    held = sum(entry["bytes"] for entry in checkpoint.manifest["files"].values())
+    if wanted > held:  # before memory is allocated
+        raise UserError(f"{folder}: a model of {wanted} bytes cannot be in files of {held}; take another checkpoint")
     model.to_empty(device="cpu")
     load(checkpoint, whole_parameters(model), model)
     return model.eval()

@@ -33,6 +33,7 @@ class Result:
     value: Number
     stderr: float | None = None
     truncated: int = 0  # contexts of a task that were too long for the model
+    part_of: str | None = None  # the group of tasks whose score includes this one
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Comparison:
 
     name: str
     sha256: str
-    kurtosis: float | None  # of the residual stream on the first text, by the paper's script
+    kurtosis: float | None  # excess kurtosis of the residual stream, by the paper's script
     what: str  # the text and tasks of every cell
     bits: dict[str, dict[str, Score]]  # table 2: "", "+Had", "+GPTQ", "+QuaRot" -> W-A-KV -> score
     methods: dict[str, Score]  # table 4: method -> score
@@ -121,6 +122,7 @@ class Comparison:
     hashes: dict[str, str] = field(default_factory=dict)  # "4-4-4", "4-4-4 +Had", method -> hash of its quantization
     texts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
     step: int = 0  # of the checkpoint
+    kurtosis_text: str = ""  # of the kurtosis: `the first 16,384 tokens of wikitext2`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from osp.data.loader import Batch, validation_batches
 from osp.data.manifest import load_manifest
 from osp.data.tokenizer import load_tokenizer, token_bytes
 from osp.distributed import add_up, on_main
+from osp.errors import RunError
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
 from osp.evaluation.texts import held_out
@@ -123,7 +124,10 @@ class Validator:
         sampling = Sampling(temperature=0.8, seed=self.config.train.seed)
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):  # torch.compile would compile every length
-            (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)
+            try:
+                (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)
+            except RunError:  # without finite logits; the run has ended and must not fail
+                tokens = []
         self.model.train()
         return figures | {"sample": self.tokenizer.decode([*prompt, *tokens])}
 

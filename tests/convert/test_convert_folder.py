@@ -28,6 +28,7 @@ from osp.model.transformer import Transformer
 from osp.run.checkpoint import load_model
 from osp.train.setup import train
 from tests.conftest import ROOT, made_text
+from tests.hf_models import edit_json
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import entry
@@ -145,6 +146,15 @@ def test_converted_llama_exports(llama_folder: Path, converted_llama: Path, text
     assert "Converted from rmsnorm (32 channels) to ssnorm (32 channels)" in card
     with pytest.raises(UserError, match=r"held_out: .* is no run; name the run folder whose split you mean, or a file"):
         export(converted_llama, tmp_path / "again")
+
+
+def test_several_ends_of_text_survive_conversion_and_export(llama_folder: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "llama")
+    edit_json(folder / "generation_config.json", eos_token_id=[7, 0, 9])
+    convert_folder(folder, tmp_path / "out", to="rmsnorm", text=str(text))
+    export(tmp_path / "out", tmp_path / "hf", text=str(text))
+    for path in (folder, tmp_path / "out", tmp_path / "hf"):
+        assert (open_model(path).eos_id, open_model(path).stop_ids) == (0, (7, 0, 9))
 
 
 @pytest.mark.parametrize(("bos_id", "bos_token"), [(5, None), (None, None)])

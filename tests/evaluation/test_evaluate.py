@@ -1,5 +1,6 @@
 """The commands evaluate and compare: what they print and store equals the results of their parts."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,7 +18,7 @@ import yaml
 
 from osp.config import NormConfig
 from osp.errors import UserError
-from osp.evaluation.compare import COLUMNS, METHODS, compare_one, markdown, script_kurtosis
+from osp.evaluation.compare import COLUMNS, METHODS, compare, compare_one, markdown, script_kurtosis
 from osp.evaluation.config import CompareConfig, EvaluateConfig
 from osp.evaluation.evaluate import Measurement, evaluate, live_perplexity, results_table, store_record
 from osp.evaluation.language_model import LanguageModel, open_model
@@ -26,7 +27,16 @@ from osp.evaluation.texts import encode, read_text
 from osp.model.transformer import build_model
 from osp.quant.apply import quantized
 from osp.quant.spec import INNER_SITES, QuantSpec
-from osp.run.evaluations import Evaluation, Score, SiteAblation, SiteCost, read_evaluation, read_evaluations
+from osp.run.evaluations import (
+    Comparison,
+    Evaluation,
+    Score,
+    SiteAblation,
+    SiteCost,
+    read_comparison,
+    read_evaluation,
+    read_evaluations,
+)
 from osp.schema import build
 from tests.conftest import ROOT, made_text
 
@@ -74,6 +84,71 @@ def test_results_match_their_parts(llama: LanguageModel, config: EvaluateConfig,
     assert store_record(record, None, llama.run, "name") is None
     names = {record.name, plain.name, dataclasses.replace(record, texts=[]).name}
     assert len(names) == 3  # an evaluation on other text or at other bits does not replace this one
+
+
+def test_results_before_a_failure_are_kept(
+    llama: LanguageModel, config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record so far is beside `out`, until the same command gets to its end."""
+    asked = dataclasses.replace(config, texts=config.texts * 2, out=str(tmp_path / "a.json"), overlap=3)
+    whole = evaluate(llama, asked)
+    (incomplete,) = tmp_path.glob("incomplete-*.json")
+    assert read_evaluation(incomplete).results == whole.results
+    calls = []
+
+    def fail_at_the_second(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return perplexity(*args, **options)
+
+    monkeypatch.setattr("osp.evaluation.evaluate.perplexity", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(llama, asked)
+    assert read_evaluation(incomplete).results == whole.results[:2]
+    store_record(whole, asked.out)
+    assert not incomplete.exists()
+    assert read_evaluation(tmp_path / "a.json").results == whole.results
+
+
+def test_comparison_is_kept_cell_by_cell(
+    llama: LanguageModel, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "c.json")
+    config = CompareConfig(
+        paths=(str(llama.folder),), texts=(str(text_file),), seq_len=32, max_tokens=64, methods="none", out=out
+    )
+    seen: list[Comparison] = []
+
+    def fail_at_the_third(*args: Any, **options: Any) -> Any:
+        seen.extend(read_comparison(path).models[0] for path in tmp_path.glob("incomplete-*.json"))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return perplexity(*args, **options)
+
+    monkeypatch.setattr("osp.evaluation.evaluate.perplexity", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    first, second = ([score.perplexity for score in comparison.bits[""].values()] for comparison in seen)
+    assert first[0] == second[0]
+    assert (first[1:], second[2:]) == ([None] * 4, [None] * 3)
+    assert second[1] is not None
+    assert seen[1].kurtosis_text == "the first 64 tokens of text.txt"
+
+
+def test_perplexity_that_is_not_finite_is_a_loud_result(
+    llama: LanguageModel, config: EvaluateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = dataclasses.replace(llama, model=copy.deepcopy(llama.model))
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight.fill_(1e38)
+    record = evaluate(broken, config)
+    assert record.results[0].value == math.inf
+    assert "text.txt[len=32,overlap=0,bos=no,first=256]: the perplexity is not finite" in caplog.text
+    path = store_record(record, str(tmp_path / "a.json"))
+    assert path is not None
+    assert "NaN" not in path.read_text()
+    assert read_evaluation(path).results[0].value == math.inf
 
 
 def test_ablation_quantizes_each_site_alone_and_leaves_each_out(llama: LanguageModel, config: EvaluateConfig) -> None:
@@ -185,9 +260,12 @@ def test_kurtosis_matches_the_papers_script(llama: LanguageModel, transformers_l
     with torch.no_grad():
         states = transformers_llama(measurement.texts[0].tokens[:64, None], output_hidden_states=True).hidden_states
     expected = [((h**4).mean(-1) / h.std(-1) ** 4 - 3).relu().mean().item() for h in states]
-    assert script_kurtosis(measurement) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    kurtosis, text = script_kurtosis(measurement, config)
+    assert kurtosis == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert text == f"the first 64 tokens of {text_file.name}"
+    assert script_kurtosis(measurement, dataclasses.replace(config, kurtosis_tokens=32))[1].startswith("the first 32 ")
     measurement.texts = []
-    assert script_kurtosis(measurement) is None
+    assert script_kurtosis(measurement, config) == (None, "")
 
 
 def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
@@ -197,7 +275,7 @@ def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_fil
     config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=64, quant=spec, progress=False)
     shape = dataclasses.replace(llama.model.config, norm=NormConfig(name="layernorm"))
     subject = dataclasses.replace(llama, model=build_model(shape, seed=0).eval())
-    comparison = compare_one(subject, dataclasses.replace(config, methods="all"))
+    *_, comparison = compare_one(subject, dataclasses.replace(config, methods="all"))
     assert list(comparison.bits) == ["", "+Had", "+GPTQ", "+QuaRot"]
     empty = {bits: score.perplexity is None for bits, score in comparison.bits["+QuaRot"].items()}
     assert empty == {bits: bits != "16-16-16" for bits in COLUMNS}
@@ -207,14 +285,14 @@ def test_tables_of_a_model_that_cannot_be_rotated(llama: LanguageModel, text_fil
     (line,) = [line for line in markdown([comparison]).split("\n") if line.startswith("| + QuaRot")]
     assert line == "| + QuaRot | - |"
     with pytest.raises(UserError, match=r"quant.w_group_size=5 does not divide"):
-        compare_one(subject, dataclasses.replace(config, quant=dataclasses.replace(spec, w_group_size=5)))
+        next(compare_one(subject, dataclasses.replace(config, quant=dataclasses.replace(spec, w_group_size=5))))
 
 
 def test_tables_of_the_paper(llama: LanguageModel, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
     spec = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=128)
     config = CompareConfig(texts=(str(text_file),), seq_len=32, max_tokens=128, quant=spec, progress=False)
-    comparison = compare_one(llama, config)
+    *_, comparison = compare_one(llama, config)
     assert comparison.bits[""]["16-16-16"] == comparison.bits["+Had"]["16-16-16"]
     text = read_text(str(text_file), llama)
     for row, bits in (("", "4-8-16"), ("+Had", "4-4-4")):

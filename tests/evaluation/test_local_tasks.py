@@ -1,5 +1,7 @@
 """Scores of the harness against a loop over pairs with `transformers`, and lines that are refused."""
 
+import copy
+import dataclasses
 import functools
 import json
 import math
@@ -12,10 +14,11 @@ import torch
 
 from osp.distributed import batches_by_tokens
 from osp.errors import UserError
-from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks
+from osp.evaluation.compare import score
+from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.local_tasks import FORMS, PAPER_TEN, LocalTask, delimiter, read_task, score_answer
-from osp.run.evaluations import Result
+from osp.run.evaluations import Result, Score
 from tests.conftest import made_text
 from tests.hf_models import DATA
 
@@ -341,6 +344,10 @@ def test_harness_gets_greedy_text(llama: LanguageModel, transformers_llama: Any)
     answers = HarnessModel(llama).generate_until([request(context, options) for context in contexts])
     assert answers == expected
     assert len(set(answers)) == 3
+    several = dataclasses.replace(llama, stop_ids=(0, llama.encode(contexts[0] + expected[0])[-4]))
+    (ended,) = HarnessModel(several).generate_until([request(contexts[0], options)])
+    assert expected[0].startswith(ended), "every end of text of the model ends an answer"
+    assert len(ended) < len(expected[0])
     stop = expected[0][3]
     (cut,) = HarnessModel(llama).generate_until([request(contexts[0], {"until": [stop], "max_gen_toks": 6})])
     assert cut == expected[0][: expected[0].index(stop)]
@@ -368,14 +375,142 @@ def test_named_task_of_the_harness_agrees_with_the_file(
         "doc_to_target: gold\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
     )
     subject, folder = HarnessModel(llama), str(tmp_path)
-    results = evaluate_named_tasks(subject, {"local_quiz": 0}, include_path=folder)
+    (results,) = evaluate_named_tasks(subject, load_named_tasks({"local_quiz": 0}, include_path=folder)["local_quiz"])
     expected = evaluate(llama, read_task(data))["acc"]
     (result,) = results
     assert (result.what, result.metric) == ("local_quiz[shots=0]", "acc")
     assert result.value == pytest.approx(expected.value)
     assert result.stderr == pytest.approx(expected.stderr)
     with pytest.raises(UserError, match=r"no task 'nonsense_task'"):
-        evaluate_named_tasks(subject, {"nonsense_task": 0}, include_path=folder)
+        load_named_tasks({"nonsense_task": 0}, include_path=folder)
+
+
+QUIZ = """task: {name}
+tag: both
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}\\nAnswer:"
+doc_to_target: gold
+doc_to_choice: choices
+num_fewshot: {shots}
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+FILTERED = """task: filtered
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{query}}}}"
+doc_to_target: "7"
+generation_kwargs: {{until: ["Question:"], max_gen_toks: 4}}
+metric_list: [{{metric: exact_match}}]
+filter_list:
+  - {{name: strict-match, filter: [{{function: regex, regex_pattern: "#### ([0-9]+)"}}, {{function: take_first}}]}}
+  - {{name: lenient, filter: [{{function: regex, regex_pattern: zzzz, fallback: "7"}}, {{function: take_first}}]}}
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with two tasks of one tag, one with two filters, and nested groups; the harness has no others."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    for name, count, shots in (("first", 4, 1), ("second", 8, 0)):
+        data = write(tmp_path / f"{name}.jsonl", *(choices(n, gold=n % 3) for n in range(count)))
+        (tmp_path / f"{name}.yaml").write_text(QUIZ.format(name=name, data=data, shots=shots))
+    (tmp_path / "filtered.yaml").write_text(FILTERED.format(data=tmp_path / "first.jsonl"))
+    scored = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner, second]\n{scored}\n")
+    (tmp_path / "inner.yaml").write_text(f"group: inner\ntask: [first]\n{scored}\n")
+    return tmp_path
+
+
+def named(subject: LanguageModel, folder: Path, *names: str, num_fewshot: int = 1) -> list[Result]:
+    loaded = load_named_tasks(dict.fromkeys(names, num_fewshot), include_path=str(folder))
+    model = HarnessModel(subject)
+    return [result for name in names for part in evaluate_named_tasks(model, loaded[name]) for result in part]
+
+
+def test_every_filter_of_a_task_has_its_score(llama: LanguageModel, task_folder: Path) -> None:
+    strict, lenient = named(llama, task_folder, "filtered")
+    assert (strict.what, strict.metric, strict.value) == ("filtered[shots=1]", "exact_match,strict-match", 0.0)
+    assert (lenient.what, lenient.metric, lenient.value) == ("filtered[shots=1]", "exact_match,lenient", 1.0)
+    assert score([strict, lenient]) == Score(None, 0.0), "the first filter of the file counts, as for gsm8k"
+
+
+def test_tags_and_groups_are_their_tasks_with_the_scores_of_the_harness(
+    llama: LanguageModel, task_folder: Path
+) -> None:
+    """The scores equal the harness's own evaluation of the whole group."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    loaded: Any = TaskManager(include_path=str(task_folder)).load(["outer"])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(1234)
+    lm: Any = HarnessModel(llama)
+    expected: Any = evaluate(lm=lm, task_dict=loaded, log_samples=False)
+    results = named(llama, task_folder, "outer")
+    whats = {
+        "first": "first[shots=1]",
+        "second": "second[shots=0]",
+        "outer": "outer[shots=0,1]",
+        "inner": "inner[shots=0,1]",
+    }
+    assert list(dict.fromkeys(result.what for result in results)) == list(whats.values())
+    for result in results:
+        (name,) = [name for name, what in whats.items() if what == result.what]
+        assert result.value == pytest.approx(expected["results"][name][f"{result.metric},none"])
+        assert result.stderr == pytest.approx(expected["results"][name][f"{result.metric}_stderr,none"])
+        assert result.part_of == (None if name == "outer" or result.metric == "acc_norm" else "outer")
+    (outer,) = [result for result in results if result.what == whats["outer"]]
+    assert score(results).accuracy == outer.value, "a group that has a score counts once"
+    tagged = named(llama, task_folder, "both")
+    assert [(r.what, r.metric, r.value, r.part_of) for r in tagged] == [
+        (r.what, r.metric, r.value, None) for r in results if r.what in (whats["first"], whats["second"])
+    ]
+    assert score(tagged).accuracy == pytest.approx((tagged[0].value + tagged[2].value) / 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("outer", "second"), r"lm_eval: outer and second both hold the task second; name one of them"),
+        (("both", "inner"), r"lm_eval: both and inner both hold the task first; name one of them"),
+        (("first", "absent"), r"no task 'absent' in the harness or in a readable file of lm_eval_dir="),
+        (("no_data",), r"lm_eval=no_data: cannot be loaded: .*nowhere.jsonl"),
+        (("no_field",), r"lm_eval=no_field: cannot be loaded: UndefinedError: 'qestion' is undefined"),
+        (("circle",), r"lm_eval=circle: cannot be loaded: RecursionError"),
+    ],
+)
+def test_names_that_cannot_be_scored_are_refused_before(
+    names: tuple[str, ...], message: str, task_folder: Path
+) -> None:
+    text = (task_folder / "second.yaml").read_text().replace("tag: both", "")
+    (task_folder / "no_data.yaml").write_text(
+        text.replace("second", "no_data", 1).replace("second.jsonl", "nowhere.jsonl")
+    )
+    (task_folder / "no_field.yaml").write_text(text.replace("second", "no_field", 1).replace("{query}", "{qestion}"))
+    (task_folder / "circle.yaml").write_text("group: circle\ntask: [circle]\n")
+    (task_folder / "broken.yaml").write_text("task: [")
+    with pytest.raises(UserError, match=message) as error:
+        load_named_tasks(dict.fromkeys(names, 0), include_path=str(task_folder))
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_a_model_without_finite_logits_are_not_numbers(
+    llama: LanguageModel, task_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = dataclasses.replace(llama, model=copy.deepcopy(llama.model))
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight.fill_(1e38)
+    results = named(broken, task_folder, "filtered", "both")
+    assert len(results) == 6
+    assert all(math.isnan(result.value) for result in results)
+    assert "filtered: 4 answers of the model are not finite, so its scores are nan" in caplog.text
 
 
 @pytest.mark.parametrize("progress", [False, True])

@@ -271,10 +271,10 @@ def test_end_of_text_stops_only_its_sequence(model: Transformer) -> None:
     end = free[0][3]
     assert end not in free[0][:3] + free[2], "choose another seed"
     expected = [row[: row.index(end) + 1] if end in row else row for row in free]
-    assert generate(model, PROMPTS, 12, eos_id=end) == expected
-    steps = list(stream(model, PROMPTS, 12, eos_id=end))
+    assert generate(model, PROMPTS, 12, eos_ids=[end]) == expected
+    steps = list(stream(model, PROMPTS, 12, eos_ids=[end]))
     assert [tokens[0] for tokens in steps] == [*expected[0], *[None] * 8]
-    assert len(list(stream(model, PROMPTS[:1], 12, eos_id=end))) == 4, "nothing is computed when all have ended"
+    assert len(list(stream(model, PROMPTS[:1], 12, eos_ids=[end]))) == 4, "nothing is computed when all have ended"
 
 
 def test_generation_of_zero_and_the_maximum_number_of_tokens(model: Transformer) -> None:

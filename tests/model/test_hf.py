@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import osp
 from osp.convert.hf_export import write_llama
 from osp.errors import UserError
+from osp.evaluation.language_model import open_model
 from osp.model.generate import generate
 from osp.model.hf_llama import load_hf, load_hf_tokenizer
 from tests.hf_models import BOS, STORIES, STORIES_TEXT, edit_json, random_llama, write_stories260k
@@ -160,7 +162,7 @@ def test_unreadable_configuration_is_refused_with_the_reason(
 
 
 def test_unreadable_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no Hugging Face model, config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config.json does not exist"):
         load_hf(tmp_path / "nowhere")
     random_llama(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -183,6 +185,115 @@ def test_unreadable_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
         load_hf(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 2**31}, r"num_hidden_layers=2147483648: must be at most 1000"),
+        ({"num_hidden_layers": 900}, r"the weights lack layers.3"),
+        ({"hidden_size": 2**20, "head_dim": 2**20, "num_attention_heads": 2**20}, r"has the shape"),
+        (
+            {"vocab_size": 2**24},
+            r"has the shape \[97, 32\] where config.json says \[16777216, 32\]",
+        ),
+        ({"vocab_size": 2**40}, r"vocab_size=1099511627776: must be at most"),
+        ({"intermediate_size": -52}, r"intermediate_size=-52: must be at least 1"),
+        ({"hidden_size": 32.5}, r"hidden_size=32.5: must be an integer"),
+        ({"hidden_size": True}, r"hidden_size=True: must be an integer"),
+        ({"hidden_size": {"a": 1}}, r"hidden_size=.*: must be an integer"),
+        ({"num_attention_heads": 5, "head_dim": None}, r"not divisible"),
+        ({"num_attention_heads": 10**14}, r"num_attention_heads=100000000000000: must be at most"),
+        ({"rope_parameters": {"rope_theta": 0}}, r"rope_theta=0: must be at least"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, r"rope_theta=inf: must be at most"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, r"rope_theta='1e4': must be a number"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\]: expected a JSON object"),
+        ({"rope_parameters": {**LLAMA3, "factor": 1e-300}}, r"rope_scaling.factor=1e-300: must be at least"),
+        ({"rms_norm_eps": True}, r"rms_norm_eps=True: must be a number above 0"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps=1000.*: must be a number above 0"),
+        ({"max_position_embeddings": 2**40}, r"max_position_embeddings=1099511627776: must be at most"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
+)
+def test_sizes_are_checked_against_the_files_before_memory_is_allocated(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_llama(tmp_path)
+    edit_json(tmp_path / "config.json", **change)
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("allocates"))
+    with pytest.raises(UserError, match=message) as error:
+        load_hf(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_many_positions_take_memory_only_where_they_are_used(tmp_path: Path) -> None:
+    theirs = random_llama(tmp_path, max_position_embeddings=2**24)
+    assert_same_logits(theirs, tmp_path)
+    ours = load_hf(tmp_path)
+    table, _ = ours.rotary(5, torch.device("cpu"))
+    assert ours._rotary is not None
+    assert len(ours._rotary[0]) == 2**16
+    longer, _ = ours.rotary(2**16 + 1, torch.device("cpu"))
+    assert torch.equal(longer[:5], table)
+
+
+def test_tensors_of_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+    random_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight is I8; quantized weights cannot be read"):
+        load_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({"lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "b.safetensors")
+    files = {"lm_head.weight": "b.safetensors", "model.norm.weight": "a.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match=r"b.safetensors: holds lm_head.weight, which the weights hold twice"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weight_that_is_not_finite_is_named(value: float, llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(UserError, match=r"hf: layers.1.mlp.up_proj.weight holds infinity or nan"):
+        open_model(tmp_path / "hf")
+
+
+def test_every_end_of_text_stops_as_in_transformers(
+    llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """generation_config.json has the last word if it names any."""
+    from transformers import AutoModelForCausalLM
+
+    folder, prompt = tmp_path / "hf", [5, 6, 7]
+    shutil.copytree(llama_folder, folder)
+    (free,) = generate(load_hf(folder), [prompt], 12)
+    early, late = free[3], next(token for token in free[5:] if token not in free[:5])
+    lengths = []
+    for of_config, of_generation in (
+        ([late, early], None), (early, [late]), (late, [late, early]), (late, late), ([late], None),
+    ):  # fmt: skip
+        edit_json(folder / "config.json", eos_token_id=of_config)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if of_generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": of_generation}))
+        subject = open_model(folder)
+        (ours,) = generate(subject.model, [prompt], 12, eos_ids=subject.stop_ids)
+        theirs = AutoModelForCausalLM.from_pretrained(folder).generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert ours == theirs[0, 3:].tolist()
+        lengths.append(len(ours))
+        assert subject.eos_id == (of_config[0] if isinstance(of_config, list) else of_config)
+    assert lengths[0] == lengths[2] < lengths[1] == lengths[3] == lengths[4] < 12
+    caplog.clear()
+    edit_json(folder / "config.json", eos_token_id=["2", -1, True, 10**9], bos_token_id=300)
+    subject = open_model(folder)
+    assert (subject.bos_id, subject.eos_id, subject.stop_ids) == (None, None, ())
+    assert "config.json: bos_token_id=300 names a token that the model does not have; it is ignored" in caplog.text
+
+
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the shared checkpoint")
 
 
@@ -190,7 +301,7 @@ needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the share
 def test_stories260k_generates_its_reference_text(tmp_path: Path) -> None:
     write_stories260k(tmp_path)
     model = osp.load_hf(tmp_path)
-    tokenizer, bos_id, _ = load_hf_tokenizer(tmp_path)
+    tokenizer, bos_id, *_ = load_hf_tokenizer(tmp_path)
     assert bos_id == BOS
     (ids,) = generate(model, [[BOS]], 120)
     assert tokenizer.decode(ids).startswith(STORIES_TEXT)
