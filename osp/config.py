@@ -133,7 +133,7 @@ class PenaltyConfig:
     weight: NotNegative = 0.0  # factor of the penalty in the loss; 0: no penalty
     site: Literal["block_out", "down_proj_in"] = "block_out"  # penalized activations, in every block
     # The penalty is the mean of (|x| / scale)^4. rms: the RMS of each token, which makes it a kurtosis.
-    scale: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["rms"] = 3.0
+    scale: Annotated[float, Field(ge=1e-6)] | Literal["rms"] = 3.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class RopeScaling:
     """
 
     rope_type: Literal["linear", "llama3"]  # which of the two formulas
-    factor: Annotated[float, Field(ge=1e-6, le=1e6)]  # divisor of the frequencies
+    factor: Annotated[Positive, Field(ge=1e-6)]  # divisor of the frequencies
     low_freq_factor: Positive = 1.0  # llama3: turns below which a frequency is divided
     high_freq_factor: Positive = 4.0  # llama3: turns above which a frequency is kept
     original_max_position_embeddings: Count = 8192  # llama3: context in tokens in which turns are counted
@@ -209,7 +209,7 @@ class ModelConfig:
     # Channels of a head; None: hidden_size / num_attention_heads.
     head_dim: Annotated[Int, Field(ge=1, le=2**20)] | None = None
     max_position_embeddings: Annotated[Int, Field(ge=1, le=2**24)] = 2048  # longest sequence in tokens
-    rope_theta: Annotated[float, Field(ge=1e-6, le=1e30)] = 10_000.0  # base of the RoPE frequencies
+    rope_theta: Annotated[Positive, Field(ge=1e-6)] = 10_000.0  # base of the RoPE frequencies
     rope_scaling: RopeScaling | None = None  # RoPE for longer contexts; None: plain
     attention_bias: bool = False  # biases of q_proj, k_proj, v_proj and o_proj
     mlp_bias: bool = False  # biases of gate_proj, up_proj and down_proj

@@ -193,7 +193,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     *(
         ({key: value}, (f"{key.replace('__', '.')}={value}", words))
-        for key in ("model__rope_theta", "model__initializer_range", "logger__peak_tflops")
+        for key in ("model__initializer_range", "logger__peak_tflops")
         for value, words in (
             (0.0, "above 0"),
             (-1.0, "above 0"),
@@ -210,6 +210,8 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({f"norm__{key}": 0.0}, (f"norm.{key}=0.0", "above 0")) for key in ("lam", "lam_post", "lam_final", "kappa")),
     ({"optimizer__gain_decay": -0.1}, ("optimizer.gain_decay=-0.1", "at least 0")),
     ({"model__init": "lecun"}, ("model.init='lecun'", "'normal' or 'fan_in'")),
+    ({"model__rope_theta": 0.0}, ("model.rope_theta=0.0", "at least 0.000001")),
+    ({"model__rope_theta": float("inf")}, ("model.rope_theta=inf", "finite number")),
     ({"optimizer__adam_betas": [0.9, 1.0]}, ("optimizer.adam_betas[1]=1.0", "below 1")),
     ({"optimizer__rules": "muon"}, ("optimizer.rules='muon'", "a table")),
     ({"data__num_workers": -1}, ("data.num_workers=-1", "at least 0")),

@@ -141,7 +141,7 @@ def test_perplexity_that_is_not_finite_is_a_loud_result(
 ) -> None:
     broken = dataclasses.replace(llama, model=copy.deepcopy(llama.model))
     with torch.no_grad():
-        broken.model.layers[1].mlp.down_proj.weight.fill_(1e38)
+        broken.model.get_parameter("layers.1.mlp.down_proj.weight").fill_(1e38)
     record = evaluate(broken, config)
     assert record.results[0].value == math.inf
     assert "text.txt[len=32,overlap=0,bos=no,first=256]: the perplexity is not finite" in caplog.text

@@ -506,7 +506,7 @@ def test_scores_of_a_model_without_finite_logits_are_not_numbers(
 ) -> None:
     broken = dataclasses.replace(llama, model=copy.deepcopy(llama.model))
     with torch.no_grad():
-        broken.model.layers[1].mlp.down_proj.weight.fill_(1e38)
+        broken.model.get_parameter("layers.1.mlp.down_proj.weight").fill_(1e38)
     results = named(broken, task_folder, "filtered", "both")
     assert len(results) == 6
     assert all(math.isnan(result.value) for result in results)
