@@ -1,7 +1,8 @@
 """Rows of text as a table, in Markdown and for a terminal, and text from a template."""
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ Rows = Sequence[Sequence[str]]
 
 
 def escape_cell(text: str) -> str:
-    """Return `text` for a cell of a Markdown table, where a `|` would end the cell."""
-    return text.replace("|", "\\|")
+    """Return `text` for a cell of a Markdown table, where a `|` or a line end would end the cell."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
+
+
+def escape_markdown(value: Any) -> Any:
+    """Return text that makes no HTML element and no link in Markdown: a `<` before a name and `](` are escaped."""
+    return re.sub("<(?=[a-zA-Z/!?])", "&lt;", value).replace("](", "]\\(") if isinstance(value, str) else value
 
 
 def markdown_table(head: Sequence[str], rows: Rows) -> str:
@@ -36,19 +42,23 @@ def text_table(rows: Rows, *, left: int | None = None) -> str:
 
 
 def render_text(template: Path, **values: Any) -> str:
-    """Return the text of a Jinja template with these values, Markdown or plain.
+    """Return the text of a Jinja template with these values, Markdown or plain; a `.md` escapes them as Markdown.
 
     Filters: `cell` is `escape_cell`; `number` gives 4 digits, and "not finite" for None. Function: `table`,
     which is `markdown_table`.
     """
-    return _environment(template.parent).get_template(template.name).render(**values)
+    finalize = escape_markdown if template.suffix == ".md" else None
+    return _environment(template.parent, finalize).get_template(template.name).render(**values)
 
 
 @functools.cache  # it keeps the compiled templates
-def _environment(folder: Path) -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(folder)
+def _environment(folder: Path, finalize: Callable[[Any], Any] | None) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        finalize=finalize,
     )
     environment.filters["cell"] = escape_cell
     environment.filters["number"] = lambda value: "not finite" if value is None else f"{value:.4g}"

@@ -9,6 +9,7 @@ from typing import Any
 from entry import launch
 
 from osp.errors import UserError
+from osp.files import printable
 from osp.report.page import write_report
 from osp.schema import FilePath, build
 
@@ -29,7 +30,7 @@ def main(values: dict[str, Any]) -> None:
     folders = [Path(path) for path in config.paths]
     out = Path(config.out) if config.out else folders[0] / "report.html"
     for line in write_report(folders, out):
-        print(f"left out: {line}", file=sys.stderr)
+        print(printable(f"left out: {line}"), file=sys.stderr)
     print(out)
 
 

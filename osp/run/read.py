@@ -38,6 +38,7 @@ FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at")
 
 
 Table = dict[str, Any]
+Bits = Annotated[StrictFloat, Field(gt=0, lt=math.inf)]
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 Octaves = Annotated[list[Annotated[StrictInt, Field(ge=-1100, le=1100)]], Field(min_length=1)]
 Channels = Annotated[
@@ -56,8 +57,9 @@ _HISTOGRAM = _table(edges_log2=Required[Octaves], counts=Required[Annotated[list
 _SITE = _table(channels=Required[Channels], histogram=_HISTOGRAM, top_channel=StrictInt, top_position=StrictInt)
 _PROBE = TypeAdapter(_table(sites=Required[dict[str, _SITE]]))
 _EVENT = TypeAdapter(_table(kind=StrictStr))
-_STARTS = TypeAdapter(list[_table(command=list[Any])])
-_SUMMARY = TypeAdapter(_table(gzip_bits_per_byte=Annotated[StrictFloat, Field(gt=0, lt=math.inf)] | None))
+_START = _table(command=list[Any])
+_STARTS = TypeAdapter(list[_START])  # pyright: ignore
+_SUMMARY = TypeAdapter(_table(gzip_bits_per_byte=Bits | None))
 _TRAIN = _table(steps=Count | None, tokens_per_step=Count, seq_len=Count)
 _OPTIMIZER = _table(lr=StrictFloat, rules=Table)
 _CONFIG = TypeAdapter(_table(run=Table, train=_TRAIN, model=Table, norm=Table, optimizer=_OPTIMIZER))
@@ -246,10 +248,10 @@ def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> An
 
 def _place(value: Any, location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Return the keys in `location` that lead to a part of `value`; others are a missing key or the type of a union."""
-    place: list[int | str] = []
+    place: list[Any] = []
     for key in location:
         if key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
-            value = value[key]
+            value = value[key]  # pyright: ignore
             place.append(key)
     return tuple(place)
 
