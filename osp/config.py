@@ -288,6 +288,7 @@ class DataConfig(TextConfig):
 
     source: str = "python_stdlib"
     mixture: tuple[SourceConfig, ...] = ()  # mixture: list of sources with their weights
+    document_characters: Count | None = None  # cut longer documents into parts, after paragraphs or lines; None: do not
     max_tokens: Count | None = None  # training tokens to stop preparing after; None: use the whole source
     val_fraction: Share = 0.01  # share of documents in the validation split, chosen by a hash of their text
     shard_tokens: Annotated[Int, Field(ge=1, le=2**32)] = 32_000_000  # tokens per shard file

@@ -9,6 +9,7 @@ rows_per_step counts from its `origin`, the first sequence that the other one ha
 Letters: n sequences, b sequences of a micro batch, T tokens that a sequence predicts, W ranks.
 """
 
+import hashlib
 import logging
 import threading
 import time
@@ -23,15 +24,14 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from osp.data.manifest import SplitName, check_sizes, content, damaged, load_manifest, same_text
-from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from osp.data.tokenizer import spec_hash
-from osp.errors import UserError
+from osp.data.manifest import SplitName, check_files, check_sizes, content, damaged, load_manifest, same_text
+from osp.errors import RunError, UserError
 from osp.files import is_locked
 
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.5
 CHECKED_TOKENS = 2**24  # of the first shard when a run starts; every sequence is checked when it is read
+HASHED_BYTES = 2**24  # between two looks at `Shards.stop`
 CLOSE_SECONDS = 2  # limit for a read in progress: a file system that hangs must not keep a failed run alive
 GRACE_SECONDS = 20  # a preparation without the lock for this time has died
 
@@ -50,20 +50,22 @@ class Batch(NamedTuple):
 
 
 class Shards:
-    """The sealed shards of one split, memory-mapped. Checks the sizes of the files and the tokenizer beside them."""
+    """The sealed shards of one split, memory-mapped. Checks the sizes of the files and the tokenizer beside them.
+
+    The SHA-256 of a shard of validation is checked at once, of a training shard by `check_hash` before its first use.
+    """
 
     def __init__(self, folder: str | Path, split: SplitName) -> None:
         self.folder = Path(folder)
         self.split: SplitName = split
         self.tokens: list[Array] = []  # of each shard, uint16 or uint32 (tokens,)
+        self.stop = threading.Event()  # ends a wait for shards, and a check
+        self._checked: set[int] = set()
         self.reload()
-        path = self.folder / TOKENIZER_FILE
-        try:
-            actual = spec_hash(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # missing, no text or no JSON
-            actual = None
-        if actual != self.manifest.tokenizer_hash:
-            raise damaged(folder, f"{path} is not the tokenizer of the shards beside it")
+        check_files(self.folder, self.manifest)
+        if split == "val":
+            for shard in range(len(self.tokens)):
+                self.check_hash(shard)
 
     def reload(self) -> None:
         """Read the manifest again and map the shards sealed since."""
@@ -71,6 +73,22 @@ class Shards:
         check_sizes(self.folder, self.manifest)
         for shard in self.manifest.split(self.split).shards[len(self.tokens) :]:
             self.tokens.append(np.memmap(self.folder / shard.file, dtype=self.manifest.dtype, mode="r"))
+
+    def check_hash(self, shard: int) -> None:
+        """Raise `UserError` if a shard has other bytes than when it was sealed, read completely the first time."""
+        entry, data = self.manifest.split(self.split).shards[shard], self.tokens[shard].view(np.uint8)
+        path = self.folder / entry.file
+        if path.exists() and path.stat().st_size != len(data):  # reading beyond the end would kill the process
+            raise damaged(self.folder, f"shard {path} was cut short")
+        if shard not in self._checked:
+            digest = hashlib.sha256()
+            for first in range(0, len(data), HASHED_BYTES):
+                if self.stop.is_set():
+                    raise RuntimeError("the loader was closed")
+                digest.update(data[first : first + HASHED_BYTES])
+            if digest.hexdigest() != entry.sha256:
+                raise damaged(self.folder, f"shard {path} is damaged, its SHA-256 differs from the manifest's")
+            self._checked.add(shard)
 
     def check_ids(self, tokens: Array, shard: int) -> None:
         """Raise `UserError` if `tokens`, read from a shard, hold an id outside the vocabulary."""
@@ -90,7 +108,6 @@ class Rows(Shards):
     def __init__(self, folder: str | Path, *, seq_len: int, seed: int, expected: Sequence[str] = ()) -> None:
         super().__init__(folder, "train")
         self.seq_len, self.seed, self.expected = seq_len, seed, expected
-        self.stop = threading.Event()  # ends a wait for shards
         if self.rows_per_epoch == 0:
             raise UserError(
                 f"the training split in {folder} has {self.manifest.train.tokens} tokens, fewer than one sequence of "
@@ -107,7 +124,8 @@ class Rows(Shards):
     def read(self, numbers: Array) -> Array:
         """Return the sequences with these numbers, int64 (n, T+1).
 
-        Waits for shards that are not sealed yet; raises `UserError` if the preparation failed or died.
+        Waits for shards that are not sealed yet. Raises `UserError` if the preparation failed or died, or a shard is
+        damaged.
         """
         self._wait_for(int(numbers.max()))
         ends = self._row_ends()
@@ -115,6 +133,7 @@ class Rows(Shards):
         shards = np.searchsorted(ends, places, side="right")
         rows = np.empty((len(numbers), self.seq_len + 1), dtype=np.int64)
         for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
+            self.check_hash(shard)
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
             order = _order(self.seed, epoch, shard, int(ends[shard] - first))
@@ -233,8 +252,11 @@ class Loader:
         self._thread.shutdown(wait=not hanging)
 
     def _read(self, step: int) -> list[Batch]:
-        """Read the micro batches of a step."""
-        rows = self.rows.read(self.first_row(step) + self.indices)  # (M*b, T+1)
+        """Read the micro batches of a step. Raises `RunError` if that is not possible."""
+        try:
+            rows = self.rows.read(self.first_row(step) + self.indices)  # (M*b, T+1)
+        except UserError as error:
+            raise RunError(str(error)) from error
         eos_id = self.rows.manifest.eos_id if self.document_ids else None
         parts = rows.reshape(-1, self.micro_batch_size, rows.shape[1])
         return [_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]

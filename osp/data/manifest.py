@@ -9,17 +9,17 @@ lock                held by the process that prepares the folder
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import AfterValidator
 
+from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from osp.data.tokenizer import spec_hash
 from osp.errors import UserError
-from osp.files import write_atomically
+from osp.files import parse_json, write_atomically
 from osp.schema import Count, CountOrZero, build
 
 FORMAT = 1
@@ -28,19 +28,13 @@ FILE_NAME = "manifest.json"
 SplitName = Literal["train", "val"]
 
 
-# a damaged or foreign manifest must not make the reader open files of other folders
-def _shard_name(name: str) -> str:
-    if not re.fullmatch(r"(train|val)-[0-9]+\.bin", name):
-        raise ValueError("must be the name of a shard, such as train-00000.bin")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_shard_name)]
+def shard_name(split: SplitName, number: int) -> str:
+    return f"{split}-{number:05d}.bin"
 
 
 @dataclass
 class Shard:
-    file: FileName
+    file: str  # `shard_name`
     tokens: Count
     sha256: str
 
@@ -88,10 +82,10 @@ def load_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of `folder`. Raises `UserError` if it is missing, damaged or inconsistent."""
     path = Path(folder) / FILE_NAME
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise damaged(folder, f"{path} is damaged ({error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise damaged(folder, f"{path} is not of format {FORMAT}")
@@ -101,7 +95,12 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise UserError(f"eos_id={manifest.eos_id} is no id of a vocabulary of {manifest.vocab_size}")
         if manifest.vocab_size - 1 > np.iinfo(manifest.dtype).max:
             raise UserError(f"dtype={manifest.dtype} cannot hold the ids of a vocabulary of {manifest.vocab_size}")
-    except UserError as error:
+        for name in get_args(SplitName):
+            for number, shard in enumerate(manifest.split(name).shards):
+                if shard.file != shard_name(name, number):
+                    key = f"{name}.shards[{number}].file"
+                    raise UserError(f"{key}={shard.file!r}: must be the name of a shard, {shard_name(name, number)}")
+    except (UserError, RecursionError) as error:
         raise damaged(folder, f"{path} is damaged: {error}") from error
     return manifest
 
@@ -125,6 +124,17 @@ def content(manifest: Manifest) -> list[str]:
 def same_text(one: Sequence[str], other: Sequence[str]) -> bool:
     """Return whether two lists of `content` belong to the same text."""
     return all(a == b for a, b in zip(one, other, strict=False))
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise `UserError` if the tokenizer is another one, or a sealed shard is missing or has the wrong size."""
+    try:
+        actual = spec_hash((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # missing, no text or no JSON
+        actual = None
+    if actual != manifest.tokenizer_hash:
+        raise damaged(folder, f"{folder / TOKENIZER_FILE} is not the tokenizer of the shards beside it")
+    check_sizes(folder, manifest)
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

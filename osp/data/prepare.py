@@ -33,15 +33,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from osp.config import DataConfig, TokenizerConfig
-from osp.data.manifest import FORMAT, Manifest, Shard, Split, SplitName, check_sizes, find_manifest, save_manifest
+from osp.data.encoder import Encoder
+from osp.data.manifest import (
+    FORMAT,
+    Manifest,
+    Shard,
+    Split,
+    SplitName,
+    check_files,
+    find_manifest,
+    save_manifest,
+    shard_name,
+)  # fmt: skip
 from osp.data.sources import SOURCES, make_source
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from osp.data.tokenizer import eos_id, existing_tokenizer, load_tokenizer, spec_hash, train_tokenizer, vocab_size
-from osp.errors import UserError
+from osp.data.tokenizer import (
+    cut,
+    eos_id,
+    existing_tokenizer,
+    load_tokenizer,
+    read_spec,
+    spec_hash,
+    train_tokenizer,
+    vocab_size,
+)
+from osp.errors import RunError, UserError
 from osp.files import lock, write_atomically
 from osp.process import STOP_SIGNALS, protect_console
 
@@ -49,6 +68,7 @@ BATCH_CHARACTERS = 1 << 20  # of texts that a thread encodes at a time
 BATCH_DOCUMENTS = 1024
 MOST_THREADS = 32  # for data.num_workers=0
 POLL_SECONDS = 0.2
+PART_ENDS = (re.compile(r"(?<=\n\n)(?=\S)"), re.compile(r"(?<=\n)"), re.compile(r"(?<=\s)"))  # paragraph, line, word
 
 # A child must be referenced while it runs, or Python warns about it; `start_preparing` returns only the folder.
 _children: list[subprocess.Popen[bytes]] = []
@@ -74,7 +94,8 @@ def prepare(
             manifest = find_manifest(folder)
             if manifest and manifest.usable:  # a run may be waiting for the next shard
                 manifest.error = str(error)
-                save_manifest(manifest, folder)
+                with contextlib.suppress(UserError):  # a full disk
+                    save_manifest(manifest, folder)
             else:
                 shutil.rmtree(folder)
             raise
@@ -90,7 +111,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     if _is_complete(folder):
         return folder
     child = subprocess.Popen(
-        [sys.executable, "-c", f"from osp.data.prepare import _background; _background({os.getpid()})"],
+        [sys.executable, "-P", "-c", f"from osp.data.prepare import _background; _background({os.getpid()})"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
@@ -109,9 +130,9 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     if child.returncode == 2:
         raise UserError(child.stdout.read().decode().strip())
     if child.returncode == -signal.SIGKILL:
-        raise UserError(f"preparing {folder} was killed, perhaps for lack of memory; set a lower data.num_workers")
+        raise RunError(f"preparing {folder} was killed, perhaps for lack of memory; set a lower data.num_workers")
     if child.returncode not in (None, 0):
-        raise RuntimeError(f"preparing {folder} failed with exit code {child.returncode}; its error is printed above")
+        raise RunError(f"preparing {folder} failed with exit code {child.returncode}; its error is printed above")
     return folder
 
 
@@ -145,10 +166,9 @@ def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     settings = dataclasses.asdict(dataclasses.replace(data, skip_steps=()))
     for key in ("cache_dir", "num_workers"):  # like skip_steps these do not change a byte
         del settings[key]
-    try:
-        spec = hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest() if tokenizer.path else None
-    except OSError as error:
-        raise UserError(f"tokenizer.path={tokenizer.path} cannot be read: {error.strerror}") from error
+    if data.document_characters is None:  # as in folders of versions without this key
+        del settings["document_characters"]
+    spec = hashlib.sha256(read_spec(tokenizer.path)).hexdigest() if tokenizer.path else None
     source = make_source(data)
     identity = [FORMAT, settings, dataclasses.asdict(tokenizer), spec, source.fingerprint()]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -178,21 +198,25 @@ def _write_shards(
     bar = tqdm(total=data.max_tokens, unit=" tokens", unit_scale=True, disable=not progress)
     with bar, ThreadPoolExecutor(num_threads) as pool:
         if manifest:
-            check_sizes(folder, manifest)
+            check_files(folder, manifest)
             manifest.error = None
         else:
             bar.set_description("training the tokenizer" if config.train else "loading the tokenizer")
             manifest = _begin(data, config, folder)
         save_manifest(manifest, folder)
         writer = _Writer(folder, manifest, max_tokens=data.max_tokens)
-        batches = _batches(itertools.islice(make_source(data).documents(), manifest.next_document, None))
+        number = manifest.next_document
+        batches = _batches(itertools.islice(_documents(data), number, None))
+        name = f"tokenizer.path={config.path}" if config.path else f"tokenizer.hub={config.hub}"
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+        encoder = Encoder(tokenizer, name, eos_id=manifest.eos_id, dtype=manifest.dtype)
         pending: deque[Future[list[Document]]] = deque()
         bar.set_description("preparing data")
         bar.update(manifest.train.tokens)
         while writer.room:
             while len(pending) < 2 * num_threads and (batch := next(batches, None)):
-                pending.append(pool.submit(_encode, batch, tokenizer, manifest.eos_id, manifest.dtype))
+                pending.append(pool.submit(_encode, batch, number + 1, encoder))
+                number += len(batch)
             if not pending:
                 break
             for document in pending.popleft().result():
@@ -208,7 +232,7 @@ def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
     """Write the tokenizer.json of `folder`, trained on the training split or an existing one; return a manifest."""
     limit = int(data.val_fraction * 2**64)
     if config.train:
-        texts = (text for text in make_source(data).documents() if text and text_hash(text) >= limit)
+        texts = (text for text in _documents(data) if text and text_hash(text) >= limit)
         tokenizer = train_tokenizer(texts, config)
     else:
         tokenizer = existing_tokenizer(config)
@@ -223,6 +247,32 @@ def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
         shard_tokens=data.shard_tokens,
         held_out_below=limit,
     )
+
+
+def _documents(data: DataConfig) -> Iterator[str]:
+    """Yield the documents of the source, in parts of `data.document_characters`.
+
+    Raises `UserError`, before it yields any, unless two of them differ: one of training and one of validation.
+    """
+    size, early, first = data.document_characters, [], ""
+    documents = make_source(data).documents()
+    if size:
+        documents = itertools.chain.from_iterable(cut(text, size, size // 2, PART_ENDS) for text in documents)
+    for text in documents:
+        first = first or text
+        early.append(first and text and first)
+        if text not in ("", first):
+            break
+    else:
+        if not first:
+            raise UserError(f"the corpus is empty: {len(early)} documents, none of them with text")
+        raise UserError(
+            "the corpus is a single document, and one document is needed for validation; cut it with "
+            f"data.document_characters={max(1, min(size or 100_000, len(first)) // 10)}, or split it into several "
+            "files or records"
+        )
+    yield from [*early[:-1], text]
+    yield from documents
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -246,13 +296,8 @@ class Document(NamedTuple):
     hash: int  # of the text, 64 bits
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, eos: int, dtype: str) -> list[Document]:
-    documents = []
-    # encode_batch_fast lets other threads run, encode does not
-    for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-        tokens = np.array([*encoding.ids, eos] if encoding.ids else [], dtype=dtype)
-        documents.append(Document(text, tokens, text_hash(text)))
-    return documents
+def _encode(texts: list[str], first: int, encoder: Encoder) -> list[Document]:
+    return [Document(*pair, text_hash(pair[0])) for pair in zip(texts, encoder.encode(texts, first=first), strict=True)]
 
 
 class _NoValidationDocumentError(Exception):
@@ -297,19 +342,10 @@ class _Writer:
 
     def finish(self) -> None:
         """Seal the rest and mark the folder complete. Raises `UserError` unless each split gets a document."""
-        if not self.manifest.usable:
-            hashes = {document.hash for document in self.train + self.val}
-            if not hashes:
-                raise UserError(f"the corpus is empty: {self.num_documents} documents, none of them with text")
-            if len(hashes) == 1:
-                raise UserError(
-                    "the corpus is a single document, and one document is needed for validation; "
-                    "split it into several files or records"
-                )
-            if not self.train:
-                raise UserError(
-                    f"all {len(self.val)} documents of the corpus are in the validation split; lower data.val_fraction"
-                )
+        if not self.manifest.usable and not self.train:
+            raise UserError(
+                f"all {len(self.val)} documents of the corpus are in the validation split; lower data.val_fraction"
+            )
         if self.room:
             if self.num_tokens:
                 self._seal_train(self.num_tokens)
@@ -344,7 +380,7 @@ class _Writer:
     def _seal(self, name: SplitName, documents: list[Document], num_tokens: int | None = None) -> None:
         """Write the (first `num_tokens`) tokens of `documents` as a shard. It counts once the manifest is saved."""
         shards = self.manifest.split(name).shards
-        file = f"{name}-{len(shards):05d}.bin"
+        file = shard_name(name, len(shards))
         tokens = np.concatenate([document.tokens for document in documents])[:num_tokens]
         content = tokens.view(np.uint8).data
         write_atomically(self.folder / file, content)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from osp.config import TokenizerConfig
 from osp.errors import UserError
+from osp.files import parse_json
 
 FILE_NAME = "tokenizer.json"
 HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
+MOST_BYTES = 2**30  # of a tokenizer.json; that of 256,000 tokens has 34 million
+MOST_TOKENS = 2**24  # as of `tokenizer.vocab_size`
+WORD_BYTES = 1000  # the time to train on a word grows with the square of its length
+PIECE = 2**20  # characters encoded at once: `tokenizers` takes about 200 bytes of memory for one
+WINDOW = 2**14  # last characters of a piece, among which it may end
+PIECE_ENDS = (re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])"), re.compile(r"\s(?=\S)"))
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +38,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     def sample() -> Iterator[str]:
         num_bytes = 0
         for text in texts:
-            yield text
-            num_bytes += len(text.encode())
+            data = text.encode()
+            # a document is cut only if it alone is larger than the sample
+            yield from cut(data[: config.sample_bytes].decode(errors="ignore"))
+            num_bytes += len(data)
             if num_bytes >= config.sample_bytes:
                 return
 
@@ -42,12 +52,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             f"tokenizer.eos_token; set {len(alphabet) + 1} or more"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's regular expression
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's regular expression
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(WORD_BYTES)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(sample(), trainer)
+    tokenizer.pre_tokenizer = words
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
         logger.warning("the text yields %d tokens, fewer than tokenizer.vocab_size=%d", size, config.vocab_size)
@@ -55,18 +67,61 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
+def cut(
+    text: str, size: int = PIECE, window: int = WINDOW, ends: tuple[re.Pattern[str], ...] = PIECE_ENDS
+) -> Iterator[str]:
+    """Yield `text` in pieces of at most `size` characters.
+
+    A piece ends at the last match of the first of the patterns `ends` that is among its last `window` characters. By
+    default it ends before a space between two letters: tokenizers split text there, so the tokens of the pieces are the
+    tokens of the text. A piece without such a place ends before other white space or, without any, where it is full.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        places = ([match.start() for match in pattern.finditer(text, end - window, end)] for pattern in ends)
+        end = next((found[-1] for found in places if found), end)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def read_spec(path: str | Path) -> bytes:
+    """Return the bytes of a tokenizer.json."""
+    path = Path(path)
+    try:
+        if path.is_fifo() or path.is_char_device() or (path.exists() and path.stat().st_size > MOST_BYTES):
+            raise UserError(f"{path} is not a tokenizer.json: a device, or more than {MOST_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, set to encode text as it is: without truncation, padding and special tokens."""
     try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        spec = read_spec(path).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from error
-    except Exception as error:  # `tokenizers` raises plain Exception
-        raise UserError(f"{path} is not a tokenizer.json: {error}") from error
+    with tokenizer_errors(f"{path} is not a tokenizer.json"):
+        tokenizer = Tokenizer.from_str(spec)
+    if (size := vocab_size(tokenizer)) > MOST_TOKENS:
+        raise UserError(f"{path} has the token id {size - 1}; ids must be below {MOST_TOKENS}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@contextmanager
+def tokenizer_errors(failure: str) -> Iterator[None]:
+    """Turn errors of `tokenizers`, which raises plain exceptions, into a `UserError` that begins with `failure`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
+        raise UserError(f"{failure}: {' '.join(str(error).split())}") from error
 
 
 def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -89,7 +144,15 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise UserError(
             f"{path} is a {kind} tokenizer, which loses text outside its vocabulary; use a BPE or Unigram one"
         )
-    eos_id(tokenizer, config.eos_token)
+    names: dict[int, str] = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        if names.setdefault(token_id, token) != token:
+            raise UserError(f"{path}: the tokens {names[token_id]!r} and {token!r} have the same id {token_id}")
+    added = tokenizer.get_added_tokens_decoder().get(eos_id(tokenizer, config.eos_token))
+    if not (added and added.special):
+        tokenizer.add_special_tokens([config.eos_token])  # it stands for no text, and a text may mention it
+    if kind == "BPE":
+        tokenizer.model.dropout = None  # encode a text the same way every time
     return tokenizer
 
 
@@ -107,34 +170,50 @@ def eos_id(tokenizer: Tokenizer, eos_token: str) -> int:
 
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Return one more than the largest token id: the size of an embedding."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def spec_hash(spec: str) -> str:
     """Return the sha256 of a tokenizer.json, independent of white space and the order of keys."""
-    canonical = json.dumps(json.loads(spec), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    canonical = json.dumps(parse_json(spec), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Return the bytes of text that each token stands for, int32 (V,); 0 for special tokens and unused ids.
+    """Return the bytes of text that each token stands for, int32 (V,); 0 for special and unknown tokens, unused ids.
 
-    The sum over a text is its length in UTF-8 for byte-level tokenizers, after normalization; bits per byte is exact.
-    SentencePiece-like tokenizers may count the space that they insert in front.
+    The sum over a text is its length in UTF-8 after normalization; bits per byte is exact. A tokenizer that inserts a
+    space in front of a text counts it.
     """
     sizes = np.zeros(vocab_size(tokenizer), dtype=np.int32)
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-    byte_level = "ByteLevel" in [part["type"] for part in decoder.get("decoders", [decoder]) if part]
+    model, in_bytes = json.loads(tokenizer.to_str())["model"], byte_level(tokenizer)
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
-        if byte_level:
-            sizes[token_id] = len(token)  # the alphabet spells every byte with one character
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        text = token.removeprefix(prefix).removesuffix(suffix)
+        if in_bytes:
+            sizes[token_id] = len(text)  # the alphabet spells every byte with one character
+        elif model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
             sizes[token_id] = 1
         else:
-            sizes[token_id] = len(token.replace("\u2581", " ").encode())  # SentencePiece's sign for a space
+            sizes[token_id] = len(text.replace("\u2581", " ").encode())  # SentencePiece's sign for a space
+    unknown = model.get("unk_token")
+    unknown_id = tokenizer.token_to_id(unknown) if unknown else model.get("unk_id")
+    if unknown_id is not None:
+        sizes[unknown_id] = 0
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         sizes[token_id] = 0 if token.special else len(token.content.encode())
     return sizes
+
+
+def byte_level(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer spells text in the 256 characters of GPT-2 that stand for bytes."""
+
+    def holds(component: Any) -> bool:
+        parts = component.values() if isinstance(component, dict) else component if isinstance(component, list) else []
+        return component == "ByteLevel" or any(map(holds, parts))
+
+    spec = json.loads(tokenizer.to_str())
+    return holds(spec["pre_tokenizer"]) or holds(spec["normalizer"])
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Sequences equal a naive packer's, and a step reads the same ones on any ranks, in any order, after a restart."""
 
 import dataclasses
+import hashlib
+import os
 import shutil
 import threading
 import time
@@ -14,7 +16,7 @@ import torch
 from osp.data import loader
 from osp.data.loader import Batch, Loader, Rows, number_documents, validation_batches
 from osp.data.manifest import Manifest, load_manifest, save_manifest
-from osp.errors import UserError
+from osp.errors import RunError, UserError
 from osp.files import lock
 
 SEQ_LEN = 37
@@ -203,6 +205,50 @@ def test_damaged_folder_is_refused(copy: Path, spoil: Any, message: str) -> None
         Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
 
 
+def flip(path: Path, *, position: int = 1001) -> None:
+    """Flip one bit of a file in place."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_shard_with_a_flipped_bit_is_refused_before_its_first_sequence(copy: Path) -> None:
+    flip(copy / "train-00001.bin")
+    rows = Rows(copy, seq_len=SEQ_LEN, seed=0)
+    in_first = (rows.manifest.train.shards[0].tokens - 1) // SEQ_LEN
+    rows.read(np.arange(in_first))
+    with pytest.raises(UserError, match=r"train-00001\.bin is damaged, its SHA-256 differs .*; delete .*copy and"):
+        rows.read(np.array([in_first]))
+    source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=in_first, micro_batch_size=in_first)
+    source.step(0)
+    with pytest.raises(RunError, match=r"train-00001\.bin is damaged"):
+        source.step(1)
+    source.close()
+
+
+def test_validation_split_with_a_flipped_bit_is_refused(copy: Path) -> None:
+    flip(copy / "val-00000.bin")
+    with pytest.raises(UserError, match=r"val-00000\.bin is damaged, its SHA-256 differs"):
+        next(validation_batches(copy, seq_len=SEQ_LEN, batch_size=2))
+
+
+def test_shard_is_read_for_its_hash_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, hashed = Rows(shards, seq_len=SEQ_LEN, seed=0), []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda: hashed.append(1) or sha256())
+    for _ in range(3):
+        rows.read(np.arange(int(rows.rows_per_epoch or 0)))
+    assert len(hashed) == len(rows.tokens)
+
+
+def test_shard_cut_short_under_a_running_training_is_an_error_and_not_a_crash(copy: Path) -> None:
+    rows = Rows(copy, seq_len=SEQ_LEN, seed=0)
+    rows.read(np.arange(10))
+    os.truncate(copy / "train-00000.bin", 0)
+    with pytest.raises(UserError, match=r"shard .*train-00000\.bin was cut short; delete"):
+        rows.read(np.arange(10))
+
+
 def test_training_split_shorter_than_a_sequence_is_refused(shards: Path) -> None:
     with pytest.raises(UserError, match=r"has \d+ tokens, fewer than one sequence of train\.seq_len=1000000 plus 1"):
         Loader(shards, seq_len=10**6, rows_per_step=4, micro_batch_size=4)
@@ -242,10 +288,10 @@ def test_reading_stops_waiting_for_a_dead_preparation(copy: Path, monkeypatch: p
     manifest = load_manifest(copy)
     rewrite_manifest(copy, complete=False)
     source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
-    with pytest.raises(UserError, match=r"is not complete and nothing is preparing it; start the run again"):
+    with pytest.raises(RunError, match=r"is not complete and nothing is preparing it; start the run again"):
         source.step(10**6)
     rewrite_manifest(copy, complete=False, error="bad.jsonl, line 7: malformed JSON")
-    with pytest.raises(UserError, match=r"preparing .* failed: bad\.jsonl, line 7: malformed JSON"):
+    with pytest.raises(RunError, match=r"preparing .* failed: bad\.jsonl, line 7: malformed JSON"):
         source.step(10**7)
     source.close()
     assert manifest.complete
@@ -280,7 +326,8 @@ def test_close_does_not_wait_for_a_hanging_file_system(shards: Path, monkeypatch
 def test_large_vocabularies_use_32_bits(shards: Path, copy: Path) -> None:
     manifest = load_manifest(copy)
     for shard in manifest.val.shards + manifest.train.shards:
-        tokens = np.fromfile(copy / shard.file, dtype=np.uint16)
-        (tokens.astype(np.uint32) + 100_000).tofile(copy / shard.file)
-    rewrite_manifest(copy, dtype="uint32", vocab_size=200_000)
+        tokens = np.fromfile(copy / shard.file, dtype=np.uint16).astype(np.uint32) + 100_000
+        tokens.tofile(copy / shard.file)
+        shard.sha256 = hashlib.sha256(tokens).hexdigest()
+    save_manifest(dataclasses.replace(manifest, dtype="uint32", vocab_size=200_000), copy)
     np.testing.assert_array_equal(step_rows(copy, 3), step_rows(shards, 3) + 100_000)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,8 @@ from osp.data.loader import Loader
 from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder, start_preparing
 from osp.data.sources import SOURCES, PythonStdlib, TextFiles
-from osp.data.tokenizer import load_tokenizer, spec_hash
-from osp.errors import UserError
+from osp.data.tokenizer import PIECE_ENDS, cut, load_tokenizer, spec_hash
+from osp.errors import RunError, UserError
 from osp.files import is_locked
 from tests.data.stopped import WaitingFiles, becomes_true, waiting_corpus
 
@@ -193,6 +194,79 @@ def test_corpus_that_cannot_be_split_is_refused_without_leftovers(
     assert list(Path(config.cache_dir).iterdir()) == []
 
 
+def test_lone_text_is_refused_before_it_is_encoded_and_the_advice_works(
+    data_config: DataConfig, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n\n".join(texts)
+    (tmp_path / "input.txt").write_text(text, newline="")
+    config, tokenizer = with_text(data_config, tmp_path / "input.txt"), TokenizerConfig(vocab_size=300)
+    with monkeypatch.context() as patch:
+        for name in ("prepare._encode", "tokenizer.cut"):
+            patch.setattr(f"osp.data.{name}", lambda *_: pytest.fail("work is done on a text that is refused"))
+        with pytest.raises(UserError, match="the corpus is a single document") as refusal:
+            prepare(config, tokenizer, progress=False)
+    advised = re.search(r"data\.document_characters=(\d+)", str(refusal.value))
+    assert advised
+    size = int(advised[1])
+    parts = list(prepare_module._documents(dataclasses.replace(config, document_characters=size)))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= size
+    assert min(map(len, parts[:-1])) >= size // 2
+    assert sum(part.endswith("\n") for part in parts) > 0.9 * len(parts)
+    folder = prepare(dataclasses.replace(config, document_characters=size), tokenizer, progress=False)
+    manifest = load_manifest(folder)
+    assert manifest.train.documents + manifest.val.documents == len(parts)
+    assert manifest.train.bytes + manifest.val.bytes == len(text.encode())
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_document_longer_than_a_piece_has_the_tokens_of_the_whole(
+    num_workers: int,
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    texts: list[str],
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents = ["a short one", "\n".join(texts), "another short one"]
+    path = write_jsonl(tmp_path / "corpus.jsonl", documents)
+    config = with_text(data_config, path, num_workers=num_workers, shard_tokens=10**6)
+    monkeypatch.setattr(cut, "__defaults__", (10_000, 1000, PIECE_ENDS))
+    folder = prepare(config, tokenizer_config, progress=False)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    expected = {(*tokenizer.encode(text).ids, 0) for text in documents}
+    tokens = np.concatenate(tokens_of(folder, "train") + tokens_of(folder, "val"))
+    actual = np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1)
+    assert {tuple(ids.tolist()) for ids in actual} == expected
+
+
+def test_preparing_child_imports_nothing_from_the_working_directory(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tqdm", "tokenizers", "osp"):
+        (tmp_path / f"{name}.py").write_text(f"open('{tmp_path / 'executed'}', 'w')\nraise ImportError\n")
+    folder = start_preparing(
+        dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards")), tokenizer_config, progress=False
+    )
+    assert load_manifest(folder).usable
+    assert not (tmp_path / "executed").exists()
+
+
+def test_preparation_does_not_continue_with_another_tokenizer(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path))
+    child = fork.Process(target=_prepare_and_die, args=(config, tokenizer_config, "save_manifest", 3))
+    child.start()
+    child.join()
+    folder = shard_folder(config, tokenizer_config)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("endoftext", "endoftexts"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer of the shards beside it; delete"):
+        prepare(config, tokenizer_config, progress=False)
+
+
 def test_names_of_shard_folders_do_not_change_between_versions() -> None:
     """A changed name would have every user prepare the same shards again."""
     hub, other = (
@@ -240,7 +314,7 @@ def test_prepared_shards_are_reused_until_something_changes(
     first = shard_folder(changed, tokenizer_config)
     os.utime(changed.paths[0], (1, 1))
     assert shard_folder(changed, tokenizer_config) != first
-    with pytest.raises(UserError, match=r"tokenizer\.path=nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read the tokenizer nowhere: No such file"):
         folder(tokenizer=TokenizerConfig(train=False, path="nowhere"))
 
 
@@ -391,7 +465,7 @@ def test_start_reports_an_error_of_its_child_process(
     folder = start_preparing(config, tokenizer_config, progress=False)
     gate.touch()
     loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
-    with pytest.raises(UserError, match=r"preparing .* failed: .*corpus\.jsonl, line \d+: malformed JSON"):
+    with pytest.raises(RunError, match=r"preparing .* failed: .*corpus\.jsonl, line \d+: malformed JSON"):
         loader.step(10**6)
     loader.close()
 
@@ -419,7 +493,7 @@ def test_killed_preparation_is_reported(
 ) -> None:
     monkeypatch.setitem(SOURCES, "python_stdlib", _Deadly)
     config = DataConfig(cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"preparing .* was killed, .*data\.num_workers"):
+    with pytest.raises(RunError, match=r"preparing .* was killed, .*data\.num_workers"):
         start_preparing(config, tokenizer_config, progress=False)
 
 
