@@ -199,7 +199,8 @@ def test_lone_text_is_refused_before_it_is_encoded_and_the_advice_works(
 ) -> None:
     text = "\n\n".join(texts)
     (tmp_path / "input.txt").write_text(text, newline="")
-    config, tokenizer = with_text(data_config, tmp_path / "input.txt"), TokenizerConfig(vocab_size=300)
+    config = with_text(data_config, tmp_path / "input.txt", shard_tokens=10**6)
+    tokenizer = TokenizerConfig(vocab_size=300)
     with monkeypatch.context() as patch:
         for name in ("prepare._encode", "tokenizer.cut"):
             patch.setattr(f"osp.data.{name}", lambda *_: pytest.fail("work is done on a text that is refused"))
