@@ -209,7 +209,7 @@ def generate(folder: Path) -> None:
 
     subject = open_model(folder)
     ids = subject.encode("some words")[:8] or [0]
-    for tokens in stream(subject.model, [ids], 2, eos_id=subject.eos_id):
+    for tokens in stream(subject.model, [ids], 2, eos_ids=subject.stop_ids):
         subject.tokenizer.decode([token for token in tokens if token is not None])
 
 
