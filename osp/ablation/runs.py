@@ -18,6 +18,9 @@ Compose = Callable[[Sequence[str]], dict[str, Any]]  # returns the configuration
 # All rows must agree in these keys, or their numbers do not compare. A sweep may change its key.
 SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "model.vocab_size")
 NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
+# Defaults of keys younger than 0.1.0: with these a training keeps the name of its folder.
+LATER = {"model.init": "normal", "optimizer.gain_decay": None}
+LATER |= {"norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
             raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")
         # The folder's name has a hash of the training: one that appears twice, for instance in a sweep, runs once, and
         # a run with another configuration is never mistaken for it.
-        values = {key: value for key, value in leaves(to_dict(trained)) if not key.startswith(FREE)}
+        values = {
+            key: v for key, v in leaves(to_dict(trained)) if not key.startswith(FREE) and LATER.get(key, ...) != v
+        }
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{row}-seed{seed}-{digest}"
         trained = dataclasses.replace(trained, run=RunConfig(name=label, dir=str(Path(config.dir) / "runs" / label)))
