@@ -105,6 +105,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_record(path: Path, value: Any) -> None:
+    """Write JSON for `read_record`; a run can do without the file, so that it is a warning if that is impossible."""
+    try:
+        write_text(path, json.dumps(value, indent=1) + "\n")
+    except OSError as error:
+        log.warning("%s: not written: %s", path, error.strerror)
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Do what `write_bytes` does; raise `UserError` where the file cannot be written."""
     try:
@@ -235,8 +243,9 @@ def iterate_lines(path: Path, broken: list[int]) -> Iterator[dict[str, Any]]:
 def drop_after(path: Path, step: int) -> None:
     """Remove incomplete lines and the lines after `step`: a run that resumes at `step` writes them again."""
     if path.is_file():
-        lines = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
-        write_text(path, "".join(lines))
+        kept = "".join(json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step).encode()
+        if kept != path.read_bytes():
+            write_bytes(path, kept)
 
 
 class LineWriter:
@@ -244,7 +253,9 @@ class LineWriter:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        if path.is_dir():
+            log.warning("%s is a folder; its lines are lost", path)
+        self._file = (Path(os.devnull) if path.is_dir() else path).open("ab", buffering=0)
         self._whole = True  # the last line was written completely
         self._reported = False
 

@@ -652,7 +652,6 @@ RUNS: dict[str, tuple[Change, str]] = {
         written("config.yaml", b"run: !!python/object/apply:os.system ['touch pwned']\n"),
         r"config.yaml: not valid YAML: could not determine a constructor",
     ),
-    "other tokenizer": (written("tokenizer.json", b"{}"), r"run.dir=.*run was trained with another tokenizer"),
 }
 
 

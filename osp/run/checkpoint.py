@@ -13,6 +13,7 @@ temporary name, flushed to disk, renamed, and only then named by `latest`. No fi
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -308,6 +309,10 @@ class Saver:
         try:
             if errors:
                 raise OSError(errors[0])
+            # metrics and events of the steps before
+            for lines in filter(Path.is_file, self.folder.parent.glob("*.jsonl")):
+                with lines.open("rb") as file:
+                    os.fsync(file.fileno())
             write_text(self._temporary / MANIFEST, json.dumps(manifest, indent=1))
             flush_folder(self._temporary)
             remove(self._final)
@@ -395,7 +400,7 @@ def remove(folder: Path) -> None:
 
 def remove_unfinished(folder: Path, token: str) -> None:
     """Remove the half-written and half-removed folders of a dead process with this token."""
-    for path in [*folder.glob(f".step_*.{token}.tmp"), *folder.glob(".step_*.removed.tmp")]:
+    for path in [*folder.glob(f".step_*.{glob.escape(Path(token).name)}.tmp"), *folder.glob(".step_*.removed.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -457,7 +462,7 @@ def _latest(folder: Path) -> Path | None:
     """Return the target of the file `latest`, always inside `folder`; None without the file."""
     try:
         name = Path((folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()).name
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     return folder / name if name else None
 

@@ -15,7 +15,6 @@ summary.json       the closing figures
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -27,14 +26,14 @@ import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import yaml
 
-from osp.config import Config, to_dict, upgrade
+from osp.config import Config, leaves, to_dict, upgrade
 from osp.errors import UserError
-from osp.files import write_text
+from osp.files import printable, read_record, write_bytes, write_record, write_text
 from osp.run.checkpoint import LATEST, candidates, find, remove_unfinished, write_tensors
 from osp.run.read import differences
 
@@ -54,7 +53,7 @@ class RunLock:
         """Raises `UserError` if another process trains in `folder`."""
         self.token = f"{socket.gethostname()}-{os.getpid()}"
         self._path = folder / ".lock"
-        file = self._path.open("a+", encoding="utf-8")
+        file = self._path.open("a+", encoding="utf-8", errors="replace")
         _take_lock(file, folder)
         file.seek(0)
         if former := file.read().strip():
@@ -84,8 +83,17 @@ class RunLock:
             self._file.close()
 
 
-def open_run(config: Config) -> tuple[Path, list[Path]]:
-    """Return the run folder, and the checkpoints to resume from, best first. Writes nothing.
+class Found(NamedTuple):
+    """What a start finds before it holds the lock of its run folder."""
+
+    folder: Path
+    resumable: list[Path]  # checkpoints to resume from, best first
+    config: dict[str, Any]  # of the run in the folder; empty for a new run
+    checkpoints: list[Path]  # of that run
+
+
+def open_run(config: Config) -> Found:
+    """Return the run folder, and the checkpoints to resume from. Writes nothing.
 
     `resume=auto` takes the newest checkpoint of the run folder. `resume=PATH` begins with the checkpoint of another
     run, or takes this run back to one of its checkpoints; the same command, given again, continues from there.
@@ -107,18 +115,18 @@ def open_run(config: Config) -> tuple[Path, list[Path]]:
             raise UserError(
                 f"run.dir={folder} exists and resume=false would overwrite it; choose another run.name or remove it"
             )
-    if lock.exists():
+    if lock.is_file():
         with lock.open(encoding="utf-8") as file:
             _take_lock(file, folder)
     own = candidates(folder)
     if config.resume == "auto" or config.resume is False:
-        return folder, own
+        return Found(folder, own, before, own)
     named = candidates(Path(config.resume))
     if not named:
         raise UserError(f"resume={config.resume}: no checkpoint there; name a run folder or a checkpoint folder")
     is_own = named[0].resolve().parent == (folder / "checkpoints").resolve()
     goes_back = is_own and before.get("resume") != config.resume
-    return folder, named if goes_back or not own else own
+    return Found(folder, named if goes_back or not own else own, before, own)
 
 
 def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
@@ -161,37 +169,38 @@ def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> fl
 def recorded_steps(config: Config) -> int | None:
     """Return the length measured for `train.minutes` when the run began; None for a new run or a given length."""
     measured = config.train.num_steps is None
-    return _read_config(Path(config.run.dir)).get("train", {}).get("steps") if measured else None
+    steps = dict(leaves(_read_config(Path(config.run.dir)))).get("train.steps") if measured else None
+    return steps if isinstance(steps, int) else None
 
 
 def begin(
-    folder: Path, config: Config, *, checkpoint: Path | None, tokenizer: Path, world_size: int, device: str
+    found: Found, config: Config, *, checkpoint: Path | None, tokenizer: Path, world_size: int, device: str
 ) -> RunLock:
     """Lock the run folder and write the files that describe the run, which resumes from `checkpoint`.
 
-    Raises `UserError` if the run in the folder has another tokenizer than the shards.
+    Raises `UserError` if another training has written there since `found`.
     """
-    stored, path = folder / "tokenizer.json", folder / "environment.json"
+    folder = found.folder
+    files = {"config.yaml": yaml.safe_dump(to_dict(config), sort_keys=False).encode()}
     try:
-        if stored.exists() and stored.read_bytes() != tokenizer.read_bytes():
-            raise UserError(
-                f"run.dir={folder} was trained with another tokenizer than {tokenizer}; "
-                "the text has changed since: choose another run.name"
-            )
+        files["tokenizer.json"] = tokenizer.read_bytes()
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder)
-        write_text(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        shutil.copyfile(tokenizer, stored)
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        except ValueError:  # a power failure cut it short, which must not prevent a start
-            log.warning("%s is damaged; it is replaced", path)
-            starts = []
-        starts.append({**environment(), "world_size": world_size, "device": device})
-        write_text(path, json.dumps(starts, indent=1) + "\n")
+        if (found.config, found.checkpoints) != (_read_config(folder), candidates(folder)):
+            lock.release()
+            raise UserError(
+                f"run.dir={folder}: another training has written there meanwhile; start again to continue it"
+            )
+        for path, data in ((folder / name, data) for name, data in files.items()):
+            if not path.is_file() or path.read_bytes() != data:
+                write_bytes(path, data)
+        path, start = folder / "environment.json", {**environment(), "world_size": world_size, "device": device}
+        starts = read_record(path)
+        write_record(path, [*(starts if isinstance(starts, list) else []), start])
         if checkpoint and checkpoint.resolve().parent == (folder / "checkpoints").resolve():
             write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")  # later checkpoints are given up
-        (folder / STOPPED).unlink(missing_ok=True)
+        with contextlib.suppress(IsADirectoryError):
+            (folder / STOPPED).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}") from error
     return lock
@@ -202,12 +211,8 @@ def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) 
     checkpoint, now = find(folder), datetime.now(UTC).isoformat(timespec="seconds")
     marker = {"reason": reason, "time": now, "step": step, "tokens": tokens, "total_steps": total_steps}
     marker["checkpoint"] = str(checkpoint) if checkpoint else None
-    if not folder.exists():
-        return
-    try:
-        write_text(folder / STOPPED, json.dumps(marker, indent=1) + "\n")
-    except OSError as error:
-        log.warning("%s: %s", folder / STOPPED, error.strerror)
+    if folder.exists():
+        write_record(folder / STOPPED, marker)
 
 
 def environment() -> dict[str, Any]:
@@ -238,7 +243,7 @@ def _take_lock(file: TextIO, folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        holder = (folder / ".lock").read_text(encoding="utf-8").strip()
+        holder = printable((folder / ".lock").read_text(encoding="utf-8", errors="replace").strip())
         raise UserError(
             f"run.dir={folder}: another training ({holder}) is writing there; choose another run.name or stop it first"
         ) from error
@@ -253,8 +258,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not values or not isinstance(values, dict):  # an empty one would pass for a new run
+    # an empty one would pass for a new run
+    if not values or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: not the configuration of a run")
     return upgrade(values)

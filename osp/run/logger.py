@@ -5,6 +5,7 @@ disk.
 """
 
 import logging
+import re
 import secrets
 import sys
 import threading
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from osp.config import Config, LoggerConfig, WandbMode, to_dict
 from osp.errors import UserError
-from osp.files import LineWriter, drop_after, printable
+from osp.files import LineWriter, drop_after, printable, write_text
 from osp.run.evaluations import replace_nonfinite
 from osp.run.metrics import build_workspace, layer_grids
 
@@ -104,14 +105,12 @@ class WandB:
         with self._guard():
             import wandb
 
-            id_file = folder / "wandb_run_id"
-            known = id_file.read_text().strip() if resumed and id_file.exists() else ""
-            run_id = known or secrets.token_hex(4)
+            run_id = (resumed and wandb_run_id(folder)) or secrets.token_hex(4)
             about = {"project": options.project, "entity": options.entity, "name": config.run.name, "id": run_id}
             about |= {"dir": str(folder), "resume": "allow", "mode": mode}
             settings = wandb.Settings(silent=True, console="off", init_timeout=60)
             self._run = wandb.init(**about, config=to_dict(config), settings=settings)
-            id_file.write_text(run_id + "\n")
+            write_text(folder / "wandb_run_id", run_id + "\n")
             for kind in ("train", "val", "quant", "checkpoint", "monitor", "heatmap"):
                 self._run.define_metric(f"{kind}/*", step_metric="step")
             if mode == "online" and not resumed:
@@ -157,6 +156,15 @@ class WandB:
         except Exception as error:  # errors of W&B, the network or the file system
             log.warning("W&B is off from here on, training goes on: %s: %s", type(error).__name__, error)
             self._run = None
+
+
+def wandb_run_id(folder: Path) -> str | None:
+    """Return the id of the W&B run that belongs to a run folder; None without one, or if the file is damaged."""
+    try:
+        text = (folder / "wandb_run_id").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return text if re.fullmatch(r"[\w-]{1,128}", text, re.ASCII) else None
 
 
 def _add_panels(run: Any) -> None:

@@ -1,6 +1,5 @@
 """Guards between the gradient and the update: values that are not finite, and spikes of the loss or gradient norm."""
 
-import json
 import math
 import statistics
 from collections import deque
@@ -13,7 +12,7 @@ from torch import Tensor
 from osp.config import Config
 from osp.data.loader import Loader, data_step
 from osp.distributed import gather_objects
-from osp.files import write_text
+from osp.files import write_record
 
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
 _LEAST_DEVIATION = 0.01  # of the median: what varies less than that is no spike
@@ -98,7 +97,7 @@ class StepGuard:
         if self.report:
             gradients = {name: str(norm) for name, norm in largest.items()}
             report = {"step": step + 1, "loss": str(loss), "rows": rows, "gradients": gradients}
-            write_text(self.report, json.dumps(report, indent=1) + "\n")
+            write_record(self.report, report)
         what = "the loss is not finite" if rows else f"the gradient is not finite though the loss is {loss:.4f}"
         where = f" in sequences {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the training data" if rows else ""
         gradients = ", ".join(f"{name} {norm:.3g}" for name, norm in list(largest.items())[:3])

@@ -26,12 +26,13 @@ from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import build_model, meta_model, parameter_shapes
 from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
-from osp.run.folder import begin, check_disk, open_run, recorded_steps, seconds_to_write
+from osp.run.folder import Found, begin, check_disk, open_run, recorded_steps, seconds_to_write
 from osp.run.logger import Logger, check_wandb
 from osp.run.read import differences
 from osp.train.engine import Engine
 from osp.train.resolve import Resolved, resolve
 from osp.train.trainer import Trainer
+from osp.train.validate import stored_summary
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,21 @@ INITIAL += ("norm.init", "norm.alpha", "norm.lam")
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
+class CompleteRun(Exception):  # noqa: N818 - no error
+    """The run in the folder was complete before; its closing summary."""
+
+
 def train(config: Config) -> None:
     """Run or continue the training that `config` describes. Collective: every rank calls it.
 
     Raises `UserError` only before the first step, `RunError` if the run cannot go on, `StoppedError` after a signal.
     """
-    trainer = setup(config)
+    try:
+        trainer = setup(config)
+    except CompleteRun as complete:
+        if is_main():
+            log.info("this run is complete\n%s", complete)
+        return
     # listen until all is closed: a launcher may pass a signal on after the run has ended
     with trainer.stop.listen():
         try:
@@ -92,12 +102,15 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         elif is_main():
             log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", device)
     wandb_mode: WandbMode = on_main(lambda: check_wandb(config.logger))
-    folder, resumable = on_main(lambda: open_run(config))
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
-    checkpoint = first_whole(resumable)
+    found: Found = on_main(lambda: open_run(config))
+    folder, checkpoint = found.folder, first_whole(found.resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
         check_length(given, checkpoint)
+    complete = checkpoint and checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints
+    if complete and (summary := on_main(lambda: stored_summary(folder))):  # needs neither text nor room on the disk
+        raise CompleteRun(summary)
+    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     if is_main() and (warning := bound_warning(config.model)):
         log.warning(warning)
     if not config.tokenizer.train:  # known before any text is read
@@ -128,7 +141,7 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     before, tokenizer = checkpoint.folder if checkpoint else None, shards / "tokenizer.json"
     lock = on_main(
         lambda: begin(
-            folder, resolved.config, checkpoint=before, tokenizer=tokenizer, world_size=world_size, device=str(device)
+            found, resolved.config, checkpoint=before, tokenizer=tokenizer, world_size=world_size, device=str(device)
         )
     )
     _warn_of_slow_saves(folder, engine)

@@ -4,7 +4,6 @@ A *boundary* is the state between two optimizer steps: the only state that is sa
 run ends on a boundary; a step in progress is discarded and taken again from its first sequence.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -19,13 +18,13 @@ from osp.data.manifest import content
 from osp.device import peak_tflops_of
 from osp.distributed import Peers, add_up, gather_objects
 from osp.errors import LostRankError, RunError, StoppedError
-from osp.files import write_text
+from osp.files import write_record
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer, flops_per_token, parameter_shapes
 from osp.monitor.monitor import Monitor
 from osp.run.checkpoint import Checkpoint, Saved, Saver, load
 from osp.run.folder import RunLock, end, environment
-from osp.run.logger import Logger
+from osp.run.logger import Logger, wandb_run_id
 from osp.train.engine import Engine
 from osp.train.guards import StepGuard
 from osp.train.resolve import Resolved
@@ -103,8 +102,6 @@ class Trainer:
         """Train to the end, and leave stopped.json, which says why the run ended. Raises `StoppedError` on a signal."""
         if self.logger:
             self.logger.say(describe_start(self.resolved, self.engine, self.shards, self.peak_tflops))
-            if self.step == self.total_steps:
-                self.logger.say("this run is complete")
         first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
             monitor = self.build_monitor()
@@ -197,7 +194,7 @@ class Trainer:
         """Begin a checkpoint of this boundary; training goes on while it is written."""
         if self.saver.busy:
             self._log_save(self.saver.finish())
-        config, run_id = self.config, self.folder / "wandb_run_id"
+        config = self.config
         manifest = {
             "step": self.step,
             "tokens": self.tokens,
@@ -213,7 +210,7 @@ class Trainer:
                 "content": content(self.loader.rows.manifest),
             },
             **self.guard.state_dict(),
-            "wandb_run_id": run_id.read_text().strip() if run_id.exists() else None,
+            "wandb_run_id": wandb_run_id(self.folder),
             "environment": self._environment,
             "world_size": self.engine.world_size,
             "zero_stage": config.engine.zero_stage,
@@ -362,17 +359,12 @@ class Trainer:
             )
 
     def _conclude(self, first: int) -> None:
-        """Write and print the closing summary; a run that was complete already prints the stored one. Collective."""
-        path = self.folder / "summary.json"
-        if first == self.total_steps and path.exists():
-            summary = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            figures = {"tokens_per_second": self._speed(first), "train_seconds": self.train_seconds}
-            summary = {"steps": self.step, "tokens": self.tokens, **self.validator.validated[1], **figures}
-            summary |= self.validator.compare_and_sample()
-            if self.logger:
-                write_text(path, json.dumps(summary, indent=1) + "\n")
+        """Write and print the closing summary. Collective."""
+        figures = {"tokens_per_second": self._speed(first), "train_seconds": self.train_seconds}
+        summary = {"steps": self.step, "tokens": self.tokens, **self.validator.validated[1], **figures}
+        summary |= self.validator.compare_and_sample()
         if self.logger:
+            write_record(self.folder / "summary.json", summary)
             self.logger.end_progress()
             self.logger.say(describe_summary(summary, self.folder))
 

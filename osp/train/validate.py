@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jinja2 import UndefinedError
 
 from osp.config import Config
 from osp.data.loader import Batch, validation_batches
@@ -18,6 +19,7 @@ from osp.errors import RunError
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
 from osp.evaluation.texts import held_out
+from osp.files import read_record
 from osp.model.generate import Sampling, generate
 from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
 from osp.optim.groups import describe_groups
@@ -170,6 +172,14 @@ def describe_start(resolved: Resolved, engine: Engine, shards: Path, tflops: flo
         f"{config.train.tokens_per_step:,} tokens from {shards}\n{describe_groups(engine.groups)}"
     )
     return f"{text}\nMFU is measured against {tflops:g} TFLOP/s per rank" if tflops else text
+
+
+def stored_summary(folder: Path) -> str | None:
+    """Return the text of a complete run's summary.json; None if it is missing or damaged."""
+    try:
+        return describe_summary(read_record(folder / "summary.json") or {}, folder)
+    except (TypeError, ValueError, AttributeError, UndefinedError):
+        return None
 
 
 def describe_summary(summary: dict[str, Any], folder: Path) -> str:

@@ -1,7 +1,9 @@
 """The run folder between two starts: locking, resuming, damaged checkpoints, full disks."""
 
+import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import threading
 from collections import namedtuple
@@ -14,7 +16,8 @@ import pytest
 from osp.config import Config
 from osp.errors import RunError, UserError
 from osp.run import checkpoint as checkpoint_module
-from osp.run.folder import RunLock, check_disk
+from osp.run.checkpoint import Checkpoint, find
+from osp.run.folder import Found, RunLock, check_disk, open_run
 from osp.train.setup import train
 from osp.train.trainer import Trainer
 from tests.conftest import losses, read_metrics
@@ -168,6 +171,112 @@ def test_removed_checkpoints_are_written_again(tiny: Tiny, tmp_path: Path, monke
     train(tiny("checkpoint.every=2"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000006"]
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("tokenizer", [b"", b"{", b'{"version": "1.0"}'])
+def test_damaged_tokenizer_is_written_again(tokenizer: bytes, tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    """As after a power failure, when a file was created and its content was not on disk yet."""
+    shutil.copytree(plain_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000003\n")
+    (tmp_path / "run" / "tokenizer.json").write_bytes(tokenizer)
+    train(tiny())
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (plain_run / "tokenizer.json").read_bytes()
+    assert losses(tmp_path / "run") == losses(plain_run)
+
+
+def test_damaged_records_do_not_stop_a_start(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = tiny("monitor.enabled=true", "monitor.tokens=64", 'monitor.statistics=["kurtosis"]')
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, stop_at=3)))
+    lines = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b"\xff" + lines[1:])
+    (folder / "environment.json").write_text('{"time": 3}')
+    (folder / "wandb_run_id").write_bytes(b"\xff\xfe")
+    for name in ("stopped.json", "probes.jsonl", "events.jsonl", "summary.json", "nonfinite.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+    train(config)
+    assert losses(folder)[-3:] == losses(plain_run)[-3:]
+    assert json.loads((folder / "environment.json").read_text())[0]["world_size"] == 1
+    found = find(folder)
+    assert found is not None
+    assert Checkpoint(found).manifest["wandb_run_id"] is None
+
+
+@pytest.mark.parametrize("summary", ["", "{", "[]", '{"steps": 6}', '{"steps": "six"}'])
+def test_damaged_summary_is_written_again(summary: str, tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(summary)
+    train(tiny())
+    written, before = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", plain_run))
+    assert written.keys() == before.keys()
+    assert written["val/loss"] == before["val/loss"]
+
+
+def test_complete_run_needs_no_text_and_no_room(
+    tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 1000, 0))
+    monkeypatch.setattr("osp.files.write_bytes", full)
+    monkeypatch.setattr("osp.train.setup.start_preparing", lambda *_, **__: pytest.fail("the text is not needed"))
+    caplog.set_level("INFO")
+    train(tiny())
+    (message,) = [record.getMessage() for record in caplog.records if "this run is complete" in record.getMessage()]
+    assert "trained             6 steps, 1,536 tokens" in message
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"report.html"}
+
+
+def test_start_that_looked_before_another_training_is_refused(
+    tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def look_early(config: Config) -> Found:
+        found = open_run(config)
+        shutil.copytree(plain_run, folder)  # the other training begins and ends
+        return found
+
+    monkeypatch.setattr("osp.train.setup.open_run", look_early)
+    with pytest.raises(UserError, match=r"run.dir=.*: another training has written there meanwhile; start again"):
+        train(tiny())
+    assert losses(folder) == losses(plain_run)
+    monkeypatch.undo()
+    train(tiny())
+    assert len(losses(folder)) == 6
+
+
+def test_lines_are_on_disk_before_the_checkpoint_that_follows_them(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def record_name(file: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", record_name)
+    train(tiny("train.steps=1"))
+    manifest, lines = flushed.index("manifest.json.tmp"), [flushed.index(f"{n}.jsonl") for n in ("metrics", "events")]
+    assert max(lines) < manifest
+
+
+def test_lock_of_a_foreign_folder_names_no_other_folder(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.tmp"
+    outside.mkdir()
+    (tmp_path / "run" / "checkpoints" / ".step_1.x").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").write_text("x/../../../outside")
+    RunLock(tmp_path / "run").release()
+    assert outside.exists()
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, *, at_step: int) -> None:
