@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from osp.device import choose_device, local_ranks
 from osp.errors import RunError, UserError
+from osp.files import printable
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def my_share(batches: Sequence[T], *, what: str, progress: bool) -> Iterator[tup
     """Yield (number, batch) of this rank's share; with `progress`, rank 0 shows a progress bar."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     numbers = range(rank, len(batches), world_size)
-    for number in tqdm(numbers, desc=what, unit="batch", leave=False, disable=not progress or rank > 0):
+    for number in tqdm(numbers, desc=printable(what), unit="batch", leave=False, disable=not progress or rank > 0):
         yield number, batches[number]
 
 

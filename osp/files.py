@@ -84,8 +84,13 @@ def read_record(path: Path) -> Any | None:
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Replace a file and flush it to disk, so that a reader, or a crash, sees all of `data` or none of it.
 
-    Never writes through a link: one at `path` is replaced, one at the place of the temporary file is removed.
+    Never writes through a link: one at `path` is replaced, one at the place of the temporary file is removed. A device
+    or pipe, such as /dev/stdout, is written to.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb", buffering=0) as file:
+            file.write(data)
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)

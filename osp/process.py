@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from osp.files import printable
+
 # What a launcher, a terminal or a scheduler sends to end a job: by request, on a lost connection, before a limit
 STOP_SIGNALS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
@@ -38,10 +40,19 @@ class _Console(io.FileIO):
             sys.exit(1)
 
 
-def protect_console(*, result: bool = False) -> None:
+class _Printable(io.TextIOWrapper):
+    """A stream for people: it shows the control characters of foreign text, which a terminal would obey."""
+
+    def write(self, text: str, /) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
+def protect_console(*, result: bool = False, exact: bool = False) -> None:
     """Let no failed write to standard output and error end this process, but for a `result` on standard output.
 
-    A closed descriptor is opened on /dev/null. The next file would get its number, and the messages of C++ libraries.
+    Standard output shows the control characters of foreign text; an `exact` text in a file or pipe keeps them. A closed
+    descriptor is opened on /dev/null: the next file would get its number, and the messages of C++ libraries.
     """
     for descriptor in range(3):
         try:
@@ -54,7 +65,9 @@ def protect_console(*, result: bool = False) -> None:
             before.flush()
         buffer = io.BufferedWriter(_Console(descriptor, is_result=result and name == "stdout"))
         encoding, by_line = (before.encoding, before.line_buffering) if before else ("utf-8", True)
-        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=by_line))
+        plain = name == "stderr" or (exact and not buffer.isatty())  # a progress bar moves the cursor
+        wrapper = io.TextIOWrapper if plain else _Printable
+        setattr(sys, name, wrapper(buffer, encoding, "backslashreplace", line_buffering=by_line))
 
 
 def has_ended(process: psutil.Process) -> bool:

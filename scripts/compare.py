@@ -17,9 +17,9 @@ def main(values: dict[str, Any]) -> None:
 
     try:
         record = compare(config)
+        store_record(record, config.out)
         if is_main():
             print(markdown(record.models), end="")
-        store_record(record, config.out)
     finally:
         shutdown()
 

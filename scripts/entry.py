@@ -59,7 +59,7 @@ def launch(
     sys.path[:] = [folder for folder in sys.path if folder != SCRIPTS]
     prints_result = config_name not in ("train", "verify_resume")
     closed = prints_result and sys.stdout is None
-    protect_console(result=prints_result and not closed)
+    protect_console(result=prints_result and not closed, exact=config_name == "generate")
     LAUNCHER.watch()
     status = 0
     try:
@@ -106,7 +106,7 @@ def run(
     # the deepspeed launcher inserts --local_rank=N before the overrides; LOCAL_RANK has the same value
     sys.argv[1:] = _without_local_rank(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
-    ConfigStore.instance().store(name="defaults", node=defaults)
+    store_defaults(defaults)
     debug = any(argument in ("debug=true", "+debug=true") for argument in sys.argv)
 
     try:
@@ -237,6 +237,14 @@ def _quoted(argument: str) -> str:
     return f'{key}="{value}"'
 
 
+def store_defaults(defaults: dict[str, Any]) -> None:
+    """Make all keys with their default values known to Hydra as the configuration `defaults`."""
+    node = OmegaConf.create(defaults)
+    if OmegaConf.select(node, "monitor.alerts") is not None:
+        OmegaConf.set_struct(node.monitor.alerts, False)  # a table whose keys are free
+    ConfigStore.instance().store(name="defaults", node=node)
+
+
 def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the resolved configuration of the command line in a list; an empty list after Hydra's --help or --cfg.
 
@@ -248,7 +256,7 @@ def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
     try:
         with contextlib.redirect_stderr(errors):
             options = get_args_parser().parse_args()
-            values = _composed(options, config_name)
+            values = _composed(options, config_name, defaults)
     except SystemExit as stop:  # from argparse, which also prints its usage
         if stop.code != 2:
             raise
@@ -264,11 +272,11 @@ def _compose(config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
         raise
     except Exception as error:  # the parser raises plain exceptions too, e.g. for `norm=null`
         raise UserError(_explained(error, defaults)) from error
-    sys.stderr.write(errors.getvalue())
+    sys.stderr.write(printable(errors.getvalue()))
     return values
 
 
-def _composed(options: argparse.Namespace, config_name: str) -> list[dict[str, Any]]:
+def _composed(options: argparse.Namespace, config_name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """Do what `hydra.main` does, without Hydra's jobs: nothing that a configuration says is run or imported."""
     if options.experimental_rerun:
         raise UserError("--experimental-rerun reads a pickle, which may run any code; repeat the command instead")
@@ -276,6 +284,10 @@ def _composed(options: argparse.Namespace, config_name: str) -> list[dict[str, A
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(print)()
         return []
     overrides = [argument for argument in options.overrides if argument.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    for key in (argument.removesuffix("={}") for argument in options.overrides if argument.endswith("={}")):
+        if table := OmegaConf.select(OmegaConf.create(defaults), key.lstrip("+")):
+            entries = " ".join(f"~{key}.{entry}" for entry in table)
+            raise UserError(f"{key}={{}} changes nothing, because tables are merged; remove its entries: {entries}")
     if overrides:
         raise UserError(f"{overrides[0]}: keys of Hydra itself are fixed; leave it out (--config-dir names a folder)")
     folder = os.path.join(SCRIPTS, options.config_path or CONFIGS)
@@ -312,7 +324,7 @@ OmegaConf.register_new_resolver("oc.env", _refuse_variable, replace=True)
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the configuration that `scripts/train.py OVERRIDES` trains. Raises `UserError` if it does not compose."""
     defaults = to_dict(Config())
-    ConfigStore.instance().store(name="defaults", node=defaults)
+    store_defaults(defaults)
     try:
         with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
             return _plain(hydra.compose("train", overrides=list(overrides)))

@@ -10,6 +10,7 @@ from entry import launch
 
 from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
+from osp.files import write_text
 from osp.plan.config import PlanConfig
 from osp.schema import build
 
@@ -29,7 +30,7 @@ def main(values: dict[str, Any]) -> None:
     plan = make_plan(config, options)
     if options.out is not None:
         try:
-            Path(options.out).write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
+            write_text(Path(options.out), json.dumps(to_json(plan), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"out={options.out}: cannot write there: {error.strerror or error}") from error
     print(describe(plan))

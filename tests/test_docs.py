@@ -19,7 +19,6 @@ import entry
 import hydra
 import make_reference
 import pytest
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from osp.config import AT_TOP, Config, from_dict, leaves, to_dict
@@ -112,7 +111,7 @@ def composed() -> Iterator[Callable[[Script, list[str]], dict[str, Any]]]:
     """Return a function that composes the overrides of a script as `entry.run` does."""
 
     def compose(script: Script, overrides: list[str]) -> dict[str, Any]:
-        ConfigStore.instance().store(name="defaults", node=script.defaults)
+        entry.store_defaults(script.defaults)
         values = OmegaConf.to_container(hydra.compose(script.config_name, overrides=overrides), resolve=True)
         assert isinstance(values, dict)
         return {str(key): value for key, value in values.items()}

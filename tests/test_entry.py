@@ -95,6 +95,12 @@ def test_text_is_taken_as_it_was_typed(name: str, monkeypatch: pytest.MonkeyPatc
     assert config.train.steps == 50
 
 
+def test_alert_for_another_statistic_needs_no_plus(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = composed(monkeypatch, "monitor.alerts.rms.all.above=3", "~monitor.alerts.kurtosis").monitor.alerts
+    assert rules["rms"]["all"].above == 3
+    assert "kurtosis" not in rules
+
+
 def test_paths_may_begin_with_a_tilde_and_hold_equals_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     arguments = ("run.dir=~/runs/${run.name}", "data.paths=[~/a,date=2024-01-01/b,2024,c d]", "resume=~/x")

@@ -132,6 +132,11 @@ COMMAND_LINE = [
     ("--config-dir=/nowhere", r"Additional config directory '/nowhere' not found"),
     ("--foo", r"unrecognized arguments: --foo; keys are written KEY=VALUE, see --help"),
     ("--steps=5", r"there is no option --steps; write train.steps=5"),
+    (
+        "monitor.alerts.R_L={}",
+        r"monitor.alerts.R_L={} changes nothing, because .* are merged; remove its entries: ~monitor.alerts.R_L.all",
+    ),
+    ("monitor.alerts.median.all.above=3", r"unknown key 'monitor.alerts.median'; it must be 'kurtosis'"),
     ("hydra.run.dir=x", r"hydra.run.dir=x: keys of Hydra itself are fixed"),
     ("+hydra.callbacks.x._target_=os.getcwd", r"callbacks.x._target_=os.getcwd: keys of Hydra itself are fixed"),
     ("hydra/job_logging=default", r"hydra/job_logging=default: keys of Hydra itself are fixed"),
@@ -667,6 +672,12 @@ def test_run_folder_of_another_configuration(error_of: Callable[..., str], tiny:
     assert re.search(
         r"holds a run with another configuration \(model.hidden_size: 32 -> 64\); choose another run", line
     )
+
+
+def test_run_folder_that_is_a_link_to_nothing(error_of: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    line = error_of("run.dir=link", "logger.wandb=disabled")
+    assert line == "error: run.dir=link is a link to nowhere, which does not exist; make that folder"
 
 
 def test_not_enough_disk_for_a_checkpoint(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

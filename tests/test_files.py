@@ -107,3 +107,16 @@ def test_a_new_folder_removes_what_a_killed_process_left(tmp_path: Path) -> None
 def test_printable_leaves_nothing_for_a_terminal_to_obey() -> None:
     assert printable("naïve 北京\tcafé Ω\n") == "naïve 北京\tcafé Ω\n"
     assert printable("\x1b]0;title\x07\r\x9b2J\u202e\udce8") == r"\x1b]0;title\x07\r\x9b2J\u202e\udce8"
+
+
+def test_a_device_or_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    """As root, replacing /dev/null would break the machine."""
+    read, write = os.pipe()
+    (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{write}")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("stdout", "null"):
+        write_text(tmp_path / name, "text")
+        assert (tmp_path / name).is_symlink()
+    assert os.read(read, 10) == b"text"
+    os.close(read)
+    os.close(write)

@@ -133,3 +133,33 @@ def test_rank_ends_with_its_launcher(variables: dict[str, str], expected: str) -
     os.close(ready)
     os.close(tell)
     assert process.communicate(timeout=60)[0] == expected
+
+
+CONTROLS = "\x1b]0;title\x07\r\x9b31m\ttab\n"
+SHOWN = b"\\x1b]0;title\\x07\\r\\x9b31m\ttab\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "terminal", "expected"),
+    [
+        ("evaluate", False, SHOWN),
+        ("generate", True, SHOWN.replace(b"\n", b"\r\n")),  # by the terminal
+        ("generate", False, CONTROLS.encode()),
+    ],
+)
+def test_control_characters_of_foreign_text_are_shown(
+    script: str, terminal: bool, expected: bytes, tmp_path: Path
+) -> None:
+    """The text of generate.py in a file or pipe has every byte."""
+    read, write = pty.openpty() if terminal else os.pipe()
+    program = f"import entry\nentry._compose = lambda *_: [{{}}]\nentry.launch(lambda _: print({CONTROLS!r}, end=''), "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}{script!r})"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "PYTHONUTF8": "1"},
+        stdout=write,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert os.read(read, 1000) == expected
+    os.close(read)
+    os.close(write)

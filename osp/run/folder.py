@@ -103,6 +103,8 @@ def open_run(config: Config) -> Found:
     before, lock = _read_config(folder), folder / ".lock"
     if config.resume is True:
         raise UserError("resume=true; write resume=auto, resume=false or the path of a run or checkpoint")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"run.dir={folder} is a link to {os.readlink(folder)}, which does not exist; make that folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; choose another run.name or run.dir")
     if before:

@@ -5,6 +5,7 @@ disk.
 """
 
 import logging
+import os
 import re
 import secrets
 import sys
@@ -179,7 +180,13 @@ def _add_panels(run: Any) -> None:
 
 
 def check_wandb(config: LoggerConfig) -> WandbMode:
-    """Return `config.wandb`, or offline if W&B does not answer. Raises `UserError` for online without a key."""
+    """Return `config.wandb`, or offline if W&B does not answer. Raises `UserError` for online without a key.
+
+    W&B's variables disable it, unless the mode is on the command line.
+    """
+    switched_off = os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("WANDB_DISABLED") in ("true", "1")
+    if switched_off and not any(argument.startswith("logger.wandb=") for argument in sys.argv):
+        return "disabled"
     if config.wandb != "online":
         return config.wandb
     try:

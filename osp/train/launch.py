@@ -11,6 +11,7 @@ import yaml
 
 from osp.config import Config, to_dict
 from osp.errors import RunError, UserError
+from osp.files import write_text
 
 SECONDS_TO_END = 60.0  # for a child that is asked to end
 
@@ -27,7 +28,7 @@ def training_command(config: Config, *, script: Path, ranks: int, path: Path) ->
 
     script: scripts/train.py. One rank is started by python, several by torchrun.
     """
-    path.write_text(yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [
         sys.executable, *launcher, str(script), "--config-path", str(path.parent.resolve()), "--config-name", path.stem
@@ -43,7 +44,8 @@ class Process(subprocess.Popen[bytes]):
     def __init__(self, command: Sequence[str], output: Path, *, environment: Mapping[str, str] | None = None):
         self.output = output
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHED} | dict(environment or {})
-        with output.open("w", encoding="utf-8") as file:
+        output.unlink(missing_ok=True)
+        with output.open("x", encoding="utf-8") as file:
             super().__init__(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
             )
