@@ -20,7 +20,7 @@ SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "mo
 NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
 # Defaults of keys younger than 0.1.0: with these a training keeps the name of its folder.
 LATER = {"model.init": "normal", "optimizer.gain_decay": None}
-LATER |= {"norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
+LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Encoder:
     def _pieces(self, text: str) -> Iterator[str]:
         for number, piece in enumerate(cut(text)):
             # a tokenizer that puts a space in front of every text adds the one that begins this piece
-            yield piece[1:] if number and piece[0] == " " and self._inserted(" ") else piece
+            yield piece[1:] if number and len(piece) > 1 and piece[0] == " " and self._inserted(" ") else piece
 
     def _encode(self, texts: list[str], first: int) -> list[Ids]:
         with tokenizer_errors(f"{self.name} fails in documents {first} to {first + len(texts) - 1}"):

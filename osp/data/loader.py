@@ -31,7 +31,6 @@ from osp.files import is_locked
 PREFETCH_STEPS = 2
 POLL_SECONDS = 0.5
 CHECKED_TOKENS = 2**24  # of the first shard when a run starts; every sequence is checked when it is read
-HASHED_BYTES = 2**24  # between two looks at `Shards.stop`
 CLOSE_SECONDS = 2  # limit for a read in progress: a file system that hangs must not keep a failed run alive
 GRACE_SECONDS = 20  # a preparation without the lock for this time has died
 
@@ -59,7 +58,6 @@ class Shards:
         self.folder = Path(folder)
         self.split: SplitName = split
         self.tokens: list[Array] = []  # of each shard, uint16 or uint32 (tokens,)
-        self.stop = threading.Event()  # ends a wait for shards, and a check
         self._checked: set[int] = set()
         self.reload()
         check_files(self.folder, self.manifest)
@@ -81,12 +79,7 @@ class Shards:
         if path.exists() and path.stat().st_size != len(data):  # reading beyond the end would kill the process
             raise damaged(self.folder, f"shard {path} was cut short")
         if shard not in self._checked:
-            digest = hashlib.sha256()
-            for first in range(0, len(data), HASHED_BYTES):
-                if self.stop.is_set():
-                    raise RuntimeError("the loader was closed")
-                digest.update(data[first : first + HASHED_BYTES])
-            if digest.hexdigest() != entry.sha256:
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise damaged(self.folder, f"shard {path} is damaged, its SHA-256 differs from the manifest's")
             self._checked.add(shard)
 
@@ -108,6 +101,7 @@ class Rows(Shards):
     def __init__(self, folder: str | Path, *, seq_len: int, seed: int, expected: Sequence[str] = ()) -> None:
         super().__init__(folder, "train")
         self.seq_len, self.seed, self.expected = seq_len, seed, expected
+        self.stop = threading.Event()  # ends a wait for shards
         if self.rows_per_epoch == 0:
             raise UserError(
                 f"the training split in {folder} has {self.manifest.train.tokens} tokens, fewer than one sequence of "

@@ -29,7 +29,8 @@ def training_command(config: Config, *, script: Path, ranks: int, path: Path) ->
     script: scripts/train.py. One rank is started by python, several by torchrun.
     """
     write_text(path, yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    torchrun = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    launcher = [*torchrun, str(ranks)] if ranks > 1 else []
     return [
         sys.executable, *launcher, str(script), "--config-path", str(path.parent.resolve()), "--config-name", path.stem
     ]  # fmt: skip
