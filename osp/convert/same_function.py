@@ -8,7 +8,6 @@ first of these activations that differs tells where two models diverge.
 import copy
 import dataclasses
 import functools
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
+from osp.files import read_json
 from osp.model.sites import hook_site, site_names
 from osp.model.transformer import Transformer
 from osp.run.folder import environment
@@ -200,11 +200,11 @@ def read_certificate(subject: LanguageModel) -> Certificate | None:
     assert subject.run is not None
     path = subject.run / FILE_NAME
     convert_again = "convert the model again with scripts/convert.py"
+    if not path.exists():
+        raise UserError(f"{subject.run}: a converted model without its {FILE_NAME}; {convert_again}")
     try:
-        certificate = build(Certificate, json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UserError(f"{subject.run}: a converted model without its {FILE_NAME}; {convert_again}") from error
-    except ValueError as error:  # malformed JSON, or other keys than a certificate's
+        certificate = build(Certificate, read_json(path))
+    except UserError as error:  # malformed JSON, or other keys than a certificate's
         raise UserError(f"{path}: not a certificate ({error}); {convert_again}") from error
     if certificate.after.sha256 != subject.sha256():
         raise UserError(f"{path}: belongs to other weights than {subject.folder}; {convert_again}")

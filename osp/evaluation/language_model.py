@@ -95,6 +95,8 @@ def open_model(
             conversion=conversion,
             stop_ids=tuple((conversion or {}).get("stop_ids") or (end,)),
         )
+    if max((subject.bos_id or 0, *subject.stop_ids)) >= subject.model.config.vocab_size:  # of a damaged manifest
+        raise UserError(f"{folder}: the manifest names a token that the model does not have; convert the model again")
     subject.model.to(device).compute_dtype = dtype
     check_finite(subject.model, folder)
     return subject

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from osp.config import CheckpointConfig, from_dict, upgrade
 from osp.errors import UserError
-from osp.files import flush_folder, write_text
+from osp.files import flush_folder, read_json, write_text
 from osp.model.transformer import Transformer, meta_model
 from osp.schema import Count, CountOrZero, build
 
@@ -437,11 +437,11 @@ def whole_parameters(model: nn.Module) -> Iterator[Slice]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint, with every key of `_Manifest` present and of its type."""
     path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder}: no checkpoint, {MANIFEST} is missing")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no checkpoint, {MANIFEST} is missing") from error
-    except ValueError as error:
+        manifest = read_json(path)
+    except UserError as error:
         raise UserError(f"{path}: not a manifest: {error}") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: not a manifest but a {type(manifest).__name__}")
@@ -453,17 +453,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}; take an older checkpoint") from error
     for name in manifest["files"]:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or len(name.encode()) > 255:
             raise UserError(f"{path}: names the file {name!r} outside of its folder")
     return manifest
 
 
 def _latest(folder: Path) -> Path | None:
     """Return the target of the file `latest`, always inside `folder`; None without the file."""
-    try:
-        name = Path((folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()).name
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    path = folder / LATEST
+    if not path.is_file():  # a pipe would be read without end
         return None
+    name = Path(path.read_text(encoding="utf-8", errors="replace").strip()).name[:60]
     return folder / name if name else None
 
 
