@@ -61,7 +61,7 @@ from osp.data.tokenizer import (
     vocab_size,
 )
 from osp.errors import RunError, UserError
-from osp.files import lock, write_atomically
+from osp.files import lock, printable, write_atomically
 from osp.process import STOP_SIGNALS, protect_console
 
 BATCH_CHARACTERS = 1 << 20  # of texts that a thread encodes at a time
@@ -157,7 +157,7 @@ def _background(parent: int) -> None:
     try:
         prepare(data, tokenizer, progress=progress, in_background=True)
     except UserError as error:
-        print(error, file=reply, flush=True)
+        os.write(reply.fileno(), printable(str(error)).encode())  # as the parent decodes it, in any locale
         sys.exit(2)
 
 

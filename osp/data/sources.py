@@ -5,27 +5,46 @@ for everything they need. A document may be empty: preparation leaves empty docu
 """
 
 import contextlib
-import gzip
 import io
-import json
 import logging
 import lzma
+import os
+import re
 import sys
 import sysconfig
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import zstandard
 
 from osp.config import DataConfig, TextConfig
 from osp.data.tokenizer import HUB_TIMEOUT, ask_hub
 from osp.errors import UserError
+from osp.files import parse_json, printable
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+SUFFIXES = ".txt, .md, .py, .jsonl, .ndjson, .json (each also with .gz, .xz or .zst), .parquet"
+FORMAT = re.compile(r"\.(?:parquet$|(?:txt|md|py|jsonl|ndjson|json)(?=$|\.gz$|\.xz$|\.zst$))", re.IGNORECASE)
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
+PIECE = 2**12  # compressed bytes to expand at a time, at most 32,768-fold
+MOST_BYTES = 2**28  # of a record, and of a compressed text
+TOO_LONG = f"longer than {MOST_BYTES >> 20} MiB; split it into several"
+# Files that are together only in a run, shards (the second while they begin), a model, an ablation or a folder of W&B
+OWN = "config.yaml metrics.jsonl, manifest.json tokenizer.json, lock tokenizer.json, config.yaml tokenizer.json, "
+OWN += "config.json tokenizer.json, ablation.json ablation.md, debug-internal.log latest-run"
+OWN_FOLDERS = [set(names.split()) for names in OWN.split(", ")]
 
 logger = logging.getLogger(__name__)
+report_once = cache(logger.info)  # the child of `start_preparing`, whose level is higher, reports nothing again
 
 
 class Source(ABC):
@@ -67,7 +86,7 @@ class PythonStdlib(Source):
 
 
 class TextFiles(Source):
-    """Local files: a .txt, .md or .py file is one document, a record of .jsonl or .parquet is one document."""
+    """Local files: a .txt, .md or .py file is one document, a record of a .json, .jsonl or .parquet file is one."""
 
     def __init__(self, config: TextConfig, key: str = "data") -> None:
         super().__init__(config, key)
@@ -76,20 +95,20 @@ class TextFiles(Source):
         self.label = Path(config.paths[0]).name.split(".")[0]
 
     def documents(self) -> Iterator[str]:
-        for path in list_files(self.config.paths):
+        for path in list_files(self.config.paths, self.config.text_field):
+            kind = FORMAT.findall(path.name)[0].lower()
             try:
-                if known_suffix(path) in TEXT_SUFFIXES:
-                    yield _decode(path.read_bytes(), path, line=1)
-                elif known_suffix(path) == ".parquet":
+                if kind == ".parquet":
                     yield from _parquet_documents(path, self.config.text_field)
+                elif kind in TEXT_SUFFIXES:
+                    yield _text(path)
                 else:
-                    yield from _jsonl_documents(path, self.config.text_field)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+                    yield from _json_documents(path, self.config.text_field)
+            except (EOFError, OSError) as error:
+                raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
     def fingerprint(self) -> Any:
-        stats = [(path, path.stat()) for path in list_files(self.config.paths)]
-        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        return _sizes_and_times(list_files(self.config.paths, self.config.text_field))
 
 
 class HubDataset(Source):
@@ -99,6 +118,9 @@ class HubDataset(Source):
         super().__init__(config, key)
         if not config.dataset:
             raise UserError(f"{key}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
+        if Path(config.dataset).is_file():
+            use = "name its folder, or use data=text data.paths=[FILE]"
+            raise UserError(f"{key}.dataset={config.dataset} is a file; {use}")
         self.label = f"{config.dataset}-{config.subset}" if config.subset else config.dataset
 
     def documents(self) -> Iterator[str]:
@@ -109,21 +131,29 @@ class HubDataset(Source):
         config, dataset, number = self.config, str(self.config.dataset), 0
         name = f"data.dataset={dataset}" + (f" (subset {config.subset})" if config.subset else "")
         try:
-            if not Path(dataset).is_dir():
+            if Path(dataset).is_dir():
+                dataset = os.path.join(os.curdir, dataset)  # a folder called json is not the loader of that name
+            else:
                 with ask_hub(f"{name} cannot be reached"):
                     huggingface_hub.HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
-            stream = datasets.load_dataset(dataset, config.subset, split=config.split, streaming=True)
+            is_dict = Path(dataset, "dataset_dict.json").exists()
+            if is_dict or Path(dataset, "state.json").exists():  # by save_to_disk
+                stream = datasets.load_from_disk(os.path.join(dataset, config.split * is_dict))
+            else:
+                stream = datasets.load_dataset(dataset, config.subset, split=config.split, streaming=True)
             for number, record in enumerate(stream, start=1):
                 is_null = record.get(config.text_field, "") is None
                 yield "" if is_null else _text_of(record, config.text_field, where=f"{name}, record {number}")
         except UserError:
             raise
-        except (OSError, ValueError, DatasetsError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{name}, split {config.split}: cannot be read after record {number}: {reason}") from error
 
     def fingerprint(self) -> Any:
-        return None  # the hub's content is taken to be constant
+        folder = Path(str(self.config.dataset))
+        # the hub's content is taken to be constant
+        return _sizes_and_times(_files_in(folder)[0]) if folder.is_dir() else None
 
 
 class Mixture(Source):
@@ -183,42 +213,82 @@ def make_source(config: TextConfig, key: str = "data") -> Source:
     return SOURCES[config.source](config, key)
 
 
-def known_suffix(path: Path) -> str | None:
-    """Return the suffix that names the format of a file of documents, or None if there is no such format."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+def is_documents(path: Path, text_field: str) -> bool:
+    """Return whether a file of a folder is read: by its name, and .json, which may be anything, by its first record."""
+    if not path.name.lower().endswith(".json"):
+        return bool(FORMAT.search(path.name))
+    try:
+        return next(_json_documents(path, text_field), None) is not None
+    except (OSError, UserError):
+        return False
 
 
-def list_files(paths: tuple[str, ...]) -> list[Path]:
-    """Return the readable files of `data.paths` in order; a folder gives its files recursively, sorted by path."""
-    files, suffixes = [], ", ".join(SUFFIXES)
+def list_files(paths: tuple[str, ...], text_field: str) -> list[Path]:
+    """Return the files of `data.paths` that are read, in order; a folder gives its files sorted by path."""
+    files: list[Path] = []
     for entry in map(Path, paths):
-        if not entry.exists():
+        if not os.path.exists(entry):
             raise UserError(f"data.paths: {entry} does not exist")
-        inside = sorted(path for path in entry.rglob("*") if path.is_file()) if entry.is_dir() else [entry]
-        readable = [path for path in inside if known_suffix(path)]
-        if entry.is_dir() and not readable:
-            raise UserError(f"data.paths: folder {entry} holds no file that ends in {suffixes}")
-        if not readable:
-            raise UserError(f"data.paths: cannot tell the format of {entry}; its name must end in {suffixes}")
-        files += readable
+        if os.path.isdir(entry):
+            every, left_out = _files_in(entry)
+            inside = [path for path in every if is_documents(path, text_field)]
+            left_out.update(path.suffix.lower() or "no suffix" for path in sorted({*every}.difference(inside)))
+            counts = ", ".join(f"{kind} {count}" for kind, count in left_out.most_common(12))
+            if left_out:
+                report_once(printable(f"data.paths: folder {entry}: {left_out.total()} left out: {counts}"))
+            if not inside:
+                raise UserError(f"data.paths: folder {entry} holds no file that ends in {SUFFIXES}")
+            files += inside
+        elif not os.path.isfile(entry):
+            raise UserError(f"data.paths: {entry} is a device, pipe or socket; name a file or a folder")
+        elif not FORMAT.search(entry.name):
+            raise UserError(f"data.paths: cannot tell the format of {entry}; its name must end in {SUFFIXES}")
+        else:
+            files.append(entry)
     return files
 
 
-def _jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
+def _files_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the files below `folder`, sorted by path, without the output of this framework; count what is left out."""
+    files: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder, onerror=lambda _: left_out.update(["unreadable folder"])):
+        if Path(parent) != folder and any(own <= {*folders, *names} for own in OWN_FOLDERS):
+            left_out["folder of a run, shards or model"] += 1
+            folders.clear()
+            continue
+        visible = [Path(parent, name) for name in folders + names if not name.startswith(".")]
+        regular = [path for path in visible if os.path.isfile(path)]
+        left_out["hidden"] += len(folders + names) - len(visible)
+        folders[:] = [path.name for path in visible if os.path.isdir(path) and not path.is_symlink()]
+        left_out["linked folder or device"] += len(visible) - len(regular) - len(folders)
+        files += regular
+    return sorted(files), +left_out
+
+
+def _sizes_and_times(files: list[Path]) -> list[Any]:
+    return [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+
+
+def _json_documents(path: Path, text_field: str) -> Iterator[str]:
     """Yield one document per line. Lines end at "\\n" only: str.splitlines() would also split at U+2028."""
     number = 0
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    record = json.loads(_decode(line, path, line=number))
-                    yield _text_of(record, text_field, where=f"{path}, line {number}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: malformed JSON ({error})") from error
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of gzip or pyarrow
-            raise
-        raise UserError(f"{path}, after line {number}: the archive is damaged or cut short ({error})") from error
+        for number, line in enumerate(_lines(path), start=1):
+            where = f"{path}, line {number}"
+            if len(line) > MOST_BYTES:
+                raise UserError(f"{where}: {TOO_LONG} records")
+            if line.strip():
+                yield _text_of(_parse(_decode(line, path, line=number), where), text_field, where=where)
+    except EOFError as error:
+        raise UserError(f"{path}, after line {number}: {error}") from error
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: malformed JSON ({error}); a line holds one object") from error
 
 
 def _text_of(record: Any, text_field: str, *, where: str) -> str:
@@ -226,7 +296,7 @@ def _text_of(record: Any, text_field: str, *, where: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     if text_field not in record:
-        raise UserError(f"{where}: no field {text_field!r}; set data.text_field to one of {sorted(record)}")
+        raise UserError(f"{where}: no field {text_field!r}; set data.text_field to one of {sorted(record)[:20]}")
     text = record[text_field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
@@ -237,14 +307,53 @@ def _text_of(record: Any, text_field: str, *, where: str) -> str:
     return text
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    """Open a plain or compressed file."""
-    if path.suffix.lower() == ".zst":
-        import pyarrow
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file, decompressed frame by frame; raise `EOFError` if the archive is damaged.
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".jsonl": open}
-    return openers[path.suffix.lower()](path, "rb")
+    The libraries' own readers overlook a missing end (zstandard) or a damaged second frame (lzma).
+    """
+    decompressor = DECOMPRESSORS.get(path.suffix.lower())
+    with path.open("rb") as file:
+        if decompressor is None:
+            yield from iter(partial(file.read, 2**17), b"")
+            return
+        data = file.read(PIECE)
+        try:
+            while data:
+                frame = decompressor()
+                while not frame.eof:
+                    if not (data := data or file.read(PIECE)):
+                        raise EOFError("its end is missing")
+                    yield frame.decompress(data)
+                    data = frame.unused_data
+                while not (data := data.lstrip(b"\0")) and (data := file.read(PIECE)):  # zeros may fill a block
+                    pass
+        except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+            raise EOFError(f"the archive is damaged or cut short ({error})") from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; the last one is only the beginning of a line that is too long."""
+    rest = bytearray()
+    for piece in _pieces(path):
+        lines, end, tail = piece.rpartition(b"\n")
+        if end:
+            yield from io.BytesIO(rest + lines + end)
+            rest = bytearray()
+        rest += tail
+        if len(rest) > MOST_BYTES:
+            break
+    yield bytes(rest)
+
+
+def _text(path: Path) -> str:
+    """Return the text of a .txt, .md or .py file. Only that of a compressed file has a limit: it does not show."""
+    content = bytearray()
+    for piece in _pieces(path):
+        content += piece
+        if len(content) > MOST_BYTES and path.suffix.lower() in DECOMPRESSORS:
+            raise UserError(f"{path}: {TOO_LONG} files")
+    return _decode(content, path, line=1)
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
@@ -253,23 +362,28 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
+        with pyarrow.parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path))) as file:
+            columns = sorted(file.schema_arrow.names)
             if text_field not in columns:
-                raise UserError(f"{path}: no column {text_field!r}; set data.text_field to one of {sorted(columns)}")
+                raise UserError(f"{path}: no column {text_field!r}; set data.text_field to one of {columns[:20]}")
             kind = file.schema_arrow.field(text_field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise UserError(f"{path}: column {text_field!r} holds {kind}, not strings")
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            batches = file.iter_batches(batch_size=32, columns=[text_field])
+            for row, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
+                text = value.as_py() or ""
+                if len(text) > MOST_BYTES:
+                    raise UserError(f"{path}, row {row}: {TOO_LONG} records")
+                yield text
+    except (pyarrow.ArrowException, UnicodeDecodeError, KeyError) as error:  # KeyError: two columns of one name
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _decode(data: bytes, path: Path, *, line: int) -> str:
+def _decode(data: bytes | bytearray, path: Path, *, line: int) -> str:
     """Decode UTF-8. line: the line of the file where `data` begins."""
     try:
-        return data.decode()
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        bad_line = line + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}, line {bad_line}: not UTF-8 (byte 0x{data[error.start]:02x})") from error
+        bad_line = line + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {bad_line}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from error

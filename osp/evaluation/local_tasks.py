@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from osp.errors import UserError
+from osp.files import parse_json
 
 _FILE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
 PAPER_TEN: dict[str, tuple[int, str]] = _FILE["paper_ten"]
@@ -66,8 +67,10 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
     The examples before an item are other items of the file, drawn by (seed, number of the item).
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be read without end
+            raise UserError(f"tasks: {path} is not a file")
         raw = path.read_bytes()
-        lines = raw.decode().split("\n")
+        lines = raw.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"tasks: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -121,15 +124,16 @@ def delimiter(query: str) -> str:
 def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
     """Return (key of `FORMS`, document) of one line, without examples."""
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = parse_json(line)
+        json.dumps(record, ensure_ascii=False).encode()  # raises for halves of surrogate pairs
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     name = next((name for name, form in FORMS.items() if record.keys() >= set(form["fields"])), None)
     if name is None:
         forms = ", or ".join(", ".join(form["fields"]) for form in FORMS.values())
-        raise UserError(f"{where}: fields {sorted(record)}; a line has {forms}")
+        raise UserError(f"{where}: fields {sorted(record)[:20]}; a line has {forms}")
     _check_values(record, FORMS[name]["fields"], where)
     if name == "choices":
         context = record["query"].strip() + delimiter(record["query"])

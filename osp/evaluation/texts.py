@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from osp.config import SourceConfig, from_dict
 from osp.data.loader import Shards
 from osp.data.prepare import prepare
-from osp.data.sources import known_suffix, make_source
+from osp.data.sources import is_documents, make_source
 from osp.data.tokenizer import spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
@@ -47,7 +47,7 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
         lines = _utf8(path).removesuffix("\n").split("\n")
         text = wikitext([line + "\n" for line in lines])
         return encode(WIKITEXT2 if "wiki.test" in path.name else path.stem, [text], subject)
-    if path.is_file() and not known_suffix(path) and name != WIKITEXT2:
+    if path.is_file() and not is_documents(path, text_field) and name != WIKITEXT2:
         return encode(path.name, [_utf8(path)], subject)
     file = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:

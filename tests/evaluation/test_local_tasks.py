@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,9 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 0}\n'
     ("line", "message"),
     [
         ('{"query": ', r"line 2: malformed JSON"),
+        ("[" * 100_000, r"line 2: malformed JSON \(nested too deeply\)"),
+        ('{"context": "c", "answer": "\\ud83d"}', r"line 2: malformed JSON \(.*surrogates not allowed\)"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": ' + "7" * 5000 + "}", r"line 2: gold=inf: must be the number"),
         ('["q"]', r"line 2: expected a JSON object, found list"),
         (
             '{"query": "q", "choices": ["a"], "gold": 0}',
@@ -235,7 +239,10 @@ def test_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
 def test_impossible_tasks_are_refused(tmp_path: Path, llama: LanguageModel) -> None:
     with pytest.raises(UserError, match=r"tasks: cannot read .*nowhere.jsonl: No such file"):
         read_task(tmp_path / "nowhere.jsonl")
-    (tmp_path / "two.jsonl").write_text(GOOD * 2)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"tasks: .*pipe.jsonl is not a file"):
+        read_task(tmp_path / "pipe.jsonl")
+    (tmp_path / "two.jsonl").write_text("\ufeff" + GOOD * 2, encoding="utf-8")
     with pytest.raises(UserError, match=r"two.jsonl has 2 items: too few for num_fewshot=2"):
         read_task(tmp_path / "two.jsonl", num_fewshot=2)
     (tmp_path / "empty.jsonl").write_text("\n")
