@@ -20,11 +20,11 @@ def main(values: dict[str, Any]) -> None:
     try:
         subject = open_subject(config.path, config)
         record = evaluate(subject, config)
-        path = store_record(record, config.out, subject.run, record.name)
-        if is_main():
+        if is_main():  # before it is written, which may fail
             print(results_table(record), end="")
-            if path:
-                print(path)
+        path = store_record(record, config.out, subject.run, record.name)
+        if is_main() and path:
+            print(path)
     finally:
         shutdown()
 

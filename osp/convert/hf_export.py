@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 
 from osp.config import ModelConfig
 from osp.convert.change_norm import change_config
@@ -159,7 +160,10 @@ def write_llama(
     stored = {key if key == HEAD else BODY + key: tensor.to(DTYPES[dtype]).cpu() for key, tensor in tensors.items()}
     # it would print the name of the temporary folder; its logger has the name of its file
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
-    save_torch_state_dict(stored, folder, max_shard_size=shard_bytes)
+    try:
+        save_torch_state_dict(stored, folder, max_shard_size=shard_bytes)
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from error
     for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files
         path.chmod((folder / CONFIG).stat().st_mode)
 

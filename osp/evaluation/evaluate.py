@@ -76,15 +76,15 @@ class Measurement:
         if names and config.bos and subject.bos_id is None:
             raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
         self.subject, self.config = subject, config
-        self.tasks = [read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in _task_files(config)]
+        files = dict(_task_files(config))
+        tasks = {path: read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in files.items()}
         self.texts = [read_text(name, subject, text_field=config.text_field) for name in names]
         self.named = load_named_tasks(_named_tasks(config), include_path=config.lm_eval_dir) if config.lm_eval else {}
-        called = [
-            *(task.name for task in self.tasks),
-            *(name for loaded in self.named.values() for name in loaded["tasks"]),
+        called = [path.stem for path in files] + [name for loaded in self.named.values() for name in loaded["tasks"]]
+        self.tasks = [  # two files of one name are called by their paths
+            task if called.count(path.stem) == 1 else dataclasses.replace(task, name=str(path.with_suffix("")))
+            for path, task in tasks.items()
         ]
-        if twice := next((name for name in called if called.count(name) > 1), None):
-            raise UserError(f"tasks, lm_eval: two tasks are called {twice}; measure one of them, or rename its file")
         trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
         self.seq_len = config.seq_len or min(LONGEST_WINDOW, trained)
         self.windows: dict[str, Any] = {  # arguments of `perplexity`
@@ -228,7 +228,12 @@ def store_record(
     if path and is_main():
         command = json.dumps([record.config, record.quant if isinstance(record, Evaluation) else ""], sort_keys=True)
         incomplete = path.with_name(f"incomplete-{hashlib.sha256(command.encode()).hexdigest()[:12]}.json")
-        write_record(path if finished else incomplete, record)
+        try:
+            write_record(path if finished else incomplete, record)
+        except UserError as error:
+            if finished:
+                raise
+            log.warning("%s; the results so far are not kept", error)
         if finished:
             incomplete.unlink(missing_ok=True)
     return path
@@ -272,4 +277,4 @@ def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
             names = ", ".join(file for _, file in PAPER_TEN.values())
             raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {names}")
         files += present
-    return list(dict.fromkeys(files))
+    return files

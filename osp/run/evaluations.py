@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -164,7 +165,13 @@ def read_evaluation(path: Path) -> Evaluation:
     step, quant = record.model.get("step", ""), record.quant.get("text")  # an older record may lack anything else
     if not (step is None or (type(step) is int and 0 <= step < 2**53)) or not isinstance(quant, str):
         raise UserError(f"{path}: not a record of scripts/evaluate.py; remove it")
-    return record
+    results = [  # a perplexity overflows; the score of a task is not a number
+        replace(result, value=math.nan)
+        if result.value == math.inf and not re.search("perplexity|byte", result.metric)
+        else result
+        for result in record.results
+    ]
+    return replace(record, results=tuple(results))
 
 
 def read_comparison(path: Path) -> ComparisonRecord:

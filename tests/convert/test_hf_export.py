@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -191,6 +192,16 @@ def test_norm_that_a_llama_lacks_is_refused(overrides: list[str], message: str, 
     with pytest.raises(UserError, match=message):
         export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_is_one_line_and_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("osp.convert.hf_export.save_torch_state_dict", full)
+    with pytest.raises(UserError, match=r"out=.*new: cannot write there: .*No space left on device"):
+        export(run, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

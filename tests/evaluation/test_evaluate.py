@@ -111,6 +111,38 @@ def test_results_before_a_failure_are_kept(
     assert read_evaluation(tmp_path / "a.json").results == whole.results
 
 
+def test_disk_that_fills_up_leaves_the_results_on_the_terminal(
+    llama: LanguageModel, config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("osp.files.write_text", full)
+    asked = dataclasses.replace(config, out=str(tmp_path / "a.json"))
+    record = evaluate(llama, asked)
+    assert "No space left on device; the results so far are not kept" in caplog.text
+    assert f"{record.results[1].value:.4f}" in results_table(record)
+    with pytest.raises(UserError, match=r"out=.*a.json: cannot write there: No space left on device"):
+        store_record(record, asked.out)
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_tasks_of_one_name_are_told_apart(llama: LanguageModel, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    files = [tmp_path / language / "quiz.jsonl" for language in ("de", "en")]
+    for path, word in zip(files, ("eins", "one"), strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps({"context": "a b", "continuation": word}) + "\n")
+    asked = EvaluateConfig(tasks=tuple(map(str, files)), progress=False)
+    record = evaluate(llama, asked)
+    assert list(dict.fromkeys(result.what for result in record.results)) == [
+        f"{path.with_suffix('')}[shots=0]" for path in files
+    ]
+    assert [task["name"] for task in record.tasks] == [str(path.with_suffix("")) for path in files]
+    record = evaluate(llama, dataclasses.replace(asked, tasks=asked.tasks[:1] * 2))
+    assert [result.what for result in record.results] == ["quiz[shots=0]"] * 2
+
+
 def test_comparison_is_kept_cell_by_cell(
     llama: LanguageModel, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
