@@ -6,6 +6,10 @@ The real trainer runs on several CPU ranks under torchrun or the deepspeed launc
 ends each start: all ranks at a random moment, startup included; all ranks during a save; or one rank, after which the
 others must end by themselves. The last start finishes. Its weights, optimizer state, losses and data must be
 bit-identical to an uninterrupted run.
+
+    python benchmarks/faults.py --fuzz 5000 --seed 0
+
+reads malformed inputs of eight kinds instead, as tests/test_fuzz.py does with a few of each.
 """
 
 import argparse
@@ -35,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from osp.errors import UserError  # noqa: E402
 from osp.run.checkpoint import Checkpoint, candidates  # noqa: E402
+from tests.fuzzing import KINDS, run_all  # noqa: E402
 
 SECONDS_TO_END = 60.0  # for the remaining ranks after one was killed
 SECONDS_OF_GRACE = 10.0  # for helper processes to end after their ranks
@@ -84,6 +89,7 @@ class Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=24, help="starts that are killed")
+    parser.add_argument("--fuzz", type=int, default=0, help="malformed inputs to read instead of kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2, help="processes of the run")
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="ZeRO stage")
@@ -92,6 +98,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="faults_"))
+    if arguments.fuzz:
+        folder.mkdir(parents=True, exist_ok=True)
+        fuzz(arguments.fuzz, folder / "fuzz", seed=arguments.seed, out=arguments.out)
+        if not arguments.folder:
+            shutil.rmtree(folder)
+        return
     overrides = MODEL | {"train.steps": 6 * arguments.kills, "engine.zero_stage": arguments.stage}
     text = folder / "text"  # a copy: the sources may change meanwhile, and a run notices
     shutil.copytree(ROOT / "osp", text, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -113,6 +125,17 @@ def main() -> None:
         sys.exit(f"the run differs, or processes or folders were left behind; the runs are in {folder}")
     if not arguments.folder:
         shutil.rmtree(folder)
+
+
+def fuzz(number: int, folder: Path, *, seed: int, out: Path | None) -> None:
+    """Read about `number` malformed inputs, as many of each kind, and print how they ended."""
+    began = time.perf_counter()
+    figures = run_all(folder, counts=dict.fromkeys(KINDS, math.ceil(number / len(KINDS))), seed=seed, say=say)
+    print(f"{figures.table()}\n{time.perf_counter() - began:.0f} s")
+    if out:
+        out.write_text(json.dumps(dataclasses.asdict(figures), indent=1) + "\n")
+    if figures.failures:
+        sys.exit(f"{len(figures.failures)} of {figures.inputs} inputs failed; tests/fuzzing.py says how to repeat one")
 
 
 def launcher(name: str, ranks: int) -> list[str]:

@@ -121,13 +121,13 @@ def change_tree(tree: Any, draw: random.Random, payloads: Payloads) -> Any:
         for key in path:
             table = table[key]
         kind = draw.random()
-        if kind < 0.6:
+        if kind < 0.45:
             table[last] = payloads.values(draw)
-        elif kind < 0.7:
+        elif kind < 0.52:
             del table[last]
-        elif kind < 0.8 and isinstance(table, dict):
+        elif kind < 0.6 and isinstance(table, dict):
             table[draw.choice(payloads.texts)] = table.pop(last) if draw.random() < 0.5 else table[last]
-        elif kind < 0.9 and isinstance(table, dict):
+        elif kind < 0.66 and isinstance(table, dict):
             table[draw.choice(["unknown", *payloads.texts])] = payloads.values(draw)
         elif isinstance(table[last], int | float) and not isinstance(table[last], bool):
             table[last] = draw.choice([-1, 0.5, 1000, 1e-3, -1e-3]) * table[last]

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 10  # for an input; a healthy one takes a tenth of a second
 SECONDS_TO_KILL = 60  # for one that never returns to Python
 MEMORY = 3 * 2**30  # beyond what the worker holds before the first input
-HARMLESS = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/", "/usr/", "/lib", "/opt/")  # read by libraries
+WORKER = [sys.executable, "-m", "tests.fuzzing"]
 
 
 class HangError(Exception):
@@ -245,6 +245,8 @@ RUN_FILES = [
 def run_folder(it: Input) -> None:
     """Write the report on a changed run folder alone, beside a healthy one, and read it as the other scripts do."""
     from osp.ablation.execute import last_step
+    from osp.convert.hf_export import export
+    from osp.monitor.inspect import inspect
     from osp.report.page import write_report
     from osp.run.read import read_run
     from osp.run.verdict import judge_run
@@ -252,6 +254,8 @@ def run_folder(it: Input) -> None:
     run = copied(it.healthy.run, it.folder / it.draw.choice(["run", HTML_NAME]))
     change_folder(run, [it.draw.choice(RUN_FILES)] if it.draw.random() < 0.8 else RUN_FILES, it.draw, it.payloads)
     last_step(run / "metrics.jsonl")
+    if it.draw.random() < 0.1:
+        it.draw.choice((inspect, export))(run, out=it.folder / "out")
     page = it.folder / "report.html"
     write_report([run, it.healthy.run] if it.draw.random() < 0.4 else [run], page)
     judge_run(read_run(run))
@@ -555,7 +559,7 @@ def run_all(folder: Path, *, counts: dict[str, int], seed: int, say: Callable[[s
 def _run_some(folder: Path, kind: str, first: int, count: int, seed: int, figures: Figures) -> int:
     """Run inputs of one kind until the worker ends; return the number of the next one."""
     words = ["--kinds", kind, "--first", str(first), "--count", str(count), "--seed", str(seed)]
-    command = [sys.executable, "-m", "tests.fuzzing", str(folder), *words]
+    command = [*WORKER, str(folder), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         process = subprocess.Popen(
