@@ -82,6 +82,8 @@ def load_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of `folder`. Raises `UserError` if it is missing, damaged or inconsistent."""
     path = Path(folder) / FILE_NAME
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")  # a pipe would be read without end
         values = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)") from error
@@ -129,8 +131,10 @@ def same_text(one: Sequence[str], other: Sequence[str]) -> bool:
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raise `UserError` if the tokenizer is another one, or a sealed shard is missing or has the wrong size."""
     try:
+        if not (folder / TOKENIZER_FILE).is_file():
+            raise ValueError("not a file")
         actual = spec_hash((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # missing, no text or no JSON
+    except (OSError, ValueError, RecursionError):  # no file, no text or no JSON
         actual = None
     if actual != manifest.tokenizer_hash:
         raise damaged(folder, f"{folder / TOKENIZER_FILE} is not the tokenizer of the shards beside it")
