@@ -37,7 +37,8 @@ from osp.files import parse_json
 from tests.fuzz_inputs import Payloads, change_file, change_folder, change_tree, copied, dump_json
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 10  # for an input; a healthy one takes a tenth of a second
+SECONDS = 20  # for an input; a healthy one takes a tenth of a second
+INPUTS_OF_A_WORKER = 500
 SECONDS_TO_KILL = 60  # for one that never returns to Python
 MEMORY = 3 * 2**30  # beyond what the worker holds before the first input
 WORKER = [sys.executable, "-m", "tests.fuzzing"]
@@ -503,11 +504,11 @@ def work(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGALRM, hang)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    for kind in arguments.kinds:
-        for number in range(arguments.first, arguments.first + arguments.count):
-            print(json.dumps({"kind": kind, "number": number}), flush=True)
-            outcome, line = worker.run(kind, number)
-            print(json.dumps({"kind": kind, "number": number, "outcome": outcome, "line": line}), flush=True)
+    numbers = range(arguments.first, arguments.first + arguments.count)
+    for kind, number in arguments.inputs or [(kind, number) for kind in arguments.kinds for number in numbers]:
+        print(json.dumps({"kind": kind, "number": number}), flush=True)
+        outcome, line = worker.run(kind, number)
+        print(json.dumps({"kind": kind, "number": number, "outcome": outcome, "line": line}), flush=True)
     os._exit(0)  # as scripts/entry.py does
 
 
@@ -547,41 +548,37 @@ class Figures:
 
 def run_all(folder: Path, *, counts: dict[str, int], seed: int, say: Callable[[str], None] = void) -> Figures:
     """Run `counts[kind]` inputs of each kind in worker processes; `folder` keeps the healthy folders between calls."""
-    figures = Figures()
-    for kind, count in counts.items():
-        first = 0
-        while first < count:
-            first = _run_some(folder, kind, first, count - first, seed, figures)
-        say(f"{kind}: {figures.outcomes.get(kind)}")
+    figures, inputs = Figures(), [(kind, number) for kind, count in counts.items() for number in range(count)]
+    while inputs:
+        entries, status = _run_some(folder, inputs[:INPUTS_OF_A_WORKER], seed)
+        if entries and "outcome" not in entries[-1]:  # this input killed the worker
+            entries[-1] |= {"outcome": "killed", "line": f"status {status}"}
+        elif len(entries) < len(inputs[:INPUTS_OF_A_WORKER]):
+            raise RuntimeError(f"the worker ended with status {status} between inputs; see {folder}.log")
+        for entry in entries:
+            figures.add(entry, seed)
+        del inputs[: len(entries)]
+        say(f"{figures.inputs} of {figures.inputs + len(inputs)} inputs, {len(figures.failures)} failures")
     return figures
 
 
-def _run_some(folder: Path, kind: str, first: int, count: int, seed: int, figures: Figures) -> int:
-    """Run inputs of one kind until the worker ends; return the number of the next one."""
-    words = ["--kinds", kind, "--first", str(first), "--count", str(count), "--seed", str(seed)]
-    command = [*WORKER, str(folder), *words]
+def _run_some(folder: Path, inputs: list[tuple[str, int]], seed: int) -> tuple[list[dict[str, Any]], int]:
+    """Return what a worker printed about each input, up to the last or to one that killed it, and its exit status."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+    command, entries = (
+        [*WORKER, str(folder), "--seed", str(seed), "--inputs", json.dumps(inputs)],
+        list[dict[str, Any]](),
+    )
+    with Path(f"{folder}.log").open("ab") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
         )
-        begun, done = first - 1, first
         assert process.stdout is not None
         for text in process.stdout:
-            if not text.startswith('{"kind"'):
-                continue
-            entry = json.loads(text)
-            begun = entry["number"]
-            if "outcome" in entry:
-                figures.add(entry, seed)
-                done = begun + 1
-        status = process.wait()
-    if begun < first:
-        raise RuntimeError(f"the worker ended with status {status} before its first input; see {log.name}")
-    if done == begun:  # it killed the worker
-        figures.add({"kind": kind, "number": begun, "outcome": "killed", "line": f"status {status}"}, seed)
-        done = begun + 1
-    return done
+            if text.startswith('{"kind"'):
+                entry = json.loads(text)
+                entries[len(entries) - ("outcome" in entry) :] = [entry]
+        return entries, process.wait()
 
 
 def main() -> None:
@@ -591,6 +588,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=10, help="inputs of each kind")
+    parser.add_argument("--inputs", type=json.loads, default=None, help="pairs of kind and number, instead")
     parser.add_argument("--show", action="store_true", help="print tracebacks")
     work(parser.parse_args())
 

@@ -22,11 +22,11 @@ from tests.fuzzing import KINDS, Healthy, Input, Worker, check_page, run_all
 SEED = 0
 INPUTS = {  # slower kinds get fewer
     "configuration": 60,
-    "corpus": 60,
-    "tokenizer": 60,
+    "corpus": 50,
+    "tokenizer": 50,
     "shards": 80,
-    "checkpoint": 80,
-    "model folder": 80,
+    "checkpoint": 60,
+    "model folder": 60,
     "run folder": 40,
     "task": 60,
 }
@@ -39,9 +39,9 @@ def test_malformed_inputs_end_well_or_in_one_line(
     with capsys.disabled():
         print(f"\n{figures.table()}")
     assert figures.failures == [], figures.table()
-    assert figures.inputs == sum(INPUTS.values()) == 520
+    assert figures.inputs == sum(INPUTS.values()) == 460
     assert set(figures.outcomes) == set(KINDS) == set(INPUTS)
-    assert figures.count("accepted") > 50  # what is refused at the first byte tests little
+    assert figures.count("accepted") > 40  # what is refused at the first byte tests little
     assert figures.count("refused") > 200
 
 
@@ -119,8 +119,7 @@ def test_worker_names_what_an_input_did(
 def test_worker_that_dies_is_a_failure_of_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "worker.py").write_text(
         "import json, os, sys\n"
-        "first = int(sys.argv[sys.argv.index('--first') + 1])\n"
-        "for number in range(first, 5):\n"
+        "for _, number in json.loads(sys.argv[-1]):\n"
         "    print(json.dumps({'kind': 'task', 'number': number}), flush=True)\n"
         "    if number == 2: os.abort()\n"
         "    print(json.dumps({'kind': 'task', 'number': number, 'outcome': 'refused', 'line': ''}), flush=True)\n"
