@@ -3,6 +3,7 @@
 Every payload that could run makes the file `Payloads.canary`; `HTML` would add an element to a page.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -108,6 +109,13 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def value_at(tree: Any, place: tuple[Any, ...]) -> Any:
+    """Return the value at one of the `places` of a tree."""
+    for key in place:
+        tree = tree[key]
+    return tree
+
+
 def change_tree(tree: Any, draw: random.Random, payloads: Payloads) -> Any:
     """Change one to three values, keys or tables of a tree of JSON; returns the tree or a new root."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
@@ -117,10 +125,7 @@ def change_tree(tree: Any, draw: random.Random, payloads: Payloads) -> Any:
             continue
         level = draw.choice(sorted({len(path) for path in paths}))  # keys near the root are few
         *path, last = draw.choice([path for path in paths if len(path) == level])
-        table = tree
-        for key in path:
-            table = table[key]
-        kind = draw.random()
+        table, kind = value_at(tree, tuple(path)), draw.random()
         if kind < 0.45:
             table[last] = payloads.values(draw)
         elif kind < 0.52:
@@ -129,8 +134,11 @@ def change_tree(tree: Any, draw: random.Random, payloads: Payloads) -> Any:
             table[draw.choice(payloads.texts)] = table.pop(last) if draw.random() < 0.5 else table[last]
         elif kind < 0.66 and isinstance(table, dict):
             table[draw.choice(["unknown", *payloads.texts])] = payloads.values(draw)
+        elif kind < 0.8:  # a value of this type from another place
+            alike = [value for place in paths if type(value := value_at(tree, place)) is type(table[last])]
+            table[last] = copy.deepcopy(draw.choice(alike))
         elif isinstance(table[last], int | float) and not isinstance(table[last], bool):
-            table[last] = draw.choice([-1, 0.5, 1000, 1e-3, -1e-3]) * table[last]
+            table[last] = draw.choice([-1, 0.5, 2, 3, 1000, 1e-3]) * table[last]
         elif isinstance(table[last], str):
             table[last] = draw.choice([table[last] + "x", table[last][:-1], [table[last]], {table[last]: 1}])
         elif isinstance(table[last], list):

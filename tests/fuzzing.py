@@ -87,7 +87,8 @@ def configuration(it: Input) -> None:
     if kind < 0.5:
         with contextlib.suppress(ValueError):  # not JSON any more
             values = parse_json(dump_json(change_tree(values, it.draw, it.payloads)))
-        describe(make_plan(from_dict(values), PlanConfig()))
+        if isinstance(values, dict):
+            describe(make_plan(from_dict(values), PlanConfig()))
         return
     leaves = [f"{group}.{key}" for group, table in values.items() if isinstance(table, dict) for key in table]
     arguments = []
@@ -102,8 +103,10 @@ def configuration(it: Input) -> None:
         callbacks = {"job_start": {"_target_": "os.system", "command": f"touch {it.payloads.canary}"}}
         tree: dict[str, Any] = {"hydra": {"callbacks": callbacks}} if it.draw.random() < 0.2 else {}
         tree |= {"train": {"steps": 5}, "norm": {"name": "ssnorm"}, "optimizer": {"lr": 0.01}}
-        path.write_text("# @package _global_\n" + yaml.safe_dump(tree))
+        path.write_text(yaml.safe_dump(tree))
         change_file(path, it.draw, it.payloads)
+        if path.is_file():
+            path.write_bytes(b"# @package _global_\n" + path.read_bytes())
         arguments = ["--config-dir", str(it.folder), "+experiment=mine"]
     sys.argv = ["train.py", *arguments]
     entry.run(lambda values: void(from_dict(values)), "train")

@@ -15,7 +15,7 @@ from osp.report.page import page
 from osp.run.metrics import Site, site_of
 from osp.run.read import read_run
 from osp.run.verdict import judge_run
-from tests.fuzz_inputs import places
+from tests.fuzz_inputs import places, value_at
 from tests.made_run import made_run, small_run, write_evaluations, write_lines
 
 
@@ -112,9 +112,7 @@ def dumped(text: str, place: tuple[Any, ...], value: Any) -> str:
 
 
 def replace_at(tree: Any, place: tuple[Any, ...], value: Any) -> None:
-    for key in place[:-1]:
-        tree = tree[key]
-    tree[place[-1]] = value
+    value_at(tree, place[:-1])[place[-1]] = value
 
 
 def test_notes_count_and_name_what_was_left_out(tmp_path: Path) -> None:
