@@ -361,7 +361,7 @@ def _take_first(argv: list[str], key: str, *, many: bool) -> dict[str, Any]:
 
 def _explained(error: Exception, defaults: dict[str, Any]) -> str:
     """Return Hydra's `error` as a sentence for the user who typed the command."""
-    text, cause = str(error), error
+    text, cause = str(error) or type(error).__name__, error
     while cause is not None:
         if isinstance(cause, UserError):  # of a resolver
             return str(cause)

@@ -21,7 +21,7 @@ from osp.run.evaluations import (
     Score,
     SiteAblation,
     SiteCost,
-    write_record,
+    write_evaluation,
 )
 
 SITES = ("attn_in", "q", "k", "v", "o_proj_in", "mlp_in", "down_proj_in", "block_out")
@@ -258,12 +258,12 @@ def write_evaluations(folder: Path) -> Path:
     results = (Result("held_out[len=32]", "perplexity", math.inf), Result("tasks <piqa>", "acc", 0.625, 0.0125))
     quant = {"text": str(spec), "hash": spec.hash}
     record = Evaluation(model={"step": 1200}, quant=quant, results=results, ablation=ablation)
-    write_record(folder / "evaluation" / f"{record.name}.json", record)
+    write_evaluation(folder / "evaluation" / f"{record.name}.json", record)
     cells = {bits: Score(12.345 * 10**i, 0.5 if i == 1 else None) for i, bits in enumerate(COLUMNS)}
     methods = {"RTN": Score(98765.0, None), "+ QuaRot": Score(13.5, None)}
     bits, specs = {"": cells, "+Had": cells}, {spec.hash: str(spec)}
     comparison = Comparison(folder.name, "0" * 64, 0.04, "held_out[len=32]", bits, methods, specs)
-    write_record(
+    write_evaluation(
         folder / "evaluation" / "compare" / "step_00001200.json", ComparisonRecord(step=1200, models=(comparison,))
     )
     return folder

@@ -30,7 +30,7 @@ from osp.evaluation.texts import HELD_OUT, read_text, training_text
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
-from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_record
+from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_evaluation
 from osp.run.folder import environment
 from osp.tables import render_text
 
@@ -229,7 +229,7 @@ def store_record(
         command = json.dumps([record.config, record.quant if isinstance(record, Evaluation) else ""], sort_keys=True)
         incomplete = path.with_name(f"incomplete-{hashlib.sha256(command.encode()).hexdigest()[:12]}.json")
         try:
-            write_record(path if finished else incomplete, record)
+            write_evaluation(path if finished else incomplete, record)
         except UserError as error:
             if finished:
                 raise

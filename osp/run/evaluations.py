@@ -137,7 +137,7 @@ class ComparisonRecord:
     models: tuple[Comparison, ...]
 
 
-def write_record(path: Path, record: Evaluation | ComparisonRecord) -> None:
+def write_evaluation(path: Path, record: Evaluation | ComparisonRecord) -> None:
     """Write `record` as JSON; raise `UserError` if the file cannot be written."""
     write_out(path, json.dumps(replace_nonfinite(dataclasses.asdict(record)), indent=1) + "\n")
 

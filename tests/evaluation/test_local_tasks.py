@@ -19,7 +19,7 @@ from osp.evaluation.compare import score
 from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.local_tasks import FORMS, PAPER_TEN, LocalTask, delimiter, read_task, score_answer
-from osp.run.evaluations import Evaluation, Result, Score, read_evaluation, write_record
+from osp.run.evaluations import Evaluation, Result, Score, read_evaluation, write_evaluation
 from tests.conftest import made_text
 from tests.hf_models import DATA
 
@@ -519,7 +519,7 @@ def test_scores_of_a_model_without_finite_logits_are_not_numbers(
     assert all(math.isnan(result.value) for result in results)
     assert "filtered: 4 answers of the model are not finite, so its scores are nan" in caplog.text
     record = Evaluation(model={"step": 1}, quant={"text": "", "hash": ""}, results=tuple(results))
-    write_record(tmp_path / "record.json", record)
+    write_evaluation(tmp_path / "record.json", record)
     assert math.isnan(read_evaluation(tmp_path / "record.json").results[0].value)
 
 
