@@ -140,7 +140,7 @@ def fuzz(number: int, folder: Path, *, seed: int, out: Path | None) -> None:
 
 def launcher(name: str, ranks: int) -> list[str]:
     if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     binary = str(Path(sys.executable).with_name("deepspeed"))
     return [binary, "--num_gpus", str(ranks), "--master_port", str(random.SystemRandom().randint(20000, 30000))]
 

@@ -24,8 +24,6 @@ from osp.files import printable
 
 log = logging.getLogger(__name__)
 
-SECONDS_TO_RESOLVE = 60.0  # the name of the host of rank 0
-
 T = TypeVar("T")
 
 
@@ -56,8 +54,6 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         ranks: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1} if alone else {}
         try:
-            if not alone:
-                _resolve(os.environ["MASTER_ADDR"], min(timeout_seconds, SECONDS_TO_RESOLVE))
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **ranks)
         except (RuntimeError, OSError) as error:  # of sockets
             if alone:
@@ -68,7 +64,7 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
             if "EADDRINUSE" in str(error):
                 raise UserError(f"{address}: the port is in use; name another one with --master_port") from error
             reason = str(error).splitlines()[0]
-            raise UserError(f"{address}: the ranks of this run cannot connect there: {reason}") from error
+            raise UserError(f"{address}: the ranks cannot connect there: {reason}") from error
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
     os.environ["DS_ACCELERATOR"] = place.type  # else DeepSpeed takes a GPU it finds, or warns that it finds none
     import deepspeed
@@ -83,19 +79,6 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return place
-
-
-def _resolve(host: str, seconds: float) -> None:
-    """Wait until the name of a host is known, as when all hosts of a job have just started. Raises `OSError`."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            socket.getaddrinfo(host, None)
-            return
-        except OSError:
-            if time.monotonic() > until:
-                raise
-        time.sleep(1)
 
 
 class Peers:

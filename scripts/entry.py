@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -33,6 +34,7 @@ from osp.process import LAUNCHER, has_ended, protect_console
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 CONFIGS = os.path.join(os.path.dirname(SCRIPTS), "configs")
+SECONDS_TO_RESOLVE = 60.0  # a name that the network learns while a job starts
 SECONDS_FOR_RANK_0 = 25.0  # to print the error of all ranks
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 # Nodes of Hydra's own configuration that run code or change the environment
@@ -110,6 +112,7 @@ def run(
     debug = any(argument in ("debug=true", "+debug=true") for argument in sys.argv)
 
     try:
+        _resolve_host_of_rank_0()
         first: dict[str, Any] = {}
         typed = sys.argv.copy()
         if positional is not None:
@@ -156,6 +159,19 @@ def check_launcher() -> None:
         raise UserError(f"WORLD_SIZE={world_size} without {missing[0]}; start with torchrun or deepspeed")
     if int(os.environ.get("MASTER_PORT", "0")) > 65535:
         raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: a port is at most 65535")
+
+
+def _resolve_host_of_rank_0() -> None:
+    """Wait until the name of the host is known, as when all hosts of a job have just started."""
+    host, until = os.environ.get("MASTER_ADDR"), time.monotonic() + SECONDS_TO_RESOLVE
+    while host and "RANK" in os.environ:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > until:
+                raise UserError(f"MASTER_ADDR={host}: the host of rank 0 has no such name: {error}") from error
+        time.sleep(1)
 
 
 def rank_0_has_ended() -> bool:
@@ -281,7 +297,7 @@ def _composed(options: argparse.Namespace, config_name: str, defaults: dict[str,
     if options.experimental_rerun:
         raise UserError("--experimental-rerun reads a pickle, which may run any code; repeat the command instead")
     if options.shell_completion:
-        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(print)()
+        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(lambda _: None)()
         return []
     overrides = [argument for argument in options.overrides if argument.lstrip("+~").startswith(("hydra.", "hydra/"))]
     for key in (argument.removesuffix("={}") for argument in options.overrides if argument.endswith("={}")):
@@ -305,7 +321,7 @@ def _composed(options: argparse.Namespace, config_name: str, defaults: dict[str,
         if OmegaConf.select(composed.hydra, key) != OmegaConf.select(ours.hydra, key):
             raise UserError(f"hydra.{key}: a configuration may not set keys of Hydra itself, which can run code")
     if shows:
-        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(print)()
+        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(lambda _: None)()
         return []
     HydraConfig.instance().set_config(composed)  # for ${hydra:...}
     return [_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))]

@@ -84,8 +84,8 @@ class ForkedProcess:
         """prepare: called in the child process before the script"""
         arguments, self.output = list(command[1:]), output
         num_ranks = 1
-        if arguments[:2] == ["-m", "torch.distributed.run"]:
-            num_ranks, arguments = int(arguments[4]), arguments[5:]
+        if arguments[:3] == ["-P", "-m", "torch.distributed.run"]:
+            num_ranks, arguments = int(arguments[5]), arguments[6:]
         output.write_bytes(b"")
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER} | dict(environment or {})
         context, self._folder = server(), tempfile.TemporaryDirectory()
@@ -162,7 +162,8 @@ def _script(
     os.chdir(cwd)
     if num_ranks > 1:
         _join(rank, num_ranks, folder)
-        os.environ["LOCAL_WORLD_SIZE"] = str(num_ranks)
+        # as a launcher sets them; the ranks have met already
+        os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     if prepare:
         prepare()
     sys.argv = arguments

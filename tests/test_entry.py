@@ -133,6 +133,15 @@ def test_odd_variable_of_a_launcher(
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_host_of_rank_0_must_have_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(entry, "SECONDS_TO_RESOLVE", 0)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "a..b"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        composed(monkeypatch)
+    assert capsys.readouterr().err.startswith("error: MASTER_ADDR=a..b: the host of rank 0 has no such name: ")
+
+
 @pytest.mark.parametrize("variables", [{"RANK": "3"}, {"WORLD_SIZE": "8", "LOCAL_RANK": "1"}])
 def test_lone_variable_of_a_launcher_is_ignored(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
