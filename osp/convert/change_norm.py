@@ -31,7 +31,7 @@ from torch import Tensor
 from osp.config import Config, DataConfig, ModelConfig, NormConfig, RunConfig, TokenizerConfig, TrainConfig, to_dict
 from osp.convert.same_function import FILE_NAME, Certificate, certify, read_certificate
 from osp.errors import UserError
-from osp.evaluation.language_model import LanguageModel, open_model
+from osp.evaluation.language_model import LanguageModel, find_model, open_model
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name, inner_norm
@@ -40,7 +40,7 @@ from osp.model.hf_llama import TOKENIZER
 from osp.model.norms import NORMS, CRMSNorm, Norm
 from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
-from osp.run.checkpoint import Saver, whole_parameters
+from osp.run.checkpoint import Checkpoint, Saver, whole_parameters
 
 CONVERTIBLE = tuple(name for name, norm in NORMS.items() if norm.mean is not None)
 ZERO_MEAN = 1e-6  # largest mean of a recentred matrix rounded to fp32, relative to its largest weight
@@ -240,12 +240,14 @@ def _write(folder: Path, subject: LanguageModel, model: Transformer, out: Path, 
             data=DataConfig(source="none"),
             tokenizer=TokenizerConfig(train=False, path=str(out / TOKENIZER), eos_token=eos_token),
         )
+    trained = Checkpoint(found) if (found := find_model(subject.folder)) else None
     values, step = to_dict(dataclasses.replace(config, run=run, model=model.config)), subject.step or 0
     write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     shutil.copyfile((subject.run or subject.folder) / TOKENIZER, folder / TOKENIZER)
     manifest: dict[str, Any] = {
         "step": step,
-        "tokens": step * config.train.tokens_per_step,
+        "tokens": trained.tokens if trained else 0,
+        "data": trained.manifest.get("data") if trained else None,  # where its text is
         "config": values,
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
         "conversion": {"steps": steps, "bos_id": subject.bos_id, "stop_ids": list(subject.stop_ids)},

@@ -26,7 +26,7 @@ from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_n
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.local_tasks import PAPER_TEN, read_task
 from osp.evaluation.perplexity import Text, perplexity
-from osp.evaluation.texts import HELD_OUT, read_text, training_text
+from osp.evaluation.texts import HELD_OUT, read_text, read_texts, training_text
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
@@ -78,7 +78,7 @@ class Measurement:
         self.subject, self.config = subject, config
         files = dict(_task_files(config))
         tasks = {path: read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in files.items()}
-        self.texts = [read_text(name, subject, text_field=config.text_field) for name in names]
+        self.texts = read_texts(names, subject, text_field=config.text_field)
         self.named = load_named_tasks(_named_tasks(config), include_path=config.lm_eval_dir) if config.lm_eval else {}
         called = [path.stem for path in files] + [name for loaded in self.named.values() for name in loaded["tasks"]]
         self.tasks = [  # two files of one name are called by their paths

@@ -1,25 +1,41 @@
 """Texts for perplexity: WikiText-2, any file, the validation split of a run."""
 
+import dataclasses
 import hashlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from osp.config import SourceConfig, from_dict
+from osp.config import SourceConfig
 from osp.data.loader import Shards
-from osp.data.prepare import prepare
 from osp.data.sources import is_documents, make_source
 from osp.data.tokenizer import spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
-from osp.run.checkpoint import Checkpoint, find
+from osp.run.checkpoint import find
+from osp.run.folder import training_shards
 
 WIKITEXT2 = "wikitext2"
 HELD_OUT = "held_out"
 HUB_WIKITEXT2 = SourceConfig(source="hf", dataset="Salesforce/wikitext", subset="wikitext-2-raw-v1", split="test")
+
+
+def read_texts(names: Sequence[str], subject: LanguageModel, *, text_field: str = "text") -> list[Text]:
+    """Return the texts; several of one name are named by the shortest ends of their paths that differ."""
+    texts = [read_text(name, subject, text_field=text_field) for name in names]
+    paths = [Path(os.path.abspath(name)).parts for name in names]
+    named = []
+    for text, path in zip(texts, paths, strict=True):
+        others = [place for other, place in zip(texts, paths, strict=True) if place != path and other.name == text.name]
+        length = next(n for n in range(1, len(path) + 1) if all(place[-n:] != path[-n:] for place in others))
+        suffix = text.name.removeprefix(path[-1]) if text.name.startswith(path[-1]) else ""
+        named.append(dataclasses.replace(text, name="/".join(path[-length:]) + suffix) if others else text)
+    return named
 
 
 def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") -> Text:
@@ -32,17 +48,18 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
         subject: The model whose tokenizer is used.
         text_field: Field of a record that holds the document.
     """
-    path, config = Path(name), None
+    path, folder = Path(name), None
     if name == HELD_OUT:
-        config = subject.config
-        if config is None or config.data.source == "none":
+        if subject.config is None or subject.config.data.source == "none":
             raise UserError(
                 f"{HELD_OUT}: {subject.folder} is no run; name the run folder whose split you mean, or a file of text"
             )
-    elif path.is_dir() and (checkpoint := find(path)):
-        name, config = f"{path.name}/{HELD_OUT}", from_dict(Checkpoint(checkpoint).manifest["config"])
-    if config:
-        return held_out(name, prepare(config.data, config.tokenizer), subject.tokenizer)
+        folder = find(subject.folder)
+    elif path.is_dir() and (folder := find(path)):
+        name = f"{path.name}/{HELD_OUT}"
+    if folder:
+        shards = training_shards(folder, instead="name a file of text: texts=[FILE] or text=FILE")
+        return held_out(name, shards, subject.tokenizer)
     if path.suffix == ".raw":
         lines = _utf8(path).removesuffix("\n").split("\n")
         text = wikitext([line + "\n" for line in lines])
@@ -86,9 +103,10 @@ def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int |
 
 def training_text(subject: LanguageModel) -> torch.Tensor:
     """Return the tokens, int64 (N,), of the first training shard of the subject's run, for calibration."""
-    if subject.config is None:
+    folder = find(subject.folder) if subject.config else None
+    if folder is None:
         raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
-    shards = Shards(prepare(subject.config.data, subject.config.tokenizer), "train")
+    shards = Shards(training_shards(folder, instead="name a text, quant.calibration=FILE"), "train")
     return torch.from_numpy(shards.tokens[0].astype(np.int64))
 
 

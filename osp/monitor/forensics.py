@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from osp.config import Config
+from osp.files import write_text
 from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
 from osp.monitor.alerts import Alert
@@ -66,7 +67,7 @@ class Forensics:
         grown = growth(history, name, site.channel)
         contents = {
             "step": now["step"],
-            "tokens": now["step"] * self.config.train.tokens_per_step,
+            "tokens": now.get("tokens", now["step"] * self.config.train.tokens_per_step),
             "site": name,
             "layer": layer,
             **{key: getattr(site, key) for key in ("channel", "value", "row", "position", "token")},
@@ -100,9 +101,9 @@ def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:
     """Write `folder/step_00001234_layer_03_down_proj_in.json` and `.md`; return the path of the former."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{contents['step']:08d}_{contents['site'].replace('/', '_')}.json"
-    path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(contents, indent=1) + "\n")
     markdown = render_text(Path(__file__).with_suffix(".md"), **contents)
-    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write_text(path.with_suffix(".md"), markdown)
     return path
 
 

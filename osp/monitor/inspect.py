@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import Config, MonitorConfig
-from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.model.sites import split_site
@@ -18,6 +17,7 @@ from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
+from osp.run.folder import training_shards
 from osp.run.history import growth, since
 from osp.run.read import read_probes
 from osp.run.verdict import judge, over_usual
@@ -45,7 +45,7 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     config, run = checkpoint.config, folder.parent.parent
-    probed, tokenizer = _read_text(config, run, text)
+    probed, tokenizer = _read_text(folder, config, text)
     model = load_model(folder)
     check_finite(model, folder)
     forensics = Forensics(model, config, tokenizer)
@@ -54,7 +54,7 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     history: list[Any] = [line for line in read_probes(run / PROBES, notes) if line["step"] < checkpoint.step]
     for note in notes:
         log.warning("%s", note)
-    history.append({"step": checkpoint.step, "sites": forensics.site_records(reading)})
+    history.append({"step": checkpoint.step, "tokens": checkpoint.tokens, "sites": forensics.site_records(reading)})
     kurtoses = {name: site.statistics["kurtosis"] for name, site in reading.sites.items()}
     order = sorted(kurtoses, key=lambda name: -over_usual(name, kurtoses[name]))
     place = out or run / FORENSICS
@@ -65,12 +65,11 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     return _table(order, reading, history), bundle_path
 
 
-def _read_text(config: Config, run: Path, text: Path | None) -> tuple[ProbeText, Tokenizer]:
-    """Return the text to probe and its tokenizer."""
+def _read_text(folder: Path, config: Config, text: Path | None) -> tuple[ProbeText, Tokenizer]:
+    """Return the text to probe the checkpoint `folder` with, and its tokenizer."""
+    run = folder.parent.parent
     if text is None:
-        shards = shard_folder(config.data, config.tokenizer)
-        if not (shards / "manifest.json").exists():
-            raise UserError(f"{shards}: the run's validation split is missing; set text to a file of text")
+        shards = training_shards(folder, instead="name a file of text: text=FILE")
         return held_out_text(shards, config), load_tokenizer(shards / "tokenizer.json")
     if not (run / "tokenizer.json").exists():
         raise UserError(f"{run / 'tokenizer.json'}: the tokenizer of the run is missing; name the run folder")

@@ -93,7 +93,8 @@ class Monitor:
         if any(places):
             with self._gathered():
                 if self.logger:
-                    history = [*read_probes(self.folder / PROBES, []), {"step": step, "sites": records}]
+                    now = {"step": step, "tokens": tokens, "sites": records}
+                    history = [*read_probes(self.folder / PROBES, []), now]
                     for name in sorted(set(filter(None, places))):
                         raised = [alert for alert, place in zip(alerts, places, strict=True) if place == name]
                         write_bundle(self._forensics.bundle(name, reading, history, raised), self.folder / FORENSICS)

@@ -32,9 +32,11 @@ import torch
 import yaml
 
 from osp.config import Config, leaves, to_dict, upgrade
+from osp.data.manifest import content, load_manifest, same_text
+from osp.data.prepare import prepare
 from osp.errors import UserError
 from osp.files import printable, read_record, write_bytes, write_record, write_text
-from osp.run.checkpoint import LATEST, candidates, find, remove_unfinished, write_tensors
+from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished, write_tensors
 from osp.run.read import differences
 
 log = logging.getLogger(__name__)
@@ -215,6 +217,28 @@ def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) 
     marker["checkpoint"] = str(checkpoint) if checkpoint else None
     if folder.exists():
         write_record(folder / STOPPED, marker)
+
+
+def training_shards(folder: Path, *, instead: str) -> Path:
+    """Return the shards that the run of the checkpoint `folder` reads, found by their content or prepared again.
+
+    Raises `UserError` if they are gone and its text is gone or has changed. instead: how to name another text
+    """
+    checkpoint = Checkpoint(folder)
+    data, config, run = checkpoint.data, checkpoint.config, folder.resolve().parent.parent
+    for place in (Path(data.shards), run / str(data.from_run)) if data.shards else ():
+        with contextlib.suppress(UserError):
+            manifest = load_manifest(place)
+            if manifest.usable and same_text(data.content, content(manifest)):
+                return place
+    try:
+        shards = prepare(config.data, config.tokenizer)
+        if same_text(data.content, content(load_manifest(shards))):
+            return shards
+        problem = f"{shards} holds another text now"
+    except UserError as error:
+        problem = str(error)
+    raise UserError(f"{run}: its shards {data.shards or ''} are gone, and its text too ({problem}); {instead}")
 
 
 def environment() -> dict[str, Any]:

@@ -110,9 +110,12 @@ def test_missing_validation_split_is_a_one_line_error(tiny: Tiny, tmp_path: Path
     train(config)
     manifest = tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json"
     contents = json.loads(manifest.read_text())
-    contents["config"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
+    contents["data"] |= {"shards": str(tmp_path / "elsewhere"), "from_run": "elsewhere"}
+    contents["config"]["data"]["paths"] = [str(tmp_path / "gone.jsonl")]
     manifest.write_text(json.dumps(contents))
-    with pytest.raises(UserError, match="validation split is missing; set text to a file of text"):
+    with pytest.raises(
+        UserError, match=r"elsewhere are gone, and its text too \(.*gone.jsonl.*; name a file of text: text="
+    ):
         inspect(tmp_path / "run")
 
 
