@@ -221,7 +221,7 @@ def last_step(path: Path) -> int:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**16))
             lines = file.read().split(b"\n")[1:-1]
-        return max((int(parse_json(line)["step"]) for line in lines[-3:]), default=0)
+        return min(max((int(parse_json(line)["step"]) for line in lines[-3:]), default=0), 2**53)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 

@@ -4,9 +4,11 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from osp.ablation.config import AblationConfig
@@ -23,6 +25,7 @@ from osp.ablation.table import (
     collect,
     contents,
     format_number,
+    measure,
     summarize,
     verdict,
 )
@@ -100,6 +103,27 @@ def test_numbers_equal_the_run_folders(ablation: Ablation) -> None:
     assert numbers["4-4-4"] == 80.0
     assert numbers["4-4-4 +Had"] == math.inf  # null in the record
     assert numbers["cost"] == pytest.approx(math.log(4))
+
+
+def test_numbers_that_a_run_lacks_are_unknown(tmp_path: Path) -> None:
+    """A layer without the last probe, and a record without 4-4-4."""
+    (run,) = plan(config(tmp_path, seeds=[0], rows=["adam"]), entry.compose)
+    made_run(run.folder, steps=64, layers=2)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 65, "monitor/kurtosis/layer_00/block_out": 1.0}\n')
+    (model,) = (record := made_record("adam", 0)).models
+    cells = {bits: score for bits, score in model.bits[""].items() if bits != "4-4-4"}
+    record = replace(record, models=(replace(model, bits={"": cells}),))
+    measured = measure(run, record)
+    assert measured.numbers["16-16-16"] == 20.0
+    assert math.isnan(measured.numbers["cost"])
+    assert measured.kurtosis is not None
+    assert math.isnan(measured.kurtosis.values[-1])
+    assert np.isfinite(measured.kurtosis.values[:-1]).all()
+    wanted = config(tmp_path, seeds=[0], rows=["adam"])
+    results = collect(wanted, [run], {run.label: record}, {}, about=[])
+    assert "| adam |" in as_markdown(results, wanted)
+    ablation_page(results, wanted)
 
 
 def test_mean_and_spread_over_seeds(ablation: Ablation) -> None:

@@ -49,6 +49,8 @@ def test_series_are_the_numbers_of_the_lines(tmp_path: Path) -> None:
         ("monitor/kurtosis/osp_script", None),
         ("monitor/cost", None),
         ("train/loss", None),
+        ("monitor/kurtosis/layer_\u00b2/q", Site("kurtosis", None, "layer_\u00b2/q")),  # a digit, but no decimal
+        (f"monitor/kurtosis/layer_{'1' * 5000}/q", Site("kurtosis", None, f"layer_{'1' * 5000}/q")),
     ],
 )
 def test_keys_of_the_monitor_are_split_into_parts(key: str, site: Site | None) -> None:
@@ -162,3 +164,13 @@ def test_yaml_that_stands_for_more_than_it_holds_is_left_out(tmp_path: Path) -> 
     for text in ("\n".join(lines), "a: &a [*a]", "[" * 5000, "run: !!python/object/apply:os.getcwd []", "\0", "\xff"):
         (folder / "config.yaml").write_text(text, encoding="latin-1")
         assert read_run(folder).notes == ["config.yaml cannot be read; left out"]
+
+
+def test_site_with_and_without_a_layer_is_drawn(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+    sites = {"monitor/kurtosis/q": 1.0, "monitor/kurtosis/layer_00/q": 1.0, "tokens": None, "monitor/R_L": -0.5}
+    write_lines(folder / "metrics.jsonl", *({"step": step, **sites} for step in (1, 2)))
+    run = read_run(folder)
+    assert run.tokens == 0
+    assert "largest 1 in layer 0 at step 2" in page([run])
+    assert judge_run(run).basis in ("early", "unknown", "quiet")
