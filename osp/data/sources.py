@@ -126,7 +126,6 @@ class HubDataset(Source):
     def documents(self) -> Iterator[str]:
         import datasets
         import huggingface_hub
-        from datasets.exceptions import DatasetsError
 
         config, dataset, number = self.config, str(self.config.dataset), 0
         name = f"data.dataset={dataset}" + (f" (subset {config.subset})" if config.subset else "")
@@ -146,8 +145,8 @@ class HubDataset(Source):
                 yield "" if is_null else _text_of(record, config.text_field, where=f"{name}, record {number}")
         except UserError:
             raise
-        except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # whatever the readers of `datasets` raise
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{name}, split {config.split}: cannot be read after record {number}: {reason}") from error
 
     def fingerprint(self) -> Any:

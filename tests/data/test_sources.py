@@ -488,6 +488,24 @@ def test_saved_data_set_is_read(tmp_path: Path) -> None:
         list(documents(SourceConfig(source="hf", dataset=splits, split="nope")))
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.jsonl": b""},
+        {"a.jsonl.gz": gzip.compress(os.urandom(1000))[:-9]},
+        {"a.jsonl": b'{"text": "a"}', "README.md": b"---\n: : [\n---\n"},
+        {"a.jsonl": b'{"text": "a"}', "dataset_infos.json": b"[1]"},
+        {"state.json": b"[1]", "dataset_info.json": b"{}"},
+    ],
+    ids=lambda files: list(files)[-1],
+)
+def test_damaged_local_data_set_is_one_line(tmp_path: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"^data.dataset=[^\n]*, split train: cannot be read after record 0: \S[^\n]+$"):
+        list(documents(SourceConfig(source="hf", dataset=str(tmp_path))))
+
+
 def test_data_set_that_is_a_file_or_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match=r"^data.dataset=.*a.jsonl is a file; name its folder, or use data=text data.p"):
