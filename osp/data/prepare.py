@@ -121,7 +121,7 @@ def start_preparing(data: DataConfig, tokenizer: TokenizerConfig, *, progress: b
     assert child.stdin is not None
     assert child.stdout is not None
     with child.stdin:
-        child.stdin.write(pickle.dumps((SOURCES, data, tokenizer, progress)))
+        child.stdin.write(pickle.dumps((SOURCES, folder, data, tokenizer, progress)))
     while child.poll() is None:
         manifest = find_manifest(folder)
         if manifest and manifest.usable and manifest.error is None:  # the child clears an error of an earlier one
@@ -151,10 +151,12 @@ def _background(parent: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
-    registered, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
+    registered, folder, data, tokenizer, progress = pickle.load(sys.stdin.buffer)
     SOURCES.update(registered)
     reply, sys.stdout = sys.stdout, sys.stderr  # nothing else may mix with the message
     try:
+        if shard_folder(data, tokenizer) != folder:
+            raise UserError("files of the text change during this start; start again when nothing writes to them")
         prepare(data, tokenizer, progress=progress, in_background=True)
     except UserError as error:
         os.write(reply.fileno(), printable(str(error)).encode())  # as the parent decodes it, in any locale

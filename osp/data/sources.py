@@ -119,8 +119,7 @@ class HubDataset(Source):
         if not config.dataset:
             raise UserError(f"{key}.dataset is not set; name a Hugging Face data set, for example allenai/c4")
         if Path(config.dataset).is_file():
-            use = "name its folder, or use data=text data.paths=[FILE]"
-            raise UserError(f"{key}.dataset={config.dataset} is a file; {use}")
+            raise UserError(f"{key}.dataset={config.dataset} is a file; name its folder, or use data=text")
         self.label = f"{config.dataset}-{config.subset}" if config.subset else config.dataset
 
     def documents(self) -> Iterator[str]:
@@ -151,8 +150,7 @@ class HubDataset(Source):
 
     def fingerprint(self) -> Any:
         folder = Path(str(self.config.dataset))
-        # the hub's content is taken to be constant
-        return _sizes_and_times(_files_in(folder)[0]) if folder.is_dir() else None
+        return _sizes_and_times(_files_in(folder)[0]) if folder.is_dir() else None  # on the hub it is constant
 
 
 class Mixture(Source):
@@ -216,10 +214,9 @@ def is_documents(path: Path, text_field: str) -> bool:
     """Return whether a file of a folder is read: by its name, and .json, which may be anything, by its first record."""
     if not path.name.lower().endswith(".json"):
         return bool(FORMAT.search(path.name))
-    try:
+    with contextlib.suppress(OSError, UserError):
         return next(_json_documents(path, text_field), None) is not None
-    except (OSError, UserError):
-        return False
+    return False
 
 
 def list_files(paths: tuple[str, ...], text_field: str) -> list[Path]:
@@ -277,17 +274,16 @@ def _json_documents(path: Path, text_field: str) -> Iterator[str]:
             where = f"{path}, line {number}"
             if len(line) > MOST_BYTES:
                 raise UserError(f"{where}: {TOO_LONG} records")
-            if line.strip():
-                yield _text_of(_parse(_decode(line, path, line=number), where), text_field, where=where)
+            if not line.strip():
+                continue
+            text = _decode(line, path, line=number)
+            try:
+                record = parse_json(text)
+            except ValueError as error:
+                raise UserError(f"{where}: malformed JSON ({error}); a line holds one object") from error
+            yield _text_of(record, text_field, where=where)
     except EOFError as error:
         raise UserError(f"{path}, after line {number}: {error}") from error
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: malformed JSON ({error}); a line holds one object") from error
 
 
 def _text_of(record: Any, text_field: str, *, where: str) -> str:

@@ -504,6 +504,16 @@ class _Deadly(PythonStdlib):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_text_that_changes_during_a_start_is_refused(
+    data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osp.data.prepare.shard_folder", lambda *_: tmp_path / "before")  # not in the child
+    with pytest.raises(
+        UserError, match=r"^files of the text change during this start; start again when nothing writes"
+    ):
+        start_preparing(data_config, tokenizer_config, progress=False)
+
+
 def test_unwritable_cache_is_reported(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
