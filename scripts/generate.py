@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,7 +87,8 @@ def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: C
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     compile = device.type == "cuda" if config.compile == "auto" else config.compile
 
-    texts = Texts(prompts, [TextStream(subject.tokenizer, prompt_ids) for prompt_ids in ids], subject.stop_ids, write)
+    eos_id = subject.eos_id if subject.eos_id in subject.stop_ids else None  # other ends may be words of the text
+    texts = Texts(prompts, [TextStream(subject.tokenizer, prompt_ids) for prompt_ids in ids], eos_id, write)
     speed = Speed(prompt_tokens=sum(map(len, ids)))
     began = time.perf_counter()
     for tokens in stream(subject.model, ids, limit, sampling=sampling, eos_ids=subject.stop_ids, compile=compile):
@@ -138,20 +139,16 @@ class Texts:
     """Texts that are generated in parallel and written one after the other."""
 
     def __init__(
-        self,
-        prompts: Sequence[str],
-        streams: Sequence[TextStream],
-        eos_ids: Collection[int],
-        write: Callable[[str], None],
+        self, prompts: Sequence[str], streams: Sequence[TextStream], eos_id: int | None, write: Callable[[str], None]
     ):
-        self.streams, self.eos_ids, self.write = streams, eos_ids, write
+        self.streams, self.eos_id, self.write = streams, eos_id, write
         self.waiting, self.ended = list(prompts), [False] * len(prompts)
         self.current = 0  # all texts before this one are written
 
     def push(self, tokens: Sequence[int | None]) -> None:
         """Add one token to each text; None or EOS ends it."""
         for number, token in enumerate(tokens):
-            if token is None or token in self.eos_ids:
+            if token is None or token == self.eos_id:
                 self._end(number)
             else:
                 self.waiting[number] += self.streams[number].push(token)

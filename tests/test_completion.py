@@ -170,7 +170,7 @@ def test_texts_are_streamed_in_the_order_of_the_prompts() -> None:
     pieces: list[str] = []
     ids = tokenizer().encode("abcd\u20ac").ids
     a, b, c, d, *euro = ids
-    texts = Texts(["<", "[", "("], [TextStream(tokenizer()) for _ in range(3)], [0], pieces.append)
+    texts = Texts(["<", "[", "("], [TextStream(tokenizer()) for _ in range(3)], 0, pieces.append)
     texts.push([a, c, euro[0]])
     assert pieces == ["<a"]
     texts.push([b, 0, euro[1]])

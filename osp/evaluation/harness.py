@@ -150,10 +150,11 @@ class HarnessModel:
     def _continue(self, prompts: list[list[int]], limit: int, stops: list[list[str]]) -> list[str]:
         """Return the greedy text after each prompt, up to a stop string, the end of the text or the limit."""
         ids: list[list[int]] = [[] for _ in prompts]
-        texts, ended = [""] * len(prompts), [False] * len(prompts)
-        for tokens in stream(self.subject.model, prompts, limit, eos_ids=self.subject.stop_ids):
+        texts, ended, stop_ids = [""] * len(prompts), [False] * len(prompts), self.subject.stop_ids
+        for tokens in stream(self.subject.model, prompts, limit, eos_ids=stop_ids):
             for i, token in enumerate(tokens):
-                if token is None or token in self.subject.stop_ids:
+                # other ends than EOS may be words of the text
+                if token is None or (token == self.subject.eos_id and token in stop_ids):
                     ended[i] = True
                 elif not ended[i]:
                     ids[i].append(token)
