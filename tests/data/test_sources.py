@@ -480,7 +480,7 @@ def test_saved_data_set_is_read(tmp_path: Path) -> None:
 
     saved = datasets.Dataset.from_dict({"text": ["one", None, "two"]})
     saved.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=saved, test=saved.select([2])).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"train": saved, "test": saved.select([2])}).save_to_disk(tmp_path / "splits")
     assert list(documents(SourceConfig(source="hf", dataset=str(tmp_path / "one")))) == ["one", "", "two"]
     splits = str(tmp_path / "splits")
     assert list(documents(SourceConfig(source="hf", dataset=splits, split="test"))) == ["two"]
@@ -508,7 +508,7 @@ def test_damaged_local_data_set_is_one_line(tmp_path: Path, files: dict[str, byt
 
 def test_data_set_that_is_a_file_or_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
-    with pytest.raises(UserError, match=r"^data.dataset=.*a.jsonl is a file; name its folder, or use data=text data.p"):
+    with pytest.raises(UserError, match=r"^data.dataset=.*a.jsonl is a file; name its folder, or use data=text$"):
         make_source(SourceConfig(source="hf", dataset=str(tmp_path / "a.jsonl")))
     (tmp_path / f"{tmp_path.name}.py").write_text("raise SystemExit")
     with pytest.raises(UserError, match=r"cannot be read after record 0: Dataset scripts are no longer supported"):
