@@ -79,7 +79,7 @@ class Shards:
         if path.exists() and path.stat().st_size != len(data):  # reading beyond the end would kill the process
             raise damaged(self.folder, f"shard {path} was cut short")
         if shard not in self._checked:
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
+            if hashlib.sha256(data.data).hexdigest() != entry.sha256:
                 raise damaged(self.folder, f"shard {path} is damaged, its SHA-256 differs from the manifest's")
             self._checked.add(shard)
 

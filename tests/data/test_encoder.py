@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from osp.config import TokenizerConfig
 from osp.data.encoder import Encoder
-from osp.data.tokenizer import PIECE_ENDS, cut, token_bytes, train_tokenizer
+from osp.data.tokenizer import PIECE_ENDS, cut, eos_id, token_bytes, train_tokenizer
 from osp.errors import UserError
 from tests.data.test_tokenizer import random_texts
 
@@ -84,7 +84,7 @@ WHOLE: dict[str, tuple[Callable[[list[str]], Tokenizer], str]] = {
 def test_tokens_stand_for_every_byte(name: str, texts: list[str]) -> None:
     make, inserted = WHOLE[name]
     tokenizer = make(texts[:20])
-    sizes, eos = token_bytes(tokenizer), tokenizer.token_to_id(EOS)
+    sizes, eos = token_bytes(tokenizer), eos_id(tokenizer, EOS)
     encoder = Encoder(tokenizer, name, eos_id=eos, dtype="uint16")
     cases = [text.replace(EOS, "").replace(SPACE, "") for text in random_texts(seed=2) + texts[20:40]]
     for text, ids in zip(cases, encoder.encode(cases, first=1), strict=True):
@@ -102,7 +102,7 @@ def test_pieces_of_a_long_text_give_the_tokens_of_the_whole(
 ) -> None:
     tokenizer = WHOLE[name][0](texts[:20])
     text = "\n".join(texts[20:60]).replace(EOS, "")
-    eos = tokenizer.token_to_id(EOS)
+    eos = eos_id(tokenizer, EOS)
     monkeypatch.setattr(cut, "__defaults__", (5000, 1000, PIECE_ENDS))
     assert len(list(cut(text))) > 10
     encoder = Encoder(tokenizer, name, eos_id=eos, dtype="uint16")
@@ -170,7 +170,7 @@ LOSSY: dict[str, tuple[Callable[[list[str]], Tokenizer], str]] = {
 def test_lost_text_is_refused_with_its_share_and_an_example(name: str) -> None:
     make, example = LOSSY[name]
     tokenizer = make(ASCII)
-    encoder = Encoder(tokenizer, "tokenizer.path=own.json", eos_id=tokenizer.token_to_id(EOS), dtype="uint16")
+    encoder = Encoder(tokenizer, "tokenizer.path=own.json", eos_id=eos_id(tokenizer, EOS), dtype="uint16")
     with pytest.raises(UserError) as refusal:
         encoder.encode(["The", TEXT], first=41)
     message = str(refusal.value)

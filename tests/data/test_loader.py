@@ -328,6 +328,6 @@ def test_large_vocabularies_use_32_bits(shards: Path, copy: Path) -> None:
     for shard in manifest.val.shards + manifest.train.shards:
         tokens = np.fromfile(copy / shard.file, dtype=np.uint16).astype(np.uint32) + 100_000
         tokens.tofile(copy / shard.file)
-        shard.sha256 = hashlib.sha256(tokens).hexdigest()
+        shard.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     save_manifest(dataclasses.replace(manifest, dtype="uint32", vocab_size=200_000), copy)
     np.testing.assert_array_equal(step_rows(copy, 3), step_rows(shards, 3) + 100_000)
