@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
 from osp.run.checkpoint import find
 from osp.run.folder import training_shards
+
+log = logging.getLogger(__name__)
 
 WIKITEXT2 = "wikitext2"
 HELD_OUT = "held_out"
@@ -88,7 +91,12 @@ def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
     separator = [subject.eos_id] if len(texts) > 1 and subject.eos_id is not None else []
     ids = [token for text in texts for token in subject.encode(text) + separator]
     digest = hashlib.sha256("\0".join(texts).encode())
-    return _text(name, np.array(ids, dtype=np.int64), digest.hexdigest(), subject.tokenizer)
+    result = _text(name, np.array(ids, dtype=np.int64), digest.hexdigest(), subject.tokenizer)
+    num_bytes, known = sum(len(text.encode()) for text in texts), int(result.token_bytes.sum())
+    if known < num_bytes:
+        reason = "the tokenizer loses the others, or its normalization is shorter"
+        log.warning("%s: the tokens stand for %d of %d bytes of the text; %s", name, known, num_bytes, reason)
+    return result
 
 
 def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> Text:
@@ -107,6 +115,7 @@ def training_text(subject: LanguageModel) -> torch.Tensor:
     if folder is None:
         raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
     shards = Shards(training_shards(folder, instead="name a text, quant.calibration=FILE"), "train")
+    shards.check_hash(0)
     return torch.from_numpy(shards.tokens[0].astype(np.int64))
 
 

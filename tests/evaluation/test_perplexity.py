@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models
 
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
@@ -139,6 +140,15 @@ def test_wikitext_lines_are_joined_as_in_published_perplexities(llama: LanguageM
     assert text.name == "wikitext2"
     assert text.tokens.tolist() == llama.encode(expected)
     assert text.sha256 == hashlib.sha256(expected.encode()).hexdigest()
+
+
+def test_text_that_the_tokenizer_loses_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    subject: Any = SimpleNamespace(tokenizer=tokenizer, eos_id=None, encode=lambda text: tokenizer.encode(text).ids)
+    assert encode("known", ["abba"], subject).tokens.tolist() == [0, 1, 1, 0]
+    assert not caplog.text
+    assert encode("lost", ["abΩΩ"], subject).tokens.tolist() == [0, 1]
+    assert "lost: the tokens stand for 2 of 6 bytes of the text" in caplog.text
 
 
 def test_each_document_of_a_file_is_followed_by_eos(llama: LanguageModel, tmp_path: Path) -> None:
