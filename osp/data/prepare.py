@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pickle
 import re
@@ -64,6 +65,8 @@ from osp.errors import RunError, UserError
 from osp.files import lock, printable, write_atomically
 from osp.process import STOP_SIGNALS, protect_console
 
+logger = logging.getLogger(__name__)
+
 BATCH_CHARACTERS = 1 << 20  # of texts that a thread encodes at a time
 BATCH_DOCUMENTS = 1024
 MOST_THREADS = 32  # for data.num_workers=0
@@ -94,8 +97,10 @@ def prepare(
             manifest = find_manifest(folder)
             if manifest and manifest.usable:  # a run may be waiting for the next shard
                 manifest.error = str(error)
-                with contextlib.suppress(UserError):  # a full disk
+                try:
                     save_manifest(manifest, folder)
+                except UserError:  # the disk is full, so the run that waits cannot say why
+                    logger.warning("preparing %s failed: %s", folder, error)
             else:
                 shutil.rmtree(folder)
             raise

@@ -367,6 +367,30 @@ def test_killed_preparation_continues_to_the_same_bytes(
     assert resumed == expected
 
 
+@pytest.mark.parametrize("document_characters", [None, 700])
+def test_killed_preparation_of_a_long_document_continues_to_the_same_bytes(
+    document_characters: int | None,
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    texts: list[str],
+    write_jsonl: WriteJsonl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cut, "__defaults__", (5000, 1000, PIECE_ENDS))
+    path = write_jsonl(tmp_path / "corpus.jsonl", ["\n".join(texts), *texts[:20]])
+    config = with_text(data_config, path, document_characters=document_characters)
+    expected = contents(prepare(config, tokenizer_config, progress=False))
+    folder = shard_folder(config, tokenizer_config)
+    shutil.rmtree(folder)
+    child = fork.Process(target=_prepare_and_die, args=(config, tokenizer_config, "save_manifest", 4))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert load_manifest(folder).usable
+    assert contents(prepare(config, tokenizer_config, progress=False)) == expected
+
+
 def _prepare_and_record(data: DataConfig, tokenizer: TokenizerConfig, notes: Path, at_lock: Any) -> None:
     """Prepare; whoever holds the lock waits until both processes have asked for it."""
     write_shards, flock = prepare_module._write_shards, fcntl.flock

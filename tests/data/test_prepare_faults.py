@@ -159,6 +159,33 @@ def test_full_disk_is_reported_in_one_line_and_leaves_nothing(
     verify_hashes(prepare(config, tokenizer_config, progress=False))
 
 
+def test_full_disk_that_takes_no_manifest_is_said_by_the_preparation(
+    data_config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = dataclasses.replace(data_config, cache_dir=str(tmp_path / "shards"))
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if (shard_folder(config, tokenizer_config) / "train-00001.bin.tmp").exists():
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    def keep(path: Path, **_: object) -> None:
+        """Leave the file whose writing failed, so that the disk stays full."""
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "unlink", keep)
+    with pytest.raises(UserError, match=r"^cannot write .*train-00001\.bin: No space left on device$"):
+        prepare(config, tokenizer_config, progress=False)
+    assert "failed: cannot write" in caplog.text
+    monkeypatch.undo()
+    verify_hashes(prepare(config, tokenizer_config, progress=False))
+
+
 def test_full_disk_keeps_sealed_shards_and_continues_later(
     data_config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
