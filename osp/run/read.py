@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Required
+from typing import Annotated, Any, NamedTuple, Required, cast
 
 import numpy as np
 import yaml
@@ -230,39 +230,29 @@ def _read_yaml(path: Path) -> Any:
 
 
 def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> Any:
-    """Return `value` without the parts that are not of the adapter's type, None if nothing is left.
+    """Remove the parts of `value` that are not of the adapter's type; return what is left, None if that is too little.
 
-    `left_out` gets their places. The adapter converts nothing.
+    `left_out` gets the places of what is removed. The adapter converts nothing.
     """
     while True:
         try:
             adapter.validate_python(value)
             return value
         except ValidationError as error:
-            places = {_place(value, found["loc"]) for found in error.errors(include_url=False, include_context=False)}
-        left_out += sorted(".".join(map(str, place)) for place in places)
-        if () in places:
-            return None
-        value = _without(value, places, {place[:i] for place in places for i in range(len(place))})
-
-
-def _place(value: Any, location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Return the keys in `location` that lead to a part of `value`; others are a missing key or the type of a union."""
-    place: list[Any] = []
-    for key in location:
-        if key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
-            value = value[key]  # pyright: ignore
-            place.append(key)
-    return tuple(place)
-
-
-def _without(value: Any, places: set[Any], around: set[Any], here: tuple[Any, ...] = ()) -> Any:
-    """Return a copy of `value` without the parts at `places`. around: the places of the tables that hold them."""
-    if here not in around:
-        return value
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    kept = {key: _without(inner, places, around, (*here, key)) for key, inner in items if (*here, key) not in places}
-    return kept if isinstance(value, dict) else list(kept.values())
+            errors = error.errors(include_url=False, include_context=False, include_input=False)
+        removed: dict[tuple[int, Any], Any] = {}
+        for found in errors:
+            inner, place = cast(Any, value), [(cast(Any, None), cast(Any, ""))]
+            for key in found["loc"]:  # a key that leads nowhere is missing, or names the type of a union
+                if key in (inner if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()):
+                    place.append((inner, key))
+                    inner = inner[key]  # pyright: ignore
+            removed[id(place[-1][0]), place[-1][1]] = place
+        left_out += (".".join(str(key) for _, key in place[1:]) for place in removed.values())
+        for table, last in (place[-1] for place in reversed(removed.values())):  # of a list the last element first
+            if table is None:
+                return None
+            del table[last]
 
 
 def _note_left_out(path: Path, left_out: list[str], notes: list[str]) -> None:
