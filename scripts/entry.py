@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from osp.config import Config, leaves, to_dict, unknown_key
+from osp.config import Config, from_dict, leaves, to_dict, unknown_key
 from osp.errors import LostRankError, NotTextError, RunError, StoppedError, UserError
 from osp.files import printable
 from osp.process import LAUNCHER, has_ended, protect_console
@@ -212,9 +212,9 @@ def _call(
     arguments = sys.argv.copy()
     while True:
         sys.argv[:] = arguments
-        configs = _compose(config_name, defaults)
-        sys.argv[:] = typed
         try:
+            configs = _compose(config_name, defaults)
+            sys.argv[:] = typed
             for config in configs:
                 main({**config, **first})
             return
@@ -320,11 +320,19 @@ def _composed(options: argparse.Namespace, config_name: str, defaults: dict[str,
     for key in (*ACTIVE_NODES, *(LOGGING_NODES if shows else ())):
         if OmegaConf.select(composed.hydra, key) != OmegaConf.select(ours.hydra, key):
             raise UserError(f"hydra.{key}: a configuration may not set keys of Hydra itself, which can run code")
+    job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    if options.cfg and config_name == "train":  # show what a training takes
+        try:
+            from_dict(_plain(job))
+        except NotTextError:
+            raise
+        except (UserError, OmegaConfBaseException):  # it is shown all the same
+            pass
     if shows:
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(lambda _: None)()
         return []
     HydraConfig.instance().set_config(composed)  # for ${hydra:...}
-    return [_plain(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))]
+    return [_plain(job)]
 
 
 def _refuse_variable(name: str, *_: Any) -> NoReturn:

@@ -95,6 +95,14 @@ def test_text_is_taken_as_it_was_typed(name: str, monkeypatch: pytest.MonkeyPatc
     assert config.train.steps == 50
 
 
+def test_text_is_shown_as_it_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """scripts/slurm.sh asks for the run folder in this way."""
+    arguments = ["run.name=4e12345", "--cfg", "job", "--resolve", "--package", "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    entry.run(lambda _: pytest.fail("training began"))
+    assert capsys.readouterr().out == "# @package run\nname: '4e12345'\ndir: runs/4e12345\n"
+
+
 def test_alert_for_another_statistic_needs_no_plus(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = composed(monkeypatch, "monitor.alerts.rms.all.above=3", "~monitor.alerts.kurtosis").monitor.alerts
     assert rules["rms"]["all"].above == 3

@@ -19,6 +19,7 @@ from osp.config import Config
 from osp.data.loader import Loader
 from osp.errors import StoppedError
 from osp.monitor import monitor
+from osp.process import Launcher
 from osp.train.setup import train
 from osp.train.stop import SECONDS_OF_ONE_REQUEST, StopRequest
 from osp.train.trainer import Trainer
@@ -141,7 +142,7 @@ def assert_stopped(run: Run, name: str, rank: int | None = None) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_launchers_pass_signals_on(tiny: Tiny, tmp_path: Path, start: Callable[..., Run]) -> None:
-    """One run on two ranks, stopped in three ways and after losing a rank, equals an undisturbed run."""
+    """One run on two ranks, stopped in four ways and after losing a rank, equals an undisturbed run."""
     config = many_steps(tiny, "run", "checkpoint.every=5")
 
     run = start(config, TORCHRUN)
@@ -161,6 +162,14 @@ def test_launchers_pass_signals_on(tiny: Tiny, tmp_path: Path, start: Callable[.
     run.rank(1).send_signal(signal.SIGUSR1)  # one rank only
     run.wait()
     assert_stopped(run, "SIGUSR1", rank=1)
+
+    run = start(config, TORCHRUN)
+    run.wait_for_steps(3)
+    run.process.kill()
+    run.wait()
+    assert run.marker["reason"] == "SIGTERM", run.text
+    assert manifest_of(run.folder)["step"] == run.marker["step"] == run.step
+    assert ", whose launcher has ended: stopped after step" in run.text
 
     run = start(config, TORCHRUN)
     run.wait_for_steps(3)
@@ -207,6 +216,51 @@ def test_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch)
         now += 0.2 * SECONDS_OF_ONE_REQUEST
         signal.raise_signal(signal.SIGTERM)
         assert (request.signal, ended) == ("SIGINT", [128 + signal.SIGTERM])
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
+def test_lost_terminal_and_limits_of_a_scheduler_ask_to_stop(number: signal.Signals) -> None:
+    request = StopRequest()
+    with request.listen():
+        signal.raise_signal(number)
+    assert request.signal == number.name
+
+
+def test_nohup_keeps_a_run_going() -> None:
+    before, request = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopRequest()
+    try:
+        with request.listen():
+            signal.raise_signal(signal.SIGHUP)
+        assert not request
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_limit_of_time_that_is_repeated_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux sends SIGXCPU every second, and a launcher may end after it has passed a signal on."""
+    now, ended = 100.0, []
+    monkeypatch.setattr("osp.train.stop.time.monotonic", lambda: now)
+    monkeypatch.setattr("osp.train.stop.os._exit", ended.append)
+    request = StopRequest()
+    with request.listen():
+        signal.raise_signal(signal.SIGXCPU)
+        now += 10 * SECONDS_OF_ONE_REQUEST
+        signal.raise_signal(signal.SIGXCPU)
+        assert not ended
+        monkeypatch.setattr(Launcher, "gone", True)
+        signal.raise_signal(signal.SIGTERM)
+        assert not ended
+
+
+def test_end_of_the_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launcher, "gone", True)
+    request = StopRequest()
+    with request.listen():
+        signal.raise_signal(signal.SIGTERM)
+    error = request.error(3, 9)
+    assert str(error).startswith("SIGTERM on rank 0, whose launcher has ended: stopped after step 3 of 9 with a checkp")
+    assert error.signal == "SIGTERM"
 
 
 def test_signal_during_validation_saves_without_finishing_it(
