@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from osp.config import CheckpointConfig, Config, TrainConfig, from_dict, to_dict
 from osp.errors import UserError
@@ -354,6 +354,67 @@ def test_candidates_start_at_latest_and_go_back(tmp_path: Path) -> None:
         assert [p.name for p in candidates(tmp_path)] == [named, "step_00000003", "step_00000002", "step_00000001"]
     (tmp_path / "latest").write_text("\n")
     assert candidates(tmp_path)[0].name == "step_00000003"
+
+
+def sign(folder: Path) -> None:
+    """Give the manifest of a checkpoint the sizes and checksums of its files as they are now."""
+    values = json.loads((folder / "manifest.json").read_text())
+    for name in values["files"]:
+        data = (folder / name).read_bytes()
+        values["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["config"]["model"].update(hidden_size=2**20), r"its shape of embed_tokens.weight is not that of"),
+        (lambda v: v["shapes"].pop("norm.weight"), r"its shape of norm.weight is not that of its config"),
+        (
+            lambda v: (v["config"]["model"].update(vocab_size=2**24), v["shapes"].update(
+                {"embed_tokens.weight": [2**24, 8], "lm_head.weight": [2**24, 8]})),
+            r"a model of \d+ bytes cannot be in files of \d+",
+        ),
+        (lambda v: v["config"]["model"].update(num_hidden_layers=2**31), r"not the configuration of a run"),
+        (lambda v: v["files"].update({"x" * 300: {}}), r"outside of its folder|missing"),
+    ],
+    ids=["config", "shapes", "both", "layers", "name"],
+)  # fmt: skip
+def test_sizes_of_a_manifest_are_checked_before_memory_is_allocated(
+    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path, model())
+    values = json.loads((folder / "manifest.json").read_text())
+    change(values)
+    for entry in values["files"].values():
+        entry.update({key: entry.get(key, kind) for key, kind in (("bytes", 0), ("sha256", ""))})
+    (folder / "manifest.json").write_text(json.dumps(values))
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("allocates"))
+    with pytest.raises(UserError, match=message) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_slices_that_overlap_do_not_hide_a_gap(tmp_path: Path) -> None:
+    folder = write(tmp_path, model())
+    path = folder / "rank_00000.safetensors"
+    tensors = load_file(path)
+    whole = tensors.pop("weight/lm_head.weight@0")
+    half = len(whole) // 2
+    save_file(
+        {**tensors, "weight/lm_head.weight@0": whole[:half], "weight/lm_head.weight@1": whole[:half].clone()}, path
+    )
+    sign(folder)
+    with pytest.raises(UserError, match=rf"weight of lm_head.weight covers {half + 1} of the {len(whole)} values"):
+        load_model(folder)
+
+
+def test_damaged_buffers_are_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path, model())
+    (folder / "buffers.safetensors").write_bytes(b"\xff" * 16)
+    sign(folder)
+    with pytest.raises(UserError, match=r"buffers.safetensors: missing or damaged"):
+        load_model(folder)
 
 
 def test_only_leftovers_of_the_dead_process_are_removed(tmp_path: Path) -> None:
