@@ -138,6 +138,8 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Any, str]]:
     stored: dict[str, tuple[Any, str]] = {}
     for path in _weight_files(folder):
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("not a file")  # a pipe would be read without end
             file: Any = safe_open(path, framework="pt").__enter__()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: missing or no whole safetensors file: {error}") from error

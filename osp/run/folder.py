@@ -37,7 +37,7 @@ from osp.data.prepare import prepare
 from osp.errors import UserError
 from osp.files import printable, read_record, write_bytes, write_record, write_text
 from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished, write_tensors
-from osp.run.read import differences
+from osp.run.read import differences, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     # an empty one would pass for a new run

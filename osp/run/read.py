@@ -203,7 +203,7 @@ def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
 def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
     """Return what is valid of a YAML or JSON file, or None and a note."""
     try:
-        value = read_json(path) if path.suffix == ".json" else _read_yaml(path)
+        value = read_json(path) if path.suffix == ".json" else read_yaml(path)
         value = from_json(json.dumps(value, default=str))  # no deeper than 200 levels, and keys are text
     except (TypeError, ValueError, RecursionError, OSError, yaml.YAMLError):  # also of what is no file
         notes.append(f"{path.name} cannot be read; left out" if path.exists() else f"{path.name} is missing")
@@ -217,15 +217,15 @@ def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
     return valid
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     """Return the value in a YAML file; with aliases a few lines can stand for more values than fit into memory."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file")  # a pipe would be read without end
+        raise ValueError("not a file")  # a pipe would be read without end
     text, depth = path.read_text(encoding="utf-8"), 0
     for event in yaml.parse(text, _LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 100 or isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"{path} is no configuration")
+            raise ValueError("an alias, or nested too deeply")
     return yaml.load(text, _LOADER)
 
 
