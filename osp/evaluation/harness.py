@@ -194,6 +194,8 @@ def load_named_tasks(tasks: dict[str, int], *, include_path: str | None = None) 
         _seed()
         try:
             loaded[name] = manager.load([name])
+            if not loaded[name]["tasks"]:
+                raise ValueError("a group without tasks")
             for task in loaded[name]["tasks"].values():
                 if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
                     task.set_config("num_fewshot", num_fewshot)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from osp.distributed import batches_by_tokens
-from osp.errors import UserError
+from osp.errors import RunError, UserError
 from osp.evaluation.compare import score
 from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel
@@ -493,6 +493,7 @@ def test_tags_and_groups_are_their_tasks_with_the_scores_of_the_harness(
         (("no_data",), r"lm_eval=no_data: cannot be loaded: .*nowhere.jsonl"),
         (("no_field",), r"lm_eval=no_field: cannot be loaded: UndefinedError: 'qestion' is undefined"),
         (("circle",), r"lm_eval=circle: cannot be loaded: RecursionError"),
+        (("empty",), r"lm_eval=empty: cannot be loaded: ValueError: a group without tasks"),
     ],
 )
 def test_names_that_cannot_be_scored_are_refused_before(
@@ -504,9 +505,18 @@ def test_names_that_cannot_be_scored_are_refused_before(
     )
     (task_folder / "no_field.yaml").write_text(text.replace("second", "no_field", 1).replace("{query}", "{qestion}"))
     (task_folder / "circle.yaml").write_text("group: circle\ntask: [circle]\n")
+    (task_folder / "empty.yaml").write_text("group: empty\ntask: 5\n")
     (task_folder / "broken.yaml").write_text("task: [")
     with pytest.raises(UserError, match=message) as error:
         load_named_tasks(dict.fromkeys(names, 0), include_path=str(task_folder))
+    assert "\n" not in str(error.value)
+
+
+def test_task_that_fails_at_a_later_item_is_one_line(llama: LanguageModel, task_folder: Path) -> None:
+    text = (task_folder / "second.yaml").read_text().replace("tag: both", "").replace("task: second", "task: late")
+    (task_folder / "late.yaml").write_text(text.replace("{{query}}", "{{ 1 // (gold - 2) ~ query }}"))
+    with pytest.raises(RunError, match=r"late: cannot be scored: ZeroDivisionError") as error:
+        named(llama, task_folder, "late")
     assert "\n" not in str(error.value)
 
 
