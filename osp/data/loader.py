@@ -191,6 +191,7 @@ class Loader:
         expected: Sequence[str] = (),  # see `Rows`
     ) -> None:
         assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
+        Shards(folder, "val")  # a damaged validation split is an error before the first step
         self.rows = Rows(folder, seq_len=seq_len, seed=seed, expected=expected)
         self.origin = origin
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size

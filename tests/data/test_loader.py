@@ -230,6 +230,8 @@ def test_validation_split_with_a_flipped_bit_is_refused(copy: Path) -> None:
     flip(copy / "val-00000.bin")
     with pytest.raises(UserError, match=r"val-00000\.bin is damaged, its SHA-256 differs"):
         next(validation_batches(copy, seq_len=SEQ_LEN, batch_size=2))
+    with pytest.raises(UserError, match=r"val-00000\.bin is damaged, its SHA-256 differs"):
+        Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
 
 
 def test_shard_is_read_for_its_hash_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
