@@ -310,7 +310,8 @@ def _composed(options: argparse.Namespace, config_name: str, defaults: dict[str,
     for name in filter(None, (options.config_dir, folder)):
         if not os.path.isdir(name):
             raise UserError(f"Additional config directory {os.path.abspath(name)!r} not found")
-    search = [f'hydra.searchpath=["file://{os.path.abspath(options.config_dir)}"]'] if options.config_dir else []
+    added = os.path.abspath(options.config_dir or "").replace('"', r"\"")
+    search = [f'hydra.searchpath=["file://{added}"]'] if options.config_dir else []
     with hydra.initialize_config_dir(folder, version_base="1.3"):
         given = options.config_name or config_name
         composed = hydra.compose(given, overrides=[*options.overrides, *search], return_hydra_config=True)

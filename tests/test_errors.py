@@ -281,9 +281,10 @@ YAML_FILES = {
 @pytest.mark.parametrize("case", YAML_FILES)
 def test_configuration_file_that_cannot_be_read(case: str, error_of: Callable[..., str], tmp_path: Path) -> None:
     content, message = YAML_FILES[case]
-    (tmp_path / "own" / "experiment").mkdir(parents=True)
-    (tmp_path / "own" / "experiment" / "mine.yaml").write_bytes(content)
-    line = error_of(f"--config-dir={tmp_path / 'own'}", "logger.wandb=disabled", "+experiment=mine")
+    own = tmp_path / 'a folder\'s "own"'
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "mine.yaml").write_bytes(content)
+    line = error_of(f"--config-dir={own}", "logger.wandb=disabled", "+experiment=mine")
     assert re.search(message, line)
 
 
