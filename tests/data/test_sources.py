@@ -471,7 +471,7 @@ def test_changed_files_of_a_local_data_set_change_the_fingerprint(tmp_path: Path
 def test_local_data_set_may_be_called_like_a_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "train.jsonl").write_text('{"text": "one"}\n')
-    (tmp_path / "other.jsonl").write_text('{"text": "of the working directory"}\n')  # what the loader would read
+    (tmp_path / "train.jsonl").write_text('{"text": "of the working directory"}\n')  # what the loader would read
     monkeypatch.chdir(tmp_path)
     assert list(documents(SourceConfig(source="hf", dataset="json"))) == ["one"]
 
