@@ -26,7 +26,7 @@ from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import build_model, meta_model, parameter_shapes
 from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
-from osp.run.folder import Found, begin, check_disk, open_run, recorded_steps, seconds_to_write
+from osp.run.folder import STOPPED, Found, begin, check_disk, end, open_run, recorded_steps, seconds_to_write
 from osp.run.logger import Logger, check_wandb
 from osp.run.read import differences
 from osp.train.engine import Engine
@@ -107,8 +107,11 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     if checkpoint:
         check_continues(config, checkpoint, shapes)
         check_length(given, checkpoint)
-    complete = checkpoint and checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints
+    whole = checkpoint and checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints
+    complete = checkpoint if whole else None
     if complete and (summary := on_main(lambda: stored_summary(folder))):  # needs neither text nor room on the disk
+        if is_main() and not (folder / STOPPED).exists():  # killed after its summary
+            end(folder, "complete", step=complete.step, tokens=complete.tokens, total_steps=complete.step)
         raise CompleteRun(summary)
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     if is_main() and (warning := bound_warning(config.model)):

@@ -233,6 +233,10 @@ def test_complete_run_needs_no_text_and_no_room(
     assert "trained             6 steps, 1,536 tokens" in message
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {path.name for path in after if after[path] != before.get(path)} <= {"report.html"}
+    monkeypatch.undo()
+    (tmp_path / "run" / "stopped.json").unlink()
+    train(tiny())
+    assert marker(tmp_path / "run")["reason"] == "complete"
 
 
 def test_start_that_looked_before_another_training_is_refused(
