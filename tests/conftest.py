@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST = (
     *("test_trainer.py", "test_engine.py", "test_verify_resume.py", "test_ablation.py", "test_slurm.py"),
     *("test_resume.py", "test_training.py", "test_fp8.py", "test_report.py", "test_equivalent_training.py"),
+    "test_fuzz.py",
 )
 
 

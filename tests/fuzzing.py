@@ -13,7 +13,10 @@ reads its lines and starts another one where the input killed it.
 import argparse
 import contextlib
 import faulthandler
+import gzip
+import hashlib
 import html.parser
+import importlib.util
 import io
 import json
 import logging
@@ -46,6 +49,10 @@ WORKER = [sys.executable, "-m", "tests.fuzzing"]
 
 class HangError(Exception):
     """Raised by the alarm."""
+
+
+def void(_: Any) -> None:
+    """Accept a result."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,6 @@ def configuration(it: Input) -> None:
         arguments = ["--config-dir", str(it.folder), "+experiment=mine"]
     sys.argv = ["train.py", *arguments]
     entry.run(lambda values: void(from_dict(values)), "train")
-
-
-def void(_: Any) -> None:
-    """Accept a result."""
 
 
 def corpus(it: Input) -> None:
@@ -195,8 +198,6 @@ def checkpoint(it: Input) -> None:
 
 def repair_sums(run: Path) -> None:
     """Give the manifests the sizes and checksums of the changed files: a reader then looks further."""
-    import hashlib
-
     for path in run.glob("checkpoints/*/manifest.json"):
         with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
             values = parse_json(path.read_bytes() if path.is_file() else b"")
@@ -277,6 +278,8 @@ def task(it: Input) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in 3 * TASKS[path.stem]))
     change_file(path, it.draw, it.payloads)
     read = read_task(path, num_fewshot=it.draw.choice((0, 0, 1, 5)))
+    if not importlib.util.find_spec("lm_eval"):
+        return
     as_harness_task(read)
     if it.draw.random() < 0.2:
         from osp.evaluation.harness import HarnessModel, evaluate_local_task
@@ -334,9 +337,6 @@ def check_page(text: str) -> None:
 
 def make_healthy(folder: Path) -> Healthy:
     """Write the folders that inputs are copies of: a corpus, its shards, a run of two steps, its export."""
-    import gzip
-
-    import pyarrow
     import pyarrow.parquet
 
     from osp.config import Config, from_dict, to_dict
