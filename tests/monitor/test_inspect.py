@@ -126,7 +126,7 @@ def test_missing_validation_split_is_a_one_line_error(tiny: Tiny, tmp_path: Path
         (("run", "--text", "a.txt"), "there is no option --text; write text=a.txt"),
         (("run", "--out=folder"), "there is no option --out; write out=folder"),
         (("run", "txt=a.txt"), "unknown key 'txt'; did you mean 'text'?"),
-        (("run", "text=[a.txt]"), "text=['a.txt']: must be text"),
+        (("run", "text=[a.txt]"), "text=['a.txt']: must be text; write it in quotes"),
         (("no",), "no: neither a run folder with a checkpoint nor a checkpoint"),
     ],
 )
