@@ -96,23 +96,15 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         raise UserError("the ranks have different configurations; start all of them with the same command and files")
     shapes = parameter_shapes(config.model)
     if config.train.precision == "fp8":
-        fp8_linear(emulate=not native_fp8(device))  # raises without torchao
-        if native_fp8(device):
-            check_fp8(shapes, resolved.micro_batch_size * config.train.seq_len)
-        elif is_main():
-            log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", device)
+        _check_fp8(resolved, shapes)
     wandb_mode: WandbMode = on_main(lambda: check_wandb(config.logger))
     found: Found = on_main(lambda: open_run(config))
     folder, checkpoint = found.folder, first_whole(found.resumable)
     if checkpoint:
         check_continues(config, checkpoint, shapes)
         check_length(given, checkpoint)
-    whole = checkpoint and checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints
-    complete = checkpoint if whole else None
-    if complete and (summary := on_main(lambda: stored_summary(folder))):  # needs neither text nor room on the disk
-        if is_main() and not (folder / STOPPED).exists():  # killed after its summary
-            end(folder, "complete", step=complete.step, tokens=complete.tokens, total_steps=complete.step)
-        raise CompleteRun(summary)
+        if checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints:
+            end_complete_run(folder, checkpoint)
     on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
     if is_main() and (warning := bound_warning(config.model)):
         log.warning(warning)
@@ -156,6 +148,14 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
+
+
+def end_complete_run(folder: Path, last: Checkpoint) -> None:
+    """Raise `CompleteRun` if the run has its summary: that needs neither text nor room on the disk. Collective."""
+    if summary := on_main(lambda: stored_summary(folder)):
+        if is_main() and not (folder / STOPPED).exists():  # killed after its summary
+            end(folder, "complete", step=last.step, tokens=last.tokens, total_steps=last.step)
+        raise CompleteRun(summary)
 
 
 def first_whole(folders: list[Path]) -> Checkpoint | None:
@@ -302,6 +302,15 @@ def measure_length(
     engine.sync_weights_from_master()
     # the first steps compile, allocate and read cold memory
     return on_main(lambda: max(1, int(60 * minutes / statistics.median(seconds[len(seconds) // 2 :]))))
+
+
+def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
+    """Raise `UserError` if fp8 cannot be computed; warn if it is emulated."""
+    fp8_linear(emulate=not native_fp8(resolved.device))  # raises without torchao
+    if native_fp8(resolved.device):
+        check_fp8(shapes, resolved.micro_batch_size * resolved.config.train.seq_len)
+    elif is_main():
+        log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", resolved.device)
 
 
 def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
