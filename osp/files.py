@@ -84,13 +84,8 @@ def read_record(path: Path) -> Any | None:
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Replace a file and flush it to disk, so that a reader, or a crash, sees all of `data` or none of it.
 
-    Never writes through a link: one at `path` is replaced, one at the place of the temporary file is removed. A device
-    or pipe, such as /dev/stdout, is written to.
+    Never writes through a link: one at `path` is replaced, one at the place of the temporary file is removed.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb", buffering=0) as file:
-            file.write(data)
-        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -127,10 +122,17 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def write_out(path: Path, text: str) -> None:
-    """Write the file that the key `out` names, and its folder; raise `UserError` where that is not possible."""
+    """Write the file that the key `out` names, and its folder; raise `UserError` where that is not possible.
+
+    A device or pipe, such as /dev/stdout, is written to.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb", buffering=0) as file:
+                file.write(text.encode())
+        else:
+            write_text(path, text)
     except OSError as error:
         raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
 

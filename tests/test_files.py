@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from osp.errors import UserError
-from osp.files import new_folder, parse_json, printable, read_json, read_lines, read_record, write_text
+from osp.files import new_folder, parse_json, printable, read_json, read_lines, read_record, write_out, write_text
 
 NOT_JSON = {
     "deep": "[" * 100_000,
@@ -115,7 +115,7 @@ def test_a_device_or_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{write}")
     (tmp_path / "null").symlink_to(os.devnull)
     for name in ("stdout", "null"):
-        write_text(tmp_path / name, "text")
+        write_out(tmp_path / name, "text")
         assert (tmp_path / name).is_symlink()
     assert os.read(read, 10) == b"text"
     os.close(read)
