@@ -83,10 +83,11 @@ class Payloads:
 
     def files(self, draw: random.Random) -> bytes:
         """Return content of a file that has nothing to do with what it replaces."""
+        canary = self.canary
 
         class Runs:
-            def __reduce__(inner) -> Any:  # noqa: N805
-                return os.system, (f"touch {self.canary}",)
+            def __reduce__(self) -> Any:
+                return os.system, (f"touch {canary}",)
 
         code = f"open({str(self.canary)!r}, 'w')\n".encode()
         tag = f"a: !!python/object/apply:os.system ['touch {self.canary}']\n".encode()

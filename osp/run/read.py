@@ -27,7 +27,6 @@ from osp.files import iterate_lines, printable, read_json
 from osp.run.evaluations import Comparison, Evaluation, read_evaluations
 from osp.run.metrics import Site, site_of
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is not everywhere
 QUIET_SECONDS = 600  # without a summary and without new metrics for this long, a run counts as interrupted
 
 # Keys that may change when a run continues: they do not affect the model or what it learns.
@@ -36,14 +35,12 @@ FREE += ("checkpoint.every", "checkpoint.keep_", "data.cache_dir", "data.num_wor
 FREE += ("train.micro_batch_size", "train.compile", "train.activation_checkpointing", "train.loss_chunk_tokens")
 FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at")
 
-
 Table = dict[str, Any]
 Bits = Annotated[StrictFloat, Field(gt=0, lt=math.inf)]
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 Octaves = Annotated[list[Annotated[StrictInt, Field(ge=-1100, le=1100)]], Field(min_length=1)]
-Channels = Annotated[
-    list[tuple[StrictInt, StrictFloat | None]], Field(min_length=1)
-]  # (channel, max|x|), largest first
+Channel = tuple[StrictInt, StrictFloat | None]  # and its max|x|
+Channels = Annotated[list[Channel], Field(min_length=1)]  # largest first
 
 
 def _table(**types: Any) -> Any:
@@ -222,11 +219,11 @@ def read_yaml(path: Path) -> Any:
     if path.exists() and not path.is_file():
         raise ValueError("not a file")  # a pipe would be read without end
     text, depth = path.read_text(encoding="utf-8"), 0
-    for event in yaml.parse(text, _LOADER):
+    for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 100 or isinstance(event, yaml.AliasEvent):
             raise ValueError("an alias, or nested too deeply")
-    return yaml.load(text, _LOADER)
+    return yaml.safe_load(text)
 
 
 def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> Any:

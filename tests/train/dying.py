@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from osp.config import from_dict
-from osp.data.loader import Loader
+from osp.data.loader import Batch, Loader
 from osp.errors import RunError, UserError
 from osp.run import checkpoint
 from osp.train.engine import Engine
@@ -29,14 +29,14 @@ def train_until_death(values: dict[str, Any], deaths: dict[int, Death]) -> None:
     train(from_dict(values))
 
 
-def train_until_data_fails(values: dict[str, Any], *, step: int) -> str:
-    """Train the configuration `values`, where rank 1 cannot read `step`, from 0; return the error of this rank."""
+def train_until_data_fails(values: dict[str, Any], *, unreadable: int) -> str:
+    """Train `values`, where rank 1 cannot read the step `unreadable`, from 0; return the error of this rank."""
     read = Loader._read
 
-    def fail(self: Loader, number: int) -> Any:
-        if number >= step and self.rank == 1:
+    def fail(self: Loader, step: int) -> list[Batch]:
+        if step >= unreadable and self.rank == 1:
             raise UserError("shard 7: no space left on device")
-        return read(self, number)
+        return read(self, step)
 
     Loader._read = fail
     try:

@@ -67,7 +67,7 @@ def test_killed_run_equals_undisturbed_run(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_data_that_fails_on_one_rank_ends_the_run_with_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     values = to_dict(tiny("checkpoint.every=0", "eval.every=0", "eval.sample_tokens=0"))
-    errors = run_distributed(partial(train_until_data_fails, values, step=4), 2)
+    errors = run_distributed(partial(train_until_data_fails, values, unreadable=4), 2)
     assert errors == ["step 5: shard 7: no space left on device"] * 2
     marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert (marker["step"], marker["reason"]) == (4, errors[0])
