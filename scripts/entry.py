@@ -163,7 +163,7 @@ def check_launcher() -> None:
 
 def _resolve_host_of_rank_0() -> None:
     """Wait until the name of the host is known, as when all hosts of a job have just started."""
-    host, until = os.environ.get("MASTER_ADDR"), time.monotonic() + SECONDS_TO_RESOLVE
+    host, until, waiting = os.environ.get("MASTER_ADDR"), time.monotonic() + SECONDS_TO_RESOLVE, False
     while host and "RANK" in os.environ:
         try:
             socket.getaddrinfo(host, None)
@@ -171,6 +171,11 @@ def _resolve_host_of_rank_0() -> None:
         except (OSError, UnicodeError) as error:
             if time.monotonic() > until:
                 raise UserError(f"MASTER_ADDR={host}: the host of rank 0 has no such name: {error}") from error
+            if not waiting:
+                logging.warning(
+                    "MASTER_ADDR=%s has no address yet; waiting for it up to %g s", host, SECONDS_TO_RESOLVE
+                )
+            waiting = True
         time.sleep(1)
 
 
