@@ -48,6 +48,18 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
 
 
+def read_utf8(path: Path, *, name: str) -> str:
+    """Return the text of a file that the user names. Raises `UserError` with `name` if that is not possible."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name} is not a file")  # a pipe or a device would be read without end
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise UserError(f"{name} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {name}: {error}") from error
+
+
 def read_json(path: Path) -> Any:
     """Return the JSON value in a file. Raises `UserError` that names the file if there is none."""
     try:

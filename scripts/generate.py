@@ -15,6 +15,7 @@ from pydantic import Field
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
+from osp.files import read_utf8
 from osp.model.generate import Sampling, TextStream, check_lengths, prepare_for_generation, stream
 from osp.schema import Count, Device, FilePath, Int, NotNegative, PositiveFraction, Seed, Threads, build
 
@@ -113,10 +114,7 @@ def read_prompts(path: str | None) -> list[str]:
     """Return the lines of a file that are not blank."""
     if path is None:
         return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={path}: cannot read it: {error}") from error
+    lines = read_utf8(Path(path), name=f"prompts={path}").split("\n")
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts={path} holds no prompt; write one per line")

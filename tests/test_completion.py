@@ -149,7 +149,7 @@ def test_seed_and_sampling_reach_the_model(script: Callable[..., Outcome], llama
         (["LLAMA", "a", "top_k=0"], "top_k=0: must be at least 1"),
         (["LLAMA", "a", "temperature=-1"], "temperature=-1: must be at least 0"),
         (["LLAMA", "a", "temperatur=1"], "unknown key 'temperatur'; did you mean 'temperature'"),
-        (["LLAMA", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot read it"),
+        (["LLAMA", "prompts=nowhere.txt"], "prompts=nowhere.txt does not exist"),
         (["LLAMA", "prompts=empty.txt"], "prompts=empty.txt holds no prompt; write one per line"),
         (["LLAMA", "a", "device=tpu"], "device='tpu': must be 'auto', 'cpu' or 'cuda'"),
     ],

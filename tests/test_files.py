@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from osp.errors import UserError
-from osp.files import new_folder, parse_json, printable, read_json, read_lines, read_record, write_out, write_text
+from osp.files import (
+    new_folder,
+    parse_json,
+    printable,
+    read_json,
+    read_lines,
+    read_record,
+    read_utf8,
+    write_out,
+    write_text,
+)
 
 NOT_JSON = {
     "deep": "[" * 100_000,
@@ -42,12 +52,14 @@ def test_an_integer_of_any_length_is_read() -> None:
     }
 
 
-def test_read_json_names_the_file_and_the_reason(tmp_path: Path) -> None:
+def test_readers_name_the_file_and_the_reason(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "half.json").write_text(r'{"a": "\ud800"}')
     for name, reason in {".": "is not a file", "pipe": "is not a file", "none.json": "does not exist"}.items():
         with pytest.raises(UserError, match=reason):
             read_json(tmp_path / name)
+        with pytest.raises(UserError, match=f"^text=X {reason}"):
+            read_utf8(tmp_path / name, name="text=X")
     with pytest.raises(UserError, match=r"half\.json: malformed JSON \(half a surrogate pair\)"):
         read_json(tmp_path / "half.json")
 

@@ -18,6 +18,7 @@ from osp.data.tokenizer import spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
+from osp.files import read_utf8
 from osp.run.checkpoint import find
 from osp.run.folder import training_shards
 
@@ -64,11 +65,11 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
         shards = training_shards(folder, instead="name a file of text: texts=[FILE] or text=FILE")
         return held_out(name, shards, subject.tokenizer)
     if path.suffix == ".raw":
-        lines = _utf8(path).removesuffix("\n").split("\n")
+        lines = read_utf8(path, name=name).removesuffix("\n").split("\n")
         text = wikitext([line + "\n" for line in lines])
         return encode(WIKITEXT2 if "wiki.test" in path.name else path.stem, [text], subject)
     if path.is_file() and not is_documents(path, text_field) and name != WIKITEXT2:
-        return encode(path.name, [_utf8(path)], subject)
+        return encode(path.name, [read_utf8(path, name=name)], subject)
     file = SourceConfig(source="text", paths=(name,), text_field=text_field)
     try:
         texts = list(make_source(HUB_WIKITEXT2 if name == WIKITEXT2 else file).documents())
@@ -124,12 +125,3 @@ def _text(name: str, ids: np.ndarray, sha256: str, tokenizer: Tokenizer) -> Text
         raise UserError(f"{name}: the text has {len(ids)} tokens; there is nothing to predict")
     sizes = token_bytes(tokenizer)
     return Text(name, torch.from_numpy(ids), torch.from_numpy(sizes[ids]), sha256)
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

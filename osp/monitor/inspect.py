@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from osp.config import Config, MonitorConfig
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
+from osp.files import read_utf8
 from osp.model.sites import split_site
 from osp.model.transformer import check_finite
 from osp.monitor.forensics import Forensics, write_bundle
@@ -74,10 +75,7 @@ def _read_text(folder: Path, config: Config, text: Path | None) -> tuple[ProbeTe
     if not (run / "tokenizer.json").exists():
         raise UserError(f"{run / 'tokenizer.json'}: the tokenizer of the run is missing; name the run folder")
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    try:
-        ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids[: config.monitor.tokens]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text={text}: cannot be read: {error}") from error
+    ids = tokenizer.encode(read_utf8(text, name=f"text={text}")).ids[: config.monitor.tokens]
     if len(ids) < 2:
         raise UserError(f"text={text}: has {len(ids)} tokens; moments over tokens need at least 2")
     length = min(config.train.seq_len, len(ids))

@@ -100,9 +100,9 @@ def test_unreadable_input_is_a_one_line_error(spiky: Path, tmp_path: Path) -> No
     binary.write_bytes(b"\xff\xfe\x00")
     assert line(tmp_path) == f"{tmp_path}: neither a run folder with a checkpoint nor a checkpoint"
     assert line(spiky, empty) == f"text={empty}: has 0 tokens; moments over tokens need at least 2"
-    assert line(spiky, binary).startswith(f"text={binary}: cannot be read")
+    assert line(spiky, binary).startswith(f"cannot read text={binary}: ")
     assert line(spiky, None, empty) == f"{empty}: cannot write there: File exists; set out to another folder"
-    assert line(spiky, tmp_path / "no.txt").startswith(f"text={tmp_path / 'no.txt'}: cannot be read")
+    assert line(spiky, tmp_path / "no.txt").startswith(f"text={tmp_path / 'no.txt'} does not exist")
 
 
 def test_missing_validation_split_is_a_one_line_error(tiny: Tiny, tmp_path: Path) -> None:
