@@ -270,9 +270,8 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TextConfig:
     source: str = "text"  # where text comes from: a key of osp.data.sources.SOURCES
-    paths: tuple[
-        FilePath, ...
-    ] = ()  # text: files, or folders of .txt .md .py .jsonl .ndjson .json[.gz|.xz|.zst] .parquet
+    # text: files, or folders of .txt .md .py .jsonl .ndjson .json[.gz|.xz|.zst] .parquet.
+    paths: tuple[FilePath, ...] = ()
     text_field: Text = "text"  # text, hf: the field of a record that holds the document
     dataset: FilePath | None = None  # hf: name of the data set
     subset: Text | None = None  # hf: its configuration
