@@ -48,31 +48,37 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
 
 
-def read_utf8(path: Path, *, name: str) -> str:
-    """Return the text of a file that the user names. Raises `UserError` with `name` if that is not possible."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{name} is not a file")  # a pipe or a device would be read without end
+def not_a_file(path: Path) -> bool:
+    """Return whether `path` is there but no file: a folder, or a pipe or device, which would be read without end."""
+    return path.exists() and not path.is_file()
+
+
+def _read(path: Path, name: str) -> bytes:
+    """Return the content of a file. Raises `UserError` with `name` if that is not possible."""
+    if not_a_file(path):
+        raise UserError(f"{name} is not a file")
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{name} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def read_utf8(path: Path, *, name: str) -> str:
+    """Return the text of a file that the user names. Raises `UserError` with `name` if that is not possible."""
+    try:
+        return _read(path, name).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read {name}: {error}") from error
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in a file. Raises `UserError` that names the file if there is none."""
+    """Return the JSON value in a file. Raises `UserError` with the path if the file cannot be read or is not JSON."""
+    data = _read(path, str(path))
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file")  # a pipe would be read without end
-        value = parse_json(path.read_bytes())
+        value = parse_json(data)
         json.dumps(value, ensure_ascii=False).encode()  # JSON can spell halves of surrogate pairs, which nothing prints
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError:
-        raise
     except (ValueError, RecursionError) as error:
         reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else error
         raise UserError(f"{path}: malformed JSON ({reason})") from error

@@ -1,9 +1,12 @@
 """Models to evaluate: a random Llama with a byte-level tokenizer, and stories260K where its files are present."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from osp.evaluation.language_model import LanguageModel, open_model
@@ -37,6 +40,15 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama(llama_folder: Path) -> LanguageModel:
     return open_model(llama_folder)
+
+
+@pytest.fixture
+def overflowing(llama: LanguageModel) -> LanguageModel:
+    """Return `llama` with finite weights whose activations overflow."""
+    model = copy.deepcopy(llama.model)
+    with torch.no_grad():
+        model.get_parameter("layers.1.mlp.down_proj.weight").fill_(1e38)
+    return dataclasses.replace(llama, model=model)
 
 
 @pytest.fixture(scope="session")

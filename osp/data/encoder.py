@@ -18,7 +18,7 @@ Ids = np.ndarray[Any, Any]
 
 
 class Encoder:
-    """Encode documents and refuse those of which the tokenizer loses text.
+    """Encode documents. A document that loses text in its tokens is refused.
 
     Text is lost if a character is in no token, or in the token for unknown text. Then the tokens stand for fewer bytes
     than the text has. Normalization changes this number too: `_check` tells the two apart.

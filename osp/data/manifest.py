@@ -19,7 +19,7 @@ import numpy as np
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import spec_hash
 from osp.errors import UserError
-from osp.files import parse_json, write_atomically
+from osp.files import not_a_file, parse_json, write_atomically
 from osp.schema import Count, CountOrZero, build
 
 FORMAT = 1
@@ -82,8 +82,8 @@ def load_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of `folder`. Raises `UserError` if it is missing, damaged or inconsistent."""
     path = Path(folder) / FILE_NAME
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")  # a pipe would be read without end
+        if not_a_file(path):
+            raise ValueError("not a file")
         values = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)") from error

@@ -267,7 +267,7 @@ def _documents(data: DataConfig) -> Iterator[str]:
         documents = itertools.chain.from_iterable(cut(text, size, size // 2, PART_ENDS) for text in documents)
     for text in documents:
         first = first or text
-        early.append(first and text and first)
+        early.append(first if text else "")  # not a copy each
         if text not in ("", first):
             break
     else:

@@ -342,7 +342,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _text(path: Path) -> str:
-    """Return the text of a .txt, .md or .py file. Only that of a compressed file has a limit: it does not show."""
+    """Return the text of a .txt, .md or .py file. Compressed files have a limit, as their size on disk says little."""
     content = bytearray()
     for piece in _pieces(path):
         content += piece

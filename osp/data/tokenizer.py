@@ -18,7 +18,7 @@ from osp.files import parse_json
 
 FILE_NAME = "tokenizer.json"
 HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
-MOST_BYTES = 2**30  # of a tokenizer.json; that of 256,000 tokens has 34 million
+MOST_BYTES = 2**30  # of a tokenizer.json; a file with 256,000 tokens has 34 million
 MOST_TOKENS = 2**24  # as of `tokenizer.vocab_size`
 WORD_BYTES = 1000  # the time to train on a word grows with the square of its length
 PIECE = 2**20  # characters encoded at once: `tokenizers` takes about 200 bytes of memory for one

@@ -30,7 +30,7 @@ class LanguageModel:
     run: Path | None = None  # folder of the training run
     step: int | None = None  # of the checkpoint
     conversion: dict[str, Any] | None = None  # entry of scripts/convert.py in the checkpoint
-    stop_ids: tuple[int, ...] = ()  # the tokens of which each ends a generated text
+    stop_ids: tuple[int, ...] = ()  # tokens; each of them ends a generated text
 
     @property
     def device(self) -> torch.device:

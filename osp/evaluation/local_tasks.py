@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from osp.errors import UserError
-from osp.files import parse_json
+from osp.files import not_a_file, parse_json
 
 _FILE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
 PAPER_TEN: dict[str, tuple[int, str]] = _FILE["paper_ten"]
@@ -67,7 +67,7 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
     The examples before an item are other items of the file, drawn by (seed, number of the item).
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be read without end
+        if not_a_file(path):
             raise UserError(f"tasks: {path} is not a file")
         raw = path.read_bytes()
         lines = raw.decode("utf-8-sig").split("\n")

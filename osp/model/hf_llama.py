@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from osp.config import ModelConfig
 from osp.data.tokenizer import load_tokenizer, vocab_size
 from osp.errors import UserError
-from osp.files import read_json
+from osp.files import not_a_file, read_json
 from osp.model.transformer import Transformer, meta_model
 from osp.schema import build
 
@@ -138,8 +138,8 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Any, str]]:
     stored: dict[str, tuple[Any, str]] = {}
     for path in _weight_files(folder):
         try:
-            if path.exists() and not path.is_file():
-                raise OSError("not a file")  # a pipe would be read without end
+            if not_a_file(path):
+                raise OSError("not a file")
             file: Any = safe_open(path, framework="pt").__enter__()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: missing or no whole safetensors file: {error}") from error

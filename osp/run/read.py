@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from osp.config import Config, leaves, to_dict
 from osp.errors import UserError
-from osp.files import iterate_lines, printable, read_json
+from osp.files import iterate_lines, not_a_file, printable, read_json
 from osp.run.evaluations import Comparison, Evaluation, read_evaluations
 from osp.run.metrics import Site, site_of
 
@@ -168,7 +168,7 @@ def read_probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _lines(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what is valid of the lines of a file; `notes` counts the broken lines. A missing file is empty."""
     broken, left_out = list[int](), list[str]()
-    if path.exists() and not path.is_file():
+    if not_a_file(path):
         notes.append(f"{path.name} is not a file; left out")
     for line in iterate_lines(path, broken):
         places = list[str]()
@@ -216,8 +216,8 @@ def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """Return the value in a YAML file; with aliases a few lines can stand for more values than fit into memory."""
-    if path.exists() and not path.is_file():
-        raise ValueError("not a file")  # a pipe would be read without end
+    if not_a_file(path):
+        raise ValueError("not a file")
     text, depth = path.read_text(encoding="utf-8"), 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

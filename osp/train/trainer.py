@@ -94,7 +94,7 @@ class Trainer:
         return self.tokens_after(self.step)
 
     def tokens_after(self, step: int) -> int:
-        """Return the training tokens of the first `step` steps; those of another run may have had another size."""
+        """Return the training tokens of the first `step` steps; the steps of another run may have had another size."""
         first, tokens = self.restored
         return tokens + (step - first) * self.config.train.tokens_per_step
 

@@ -1,6 +1,5 @@
 """Scores of the harness against a loop over pairs with `transformers`, and lines that are refused."""
 
-import copy
 import dataclasses
 import functools
 import json
@@ -521,12 +520,9 @@ def test_task_that_fails_at_a_later_item_is_one_line(llama: LanguageModel, task_
 
 
 def test_scores_of_a_model_without_finite_logits_are_not_numbers(
-    llama: LanguageModel, task_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    overflowing: LanguageModel, task_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = dataclasses.replace(llama, model=copy.deepcopy(llama.model))
-    with torch.no_grad():
-        broken.model.get_parameter("layers.1.mlp.down_proj.weight").fill_(1e38)
-    results = named(broken, task_folder, "filtered", "both")
+    results = named(overflowing, task_folder, "filtered", "both")
     assert len(results) == 6
     assert all(math.isnan(result.value) for result in results)
     assert "filtered: 4 answers of the model are not finite, so its scores are nan" in caplog.text

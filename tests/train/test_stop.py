@@ -202,20 +202,32 @@ def test_deepspeed_launcher_with_a_dead_rank(tiny: Tiny, start: Callable[..., Ru
     assert_lost_rank_is_named(run)
 
 
-def test_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """The time that `StopRequest` sees, and the statuses with which it ended the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        self.ended: list[int] = []
+        monkeypatch.setattr("osp.train.stop.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("osp.train.stop.os._exit", self.ended.append)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_second_signal_ends_the_process_at_once(clock: Clock) -> None:
     """Two within a second are one request: a launcher passes on what the terminal has already sent."""
-    now, ended = 100.0, []
-    monkeypatch.setattr("osp.train.stop.time.monotonic", lambda: now)
-    monkeypatch.setattr("osp.train.stop.os._exit", ended.append)
     request = StopRequest()
     with request.listen():
         signal.raise_signal(signal.SIGINT)
-        now += 0.9 * SECONDS_OF_ONE_REQUEST
+        clock.now += 0.9 * SECONDS_OF_ONE_REQUEST
         signal.raise_signal(signal.SIGTERM)
-        assert (request.signal, ended) == ("SIGINT", [])
-        now += 0.2 * SECONDS_OF_ONE_REQUEST
+        assert (request.signal, clock.ended) == ("SIGINT", [])
+        clock.now += 0.2 * SECONDS_OF_ONE_REQUEST
         signal.raise_signal(signal.SIGTERM)
-        assert (request.signal, ended) == ("SIGINT", [128 + signal.SIGTERM])
+        assert (request.signal, clock.ended) == ("SIGINT", [128 + signal.SIGTERM])
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
@@ -237,20 +249,17 @@ def test_nohup_keeps_a_run_going() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_limit_of_time_that_is_repeated_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_of_time_that_is_repeated_is_one_request(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux sends SIGXCPU every second, and a launcher may end after it has passed a signal on."""
-    now, ended = 100.0, []
-    monkeypatch.setattr("osp.train.stop.time.monotonic", lambda: now)
-    monkeypatch.setattr("osp.train.stop.os._exit", ended.append)
     request = StopRequest()
     with request.listen():
         signal.raise_signal(signal.SIGXCPU)
-        now += 10 * SECONDS_OF_ONE_REQUEST
+        clock.now += 10 * SECONDS_OF_ONE_REQUEST
         signal.raise_signal(signal.SIGXCPU)
-        assert not ended
+        assert not clock.ended
         monkeypatch.setattr(Launcher, "gone", True)
         signal.raise_signal(signal.SIGTERM)
-        assert not ended
+        assert not clock.ended
 
 
 def test_end_of_the_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
