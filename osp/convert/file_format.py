@@ -1,0 +1,110 @@
+"""What `scripts/export.py` needs to know of a kind of file: who reads it, what it can hold, how it is written.
+
+To add one, write a subclass of `FileFormat` and enter it in `FORMATS` of osp/convert/export.py.
+"""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from osp.config import ModelConfig
+from osp.errors import UserError
+from osp.evaluation.language_model import LanguageModel
+from osp.model.transformer import Transformer
+from osp.quant.apply import Quantized
+from osp.quant.spec import QuantSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDING = ("method", "w_clip", "act_order", "damping", "calibration", "calibration_tokens", "seed")  # keys of `quant`
+
+
+class Client(Protocol):
+    """A program that has read a file, as the certificate uses it."""
+
+    name: str  # library and version
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the logits (B, T, V), fp32 on the CPU, of the token ids (B, T), int64 on the CPU; no BOS is added."""
+        ...
+
+    def encode(self, text: str) -> list[int] | None:
+        """Return the tokens of `text` without BOS and EOS; None: the client has no tokenizer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is written."""
+
+    model: Transformer  # a stock Llama (RMSNorm with a gain per channel, FFN padded), fp32; values fit in `dtype`
+    subject: LanguageModel  # the trained model with its tokenizer; its weights are not those of `model`
+    context: int  # tokens that the model was trained on; `max_position_embeddings` of `model`
+    dtype: torch.dtype  # of the tensors that are not quantized
+    shard_bytes: int  # upper bound of a file of weights
+
+
+class FileFormat(ABC):
+    """A kind of file. Methods with a scheme get a key of `schemes`, or None if there are none."""
+
+    name: ClassVar[str]  # value of the key `format`
+    schemes: ClassVar[Mapping[str, QuantSpec]] = {}  # value of the key `scheme` -> bits, formats and groups
+    dtypes: ClassVar[tuple[str, ...]] = ()  # choices of the key `dtype`, the default first; (): the scheme decides
+    suffix: ClassVar[str] = ""  # of the file; "": a folder
+    tolerance: ClassVar[float] = 1e-4  # of the perplexity by the client, relative to fake quantization
+
+    @abstractmethod
+    def ffn_multiple(self, scheme: str | None) -> int:
+        """Return what the width of the FFN has to be a multiple of; zero channels fill it up."""
+
+    def check(self, config: ModelConfig, tokenizer: Tokenizer, scheme: str | None) -> None:  # noqa: B027
+        """Raise `UserError` if a model of this shape (FFN padded) or tokenizer cannot be written. Called first."""
+
+    def dtype(self, scheme: str | None) -> torch.dtype:
+        """Return what tensors that are not quantized are rounded to, where `dtypes` leaves no choice."""
+        return torch.float32
+
+    @abstractmethod
+    def write(self, source: Source, state: Quantized, scheme: str | None, path: Path) -> None:
+        """Write the new file `path`, or into the empty folder `path`; called inside `quantized(source.model, ...)`.
+
+        The weights of the model are rounded already, and `state.grids` has their scales. A full disk is an `OSError`.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, device: torch.device) -> Client:
+        """Return the client that has read the file; `device` is where it computes if it can."""
+
+    @abstractmethod
+    def above_four_bits(self, path: Path) -> list[str]:
+        """Return the names of the tensors with more than 4 bits per weight, scales not counted."""
+
+    def quantization(self, scheme: str | None, quant: QuantSpec) -> QuantSpec:
+        """Return the quantization of a scheme, with the keys of `quant` that say how weights are rounded."""
+        if scheme not in self.schemes and (scheme or self.schemes):
+            raise UserError(f"scheme={scheme or 'null'}: format={self.name} has {self._suggest(scheme or '')}")
+        fixed = self.schemes[scheme] if scheme else QuantSpec()
+        if fixed.is_identity and quant != QuantSpec():
+            raise UserError(f"quant: format={self.name} rounds nothing{f' with scheme={scheme}' if scheme else ''}")
+        for key, value in asdict(quant).items():
+            # the presets gptq and hadamard set bits and ffn_hadamard as well
+            allowed = {getattr(fixed, key), getattr(QuantSpec(), key), 4 if key.endswith("bits") else None}
+            if key not in (*ROUNDING, "ffn_hadamard") and value not in allowed:
+                raise UserError(
+                    f"quant.{key}={value}: scheme={scheme} has {getattr(fixed, key)}; quant says how weights are "
+                    f"rounded, {', '.join(ROUNDING)}"
+                )
+        return replace(fixed, **{key: getattr(quant, key) for key in ROUNDING})
+
+    def _suggest(self, scheme: str) -> str:
+        choices = {name.lower(): name for name in self.schemes}
+        close = difflib.get_close_matches(scheme.lower(), choices, n=1)
+        if not choices:
+            return "no schemes; leave scheme out, or choose another format"
+        return f"{', '.join(self.schemes)}" + (f"; did you mean {choices[close[0]]}?" if close else "")
