@@ -201,7 +201,7 @@ class ModelConfig:
 
     vocab_size: Annotated[Int, Field(ge=1, le=2**24)] = 4096  # tokens of the embedding and the head
     hidden_size: Annotated[Int, Field(ge=1, le=2**20)] = 256  # channels of the residual stream
-    intermediate_size: Annotated[Int, Field(ge=1, le=2**24)] = 688  # channels of the MLP
+    intermediate_size: Annotated[Int, Field(ge=1, le=2**24)] = 768  # channels of the MLP
     num_hidden_layers: Annotated[Int, Field(ge=1, le=1000)] = 6  # number of blocks
     num_attention_heads: Annotated[Int, Field(ge=1, le=2**20)] = 4  # query heads
     # Heads of keys and values; None: num_attention_heads.

@@ -126,9 +126,10 @@ def test_equal_trainings_share_one_run(tmp_path: Path) -> None:
 
 def test_trainings_have_the_folders_of_version_0_1_0() -> None:
     """An ablation that was begun with it goes on; a key added since must not enter the name at its default."""
-    runs = plan(config(rows=["adam", "osp", "bhyt: +experiment=osp norm=bhyt"]), entry.compose)
+    nano = "model.intermediate_size=688"  # the default of that version
+    runs = plan(config(rows=["adam", "osp", "bhyt: +experiment=osp norm=bhyt"], overrides=[nano]), entry.compose)
     assert [run.label for run in runs] == ["adam-seed0-1c561186", "bhyt-seed0-b72d9c9c", "osp-seed0-54fa6066"]
-    (other,) = plan(config(rows=["osp"], overrides=["optimizer.gain_decay=0"]), entry.compose)
+    (other,) = plan(config(rows=["osp"], overrides=[nano, "optimizer.gain_decay=0"]), entry.compose)
     assert other.label not in {run.label for run in runs}
 
 

@@ -293,9 +293,9 @@ def test_parameters_of_osp_1b() -> None:
 
 def test_parameters_of_nano() -> None:
     counts = count_parameters(NANO)
-    # a layer: 4 * 256^2 = 262,144 and 3 * 256 * 688 = 528,384; six of them, and two times 4096 * 256 = 1,048,576
-    assert counts["matrix"] == 6 * 790_528
-    assert counts["total"] == 4_743_168 + 2 * 1_048_576 + 2 * 65_536 + 13 == 6_971_405
+    # a layer: 4 * 256^2 = 262,144 and 3 * 256 * 768 = 589,824; six of them, and two times 4096 * 256 = 1,048,576
+    assert counts["matrix"] == 6 * 851_968
+    assert counts["total"] == 5_111_808 + 2 * 1_048_576 + 2 * 65_536 + 13 == 7_340_045
 
 
 def test_parameters_with_grouped_query_attention() -> None:

@@ -74,7 +74,7 @@ def test_invalid_setting_is_a_one_line_error(values: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("spec", "model", "message"),
     [
-        ({"w_bits": 4, "w_group_size": 128}, {}, r"w_group_size=128 does not divide model\.intermediate_size=688"),
+        ({"w_bits": 4, "w_group_size": 256}, {"intermediate_size": 688}, r"divide model\.intermediate_size=688"),
         ({"a_bits": 4, "a_group_size": 48}, {}, r"a_group_size=48 does not divide model\.hidden_size=256"),
         ({"kv_bits": 4, "kv_group_size": 48}, {}, r"kv_group_size=48 does not divide the head size=64"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="bhyt")}, "not pass through the norm bhyt"),
