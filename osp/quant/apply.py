@@ -9,9 +9,9 @@ its end, so a model in training is the same bits before and after.
 
 import functools
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from osp.errors import UserError
 from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
+from osp.model.sites import SITES as SITE_MAP
 from osp.model.sites import hook_site, site_names, split_site
 from osp.model.transformer import Embedding, Linear, Transformer
+from osp.quant.formats import NumberFormat
 from osp.quant.gptq import quantize_weights_gptq
+from osp.quant.grid import Grid, grouped
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
 from osp.quant.spec import END_SITES, INNER_SITES, SITES, Part, QuantSpec, active_sites, check_spec
-from osp.quant.spinquant import StraightThrough, learn_rotations
+from osp.quant.spinquant import TOKENS_AT_ONCE, StraightThrough, learn_rotations
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Quantized:
 
     sites: frozenset[str]  # that are quantized
     basis: Tensor | None = None  # (D, D) fp64 R1: the residual stream is h R1; None: h
+    grids: dict[str, Grid] = field(default_factory=dict)  # parameter -> grid of its groups, if the format has one
+    bounds: dict[str, Tensor] = field(default_factory=dict)  # parameter or site -> (2,) extremes that give its scale
 
     def in_own_basis(self, h: Tensor) -> Tensor:
         """Return residual vectors (..., D) of the quantized model in the basis of the unquantized one."""
@@ -60,7 +65,7 @@ def quantized(
     if unknown := set(sites) - set(SITES):
         raise UserError(f"unknown site {sorted(unknown)[0]!r}; choose from {', '.join(SITES)}")
     if spec.needs_calibration and calibration is None:
-        raise UserError(f"quant.method={spec.method} with quant.rotation={spec.rotation} needs calibration text")
+        raise UserError(f"quant: {spec} needs calibration text")
     active = active_sites(spec, model.config) & set(sites)
     if not active:
         yield Quantized(frozenset())
@@ -74,13 +79,11 @@ def quantized(
             for handle in rotate_online(model, ffn=ffn, qk=spec.qk_hadamard and "k" in active):
                 stack.callback(handle.remove)
             basis = _rotate(model, spec, calibration, active, progress=progress)
-            by_gptq = active & set(INNER_SITES["w"]) if spec.method == "gptq" else frozenset()
-            if by_gptq:
-                assert calibration is not None
-                quantize_weights_gptq(model, spec, calibration, sites=by_gptq, progress=progress)
-            _round_weights(model, spec, active - by_gptq, progress=progress)
-        _quantize_activations(model, spec, active, stack)
-        yield Quantized(active, basis)
+            state = Quantized(active, basis, bounds=_weight_bounds(model, spec, active))
+            _round_weights(model, spec, state, calibration, progress=progress)
+            state.bounds.update(_activation_bounds(model, spec, active, calibration))
+        _quantize_activations(model, spec, active, stack, state.bounds)
+        yield state
 
 
 def error_and_energy(h_q: Tensor, h: Tensor) -> Tensor:
@@ -154,27 +157,108 @@ def _rotate(
     if spec.rotation == "spinquant":
         assert calibration is not None
         with ExitStack() as learning:
-            _quantize_activations(model, spec, active, learning)
+            _quantize_activations(model, spec, active, learning, {})
             rotations = learn_rotations(model, spec, rotations, calibration, sites=active, progress=progress)
     fuse_rotations(model, rotations)
     return rotations[0].to(model.embed_tokens.weight.device)
 
 
-def _round_weights(model: Transformer, spec: QuantSpec, sites: Collection[str], *, progress: bool) -> None:
-    weights = [p for name, p in model.named_parameters() if name.endswith(".weight") and name.split(".")[-2] in sites]
-    for weight in tqdm(weights, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
-        weight.data = spec.number_format("w").round(weight.data, group_size=spec.w_group_size, clip_search=spec.w_clip)
+def _weight_bounds(model: Transformer, spec: QuantSpec, active: frozenset[str]) -> dict[str, Tensor]:
+    """Return parameter -> (2,) extremes of the matrices that read the same input, for a format with a tensor scale.
+
+    Engines fuse these matrices (q, k and v; gate and up) into one, which has one tensor scale.
+    """
+    bounds: dict[str, Tensor] = {}
+    if spec.w_bits == 16 or not spec.number_format("w").tensor_scale:
+        return bounds
+    for index, layer in enumerate(model.layers):
+        weights = dict(layer.named_parameters())
+        for site in SITE_MAP.values():
+            names = [f"{path}.weight" for path in site.readers if site.in_block and path.split(".")[-1] in active]
+            fused = {name: weights[name].aminmax() for name in names if name in weights}
+            if fused:
+                low, high = (torch.stack(extremes).float() for extremes in zip(*fused.values(), strict=True))
+                bounds |= dict.fromkeys(
+                    (f"layers.{index}.{name}" for name in fused), torch.stack((low.min(), high.max()))
+                )
+    return bounds
 
 
-def _quantize_activations(model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack) -> None:
+def _round_weights(
+    model: Transformer, spec: QuantSpec, state: Quantized, calibration: Tensor | None, *, progress: bool
+) -> None:
+    """Round the weights at the sites of `state`, and enter their grids in it."""
+
+    def group_size(number_format: NumberFormat) -> int | None:
+        return number_format.block_size or spec.w_group_size
+
+    def grid_of(name: str, weight: Tensor) -> Grid:
+        number_format = spec.weight_format(name.split(".")[-2])
+        groups = grouped(weight, group_size=group_size(number_format))
+        grid = number_format.grid(groups, clip_search=spec.w_clip, bounds=state.bounds.get(name))
+        state.grids[name] = grid
+        return grid
+
+    by_gptq = state.sites & set(INNER_SITES["w"]) if spec.method == "gptq" else frozenset()
+    if by_gptq:
+        assert calibration is not None
+        quantize_weights_gptq(model, spec, calibration, sites=by_gptq, grid_of=grid_of, progress=progress)
+    weights = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".weight") and name.split(".")[-2] in state.sites - by_gptq
+    }
+    for name in tqdm(weights, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
+        weight, number_format = weights[name], spec.weight_format(name.split(".")[-2])
+        if number_format.has_grid:
+            weight.data = grid_of(name, weight.data).round(weight.data, group_size=group_size(number_format))
+        else:
+            weight.data = number_format.round(weight.data, group_size=spec.w_group_size)
+
+
+def _activation_bounds(
+    model: Transformer, spec: QuantSpec, active: frozenset[str], calibration: Tensor | None
+) -> dict[str, Tensor]:
+    """Return site -> (2,) extremes of its activations on `calibration` (N, T), for sites with a static scale.
+
+    The weights are rounded by now, the activations are not.
+    """
+    bounds: dict[str, Tensor] = {}
+    static = [name for name in site_names(len(model.layers), active) if spec.is_static(_part(name))]
+    if not static:
+        return bounds
+
+    def observe(name: str, x: Tensor) -> None:
+        seen = torch.stack(x.float().aminmax())
+        low, high = bounds.get(name, torch.zeros_like(seen))
+        bounds[name] = torch.stack((torch.minimum(low, seen[0]), torch.maximum(high, seen[1])))
+
+    assert calibration is not None
+    with ExitStack() as stack:
+        for name in static:
+            stack.callback(hook_site(model, name, functools.partial(observe, name)).remove)
+        for sequences in calibration.split(max(1, TOKENS_AT_ONCE // calibration.shape[1])):
+            model.hidden_states(sequences.to(model.embed_tokens.weight.device))
+    return bounds
+
+
+def _part(site: str) -> Part:
+    """Return what a site of activations belongs to."""
+    return "kv" if split_site(site)[1] in INNER_SITES["kv"] else "a"
+
+
+def _quantize_activations(
+    model: Transformer, spec: QuantSpec, active: frozenset[str], stack: ExitStack, bounds: Mapping[str, Tensor]
+) -> None:
     """Quantize what passes the active sites of activations and cache, until `stack` ends."""
     for name in site_names(len(model.layers), active):
-        _, kind = split_site(name)
-        part: Part = "kv" if kind in INNER_SITES["kv"] else "a"
+        part = _part(name)
         number_format, group_size = spec.number_format(part), getattr(spec, f"{part}_group_size")
-        if kind == "o_proj_in" and spec.o_proj_by_head and number_format.block_size is None:
+        if split_site(name)[1] == "o_proj_in" and spec.o_proj_by_head and number_format.block_size is None:
             group_size = model.config.head_size
         quantize = functools.partial(number_format.round, group_size=group_size)
+        if name in bounds:
+            quantize = functools.partial(number_format.round, bounds=bounds[name])
         stack.callback(hook_site(model, name, functools.partial(StraightThrough.apply, quantize)).remove)
 
 

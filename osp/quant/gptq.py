@@ -6,7 +6,7 @@ the order of the channels. If H is a multiple of the identity, GPTQ is round-to-
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
 import torch
@@ -15,17 +15,22 @@ from tqdm import tqdm
 
 from osp.model.sites import SITES, hook_site, layer_name
 from osp.model.transformer import Transformer
-from osp.quant.grid import grouped
+from osp.quant.grid import Grid, grouped
 from osp.quant.spec import INNER_SITES, QuantSpec
 
 COLUMNS = 128  # channels whose errors reach the later channels in one product
 
 
-def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
-    """Return `weight` (out, in) rounded as `spec` says, for inputs with the second moments `hessian` (in, in)."""
-    groups = grouped(weight, group_size=spec.w_group_size)
-    grid = spec.number_format("w").grid(groups, clip_search=spec.w_clip)
-    scale, zero = (part[..., 0].repeat_interleave(groups.shape[-1], dim=1) for part in (grid.scale, grid.zero))
+def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, grid: Grid | None = None) -> Tensor:
+    """Return `weight` (out, in) rounded to `grid`, for inputs with the second moments `hessian` (in, in).
+
+    grid: of the groups of `weight`; None: as `spec` says.
+    """
+    number_format = spec.number_format("w")
+    size = number_format.block_size or spec.w_group_size or weight.shape[1]
+    if grid is None:
+        grid = number_format.grid(grouped(weight, group_size=size), clip_search=spec.w_clip)
+    scale, zero = (part[..., 0].repeat_interleave(size, dim=1) for part in (grid.scale, grid.zero))
     order = hessian.diagonal().argsort(descending=True, stable=True) if spec.act_order else torch.arange(len(hessian))
     order = order.to(weight.device)
     h = hessian[order][:, order].double()  # nearly singular, hence fp64
@@ -50,12 +55,22 @@ def gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
 
 @torch.no_grad()
 def quantize_weights_gptq(
-    model: Transformer, spec: QuantSpec, calibration: Tensor, *, sites: Collection[str], progress: bool = False
+    model: Transformer,
+    spec: QuantSpec,
+    calibration: Tensor,
+    *,
+    sites: Collection[str],
+    grid_of: Callable[[str, Tensor], Grid] | None = None,
+    progress: bool = False,
 ) -> None:
     """Replace the weights of the blocks at `sites` by quantized ones, block after block.
 
     Each matrix is fitted to its inputs in the model whose earlier matrices are quantized already. Besides the model,
-    the hidden states of one block and one (in, in) Hessian are kept in memory. calibration: (N, T) token ids.
+    the hidden states of one block and one (in, in) Hessian are kept in memory.
+
+    Args:
+        calibration: (N, T) token ids.
+        grid_of: returns the grid of a parameter by its name and value; None: as `spec` says.
     """
     device = model.embed_tokens.weight.device
     cos, sin = model.rotary(calibration.shape[1], device)
@@ -71,16 +86,18 @@ def quantize_weights_gptq(
         weights = dict(layer.named_parameters())
         for site in INNER_SITES["a"]:
             readers = [f"{reader}.weight" for reader in SITES[site].readers if reader.split(".")[-1] in sites]
-            chosen = [weights[name] for name in readers if name in weights]
+            chosen = {name: weights[name] for name in readers if name in weights}
             if not chosen:
                 continue
-            hessian = torch.zeros(chosen[0].shape[1], chosen[0].shape[1], device=device)
+            width = next(iter(chosen.values())).shape[1]
+            hessian = torch.zeros(width, width, device=device)
             with ExitStack() as stack:
                 add = functools.partial(_add_second_moments, hessian)
                 stack.callback(hook_site(model, f"{layer_name(index)}/{site}", add).remove)
                 run(layer, hidden)
-            for weight in chosen:
-                weight.data = gptq(weight, hessian, spec)
+            for name, weight in chosen.items():
+                grid = grid_of(f"layers.{index}.{name}", weight) if grid_of else None
+                weight.data = gptq(weight, hessian, spec, grid)
         hidden = run(layer, hidden)
 
 

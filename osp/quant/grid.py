@@ -1,8 +1,10 @@
 """Grids for fake quantization: values move to the nearest point and stay floating point. The arithmetic is fp32."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CLIP_RATIOS = tuple(1 - i / 100 for i in range(80))  # of the clip search, from the whole range downwards
@@ -25,17 +27,33 @@ class Grid(NamedTuple):
         """Return the values of the grid nearest to x (..., group), fp32."""
         return self.levels(x).sub_(self.zero).mul_(self.scale)
 
+    def round(self, x: Tensor, *, group_size: int | None) -> Tensor:
+        """Return x (..., channels) with each group of channels at the nearest values of its grid, in its dtype."""
+        groups = self.nearest(grouped(x, group_size=group_size))
+        return ungrouped(groups, x)
 
-def clipped(full: Grid, x: Tensor) -> Grid:
+
+class FloatGrid(Grid):
+    """The values s * f for the floats f of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. z is 0."""
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Return the floats f nearest to x (..., group), fp32; ties go to the one with an even mantissa."""
+        y = (x.float() / self.scale).clamp_(self.low, self.high)
+        size = y.abs()
+        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        return y.div_(step).round_().mul_(step)
+
+
+def clipped(full: Grid, x: Tensor, representable: Callable[[Tensor], Tensor] = lambda scale: scale) -> Grid:
     """Return the grid `full` times the ratio of `CLIP_RATIOS` with the least error sum |q - x|^CLIP_NORM.
 
     Of equal errors the widest grid is taken. The search of GPTQ's and QuaRot's code ("w_clip", "mse"), which raises
-    the error to 2.4 and not to 2.
+    the error to 2.4 and not to 2. representable: rounds a scale to one that the format can store.
     """
     x = x.float()
     scale, least = full.scale, torch.full_like(full.scale, torch.inf)
     for ratio in CLIP_RATIOS:
-        candidate = full._replace(scale=full.scale * ratio)
+        candidate = full._replace(scale=representable(full.scale * ratio))
         error = candidate.nearest(x).sub_(x).abs_().pow_(CLIP_NORM).sum(-1, keepdim=True)
         scale = torch.where(error < least, candidate.scale, scale)
         least = torch.minimum(error, least)
@@ -43,8 +61,11 @@ def clipped(full: Grid, x: Tensor) -> Grid:
 
 
 def grouped(x: Tensor, *, group_size: int | None) -> Tensor:
-    """Return x in fp32 as (..., groups, group_size); raise `ValueError` if groups do not divide the last axis."""
+    """Return x in fp32 as (..., groups, group_size). Zeros fill the last group if the size does not divide the axis."""
     size = x.shape[-1] if group_size is None else group_size
-    if size < 1 or x.shape[-1] % size:
-        raise ValueError(f"group_size={group_size} does not divide the {x.shape[-1]} channels")
-    return x.float().unflatten(-1, (-1, size))
+    return F.pad(x.float(), (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def ungrouped(groups: Tensor, x: Tensor) -> Tensor:
+    """Return the groups of `x` (see `grouped`) in its shape and dtype."""
+    return groups.flatten(-2)[..., : x.shape[-1]].to(x.dtype)

@@ -52,10 +52,12 @@ class QuantSpec:
     w_clip: bool = True  # narrow the range of each scale to the least rounding error
     a_symmetric: bool = False  # a scale and no zero point
     a_group_size: Count | None = None  # channels of a token that share a scale; None: all
+    a_static: bool = False  # one scale per site for all tokens, from the extremes on calibration text
     o_proj_by_head: bool = True  # the input of o_proj has one scale per head
     kv_symmetric: bool = False  # a scale and no zero point
     kv_group_size: Count | None = None  # channels of a head that share a scale; None: all
     embedding_and_head: bool = False  # quantize the embedding and the head too, and the input of the head
+    ends_format: str | None = None  # number format of embedding and head, if not w_format
     ffn_hadamard: bool = False  # online Hadamard transform of the input of down_proj
     qk_hadamard: bool = True  # online Hadamard transform of queries and keys after RoPE
     method: Literal["rtn", "gptq"] = "rtn"  # how weights are rounded
@@ -65,7 +67,8 @@ class QuantSpec:
     rotation: Literal["none", "quarot", "spinquant"] = "none"
     rotation_steps: Count = 100  # spinquant: steps of the optimization
     rotation_lr: Positive = 1.5  # spinquant: first learning rate; falls linearly to 0
-    calibration: Text = "train"  # gptq, spinquant: name of a text, not the test text; train: the training split
+    # gptq, spinquant, static ranges: name of a text, not the test text; train: the training split
+    calibration: Text = "train"
     calibration_tokens: Count = 262_144  # tokens of it: 128 sequences of 2048, as in QuaRot's code
     seed: CountOrZero = 0  # of calibration sequences and random rotations
     w_format: str | None = None  # number format, a key of osp.quant.formats.FORMATS; None: as w_symmetric says
@@ -76,6 +79,8 @@ class QuantSpec:
         for part in PARTS:
             if getattr(self, f"{part}_format") is not None:
                 self._check_format(part)
+        self._check_ends()
+        self._check_static()
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
 
@@ -94,10 +99,36 @@ class QuantSpec:
                 f"quant.{part}_group_size={group_size}: the format {name} has groups of {chosen.block_size}; "
                 f"set quant.{part}_group_size=null"
             )
-        if chosen.needs_calibration:
-            raise UserError(f"quant.{part}_format={name}: it needs calibration text, which rounding does not get")
         if part == "w" and self.method == "gptq" and not chosen.has_grid:
             raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
+
+    def _check_ends(self) -> None:
+        from osp.quant.formats import FORMATS
+
+        name = self.ends_format
+        if name is None:
+            return
+        if name not in FORMATS:
+            raise UserError(f"quant.ends_format={name!r}; choose from {', '.join(sorted(FORMATS))}")
+        if not self.embedding_and_head:
+            raise UserError(f"quant.ends_format={name} does nothing without quant.embedding_and_head=true")
+        if len(FORMATS[name].widths) > 1 and self.w_bits < 16 and self.w_bits not in FORMATS[name].widths:
+            widths = ", ".join(map(str, FORMATS[name].widths))
+            raise UserError(f"quant.w_bits={self.w_bits}: quant.ends_format={name} has {widths} bits")
+
+    def _check_static(self) -> None:
+        if not self.a_static:
+            return
+        if self.a_group_size is not None:
+            raise UserError(
+                f"quant.a_group_size={self.a_group_size}: quant.a_static=true has one scale per site; "
+                "set quant.a_group_size=null"
+            )
+        if self.a_bits < 16 and not self.number_format("a").can_be_static:
+            raise UserError(
+                f"quant.a_static=true: the format {self.a_format} takes its scales from the values; "
+                "set quant.a_static=false"
+            )
 
     def number_format(self, part: Part) -> "NumberFormat":
         """Return the format of weights, activations or cache."""
@@ -105,6 +136,21 @@ class QuantSpec:
 
         name = getattr(self, f"{part}_format") or ("sym" if getattr(self, f"{part}_symmetric") else "asym")
         return FORMATS[name](getattr(self, f"{part}_bits"))
+
+    def weight_format(self, site: str) -> "NumberFormat":
+        """Return the format of the weights of `site`, a matrix of the blocks, the embedding or the head."""
+        from osp.quant.formats import FORMATS
+
+        if self.ends_format is None or site not in END_SITES["w"]:
+            return self.number_format("w")
+        chosen = FORMATS[self.ends_format]
+        return chosen(chosen.widths[0] if len(chosen.widths) == 1 else self.w_bits)
+
+    def is_static(self, part: Part) -> bool:
+        """Whether a scale of these activations is taken from calibration text."""
+        if part == "w" or getattr(self, f"{part}_bits") == 16:
+            return False
+        return (part == "a" and self.a_static) or self.number_format(part).tensor_scale
 
     @property
     def bits(self) -> str:
@@ -123,13 +169,18 @@ class QuantSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether the quantizer looks at calibration text."""
-        return (self.method == "gptq" and self.w_bits < 16) or (self.rotation == "spinquant" and not self.is_identity)
+        by_method = (self.method == "gptq" and self.w_bits < 16) or (
+            self.rotation == "spinquant" and not self.is_identity
+        )
+        return by_method or self.is_static("a") or self.is_static("kv")
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of all fields; a format left at None does not count."""
-        fields = dataclasses.asdict(self).items()
-        values = {key: value for key, value in fields if value is not None or not key.endswith("_format")}
+        """12 hexadecimal digits of the SHA-256 of all fields; formats at None and a_static at false do not count."""
+        values = dataclasses.asdict(self)
+        for key in ("w_format", "a_format", "kv_format", "ends_format", "a_static"):
+            if not values[key]:
+                del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def at(self, bits: str) -> "QuantSpec":
@@ -157,15 +208,20 @@ class QuantSpec:
         whole = {"w": "channel", "a": "token", "kv": "head"}
         for part in self.parts:
             number_format, size = self.number_format(part), getattr(self, f"{part}_group_size")
+            by_head = self.o_proj_by_head and not self.a_static and number_format.block_size is None
             notes = {
                 "w": " clip" if self.w_clip and number_format.has_grid else "",
-                "a": " (o_proj by head)" if self.o_proj_by_head else "",
+                "a": " (o_proj by head)" if by_head else "",
                 "kv": " (K Hadamard)" if self.qk_hadamard else "",
             }
             groups = f"group {size}" if size else whole[part]
+            if number_format.block_size:
+                groups = f"block {number_format.block_size}"
+            elif self.is_static(part):
+                groups = "tensor static"
             words.append(f"{part.upper()} {number_format.name}/{groups}{notes[part]}")
         if self.embedding_and_head and min(self.w_bits, self.a_bits) < 16:
-            words.append("embedding and head too")
+            words.append(f"embedding and head {self.ends_format or 'too'}")
         if self.needs_calibration:
             words.append(f"calibration {self.calibration} {self.calibration_tokens} tokens")
         if self.needs_calibration or self.rotation != "none":
@@ -182,13 +238,17 @@ def active_sites(spec: QuantSpec, model: ModelConfig) -> frozenset[str]:
 
 def check_spec(spec: QuantSpec, model: ModelConfig) -> None:
     """Raise `UserError` if `spec` does not fit a model of this shape: groups that do not divide, norms."""
-    widths = {"model.hidden_size": model.hidden_size, "model.intermediate_size": model.intermediate_size}
+    # the FFN can be padded with zero channels, so its last group need not be full
+    widths = {"model.hidden_size": model.hidden_size}
     widths["model.num_attention_heads * head_dim"] = model.num_attention_heads * model.head_size
     for part in spec.parts:
-        size = getattr(spec, f"{part}_group_size") or spec.number_format(part).block_size
+        number_format, size = spec.number_format(part), getattr(spec, f"{part}_group_size")
+        what = f"quant.{part}_group_size={size}" if size else f"the block of {number_format.name}"
+        size = size or number_format.block_size
         for name, width in ({"the head size": model.head_size} if part == "kv" else widths).items():
             if size is not None and width % size:
-                raise UserError(f"quant.{part}_group_size={size} does not divide {name}={width}")
+                blocks = "" if "=" in what else f", {size} channels,"
+                raise UserError(f"{what}{blocks} does not divide {name}={width}")
     if spec.rotation == "none" or spec.is_identity:
         return
     from osp.model.build_norms import final_norm_name  # a spec is checked without torch until here

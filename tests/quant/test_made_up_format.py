@@ -35,11 +35,6 @@ class PowersOfTwo(NumberFormat):
         return torch.where(kept, groups.sign() * exponent.exp2(), 0.0).reshape(x.shape).to(x.dtype)
 
 
-class Calibrated(PowersOfTwo):
-    name = "calibrated"
-    needs_calibration = True
-
-
 class Blocks(PowersOfTwo):
     name = "blocks"
     block_size = 8
@@ -50,7 +45,7 @@ class Blocks(PowersOfTwo):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for number_format in (PowersOfTwo, Calibrated, Blocks):
+    for number_format in (PowersOfTwo, Blocks):
         monkeypatch.setitem(FORMATS, number_format.name, number_format)
 
 
@@ -127,9 +122,10 @@ def test_format_works_with_rotations_and_groups(llama: LanguageModel) -> None:
 
 def test_prescribed_blocks_are_checked_against_the_model(llama: LanguageModel) -> None:
     spec = QuantSpec(a_bits=4, a_format="blocks")
-    with pytest.raises(UserError, match=r"quant.a_group_size=8 does not divide model.intermediate_size=52"):
-        check_spec(spec, llama.model.config)
-    check_spec(spec, dataclasses.replace(llama.model.config, intermediate_size=56))
+    check_spec(spec, llama.model.config)
+    wrong = dataclasses.replace(llama.model.config, hidden_size=60, head_dim=16)
+    with pytest.raises(UserError, match=r"the block of blocks, 8 channels, does not divide model.hidden_size=60"):
+        check_spec(spec, wrong)
 
 
 def test_format_is_ignored_at_16_bits(llama: LanguageModel) -> None:
@@ -145,10 +141,13 @@ def test_format_is_ignored_at_16_bits(llama: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"w_format": "nf4"}, r"quant.w_format='nf4'; choose from asym, blocks, calibrated, powers_of_two, sym"),
+        ({"w_format": "nf4"}, r"quant.w_format='nf4'; choose from asym, blocks, half, "),
         ({"a_bits": 8, "a_format": NAME}, r"quant.a_bits=8: the format powers_of_two has 3, 4, 5 bits"),
         ({"w_bits": 4, "w_format": NAME, "method": "gptq"}, r"quant.method=gptq: .* powers_of_two has no grid"),
-        ({"w_bits": 4, "w_format": "calibrated"}, r"quant.w_format=calibrated: it needs calibration text"),
+        ({"a_bits": 4, "a_format": NAME, "a_static": True}, r"quant.a_static=true: the format powers_of_two takes"),
+        ({"a_bits": 8, "a_group_size": 8, "a_static": True}, r"quant.a_group_size=8: quant.a_static=true has one"),
+        ({"w_bits": 8, "ends_format": "q8_0"}, r"quant.ends_format=q8_0 does nothing without quant.embedding_and"),
+        ({"w_bits": 8, "ends_format": "q9_0"}, r"quant.ends_format='q9_0'; choose from asym"),
         (
             {"w_bits": 4, "w_format": "blocks", "w_group_size": 16},
             r"group_size=16: .* blocks has groups of 8",

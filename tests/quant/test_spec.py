@@ -74,7 +74,12 @@ def test_invalid_setting_is_a_one_line_error(values: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("spec", "model", "message"),
     [
-        ({"w_bits": 4, "w_group_size": 256}, {"intermediate_size": 688}, r"divide model\.intermediate_size=688"),
+        ({"w_bits": 4, "w_group_size": 96}, {}, r"w_group_size=96 does not divide model\.hidden_size=256"),
+        (
+            {"w_bits": 4, "w_format": "mxfp4"},
+            {"hidden_size": 48, "num_attention_heads": 3},
+            "block of mxfp4, 32 channels, does",
+        ),
         ({"a_bits": 4, "a_group_size": 48}, {}, r"a_group_size=48 does not divide model\.hidden_size=256"),
         ({"kv_bits": 4, "kv_group_size": 48}, {}, r"kv_group_size=48 does not divide the head size=64"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="bhyt")}, "not pass through the norm bhyt"),
@@ -114,9 +119,11 @@ def test_line_and_hash_distinguish_specs() -> None:
         "embedding_and_head": True, "ffn_hadamard": True, "qk_hadamard": False, "method": "rtn", "act_order": True,
         "damping": 0.1, "rotation": "quarot", "rotation_steps": 1, "rotation_lr": 1.0, "calibration": "a.txt",
         "calibration_tokens": 1, "seed": 1, "w_format": "asym", "a_format": "sym", "kv_format": "sym",
+        "a_static": True, "ends_format": "q8_0",
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(QuantSpec)}
-    start = QuantSpec(method="gptq")
+    start = QuantSpec(method="gptq", embedding_and_head=True)
+    changed["embedding_and_head"] = False
     hashes = {dataclasses.replace(start, **{key: value}).hash for key, value in changed.items()}
     assert len(hashes | {start.hash}) == len(changed) + 1
 
