@@ -238,7 +238,8 @@ def _activation_bounds(
         for name in static:
             stack.callback(hook_site(model, name, functools.partial(observe, name)).remove)
         for sequences in calibration.split(max(1, TOKENS_AT_ONCE // calibration.shape[1])):
-            model.hidden_states(sequences.to(model.embed_tokens.weight.device))
+            ids = sequences.to(model.embed_tokens.weight.device)
+            model(ids, ids)  # the loss, and so the input of the head
     return bounds
 
 

@@ -79,7 +79,8 @@ class QuantSpec:
         for part in PARTS:
             if getattr(self, f"{part}_format") is not None:
                 self._check_format(part)
-        self._check_ends()
+        if self.ends_format is not None:
+            self._check_ends(self.ends_format)
         self._check_static()
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
@@ -102,12 +103,9 @@ class QuantSpec:
         if part == "w" and self.method == "gptq" and not chosen.has_grid:
             raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
 
-    def _check_ends(self) -> None:
-        from osp.quant.formats import FORMATS
+    def _check_ends(self, name: str) -> None:
+        from osp.quant.formats import FORMATS  # loads torch
 
-        name = self.ends_format
-        if name is None:
-            return
         if name not in FORMATS:
             raise UserError(f"quant.ends_format={name!r}; choose from {', '.join(sorted(FORMATS))}")
         if not self.embedding_and_head:

@@ -173,7 +173,11 @@ def test_matrices_with_one_input_share_the_tensor_scale_of_nvfp4() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [QuantSpec(a_bits=8, a_static=True), DEPLOYED["nvfp4"]], ids=["a_static", "nvfp4"])
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec(a_bits=8, a_static=True, embedding_and_head=True), DEPLOYED["nvfp4"]],
+    ids=["a_static", "nvfp4"],
+)
 def test_static_scales_follow_the_calibration_text(spec: QuantSpec) -> None:
     """The range of a site is the range of its activations on the calibration text, whatever is evaluated."""
     model = outlier_model(hidden_size=64, intermediate_size=64)
@@ -181,7 +185,10 @@ def test_static_scales_follow_the_calibration_text(spec: QuantSpec) -> None:
     seen: dict[str, list[Tensor]] = {}
     with quantized(model, dataclasses.replace(spec, a_bits=16)) as weights_only:  # the same weights
         assert not weights_only.bounds.keys() & {"layer_00/attn_in"}
-        names = [f"layer_{i:02d}/{kind}" for i in (0, 1) for kind in ("attn_in", "o_proj_in", "mlp_in", "down_proj_in")]
+        names = ["head_in"] if spec.embedding_and_head else []
+        names += [
+            f"layer_{i:02d}/{kind}" for i in (0, 1) for kind in ("attn_in", "o_proj_in", "mlp_in", "down_proj_in")
+        ]
         handles = [hook_site(model, name, seen.setdefault(name, []).append) for name in names]
         model(calibration)
         for handle in handles:
