@@ -39,8 +39,8 @@ class FloatGrid(Grid):
     def levels(self, x: Tensor) -> Tensor:
         """Return the floats f nearest to x (..., group), fp32; ties go to the one with an even mantissa."""
         y = (x.float() / self.scale).clamp_(self.low, self.high)
-        size = y.abs()
-        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        power = (y.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |y|
+        step = power.clamp_(min=1).mul_(0.5)  # one bit of mantissa; 0.5 is subnormal
         return y.div_(step).round_().mul_(step)
 
 
@@ -52,8 +52,11 @@ def clipped(full: Grid, x: Tensor, representable: Callable[[Tensor], Tensor] = l
     """
     x = x.float()
     scale, least = full.scale, torch.full_like(full.scale, torch.inf)
-    for ratio in CLIP_RATIOS:
-        candidate = full._replace(scale=representable(full.scale * ratio))
+    candidates = [representable(full.scale * ratio) for ratio in CLIP_RATIOS]
+    for before, narrower in zip([None, *candidates], candidates, strict=False):
+        if before is not None and torch.equal(before, narrower):
+            continue  # powers of two
+        candidate = full._replace(scale=narrower)
         error = candidate.nearest(x).sub_(x).abs_().pow_(CLIP_NORM).sum(-1, keepdim=True)
         scale = torch.where(error < least, candidate.scale, scale)
         least = torch.minimum(error, least)
