@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +194,17 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, files: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder, renamed to `out` on success and removed otherwise. `out` must not exist.
 
     Its lock is held meanwhile. A temporary folder of `out` that nobody holds is of a killed process and is removed.
+    files: names of files in the folder that are moved beside each other instead, in this order; the last is `out`.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"out={out} exists; name a folder that does not")
+    targets = [out.with_name(name) for name in files] or [out]
+    for target in targets:
+        if target.exists() or target.is_symlink():
+            fix = "name a file that does not, with no certificate beside it" if files else "name a folder that does not"
+            raise UserError(f"out={target} exists; {fix}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     descriptor = None
     try:
@@ -211,7 +215,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         descriptor = os.open(temporary, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
-        temporary.rename(out)
+        with ExitStack() as undo:
+            for target in targets:
+                (temporary / target.name if files else temporary).rename(target)
+                undo.callback(target.unlink, missing_ok=True)
+            undo.pop_all()
     except OSError as error:
         raise UserError(f"out={out}: cannot write there: {error.strerror or error}") from error
     finally:

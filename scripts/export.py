@@ -1,7 +1,6 @@
-"""Write a trained model as a stock Hugging Face Llama: `python scripts/export.py RUN out=DIR`."""
+"""Write a trained model for other programs: `python scripts/export.py RUN out=m.gguf format=gguf scheme=q4_0`."""
 
 import dataclasses
-import logging
 from typing import Any
 
 from entry import launch
@@ -15,24 +14,26 @@ def main(values: dict[str, Any]) -> None:
     config = build(ExportConfig, values)
     if not config.path or not config.out:
         raise UserError("name the run and the folder to write: python scripts/export.py RUN out=DIR")
-    from osp.convert.hf_export import export
-    from osp.device import choose_device
+    from osp.convert.export import export
+    from osp.device import choose_device, prepare_cpu
 
-    exported = export(
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        prepare_cpu(config.threads)
+    certificate = export(
         config.path,
         config.out,
+        format=config.format,
+        scheme=config.scheme,
+        quant=config.quant,
         dtype=config.dtype,
+        ffn_multiple=config.ffn_multiple,
         max_shard_size=config.max_shard_size,
         text=config.text,
-        device=choose_device(config.device),
+        device=device,
     )
-    logging.info(
-        "%s: logits within %.1e of the largest, perplexity %.4f as exported, %.4f as trained",
-        exported.folder,
-        exported.folding.relative,
-        exported.perplexity.after,
-        exported.perplexity.before,
-    )
+    print(certificate)
+    print(config.out)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ RUN_FILES = [
 def run_folder(it: Input) -> None:
     """Write the report on a changed run folder alone, beside a healthy one, and read it as the other scripts do."""
     from osp.ablation.execute import last_step
-    from osp.convert.hf_export import export
+    from osp.convert.export import export
     from osp.monitor.inspect import inspect
     from osp.report.page import write_report
     from osp.run.read import read_run
@@ -340,7 +340,7 @@ def make_healthy(folder: Path) -> Healthy:
     import pyarrow.parquet
 
     from osp.config import Config, from_dict, to_dict
-    from osp.convert.hf_export import export
+    from osp.convert.export import export
     from osp.train.setup import train
     from tests.conftest import made_text
     from tests.made_run import made_run, write_evaluations

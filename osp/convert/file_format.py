@@ -35,7 +35,7 @@ class Client(Protocol):
         ...
 
     def encode(self, text: str) -> list[int] | None:
-        """Return the tokens of `text` without BOS and EOS; None: the client has no tokenizer."""
+        """Return the tokens of `text`, None without a tokenizer. No BOS or EOS; names of special tokens are text."""
         ...
 
 
@@ -51,7 +51,7 @@ class Source:
 
 
 class FileFormat(ABC):
-    """A kind of file. Methods with a scheme get a key of `schemes`, or None if there are none."""
+    """A kind of file. Methods with a scheme get a key of `schemes`, or "" if there are none."""
 
     name: ClassVar[str]  # value of the key `format`
     schemes: ClassVar[Mapping[str, QuantSpec]] = {}  # value of the key `scheme` -> bits, formats and groups
@@ -60,18 +60,18 @@ class FileFormat(ABC):
     tolerance: ClassVar[float] = 1e-4  # of the perplexity by the client, relative to fake quantization
 
     @abstractmethod
-    def ffn_multiple(self, scheme: str | None) -> int:
+    def ffn_multiple(self, scheme: str) -> int:
         """Return what the width of the FFN has to be a multiple of; zero channels fill it up."""
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer, scheme: str | None) -> None:  # noqa: B027
+    def check(self, config: ModelConfig, tokenizer: Tokenizer, scheme: str) -> None:  # noqa: B027
         """Raise `UserError` if a model of this shape (FFN padded) or tokenizer cannot be written. Called first."""
 
-    def dtype(self, scheme: str | None) -> torch.dtype:
+    def dtype(self, scheme: str) -> torch.dtype:
         """Return what tensors that are not quantized are rounded to, where `dtypes` leaves no choice."""
         return torch.float32
 
     @abstractmethod
-    def write(self, source: Source, state: Quantized, scheme: str | None, path: Path) -> None:
+    def write(self, source: Source, state: Quantized, scheme: str, path: Path) -> None:
         """Write the new file `path`, or into the empty folder `path`; called inside `quantized(source.model, ...)`.
 
         The weights of the model are rounded already, and `state.grids` has their scales. A full disk is an `OSError`.
@@ -81,14 +81,18 @@ class FileFormat(ABC):
     def open(self, path: Path, device: torch.device) -> Client:
         """Return the client that has read the file; `device` is where it computes if it can."""
 
+    def hint(self, path: Path, scheme: str) -> str | None:
+        """Return a sentence about what other programs make of the file at `path`."""
+        return None
+
     @abstractmethod
     def above_four_bits(self, path: Path) -> list[str]:
         """Return the names of the tensors with more than 4 bits per weight, scales not counted."""
 
-    def quantization(self, scheme: str | None, quant: QuantSpec) -> QuantSpec:
+    def quantization(self, scheme: str, quant: QuantSpec) -> QuantSpec:
         """Return the quantization of a scheme, with the keys of `quant` that say how weights are rounded."""
         if scheme not in self.schemes and (scheme or self.schemes):
-            raise UserError(f"scheme={scheme or 'null'}: format={self.name} has {self._suggest(scheme or '')}")
+            raise UserError(f"scheme={scheme or 'null'}: format={self.name} has {self._suggest(scheme)}")
         fixed = self.schemes[scheme] if scheme else QuantSpec()
         if fixed.is_identity and quant != QuantSpec():
             raise UserError(f"quant: format={self.name} rounds nothing{f' with scheme={scheme}' if scheme else ''}")
@@ -101,6 +105,20 @@ class FileFormat(ABC):
                     f"rounded, {', '.join(ROUNDING)}"
                 )
         return replace(fixed, **{key: getattr(quant, key) for key in ROUNDING})
+
+    def unquantized_dtype(self, scheme: str, dtype: str | None) -> torch.dtype:
+        """Return what tensors that are not quantized are rounded to; dtype: what the user asks for."""
+        if dtype is None:
+            return DTYPES[self.dtypes[0]] if self.dtypes else self.dtype(scheme)
+        if not self.dtypes:
+            raise UserError(f"dtype={dtype}: format={self.name} has the dtypes of its scheme; leave dtype out")
+        return DTYPES[dtype]
+
+    def file_names(self, out: Path) -> tuple[str, ...]:
+        """Return the names of the files that export writes beside each other, `out` last; (): `out` is a folder."""
+        if out.suffix != self.suffix and ".gguf" in (out.suffix, self.suffix):
+            raise UserError(f"out={out}: format={self.name} writes a {self.suffix or 'folder'}")
+        return (f"{out.stem}.certificate.json", f"{out.stem}.certificate.md", out.name) if self.suffix else ()
 
     def _suggest(self, scheme: str) -> str:
         choices = {name.lower(): name for name in self.schemes}

@@ -1,8 +1,7 @@
-"""Export a trained model as a stock Hugging Face Llama: `transformers`, vLLM and llama.cpp load it without our code.
+"""A trained model as a stock Hugging Face Llama, which `transformers` loads without our code.
 
 Projections (the head is untied from the embedding then), recentring and scales are folded into the weights, and an
-SSNorm becomes an RMSNorm with equal gains. Nothing else changes, since names and layout are Hugging Face's already. The
-folder gets its name after the files were read back and compared with the trained model.
+SSNorm becomes an RMSNorm with equal gains. Nothing else changes, since names and layout are Hugging Face's already.
 """
 
 import dataclasses
@@ -18,69 +17,110 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
+from torch import Tensor
 
-from osp.config import ModelConfig
+from osp.config import ModelConfig, NormConfig
 from osp.convert.change_norm import change_config
-from osp.convert.model_card import FOUR_BITS, Exported, model_card
-from osp.convert.same_function import (
-    check_same_function,
-    check_same_perplexity,
-    compared_perplexity,
-    observe_function,
-    read_certificate,
-)
+from osp.convert.file_format import DTYPES, Client, FileFormat, Source
 from osp.errors import UserError
-from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.texts import read_text
-from osp.files import new_folder, write_text
+from osp.evaluation.language_model import LanguageModel
+from osp.files import write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name
-from osp.model.fold import fold_into_weights, norm_gain, residual_norms
-from osp.model.hf_llama import BODY, CONFIG, GENERATION, HEAD, REQUIRED, TOKENIZER, load_hf
+from osp.model.fold import fold_into_weights, norm_gain, pad_ffn, residual_norms
+from osp.model.hf_llama import BODY, CONFIG, GENERATION, HEAD, REQUIRED, TOKENIZER, load_hf, load_hf_tokenizer
 from osp.model.norms import NORMS
-from osp.model.transformer import Transformer
-from osp.quant.apply import quantized
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from osp.model.transformer import Transformer, meta_model
+from osp.quant.apply import Quantized
 
 
-def export(
-    run: str | Path,
-    out: str | Path,
-    *,
-    dtype: str = "fp32",
-    max_shard_size: str = "5GB",
-    text: str = "held_out",
-    device: torch.device | str = "cpu",
-) -> Exported:
-    """Write the model of a run or checkpoint to the new folder `out`.
+class HuggingFace(FileFormat):
+    """A folder with `config.json`, safetensors and `tokenizer.json`."""
 
-    Raises `UserError` and leaves no folder if no stock Llama computes the same, or if the files do not. dtype: of the
-    stored weights, a key of `DTYPES`. text: name of the text that both models are compared on, as for `read_text`.
+    name = "hf"
+    dtypes = ("fp32", "bf16")
+
+    def ffn_multiple(self, scheme: str) -> int:
+        return 128  # what W4A16 in groups of 128 needs, which other programs make of the folder
+
+    def write(self, source: Source, state: Quantized, scheme: str, path: Path) -> None:
+        subject, dtype = source.subject, next(name for name, value in DTYPES.items() if value == source.dtype)
+        ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
+        write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, **ids)
+        write_tokenizer(subject, path, context=source.context)
+
+    def open(self, path: Path, device: torch.device) -> Client:
+        try:
+            return InTransformers(path, device)
+        except ImportError:
+            return InOsp(path, device)
+
+    def above_four_bits(self, path: Path) -> list[str]:
+        return [BODY * (name != HEAD) + name for name, _ in load_hf(path).named_parameters()]
+
+
+class InTransformers:
+    """A folder loaded by `transformers`; also the client of quantized folders that it reads."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
+        logging.disable(logging.WARNING)  # of libraries that transformers imports
+        try:
+            import transformers
+
+            transformers.logging.disable_progress_bar()
+            self.name = f"transformers {transformers.__version__}"
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        finally:
+            logging.disable(logging.NOTSET)
+        self.model = model.to(device).eval()
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model(ids.to(self.model.device), use_cache=False).logits.float().cpu()
+
+    def encode(self, text: str) -> list[int] | None:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+class InOsp:
+    """A folder loaded by `load_hf`."""
+
+    name = "osp, because transformers is not installed"
+
+    def __init__(self, path: Path, device: torch.device):
+        self.model, self.tokenizer = load_hf(path).to(device), load_hf_tokenizer(path)[0]
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        logits = self.model(ids.to(self.model.embed_tokens.weight.device)).logits
+        assert logits is not None
+        return logits.float().cpu()
+
+    def encode(self, text: str) -> list[int] | None:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def stock_llama(model: Transformer, *, ffn_multiple: int) -> Transformer:
+    """Return a model of RMSNorms with a gain per channel and a padded FFN, fp32.
+
+    It computes the same as `model`, which is changed and shares the weights.
     """
-    out, shard_bytes = Path(out), size_in_bytes(max_shard_size)
-    with new_folder(out) as folder:
-        subject = open_model(run, device=device)
-        if subject.run is None:
-            raise UserError(f"{run}: is a Hugging Face folder already; name a run or a checkpoint")
-        model = subject.model
-        check_exportable(model.config, path=run)
-        certificate = read_certificate(subject)
-        tokens = read_text(text, subject)
-        trained, perplexity = observe_function(model), compared_perplexity(model, tokens)
-        fold_into_weights(model)
-        folding = check_same_function("folding projections and scales", trained, observe_function(model))
-        bos_id, eos_id = subject.bos_id, subject.eos_id
-        write_llama(model, folder, dtype=dtype, shard_bytes=shard_bytes, bos_id=bos_id, eos_id=eos_id)
-        _write_tokenizer(subject, folder)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(DTYPES[dtype]).float()
-        loaded = load_hf(folder).to(device)
-        check_same_function("reading back the files", observe_function(model), observe_function(loaded))
-        perplexities = check_same_perplexity(tokens, perplexity, loaded, dtype=dtype)
-        with quantized(loaded, FOUR_BITS):
-            exported = Exported(out, dtype, folding, perplexities, compared_perplexity(loaded, tokens))
-        write_text(folder / "README.md", model_card(subject, exported, certificate))
-    return exported
+    fold_into_weights(model)
+    pad_ffn(model, multiple=ffn_multiple)
+    eps = model.norm.eps
+    assert isinstance(eps, float)
+    norm = NormConfig(name="rmsnorm", eps=eps)
+    llama = meta_model(dataclasses.replace(model.config, norm=norm))
+    llama.load_state_dict(_tensors(model), assign=True)
+    return llama.eval()
+
+
+def _tensors(model: Transformer) -> dict[str, Tensor]:
+    """Return the parameters of a folded model by our names, with a gain per channel for every norm."""
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    device = model.embed_tokens.weight.device
+    gains = {name: norm_gain(norm, model.config.hidden_size) for name, norm, _ in residual_norms(model)}
+    return tensors | {f"{name}.weight": gain.float().to(device) for name, gain in gains.items()}
 
 
 def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
@@ -155,9 +195,8 @@ def write_llama(
         "eos_token_id": eos_id,
     }
     _write_json(folder / CONFIG, values)
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tensors |= {f"{name}.weight": norm_gain(norm, config.hidden_size) for name, norm, _ in residual_norms(model)}
-    stored = {key if key == HEAD else BODY + key: tensor.to(DTYPES[dtype]).cpu() for key, tensor in tensors.items()}
+    tensors = _tensors(model).items()
+    stored = {key if key == HEAD else BODY + key: tensor.to(DTYPES[dtype]).cpu() for key, tensor in tensors}
     # it would print the name of the temporary folder; its logger has the name of its file
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     try:
@@ -168,8 +207,8 @@ def write_llama(
         path.chmod((folder / CONFIG).stat().st_mode)
 
 
-def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
-    """Write the run's tokenizer.json and the settings of `transformers`."""
+def write_tokenizer(subject: LanguageModel, folder: Path, *, context: int) -> None:
+    """Write the run's tokenizer.json and the settings of `transformers`; context: tokens that the model reads."""
     assert subject.run is not None
     shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
     ids = (subject.bos_id, subject.eos_id)
@@ -181,7 +220,7 @@ def _write_tokenizer(subject: LanguageModel, folder: Path) -> None:
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": subject.model.config.max_position_embeddings,
+        "model_max_length": context,
     }
     _write_json(folder / "tokenizer_config.json", settings)
     stops = subject.eos_id if len(subject.stop_ids) < 2 else list(subject.stop_ids)

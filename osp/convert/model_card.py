@@ -1,11 +1,11 @@
 """The README.md of an exported model: recipe, curves and evaluations of the run that trained it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from osp.config import EVALUATIONS
-from osp.convert.same_function import Certificate, Difference, Perplexities
+from osp.convert.file_certificate import FileCertificate
+from osp.convert.same_function import Certificate
 from osp.evaluation.language_model import LanguageModel
 from osp.model.transformer import count_parameters
 from osp.quant.spec import QuantSpec
@@ -22,19 +22,13 @@ CURVES = (  # keys of metrics.jsonl
 )
 
 
-@dataclass(frozen=True)
-class Exported:
-    """The result of an export."""
+def model_card(
+    subject: LanguageModel, exported: FileCertificate, four_bits: float | None, conversion: Certificate | None
+) -> str:
+    """Return the Markdown about the exported model of a run, laid out by model_card.md.
 
-    folder: Path
-    dtype: str  # of the stored weights
-    folding: Difference  # fp32, before the weights are rounded to `dtype`
-    perplexity: Perplexities  # of the trained and of the exported model
-    quantized_perplexity: float  # of the exported model under `FOUR_BITS`
-
-
-def model_card(subject: LanguageModel, exported: Exported, certificate: Certificate | None = None) -> str:
-    """Return the Markdown about the exported model of a run, laid out by model_card.md."""
+    four_bits: perplexity of the exported model under `FOUR_BITS`; None if it is quantized otherwise.
+    """
     config, run, step = subject.config, subject.run, subject.step or 0
     assert config is not None
     assert run is not None
@@ -52,10 +46,11 @@ def model_card(subject: LanguageModel, exported: Exported, certificate: Certific
         step=step,
         tokens=rows.get(step, {}).get("tokens", step * config.train.tokens_per_step),
         parameters=count_parameters(config.model)["total"],
-        certificate=certificate,
+        certificate=conversion,
         curves=curves,
         shown={METRICS[key].full_title: key for key in CURVES if any(row.get(key) is not None for row in curves)},
         results=[(record, result) for record in records for result in record.results],
         exported=exported,
-        four_bits=FOUR_BITS,
+        four_bits=four_bits,
+        four_bits_spec=FOUR_BITS,
     )

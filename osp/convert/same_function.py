@@ -122,7 +122,10 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
 
 def measure_difference(expected: Observed, observed: Observed, limits: dict[str, float]) -> Difference:
     """Return the difference of the logits, and the first site that differs by more than its limit."""
-    deltas = {name: (observed[name] - value).abs().max().item() for name, value in expected.items()}
+    channels = {
+        name: observed[name][..., : value.shape[-1]] for name, value in expected.items()
+    }  # not those a FFN is padded with
+    deltas = {name: (channels[name] - value).abs().max().item() for name, value in expected.items()}
     above = (name for name in expected if not deltas[name] <= limits[name])  # true for nan as well
     return Difference(deltas["logits"], deltas["logits"] / expected["logits"].abs().max().item(), next(above, None))
 
@@ -141,15 +144,13 @@ def check_same_function(
     return difference
 
 
-def compared_perplexity(model: Transformer, text: Text) -> float:
+def compared_perplexity(model: Transformer, text: Text, window: int) -> float:
     """Return the perplexity of the first `COMPARED_TOKENS` tokens of `text`."""
-    seq_len = min(2048, model.config.max_position_embeddings)
-    return perplexity(model, text, seq_len=seq_len, max_tokens=COMPARED_TOKENS).perplexity
+    return perplexity(model, text, seq_len=window, max_tokens=COMPARED_TOKENS).perplexity
 
 
-def check_same_perplexity(text: Text, before: float, model: Transformer, *, dtype: str = "fp32") -> Perplexities:
-    """Return `before` and the perplexity of `model`; raise `UserError` if rounding to `dtype` does not explain both."""
-    after = compared_perplexity(model, text)
+def check_same_perplexity(text: Text, before: float, after: float, *, dtype: str = "fp32") -> Perplexities:
+    """Return both; raise `UserError` if rounding to `dtype` does not explain the difference."""
     if not abs(after - before) <= PERPLEXITY_TOLERANCE[dtype] * before:
         raise UserError(f"perplexity of {text.name} is {before:.5f} before and {after:.5f} after; not written")
     return Perplexities(text.name, text.sha256, min(len(text.tokens), COMPARED_TOKENS), before, after)
@@ -173,6 +174,7 @@ def certify(
     rounding = {name: (in_bf16[name] - value).abs().max().item() for name, value in reference.items()}
     # if rounding is the only error, models whose bf16 differs from fp64 by e each differ by 2 e at most
     limits = {name: 2 * error for name, error in rounding.items()}
+    perplexities = (compared_perplexity(side, text, subject.window) for side in (model, stored))
     before, after = (
         Certified(str(folder), model_sha256(side), side.config.norm.name, side.config.hidden_size)
         for side, folder in ((model, subject.folder), (stored, path))
@@ -186,7 +188,7 @@ def certify(
         stored=in_fp32,
         bf16=measure_difference(in_bf16, observe_function(stored, torch.bfloat16), limits),
         bf16_rounding=rounding["logits"],
-        perplexity=check_same_perplexity(text, compared_perplexity(model, text), stored),
+        perplexity=check_same_perplexity(text, *perplexities),
         tolerance={"fp64": limit, "stored": FP32_TOLERANCE, "perplexity": PERPLEXITY_TOLERANCE["fp32"]},
         versions=environment(),
         earlier=dataclasses.asdict(earlier) if earlier else None,

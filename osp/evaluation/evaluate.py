@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from osp.tables import render_text
 
 log = logging.getLogger(__name__)
 
-LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
 BAR_WIDTH = 40
 
 
@@ -85,8 +84,7 @@ class Measurement:
             task if called.count(path.stem) == 1 else dataclasses.replace(task, name=str(path.with_suffix("")))
             for path, task in tasks.items()
         ]
-        trained = subject.config.train.seq_len if subject.config else subject.model.config.max_position_embeddings
-        self.seq_len = config.seq_len or min(LONGEST_WINDOW, trained)
+        self.seq_len = config.seq_len or subject.window
         self.windows: dict[str, Any] = {  # arguments of `perplexity`
             "seq_len": self.seq_len,
             "overlap": config.overlap,
@@ -96,17 +94,8 @@ class Measurement:
         }
 
     def calibration(self, spec: QuantSpec) -> Tensor | None:
-        """Return the calibration sequences (N, T) for `spec`, None if it needs none; never from a measured text."""
-        if not spec.needs_calibration:
-            return None
-        if spec.calibration == "train":
-            tokens = training_text(self.subject)
-        else:
-            text = read_text(spec.calibration, self.subject)
-            if text.sha256 in [measured.sha256 for measured in self.texts]:
-                raise UserError(f"quant.calibration={spec.calibration} is a text that is measured; name another one")
-            tokens = text.tokens
-        return draw_calibration(tokens, spec, seq_len=self.seq_len).to(self.subject.device)
+        """Return the calibration sequences for `spec`, see `read_calibration`."""
+        return read_calibration(self.subject, spec, measured=self.texts, seq_len=self.seq_len)
 
     def results(self) -> Iterator[list[Result]]:
         """Yield the results on each text and task for the model as it is now, quantized or not. Collective."""
@@ -122,6 +111,22 @@ class Measurement:
             yield evaluate_local_task(model, task)
         for loaded in self.named.values():
             yield from evaluate_named_tasks(model, loaded, limit=config.limit)
+
+
+def read_calibration(
+    subject: LanguageModel, spec: QuantSpec, *, measured: Sequence[Text], seq_len: int
+) -> Tensor | None:
+    """Return the calibration sequences (N, T) for `spec`, None if it needs none; never from a measured text."""
+    if not spec.needs_calibration:
+        return None
+    if spec.calibration == "train":
+        tokens = training_text(subject)
+    else:
+        text = read_text(spec.calibration, subject)
+        if text.sha256 in [other.sha256 for other in measured]:
+            raise UserError(f"quant.calibration={spec.calibration} is a text that is measured; name another one")
+        tokens = text.tokens
+    return draw_calibration(tokens, spec, seq_len=seq_len).to(subject.device)
 
 
 def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:

@@ -15,6 +15,8 @@ from osp.model.hf_llama import CONFIG, check_vocabulary, load_hf, load_hf_tokeni
 from osp.model.transformer import Transformer, check_finite
 from osp.run.checkpoint import Checkpoint, find, load_model
 
+LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -35,6 +37,18 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence that the model was trained on; of a model from elsewhere, what its config.json says."""
+        if self.config is None or self.config.data.source == "none":
+            return self.model.config.max_position_embeddings
+        return self.config.train.seq_len
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window for perplexity: `context`, 2048 at most."""
+        return min(LONGEST_WINDOW, self.context)
 
     @property
     def begin_id(self) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp.model.norms import Norm
@@ -63,6 +64,21 @@ def fold_embedding_scale(model: Transformer) -> None:
     embedding.scale = None
     norm = dataclasses.replace(model.config.norm, embed_scale=False)
     model.config = dataclasses.replace(model.config, norm=norm)
+
+
+@torch.no_grad()
+def pad_ffn(model: Transformer, *, multiple: int) -> None:
+    """Append channels of zeros to every FFN until its width is a multiple: silu(0) * 0 = 0, times a column of 0."""
+    config = model.config
+    added = -config.intermediate_size % multiple
+    for layer in model.layers if added else ():
+        assert isinstance(layer, Block)
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data = F.pad(linear.weight.data, (0, 0, 0, added))
+            if linear.bias is not None:
+                linear.bias.data = F.pad(linear.bias.data, (0, added))
+        layer.mlp.down_proj.weight.data = F.pad(layer.mlp.down_proj.weight.data, (0, added))
+    model.config = dataclasses.replace(config, intermediate_size=config.intermediate_size + added)
 
 
 @torch.no_grad()

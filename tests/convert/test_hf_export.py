@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+import osp.convert.export
 import osp.convert.hf_export
-import osp.convert.same_function
 from osp.config import Config, from_dict
-from osp.convert.hf_export import export, size_in_bytes, write_llama
+from osp.convert.export import export
+from osp.convert.hf_export import size_in_bytes, write_llama
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
@@ -66,21 +67,22 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.no_grad()
 def test_exported_run_equals_the_trained_model_in_transformers(run: Path, tmp_path: Path) -> None:
     """OSP with SSNorm and projections: same logits, same perplexity of the validation split."""
-    exported = export(run, tmp_path / "new" / "out", max_shard_size="30KB")
-    assert exported.folder == tmp_path / "new" / "out"
-    assert len(list(exported.folder.glob("model-*.safetensors"))) > 2
-    assert {path.stat().st_mode for path in exported.folder.iterdir()} == {(run / "config.yaml").stat().st_mode}
-    assert max(p.stat().st_size for p in exported.folder.glob("*.safetensors")) < 45_000  # the largest tensor: 41 kB
-    theirs, ours = load_in_transformers(exported.folder), load_model(run)
+    folder = tmp_path / "new" / "out"
+    certificate = export(run, folder, max_shard_size="30KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(run / "config.yaml").stat().st_mode}
+    assert max(p.stat().st_size for p in folder.glob("*.safetensors")) < 45_000  # the largest tensor: 41 kB
+    theirs, ours = load_in_transformers(folder), load_model(run)
     assert relative_error(theirs(IDS).logits, ours(IDS).logits) < 1e-5
     subject = open_model(run)
     text = read_text("held_out", subject)
-    ours_on_text = perplexity(subject.model, text, seq_len=64)
-    rows = text.tokens[: len(text.tokens) // 64 * 64].view(-1, 64)
+    ours_on_text = perplexity(subject.model, text, seq_len=32)
+    rows = text.tokens[: len(text.tokens) // 32 * 32].view(-1, 32)
     nats = sum(F.cross_entropy(theirs(row[None]).logits[0, :-1], row[1:], reduction="sum").item() for row in rows)
-    assert ours_on_text.perplexity == pytest.approx(math.exp(nats / (len(rows) * 63)), rel=1e-4)
-    assert exported.perplexity.before == pytest.approx(exported.perplexity.after, rel=1e-4)
-    assert [path.name for path in exported.folder.parent.iterdir()] == ["out"]
+    theirs_on_text = math.exp(nats / (len(rows) * 31))
+    assert ours_on_text.perplexity == pytest.approx(theirs_on_text, rel=1e-4)
+    assert certificate.client.perplexity == pytest.approx(theirs_on_text, rel=1e-6)
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("overrides", [["norm.name=rmsnorm"], ["norm.name=rmsnorm", "norm.affine=false"]], ids=str)
@@ -122,12 +124,14 @@ def test_public_model_is_bit_identical_after_round_trip(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_bf16_export_rounds_the_weights(run: Path, tmp_path: Path) -> None:
-    exported = export(run, tmp_path / "out", dtype="bf16")
+    certificate = export(run, tmp_path / "out", dtype="bf16")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     theirs = load_in_transformers(tmp_path / "out")
     assert 1e-5 < relative_error(theirs(IDS).logits, load_model(run)(IDS).logits) < 2e-2
-    assert exported.folding.relative < 1e-5
+    assert certificate.folding.relative < 1e-5
+    assert certificate.trained.perplexity != pytest.approx(certificate.fake.perplexity, rel=1e-5)
+    assert certificate.fake.perplexity == pytest.approx(certificate.client.perplexity, rel=1e-6)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -141,7 +145,7 @@ def test_tokenizer_of_the_run_is_exported(run: Path, tmp_path: Path) -> None:
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == theirs.bos_token_id == ours.token_to_id("<|endoftext|>")
-    assert theirs.model_max_length == 64
+    assert theirs.model_max_length == 32
 
 
 def test_transformers_generates_the_same_tokens(run: Path, tmp_path: Path) -> None:
@@ -169,8 +173,9 @@ def test_card_shows_recipe_curves_and_evaluations(run: Path, tmp_path: Path) -> 
     assert re.search(r"^\| 3 \| 768 \| 5\.\d+ \| \d\.\d+ \| 321.5 \|$", card, flags=re.MULTILINE)
     exported, text = load_hf(tmp_path / "out"), read_text("held_out", open_model(run))
     with quantized(exported, QuantSpec().at("4-4-4")):
-        four_bits = perplexity(exported, text, seq_len=64).perplexity
-    assert f", {four_bits:.4f} fake-quantized to 4-4-4 rtn, W sym/channel clip" in card
+        four_bits = perplexity(exported, text, seq_len=32).perplexity
+    assert "\nFake-quantized to 4-4-4 rtn, W sym/channel clip" in card
+    assert f" the perplexity of the same text is {four_bits:.4f}.\n" in card
     assert "| 6 | wikitext2 perplexity | 4-4-4 rtn | 19.6 |" in card
     (run / "evaluation" / "a.json").write_text("[]")
     with pytest.raises(UserError, match=r"a.json: not a record of scripts/evaluate.py"):
@@ -207,28 +212,29 @@ def test_full_disk_is_one_line_and_leaves_no_folder(run: Path, tmp_path: Path, m
 def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong folding, wrong files and a wrong perplexity are noticed before the folder gets its name."""
     before = {path.name for path in tmp_path.iterdir()}
-    absorb = osp.convert.hf_export.fold_into_weights
+    fold = osp.convert.hf_export.fold_into_weights
 
-    def absorb_wrongly(model: Any) -> None:
-        absorb(model)
+    def fold_wrongly(model: Any) -> None:
+        fold(model)
         model.lm_head.weight.data[3] *= 1.01
 
-    monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", absorb_wrongly)
+    monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", fold_wrongly)
     with pytest.raises(UserError, match=r"folding projections and scales changes the logits by \S+ of the largest"):
         export(run, tmp_path / "out")
-    monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", absorb)
+    monkeypatch.setattr(osp.convert.hf_export, "fold_into_weights", fold)
     save = osp.convert.hf_export.save_torch_state_dict
 
     def save_wrongly(tensors: Any, *args: Any, **options: Any) -> None:
-        save({name: 1.001 * tensor for name, tensor in tensors.items()}, *args, **options)
+        save({name: 1.01 * tensor for name, tensor in tensors.items()}, *args, **options)
 
     monkeypatch.setattr(osp.convert.hf_export, "save_torch_state_dict", save_wrongly)
-    with pytest.raises(UserError, match=r"reading back the files changes the logits"):
+    with pytest.raises(UserError, match=r"perplexity of held_out is \S+ by fake quantization and \S+ by transformers"):
         export(run, tmp_path / "out")
     monkeypatch.setattr(osp.convert.hf_export, "save_torch_state_dict", save)
-    numbers = iter((20.0, 20.1))
-    for module in (osp.convert.hf_export, osp.convert.same_function):
-        monkeypatch.setattr(module, "compared_perplexity", lambda *_: next(numbers))
+    check = osp.convert.export.check_same_perplexity
+    monkeypatch.setattr(
+        osp.convert.export, "check_same_perplexity", lambda text, a, b, **kwargs: check(text, 20.0, 20.1, **kwargs)
+    )
     with pytest.raises(UserError, match=r"perplexity of held_out is 20.00000 before and 20.10000 after; not written"):
         export(run, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == before

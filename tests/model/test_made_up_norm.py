@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from osp.config import Config, MonitorConfig
-from osp.convert.hf_export import export
+from osp.convert.export import export
 from osp.errors import UserError
 from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
@@ -98,7 +98,7 @@ def test_made_up_norm_resumes_bit_identically(tiny: Tiny, tmp_path: Path) -> Non
 def test_made_up_norm_that_is_an_rmsnorm_exports(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("norm.name=root_mean_square", "train.steps=4", "eval.every=0", "eval.sample_tokens=0"))
     exported = export(tmp_path / "run", tmp_path / "out")
-    assert exported.perplexity.after == pytest.approx(exported.perplexity.before, rel=1e-4)
+    assert exported.client.perplexity == pytest.approx(exported.trained.perplexity, rel=1e-4)
 
 
 def test_options_of_a_made_up_norm_are_its_keywords(tiny: Tiny) -> None:

@@ -1,0 +1,181 @@
+"""What was measured on an exported file: a JSON file for programs, a Markdown table for people.
+
+Three readers of one text are compared: the trained model, the same model under fake quantization, and the client, a
+program that has read the file. The file is written only if the last two agree on the perplexity, and the client and the
+trained model on the tokens of odd texts.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osp.config import ModelConfig
+from osp.convert.file_format import Client
+from osp.convert.same_function import Difference, compared_perplexity
+from osp.errors import UserError
+from osp.evaluation.language_model import LanguageModel
+from osp.evaluation.perplexity import Text
+from osp.files import read_json
+from osp.model.loss import IGNORE
+from osp.model.transformer import Output, Transformer
+from osp.tables import markdown_table, text_table
+
+PROMPT_TOKENS, GREEDY_TOKENS = 16, 32
+ODD_TEXTS = 100
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one reader of the model makes of the text."""
+
+    reader: str
+    perplexity: float  # of the first `tokens` tokens
+    continuation: str  # the most likely tokens after the first of the text
+
+
+@dataclass(frozen=True)
+class FileCertificate:
+    """The measurements of an export; the keys of the JSON file."""
+
+    file: str
+    files: dict[str, dict[str, Any]]  # name -> bytes and sha256 of what the client read
+    format: str
+    scheme: str | None
+    quantization: str  # the QuantSpec in words
+    quantization_hash: str
+    dtype: str  # of tensors that are not quantized
+    model: dict[str, Any]  # name, path, sha256 of the trained weights, step
+    context: int  # tokens of a training sequence, which the file states
+    ffn_width: tuple[int, int]  # channels as trained and as written; the rest are zeros
+    folding: Difference  # of the folded and padded model to the trained one, before anything is rounded
+    text: str
+    text_sha256: str
+    tokens: int  # of the text, from its start
+    window: int  # tokens of a window
+    trained: Reading  # at 16 bits: not quantized
+    fake: Reading  # under fake quantization
+    client: Reading  # of the file
+    tolerance: float  # of the client's perplexity, relative to fake quantization
+    same_tokens: int | None  # texts that the client and the trained model split into the same tokens; None: not asked
+    above_four_bits: tuple[str, ...]  # tensors with more than 4 bits per weight
+    versions: dict[str, Any]
+
+    @property
+    def relative(self) -> float:
+        """Distance of the client's perplexity from fake quantization, relative to the latter."""
+        return abs(self.client.perplexity - self.fake.perplexity) / self.fake.perplexity
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files.values())
+
+    def check(self) -> None:
+        """Raise `UserError` if the file does not compute what fake quantization does."""
+        if not self.relative <= self.tolerance:  # true for nan as well
+            raise UserError(
+                f"perplexity of {self.text} is {self.fake.perplexity:.5f} by fake quantization and "
+                f"{self.client.perplexity:.5f} by {self.client.reader}, more than {self.tolerance:g} apart; not written"
+            )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the table for people."""
+        width, written = self.ffn_width
+        apart = f"{self.relative:.1e} of it apart, at most {self.tolerance:g}"
+        tokens = "not compared, the client has no tokenizer"
+        if self.same_tokens is not None:
+            tokens = f"{self.same_tokens} of {self.same_tokens} texts with odd Unicode have the same tokens"
+        above = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.above_four_bits)
+        same = self.client.continuation == self.fake.continuation
+        quantization = " ".join(filter(None, (self.format, self.scheme)))
+        text = f"the first {self.tokens:,} tokens of {self.text} in windows of {self.window}"
+        rows = {
+            "file": f"{self.file}, {self.num_bytes:,} bytes in {len(self.files)} files",
+            "quantization": f"{quantization}: {self.quantization} [{self.quantization_hash}]; the rest in {self.dtype}",
+            "text": f"{text}; SHA-256 {self.text_sha256}",
+            "perplexity as trained": f"{self.trained.perplexity:.4f}",
+            "perplexity by fake quantization": f"{self.fake.perplexity:.4f}",
+            "perplexity of the file": f"{self.client.perplexity:.4f} by {self.client.reader}; {apart}",
+            "greedy text": f"{'the same' if same else 'differs'} by fake quantization and from the file",
+            "tokenizer": tokens,
+            "above 4 bits": ", ".join(f"{name} ({n})" if n > 1 else name for name, n in above.items()) or "none",
+            "context": f"{self.context} tokens, the length of training sequences",
+            "width of the FFN": f"{written} channels, {written - width} of them zeros that leave the function as it is",
+            "folding": f"moved the logits by {self.folding.relative:.1e} of the largest",
+        }
+        return list(rows.items())
+
+    def json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        return text_table([("certificate of", self.model["name"]), *self.rows()])
+
+    def markdown(self) -> str:
+        return markdown_table(("certificate of", self.model["name"]), self.rows())
+
+
+class ClientModel(nn.Module):
+    """A client as `perplexity` reads a model: ids and targets (B, T) in, the summed loss out."""
+
+    def __init__(self, client: Client, config: ModelConfig):
+        super().__init__()
+        self.client, self.config = client, config
+        self.register_parameter("place", nn.Parameter(torch.empty(0)))  # its device is where ids go
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Output:
+        if targets is None:
+            return Output(None, self.client.logits(input_ids), None)
+        losses = [  # a window at a time, whose logits may be a gigabyte
+            F.cross_entropy(self.client.logits(ids[None])[0], wanted, ignore_index=IGNORE, reduction="sum")
+            for ids, wanted in zip(input_ids, targets, strict=True)
+        ]
+        return Output(torch.stack(losses).sum(), None, None)
+
+
+@torch.no_grad()
+def observe(reader: str, model: nn.Module, text: Text, subject: LanguageModel) -> Reading:
+    """Return what `model` makes of `text`; subject: whose tokens they are."""
+    llama, device = cast(Transformer, model), next(model.parameters()).device
+    length = min(PROMPT_TOKENS + GREEDY_TOKENS, subject.context)
+    ids = text.tokens[: min(PROMPT_TOKENS, length - 1)].tolist()
+    while len(ids) < length:
+        ids.append(int(llama(torch.tensor([ids], device=device)).logits[0, -1].argmax()))
+    continuation = subject.tokenizer.decode(ids[PROMPT_TOKENS:], skip_special_tokens=False)
+    return Reading(reader, compared_perplexity(llama, text, subject.window), continuation)
+
+
+def compare_tokens(client: Client, subject: LanguageModel) -> int | None:
+    """Return the number of texts compared, None if the client has no tokenizer; raise `UserError` at a difference."""
+    for text in odd_texts():
+        theirs, ours = client.encode(text), subject.encode(text)
+        if theirs is None:
+            return None
+        if theirs != ours:
+            raise UserError(f"{client.name} splits {text!r:.60} into {theirs!s:.60}, not {ours!s:.60}; not written")
+    return ODD_TEXTS
+
+
+def odd_texts() -> list[str]:
+    """Return 100 texts that tokenizers disagree on: the parts in odd_texts.json, then pairs of them."""
+    parts = read_json(Path(__file__).with_name("odd_texts.json"))
+    pairs = (parts[i % len(parts)] + parts[(7 * i + 3) % len(parts)] for i in range(ODD_TEXTS))
+    return [*parts, *pairs][:ODD_TEXTS]
+
+
+def describe_files(path: Path) -> dict[str, dict[str, Any]]:
+    """Return bytes and SHA-256 of a file, or of the files in a folder, by name."""
+    described = {}
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        described[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    return described
