@@ -1,6 +1,8 @@
 """Write a trained model for other programs: `python scripts/export.py RUN out=m.gguf format=gguf scheme=q4_0`."""
 
 import dataclasses
+import signal
+import sys
 from typing import Any
 
 from entry import launch
@@ -17,6 +19,7 @@ def main(values: dict[str, Any]) -> None:
     from osp.convert.export import export
     from osp.device import choose_device, prepare_cpu
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is written so far
     device = choose_device(config.device)
     if device.type == "cpu":
         prepare_cpu(config.threads)

@@ -8,6 +8,7 @@ What a user can get wrong is found before the folding. The files get their names
 import contextlib
 import dataclasses
 import logging
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from osp.run.folder import environment
 log = logging.getLogger(__name__)
 
 FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(),)}
+NOT_IN_A_BLOCK = re.compile(r"norm|embed|embd|head|^output\.|bias|rope_freqs")  # names of tensors that may keep 16 bits
 CLIENTS = ("transformers", "compressed-tensors", "gguf", "llama-cpp-python")  # whose versions are recorded
 
 
@@ -117,6 +119,9 @@ def export(
             versions=_versions(),
         )
         certificate.check()
+        wide = [tensor for tensor in certificate.above_four_bits if not NOT_IN_A_BLOCK.search(tensor)]
+        if spec.w_bits <= 4 and wide:
+            raise UserError(f"{wide[0]} has more than 4 bits; not written")
         write_text(folder / (beside[0] if beside else FILE_NAME), certificate.json())
         card = certificate.markdown() + "\n"
         if not beside:

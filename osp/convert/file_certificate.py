@@ -31,6 +31,7 @@ from osp.tables import markdown_table, text_table
 
 PROMPT_TOKENS, GREEDY_TOKENS = 16, 32
 ODD_TEXTS = 100
+SHOWN_TENSORS = 6  # kinds of tensors in the table
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class FileCertificate:
         tokens = "not compared, the client has no tokenizer"
         if self.same_tokens is not None:
             tokens = f"{self.same_tokens} of {self.same_tokens} texts with odd Unicode have the same tokens"
-        above = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.above_four_bits)
+        kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.above_four_bits)
+        above = [f"{name} ({n})" if n > 1 else name for name, n in kinds.items()]
+        above = [*above[:SHOWN_TENSORS], *[f"{len(above) - SHOWN_TENSORS} more kinds"] * (len(above) > SHOWN_TENSORS)]
         same = self.client.continuation == self.fake.continuation
         quantization = " ".join(filter(None, (self.format, self.scheme)))
         text = f"the first {self.tokens:,} tokens of {self.text} in windows of {self.window}"
@@ -106,7 +109,7 @@ class FileCertificate:
             "perplexity of the file": f"{self.client.perplexity:.4f} by {self.client.reader}; {apart}",
             "greedy text": f"{'the same' if same else 'differs'} by fake quantization and from the file",
             "tokenizer": tokens,
-            "above 4 bits": ", ".join(f"{name} ({n})" if n > 1 else name for name, n in above.items()) or "none",
+            "above 4 bits": f"{len(self.above_four_bits)} tensors: {', '.join(above)}",
             "context": f"{self.context} tokens, the length of training sequences",
             "width of the FFN": f"{written} channels, {written - width} of them zeros that leave the function as it is",
             "folding": f"moved the logits by {self.folding.relative:.1e} of the largest",

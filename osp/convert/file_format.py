@@ -96,7 +96,8 @@ class FileFormat(ABC):
         fixed = self.schemes[scheme] if scheme else QuantSpec()
         if fixed.is_identity and quant != QuantSpec():
             raise UserError(f"quant: format={self.name} rounds nothing{f' with scheme={scheme}' if scheme else ''}")
-        for key, value in asdict(quant).items():
+        values = asdict(quant)
+        for key, value in values.items():
             # the presets gptq and hadamard set bits and ffn_hadamard as well
             allowed = {getattr(fixed, key), getattr(QuantSpec(), key), 4 if key.endswith("bits") else None}
             if key not in (*ROUNDING, "ffn_hadamard") and value not in allowed:
@@ -104,7 +105,7 @@ class FileFormat(ABC):
                     f"quant.{key}={value}: scheme={scheme} has {getattr(fixed, key)}; quant says how weights are "
                     f"rounded, {', '.join(ROUNDING)}"
                 )
-        return replace(fixed, **{key: getattr(quant, key) for key in ROUNDING})
+        return replace(fixed, **{key: values[key] for key in ROUNDING if values[key] != getattr(QuantSpec(), key)})
 
     def unquantized_dtype(self, scheme: str, dtype: str | None) -> torch.dtype:
         """Return what tensors that are not quantized are rounded to; dtype: what the user asks for."""

@@ -50,7 +50,7 @@ def test_table_of_quantization_has_every_key_and_default() -> None:
     [
         (QUANTIZATION, "Evaluate", EvaluateConfig(), {"path", "quant"}),
         (QUANTIZATION, "Compare", CompareConfig(), {"paths", "quant", *values_of(MeasureConfig())}),
-        (EXPORT, "Export", ExportConfig(), {"path", "debug"}),
+        (EXPORT, "Export", ExportConfig(), {"path", "debug", "quant"}),
         (EXPORT, "Convert", ConvertConfig(), {"path", "debug"}),
     ],
     ids=["evaluate", "compare", "export", "convert"],
