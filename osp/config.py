@@ -58,6 +58,9 @@ Statistic = Literal[
     "osp_script", "R_L", "attn_logit_max", "attn_sink", "gain_max", "weight_row_max", "var_error",
 ]  # fmt: skip
 
+# Formats that engines run; osp.quant.deployed defines them.
+Deployed = Literal["w4a16_g128", "w4a16_g32", "w8a8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "q4_0", "q8_0"]
+
 EVALUATIONS = "evaluation"  # folder inside a run: records of evaluations
 COMPARISONS = "compare"  # folder inside EVALUATIONS: records of comparisons
 
@@ -106,6 +109,7 @@ class EvalQuantConfig:
 
     every: CountOrZero = 0  # steps between measurements, with one at the end; 0: never
     tokens: Annotated[Int, Field(ge=2, le=10**9)] = 16_384  # tokens, always the first of the validation split
+    formats: tuple[Deployed, ...] = ()  # formats that engines run, measured too
 
 
 @dataclass(frozen=True)
@@ -364,6 +368,7 @@ class MonitorConfig:
         "kurtosis", "kurtosis_pooled", "max_abs", "max_over_median", "rms", "top_channel_share", "top_token_share",
         "osp_script", "R_L", "attn_logit_max", "gain_max", "var_error",
     )  # fmt: skip
+    quant: Deployed | None = None  # format of R_L; None: 4-bit integers, weights by output channel and inputs by token
     # Rules by statistic and site; the rule of a site replaces the rule of `all`.
     alerts: dict[Statistic, dict[AlertSite, AlertConfig]] = field(default_factory=_default_alerts)
 
@@ -503,6 +508,8 @@ def check(config: Config) -> None:
             f"eval.quant.every={config.eval.quant.every} does not work with engine.zero_stage=3, which partitions "
             "the weights; set engine.zero_stage=2, or eval.quant.every=0 and evaluate checkpoints later"
         )
+    if config.eval.quant.formats and not config.eval.quant.every:
+        raise UserError("eval.quant.formats does nothing with eval.quant.every=0; set the steps between measurements")
     if config.eval.quant.every and train.seq_len < 2:
         raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
 

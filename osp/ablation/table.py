@@ -15,7 +15,7 @@ import yaml
 
 from osp.ablation.config import AblationConfig, parse_rows
 from osp.ablation.runs import Planned
-from osp.evaluation.compare import COLUMNS, METHODS
+from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS
 from osp.report.charts import line_words
 from osp.report.downsample import grid, rounded
 from osp.report.page import render
@@ -216,10 +216,11 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
 
 def tables(lines: Sequence[Line]) -> dict[str, list[list[str]]]:
     """Return the tables of one set of learning rates by their names in table.yaml, the first row a heading."""
-    bits = [["row", *COLUMNS]]
+    deployed = [column for column in DEPLOYED_COLUMNS if any(column in line.cells for line in lines)]
+    bits = [["row", *COLUMNS, *deployed]]
     for line in lines:
-        bits.append([line.row, *map(line.text, COLUMNS)])
-        bits.append(["+Had", *(line.text(column + HADAMARD) for column in COLUMNS)])
+        bits.append([line.row, *map(line.text, (*COLUMNS, *deployed))])
+        bits.append(["+Had", *(line.text(column + HADAMARD) for column in COLUMNS), *("" for _ in deployed)])
     measured = [line for line in lines if set(METHODS) & line.cells.keys()]
     methods = [method for method in METHODS if any(method in line.cells for line in measured)]
     return {
@@ -321,22 +322,23 @@ def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
 
 
 def _rates_charts(results: Results, rates: str, rows: list[str]) -> list[Chart]:
-    """Return the kurtosis over tokens of the first seed of each row, and perplexity by bits."""
+    """Return the kurtosis over tokens of the first seed of each row, and perplexity by bits and by deployed format."""
     words, kurtosis = WORDS["charts"], {}
     for run in results.runs:
         if (run.rates, run.value) == (rates, None) and run.kurtosis is not None and run.row not in kurtosis:
             x, y = run.kurtosis.steps.tolist(), rounded(run.kurtosis.values, 4)
             kurtosis[run.row] = _curve(rows.index(run.row), x, y)
     charts = [_chart(f"kurtosis-{rates}", list(kurtosis.values()), rows, **words["kurtosis"])]
-    for name, suffix in {"bits": "", "had": HADAMARD}.items():
+    shown = {"bits": COLUMNS, "had": [bits + HADAMARD for bits in COLUMNS], "formats": (FIRST, *DEPLOYED_COLUMNS)}
+    for name, columns in shown.items():
         curves = []
         for line in results.rows:
-            cells = [line.cells.get(bits + suffix) for bits in COLUMNS]
+            cells = [line.cells.get(column) for column in columns]
             y = [cell.mean if cell else None for cell in cells]
-            curve = _curve(rows.index(line.row), list(range(len(COLUMNS))), y)
-            if line.rates == rates and any(curve["y"]):
+            curve = _curve(rows.index(line.row), list(range(len(columns))), y)
+            if line.rates == rates and any(curve["y"][1:]):
                 curves.append(curve)
-        charts.append(_chart(f"{name}-{rates}", curves, rows, categories=COLUMNS, **words[name]))
+        charts.append(_chart(f"{name}-{rates}", curves, rows, categories=columns, **words[name]))
     return charts
 
 

@@ -17,6 +17,7 @@ from osp.evaluation.evaluate import Measurement, check_out, open_subject, store_
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
+from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec, check_spec
 from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short
 from osp.run.folder import environment
@@ -25,6 +26,8 @@ from osp.tables import render_text
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2; the last of table 4
+# Columns beside table 2, which has no such formats -> name in `osp.quant.deployed`. They fix all but the calibration.
+DEPLOYED_COLUMNS = {"W4A16": "w4a16_g128", "NVFP4": "nvfp4", "MXFP4": "mxfp4"}
 METHODS = {"RTN": "", "+ FFN Had": "+Had", "+ GPTQ": "+GPTQ", "+ QuaRot": "+QuaRot"}  # row of table 4 -> of table 2
 ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
 
@@ -64,6 +67,7 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
     named = method_specs(config.quant)
     rows = named if config.methods == "all" else ("", "+Had")
     cells = {(row, bits): named[row].at(bits) for row in rows for bits in COLUMNS}
+    cells |= {("", column): spec for column, spec in deployed_specs(measurement, config.quant).items()}
     methods = {}
     if config.methods != "none":
         methods = {method: named[row].at(COLUMNS[-1]) for method, row in METHODS.items()}
@@ -79,10 +83,9 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
         except UserError as error:  # the model cannot be rotated
             logger.warning("%s: cells left out, %s", subject.name, error)
             scores[words] = Score(None, None)
-    possible = [words for words in wanted if words not in scores]
+    calibrations = {words: measurement.calibration(spec) for words, spec in wanted.items() if words not in scores}
     sha256, kurtosis, kurtosis_text, what = subject.sha256(), *script_kurtosis(measurement, config), ""
-    for words in tqdm(possible, desc=subject.name, unit="cell", disable=not progress):
-        calibration = measurement.calibration(wanted[words])
+    for words, calibration in tqdm(calibrations.items(), desc=subject.name, unit="cell", disable=not progress):
         with quantized(subject.model, wanted[words], calibration=calibration, progress=progress):
             results = [result for part in measurement.results() for result in part]
         scores[words], what = score(results), what or ", ".join(dict.fromkeys(result.what for result in results))
@@ -95,7 +98,7 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
             kurtosis=kurtosis,
             kurtosis_text=kurtosis_text,
             what=what,
-            bits={row: {bits: shown[str(cells[row, bits])] for bits in COLUMNS} for row in rows},
+            bits={row: {name: shown[str(spec)] for (of, name), spec in cells.items() if of == row} for row in rows},
             methods={method: shown[str(spec)] for method, spec in methods.items()},
             specs={spec.hash: str(spec) for spec in specs},
             hashes={f"{bits} {row}".strip(): spec.hash for (row, bits), spec in cells.items()}
@@ -126,6 +129,27 @@ def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
     return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
+def deployed_specs(measurement: Measurement, quant: QuantSpec) -> dict[str, QuantSpec]:
+    """Return column -> quantization of the deployed formats; warn about one that the model cannot have.
+
+    A format with static ranges calibrates on the text of `quant`.
+    """
+    subject, specs = measurement.subject, {}
+    for column, name in DEPLOYED_COLUMNS.items():
+        spec = DEPLOYED[name]
+        if spec.needs_calibration:
+            tokens = min(spec.calibration_tokens, quant.calibration_tokens)
+            spec = dataclasses.replace(spec, calibration=quant.calibration, calibration_tokens=tokens, seed=quant.seed)
+        try:
+            check_spec(spec, subject.model.config)
+            measurement.calibration(spec)
+            specs[column] = spec
+        except UserError as error:
+            level = logging.WARNING if is_main() else logging.DEBUG
+            logger.log(level, "%s: the column %s is left out, %s", subject.name, column, error)
+    return specs
+
+
 def script_kurtosis(measurement: Measurement, config: CompareConfig) -> tuple[float | None, str]:
     """Return the excess kurtosis of the residual stream as the paper's script measures it, and the text it is for.
 
@@ -150,7 +174,8 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         Path(__file__).with_name("compare.md"),
         comparisons=comparisons,
         names=[f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)],
-        columns=COLUMNS,
+        columns=(*COLUMNS, *DEPLOYED_COLUMNS),
+        deployed=DEPLOYED_COLUMNS,
         has_tasks=any(score.accuracy is not None for c in comparisons for score in c.methods.values()),
         short=format_short,
     )

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,21 +182,27 @@ def ablate_sites(
 
 
 def live_perplexity(
-    model: Transformer, text: Text, *, seq_len: int, spec: QuantSpec | None = None, batch_tokens: int = 8192
+    model: Transformer,
+    text: Text,
+    *,
+    seq_len: int,
+    formats: Mapping[str, tuple[QuantSpec, Tensor | None]] | None = None,
+    batch_tokens: int = 8192,
 ) -> dict[str, float]:
-    """Return `quant/perplexity/16-16-16` and the same for `spec` (default: OSP's 4-4-4) on a text during training.
+    """Return `quant/perplexity/NAME` on a text during training, for 16-16-16, OSP's 4-4-4 and `formats`.
 
     The weights are the same bits afterwards. Collective: every rank calls it with the whole model, under ZeRO-3 inside
-    `gathered_parameters`.
+    `gathered_parameters`. formats: quantizations by name, each with its calibration sequences (N, T).
     """
     was_training = model.training
     model.eval()
     try:
         metrics = {}
-        for current in (QuantSpec(), spec or QuantSpec().at("4-4-4")):
-            with quantized(model, current):
+        specs = {spec.bits: (spec, None) for spec in (QuantSpec(), QuantSpec().at("4-4-4"))}
+        for name, (spec, calibration) in (specs | dict(formats or {})).items():
+            with quantized(model, spec, calibration=calibration):
                 value = perplexity(model, text, seq_len=seq_len, batch_tokens=batch_tokens).perplexity
-            metrics[f"quant/perplexity/{current.bits}"] = value
+            metrics[f"quant/perplexity/{name}"] = value
         return metrics
     finally:
         model.train(was_training)

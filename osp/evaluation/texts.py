@@ -115,7 +115,12 @@ def training_text(subject: LanguageModel) -> torch.Tensor:
     folder = find(subject.folder) if subject.config else None
     if folder is None:
         raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
-    shards = Shards(training_shards(folder, instead="name a text, quant.calibration=FILE"), "train")
+    return first_shard(training_shards(folder, instead="name a text, quant.calibration=FILE"))
+
+
+def first_shard(folder: Path) -> torch.Tensor:
+    """Return the tokens, int64 (N,), of the first training shard in `folder`."""
+    shards = Shards(folder, "train")
     shards.check_hash(0)
     return torch.from_numpy(shards.tokens[0].astype(np.int64))
 

@@ -32,9 +32,10 @@ from osp.model.transformer import CausalAttention, Linear, Transformer
 from osp.monitor import statistics as st
 from osp.monitor.statistics import Sample
 from osp.quant.apply import error_and_energy
-from osp.quant.formats import AsymmetricInteger, SymmetricInteger
+from osp.quant.deployed import DEPLOYED
+from osp.quant.spec import QuantSpec
 
-WEIGHT_FORMAT, ACTIVATION_FORMAT = SymmetricInteger(4), AsymmetricInteger(4)  # of R_L
+FOUR_BITS = QuantSpec(w_bits=4, a_bits=4, w_clip=False, o_proj_by_head=False)  # of R_L
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class _Recorder:
         self.model, self.text = model, text
         self.sites = site_names(len(model.layers), get_args(Site) if config.sites == "all" else config.sites)
         self.statistics = set(get_args(Statistic) if config.statistics == "all" else config.statistics)
+        self.spec = DEPLOYED[config.quant] if config.quant else FOUR_BITS
         self.samples: dict[str, Sample] = {}
         self.sums: dict[str, Tensor] = {}  # pairs (numerator, denominator)
         self.maxima: dict[str, Tensor] = {}
@@ -130,7 +132,7 @@ class _Recorder:
                 self._observe(site_names(len(model.layers), ("block_out", "final_norm_out")), self._add_error, stack)
                 for module in model.layers.modules():
                     if isinstance(module, Linear):
-                        product = functools.partial(_lockstep_linear, module)
+                        product = functools.partial(_lockstep_linear, module, self.spec)
                         stack.enter_context(_replaced_forward(module, product))
             model(tokens.repeat(times, 1), document_ids=None if ids is None else ids.repeat(times, 1))
         if "osp_script" in self.statistics:
@@ -231,13 +233,19 @@ class _Recorder:
         return Reading(metrics, sites, self.text)
 
 
-def _lockstep_linear(module: Linear, x: Tensor) -> Tensor:
-    """Return the product of x (2, ..., in) with W: of the first copy as usual, of the second with both quantized."""
+def _lockstep_linear(module: Linear, spec: QuantSpec, x: Tensor) -> Tensor:
+    """Return the product of x (2, ..., in) with W: of the first copy as usual, of the second with both quantized.
+
+    Static ranges are those of the first copy.
+    """
     weight, bias = module.affine()
     bias = None if bias is None else bias.to(x.dtype)
-    usual = F.linear(x[:1], weight.to(x.dtype), bias)
-    quantized_weight = WEIGHT_FORMAT.round(weight).to(x.dtype)
-    return torch.cat((usual, F.linear(ACTIVATION_FORMAT.round(x[1:]), quantized_weight, bias)))
+    usual, noisy = F.linear(x[:1], weight.to(x.dtype), bias), x[1:]
+    if "a" in spec.parts:
+        bounds = torch.stack(x[:1].aminmax()) if spec.is_static("a") else None
+        noisy = spec.number_format("a").round(noisy, group_size=spec.a_group_size, bounds=bounds)
+    weight = spec.number_format("w").round(weight, group_size=spec.w_group_size).to(x.dtype)
+    return torch.cat((usual, F.linear(noisy, weight, bias)))
 
 
 def _merge_over_ranks(samples: dict[str, Sample]) -> dict[str, Sample]:

@@ -33,7 +33,7 @@ class Metric:
 
 
 PLACEHOLDERS = {"<role>": r"\w+", "<statistic>": r"\w+", "<layer>": r"layer_\d+"}
-PLACEHOLDERS |= {"<site>": r"(layer_\d+/)?\w+", "<weight>": r"(layer_\d+/)?\w+"}
+PLACEHOLDERS |= {"<site>": r"(layer_\d+/)?\w+", "<weight>": r"(layer_\d+/)?\w+", "<format>": r"\w+"}
 _FILE = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
 SITE_TITLES: dict[str, str] = _FILE["sites"]
 METRICS = {key: Metric(**fields) for key, fields in _FILE["metrics"].items()}

@@ -11,6 +11,8 @@ from osp.config import Config, TokenizerConfig, check
 from osp.device import native_bf16
 from osp.errors import UserError
 from osp.optim.schedule import build_schedule
+from osp.quant.deployed import DEPLOYED
+from osp.quant.spec import check_spec
 from osp.run.checkpoint import Checkpoint, find
 
 TRIAL_STEPS = 6  # length of the trial that measures how many steps fit into `train.minutes`
@@ -43,13 +45,20 @@ def resolve(
 ) -> Resolved:
     """Decide everything that `config` leaves open.
 
-    Raises `UserError` if the batch does not divide among the ranks, or `checkpoint.init_from` does not fit.
+    Raises `UserError` if the batch does not divide among the ranks, or `checkpoint.init_from` or a number format does
+    not fit.
 
     Args:
         total_steps: length of a run that gives `train.minutes`, once it is known.
         bf16: whether the device multiplies bf16 natively. None: ask the device of this process.
     """
     config = _with_initial_model(config)
+    for key, names in (("eval.quant.formats", config.eval.quant.formats), ("monitor.quant", (config.monitor.quant,))):
+        for name in filter(None, names):
+            try:
+                check_spec(DEPLOYED[name], config.model)
+            except UserError as error:
+                raise UserError(f"{key}={name}: {error}") from error
     train = config.train
     precision = train.precision
     if precision == "auto":

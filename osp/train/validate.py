@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jinja2 import UndefinedError
+from torch import Tensor
 
 from osp.config import Config
 from osp.data.loader import Batch, validation_batches
@@ -18,11 +20,14 @@ from osp.distributed import add_up, on_main
 from osp.errors import RunError
 from osp.evaluation.evaluate import live_perplexity
 from osp.evaluation.perplexity import CodeLength
-from osp.evaluation.texts import held_out
+from osp.evaluation.texts import first_shard, held_out
 from osp.files import read_record
 from osp.model.generate import Sampling, generate
 from osp.model.transformer import Output, Transformer, count_parameters, flops_per_token
 from osp.optim.groups import describe_groups
+from osp.quant.apply import draw_calibration
+from osp.quant.deployed import DEPLOYED
+from osp.quant.spec import QuantSpec
 from osp.report.page import write_page
 from osp.run.logger import Logger
 from osp.run.read import read_metrics, read_run
@@ -59,6 +64,7 @@ class Validator:
         self._token_bytes = torch.from_numpy(token_bytes(self.tokenizer)).to(resolved.device)
         if quant.every:
             self._text = held_out("held_out", shards, self.tokenizer, max_tokens=quant.tokens)
+            self._formats = {name: self._calibrated(DEPLOYED[name]) for name in quant.formats}
 
     def restore(self, folder: Path) -> None:
         """Read the last measurements of a run."""
@@ -98,7 +104,7 @@ class Validator:
         self.validated = self._record(step, metrics, message)
 
     def validate_quantized(self, step: int) -> None:
-        """Measure the perplexity of the model as it is and at 4 bits.
+        """Measure the perplexity of the model as it is, at 4-4-4, and in the chosen formats.
 
         Weights, buffers and random numbers are the same bits afterwards.
         """
@@ -106,7 +112,9 @@ class Validator:
         batch_tokens = self.resolved.micro_batch_size * seq_len
         # the windows of a text have another shape than a batch, and compiled code ignores hooks
         with torch.compiler.set_stance("force_eager"):
-            metrics = live_perplexity(self.model, self._text, seq_len=seq_len, batch_tokens=batch_tokens)
+            metrics = live_perplexity(
+                self.model, self._text, seq_len=seq_len, formats=self._formats, batch_tokens=batch_tokens
+            )
         values = [f"{value:.2f} at {key.rpartition('/')[2]}" for key, value in metrics.items()]
         metrics["quant/seconds"] = time.perf_counter() - began
         self.quantized = self._record(step, metrics, f"perplexity {', '.join(values)}")
@@ -132,6 +140,17 @@ class Validator:
                 tokens = []
         self.model.train()
         return figures | {"sample": self.tokenizer.decode([*prompt, *tokens])}
+
+    def _calibrated(self, spec: QuantSpec) -> tuple[QuantSpec, Tensor | None]:
+        """Return a format to measure, and the training sequences that its static ranges are from."""
+        calibration = None
+        if spec.needs_calibration:
+            tokens = first_shard(self.shards)
+            spec = replace(spec, calibration_tokens=min(self.config.eval.quant.tokens, len(tokens)))
+            calibration = draw_calibration(tokens, spec, seq_len=self.config.train.seq_len).to(self.resolved.device)
+        if self.logger:
+            self.logger.say(f"eval.quant.formats: {spec} [{spec.hash}]")
+        return spec, calibration
 
     def _record(self, step: int, metrics: dict[str, float], message: str) -> Measurement:
         if self.logger:

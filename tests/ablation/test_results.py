@@ -29,7 +29,7 @@ from osp.ablation.table import (
     summarize,
     verdict,
 )
-from osp.evaluation.compare import COLUMNS
+from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
 from osp.tables import render_text
 from tests.ablation.test_ablation_runs import config
@@ -54,15 +54,16 @@ def made_record(row: str, seed: int) -> ComparisonRecord:
 
     cells = {bits: score(first if bits != "4-4-4" else last) for bits in COLUMNS}
     hadamard = {**cells, "4-4-4": score(None if row == "adam" else last)}
+    deployed = dict.fromkeys(DEPLOYED_COLUMNS, score(first + 0.5)) if row == "osp" else {}
     comparison = Comparison(
         row,
         "f" * 64,
         kurtosis=None,
         what="held_out",
-        bits={"": cells, "+Had": hadamard},
+        bits={"": cells | deployed, "+Had": hadamard},
         methods={"RTN": score(last), "+ GPTQ": score(first)} if row == "osp" else {},
-        specs={"abc123": "4-4-4 rtn", "def456": "4-4-4 gptq"},
-        hashes={"4-4-4": "abc123", "+ GPTQ": "def456"},
+        specs={"abc123": "4-4-4 rtn", "def456": "4-4-4 gptq", "789abc": "4-4-16 rtn, W nvfp4/block 16"},
+        hashes={"4-4-4": "abc123", "+ GPTQ": "def456", "NVFP4": "789abc"},
         texts={"held_out": "e" * 64},
     )
     return ComparisonRecord(commit="0123abcd", models=(comparison,))
@@ -178,6 +179,11 @@ def test_markdown_has_every_table_with_equal_columns(ablation: Ablation) -> None
     assert re.search(r"- osp-seed1-\w+: the disk is full", text)
     assert "120.00 ± 56.57 (8e4)" in text  # the paper's beside ours
     assert "| +Had | 30.00 ± 14.14 (11.40) |" in text
+    assert "| row | 16-16-16 | 4-8-16 | 4-8-8 | 4-4-16 | 4-4-4 | W4A16 | NVFP4 | MXFP4 |" in text
+    assert " | 120.00 ± 56.57 (8e4) | - | - | - |\n" in text, "a record of an earlier version"
+    assert " | 22.00 (19.60) | 21.50 | 21.50 | 21.50 |\n| +Had |" in text
+    assert " | 22.00 (13.50) |  |  |  |\n" in text
+    assert "| NVFP4 | 789abc | 4-4-16 rtn, W nvfp4/block 16 |" in text
     assert "max \\|x\\| at down_proj" in text
     assert "| 4-4-4 | abc123 | 4-4-4 rtn |" in text
     assert f"text held_out: SHA-256 {'e' * 64}" in text
@@ -191,6 +197,14 @@ def test_markdown_has_every_table_with_equal_columns(ablation: Ablation) -> None
     assert [format_number(x) for x in (0.0404, 1.8, 24.15, 1818.56, 8e4, math.inf, math.nan)] == [
         "0.0404", "1.800", "24.15", "1819", "8e4", "inf", "-",
     ]  # fmt: skip
+
+
+def test_chart_of_formats_has_the_rows_that_were_measured(ablation: Ablation) -> None:
+    wanted, _, results = ablation
+    chart = 'data-lines="formats-paper"'
+    assert chart in ablation_page(results, wanted)
+    former = [replace(line, cells={"4-4-4": line.cells["4-4-4"]}) for line in results.rows]
+    assert chart not in ablation_page(replace(results, rows=former), wanted)
 
 
 def test_json_names_the_source_of_each_number(ablation: Ablation) -> None:
@@ -258,7 +272,7 @@ def test_page_draws_its_charts_in_a_browser(ablation: Ablation, tmp_path: Path) 
         browser.run("document.querySelectorAll('.plot').forEach((plot) => draw(plot))")
         assert browser.errors == []
         names = browser.run("[...document.querySelectorAll('figure')].map((f) => f.dataset.lines)")
-        assert set(names) >= {"kurtosis-paper", "bits-paper", "sweep-cost", "sweep-loss"}
+        assert set(names) >= {"kurtosis-paper", "bits-paper", "formats-paper", "sweep-cost", "sweep-loss"}
         browser.hover("[data-lines=bits-paper] .plot")
         shown = browser.wait(
             lambda: browser.run("document.querySelector('[data-lines=bits-paper] .values')?.innerText")

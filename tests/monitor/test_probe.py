@@ -12,7 +12,9 @@ from torch import Tensor
 from osp.config import MonitorConfig, Site
 from osp.model.sites import site_names
 from osp.model.transformer import Block, Transformer
-from osp.monitor.probe import Reading, probe
+from osp.monitor.probe import ProbeText, Reading, probe
+from osp.quant.deployed import DEPLOYED
+from osp.quant.formats import NVFP4
 from tests.distributed import run_distributed
 from tests.monitor import workers
 from tests.monitor.test_statistics import naive
@@ -198,6 +200,35 @@ def test_error_under_fake_quantization_equals_a_second_pass(naive_pass: Any) -> 
         assert 1e-3 < expected < 1
         # a value halfway between two levels may be rounded to either
         assert reading.metrics[f"monitor/{key}"] == pytest.approx(expected, rel=2e-2), key
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "w8a8", "q4_0"])
+def test_error_in_a_deployed_format_equals_a_second_pass(name: str) -> None:
+    """Weights and, where the format has them, activations are rounded; a static range is that of the plain pass."""
+    model, text, spec = workers.small_model(), ProbeText(workers.probe_text().tokens[:1]), DEPLOYED[name]
+    weights = spec.number_format("w")
+    inputs: list[Tensor] = []
+
+    def remember(x: Tensor, w: Tensor) -> Tensor:
+        inputs.append(x)
+        return x @ w.T
+
+    def rounded_product(x: Tensor, w: Tensor) -> Tensor:
+        clean = inputs.pop(0)
+        if name == "nvfp4":
+            x = NVFP4(4).round(x, bounds=torch.stack((clean.min(), clean.max())))
+        elif spec.a_bits < 16:
+            x = spec.number_format("a").round(x)
+        return x @ weights.round(w).T
+
+    with torch.no_grad():
+        plain = forward(model, text.tokens[0], remember)
+        noisy = forward(model, text.tokens[0], rounded_product)
+    metrics = probe(model, text, MonitorConfig(sites=(), statistics=("R_L",), quant=name)).metrics
+    for key, site in (("R_L", "final_norm_out"), ("R_L/layer_00", "layer_00/block_out")):
+        expected = float((noisy[site] - plain[site]).square().sum() / plain[site].square().sum())
+        assert expected > 1e-6
+        assert metrics[f"monitor/{key}"] == pytest.approx(expected, rel=2e-2), key
 
 
 def test_osp_script_reads_the_hidden_states_of_hugging_face(naive_pass: Any) -> None:

@@ -99,9 +99,9 @@ def test_evaluation_and_live_perplexity_use_the_format(llama: LanguageModel, con
         "KV powers_of_two/head (K Hadamard)"
     )
     assert record.quant["hash"] not in {QuantSpec().at("4-5-3").hash, QuantSpec().hash}
-    live = live_perplexity(llama.model, text, seq_len=32, spec=config.quant)
+    live = live_perplexity(llama.model, text, seq_len=32, formats={"made_up": (config.quant, None)})
     with quantized(llama.model, config.quant):
-        assert live["quant/perplexity/4-5-3"] == perplexity(llama.model, text, seq_len=32).perplexity
+        assert live["quant/perplexity/made_up"] == perplexity(llama.model, text, seq_len=32).perplexity
 
 
 def test_propagated_error_falls_with_the_bits_of_the_format(llama: LanguageModel) -> None:

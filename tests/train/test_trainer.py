@@ -8,20 +8,24 @@ import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
-from osp.config import Config, LoggerConfig, from_dict, to_dict
+from osp.config import Config, Deployed, LoggerConfig, from_dict, to_dict
 from osp.data.loader import Shards
 from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import RunError, UserError
+from osp.evaluation.config import EvaluateConfig
+from osp.evaluation.evaluate import evaluate
+from osp.evaluation.language_model import open_model
 from osp.model.norms import BHyT
 from osp.model.transformer import Block, Transformer
+from osp.quant.deployed import DEPLOYED
 from osp.run.checkpoint import load_model
 from osp.run.logger import Logger
 from osp.train.setup import train
@@ -161,6 +165,32 @@ def test_live_quantized_perplexity_equals_a_plain_loop(tiny: Tiny, tmp_path: Pat
     with torch.no_grad():
         loss = F.cross_entropy(model(windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert events[-1]["quant/perplexity/16-16-16"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_live_perplexity_of_a_format_equals_evaluation_of_the_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    """Static ranges are from as many training tokens as validation tokens are measured."""
+    keys = ("eval.quant.every=6", "eval.quant.tokens=128", 'eval.quant.formats=["nvfp4", "w4a16_g32"]')
+    train(tiny(*keys, "monitor.enabled=true", "monitor.quant=nvfp4", 'monitor.statistics=["R_L"]', "monitor.tokens=64"))
+    (event,) = [event for event in read_metrics(tmp_path / "run") if "quant/seconds" in event]
+    for name in ("nvfp4", "w4a16_g32"):
+        spec = dataclasses.replace(DEPLOYED[name], calibration_tokens=128) if name == "nvfp4" else DEPLOYED[name]
+        measured = EvaluateConfig(path=str(tmp_path / "run"), quant=spec, max_tokens=128, progress=False, device="cpu")
+        record = evaluate(open_model(tmp_path / "run"), measured)
+        assert event[f"quant/perplexity/{name}"] == pytest.approx(record.results[0].value, rel=1e-6)
+    errors = [event["monitor/R_L"] for event in read_metrics(tmp_path / "run") if "monitor/R_L" in event]
+    assert all(0 < error < 2 for error in errors)
+
+
+def test_format_that_does_not_fit_is_refused(tiny: Tiny) -> None:
+    assert get_args(Deployed) == tuple(DEPLOYED)
+    with pytest.raises(UserError, match=r"^eval.quant.formats does nothing with eval.quant.every=0; set the steps"):
+        tiny('eval.quant.formats=["nvfp4"]')
+    with pytest.raises(UserError, match=r"^eval.quant.formats=w4a16_g128: .*=128 does not divide model.hidden_size=32"):
+        train(tiny('eval.quant.formats=["w4a16_g128"]', "eval.quant.every=2"))
+    with pytest.raises(UserError, match=r"^monitor.quant=w4a16_g128: .*=128 does not divide model.hidden_size=32"):
+        train(tiny("monitor.quant=w4a16_g128"))
+    with pytest.raises(UserError, match=r"^monitor.quant='w4': .*nvfp4"):
+        tiny("monitor.quant=w4")
 
 
 def test_live_quantized_perplexity_refuses_zero_3(tiny: Tiny) -> None:
