@@ -23,19 +23,9 @@ def main(values: dict[str, Any]) -> None:
     device = choose_device(config.device)
     if device.type == "cpu":
         prepare_cpu(config.threads)
-    certificate = export(
-        config.path,
-        config.out,
-        format=config.format,
-        scheme=config.scheme,
-        quant=config.quant,
-        dtype=config.dtype,
-        ffn_multiple=config.ffn_multiple,
-        max_shard_size=config.max_shard_size,
-        text=config.text,
-        device=device,
-    )
-    print(certificate)
+    own = ("path", "out", "device", "threads", "debug")
+    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in own}
+    print(export(config.path, config.out, device=device, **keys).markdown(), end="")
     print(config.out)
 
 

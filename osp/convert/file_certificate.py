@@ -5,9 +5,7 @@ program that has read the file. The file is written only if the last two agree o
 trained model on the tokens of odd texts.
 """
 
-import dataclasses
 import hashlib
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,15 +25,16 @@ from osp.evaluation.perplexity import Text
 from osp.files import read_json
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer
-from osp.tables import markdown_table, text_table
+from osp.tables import render_text
 
 PROMPT_TOKENS, GREEDY_TOKENS = 16, 32
 ODD_TEXTS = 100
 SHOWN_TENSORS = 6  # kinds of tensors in the table
+MAY_BE_WIDE = re.compile(r"norm|embed|embd|head|^output\.|bias|rope_freqs")  # outside of the matrices of blocks
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextReading:
     """What one reader of the model makes of the text."""
 
     reader: str
@@ -51,20 +50,17 @@ class FileCertificate:
     files: dict[str, dict[str, Any]]  # name -> bytes and sha256 of what the client read
     format: str
     scheme: str | None
-    quantization: str  # the QuantSpec in words
-    quantization_hash: str
+    quantization: str  # the QuantSpec in words, and its hash
     dtype: str  # of tensors that are not quantized
     model: dict[str, Any]  # name, path, sha256 of the trained weights, step
     context: int  # tokens of a training sequence, which the file states
     ffn_width: tuple[int, int]  # channels as trained and as written; the rest are zeros
     folding: Difference  # of the folded and padded model to the trained one, before anything is rounded
-    text: str
-    text_sha256: str
-    tokens: int  # of the text, from its start
+    text: dict[str, Any]  # name, sha256, and the number of tokens from its start that were read
     window: int  # tokens of a window
-    trained: Reading  # at 16 bits: not quantized
-    fake: Reading  # under fake quantization
-    client: Reading  # of the file
+    trained: TextReading  # at 16 bits: not quantized
+    fake: TextReading  # under fake quantization
+    client: TextReading  # of the file
     tolerance: float  # of the client's perplexity, relative to fake quantization
     same_tokens: int | None  # texts that the client and the trained model split into the same tokens; None: not asked
     above_four_bits: tuple[str, ...]  # tensors with more than 4 bits per weight
@@ -75,55 +71,22 @@ class FileCertificate:
         """Distance of the client's perplexity from fake quantization, relative to the latter."""
         return abs(self.client.perplexity - self.fake.perplexity) / self.fake.perplexity
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(file["bytes"] for file in self.files.values())
-
-    def check(self) -> None:
-        """Raise `UserError` if the file does not compute what fake quantization does."""
+    def check(self, *, w_bits: int) -> None:
+        """Raise `UserError` if the file does not compute what fake quantization does, or a matrix has more bits."""
         if not self.relative <= self.tolerance:  # true for nan as well
             raise UserError(
-                f"perplexity of {self.text} is {self.fake.perplexity:.5f} by fake quantization and "
+                f"perplexity of {self.text['name']} is {self.fake.perplexity:.5f} by fake quantization and "
                 f"{self.client.perplexity:.5f} by {self.client.reader}, more than {self.tolerance:g} apart; not written"
             )
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Return the table for people."""
-        width, written = self.ffn_width
-        apart = f"{self.relative:.1e} of it apart, at most {self.tolerance:g}"
-        tokens = "not compared, the client has no tokenizer"
-        if self.same_tokens is not None:
-            tokens = f"{self.same_tokens} of {self.same_tokens} texts with odd Unicode have the same tokens"
-        kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.above_four_bits)
-        above = [f"{name} ({n})" if n > 1 else name for name, n in kinds.items()]
-        above = [*above[:SHOWN_TENSORS], *[f"{len(above) - SHOWN_TENSORS} more kinds"] * (len(above) > SHOWN_TENSORS)]
-        same = self.client.continuation == self.fake.continuation
-        quantization = " ".join(filter(None, (self.format, self.scheme)))
-        text = f"the first {self.tokens:,} tokens of {self.text} in windows of {self.window}"
-        rows = {
-            "file": f"{self.file}, {self.num_bytes:,} bytes in {len(self.files)} files",
-            "quantization": f"{quantization}: {self.quantization} [{self.quantization_hash}]; the rest in {self.dtype}",
-            "text": f"{text}; SHA-256 {self.text_sha256}",
-            "perplexity as trained": f"{self.trained.perplexity:.4f}",
-            "perplexity by fake quantization": f"{self.fake.perplexity:.4f}",
-            "perplexity of the file": f"{self.client.perplexity:.4f} by {self.client.reader}; {apart}",
-            "greedy text": f"{'the same' if same else 'differs'} by fake quantization and from the file",
-            "tokenizer": tokens,
-            "above 4 bits": f"{len(self.above_four_bits)} tensors: {', '.join(above)}",
-            "context": f"{self.context} tokens, the length of training sequences",
-            "width of the FFN": f"{written} channels, {written - width} of them zeros that leave the function as it is",
-            "folding": f"moved the logits by {self.folding.relative:.1e} of the largest",
-        }
-        return list(rows.items())
-
-    def json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    def __str__(self) -> str:
-        return text_table([("certificate of", self.model["name"]), *self.rows()])
+        wide = [name for name in self.above_four_bits if not MAY_BE_WIDE.search(name)]
+        if w_bits <= 4 and wide:
+            raise UserError(f"{wide[0]} has more than 4 bits; not written")
 
     def markdown(self) -> str:
-        return markdown_table(("certificate of", self.model["name"]), self.rows())
+        """Return the table for people, laid out by file_certificate.md."""
+        kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.above_four_bits)
+        above = [f"{name} ({n})" if n > 1 else name for name, n in kinds.items()]
+        return render_text(Path(__file__).with_suffix(".md"), it=self, above=above, shown=SHOWN_TENSORS)
 
 
 class ClientModel(nn.Module):
@@ -145,7 +108,7 @@ class ClientModel(nn.Module):
 
 
 @torch.no_grad()
-def observe(reader: str, model: nn.Module, text: Text, subject: LanguageModel) -> Reading:
+def observe(reader: str, model: nn.Module, text: Text, subject: LanguageModel) -> TextReading:
     """Return what `model` makes of `text`; subject: whose tokens they are."""
     llama, device = cast(Transformer, model), next(model.parameters()).device
     length = min(PROMPT_TOKENS + GREEDY_TOKENS, subject.context)
@@ -153,7 +116,7 @@ def observe(reader: str, model: nn.Module, text: Text, subject: LanguageModel) -
     while len(ids) < length:
         ids.append(int(llama(torch.tensor([ids], device=device)).logits[0, -1].argmax()))
     continuation = subject.tokenizer.decode(ids[PROMPT_TOKENS:], skip_special_tokens=False)
-    return Reading(reader, compared_perplexity(llama, text, subject.window), continuation)
+    return TextReading(reader, compared_perplexity(llama, text, subject.window), continuation)
 
 
 def compare_tokens(client: Client, subject: LanguageModel) -> int | None:

@@ -40,7 +40,7 @@ class Client(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class LlamaSource:
     """What is written."""
 
     model: Transformer  # a stock Llama (RMSNorm with a gain per channel, FFN padded), fp32; values fit in `dtype`
@@ -48,6 +48,9 @@ class Source:
     context: int  # tokens that the model was trained on; `max_position_embeddings` of `model`
     dtype: torch.dtype  # of the tensors that are not quantized
     shard_bytes: int  # upper bound of a file of weights
+
+
+Source = LlamaSource
 
 
 class FileFormat(ABC):
@@ -71,7 +74,7 @@ class FileFormat(ABC):
         return torch.float32
 
     @abstractmethod
-    def write(self, source: Source, state: Quantized, scheme: str, path: Path) -> None:
+    def write(self, source: LlamaSource, state: Quantized, scheme: str, path: Path) -> None:
         """Write the new file `path`, or into the empty folder `path`; called inside `quantized(source.model, ...)`.
 
         The weights of the model are rounded already, and `state.grids` has their scales. A full disk is an `OSError`.
@@ -107,13 +110,13 @@ class FileFormat(ABC):
                 )
         return replace(fixed, **{key: values[key] for key in ROUNDING if values[key] != getattr(QuantSpec(), key)})
 
-    def unquantized_dtype(self, scheme: str, dtype: str | None) -> torch.dtype:
-        """Return what tensors that are not quantized are rounded to; dtype: what the user asks for."""
+    def unquantized_dtype(self, scheme: str, dtype: str | None) -> str:
+        """Return the key of `DTYPES` for tensors that are not quantized; dtype: what the user asks for."""
         if dtype is None:
-            return DTYPES[self.dtypes[0]] if self.dtypes else self.dtype(scheme)
+            return self.dtypes[0] if self.dtypes else {kind: key for key, kind in DTYPES.items()}[self.dtype(scheme)]
         if not self.dtypes:
             raise UserError(f"dtype={dtype}: format={self.name} has the dtypes of its scheme; leave dtype out")
-        return DTYPES[dtype]
+        return dtype
 
     def file_names(self, out: Path) -> tuple[str, ...]:
         """Return the names of the files that export writes beside each other, `out` last; (): `out` is a folder."""

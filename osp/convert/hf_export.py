@@ -21,7 +21,7 @@ from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig
 from osp.convert.change_norm import change_config
-from osp.convert.file_format import DTYPES, Client, FileFormat, Source
+from osp.convert.file_format import DTYPES, Client, FileFormat, LlamaSource
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.files import write_text
@@ -42,7 +42,7 @@ class HuggingFace(FileFormat):
     def ffn_multiple(self, scheme: str) -> int:
         return 128  # what W4A16 in groups of 128 needs, which other programs make of the folder
 
-    def write(self, source: Source, state: Quantized, scheme: str, path: Path) -> None:
+    def write(self, source: LlamaSource, state: Quantized, scheme: str, path: Path) -> None:
         subject, dtype = source.subject, next(name for name, value in DTYPES.items() if value == source.dtype)
         ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
         write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, **ids)

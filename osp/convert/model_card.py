@@ -23,7 +23,7 @@ CURVES = (  # keys of metrics.jsonl
 
 
 def model_card(
-    subject: LanguageModel, exported: FileCertificate, four_bits: float | None, conversion: Certificate | None
+    subject: LanguageModel, exported: FileCertificate, conversion: Certificate | None, four_bits: float | None
 ) -> str:
     """Return the Markdown about the exported model of a run, laid out by model_card.md.
 

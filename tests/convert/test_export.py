@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from osp.config import Config
 from osp.convert.export import FORMATS, export
-from osp.convert.file_format import Client, FileFormat, Source
+from osp.convert.file_format import Client, FileFormat, LlamaSource
 from osp.convert.hf_export import InOsp, stock_llama
 from osp.errors import UserError
+from osp.evaluation.language_model import open_model
+from osp.evaluation.perplexity import perplexity
+from osp.evaluation.texts import read_text
 from osp.model.transformer import Transformer, build_model, meta_model
-from osp.quant.apply import Quantized
+from osp.quant.apply import Quantized, quantized
 from osp.quant.spec import QuantSpec
 
 Tiny = Callable[..., Config]
@@ -39,7 +42,7 @@ class Pickle(FileFormat):
     def ffn_multiple(self, scheme: str) -> int:
         return 32
 
-    def write(self, source: Source, state: Quantized, scheme: str, path: Path) -> None:
+    def write(self, source: LlamaSource, state: Quantized, scheme: str, path: Path) -> None:
         assert (scheme == "whole") == (not state.grids)
         torch.save({"config": source.model.config, "weights": source.model.state_dict()}, path)
 
@@ -87,14 +90,19 @@ def test_three_files_of_a_made_up_format_appear_together(plain_run: Path, tmp_pa
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     stored = json.loads((tmp_path / "m.certificate.json").read_text())
     assert stored["scheme"] == "int4"
-    assert stored["quantization_hash"] == GROUPED.hash
+    assert stored["quantization"] == f"{GROUPED} [{GROUPED.hash}]"
     assert stored["files"]["m.pt"]["bytes"] == (tmp_path / "m.pt").stat().st_size
     assert stored["ffn_width"] == [48, 64]
     assert stored["context"] == stored["window"] == 32
     assert stored["above_four_bits"] == ["layers.0.norm", "layers.1.norm", "head"]
-    assert certificate.trained.perplexity < certificate.fake.perplexity
+    subject = open_model(plain_run)
+    with quantized(subject.model, GROUPED):
+        expected = perplexity(subject.model, read_text("held_out", subject), seq_len=32).perplexity
+    assert certificate.fake.perplexity == pytest.approx(expected, rel=1e-4)
+    assert certificate.trained.perplexity != pytest.approx(expected, rel=1e-3)
     assert "| above 4 bits | 3 tensors: layers.*.norm (2), head |" in (tmp_path / "m.certificate.md").read_text()
     assert f"| quantization | pickle int4: {GROUPED} [{GROUPED.hash}]; " in (tmp_path / "m.certificate.md").read_text()
+    assert f"| file | m.pt: {stored['files']['m.pt']['bytes']:,} bytes |" in (tmp_path / "m.certificate.md").read_text()
 
 
 def test_weights_in_the_file_are_the_rounded_ones(plain_run: Path, tmp_path: Path) -> None:
@@ -117,7 +125,7 @@ def test_padding_leaves_the_function_as_it_is(bias: bool, tiny: Tiny) -> None:
     llama = stock_llama(model, ffn_multiple=32).double()
     llama.compute_dtype = torch.float64
     assert llama.config.intermediate_size == 64
-    assert llama.layers[0].mlp.down_proj.weight.shape == (32, 64)
+    assert llama.get_parameter("layers.0.mlp.down_proj.weight").shape == (32, 64)
     assert torch.allclose(llama(ids).logits, expected, rtol=0, atol=1e-6)
 
 
@@ -225,7 +233,7 @@ def test_file_that_computes_something_else_is_not_written(
     client: type[Loaded], message: str, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Pickle.open
-    monkeypatch.setattr(Pickle, "open", lambda *arguments: client(right(*arguments).model))
+    monkeypatch.setattr(Pickle, "open", lambda *arguments: client(cast(Loaded, right(*arguments)).model))
     with pytest.raises(UserError, match=message):
         export(plain_run, tmp_path / "m.pt", format="pickle", scheme="int4")
     assert names(tmp_path) == set()
