@@ -22,6 +22,7 @@ from torch import Tensor
 from osp.config import ModelConfig, NormConfig
 from osp.convert.change_norm import change_config
 from osp.convert.file_format import DTYPES, Client, FileFormat, LlamaSource
+from osp.convert.same_function import check_same_function, observe_function
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.files import write_text
@@ -47,6 +48,9 @@ class HuggingFace(FileFormat):
         ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
         write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, **ids)
         write_tokenizer(subject, path, context=source.context)
+        check_same_function(
+            "reading back the files", observe_function(source.model), observe_function(load_hf(path).to(subject.device))
+        )
 
     def open(self, path: Path, device: torch.device) -> Client:
         try:

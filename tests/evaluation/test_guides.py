@@ -8,9 +8,12 @@ import pytest
 import yaml
 
 from osp.convert.config import ConvertConfig, ExportConfig
+from osp.convert.export import FORMATS
+from osp.convert.file_certificate import FileCertificate
 from osp.convert.same_function import FP32_TOLERANCE, FP64_TOLERANCE, PERPLEXITY_TOLERANCE
 from osp.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
 from osp.evaluation.local_tasks import FORMS, PAPER_TEN
+from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec
 from tests.conftest import ROOT
 from tests.documents import read_page, section
@@ -78,12 +81,28 @@ def test_words_and_hash_of_osp_paper() -> None:
 
 
 def test_limits_of_the_checks_are_those_of_the_code() -> None:
-    numbers = {f"{limit:.0e}".replace("e-0", "e-") for limit in (FP32_TOLERANCE, *PERPLEXITY_TOLERANCE.values())}
-    assert not [number for number in numbers if number not in section(EXPORT, "What changes")]
+    limits = (FP32_TOLERANCE, *PERPLEXITY_TOLERANCE.values(), *(target.tolerance for target in FORMATS.values()))
+    numbers = {f"{limit:.0e}".replace("e-0", "e-") for limit in limits}
+    assert not [number for number in numbers if number not in section(EXPORT, "Certificate of a file")]
     assert f"at most {FP64_TOLERANCE:.0e}".replace("e-0", "e-") in section(EXPORT, "The certificate")
 
 
-def test_table_of_ffn_widths_and_the_context_length() -> None:
+def test_table_of_schemes_names_all_with_their_presets() -> None:
+    rows = re.findall(r"^\| (?:`[\w-]+`)? \| `(\w+)` \| `(\w+)` \|", section(EXPORT, "Schemes"), flags=re.MULTILINE)
+    schemes = {
+        name: spec for target in FORMATS.values() for name, spec in target.schemes.items() if not spec.is_identity
+    }
+    assert {name: DEPLOYED[preset] for name, preset in rows} == schemes
+
+
+def test_keys_of_the_certificate_are_in_its_table() -> None:
+    rows = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \| [^|]+ \|$", section(EXPORT, "Certificate of a file"), flags=re.MULTILINE
+    )
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == [field.name for field in dataclasses.fields(FileCertificate)]
+
+
+def test_table_of_ffn_widths() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\w+) \| (\w+) \| (\w+) \|$", EXPORT, flags=re.MULTILINE)
     models = {
         path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / "configs" / "model").glob("*.yaml")
@@ -93,4 +112,3 @@ def test_table_of_ffn_widths_and_the_context_length() -> None:
     }
     for _, width, *answers in rows:
         assert answers == ["no" if int(width) % group else "yes" for group in (32, 128, 256)]
-    assert {model["max_position_embeddings"] for model in models.values()} == {2048}
