@@ -55,6 +55,9 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
     """
     config, out = ExportConfig(**keys), Path(out)
     target, scheme = FORMATS[config.format], config.scheme or ""
+    for name, other in FORMATS.items():
+        if scheme in other.schemes and scheme not in target.schemes:
+            raise UserError(f"scheme={scheme}: format={target.name} has no such scheme; set format={name}")
     spec, dtype = target.quantization(scheme, config.quant), target.unquantized_dtype(scheme, config.dtype)
     shard_bytes, beside = size_in_bytes(config.max_shard_size), target.file_names(out)
     multiple = config.ffn_multiple or target.ffn_multiple(scheme)

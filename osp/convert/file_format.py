@@ -98,7 +98,8 @@ class FileFormat(ABC):
             raise UserError(f"scheme={scheme or 'null'}: format={self.name} has {self._suggest(scheme)}")
         fixed = self.schemes[scheme] if scheme else QuantSpec()
         if fixed.is_identity and quant != QuantSpec():
-            raise UserError(f"quant: format={self.name} rounds nothing{f' with scheme={scheme}' if scheme else ''}")
+            where = f"format={self.name}{f' with scheme={scheme}' if scheme else ''}"
+            raise UserError(f"quant: {where} rounds no weights; leave quant out, or choose another format or scheme")
         values = asdict(quant)
         for key, value in values.items():
             # the presets gptq and hadamard set bits and ffn_hadamard as well
@@ -120,8 +121,10 @@ class FileFormat(ABC):
 
     def file_names(self, out: Path) -> tuple[str, ...]:
         """Return the names of the files that export writes beside each other, `out` last; (): `out` is a folder."""
-        if out.suffix != self.suffix and ".gguf" in (out.suffix, self.suffix):
-            raise UserError(f"out={out}: format={self.name} writes a {self.suffix or 'folder'}")
+        if self.suffix and out.suffix != self.suffix:
+            raise UserError(f"out={out}: format={self.name} writes a file whose name ends in {self.suffix}")
+        if not self.suffix and out.suffix == ".gguf":
+            raise UserError(f"out={out}: format={self.name} writes a folder; format=gguf writes such a file")
         return (f"{out.stem}.certificate.json", f"{out.stem}.certificate.md", out.name) if self.suffix else ()
 
     def _suggest(self, scheme: str) -> str:

@@ -151,23 +151,24 @@ def test_without_transformers_our_own_reader_is_the_client(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "hf", "scheme": "W4A16"}, r"scheme=W4A16: format=hf has no schemes; leave scheme out"),
+        ({"format": "hf", "scheme": "INT4"}, r"scheme=INT4: format=hf has no schemes; leave scheme out"),
+        ({"format": "hf", "scheme": "int4"}, r"scheme=int4: format=hf has no such scheme; set format=pickle"),
         ({}, r"scheme=null: format=pickle has int4, Int4_G64, whole$"),
         ({"scheme": "INT4"}, r"scheme=INT4: format=pickle has int4, Int4_G64, whole; did you mean int4\?"),
         ({"scheme": "int4_g46"}, r"; did you mean Int4_G64\?"),
         ({"scheme": "int4", "dtype": "bf16"}, r"dtype=bf16: format=pickle has the dtypes of its scheme; leave dtype"),
         (
             {"scheme": "whole", "quant": QuantSpec(w_clip=False)},
-            r"quant: format=pickle rounds nothing with sch",
+            r"quant: format=pickle with scheme=whole rounds",
         ),
-        ({"format": "hf", "quant": GROUPED}, r"quant: format=hf rounds nothing"),
+        ({"format": "hf", "quant": GROUPED}, r"quant: format=hf rounds no weights; leave quant out"),
         ({"scheme": "int4", "quant": QuantSpec(w_bits=8)}, r"quant.w_bits=8: scheme=int4 has 4; quant says how"),
         (
             {"scheme": "int4", "quant": QuantSpec(rotation="quarot")},
             r"quant.rotation=quarot: scheme=int4 has none; quant says how weights are rounded, method, w_clip, ",
         ),
-        ({"scheme": "int4", "out": "m.gguf"}, r"m.gguf: format=pickle writes a .pt"),
-        ({"format": "hf", "out": "m.gguf"}, r"m.gguf: format=hf writes a folder"),
+        ({"scheme": "int4", "out": "m.gguf"}, r"m.gguf: format=pickle writes a file whose name ends in .pt"),
+        ({"format": "hf", "out": "m.gguf"}, r"m.gguf: format=hf writes a folder; format=gguf writes such a file"),
         (
             {"scheme": "Int4_G64"},
             r"scheme=Int4_G64: groups of 64 channels do not divide model.hidden_size=32; choose int4 or whole",
