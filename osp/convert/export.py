@@ -19,6 +19,7 @@ from osp.config import ModelConfig
 from osp.convert.config import ExportConfig
 from osp.convert.file_certificate import ClientModel, FileCertificate, compare_tokens, describe_files, observe
 from osp.convert.file_format import DTYPES, FileFormat, LlamaSource
+from osp.convert.gguf_file import Gguf
 from osp.convert.hf_export import HuggingFace, check_exportable, size_in_bytes, stock_llama
 from osp.convert.model_card import FOUR_BITS, model_card
 from osp.convert.same_function import (
@@ -43,7 +44,7 @@ from osp.run.folder import environment
 
 log = logging.getLogger(__name__)
 
-FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(),)}
+FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(), Gguf())}
 CLIENTS = ("transformers", "compressed-tensors", "gguf", "llama-cpp-python")  # whose versions are recorded
 
 

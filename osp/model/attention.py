@@ -13,18 +13,26 @@ from osp.config import RopeScaling
 from osp.model.attention_cpu import BlockwiseAttention
 
 
+def rotary_frequencies(
+    head_dim: int, theta: float, device: torch.device | str = "cpu", scaling: RopeScaling | None = None
+) -> Tensor:
+    """Return the angle per position of each pair, (head_dim / 2,) fp32: theta^(-2 i / head_dim), scaled."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling is None:
+        return frequency
+    kept: Tensor | float = 0.0  # share of a frequency that is not lowered; with llama3 1 for high ones
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * ((1 - kept) / scaling.factor + kept)
+
+
 def rotary_table(
     head_dim: int, length: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin (length, head_dim / 2), fp32, of t * theta^(-2 i / head_dim) at position t for the pair i."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    if scaling is not None:
-        kept: Tensor | float = 0.0  # share of a frequency that is not lowered; with llama3 1 for high ones
-        if scaling.rope_type == "llama3":
-            low, high = scaling.low_freq_factor, scaling.high_freq_factor
-            turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-            kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * ((1 - kept) / scaling.factor + kept)
+    frequency = rotary_frequencies(head_dim, theta, device, scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
     return angle.cos(), angle.sin()
 
