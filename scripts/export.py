@@ -19,7 +19,6 @@ def main(values: dict[str, Any]) -> None:
     from osp.convert.export import export
     from osp.device import choose_device, prepare_cpu
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is written so far
     device = choose_device(config.device)
     if device.type == "cpu":
         prepare_cpu(config.threads)
@@ -30,4 +29,5 @@ def main(values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is written so far
     launch(main, "export", defaults=dataclasses.asdict(ExportConfig()), positional="path")

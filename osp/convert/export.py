@@ -147,7 +147,7 @@ def _check_widths(target: FileFormat, scheme: str, config: ModelConfig) -> None:
 
     if wrong := remainders(target.schemes[scheme]) if scheme else []:
         fitting = [name for name, spec in target.schemes.items() if not remainders(spec)]
-        fix = "set ffn_multiple=null" if "intermediate_size" in wrong[0] else f"choose {' or '.join(fitting)}"
+        fix = "set ffn_multiple=null" if "intermediate_size" in wrong[0] else f"choose from {', '.join(fitting)}"
         raise UserError(f"scheme={scheme}: {wrong[0]}; {fix}")
 
 

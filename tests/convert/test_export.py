@@ -171,7 +171,7 @@ def test_without_transformers_our_own_reader_is_the_client(
         ({"format": "hf", "out": "m.gguf"}, r"m.gguf: format=hf writes a folder; format=gguf writes such a file"),
         (
             {"scheme": "Int4_G64"},
-            r"scheme=Int4_G64: groups of 64 channels do not divide model.hidden_size=32; choose int4 or whole",
+            r"scheme=Int4_G64: groups of 64 channels do not divide model.hidden_size=32; choose from int4, whole",
         ),
         (
             {"scheme": "int4", "ffn_multiple": 50},
