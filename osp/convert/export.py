@@ -5,11 +5,9 @@
 What a user can get wrong is found before the folding. The files get their names at the end, all of them or none.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,6 @@ from osp.run.folder import environment
 log = logging.getLogger(__name__)
 
 FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(), Gguf())}
-CLIENTS = ("transformers", "compressed-tensors", "gguf", "llama-cpp-python")  # whose versions are recorded
 
 
 def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cpu", **keys: Any) -> FileCertificate:
@@ -99,7 +96,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
             tolerance=target.tolerance,
             same_tokens=compare_tokens(client, subject),
             above_four_bits=tuple(target.above_four_bits(path)),
-            versions=_versions(),
+            versions={key: value for key, value in environment().items() if key not in ("host", "command")},
         )
         certificate.check(w_bits=spec.w_bits)
         write_text(folder / (beside[0] if beside else FILE_NAME), json.dumps(dataclasses.asdict(certificate), indent=2))
@@ -149,12 +146,3 @@ def _check_widths(target: FileFormat, scheme: str, config: ModelConfig) -> None:
         fitting = [name for name, spec in target.schemes.items() if not remainders(spec)]
         fix = "set ffn_multiple=null" if "intermediate_size" in wrong[0] else f"choose from {', '.join(fitting)}"
         raise UserError(f"scheme={scheme}: {wrong[0]}; {fix}")
-
-
-def _versions() -> dict[str, Any]:
-    """Return `environment()`, without the name of the machine, and the versions of the clients' libraries."""
-    versions = {key: value for key, value in environment().items() if key not in ("host", "command")}
-    for package in CLIENTS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions

@@ -42,7 +42,10 @@ from osp.run.read import differences, read_yaml
 log = logging.getLogger(__name__)
 
 STOPPED = "stopped.json"
-PACKAGES = ("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "numpy", "safetensors", "wandb")
+PACKAGES = (  # whose versions are recorded
+    *("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "numpy", "safetensors", "wandb"),
+    *("transformers", "compressed-tensors", "gguf", "llama_cpp_python"),
+)
 
 
 class RunLock:
