@@ -14,11 +14,12 @@ from torch import Tensor
 from osp.config import Config
 from osp.convert.export import FORMATS, export
 from osp.convert.file_format import Client, FileFormat, LlamaSource
-from osp.convert.hf_export import InOsp, stock_llama
+from osp.convert.hf_export import InOsp
 from osp.errors import UserError
 from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
+from osp.model.fold import pad_ffn
 from osp.model.transformer import Transformer, build_model, meta_model
 from osp.quant.apply import Quantized, quantized
 from osp.quant.spec import QuantSpec
@@ -113,20 +114,18 @@ def test_weights_in_the_file_are_the_rounded_ones(plain_run: Path, tmp_path: Pat
     assert len(stored["lm_head.weight"].unique()) > 1000
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_padding_leaves_the_function_as_it_is(bias: bool, tiny: Tiny) -> None:
-    config = tiny(f"model.mlp_bias={str(bias).lower()}").model
-    model, ids = build_model(config, seed=3), torch.arange(60).view(2, 30)
-    for parameter in model.parameters():
-        parameter.data = parameter.data + 0.01
-    expected = model.double()(ids).logits
+@pytest.mark.parametrize("bias", ["false", "true"])
+def test_padding_leaves_the_function_as_it_is(bias: str, tiny: Tiny) -> None:
+    model, ids = build_model(tiny(f"model.mlp_bias={bias}").model, seed=3).double(), torch.arange(60).view(2, 30)
     model.compute_dtype = torch.float64
+    for parameter in model.parameters():
+        parameter.data += 0.01  # biases begin at 0
     expected = model(ids).logits
-    llama = stock_llama(model, ffn_multiple=32).double()
-    llama.compute_dtype = torch.float64
-    assert llama.config.intermediate_size == 64
-    assert llama.get_parameter("layers.0.mlp.down_proj.weight").shape == (32, 64)
-    assert torch.allclose(llama(ids).logits, expected, rtol=0, atol=1e-6)
+    pad_ffn(model, multiple=32)
+    assert model.config.intermediate_size == 64
+    assert {model.get_parameter(f"layers.1.mlp.{name}_proj.weight").shape for name in ("gate", "up")} == {(64, 32)}
+    assert model.get_parameter("layers.1.mlp.down_proj.weight").shape == (32, 64)
+    assert torch.allclose(model(ids).logits, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(None, 64), (1, 48), (48, 48), (25, 50)])
