@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import logging
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 
 # Columns beside table 2, which has no such formats -> name in `osp.quant.deployed`. They fix all but the calibration.
 DEPLOYED_COLUMNS = {"W4A16": "w4a16_g128", "NVFP4": "nvfp4", "MXFP4": "mxfp4"}
 METHODS = {"RTN": "", "+ FFN Had": "+Had", "+ GPTQ": "+GPTQ", "+ QuaRot": "+QuaRot"}  # row of table 4 -> of table 2
-ACCURACIES = ("acc", "exact_match")  # of tasks with choices, and with generated answers
+ACCURACIES = ("acc_norm", "acc", "exact_match")  # a task counts with the first that it has
 
 
 def compare(config: CompareConfig) -> ComparisonRecord:
@@ -109,17 +110,24 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
 
 
 def score(results: Sequence[Result]) -> Score:
-    """Return the first perplexity, and the mean accuracy of all tasks.
+    """Return the first perplexity, and the mean accuracy of all tasks, where both parts of ARC are one.
 
-    A task with several filters counts with the first in its file, strict-match of gsm8k, and a group of tasks that has
-    a score itself counts as one task.
+    A task with several filters counts with the first in its file, and a group of tasks that has a score itself counts
+    as one task.
     """
     perplexities = [result.value for result in results if result.metric == "perplexity"]
-    accuracies: dict[str, float] = {}
+    grouped = {result.what for result in results if result.part_of is not None}
+    tasks: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for result in results:
-        if result.metric.split(",")[0] in ACCURACIES and result.part_of is None:
-            accuracies.setdefault(result.what, result.value)
-    return Score(next(iter(perplexities), None), statistics.fmean(accuracies.values()) if accuracies else None)
+        metric = result.metric.split(",")[0]
+        if metric in ACCURACIES and result.what not in grouped:
+            tasks[result.what].setdefault(metric, result.value)
+    benchmarks: dict[str, list[float]] = collections.defaultdict(list)
+    for what, values in tasks.items():
+        metric = min(values, key=ACCURACIES.index)
+        benchmarks[re.sub("arc_(easy|challenge)", "arc", what)].append(values[metric])
+    means = [statistics.fmean(values) for values in benchmarks.values()]
+    return Score(next(iter(perplexities), None), statistics.fmean(means) if means else None)
 
 
 def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:

@@ -25,7 +25,7 @@ class MeasureConfig:
     tasks_dir: str = "."  # folder of the task files
     num_fewshot: CountOrZero = 0  # examples before each item of a local task
     limit: Count | None = None  # items of each task; None: all
-    lm_eval: tuple[str, ...] = ()  # tasks, tags and groups of the lm-evaluation-harness, or `paper_ten`
+    lm_eval: tuple[str, ...] = ()  # tasks, tags and groups of the lm-evaluation-harness; `paper_ten`: OSP's ten
     lm_eval_dir: str | None = None  # folder of further task files for the harness; they can run code
     batch_tokens: Count = 8192  # tokens that the model reads at a time
     device: Device = "auto"  # auto: CUDA if there is a GPU

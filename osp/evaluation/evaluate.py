@@ -24,7 +24,7 @@ from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
 from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.local_tasks import PAPER_TEN, read_task
+from osp.evaluation.local_tasks import PAPER_TEN, paper_files, read_task
 from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import HELD_OUT, read_text, read_texts, training_text
 from osp.model.transformer import Transformer
@@ -266,13 +266,11 @@ def results_table(record: Evaluation) -> str:
 
 
 def _named_tasks(config: MeasureConfig) -> dict[str, int]:
-    """Return the number of examples of each name of `lm_eval`; `paper_ten` names several."""
+    """Return the number of examples of each name of `lm_eval`; the paper's tasks have the paper's."""
     tasks: dict[str, int] = {}
     for name in config.lm_eval:
-        ten = {task: shots for task, (shots, _) in PAPER_TEN.items()}
-        for task, shots in (ten if name == "paper_ten" else {name: config.num_fewshot}).items():
-            if tasks.setdefault(task, shots) != shots:
-                raise UserError(f"lm_eval: {task} with {tasks[task]} and with {shots} examples; name it once")
+        for task in PAPER_TEN if name == "paper_ten" else [name]:
+            tasks[task] = PAPER_TEN[task][0] if task in PAPER_TEN else config.num_fewshot
     return tasks
 
 
@@ -280,12 +278,8 @@ def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:
     """Return (file, number of examples) of each task; `paper` names the files of OSP's ten that tasks_dir has."""
     folder, files = Path(config.tasks_dir), []
     for name in config.tasks:
-        if name != "paper":
+        if name == "paper":
+            files += paper_files(folder)
+        else:
             files.append((Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl", config.num_fewshot))
-            continue
-        present = [(folder / file, shots) for shots, file in PAPER_TEN.values() if (folder / file).exists()]
-        if not present:
-            names = ", ".join(file for _, file in PAPER_TEN.values())
-            raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {names}")
-        files += present
     return files

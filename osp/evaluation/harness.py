@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -26,6 +27,7 @@ from osp.distributed import add_up, batches_by_tokens, gather_objects, is_main, 
 from osp.errors import RunError, UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.local_tasks import FORMS, LocalTask, as_harness_task
+from osp.evaluation.paper_ten.prompts import shuffle_generator, shuffled
 from osp.model.generate import stream
 from osp.run.evaluations import Result
 
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS = 256
 LOGIT_ROWS = 1024  # logits (tokens) that exist at a time
 SEED, FEWSHOT_SEED = 0, 1234  # the harness's own
+PAPER_TASKS = Path(__file__).with_name("paper_ten")  # task files
 Scored = tuple[list[int], int]  # the tokens of a sequence, of which this number at the end is predicted
 
 
@@ -185,7 +188,7 @@ def load_named_tasks(tasks: dict[str, int], *, include_path: str | None = None) 
     """
     from lm_eval.tasks import TaskManager
 
-    manager, loaded, holders = TaskManager(include_path=include_path), {}, {}
+    manager, loaded, holders = TaskManager(include_path=[PAPER_TASKS, *filter(None, [include_path])]), {}, {}
     for name in tasks:
         if name not in manager.all_tasks:
             where = f" or in a readable file of lm_eval_dir={include_path}" if include_path else ""
@@ -199,7 +202,7 @@ def load_named_tasks(tasks: dict[str, int], *, include_path: str | None = None) 
             for task in loaded[name]["tasks"].values():
                 if task.get_config("num_fewshot") != 0:  # 0 in the file of a task is final
                     task.set_config("num_fewshot", num_fewshot)
-                task.set_fewshot_seed(FEWSHOT_SEED)
+                _seed_examples(task)
                 with _bar(False):
                     task.build_all_requests(limit=1)
         except Exception as error:  # of any kind: readers of data, templates, the task's own code
@@ -231,7 +234,7 @@ def _score(model: HarnessModel, name: str, task: Any, *, limit: int | None = Non
 
     model.what, truncated, model.nonfinite = name, model.truncated, 0
     lm: Any = model  # not a subclass, so that this module can be imported without the harness
-    task.set_fewshot_seed(FEWSHOT_SEED)
+    _seed_examples(task)
     try:
         with _bar(model.progress and is_main()):
             answer: Any = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=False)
@@ -275,6 +278,13 @@ def _seed() -> None:
     """Seed the global generators as the harness's own command does: some tasks draw from them."""
     random.seed(SEED)
     np.random.seed(FEWSHOT_SEED)
+
+
+def _seed_examples(task: Any) -> None:
+    """Seed the generator that draws the examples before each item; the paper's tasks have lighteval's."""
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    if task.get_config("process_docs") is shuffled:
+        task.sampler.rnd, _ = shuffle_generator(len(task.eval_docs))
 
 
 def _one_line(error: Exception) -> str:

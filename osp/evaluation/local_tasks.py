@@ -4,12 +4,13 @@ tasks.yaml has the forms of their lines; all lines of a file have the same form.
 
 `acc` is the share of items whose gold choice has the highest log-likelihood, or whose continuation is greedy;
 `acc_norm` divides log-likelihoods by the bytes of the choice first. `exact_match` is the share of questions whose
-greedy answer is `answer` or one of `aliases`, both normalized by `normalize_answer`: the first line of the text, or
-what follows "The answer is" where the examples show a chain of thought.
+greedy answer is `answer` or one of `aliases`, both normalized by `normalize_answer`: the first line of the text. Where
+the examples show a chain of thought, it is what follows "#### ", and a number must be written as in GSM8K.
 """
 
 import hashlib
 import json
+import logging
 import random
 import re
 from dataclasses import dataclass, field
@@ -21,11 +22,14 @@ import yaml
 from osp.errors import UserError
 from osp.files import not_a_file, parse_json
 
+log = logging.getLogger(__name__)
+
 _FILE = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
-PAPER_TEN: dict[str, tuple[int, str]] = _FILE["paper_ten"]
+PAPER_TEN: dict[str, tuple[int, str]] = {name: (row[0], row[1]) for name, row in _FILE["paper_ten"].items()}
 FORMS: dict[str, dict[str, Any]] = _FILE["forms"]
 FEWSHOT_DELIMITER = "\n\n"
-ANSWER_IS = "The answer is"
+ANSWER_IS = "#### "
+NUMBER = "-?[0-9.,]+"
 ARTICLES = {"a", "an", "the"}
 LISTS = {"choices": 2, "context_options": 2, "aliases": 0}  # fields that hold a list -> the least number of texts
 
@@ -47,9 +51,11 @@ def score_answer(doc: Doc, results: list[str]) -> dict[str, float]:
     """Return whether the generated text answers the question `doc`, as a metric of the harness."""
     (text,) = results
     if doc["reasons"]:
-        _, marker, text = text.partition(ANSWER_IS)
-        if not marker:
-            return {"exact_match": 0.0}
+        is_number = re.fullmatch(NUMBER, doc["answers"][0])
+        found = re.search(f"{ANSWER_IS}({NUMBER if is_number else '.+'})", text)
+        text = found[1] if found else ""
+        if is_number or not found:
+            return {"exact_match": float(text.replace(",", "") in [a.replace(",", "") for a in doc["answers"]])}
     answer = normalize_answer(text.strip().split("\n")[0])
     return {"exact_match": float(answer in map(normalize_answer, doc["answers"]))}
 
@@ -96,6 +102,25 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
         else:
             chosen.append(doc | {"context": prefix + doc["context"]})
     return LocalTask(path.stem, form, chosen, num_fewshot, hashlib.sha256(raw).hexdigest())
+
+
+def paper_files(folder: Path) -> list[tuple[Path, int]]:
+    """Return (file, number of examples) of OSP's ten in `folder`, but not of files with letters or too few choices."""
+    files, left_out = [], []
+    for shots, file, *choices in _FILE["paper_ten"].values():
+        path = folder / file
+        shown = read_task(path, limit=1).docs[0].get("choices", []) if choices and path.exists() else []
+        letters = all(len(choice) == 1 for choice in shown)
+        if path.exists() and choices and (letters or len(shown) < choices[0]):
+            left_out.append(f"{file} ({len(shown)} of {choices[0]} choices{', as letters' * letters})")
+        elif path.exists():
+            files.append((path, shots))
+    if left_out:
+        log.warning("tasks=[paper] leaves out %s; name a file to measure it", " and ".join(left_out))
+    if not files:
+        names = ", ".join(file for _, file in PAPER_TEN.values())
+        raise UserError(f"tasks=[paper]: tasks_dir={folder} holds none of {names}")
+    return files
 
 
 def as_harness_task(task: LocalTask) -> Any:
@@ -151,7 +176,7 @@ def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
     context += delimiter(context)
     answer = shown = record["answer"].strip()
     if name == "reasoning":
-        shown = f"{record['chain_of_thought'].strip()}\n{ANSWER_IS} {answer}"
+        shown = f"{record['chain_of_thought'].strip()}\n{ANSWER_IS}{answer}"
     return name, {
         "context": context.rstrip(),  # the space after "Answer:" belongs to the answer
         "answers": [answer, *record.get("aliases", [])],

@@ -460,10 +460,10 @@ def test_compare_names_the_model_that_is_missing(error_of: Callable[..., str], l
 def test_paper_tasks_are_the_files_that_exist(llama: LanguageModel, config: EvaluateConfig, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     line = json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0}) + "\n"
-    for name in ("siqa", "triviaqa_sm_sub"):
+    for name in ("piqa", "triviaqa_sm_sub"):
         (tmp_path / f"{name}.jsonl").write_text(line * 9)
     tasks = Measurement(llama, dataclasses.replace(config, tasks=("paper",), tasks_dir=str(tmp_path))).tasks
-    assert [(task.name, task.num_fewshot) for task in tasks] == [("siqa", 0), ("triviaqa_sm_sub", 5)]
+    assert [(task.name, task.num_fewshot) for task in tasks] == [("piqa", 0), ("triviaqa_sm_sub", 5)]
 
 
 def test_missing_harness_names_the_extra(

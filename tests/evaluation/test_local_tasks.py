@@ -17,7 +17,7 @@ from osp.errors import RunError, UserError
 from osp.evaluation.compare import score
 from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel
-from osp.evaluation.local_tasks import FORMS, PAPER_TEN, LocalTask, delimiter, read_task, score_answer
+from osp.evaluation.local_tasks import FORMS, LocalTask, delimiter, paper_files, read_task, score_answer
 from osp.model.generate import generate
 from osp.run.evaluations import Evaluation, Result, Score, read_evaluation, write_evaluation
 from tests.conftest import made_text
@@ -273,10 +273,21 @@ def test_only_right_answers_match() -> None:
     right = (" beatles.", "the Beatles!\nQ", "$1080", '"1,080"', "spider man", "\U0001f40e")
     assert all(is_right(text) for text in right)
     assert not any(is_right(text) for text in ("", "the", "Beatles band", "\n\n10", "108", "-1080", "10.80"))
-    reasoned: dict[str, Any] = {"answers": ["18"], "reasons": True}
-    assert is_right(" 16 - 3 = 13\nThe answer is $18.", **reasoned)
-    wrong = ("18", "The answer is 17. The answer is 18", "The answer is")
-    assert not any(is_right(text, **reasoned) for text in wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("18", ("16 + 2 = 18\n#### 18 eggs", "#### no #### 18", "#### 1,8"), ("18", "####18", "#### $18", "#### 18.")),
+        ("1,200", ("#### 1200", "#### 1,200\n\n"), ("#### 12", "#### 1 200", "The answer is 1200", "####", "")),
+        ("a duck", ("It quacks.\n#### Duck.", "#### the duck\n#### a cow"), ("a duck", "#### a cow\n#### a duck")),
+    ],
+)
+def test_reasoned_answer_follows_four_hashes(answer: str, right: tuple[str, ...], wrong: tuple[str, ...]) -> None:
+    """A number is read as strictly as the paper reads that of GSM8K."""
+    doc = {"answers": [answer], "reasons": True}
+    assert [text for text in right if score_answer(doc, [text]) != {"exact_match": 1.0}] == []
+    assert [text for text in wrong if score_answer(doc, [text]) != {"exact_match": 0.0}] == []
 
 
 def test_answers_match_the_greedy_text_of_transformers(
@@ -316,7 +327,7 @@ def test_examples_of_reasoning_end_with_the_answer(tmp_path: Path) -> None:
     record = {"context": "2 + 2?", "answer": "4", "chain_of_thought": "2 and 2 are 4."}
     other = {**record, "context": "1 + 1?"}
     (item, _) = read_task(write(tmp_path / "sums.jsonl", record, other), num_fewshot=1).docs
-    assert item["context"] == ("Question: 1 + 1?\nAnswer: 2 and 2 are 4.\nThe answer is 4\n\nQuestion: 2 + 2?\nAnswer:")
+    assert item["context"] == ("Question: 1 + 1?\nAnswer: 2 and 2 are 4.\n#### 4\n\nQuestion: 2 + 2?\nAnswer:")
 
 
 def test_harness_gets_the_likelihood_of_a_whole_text(llama: LanguageModel, transformers_llama: Any) -> None:
@@ -363,19 +374,38 @@ def test_harness_gets_greedy_text(llama: LanguageModel, transformers_llama: Any)
         HarnessModel(llama).generate_until([request("a", {"do_sample": True})])
 
 
-def test_paper_ten_names_eleven_tasks_of_the_harness() -> None:
-    assert len(PAPER_TEN) == 11  # ARC is both its parts
-    assert (PAPER_TEN["gsm8k"][0], PAPER_TEN["triviaqa"][0]) == (8, 5)
+def test_paper_leaves_out_files_that_show_letters_or_too_few_choices(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["bank", "new york", "a mall", "home", "sea"]
+    piqa = write(tmp_path / "piqa.jsonl", {"query": "q", "choices": ["a", "b"], "gold": 0})
+    siqa = write(tmp_path / "siqa.jsonl", {"query": "q", "choices": texts[:3], "gold": 2})
+    quiz = write(tmp_path / "commonsense_qa.jsonl", {"query": "q", "choices": list("ABCD"), "gold": 0})
+    assert paper_files(tmp_path) == [(piqa, 0), (siqa, 0)]
+    (record,) = caplog.records
+    assert record.message == (
+        "tasks=[paper] leaves out commonsense_qa.jsonl (4 of 5 choices, as letters); name a file to measure it"
+    )
+    write(quiz, {"query": "q", "choices": texts, "gold": 0})
+    assert paper_files(tmp_path) == [(quiz, 0), (piqa, 0), (siqa, 0)]
+    write(quiz, {"query": "q", "choices": list("ABCDE"), "gold": 0})
+    write(siqa, {"query": "q", "choices": texts[:2], "gold": 0})
+    caplog.clear()
+    assert paper_files(tmp_path) == [(piqa, 0)]
+    assert "commonsense_qa.jsonl (5 of 5 choices, as letters) and siqa.jsonl (2 of 3 choices);" in caplog.text
+    piqa.unlink()
+    with pytest.raises(UserError, match=r"tasks=\[paper\]: tasks_dir=.* holds none of arc_easy.jsonl, "):
+        paper_files(tmp_path)
 
 
 def test_named_task_of_the_harness_agrees_with_the_file(
     llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task file of the harness on the same items, offline."""
-    # it reads the files of all tasks, which takes seconds
     from lm_eval import tasks
 
-    monkeypatch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+    # reading the files of all tasks takes seconds
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
     data = write(tmp_path / "quiz.jsonl", *(choices(n, gold=n % 3) for n in range(15)))
     (tmp_path / "quiz.yaml").write_text(
         f"task: local_quiz\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\n"
@@ -480,7 +510,8 @@ def test_tags_and_groups_are_their_tasks_with_the_scores_of_the_harness(
     assert [(r.what, r.metric, r.value, r.part_of) for r in tagged] == [
         (r.what, r.metric, r.value, None) for r in results if r.what in (whats["first"], whats["second"])
     ]
-    assert score(tagged).accuracy == pytest.approx((tagged[0].value + tagged[2].value) / 2)
+    assert [result.metric for result in tagged] == ["acc", "acc_norm"] * 2
+    assert score(tagged).accuracy == pytest.approx((tagged[1].value + tagged[3].value) / 2)
 
 
 @pytest.mark.parametrize(
