@@ -20,6 +20,7 @@ from osp.convert.file_format import DTYPES, FileFormat, LlamaSource
 from osp.convert.gguf_file import Gguf
 from osp.convert.hf_export import HuggingFace, check_exportable, size_in_bytes, stock_llama
 from osp.convert.model_card import FOUR_BITS, model_card
+from osp.convert.packed import CompressedTensors
 from osp.convert.same_function import (
     COMPARED_TOKENS,
     FILE_NAME,
@@ -42,7 +43,7 @@ from osp.run.folder import environment
 
 log = logging.getLogger(__name__)
 
-FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(), Gguf())}
+FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(), CompressedTensors(), Gguf())}
 
 
 def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cpu", **keys: Any) -> FileCertificate:

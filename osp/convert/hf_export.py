@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,16 @@ class HuggingFace(FileFormat):
     def write(self, source: LlamaSource, state: Quantized, scheme: str, path: Path) -> None:
         subject, dtype = source.subject, next(name for name, value in DTYPES.items() if value == source.dtype)
         ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
-        write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, **ids)
+        packed = self.pack(source, state, scheme)
+        write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, packed=packed, **ids)
         write_tokenizer(subject, path, context=source.context)
         check_same_function(
             "reading back the files", observe_function(source.model), observe_function(load_hf(path).to(subject.device))
         )
+
+    def pack(self, source: LlamaSource, state: Quantized, scheme: str) -> Mapping[str, dict[str, Tensor]]:
+        """Return parameter -> what is written instead of it, as name -> tensor."""
+        return {}
 
     def open(self, path: Path, device: torch.device) -> Client:
         try:
@@ -174,11 +180,19 @@ def size_in_bytes(size: str) -> int:
 
 
 def write_llama(
-    model: Transformer, folder: Path, *, dtype: str, shard_bytes: int, bos_id: int | None, eos_id: int | None
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    bos_id: int | None,
+    eos_id: int | None,
+    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write the weights of a model without projections, and its `config.json` for all versions of transformers.
 
     The weights are safetensors of at most `shard_bytes` each (no tensor is cut), and an index if there are several.
+    packed: parameter -> what is written instead of it, see `HuggingFace.pack`.
     """
     config = model.config
     scaling = None if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
@@ -199,8 +213,11 @@ def write_llama(
         "eos_token_id": eos_id,
     }
     _write_json(folder / CONFIG, values)
-    tensors = _tensors(model).items()
-    stored = {key if key == HEAD else BODY + key: tensor.to(DTYPES[dtype]).cpu() for key, tensor in tensors}
+    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in _tensors(model).items()}
+    for name, parts in (packed or {}).items():
+        del tensors[name]
+        tensors |= parts
+    stored = {name if name == HEAD else BODY + name: tensor.cpu() for name, tensor in tensors.items()}
     # it would print the name of the temporary folder; its logger has the name of its file
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     try:
