@@ -201,7 +201,7 @@ def new_folder(out: Path, *, files: Sequence[str] = ()) -> Iterator[Path]:
     files: names of files in the folder that are moved beside each other instead, in this order; the last is `out`.
     """
     targets = [out.with_name(name) for name in files] or [out]
-    for target in targets:
+    for target in reversed(targets):
         if target.exists() or target.is_symlink():
             fix = "name a file that does not, with no certificate beside it" if files else "name a folder that does not"
             raise UserError(f"out={target} exists; {fix}")

@@ -53,10 +53,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
     keys: the other keys of `ExportConfig`.
     """
     config, out = ExportConfig(**keys), Path(out)
-    target, scheme = FORMATS[config.format], config.scheme or ""
-    for name, other in FORMATS.items():
-        if scheme in other.schemes and scheme not in target.schemes:
-            raise UserError(f"scheme={scheme}: format={target.name} has no such scheme; set format={name}")
+    target, scheme = _choose_format(config), config.scheme or ""
     spec, dtype = target.quantization(scheme, config.quant), target.unquantized_dtype(scheme, config.dtype)
     shard_bytes, beside = size_in_bytes(config.max_shard_size), target.file_names(out)
     multiple = config.ffn_multiple or target.ffn_multiple(scheme)
@@ -64,6 +61,8 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
         subject, path = open_model(run, device=device), folder / out.name if beside else folder
         _check_model(subject, target, scheme, multiple=multiple)
         conversion, text = read_certificate(subject), read_text(config.text, subject)
+        if len(text.tokens) < subject.window:
+            log.warning("text=%s: %d tokens are less than a window of %d", text.name, len(text.tokens), subject.window)
         calibration = read_calibration(subject, spec, measured=[text], seq_len=subject.window)
 
         origin = {"name": subject.name, "path": str(run), "sha256": subject.sha256(), "step": subject.step}
@@ -106,6 +105,14 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
     if hint := target.hint(out, scheme):
         log.info(hint)
     return certificate
+
+
+def _choose_format(config: ExportConfig) -> FileFormat:
+    """Return the format; raise `UserError` if another one has the scheme."""
+    for name, other in FORMATS.items():
+        if config.scheme in other.schemes and config.scheme not in FORMATS[config.format].schemes:
+            raise UserError(f"scheme={config.scheme}: format={config.format} has no such scheme; set format={name}")
+    return FORMATS[config.format]
 
 
 def _check_model(subject: LanguageModel, target: FileFormat, scheme: str, *, multiple: int) -> None:

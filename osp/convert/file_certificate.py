@@ -112,10 +112,11 @@ def observe(reader: str, model: nn.Module, text: Text, subject: LanguageModel) -
     """Return what `model` makes of `text`; subject: whose tokens they are."""
     llama, device = cast(Transformer, model), next(model.parameters()).device
     length = min(PROMPT_TOKENS + GREEDY_TOKENS, subject.context)
-    ids = text.tokens[: min(PROMPT_TOKENS, length - 1)].tolist()
+    prompt = text.tokens[: min(PROMPT_TOKENS, length - 1)].tolist()
+    ids = [*prompt]
     while len(ids) < length:
         ids.append(int(llama(torch.tensor([ids], device=device)).logits[0, -1].argmax()))
-    continuation = subject.tokenizer.decode(ids[PROMPT_TOKENS:], skip_special_tokens=False)
+    continuation = subject.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=False)
     return TextReading(reader, compared_perplexity(llama, text, subject.window), continuation)
 
 

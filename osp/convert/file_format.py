@@ -94,22 +94,26 @@ class FileFormat(ABC):
 
     def quantization(self, scheme: str, quant: QuantSpec) -> QuantSpec:
         """Return the quantization of a scheme, with the keys of `quant` that say how weights are rounded."""
-        if scheme not in self.schemes and (scheme or self.schemes):
-            raise UserError(f"scheme={scheme or 'null'}: format={self.name} has {self._suggest(scheme)}")
-        fixed = self.schemes[scheme] if scheme else QuantSpec()
-        if fixed.is_identity and quant != QuantSpec():
-            where = f"format={self.name}{f' with scheme={scheme}' if scheme else ''}"
+        if self.schemes and not scheme:
+            raise UserError(f"format={self.name}: choose a scheme from {', '.join(self.schemes)}")
+        if scheme and scheme not in self.schemes:
+            raise UserError(f"scheme={scheme}: format={self.name} has {self._suggest(scheme)}")
+        fixed, values, defaults = self.schemes[scheme] if scheme else QuantSpec(), asdict(quant), asdict(QuantSpec())
+        changed = {key: value for key, value in values.items() if value != defaults[key]}
+        where = f"format={self.name}{f' with scheme={scheme}' if scheme else ''}"
+        if changed and fixed.is_identity:
             raise UserError(f"quant: {where} rounds no weights; leave quant out, or choose another format or scheme")
-        values = asdict(quant)
-        for key, value in values.items():
+        if changed and not fixed.number_format("w").has_grid:
+            raise UserError(f"quant: {where} rounds weights in one way only; leave quant out")
+        for key, value in changed.items():
             # the presets gptq and hadamard set bits and ffn_hadamard as well
-            allowed = {getattr(fixed, key), getattr(QuantSpec(), key), 4 if key.endswith("bits") else None}
-            if key not in (*ROUNDING, "ffn_hadamard") and value not in allowed:
+            from_preset = key == "ffn_hadamard" or (key in ("w_bits", "a_bits", "kv_bits") and value == 4)
+            if key not in ROUNDING and not from_preset and value != getattr(fixed, key):
                 raise UserError(
-                    f"quant.{key}={value}: scheme={scheme} has {getattr(fixed, key)}; quant says how weights are "
-                    f"rounded, {', '.join(ROUNDING)}"
+                    f"quant.{key}={str(value).lower()}: fixed by scheme={scheme}; quant says how weights are rounded, "
+                    f"{', '.join(ROUNDING)}"
                 )
-        return replace(fixed, **{key: values[key] for key in ROUNDING if values[key] != getattr(QuantSpec(), key)})
+        return replace(fixed, **{key: value for key, value in changed.items() if key in ROUNDING})
 
     def unquantized_dtype(self, scheme: str, dtype: str | None) -> str:
         """Return the key of `DTYPES` for tensors that are not quantized; dtype: what the user asks for."""

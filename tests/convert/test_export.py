@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from osp.evaluation.texts import read_text
 from osp.model.fold import pad_ffn
 from osp.model.transformer import Transformer, build_model, meta_model
 from osp.quant.apply import Quantized, quantized
+from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec
 
 Tiny = Callable[..., Config]
@@ -36,6 +38,7 @@ class Pickle(FileFormat):
         "int4": GROUPED,
         "Int4_G64": dataclasses.replace(GROUPED, w_group_size=64),
         "whole": QuantSpec(),
+        "block": DEPLOYED["q4_0"],
     }
     suffix = ".pt"
     tolerance = 1e-6
@@ -152,8 +155,8 @@ def test_without_transformers_our_own_reader_is_the_client(
     [
         ({"format": "hf", "scheme": "INT4"}, r"scheme=INT4: format=hf has no schemes; leave scheme out"),
         ({"format": "hf", "scheme": "int4"}, r"scheme=int4: format=hf has no such scheme; set format=pickle"),
-        ({}, r"scheme=null: format=pickle has int4, Int4_G64, whole$"),
-        ({"scheme": "INT4"}, r"scheme=INT4: format=pickle has int4, Int4_G64, whole; did you mean int4\?"),
+        ({}, r"format=pickle: choose a scheme from int4, Int4_G64, whole, block$"),
+        ({"scheme": "INT4"}, r"scheme=INT4: format=pickle has int4, Int4_G64, whole, block; did you mean int4\?"),
         ({"scheme": "int4_g46"}, r"; did you mean Int4_G64\?"),
         ({"scheme": "int4", "dtype": "bf16"}, r"dtype=bf16: format=pickle has the dtypes of its scheme; leave dtype"),
         (
@@ -161,16 +164,18 @@ def test_without_transformers_our_own_reader_is_the_client(
             r"quant: format=pickle with scheme=whole rounds",
         ),
         ({"format": "hf", "quant": GROUPED}, r"quant: format=hf rounds no weights; leave quant out"),
-        ({"scheme": "int4", "quant": QuantSpec(w_bits=8)}, r"quant.w_bits=8: scheme=int4 has 4; quant says how"),
+        ({"scheme": "int4", "quant": QuantSpec(w_bits=8)}, r"quant.w_bits=8: fixed by scheme=int4; quant says how"),
         (
             {"scheme": "int4", "quant": QuantSpec(rotation="quarot")},
-            r"quant.rotation=quarot: scheme=int4 has none; quant says how weights are rounded, method, w_clip, ",
+            r"quant.rotation=quarot: fixed by scheme=int4; quant says how weights are rounded, method, w_clip, ",
         ),
+        ({"scheme": "int4", "quant": DEPLOYED["w4a16_g32"]}, r"quant.w_group_size=32: fixed by scheme=int4"),
+        ({"scheme": "block", "quant": QuantSpec(method="gptq")}, r"pickle with scheme=block rounds weights in one way"),
         ({"scheme": "int4", "out": "m.gguf"}, r"m.gguf: format=pickle writes a file whose name ends in .pt"),
         ({"format": "hf", "out": "m.gguf"}, r"m.gguf: format=hf writes a folder; format=gguf writes such a file"),
         (
             {"scheme": "Int4_G64"},
-            r"scheme=Int4_G64: groups of 64 channels do not divide model.hidden_size=32; choose from int4, whole",
+            r"scheme=Int4_G64: groups of 64 channels do not divide model.hidden_size=32; choose from int4, wh",
         ),
         (
             {"scheme": "int4", "ffn_multiple": 50},
@@ -205,6 +210,27 @@ def test_no_file_is_replaced(existing: str, plain_run: Path, tmp_path: Path) -> 
         export(plain_run, tmp_path / "m.pt", format="pickle", scheme="int4")
     assert names(tmp_path) == {existing}
     assert (tmp_path / existing).read_text() == "precious"
+
+
+def test_methods_round_a_scheme(plain_run: Path, tmp_path: Path) -> None:
+    """Presets with a method choose it; the calibration of a scheme stays."""
+    gptq = QuantSpec(w_bits=4, a_bits=4, kv_bits=4, ffn_hadamard=True, method="gptq", damping=0.1, seed=3)
+    expected = dataclasses.replace(GROUPED, method="gptq", damping=0.1, seed=3)
+    assert Pickle().quantization("int4", gptq) == expected
+    assert Pickle().quantization("int4", QuantSpec()) == GROUPED
+    few = dataclasses.replace(gptq, calibration_tokens=256)
+    certificate = export(plain_run, tmp_path / "m.pt", format="pickle", scheme="int4", quant=few)
+    assert certificate.quantization.startswith("4-16-16 gptq damping 0.1, W sym/group 16 clip, calibration train 256 ")
+
+
+def test_a_text_shorter_than_a_window_is_a_warning(
+    plain_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "text.txt").write_text("abc")
+    certificate = export(plain_run, tmp_path / "m.pt", format="pickle", scheme="whole", text=str(tmp_path / "text.txt"))
+    assert re.search(r"text=text.txt: \d tokens are less than a window of 32", caplog.text)
+    assert certificate.text["tokens"] < 32
+    assert len(certificate.client.continuation) > 20
 
 
 class Wrong(Loaded):
