@@ -134,8 +134,8 @@ def compare_tokens(client: Client, subject: LanguageModel) -> int | None:
 def odd_texts() -> list[str]:
     """Return 100 texts that tokenizers disagree on: the parts in odd_texts.json, then pairs of them."""
     parts = read_json(Path(__file__).with_name("odd_texts.json"))
-    pairs = (parts[i % len(parts)] + parts[(7 * i + 3) % len(parts)] for i in range(ODD_TEXTS))
-    return [*parts, *pairs][:ODD_TEXTS]
+    pairs = (parts[i + 1] + parts[(7 * i + 3) % len(parts)] for i in range(ODD_TEXTS - len(parts)))
+    return [*parts, *pairs]
 
 
 def describe_files(path: Path) -> dict[str, dict[str, Any]]:

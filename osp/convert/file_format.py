@@ -50,9 +50,6 @@ class LlamaSource:
     shard_bytes: int  # upper bound of a file of weights
 
 
-Source = LlamaSource
-
-
 class FileFormat(ABC):
     """A kind of file. Methods with a scheme get a key of `schemes`, or "" if there are none."""
 
