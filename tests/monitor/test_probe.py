@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osp.config import MonitorConfig, Site
+from osp.config import Deployed, MonitorConfig, Site
 from osp.model.sites import site_names
 from osp.model.transformer import Block, Transformer
 from osp.monitor.probe import ProbeText, Reading, probe
@@ -203,7 +203,7 @@ def test_error_under_fake_quantization_equals_a_second_pass(naive_pass: Any) -> 
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "w8a8", "q4_0"])
-def test_error_in_a_deployed_format_equals_a_second_pass(name: str) -> None:
+def test_error_in_a_deployed_format_equals_a_second_pass(name: Deployed) -> None:
     """Weights and, where the format has them, activations are rounded; a static range is that of the plain pass."""
     model, text, spec = workers.small_model(), ProbeText(workers.probe_text().tokens[:1]), DEPLOYED[name]
     weights = spec.number_format("w")
