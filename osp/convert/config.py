@@ -32,7 +32,7 @@ class ExportConfig:
     device: Device = "auto"  # auto: CUDA if there is a GPU
     threads: Threads | None = None  # CPU threads; None: all cores
     debug: bool = False  # show tracebacks of user errors
-    # Of tensors that are not quantized; None: fp32 for hf, bf16 for compressed-tensors. gguf: the scheme decides.
+    # Of the stored weights; None: fp32. Only for format=hf, the other formats have the dtypes of their schemes.
     dtype: Literal["fp32", "bf16"] | None = None
     # Zero channels fill the FFN up to a multiple of it; None: what the format needs, 1: none are added.
     ffn_multiple: Annotated[Int, Field(ge=1, le=4096)] | None = None
