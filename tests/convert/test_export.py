@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osp.config import Config
-from osp.convert.export import FORMATS, export
+from osp.convert.export import FORMATS, TOLERANCE_OF_ACTIVATIONS, export
 from osp.convert.file_format import Client, FileFormat, LlamaSource
 from osp.convert.hf_export import InOsp
 from osp.errors import UserError
@@ -289,3 +289,13 @@ def test_failed_rename_takes_the_earlier_ones_back(
     with pytest.raises(UserError, match=r"out=\S+m.pt: cannot write there: No space left on device"):
         export(plain_run, tmp_path / "m.pt", format="pickle", scheme="int4")
     assert names(tmp_path) == set()
+
+
+def test_rounded_activations_have_a_wider_tolerance(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of this test rounds no activations, and 8 bits of them cost less than the tolerance."""
+    eight_bits = dataclasses.replace(GROUPED, a_bits=8)
+    monkeypatch.setattr(Pickle, "schemes", {"int4": GROUPED, "int4_a8": eight_bits})
+    certificate = export(plain_run, tmp_path / "m.pt", format="pickle", scheme="int4_a8")
+    assert Pickle.tolerance < certificate.relative <= certificate.tolerance == TOLERANCE_OF_ACTIVATIONS

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from osp.convert.config import ConvertConfig, ExportConfig
-from osp.convert.export import FORMATS
+from osp.convert.export import FORMATS, TOLERANCE_OF_ACTIVATIONS
 from osp.convert.file_certificate import FileCertificate
 from osp.convert.same_function import FP32_TOLERANCE, FP64_TOLERANCE, PERPLEXITY_TOLERANCE
 from osp.evaluation.config import CompareConfig, EvaluateConfig, MeasureConfig
@@ -81,7 +81,8 @@ def test_words_and_hash_of_osp_paper() -> None:
 
 
 def test_limits_of_the_checks_are_those_of_the_code() -> None:
-    limits = (FP32_TOLERANCE, *PERPLEXITY_TOLERANCE.values(), *(target.tolerance for target in FORMATS.values()))
+    limits = (FP32_TOLERANCE, TOLERANCE_OF_ACTIVATIONS, *PERPLEXITY_TOLERANCE.values())
+    limits += tuple(target.tolerance for target in FORMATS.values())
     numbers = {f"{limit:.0e}".replace("e-0", "e-") for limit in limits}
     assert not [number for number in numbers if number not in section(EXPORT, "Certificate of a file")]
     assert f"at most {FP64_TOLERANCE:.0e}".replace("e-0", "e-") in section(EXPORT, "The certificate")
