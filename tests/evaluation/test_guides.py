@@ -89,7 +89,7 @@ def test_limits_of_the_checks_are_those_of_the_code() -> None:
 
 
 def test_table_of_schemes_names_all_with_their_presets() -> None:
-    rows = re.findall(r"^\| (?:`[\w-]+`)? \| `(\w+)` \| `(\w+)` \|", section(EXPORT, "Schemes"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| (?:`[\w-]+` )?\| `(\w+)` \| `(\w+)` \|", section(EXPORT, "Schemes"), flags=re.MULTILINE)
     schemes = {
         name: spec for target in FORMATS.values() for name, spec in target.schemes.items() if not spec.is_identity
     }
