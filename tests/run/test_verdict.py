@@ -106,6 +106,13 @@ def test_without_a_cost_it_is_estimated_from_the_error_of_the_hidden_state(
     assert f"`python scripts/evaluate.py {tmp_path / 'run'} quant=osp_paper` measures the cost." in found.remarks
 
 
+def test_error_in_another_format_decides_nothing(tmp_path: Path) -> None:
+    """The estimate is fitted to 4-bit integers."""
+    run = run_with(tmp_path, {"step": 1000, "monitor/R_L": 0.115})
+    run.config["monitor"] = {"quant": "nvfp4"}
+    assert judge_run(run).basis == "unknown"
+
+
 def test_error_of_an_untrained_model_decides_nothing(tmp_path: Path) -> None:
     assert judge_run(run_with(tmp_path, {"step": 0, "monitor/R_L": 0.001})).level == "early"
     (tmp_path / "brief").mkdir()
