@@ -429,9 +429,12 @@ def tables(runs: list[Values]) -> Iterator[tuple[str, str, list[str], list[list[
     perplexities, lost = [], []
     for row in rows["files"]:
         perplexities.append([row, *over_seeds(lambda run, row=row: math.exp(run["files"][row]["nats"]), 2)])
-        if row != REFERENCES["files"]:
-            lost.append([row, f"{block_bits(example[row], row):.2f}", *costs("files", row)])
-    says = "Cross-entropy of the file minus the one of the fp32 file. Bits: per weight of a block, scales included."
+        bits = f"{block_bits(example[row], row):.2f}"
+        if row == REFERENCES["files"]:
+            lost.append([f"{row}: perplexity", bits, *perplexities[-1][1:]])
+        else:
+            lost.append([row, bits, *costs("files", row)])
+    says = "Cross-entropy of a file minus the one of the fp32 file. Bits: per weight of a block, scales included."
     yield "Cost of each file", says, ["file", "bits", *titles], lost
     yield "Perplexity of each file", "By its client.", ["file", *titles], perplexities
     says = "Whether the first recipe loses more by the format, with its cost minus the other's for each seed. " + (

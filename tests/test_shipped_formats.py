@@ -1,7 +1,9 @@
 """The benchmark of shipped formats measures the files, and docs/results.md has its tables."""
 
 import argparse
+import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from osp.errors import UserError
 from osp.evaluation.perplexity import Text, perplexity
 from osp.model.transformer import Transformer, build_model
 from tests.conftest import ROOT
+from tests.documents import read_page, section
 
 sys.path.append(str(ROOT / "benchmarks"))
 import shipped_formats
@@ -144,7 +147,7 @@ def test_tables_show_means_over_seeds_and_compare_seed_by_seed() -> None:
     costs = {("adam", 0): 0.1, ("adam", 1): 0.3, ("osp", 0): 0.2, ("osp", 1): 0.5}
     runs = {f"{recipe}{seed}": made_run(recipe, seed, cost) for (recipe, seed), cost in costs.items()}
     tables = {title: rows for title, _, _, rows in shipped_formats.tables(list(runs.values()))}
-    assert tables["Cost of each file"] == [["NVFP4", "4.50", "0.2000±0.1414", "0.3500±0.2121"]]
+    assert tables["Cost of each file"][1:] == [["NVFP4", "4.50", "0.2000±0.1414", "0.3500±0.2121"]]
     assert tables["Recipe against recipe"] == [["NVFP4", "more: +0.1000, +0.2000"]]
     assert (
         tables["Perplexity of each file"][0][1]
@@ -172,3 +175,55 @@ def test_a_run_is_exported_and_read_by_the_clients(plain_run: Path) -> None:
     assert run["files"]["fp32"]["nats"] == pytest.approx(run["fake"]["16-16-16"]["nats"], rel=1e-5)
     assert run["files"]["fp32"]["block_bytes"] > 4 * run["block_weights"]  # the FFN of 48 channels is padded
     assert set(run["files"]["GGUF Q8_0"]["types"]) == {"Q8_0"}
+
+
+COMMITTED = ROOT / "benchmarks" / "shipped_formats.json"
+RESULTS = json.loads(COMMITTED.read_text(encoding="utf-8"))
+PAGE = section(read_page("docs/results.md"), "What a shipped 4-bit file costs")
+OUTLIERS = section(read_page("docs/results.md"), "Where outliers would cost")
+
+
+def test_committed_json_renders_the_committed_tables() -> None:
+    page = COMMITTED.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == shipped_formats.as_markdown(RESULTS)
+
+
+def test_tables_of_the_page_are_the_ones_of_the_benchmark() -> None:
+    rows = re.findall(r"^\|.*\|$", PAGE + OUTLIERS, flags=re.MULTILINE)
+    measured = COMMITTED.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 25
+    assert not [row for row in rows if row not in measured]
+
+
+def test_claims_of_the_page_hold() -> None:
+    runs = list(RESULTS["runs"].values())
+    nats = {(run["recipe"], run["seed"], row): file["nats"] for run in runs for row, file in run["files"].items()}
+    for better, worse in (("osp", "adam"), ("osp_plus", "osp")):
+        best = min(value for (recipe, _, row), value in nats.items() if (recipe, row) == (worse, "fp32"))
+        assert all(value < best for (recipe, *_), value in nats.items() if recipe == better)
+    costs = {
+        (recipe, row): statistics.fmean(nats[recipe, seed, row] - nats[recipe, seed, "fp32"] for seed in (0, 1))
+        for recipe, _, row in nats
+    }
+    four_bits = {row for _, row in costs if row.startswith(("W4A16", "NVFP4", "MXFP4", "GGUF Q4"))}
+    assert len(four_bits) >= 4
+    assert all(costs["osp", row] > costs["adam", row] for row in four_bits)
+    verdicts = {row: cells for row, *cells in tables_of("Recipe against recipe")}
+    assert not [row for row, cells in verdicts.items() if not all(cell.startswith("not clear") for cell in cells[:2])]
+    assert {cells[2].partition(":")[0] for cells in verdicts.values()} == {"more", "not clear"}
+    static = {run: fake["A4, per tensor, static"]["nats"] - fake["16-16-16"]["nats"] for run, fake in fakes().items()}
+    by_recipe = {
+        recipe: statistics.fmean(static[recipe, seed] for seed in (0, 1)) / costs[recipe, "NVFP4"]
+        for recipe in ("adam", "muon", "osp", "osp_plus")
+    }
+    assert min(by_recipe.values()) >= 6
+    assert max(by_recipe.values()) <= 20
+    assert not [run for run, file in nats.items() if not math.isfinite(file)]
+
+
+def tables_of(title: str) -> list[list[str]]:
+    return next(rows for name, _, _, rows in shipped_formats.tables(list(RESULTS["runs"].values())) if name == title)
+
+
+def fakes() -> dict[tuple[str, int], Any]:
+    return {(run["recipe"], run["seed"]): run["fake"] for run in RESULTS["runs"].values()}
