@@ -146,6 +146,7 @@ def test_tokenizer_of_the_run_is_exported(run: Path, tmp_path: Path) -> None:
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == theirs.bos_token_id == ours.token_to_id("<|endoftext|>")
     assert theirs.model_max_length == 32
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 32
 
 
 def test_transformers_generates_the_same_tokens(run: Path, tmp_path: Path) -> None:
