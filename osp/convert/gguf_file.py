@@ -9,6 +9,7 @@ A file names its pre-tokenizer and cannot describe one. So a tokenizer is writte
 """
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -111,6 +112,8 @@ class Gguf(FileFormat):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        except OSError as error:  # numpy says how many bytes it wrote, and not why no more
+            raise OSError(error.errno or errno.ENOSPC, error.strerror or f"no space left, {error}") from error
         finally:
             writer.close()
 
