@@ -118,10 +118,7 @@ class Gguf(FileFormat):
             writer.close()
 
     def open(self, path: Path, device: torch.device) -> Client:
-        try:
-            return LlamaCpp(path)
-        except (ImportError, OSError, RuntimeError):  # not installed, or built for another machine
-            return Dequantized(path, device)
+        return Dequantized(path, device) if _llama_cpp() is None else LlamaCpp(path)
 
     def above_four_bits(self, path: Path) -> list[str]:
         sizes = _library().GGML_QUANT_SIZES  # type -> (weights, bytes) of a block, with its scales
@@ -138,10 +135,8 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python, with keys and values in fp32."""
 
     def __init__(self, path: Path):
-        library: Any = importlib.import_module("llama_cpp")
-
         self.name = f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}, cache in fp32"
-        self._path, self._library = path, library
+        self._path, self._library = path, _llama_cpp()
         self._model = self._open(min(2048, int(_read(path).fields["llama.context_length"].contents())))
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -162,7 +157,10 @@ class LlamaCpp:
         threads, fp32 = torch.get_num_threads(), self._library.GGML_TYPE_F32
         settings = {"n_threads": threads, "n_threads_batch": threads, "type_k": fp32, "type_v": fp32}
         with contextlib.redirect_stderr(io.StringIO()):  # a warning that it rounds the length up to a multiple of 256
-            return self._library.Llama(str(self._path), n_ctx=length, logits_all=True, verbose=False, **settings)
+            try:
+                return self._library.Llama(str(self._path), n_ctx=length, logits_all=True, verbose=False, **settings)
+            except ValueError as error:
+                raise UserError(f"llama.cpp does not load {self._path.name}: {error}; not written") from error
 
 
 class Dequantized:
@@ -224,6 +222,14 @@ def _library() -> Any:
         raise UserError("format=gguf needs the gguf library: pip install -e '.[deploy]'") from error
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it would print the name of the temporary file
     return gguf
+
+
+def _llama_cpp() -> Any:
+    """Return llama-cpp-python, None if it is not installed or was built for another machine."""
+    try:
+        return importlib.import_module("llama_cpp")
+    except (ImportError, OSError, RuntimeError):
+        return None
 
 
 def _read(path: Path) -> Any:

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from osp.config import TokenizerConfig, from_dict
 from osp.convert.export import export
 from osp.convert.file_certificate import odd_texts
-from osp.convert.gguf_file import PRE_TOKENIZERS, Dequantized, LlamaCpp
+from osp.convert.gguf_file import PRE_TOKENIZERS, Dequantized, Gguf, LlamaCpp
 from osp.data.tokenizer import train_tokenizer
+from osp.errors import UserError
 from osp.evaluation.language_model import open_model
 from osp.evaluation.texts import read_text
 from tests.conftest import made_text
@@ -91,3 +92,12 @@ def test_q4_k_m_by_llama_cpp_has_no_fallback(run: Path, tmp_path: Path) -> None:
     )
     assert by_llama_cpp == pytest.approx(dequantized, rel=1e-3)
     assert by_llama_cpp == pytest.approx(certificate.trained.perplexity, rel=0.1)
+
+
+def test_file_that_llama_cpp_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRE_TOKENIZERS, "of-another-planet", PRE_TOKENIZERS["gpt-2"])
+    monkeypatch.delitem(PRE_TOKENIZERS, "gpt-2")
+    tokenizer = train_tokenizer(made_text(20), TokenizerConfig(vocab_size=300))
+    path = write(make_source(tokenizer), "f32", tmp_path / "m.gguf")
+    with pytest.raises(UserError, match=r"llama\.cpp does not load m\.gguf: .*; not written"):
+        Gguf().open(path, CPU)
