@@ -394,7 +394,7 @@ def as_markdown(results: Values) -> str:
         *(f"- {what} at commit {', '.join(found)}" for what, found in commits.items()),
         f"- command: python benchmarks/shipped_formats.py RUN ... ({', '.join(runs)})",
     ]
-    for title, says, head, rows in tables(list(runs.values())):
+    for title, says, head, rows in (table for table in tables(list(runs.values())) if table[-1]):
         lines += ["", f"## {title}", "", says, "", markdown_table(head, rows)]
     return "\n".join(lines) + "\n"
 

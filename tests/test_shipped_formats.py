@@ -205,16 +205,17 @@ def test_claims_of_the_page_hold() -> None:
         (recipe, row): statistics.fmean(nats[recipe, seed, row] - nats[recipe, seed, "fp32"] for seed in (0, 1))
         for recipe, _, row in nats
     }
-    four_bits = {row for _, row in costs if row.startswith(("W4A16", "NVFP4", "MXFP4", "GGUF Q4"))}
-    assert len(four_bits) >= 4
-    assert all(costs["osp", row] > costs["adam", row] for row in four_bits)
+    assert all(costs["osp", row] > costs["adam", row] for row in ("W4A16, clip", "NVFP4", "MXFP4", "GGUF Q4_0"))
+    assert costs["osp", "W4A16, GPTQ"] < costs["adam", "W4A16, GPTQ"]
+    recipes = ("adam", "muon", "osp", "osp_plus")
+    gptq = [1 - costs[recipe, "W4A16, GPTQ"] / costs[recipe, "W4A16, clip"] for recipe in recipes]
+    assert all(0.33 < lowered < 0.67 for lowered in gptq)
     verdicts = {row: cells for row, *cells in tables_of("Recipe against recipe")}
     assert not [row for row, cells in verdicts.items() if not all(cell.startswith("not clear") for cell in cells[:2])]
     assert {cells[2].partition(":")[0] for cells in verdicts.values()} == {"more", "not clear"}
     static = {run: fake["A4, per tensor, static"]["nats"] - fake["16-16-16"]["nats"] for run, fake in fakes().items()}
     by_recipe = {
-        recipe: statistics.fmean(static[recipe, seed] for seed in (0, 1)) / costs[recipe, "NVFP4"]
-        for recipe in ("adam", "muon", "osp", "osp_plus")
+        recipe: statistics.fmean(static[recipe, seed] for seed in (0, 1)) / costs[recipe, "NVFP4"] for recipe in recipes
     }
     assert min(by_recipe.values()) >= 6
     assert max(by_recipe.values()) <= 20
