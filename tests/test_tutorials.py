@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import re
 import shlex
 from pathlib import Path
@@ -33,6 +32,11 @@ SMALLER: dict[str, tuple[str, ...]] = {
 SMALLER_OF_PAGE: dict[str, dict[str, tuple[str, ...]]] = {  # the standard library takes half a minute to tokenize
     page: {"train.py": ("data=text", "data.paths=[corpus.jsonl]", "data.val_fraction=0.05")}
     for page in ("outliers", "four-bits")
+}
+SMALLER_OF_PAGE["four-bits"] = {
+    "train.py": (*SMALLER_OF_PAGE["four-bits"]["train.py"], "model.hidden_size=128", "model.num_hidden_layers=1"),
+    "evaluate.py": ("quant.calibration_tokens=512",),
+    "export.py": ("quant.calibration_tokens=512", "threads=1"),
 }
 SMALLER_PROGRAM = {
     "range(400)": "range(2)",
@@ -146,14 +150,19 @@ def test_from_llama(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_four_bits(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("compressed_tensors")
     written = follow("four-bits", monkeypatch, capsys)
-    assert len(results(written)) == 3
-    packed = load_file(folder / "small-4bit" / "model.safetensors")
-    blocks_packed = [name for name in packed if name.endswith(".weight_packed")]
-    assert len(blocks_packed) == 4 * 7
-    assert not [name for name in packed if name.endswith("_proj.weight")]
-    sizes, perplexities = zip(*re.findall(r": ([\d.]+) MB, perplexity ([\d.]+) on", written[-1]), strict=True)
-    assert float(sizes[1]) < float(sizes[0]) / 1.5
-    assert math.isclose(float(perplexities[0]), float(perplexities[1]), rel_tol=0.1)
+    assert len(results(written)) == 4
+    for name, scheme, certificate in (("small-w4a16", "W4A16: 4-16-16", 5), ("small-nvfp4", "NVFP4: 4-4-16", 6)):
+        assert f"compressed-tensors {scheme}" in written[certificate]
+        packed = load_file(folder / name / "model.safetensors")
+        assert len([tensor for tensor in packed if tensor.endswith(".weight_packed")]) == 7
+        assert not [tensor for tensor in packed if tensor.endswith("_proj.weight")]
+    assert re.search(
+        r"^small-w4a16: [\d.]+ MB, torch.bfloat16, perplexity [\d.]+ on 1,024 tokens$", written[-1], re.MULTILINE
+    )
+    page = (TUTORIALS / "four-bits.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z].*?) \| ", written[5], re.MULTILINE)  # which the page quotes
+    assert rows
+    assert [row for row in rows if f"| {row} | " not in page] == []
 
 
 def test_every_replacement_is_used() -> None:
