@@ -27,6 +27,7 @@ from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig, RopeScaling
 from osp.convert.file_format import Client, FileFormat, LlamaSource
+from osp.convert.hf_export import InOsp
 from osp.errors import UserError
 from osp.model.attention import rotary_frequencies
 from osp.model.hf_llama import BODY, EMBEDDING, HEAD
@@ -118,7 +119,7 @@ class Gguf(FileFormat):
             writer.close()
 
     def open(self, path: Path, device: torch.device) -> Client:
-        return Dequantized(path, device) if _llama_cpp() is None else LlamaCpp(path)
+        return dequantized(path, device) if _llama_cpp() is None else LlamaCpp(path)
 
     def above_four_bits(self, path: Path) -> list[str]:
         sizes = _library().GGML_QUANT_SIZES  # type -> (weights, bytes) of a block, with its scales
@@ -163,22 +164,11 @@ class LlamaCpp:
                 raise UserError(f"llama.cpp does not load {self._path.name}: {error}; not written") from error
 
 
-class Dequantized:
-    """The file through the `gguf` library: its weights in a `Transformer`, its tokens and merges in a `Tokenizer`."""
-
-    def __init__(self, path: Path, device: torch.device):
-        self.name = f"gguf {version('gguf')} (its dequantization; llama-cpp-python is not installed)"
-        reader = _read(path)
-        self._model, self._tokenizer = read_model(reader).to(device), read_tokenizer(reader)
-
-    @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        logits = self._model(ids.to(self._model.lm_head.weight.device)).logits
-        assert logits is not None
-        return logits.cpu()
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+def dequantized(path: Path, device: torch.device) -> InOsp:
+    """Return the file as the `gguf` library reads it: its weights, its tokens and its merges."""
+    reader = _read(path)
+    name = f"gguf {version('gguf')} (its dequantization; llama-cpp-python is not installed)"
+    return InOsp(read_model(reader).to(device), read_tokenizer(reader), name)
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:

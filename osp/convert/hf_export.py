@@ -4,20 +4,24 @@ Projections (the head is untied from the embedding then), recentring and scales 
 SSNorm becomes an RMSNorm with equal gains. Nothing else changes, since names and layout are Hugging Face's already.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig
@@ -62,7 +66,8 @@ class HuggingFace(FileFormat):
         try:
             return InTransformers(path, device)
         except ImportError:
-            return InOsp(path, device)
+            name = "osp, because transformers is not installed"
+            return InOsp(load_hf(path).to(device), load_hf_tokenizer(path)[0], name)
 
     def above_four_bits(self, path: Path) -> list[str]:
         return [BODY * (name != HEAD) + name for name, _ in load_hf(path).named_parameters()]
@@ -72,16 +77,12 @@ class InTransformers:
     """A folder loaded by `transformers`; also the client of quantized folders that it reads."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
-        logging.disable(logging.WARNING)  # of libraries that transformers imports
-        try:
+        with quiet():
             import transformers
 
-            transformers.logging.disable_progress_bar()
             self.name = f"transformers {transformers.__version__}"
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        finally:
-            logging.disable(logging.NOTSET)
         self.model = model.to(device).eval()
 
     @torch.no_grad()
@@ -92,13 +93,13 @@ class InTransformers:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
+@dataclass
 class InOsp:
-    """A folder loaded by `load_hf`."""
+    """A file that was read into a model and a tokenizer of this library."""
 
-    name = "osp, because transformers is not installed"
-
-    def __init__(self, path: Path, device: torch.device):
-        self.model, self.tokenizer = load_hf(path).to(device), load_hf_tokenizer(path)[0]
+    model: Transformer
+    tokenizer: Tokenizer
+    name: str
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -106,8 +107,19 @@ class InOsp:
         assert logits is not None
         return logits.float().cpu()
 
-    def encode(self, text: str) -> list[int] | None:
+    def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars, and warnings of what the libraries import, from the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def stock_llama(model: Transformer, *, ffn_multiple: int) -> Transformer:

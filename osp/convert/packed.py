@@ -4,12 +4,8 @@ The library packs what the quantizer has rounded: it divides a weight by its sca
 E2M1 float, and stores that in 4 or 8 bits. `config.json` describes the format. Embedding, norms and head stay in bf16.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from torch import Tensor
 
 from osp.config import ModelConfig
 from osp.convert.file_format import Client, LlamaSource
-from osp.convert.hf_export import HuggingFace, InTransformers
+from osp.convert.hf_export import HuggingFace, InTransformers, quiet
 from osp.errors import UserError
 from osp.model.sites import SITES, split_site
 from osp.quant.apply import Quantized
@@ -50,7 +46,7 @@ class CompressedTensors(HuggingFace):
                 raise UserError(f"format={self.name} needs {library}: pip install -e '.[deploy]'")
 
     def write(self, source: LlamaSource, state: Quantized, scheme: str, path: Path) -> None:
-        with _quiet():
+        with quiet():
             from compressed_tensors.compressors import ModelCompressor
             from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
@@ -91,7 +87,7 @@ class CompressedTensors(HuggingFace):
         The library unpacks E2M1 to bf16, which is exact before the division by NVFP4's scale of the tensor and not
         after it. So it unpacks with a scale of 1, and the division is done here.
         """
-        with _quiet():
+        with quiet():
             client = InTransformers(path, device)
             modules = [module for module in client.model.modules() if hasattr(module, "weight_global_scale")]
             scales = [module.weight_global_scale.data.clone() for module in modules]
@@ -119,14 +115,3 @@ def library_scheme(scheme: str) -> Any:
         described.weights.group_size = 32
     described.format = infer_module_format(torch.nn.Linear, described).value
     return described
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars, and warnings of what the libraries import, from the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

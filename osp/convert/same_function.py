@@ -122,9 +122,8 @@ def observe_function(model: Transformer, dtype: torch.dtype = torch.float32) -> 
 
 def measure_difference(expected: Observed, observed: Observed, limits: dict[str, float]) -> Difference:
     """Return the difference of the logits, and the first site that differs by more than its limit."""
-    channels = {
-        name: observed[name][..., : value.shape[-1]] for name, value in expected.items()
-    }  # not those a FFN is padded with
+    # an FFN that was padded has more channels
+    channels = {name: observed[name][..., : value.shape[-1]] for name, value in expected.items()}
     deltas = {name: (channels[name] - value).abs().max().item() for name, value in expected.items()}
     above = (name for name in expected if not deltas[name] <= limits[name])  # true for nan as well
     return Difference(deltas["logits"], deltas["logits"] / expected["logits"].abs().max().item(), next(above, None))

@@ -175,12 +175,9 @@ def _weight_bounds(model: Transformer, spec: QuantSpec, active: frozenset[str]) 
         weights = dict(layer.named_parameters())
         for site in SITE_MAP.values():
             names = [f"{path}.weight" for path in site.readers if site.in_block and path.split(".")[-1] in active]
-            fused = {name: weights[name].aminmax() for name in names if name in weights}
+            fused = {f"layers.{index}.{name}": weights[name].flatten() for name in names if name in weights}
             if fused:
-                low, high = (torch.stack(extremes).float() for extremes in zip(*fused.values(), strict=True))
-                bounds |= dict.fromkeys(
-                    (f"layers.{index}.{name}" for name in fused), torch.stack((low.min(), high.max()))
-                )
+                bounds |= dict.fromkeys(fused, torch.stack(torch.cat(list(fused.values())).float().aminmax()))
     return bounds
 
 

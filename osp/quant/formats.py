@@ -4,8 +4,8 @@ A format rounds along the last axis: the input channels of a weight (out, in), t
 With `group_size` each group of consecutive channels is rounded by itself; a block format prescribes the size. Values
 stay floating point (fake quantization): the arithmetic is fp32, the result has the dtype of the input.
 
-To add a format, write a class with `name`, `widths` and `round`, and enter it in `FORMATS`. `quant.w_format=NAME`,
-`a_format` and `kv_format` then select it for weights, activations and the cache.
+To add a format, write a class with `name`, `widths` and `grid`, `nearest` or `round`, and enter it in `FORMATS`.
+`quant.w_format=NAME`, `a_format` and `kv_format` then select it for weights, activations and the cache.
 
 The defaults follow OSP's evaluation (arXiv 2506.19697; the quantizers of QuaRot, arXiv 2404.00456): weights
 symmetric per output channel, activations asymmetric per token.
@@ -23,7 +23,7 @@ E2M1_MAX, E4M3_MAX = 6, 448
 E4M3_EPS = 0.125  # for a scale that rounds to 0, as in compressed-tensors
 
 
-class NumberFormat(ABC):
+class NumberFormat:
     """A format at a number of bits."""
 
     name: ClassVar[str]  # in configurations and in the description of a quantization
@@ -38,7 +38,6 @@ class NumberFormat(ABC):
             raise ValueError(f"bits={bits}: choose from {self.widths.start} to {self.widths.stop - 1}")
         self.bits = bits
 
-    @abstractmethod
     def round(
         self, x: Tensor, *, group_size: int | None = None, clip_search: bool = False, bounds: Tensor | None = None
     ) -> Tensor:
@@ -49,27 +48,23 @@ class NumberFormat(ABC):
             clip_search: whether to clip where that makes the error smallest, if the format has a grid.
             bounds: (2,) the least and the largest value of the whole tensor, if `can_be_static`; None: those of `x`.
         """
+        groups = grouped(x, group_size=self.block_size or group_size)
+        return ungrouped(self.nearest(groups, clip_search=clip_search, bounds=bounds), x)
+
+    def nearest(self, groups: Tensor, *, clip_search: bool, bounds: Tensor | None) -> Tensor:
+        """Return the values nearest to `groups` (..., group_size), fp32."""
+        return self.grid(groups, clip_search=clip_search, bounds=bounds).nearest(groups)
 
     def grid(self, groups: Tensor, *, clip_search: bool = False, bounds: Tensor | None = None) -> Grid:
         """Return the values of the format for each group of `groups` (..., group_size)."""
-        raise NotImplementedError(f"{self.name} has no fixed grid")
+        raise NotImplementedError(f"{self.name} has no grid")
 
 
-class GridFormat(NumberFormat):
-    """A format with a grid for each group."""
-
-    has_grid = True
-    can_be_static = True
-
-    def round(
-        self, x: Tensor, *, group_size: int | None = None, clip_search: bool = False, bounds: Tensor | None = None
-    ) -> Tensor:
-        size = self.block_size or group_size
-        return self.grid(grouped(x, group_size=size), clip_search=clip_search, bounds=bounds).round(x, group_size=size)
-
-
-class Integer(GridFormat):
+class Integer(NumberFormat, ABC):
     """Integers times a scale; the classes below say where zero is. With `bounds` the whole tensor has one scale."""
+
+    can_be_static = True
+    has_grid = True
 
     def grid(self, groups: Tensor, *, clip_search: bool = False, bounds: Tensor | None = None) -> Grid:
         full = self.full_grid(groups.float() if bounds is None else bounds.float())
@@ -123,7 +118,7 @@ class AsymmetricInteger(Integer):
         return Grid(scale, (-low / scale).round(), 0, 2**self.bits - 1)
 
 
-class NVFP4(GridFormat):
+class NVFP4(NumberFormat):
     """E2M1 in blocks of 16: s e2m1(x / s) with s = e4m3(g max|x| / 6) / g and g = 448 * 6 / (max|x| of the tensor).
 
     NVIDIA's format of Blackwell (arXiv 2509.25149), rounded as compressed-tensors emulates it.
@@ -133,6 +128,8 @@ class NVFP4(GridFormat):
     widths = range(4, 5)
     block_size = 16
     tensor_scale = True
+    can_be_static = True
+    has_grid = True
 
     def grid(self, groups: Tensor, *, clip_search: bool = False, bounds: Tensor | None = None) -> Grid:
         g = self.scale_of_tensor(groups if bounds is None else bounds)
@@ -152,7 +149,7 @@ class NVFP4(GridFormat):
         return E4M3_MAX * E2M1_MAX / largest.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-class MXFP4(GridFormat):
+class MXFP4(NumberFormat):
     """E2M1 in blocks of 32: s e2m1(x / s) with s = 2^(floor(log2 max|x|) - 2), a power of two (E8M0).
 
     OCP Microscaling Formats 1.0. The standard leaves the rounding of the scale open; here, as in compressed-tensors
@@ -162,7 +159,7 @@ class MXFP4(GridFormat):
     name = "mxfp4"
     widths = range(4, 5)
     block_size = 32
-    can_be_static = False
+    has_grid = True
 
     def grid(self, groups: Tensor, *, clip_search: bool = False, bounds: Tensor | None = None) -> Grid:
         mantissa, exponent = torch.frexp(groups.float().abs().amax(-1, keepdim=True))  # mantissa in [0.5, 1)
@@ -186,13 +183,10 @@ class Q4_0(NumberFormat):  # noqa: N801, the name in GGUF
     widths = range(4, 5)
     block_size = 32
 
-    def round(
-        self, x: Tensor, *, group_size: int | None = None, clip_search: bool = False, bounds: Tensor | None = None
-    ) -> Tensor:
-        groups = grouped(x, group_size=self.block_size)
+    def nearest(self, groups: Tensor, *, clip_search: bool, bounds: Tensor | None) -> Tensor:
         d = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
         levels = (groups * _inverse(d) + 8.5).trunc().clamp(0, 15) - 8
-        return ungrouped(levels * d.half().float(), x)
+        return levels * d.half().float()
 
 
 class Q8_0(NumberFormat):  # noqa: N801
@@ -202,15 +196,12 @@ class Q8_0(NumberFormat):  # noqa: N801
     widths = range(8, 9)
     block_size = 32
 
-    def round(
-        self, x: Tensor, *, group_size: int | None = None, clip_search: bool = False, bounds: Tensor | None = None
-    ) -> Tensor:
-        groups = grouped(x, group_size=self.block_size)
+    def nearest(self, groups: Tensor, *, clip_search: bool, bounds: Tensor | None) -> Tensor:
         d = groups.abs().amax(-1, keepdim=True) / 127
         scaled = groups * _inverse(d)
         whole = scaled.abs().floor()
         levels = scaled.sign() * (whole + (2 * (scaled.abs() - whole)).floor())
-        return ungrouped(levels * d.half().float(), x)
+        return levels * d.half().float()
 
 
 def _inverse(d: Tensor) -> Tensor:

@@ -76,25 +76,27 @@ class QuantSpec:
     kv_format: str | None = None  # number format, a key of osp.quant.formats.FORMATS; None: as kv_symmetric says
 
     def __post_init__(self) -> None:
-        for part in PARTS:
+        for part in (*PARTS, "ends"):
             if getattr(self, f"{part}_format") is not None:
                 self._check_format(part)
-        if self.ends_format is not None:
-            self._check_ends(self.ends_format)
         self._check_static()
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
 
-    def _check_format(self, part: Part) -> None:
+    def _check_format(self, part: Part | Literal["ends"]) -> None:
         from osp.quant.formats import FORMATS  # loads torch
 
-        name, bits, group_size = (getattr(self, f"{part}_{key}") for key in ("format", "bits", "group_size"))
+        name, bits, group_size = (getattr(self, f"{part}_{key}", None) for key in ("format", "bits", "group_size"))
         if name not in FORMATS:
             raise UserError(f"quant.{part}_format={name!r}; choose from {', '.join(sorted(FORMATS))}")
         chosen = FORMATS[name]
-        if bits < 16 and bits not in chosen.widths:
+        if part == "ends":
+            if not self.embedding_and_head:
+                raise UserError(f"quant.ends_format={name} does nothing without quant.embedding_and_head=true")
+            bits = self.w_bits if len(chosen.widths) > 1 else 16
+        if (bits or 16) < 16 and bits not in chosen.widths:
             widths = ", ".join(map(str, chosen.widths))
-            raise UserError(f"quant.{part}_bits={bits}: the format {name} has {widths} bits")
+            raise UserError(f"quant.{'w' if part == 'ends' else part}_bits={bits}: the format {name} has {widths} bits")
         if chosen.block_size and group_size not in (None, chosen.block_size):
             raise UserError(
                 f"quant.{part}_group_size={group_size}: the format {name} has groups of {chosen.block_size}; "
@@ -102,17 +104,6 @@ class QuantSpec:
             )
         if part == "w" and self.method == "gptq" and not chosen.has_grid:
             raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
-
-    def _check_ends(self, name: str) -> None:
-        from osp.quant.formats import FORMATS  # loads torch
-
-        if name not in FORMATS:
-            raise UserError(f"quant.ends_format={name!r}; choose from {', '.join(sorted(FORMATS))}")
-        if not self.embedding_and_head:
-            raise UserError(f"quant.ends_format={name} does nothing without quant.embedding_and_head=true")
-        if len(FORMATS[name].widths) > 1 and self.w_bits < 16 and self.w_bits not in FORMATS[name].widths:
-            widths = ", ".join(map(str, FORMATS[name].widths))
-            raise UserError(f"quant.w_bits={self.w_bits}: quant.ends_format={name} has {widths} bits")
 
     def _check_static(self) -> None:
         if not self.a_static:
@@ -167,10 +158,8 @@ class QuantSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether the quantizer looks at calibration text."""
-        by_method = (self.method == "gptq" and self.w_bits < 16) or (
-            self.rotation == "spinquant" and not self.is_identity
-        )
-        return by_method or self.is_static("a") or self.is_static("kv")
+        learned = self.rotation == "spinquant" and not self.is_identity
+        return learned or (self.method == "gptq" and self.w_bits < 16) or self.is_static("a") or self.is_static("kv")
 
     @property
     def hash(self) -> str:

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from osp.config import ModelConfig, NormConfig, RopeScaling, TokenizerConfig
 from osp.convert.file_format import LlamaSource
-from osp.convert.gguf_file import PRE_TOKENIZERS, Dequantized, Gguf, pre_tokenizer_name
+from osp.convert.gguf_file import PRE_TOKENIZERS, Gguf, dequantized, pre_tokenizer_name
+from osp.convert.hf_export import InOsp
 from osp.data.tokenizer import train_tokenizer
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
@@ -155,7 +156,7 @@ def test_rows_of_queries_and_keys_alternate_between_the_halves_of_a_head(tokeniz
 @pytest.mark.parametrize("scheme", ["f32", "q4_0"])
 def test_model_read_back_has_the_same_logits(shape: str, scheme: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = make_source(tokenizer, **SHAPES[shape])
-    client = Dequantized(write(source, scheme, tmp_path / "m.gguf"), CPU)
+    client = dequantized(write(source, scheme, tmp_path / "m.gguf"), CPU)
     with quantized(source.model, FORMAT.schemes[scheme]):
         expected = logits_of(source.model)
     assert (client.logits(IDS) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -168,7 +169,7 @@ def test_bf16_file_holds_bf16_matrices_and_fp32_vectors(tokenizer: Tokenizer, tm
         parameter.data = parameter.data.bfloat16().float()
     path = write(source, "bf16", tmp_path / "m.gguf")
     assert {tensor.tensor_type.name for tensor in tensors_of(path).values()} == {"BF16", "F32"}
-    assert torch.equal(Dequantized(path, CPU).logits(IDS), logits_of(source.model))
+    assert torch.equal(dequantized(path, CPU).logits(IDS), logits_of(source.model))
 
 
 def test_divisors_of_llama3_frequencies_are_llama_cpps(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_tokenizer_read_back_gives_the_same_tokens(name: str, tokenizer: Tokeniz
     assert pre_tokenizer_name(changed) == name
     path = write(make_source(changed), "f32", tmp_path / "m.gguf")
     assert metadata_of(path)["tokenizer.ggml.token_type"][301] == gguf.TokenType.USER_DEFINED
-    client = Dequantized(path, CPU)
+    client = dequantized(path, CPU)
     for text in (*ODD, "a 1x <tool>", *made_text(2, seed=5)):
         assert client.encode(text) == changed.encode(text, add_special_tokens=False).ids, text
     assert 301 in client.encode("a <tool>")
@@ -326,7 +327,7 @@ def test_file_is_read_by_the_library_where_llama_cpp_is_missing(
     path = write(make_source(tokenizer), "q8_0", tmp_path / "m.gguf")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     client = FORMAT.open(path, CPU)
-    assert isinstance(client, Dequantized)
+    assert isinstance(client, InOsp)
     assert client.name.startswith("gguf 0.")
     assert "llama-cpp-python is not installed" in client.name
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from osp.config import TokenizerConfig, from_dict
 from osp.convert.export import export
 from osp.convert.file_certificate import odd_texts
-from osp.convert.gguf_file import PRE_TOKENIZERS, Dequantized, Gguf, LlamaCpp
+from osp.convert.gguf_file import PRE_TOKENIZERS, Gguf, LlamaCpp, dequantized
 from osp.data.tokenizer import train_tokenizer
 from osp.errors import UserError
 from osp.evaluation.language_model import open_model
@@ -86,11 +86,11 @@ def test_q4_k_m_by_llama_cpp_has_no_fallback(run: Path, tmp_path: Path) -> None:
     assert certificate.ffn_width == (208, 256)  # 208 is no multiple of the 256 channels of a block
     subject = open_model(run)
     ids = read_text("held_out", subject).tokens[:2048].view(-1, 32).long()
-    by_llama_cpp, dequantized = (
+    by_llama_cpp, by_library = (
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
-        for logits in (LlamaCpp(smaller).logits(ids), Dequantized(smaller, CPU).logits(ids))
+        for logits in (LlamaCpp(smaller).logits(ids), dequantized(smaller, CPU).logits(ids))
     )
-    assert by_llama_cpp == pytest.approx(dequantized, rel=1e-3)
+    assert by_llama_cpp == pytest.approx(by_library, rel=1e-3)
     assert by_llama_cpp == pytest.approx(certificate.trained.perplexity, rel=0.1)
 
 
