@@ -37,15 +37,16 @@ def parse_json(text: str | bytes) -> Any:
     Raises `ValueError` for everything that is not JSON, also for nesting that Python cannot follow.
     """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
+        try:
+            return json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise
+        except ValueError:  # of int(), for its time is quadratic in the digits
+            return json.loads(text, parse_int=lambda text: int(text) if len(text) <= MOST_DIGITS else float(text))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x})") from error
-    except ValueError:  # of int(), for its time is quadratic in the digits
-        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
 
 
 def not_a_file(path: Path) -> bool:

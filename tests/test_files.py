@@ -44,6 +44,11 @@ def test_what_is_not_json_is_a_value_error_of_one_line(text: str | bytes, tmp_pa
         read_json(path)
 
 
+def test_a_huge_integer_before_deep_nesting_is_malformed() -> None:
+    with pytest.raises(ValueError, match=r"^nested too deeply$"):
+        parse_json("[" + "7" * 5000 + ", " + "[" * 100_000)
+
+
 def test_an_integer_of_any_length_is_read() -> None:
     assert parse_json('{"a": ' + "7" * 4300 + "}") == {"a": int("7" * 4300)}
     assert parse_json('{"text": "x", "a": [' + "7" * 5000 + ", -12, 3.5]}") == {

@@ -20,7 +20,6 @@ from torch import Tensor
 from osp.quant.grid import FloatGrid, Grid, clipped, grouped, ungrouped
 
 E2M1_MAX, E4M3_MAX = 6, 448
-E4M3_EPS = 0.125  # for a scale that rounds to 0, as in compressed-tensors
 
 
 class NumberFormat:
@@ -136,7 +135,7 @@ class NVFP4(NumberFormat):
 
         def representable(scale: Tensor) -> Tensor:
             rounded = (g * scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-            return torch.where(rounded == 0, E4M3_EPS, rounded) / g
+            return torch.where(rounded == 0, 0.125, rounded) / g  # 0 becomes 1/8 as in compressed-tensors
 
         scale = representable(groups.float().abs().amax(-1, keepdim=True) / E2M1_MAX)
         full = FloatGrid(scale, torch.zeros_like(scale), -E2M1_MAX, E2M1_MAX)

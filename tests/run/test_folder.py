@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def remove_after_step(monkeypatch: pytest.MonkeyPatch, step: int, folder: Path) 
 
     def train_step(self: Trainer, number: int, *, record: bool) -> Any:
         if number == step:
+            writing = self.saver._writing
+            wait([writing] if writing else [])  # a file that appears meanwhile would make the removal fail
             shutil.rmtree(folder)
         return original(self, number, record=record)
 
