@@ -163,7 +163,8 @@ def measure_run(path: Path, known: Values | None, arguments: argparse.Namespace)
         "block_weights": sum(p.numel() for p in matrices),
         "model_sha256": subject.sha256(),
         "trained": json.loads((subject.run / "environment.json").read_text(encoding="utf-8"))[0]["git"],
-        "measured": environment(),
+        "measured": (now := environment()),
+        "commits": [*dict.fromkeys([*(known or {}).get("commits", []), now["git"]])],  # of all measurements
         "outliers": outliers(subject.run),
         **{kind: dict((known or {}).get(kind, {})) for kind in (*REFERENCES, "planted")},
     }
@@ -379,7 +380,7 @@ def as_markdown(results: Values) -> str:
     first, machine = next(iter(runs.values())), next(iter(runs.values()))["measured"]
     commits = {
         "trained": dict.fromkeys(str(run["trained"]) for run in runs.values()),
-        "measured": dict.fromkeys(str(run["measured"]["git"]) for run in runs.values()),
+        "measured": dict.fromkeys(str(commit) for run in runs.values() for commit in run["commits"]),
     }
     seeds = sorted({run["seed"] for run in runs.values()})
     clients = dict.fromkeys(file["client"] for run in runs.values() for file in run["files"].values())

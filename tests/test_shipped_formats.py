@@ -211,7 +211,17 @@ def test_claims_of_the_page_hold() -> None:
     gptq = [1 - costs[recipe, "W4A16, GPTQ"] / costs[recipe, "W4A16, clip"] for recipe in recipes]
     assert all(0.33 < lowered < 0.67 for lowered in gptq)
     verdicts = {row: cells for row, *cells in tables_of("Recipe against recipe")}
-    assert not [row for row, cells in verdicts.items() if not all(cell.startswith("not clear") for cell in cells[:2])]
+    clear = {(row, i) for row, cells in verdicts.items() for i in (0, 1) if not cells[i].startswith("not clear")}
+    assert clear == {("W4A16, RTN", 0)}
+    assert verdicts["W4A16, RTN"][0].startswith("more: +0.009")
+    plain, clip, by_gptq = (costs["osp", f"W4A16, {how}"] for how in ("RTN", "clip", "GPTQ"))
+    assert 0.4 < 1 - clip / plain < 0.6
+    assert 0.75 < 1 - by_gptq / plain < 0.85
+    for name in ("NVFP4", "MXFP4"):
+        alone, both = ([costs[recipe, name + part] for recipe in recipes] for part in ("A16", ""))
+        assert all(a < 0.56 * b for a, b in zip(alone, both, strict=True))
+        assert 0.005 <= round(min(alone), 3) <= max(alone) < 0.035
+        assert 0.018 < min(both) <= max(both) < 0.075
     assert {cells[2].partition(":")[0] for cells in verdicts.values()} == {"more", "not clear"}
     static = {run: fake["A4, per tensor, static"]["nats"] - fake["16-16-16"]["nats"] for run, fake in fakes().items()}
     by_recipe = {
