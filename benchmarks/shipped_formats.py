@@ -15,6 +15,7 @@ import argparse
 import collections
 import ctypes
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -282,8 +283,7 @@ def measure_file(run: Path, file: File, windows: Tensor, arguments: argparse.Nam
 
 def quantize_by_llama_cpp(source: Path, target: Path) -> None:
     """Write `target` as `llama-quantize source target Q4_K_M` does."""
-    import llama_cpp
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 1
     status = llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(parameters))
