@@ -236,7 +236,7 @@ class _Recorder:
 def _lockstep_linear(module: Linear, spec: QuantSpec, x: Tensor) -> Tensor:
     """Return the product of x (2, ..., in) with W: of the first copy as usual, of the second with both quantized.
 
-    Static ranges are those of the first copy.
+    Static ranges come from the first copy.
     """
     weight, bias = module.affine()
     bias = None if bias is None else bias.to(x.dtype)

@@ -45,7 +45,7 @@ class NumberFormat:
         Args:
             group_size: channels that share a scale; None: all channels, or `block_size`.
             clip_search: whether to clip where that makes the error smallest, if the format has a grid.
-            bounds: (2,) the least and the largest value of the whole tensor, if `can_be_static`; None: those of `x`.
+            bounds: (2,) the least and the largest value of the whole tensor, if `can_be_static`; None: of `x`.
         """
         groups = grouped(x, group_size=self.block_size or group_size)
         return ungrouped(self.nearest(groups, clip_search=clip_search, bounds=bounds), x)
