@@ -72,7 +72,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
         width, trained = subject.model.config.intermediate_size, observe("osp", subject.model, text, subject)
         llama, folding = _fold(subject, ffn_multiple=multiple, dtype=DTYPES[dtype])
         with quantized(llama, spec, calibration=calibration, progress=True) as state:
-            target.write(LlamaSource(llama, subject, subject.context, DTYPES[dtype], shard_bytes), state, scheme, path)
+            target.write(LlamaSource(llama, subject, DTYPES[dtype], shard_bytes), state, scheme, path)
             fake = observe("osp, fake quantization", llama, text, subject)
         four_bits = None
         if spec.is_identity:

@@ -44,8 +44,7 @@ class LlamaSource:
     """What is written."""
 
     model: Transformer  # a stock Llama (RMSNorm with a gain per channel, FFN padded), fp32; values fit in `dtype`
-    subject: LanguageModel  # the trained model with its tokenizer; its weights are not those of `model`
-    context: int  # tokens that the model was trained on; `max_position_embeddings` of `model`
+    subject: LanguageModel  # the trained model with its tokenizer; `model` has other weights
     dtype: torch.dtype  # of the tensors that are not quantized
     shard_bytes: int  # upper bound of a file of weights
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class HuggingFace(FileFormat):
         ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
         packed = self.pack(source, state, scheme)
         write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, packed=packed, **ids)
-        write_tokenizer(subject, path, context=source.context)
+        write_tokenizer(subject, path)
         if not packed:
             loaded = load_hf(path).to(subject.device)
             check_same_function("reading back the files", observe_function(source.model), observe_function(loaded))
@@ -70,18 +70,20 @@ class HuggingFace(FileFormat):
             return InOsp(load_hf(path).to(device), load_hf_tokenizer(path)[0], name)
 
     def above_four_bits(self, path: Path) -> list[str]:
-        return [BODY * (name != HEAD) + name for name, _ in load_hf(path).named_parameters()]
+        files = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+        names = [name for file in files for name in file.keys()]  # noqa: SIM118 - no mapping
+        return [name for name in names if name.endswith((".weight", ".bias"))]  # packed ones have other endings
 
 
 class InTransformers:
     """A folder loaded by `transformers`; also the client of quantized folders that it reads."""
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(self, path: Path, device: torch.device):
         with quiet():
             import transformers
 
             self.name = f"transformers {transformers.__version__}"
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.model = model.to(device).eval()
 
@@ -240,8 +242,8 @@ def write_llama(
         path.chmod((folder / CONFIG).stat().st_mode)
 
 
-def write_tokenizer(subject: LanguageModel, folder: Path, *, context: int) -> None:
-    """Write the run's tokenizer.json and the settings of `transformers`; context: tokens that the model reads."""
+def write_tokenizer(subject: LanguageModel, folder: Path) -> None:
+    """Write the run's tokenizer.json and the settings of `transformers`."""
     assert subject.run is not None
     shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
     ids = (subject.bos_id, subject.eos_id)
@@ -253,7 +255,7 @@ def write_tokenizer(subject: LanguageModel, folder: Path, *, context: int) -> No
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
+        "model_max_length": subject.context,
     }
     _write_json(folder / "tokenizer_config.json", settings)
     stops = subject.eos_id if len(subject.stop_ids) < 2 else list(subject.stop_ids)

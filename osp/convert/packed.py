@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -99,10 +98,6 @@ class CompressedTensors(HuggingFace):
             module.weight.data.div_(scale)
         client.name += f" with compressed-tensors {importlib.metadata.version('compressed-tensors')}"
         return client
-
-    def above_four_bits(self, path: Path) -> list[str]:
-        files = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
-        return [name for file in files for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118 - no mapping
 
 
 def library_scheme(scheme: str) -> Any:
