@@ -90,7 +90,7 @@ FOLDED = {"w4a16_g128": "W4A16, clip", "nvfp4": "NVFP4", "mxfp4": "MXFP4", "q4_0
 # Activations alone, for models with a planted outlier; and how much larger its channel is made.
 PLANTED = {
     "int8 per token": {"a_bits": 8, "a_symmetric": True, "o_proj_by_head": False},
-    "int8 per tensor, static": {"a_bits": 8, "a_symmetric": True, "o_proj_by_head": False, "a_static": True},
+    "int8 per tensor, static": {"a_bits": 8, "a_symmetric": True, "o_proj_by_head": False, "static_activations": True},
     "int4 per token": {"a_bits": 4, "a_symmetric": True, "o_proj_by_head": False},
     "MXFP4, blocks of 32": {"a_bits": 4, "a_format": "mxfp4", "o_proj_by_head": False},
     "NVFP4, blocks of 16": {"a_bits": 4, "a_format": "nvfp4", "o_proj_by_head": False},
@@ -104,7 +104,7 @@ def research_specs() -> dict[str, QuantSpec]:
     rows = {}
     for bits in (8, 4):
         for name, static in (("per token", False), ("per tensor, static", True)):
-            values = {"a_bits": bits, "a_symmetric": True, "o_proj_by_head": False, "a_static": static}
+            values = {"a_bits": bits, "a_symmetric": True, "o_proj_by_head": False, "static_activations": static}
             rows[f"A{bits}, {name}"] = build(QuantSpec, values)
     return rows | {f"4-4-4, `{name}`": build(QuantSpec, group("quant", name)) for name in ("osp_paper", "strict")}
 

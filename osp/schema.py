@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from osp.errors import NotTextError, UserError
 
 C = TypeVar("C")
+FORMER = {"a_static": "static_activations"}  # name of a key in an earlier version -> its name
 _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
@@ -202,7 +203,7 @@ def _words(error: ErrorDetails) -> str:
 def unknown(path: str, key: str, names: Iterable[str]) -> str:
     """Return the sentence for an unknown key of a table at `path` whose keys are `names`."""
     names = sorted(names)
-    close = difflib.get_close_matches(key, names, n=1)
+    close = [name for name in names if name == FORMER.get(key)] or difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {join(path, close[0])!r}?" if close else f"choose from {', '.join(names)}"
     return f"unknown key {join(path, key)!r}; {hint}"
 

@@ -19,7 +19,7 @@ def main(values: dict[str, Any]) -> None:
         record = compare(config)
         store_record(record, config.out)
         if is_main():
-            print(markdown(record.models), end="")
+            print(markdown(record.models, config.columns), end="")
     finally:
         shutdown()
 

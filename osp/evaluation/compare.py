@@ -13,9 +13,10 @@ from tqdm import tqdm
 from osp.config import COMPARISONS, MonitorConfig
 from osp.distributed import is_main
 from osp.errors import UserError
-from osp.evaluation.config import CompareConfig
+from osp.evaluation.config import COLUMNS, DEPLOYED_COLUMNS, VARIANTS, CompareConfig
 from osp.evaluation.evaluate import Measurement, check_out, open_subject, store_record
 from osp.evaluation.language_model import LanguageModel, find_model
+from osp.evaluation.perplexity import Text
 from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
 from osp.quant.deployed import DEPLOYED
@@ -26,9 +27,6 @@ from osp.tables import render_text
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2; the last of table 4
-# Columns beside table 2, which has no such formats -> name in `osp.quant.deployed`. They fix all but the calibration.
-DEPLOYED_COLUMNS = {"W4A16": "w4a16_g128", "NVFP4": "nvfp4", "MXFP4": "mxfp4"}
 METHODS = {"RTN": "", "+ FFN Had": "+Had", "+ GPTQ": "+GPTQ", "+ QuaRot": "+QuaRot"}  # row of table 4 -> of table 2
 ACCURACIES = ("acc_norm", "acc", "exact_match")  # a task counts with the first that it has
 
@@ -39,6 +37,7 @@ def compare(config: CompareConfig) -> ComparisonRecord:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
         config = dataclasses.replace(config, quant=config.quant.at("16-16-16"))
+    column_specs(config)  # refuse what cannot be built before a model is loaded
     check_out(config.out)
     for path in config.paths:
         find_model(Path(path))
@@ -66,9 +65,10 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
     """
     measurement, progress = Measurement(subject, config), config.progress and is_main()
     named = method_specs(config.quant)
-    rows = named if config.methods == "all" else ("", "+Had")
-    cells = {(row, bits): named[row].at(bits) for row in rows for bits in COLUMNS}
-    cells |= {("", column): spec for column, spec in deployed_specs(measurement, config.quant).items()}
+    rows = tuple(named) if config.methods == "all" else ("", "+Had")
+    rows = rows if set(config.columns) & set(COLUMNS) else ("",)
+    cells = {("", column): spec for column, spec in measurable_specs(measurement, config).items()}
+    cells |= {(row, bits): named[row].at(bits) for row in rows[1:] for bits in config.columns if bits in COLUMNS}
     methods = {}
     if config.methods != "none":
         methods = {method: named[row].at(COLUMNS[-1]) for method, row in METHODS.items()}
@@ -84,12 +84,17 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
         except UserError as error:  # the model cannot be rotated
             logger.warning("%s: cells left out, %s", subject.name, error)
             scores[words] = Score(None, None)
+    if len(scores) == len(wanted):
+        check_spec(specs[0], subject.model.config)  # raises the reason
     calibrations = {words: measurement.calibration(spec) for words, spec in wanted.items() if words not in scores}
     sha256, kurtosis, kurtosis_text, what = subject.sha256(), *script_kurtosis(measurement, config), ""
     for words, calibration in tqdm(calibrations.items(), desc=subject.name, unit="cell", disable=not progress):
         with quantized(subject.model, wanted[words], calibration=calibration, progress=progress):
             results = [result for part in measurement.results() for result in part]
-        scores[words], what = score(results), what or ", ".join(dict.fromkeys(result.what for result in results))
+        scores[words], what = (
+            score(results, measurement.texts),
+            what or ", ".join(dict.fromkeys(result.what for result in results)),
+        )
         if subject.run is None and config.out is None:  # no file keeps it
             logger.info("%s, %s: %s", subject.name, words, scores[words])
         shown = collections.defaultdict(lambda: Score(None, None), scores)
@@ -109,8 +114,8 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
         )
 
 
-def score(results: Sequence[Result]) -> Score:
-    """Return the first perplexity, and the mean accuracy of all tasks, where both parts of ARC are one.
+def score(results: Sequence[Result], texts: Sequence[Text] = ()) -> Score:
+    """Return the perplexities of the texts, and the mean accuracy of all tasks, where both parts of ARC are one.
 
     A task with several filters counts with the first in its file, and a group of tasks that has a score itself counts
     as one task.
@@ -127,7 +132,8 @@ def score(results: Sequence[Result]) -> Score:
         metric = min(values, key=ACCURACIES.index)
         benchmarks[re.sub("arc_(easy|challenge)", "arc", what)].append(values[metric])
     means = [statistics.fmean(values) for values in benchmarks.values()]
-    return Score(next(iter(perplexities), None), statistics.fmean(means) if means else None)
+    accuracy, by_text = statistics.fmean(means) if means else None, zip(texts, perplexities, strict=False)
+    return Score(next(iter(perplexities), None), accuracy, {text.name: value for text, value in by_text})
 
 
 def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
@@ -137,24 +143,39 @@ def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
     return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
-def deployed_specs(measurement: Measurement, quant: QuantSpec) -> dict[str, QuantSpec]:
-    """Return column -> quantization of the deployed formats; warn about one that the model cannot have.
+def column_specs(config: CompareConfig) -> dict[str, QuantSpec]:
+    """Return column -> its quantization, made from `quant`, or raise `UserError`.
 
-    A format with static ranges calibrates on the text of `quant`.
+    A deployed format takes no more than its calibration from `quant`.
     """
-    subject, specs = measurement.subject, {}
-    for column, name in DEPLOYED_COLUMNS.items():
-        spec = DEPLOYED[name]
-        if spec.needs_calibration:
-            tokens = min(spec.calibration_tokens, quant.calibration_tokens)
-            spec = dataclasses.replace(spec, calibration=quant.calibration, calibration_tokens=tokens, seed=quant.seed)
+    quant, specs = config.quant, {}
+    for column in config.columns:
+        if column in DEPLOYED_COLUMNS:
+            spec = DEPLOYED[DEPLOYED_COLUMNS[column]]
+            if spec.needs_calibration:
+                tokens = min(spec.calibration_tokens, quant.calibration_tokens)
+                given = {"calibration": quant.calibration, "calibration_tokens": tokens, "seed": quant.seed}
+                spec = dataclasses.replace(spec, **given)
+        else:
+            bits, changes = VARIANTS.get(column, (column, {}))
+            spec = dataclasses.replace(quant, **changes).at(bits)
+        specs[column] = spec
+    return specs
+
+
+def measurable_specs(measurement: Measurement, config: CompareConfig) -> dict[str, QuantSpec]:
+    """Return `column_specs`; of the default columns leave out deployed formats that the model cannot have, and warn."""
+    subject, specs = measurement.subject, column_specs(config)
+    for column in [column for column in DEPLOYED_COLUMNS if column in specs]:
         try:
-            check_spec(spec, subject.model.config)
-            measurement.calibration(spec)
-            specs[column] = spec
+            check_spec(specs[column], subject.model.config)
+            measurement.calibration(specs[column])
         except UserError as error:
+            if config.columns != CompareConfig.columns:
+                raise UserError(f"columns={column}: {subject.name}: {error}") from error
             level = logging.WARNING if is_main() else logging.DEBUG
             logger.log(level, "%s: the column %s is left out, %s", subject.name, column, error)
+            del specs[column]
     return specs
 
 
@@ -175,15 +196,16 @@ def script_kurtosis(measurement: Measurement, config: CompareConfig) -> tuple[fl
     return reading.metrics["monitor/kurtosis/osp_script"], name
 
 
-def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return table 2, then table 4, and below them what the numbers are."""
+def markdown(comparisons: Sequence[Comparison], columns: Sequence[str] = CompareConfig.columns) -> str:
+    """Return table 2, then table 4, for one text after another, and below them what the numbers are."""
     names = [c.name for c in comparisons]
     return render_text(
         Path(__file__).with_name("compare.md"),
         comparisons=comparisons,
         names=[f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)],
-        columns=(*COLUMNS, *DEPLOYED_COLUMNS),
-        deployed=DEPLOYED_COLUMNS,
+        texts=list(dict.fromkeys(text for c in comparisons for text in c.texts)) or [""],
+        columns=columns,
+        noted=[column for column in columns if column not in COLUMNS],
         has_tasks=any(score.accuracy is not None for c in comparisons for score in c.methods.values()),
         short=format_short,
     )

@@ -1,12 +1,29 @@
 """Configurations of `scripts/evaluate.py` and `scripts/compare.py`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from osp.quant.spec import QuantSpec
 from osp.schema import Count, CountOrZero, Device, Int, Threads
+
+COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2; the last of table 4
+# Columns beside table 2, which has no such formats -> name in `osp.quant.deployed`. They fix all but the calibration.
+DEPLOYED_COLUMNS = {"W4A16": "w4a16_g128", "NVFP4": "nvfp4", "MXFP4": "mxfp4"}
+_STATIC = {"static_activations": True, "a_group_size": None, "o_proj_by_head": False}
+# Further columns -> bits, and the keys of `quant` that differ.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "4-4-4 +Had": ("4-4-4", {"ffn_hadamard": True}),
+    "static 8-8": ("8-8-16", _STATIC),
+    "static 4-4": ("4-4-16", _STATIC),
+}
+
+
+def _column(name: str) -> str:
+    if name not in (choices := (*COLUMNS, *VARIANTS, *DEPLOYED_COLUMNS)):
+        raise ValueError(f"must be one of {', '.join(choices)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,11 @@ class EvaluateConfig(MeasureConfig):
 class CompareConfig(MeasureConfig):
     paths: tuple[str, ...] = ()  # runs, checkpoints and Hugging Face folders
     quant: QuantSpec = field(default_factory=QuantSpec)  # the rows vary its bits and methods
+    # What to measure; there are also `4-4-4 +Had`, `static 8-8` and `static 4-4`
+    columns: Annotated[tuple[Annotated[str, AfterValidator(_column)], ...], Field(min_length=1)] = (
+        *COLUMNS,
+        *DEPLOYED_COLUMNS,
+    )
     # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
     methods: Literal["none", "last", "all"] = "last"
     spinquant: bool = False  # measure the last row of table 4 too, which takes longest

@@ -52,7 +52,7 @@ class QuantSpec:
     w_clip: bool = True  # narrow the range of each scale to the least rounding error
     a_symmetric: bool = False  # a scale and no zero point
     a_group_size: Count | None = None  # channels of a token that share a scale; None: all
-    a_static: bool = False  # one scale per site for all tokens, from the extremes on calibration text
+    static_activations: bool = False  # one scale per site for all tokens, from the extremes on calibration text
     o_proj_by_head: bool = True  # the input of o_proj has one scale per head
     kv_symmetric: bool = False  # a scale and no zero point
     kv_group_size: Count | None = None  # channels of a head that share a scale; None: all
@@ -106,17 +106,17 @@ class QuantSpec:
             raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
 
     def _check_static(self) -> None:
-        if not self.a_static:
+        if not self.static_activations:
             return
         if self.a_group_size is not None:
             raise UserError(
-                f"quant.a_group_size={self.a_group_size}: quant.a_static=true has one scale per site; "
+                f"quant.a_group_size={self.a_group_size}: quant.static_activations=true has one scale per site; "
                 "set quant.a_group_size=null"
             )
         if self.a_bits < 16 and not self.number_format("a").can_be_static:
             raise UserError(
-                f"quant.a_static=true: the format {self.a_format} takes its scales from the values; "
-                "set quant.a_static=false"
+                f"quant.static_activations=true: the format {self.a_format} takes its scales from the values; "
+                "set quant.static_activations=false"
             )
 
     def number_format(self, part: Part) -> "NumberFormat":
@@ -139,7 +139,7 @@ class QuantSpec:
         """Whether a scale of these activations is taken from calibration text."""
         if part == "w" or getattr(self, f"{part}_bits") == 16:
             return False
-        return (part == "a" and self.a_static) or self.number_format(part).tensor_scale
+        return (part == "a" and self.static_activations) or self.number_format(part).tensor_scale
 
     @property
     def bits(self) -> str:
@@ -163,8 +163,9 @@ class QuantSpec:
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of all fields; formats at None and a_static at false do not count."""
+        """12 hexadecimal digits of the SHA-256 of all fields; later fields at their defaults do not count."""
         values = dataclasses.asdict(self)
+        values["a_static"] = values.pop("static_activations")  # its first name
         for key in ("w_format", "a_format", "kv_format", "ends_format", "a_static"):
             if not values[key]:
                 del values[key]
@@ -195,7 +196,7 @@ class QuantSpec:
         whole = {"w": "channel", "a": "token", "kv": "head"}
         for part in self.parts:
             number_format, size = self.number_format(part), getattr(self, f"{part}_group_size")
-            by_head = self.o_proj_by_head and not self.a_static and number_format.block_size is None
+            by_head = self.o_proj_by_head and not self.static_activations and number_format.block_size is None
             notes = {
                 "w": " clip" if self.w_clip and number_format.has_grid else "",
                 "a": " (o_proj by head)" if by_head else "",

@@ -101,6 +101,11 @@ class Score:
 
     perplexity: Annotated[float, Field(gt=0)] | None
     accuracy: float | None
+    perplexities: dict[str, Number] = field(default_factory=dict)  # name of every text -> perplexity
+
+    def on(self, text: str) -> "Score":
+        """Return the cell of a text other than the first, without the accuracy."""
+        return Score(self.perplexities.get(text), None)
 
     def __str__(self) -> str:
         """Return accuracy in percent / perplexity, as the paper writes it: `31.2/12.41`."""
@@ -117,10 +122,10 @@ class Comparison:
     sha256: str
     kurtosis: float | None  # excess kurtosis of the residual stream, by the paper's script
     what: str  # the text and tasks of every cell
-    bits: dict[str, dict[str, Score]]  # table 2: "", "+Had", "+GPTQ", "+QuaRot" -> W-A-KV -> score
+    bits: dict[str, dict[str, Score]]  # table 2: "", "+Had", "+GPTQ", "+QuaRot" -> column -> score
     methods: dict[str, Score]  # table 4: method -> score
     specs: dict[str, str]  # hash -> the quantization in words
-    hashes: dict[str, str] = field(default_factory=dict)  # "4-4-4", "4-4-4 +Had", method -> hash of its quantization
+    hashes: dict[str, str] = field(default_factory=dict)  # column, "4-4-4 +Had", method -> hash of its quantization
     texts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
     step: int = 0  # of the checkpoint
     kurtosis_text: str = ""  # of the kurtosis: `the first 16,384 tokens of wikitext2`

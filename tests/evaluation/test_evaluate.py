@@ -247,6 +247,7 @@ def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert record.ablation.saving_left_out(cost) == pytest.approx(math.log(2))
     assert compared is not None
     assert (compared.step, str(compared.methods["RTN"])) == (7, "25.0/12.50")
+    assert compared.methods["RTN"].perplexities == {}
 
 
 def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:
@@ -425,6 +426,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["LLAMA", "lm_eval=[piqa.jsonl]"], r"lm_eval=piqa.jsonl: local files are tasks="),
         (["LLAMA", "text=[a]"], r"unknown key 'text'; did you mean 'texts'\?"),
         (["LLAMA", "quant=osp"], r"Could not find 'quant/osp'"),
+        (["LLAMA", "quant.a_static=true"], r"unknown key 'quant.a_static'; did you mean 'quant.static_activations'\?"),
         (["LLAMA", "quant.w_bits=1"], r"quant.w_bits=1: must be an integer from 2 to 16"),
         (
             ["LLAMA", "quant=osp_paper", "quant.w_group_size=5"],
@@ -454,6 +456,7 @@ def test_mistake_on_the_command_line(
 def test_compare_names_the_model_that_is_missing(error_of: Callable[..., str], llama_folder: Path) -> None:
     assert "name the models to compare" in error_of("compare")
     assert "one/two: no model" in error_of("compare", "one/two", "three")
+    assert "columns[0]='4-4 folded': must be one of 16-16-16" in error_of("compare", "one/two", "columns=[4-4 folded]")
     assert "one/two: no model" in error_of("compare", str(llama_folder), "one/two"), "before the first is measured"
 
 
@@ -485,7 +488,8 @@ def test_model_hash_tells_models_apart(llama: LanguageModel, llama_folder: Path)
 def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Started by torchrun, the command prints the numbers of a single process, once."""
     (tmp_path / "other.txt").write_text("".join(made_text(3, seed=1)))
-    quant = QuantSpec(a_static=True, calibration=str(tmp_path / "other.txt"), calibration_tokens=128).at("4-8-4")
+    quant = QuantSpec(calibration=str(tmp_path / "other.txt"), calibration_tokens=128)
+    quant = dataclasses.replace(quant, static_activations=True).at("4-8-4")
     overrides = [f"quant.{key}={value}" for key, value in dataclasses.asdict(quant).items() if value is not None]
     arguments = [str(llama_folder), f"texts=[{text_file}]", "seq_len=32", *overrides, "progress=false"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -503,3 +507,4 @@ def test_two_ranks_of_a_launcher_print_one_table(llama_folder: Path, text_file: 
     subject = open_model(llama_folder)
     config = EvaluateConfig(texts=(str(text_file),), seq_len=32, quant=quant, progress=False)
     assert two.stdout == results_table(evaluate(subject, config))
+    assert f"A asym/tensor static, KV asym/head (K Hadamard), calibration {tmp_path}/other.txt 128 tokens" in two.stdout

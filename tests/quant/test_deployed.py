@@ -175,8 +175,8 @@ def test_matrices_with_one_input_share_the_tensor_scale_of_nvfp4() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "spec",
-    [QuantSpec(a_bits=8, a_static=True, embedding_and_head=True), DEPLOYED["nvfp4"]],
-    ids=["a_static", "nvfp4"],
+    [QuantSpec(a_bits=8, static_activations=True, embedding_and_head=True), DEPLOYED["nvfp4"]],
+    ids=["static_activations", "nvfp4"],
 )
 def test_static_scales_follow_the_calibration_text(spec: QuantSpec) -> None:
     """The range of a site is the range of its activations on the calibration text, whatever is evaluated."""
@@ -205,7 +205,7 @@ def test_static_scales_follow_the_calibration_text(spec: QuantSpec) -> None:
         handle.remove()
     # a token's values do not depend on the other tokens of the batch
     torch.testing.assert_close(inputs[-1][0, 6], alone)
-    if spec.a_static:
+    if spec.static_activations:
         low, high = state.bounds["layer_01/down_proj_in"].tolist()
         step = (high - low) / 255
         levels = inputs[-1].double() / step
@@ -232,5 +232,7 @@ def test_words_name_blocks_static_ranges_and_ends() -> None:
         "4-4-16 rtn, W nvfp4/block 16 clip, A nvfp4/block 16, calibration train 65536 tokens, seed 0"
     )
     assert str(DEPLOYED["q4_0"]) == "4-16-16 rtn, W q4_0/block 32, embedding and head q8_0"
-    assert str(QuantSpec(a_bits=8, a_static=True)).startswith("16-8-16 rtn, A asym/tensor static, calibration train")
+    assert str(QuantSpec(a_bits=8, static_activations=True)).startswith(
+        "16-8-16 rtn, A asym/tensor static, calibration train"
+    )
     assert len({str(spec) for spec in DEPLOYED.values()}) == len({spec.hash for spec in DEPLOYED.values()}) == 9

@@ -144,8 +144,14 @@ def test_format_is_ignored_at_16_bits(llama: LanguageModel) -> None:
         ({"w_format": "nf4"}, r"quant.w_format='nf4'; choose from asym, blocks, half, "),
         ({"a_bits": 8, "a_format": NAME}, r"quant.a_bits=8: the format powers_of_two has 3, 4, 5 bits"),
         ({"w_bits": 4, "w_format": NAME, "method": "gptq"}, r"quant.method=gptq: .* powers_of_two has no grid"),
-        ({"a_bits": 4, "a_format": NAME, "a_static": True}, r"quant.a_static=true: the format powers_of_two takes"),
-        ({"a_bits": 8, "a_group_size": 8, "a_static": True}, r"quant.a_group_size=8: quant.a_static=true has one"),
+        (
+            {"a_bits": 4, "a_format": NAME, "static_activations": True},
+            r"quant.static_activations=true: the format powers_of_two takes",
+        ),
+        (
+            {"a_bits": 8, "a_group_size": 8, "static_activations": True},
+            r"quant.a_group_size=8: quant.static_activations=true has one",
+        ),
         ({"w_bits": 8, "ends_format": "q8_0"}, r"quant.ends_format=q8_0 does nothing without quant.embedding_and"),
         ({"w_bits": 8, "ends_format": "q9_0"}, r"quant.ends_format='q9_0'; choose from asym"),
         (

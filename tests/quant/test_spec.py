@@ -119,7 +119,7 @@ def test_line_and_hash_distinguish_specs() -> None:
         "embedding_and_head": True, "ffn_hadamard": True, "qk_hadamard": False, "method": "rtn", "act_order": True,
         "damping": 0.1, "rotation": "quarot", "rotation_steps": 1, "rotation_lr": 1.0, "calibration": "a.txt",
         "calibration_tokens": 1, "seed": 1, "w_format": "asym", "a_format": "sym", "kv_format": "sym",
-        "a_static": True, "ends_format": "q8_0",
+        "static_activations": True, "ends_format": "q8_0",
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(QuantSpec)}
     start = QuantSpec(method="gptq", embedding_and_head=True)
@@ -143,6 +143,15 @@ def test_line_and_hash_distinguish_specs() -> None:
 def test_hash_of_a_preset_never_changes(name: str, expected: str) -> None:
     """It is stored beside the results of earlier evaluations."""
     assert preset(name).hash == expected
+
+
+def test_hash_of_static_activations_is_from_their_first_name() -> None:
+    """`static_activations` was called `a_static`."""
+    assert QuantSpec(a_bits=8, static_activations=True).hash == "3d0a7d5e72eb"
+    values = {"a_bits": 8, "a_symmetric": True, "o_proj_by_head": False, "static_activations": True}
+    assert build(QuantSpec, values).hash == "8e8a5f2cb4df"
+    with pytest.raises(UserError, match=r"^unknown key 'quant.a_static'; did you mean 'quant.static_activations'\?$"):
+        build(QuantSpec, {"a_bits": 8, "a_static": True}, path="quant")
 
 
 def test_rotation_and_gains_after_a_sublayer() -> None:
