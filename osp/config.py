@@ -54,7 +54,8 @@ Site = Literal[
 AlertSite = Literal["all", Site]
 Statistic = Literal[
     "kurtosis", "kurtosis_pooled", "kurtosis_channel", "max_abs", "max_over_median", "rms",
-    "top_channel_share", "top_token_share", "massive_count", "few_channels", "few_tokens",
+    "top_channel_share", "top_token_share", "massive_count", "few_channels", "few_tokens", "mean_energy",
+    "top_channel_constancy", "top_channel_share_before_gain", "top_channel_gain", "gain_share",
     "osp_script", "R_L", "attn_logit_max", "attn_sink", "gain_max", "weight_row_max", "var_error",
 ]  # fmt: skip
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from osp.config import MonitorConfig, Site, Statistic
 from osp.model.attention import document_mask
 from osp.model.norms import BHyT, Norm
-from osp.model.sites import hook_site, layer_name, site_names
+from osp.model.sites import SITES, hook_site, layer_name, site_names, split_site
 from osp.model.transformer import CausalAttention, Linear, Transformer
 from osp.monitor import statistics as st
-from osp.monitor.statistics import Sample
+from osp.monitor.statistics import Gains, Sample
 from osp.quant.apply import error_and_energy
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec
@@ -109,6 +109,7 @@ class _Recorder:
         self.statistics = set(get_args(Statistic) if config.statistics == "all" else config.statistics)
         self.spec = DEPLOYED[config.quant] if config.quant else FOUR_BITS
         self.samples: dict[str, Sample] = {}
+        self.gains: dict[str, Gains] = {}
         self.sums: dict[str, Tensor] = {}  # pairs (numerator, denominator)
         self.maxima: dict[str, Tensor] = {}
         self.row, self.counted = 0, True
@@ -126,7 +127,7 @@ class _Recorder:
         times = 2 if "R_L" in self.statistics else 1
         with ExitStack() as stack:
             self._observe(self.sites, self._add_sample, stack)
-            for module, hook in self._module_hooks():
+            for module, hook in itertools.chain(self._module_hooks(), self._gain_hooks()):
                 stack.callback(module.register_forward_pre_hook(hook).remove)
             if times == 2:
                 self._observe(site_names(len(model.layers), ("block_out", "final_norm_out")), self._add_error, stack)
@@ -162,6 +163,21 @@ class _Recorder:
             once = statistic in self.statistics and key not in self.maxima
             if once and getattr(module, "weight", None) is not None:
                 yield module, functools.partial(self._add_weight, key)
+
+    def _gain_hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        """Yield the norm that writes each site, with the hook before its first forward pass."""
+        for name in set(self.sites) - self.gains.keys():
+            norm = _writing_norm(self.model, name)
+            if norm is not None:
+                yield norm, functools.partial(self._add_gains, name)
+
+    def _add_gains(self, name: str, norm: Norm, inputs: tuple[Any, ...]) -> None:
+        x, scale = inputs[0], norm.output_scale
+        values = (
+            x.new_full((1,), default) if parameter is None else parameter.to(x.dtype)  # as the norm itself rounds it
+            for parameter, default in ((norm.weight, 1.0), (norm.bias, 0.0))
+        )
+        self.gains[name] = Gains(*(value.double().expand(x.shape[-1]) * scale for value in values))
 
     def _add_sample(self, name: str, x: Tensor) -> None:
         values = x[0].flatten(1)  # (T, D) of the copy that is not quantized
@@ -214,7 +230,7 @@ class _Recorder:
             self.samples = _merge_over_ranks(self.samples) if self.samples else {}
             self.sums = dict(zip(self.sums, _all_reduce(self.sums.values(), dist.ReduceOp.SUM), strict=True))
             self.maxima = dict(zip(self.maxima, _all_reduce(self.maxima.values(), dist.ReduceOp.MAX), strict=True))
-        sites = {name: _site_reading(self.samples[name], self.text) for name in self.sites}
+        sites = {name: _site_reading(self.samples[name], self.gains.get(name), self.text) for name in self.sites}
         metrics = {
             f"monitor/{statistic}/{name}": value
             for name, site in sites.items()
@@ -279,7 +295,15 @@ def _all_reduce(tensors: Collection[Tensor], operation: dist.ReduceOp.RedOpType)
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def _site_reading(sample: Sample, text: ProbeText) -> SiteReading:
+def _writing_norm(model: Transformer, name: str) -> Norm | None:
+    """Return the norm whose output is the site `name`. Not those of heads: RoPE mixes the channels after them."""
+    layer, kind = split_site(name)
+    block = "" if layer is None else f"layers.{layer}."
+    modules = [model.get_submodule(f"{block}{path}") for path in SITES[kind].writers if path.endswith("norm")]
+    return next((m for m in modules if isinstance(m, Norm) and kind not in ("q", "k")), None)
+
+
+def _site_reading(sample: Sample, gains: Gains | None, text: ProbeText) -> SiteReading:
     num_channels = sample.channel_max.numel()
     token, channel = divmod(int(sample.peak[1]), num_channels)
     row, position = divmod(token, text.tokens.shape[1])
@@ -290,7 +314,7 @@ def _site_reading(sample: Sample, text: ProbeText) -> SiteReading:
         row=row,
         position=position,
         token=int(text.tokens[row, position]),
-        statistics=st.compute_statistics(sample),
+        statistics=st.compute_statistics(sample, gains),
         channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
         top_channel=int(st.channel_energy(sample).argmax()),
         octaves=st.count_octaves(sample),

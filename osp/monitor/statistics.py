@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASSIVE_SIGMAS = 6.0  # OSP counts values beyond this many standard deviations as massive activations
+_TINY = 1e-300  # added to the energy of nothing but zeros, of which every share is 0
 
 # `Sample.counts` is a histogram by sign, octave and the 7 bits of a bf16 mantissa, between 2^-32 and 2^32.
 _OCTAVES = 64
@@ -46,18 +47,29 @@ class Sample(NamedTuple):
     peak: Tensor  # (3,) fp64: |x|, t * D + c and x of the largest |x|; the first of equals
 
 
-def compute_statistics(s: Sample) -> dict[str, float]:
-    """Return every statistic of a site by name.
+class Gains(NamedTuple):
+    """The norm that writes a site: y = weight * z + bias with the normalized z. (D,) fp64; one gain counts D times."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def compute_statistics(s: Sample, gains: Gains | None = None) -> dict[str, float]:
+    """Return every statistic of a site by name; `gain_statistics` too if a norm writes it.
 
     few_channels and few_tokens split the pooled fourth moment, mean(x^4) / mean(x^2)^2 = few_channels * few_tokens *
     rest. The larger one tells whether kurtosis comes from few channels (Adam's outliers) or few tokens (attention
     sinks). If the energy is a product, E[x_tc^2] = r_t c_c, the rest is the fourth moment of x / sqrt(r_t c_c): 3 for
     normal values, 1 for signs. The moments are not centred: for values of mean 0 the product is kurtosis_pooled + 3.
+
+    The top channel is the one with the most energy. If its constancy is near 1, the model uses it as a bias.
+    mean_energy is 1 if every token is the same vector, and about 1/N for independent tokens of mean 0.
     """
     count, num_channels = s.channels.count.max(), s.channels.mean.numel()
     pooled = merge_moments(s.channels)
-    energy = channel_energy(s)
-    total, (token_kurtosis, token_energy_squares) = energy.sum(), s.tokens
+    energy, mean_energy = channel_energy(s), s.channels.count * s.channels.mean**2
+    total, (token_kurtosis, token_energy_squares) = energy.sum() + _TINY, s.tokens
+    top = energy.argmax()
     sigma = (pooled.m2 / pooled.count).sqrt()
     values = _bin_values(energy.device)
     massive = (values - pooled.mean).abs() > MASSIVE_SIGMAS * sigma
@@ -69,15 +81,38 @@ def compute_statistics(s: Sample) -> dict[str, float]:
         "kurtosis_pooled": excess_kurtosis(pooled),  # of all N D values
         "kurtosis_channel": excess_kurtosis(s.channels).mean(),  # of each channel over tokens, averaged
         "max_abs": s.peak[0],
-        "max_over_median": s.peak[0] / median,  # of |x| rounded to bf16
+        "max_over_median": s.peak[0] / median if s.peak[0] else s.peak[0],  # of |x| rounded to bf16
         "rms": (total / (count * num_channels)).sqrt(),
         "top_channel_share": energy.max() / total,  # 1/D: all have the same energy, 1: one has all
         "top_token_share": s.token_energy_max / total,  # max_t e_t / E
         "massive_count": s.counts[massive].sum(),  # |x - mu| > 6 sigma of all values (OSP section 5), x rounded to bf16
-        "few_channels": num_channels * energy.square().sum() / total**2,  # 1: all have the same energy, D: one has all
-        "few_tokens": count * token_energy_squares / total**2,  # 1: all have the same energy, N: one has all
+        "few_channels": num_channels * (energy / total).square().sum(),  # 1: all have the same energy, D: one has all
+        "few_tokens": count * (token_energy_squares / total / total),  # 1: all have the same energy, N: one has all
+        "mean_energy": mean_energy.sum() / total,  # sum_c N mean_c^2 / E
+        "top_channel_constancy": (mean_energy[top] / (energy[top] + _TINY)).sqrt(),  # |mean| / rms; 1: a constant
     }
+    statistics |= {} if gains is None else gain_statistics(s, gains)
     return {name: float(value) for name, value in statistics.items()}
+
+
+def gain_statistics(s: Sample, gains: Gains) -> dict[str, Tensor]:
+    """Return what the gains of a norm do to the top channel c of its output y, 0-dim.
+
+    top_channel_share_before_gain is the share of the same channel c in the energy of z = (y - bias) / weight, computed
+    from y. It is the answer to "did the gain make the outlier?": without a bias top_channel_share is larger by the
+    factor g_c^2 / sum_k share_k g_k^2, which is 1 if all gains are equal. A channel other than c may have more energy
+    in z. A channel whose gain is 0 leaves no trace in y and counts as 0. The rounding of y in bf16 adds to a channel
+    whose gain is small against its bias.
+    """
+    square, mean = gains.weight.square(), s.channels.mean - gains.bias
+    before = torch.where(square > 0, (s.channels.m2 + s.channels.count * mean**2) / square, 0.0)
+    top, live = channel_energy(s).argmax(), gains.weight[square > 0].abs()
+    return {
+        "top_channel_share_before_gain": before[top] / (before.sum() + _TINY),
+        "top_channel_gain": gains.weight[top].abs() / (live.median() if len(live) else 1.0),  # of the gains but 0
+        "gain_share": square.max()
+        / (square.sum() + _TINY),  # 1/D: all gains are equal, 1: one channel has the only one
+    }
 
 
 def excess_kurtosis(m: Moments) -> Tensor:

@@ -1,5 +1,8 @@
 """The probe measures what the model computes: planted outliers, a naive forward pass, any number of ranks."""
 
+import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, get_args
@@ -9,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osp.config import Deployed, MonitorConfig, Site
+from osp.config import Deployed, MonitorConfig, NormConfig, Site
+from osp.model.norms import Norm
 from osp.model.sites import site_names
-from osp.model.transformer import Block, Transformer
+from osp.model.transformer import Block, Transformer, build_model
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.quant.deployed import DEPLOYED
 from osp.quant.formats import NVFP4
@@ -59,6 +63,12 @@ def test_statistics_and_place_name_the_planted_outlier(
         for statistic, value in outlier.statistics.items():
             if statistic == "massive_count":  # the outlier makes 6 sigma so wide that nothing else is beyond
                 assert value == 1
+            elif statistic == "mean_energy":  # the outlier is at one token of 36
+                assert value == pytest.approx(1 / 36, rel=0.03)
+            elif statistic == "top_channel_constancy":
+                assert value == pytest.approx(1 / 6, rel=0.02)
+            elif statistic == "top_channel_share_before_gain":  # one token of 36, one channel of 32
+                assert value < 1 / 36
             else:
                 assert value > 1.1 * clean.sites[name].statistics[statistic], statistic
 
@@ -186,6 +196,9 @@ def test_every_site_is_measured_as_the_model_computes_it(naive_pass: Any) -> Non
     assert set(reading.sites) == set(sites) == set(site_names(2, get_args(Site)))
     for name, values in sites.items():
         expected = naive(values)
+        if name.endswith(("attn_in", "mlp_in", "final_norm_out")):  # all gains are 1
+            before = {"top_channel_share_before_gain": expected["top_channel_share"]}
+            expected |= {**before, "top_channel_gain": 1.0, "gain_share": 1 / 32}
         # medians and counts are of values rounded to bf16, and a value halfway between may be rounded to either
         assert reading.sites[name].statistics == pytest.approx(expected, rel=5e-3 if expected["kurtosis"] else 1e-3)
         for key in ("kurtosis", "kurtosis_pooled", "max_abs", "rms", "top_channel_share", "few_tokens"):
@@ -245,6 +258,64 @@ def test_gain_max_and_weight_row_max_are_the_largest_of_the_weights() -> None:
     for name, parameter in (("layer_01/down_proj", "layers.1.mlp.down_proj.weight"), ("lm_head", "lm_head.weight")):
         expected = max(math.sqrt(sum(v * v for v in row)) for row in model.get_parameter(parameter).tolist())
         assert metrics[f"monitor/weight_row_max/{name}"] == pytest.approx(expected, rel=1e-6)
+
+
+NORM_KINDS: list[dict[str, Any]] = [
+    {"name": "rmsnorm"}, {"name": "rmsnorm", "affine": False}, {"name": "rmsnorm", "placement": "peri", "lns": True},
+    {"name": "ssnorm"}, {"name": "layernorm", "bias": True}, {"name": "layernorm", "affine": False},
+    {"name": "crmsnorm", "affine": True}, {"name": "crmsnorm"}, {"name": "dyt", "lns": True}, {"name": "derf"},
+    {"name": "bhyt_star"}, {"name": "bhyt", "seq_len": 12, "lns": True},
+]  # fmt: skip
+
+
+WRITTEN = {f"layers.{i}.{norm}": f"layer_0{i}/{site}" for i in range(2) for norm, site in (
+    ("input_layernorm", "attn_in"), ("post_attention_layernorm", "mlp_in"), ("mlp.ffn_norm", "down_proj_in")
+)} | {"norm": "final_norm_out"}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", NORM_KINDS, ids=lambda options: " ".join(map(str, options.values())))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gains_are_those_of_the_norm_that_writes_the_site(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Before the gain: the output of the norm with gain 1 and bias 0. Gains of both signs, some 0, a dead channel."""
+    config = dataclasses.replace(workers.small_model().config, norm=NormConfig(**options), ffn_norm=True)
+    model = build_model(config, seed=0)
+    model.compute_dtype = dtype
+    draw, passed = torch.Generator().manual_seed(2), dict[str, Any]()
+
+    def remember(path: str, _: Any, inputs: Any, output: Any) -> None:
+        passed.setdefault(path, (inputs, output))
+
+    for path, module in model.named_modules():
+        if isinstance(module, Norm):
+            for parameter in (module.weight, module.bias):
+                if parameter is not None and parameter.numel() > 1:
+                    parameter.data = torch.randn(parameter.shape, generator=draw)
+                    parameter.data[3:5] = 0.0
+            module.register_forward_hook(functools.partial(remember, path))
+    model.embed_tokens.weight.data[:, 5] = 0.0
+    sites = probe(model, ProbeText(workers.probe_text().tokens[:1]), FULL).sites
+    assert {name for name, site in sites.items() if "gain_share" in site.statistics} == set(WRITTEN.values())
+    for path, site in WRITTEN.items():
+        inputs, output = passed[path]
+        norm: Any = copy.deepcopy(model.get_submodule(path))
+        y = (output[0] if isinstance(output, tuple) else output)[0].double()
+        gain = (torch.ones(1) if norm.weight is None else norm.weight).detach().double().expand(y.shape[-1]).clone()
+        for parameter, value in ((norm.weight, 1.0), (norm.bias, 0.0)):
+            if parameter is not None:
+                torch.nn.init.constant_(parameter, value)
+        with torch.no_grad():
+            energy = norm(*inputs)[0].double().square().sum(0) * (gain != 0)
+        top = int(y.square().sum(0).argmax())
+        live = sorted(gain[gain != 0].abs().tolist())
+        expected = {
+            "top_channel_share_before_gain": float(energy[top] / energy.sum()),
+            "top_channel_gain": abs(float(gain[top])) / live[(len(live) - 1) // 2],
+            "gain_share": float(gain.square().max() / gain.square().sum()),
+        }
+        measured = {name: sites[site].statistics[name] for name in expected}
+        rounding = 0.02 if norm.bias is None else 0.2  # of a sum of a large bias and a small product
+        assert measured == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else rounding), site
+        assert all(map(math.isfinite, sites[site].statistics.values()))
 
 
 def test_metrics_of_the_whole_model_aggregate_its_sites(naive_pass: Any) -> None:

@@ -55,6 +55,8 @@ def test_every_statistic_of_alternating_signs() -> None:
             "massive_count": 0,
             "few_channels": 1,
             "few_tokens": 1,
+            "mean_energy": 1,  # every token is the same vector
+            "top_channel_constancy": 1,
         },
         abs=1e-12,
     )
@@ -78,6 +80,8 @@ def test_every_statistic_of_one_spike() -> None:
             "massive_count": 1,
             "few_channels": D,
             "few_tokens": N,
+            "mean_energy": 1 / N,
+            "top_channel_constancy": 1 / math.sqrt(N),
         },
         rel=1e-12,
     )
@@ -103,6 +107,45 @@ def test_normal_values_have_no_excess() -> None:
     assert result["kurtosis_pooled"] == pytest.approx(0, abs=0.02)
     assert result["max_over_median"] == pytest.approx(float(x.abs().max()) / 0.6745, rel=5e-3)
     assert result["few_channels"] * result["few_tokens"] == pytest.approx(1, abs=0.01)
+
+
+def test_mean_energy_of_independent_tokens_is_one_over_their_number() -> None:
+    x = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
+    assert measured(x)["mean_energy"] == pytest.approx(1 / 400, rel=0.1)
+    assert measured(x + 3)["mean_energy"] == pytest.approx(9 / 10, rel=0.01)
+
+
+def test_constant_channel_and_its_gain_give_the_planted_numbers() -> None:
+    """Channel 7 is 2 or -2 times 1 +- 0.1 and its gain is 3; the others are +-1 and their gain is 1."""
+    signs = torch.tensor([1.0, -1.0])
+    z = signs.repeat(N // 2)[:, None] * signs.repeat(D // 2)
+    z[:, 7] = -2 * (1 + 0.1 * signs.repeat_interleave(2).repeat(N // 4))
+    gains = st.Gains(torch.ones(D).double(), torch.zeros(D).double())
+    gains.weight[7] = -3.0
+    result = st.compute_statistics(st.take_sample(z.double() * gains.weight), gains)
+    assert result["top_channel_constancy"] == pytest.approx(1 / math.sqrt(1.01), rel=1e-6)
+    assert result["mean_energy"] == pytest.approx(36 / (36 * 1.01 + D - 1), rel=1e-6)
+    assert result["top_channel_share"] == pytest.approx(36 * 1.01 / (36 * 1.01 + D - 1), rel=1e-6)
+    assert result["top_channel_share_before_gain"] == pytest.approx(4 * 1.01 / (4 * 1.01 + D - 1), rel=1e-6)
+    assert result["gain_share"] == pytest.approx(9 / (9 + D - 1), rel=1e-12)
+    assert result["top_channel_gain"] == 3
+    # the factor of the docstring
+    shares = z.double().square().sum(0) / z.double().square().sum()
+    factor = 9 / float((shares * gains.weight.square()).sum())
+    assert result["top_channel_share"] == pytest.approx(factor * result["top_channel_share_before_gain"], rel=1e-12)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(N, D), torch.full((N, D), -0.1), torch.eye(N, D)])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1e-20])
+def test_constant_channels_and_gains_of_zero_give_finite_numbers(x: Tensor, weight: float) -> None:
+    gains = st.Gains(torch.full((D,), weight).double(), torch.ones(D).double())
+    gains.weight[3] = 0.0
+    sample = st.take_sample(x * gains.weight + gains.bias)
+    for result in (measured(x), st.compute_statistics(sample, gains)):
+        result.pop("max_over_median" if x.count_nonzero() == D else "rms")  # infinite: most values are 0
+        assert all(map(math.isfinite, result.values())), result
+        shares = {name: value for name, value in result.items() if "share" in name or "constancy" in name}
+        assert all(0 <= value <= 1 + 1e-12 for value in shares.values()), shares
 
 
 def test_kurtosis_is_accurate_with_a_large_mean() -> None:
@@ -135,6 +178,7 @@ def naive(x: Tensor) -> dict[str, float]:
         return float((d**4).mean() / (d**2).mean() ** 2 - 3)
 
     energy, magnitude = a**2, np.abs(a)
+    top = energy.sum(0).argmax()
     median = sorted(np.abs(rounded).ravel().tolist())[(rounded.size - 1) // 2]
     return {
         "kurtosis": float(np.mean([kurtosis(token) for token in a])),
@@ -148,6 +192,8 @@ def naive(x: Tensor) -> dict[str, float]:
         "massive_count": sum(abs(v - a.mean()) > 6 * a.std() for v in rounded.ravel()),
         "few_channels": float((energy.sum(0) ** 2).mean() / energy.sum(0).mean() ** 2),
         "few_tokens": float((energy.sum(1) ** 2).mean() / energy.sum(1).mean() ** 2),
+        "mean_energy": float(len(a) * (a.mean(0) ** 2).sum() / energy.sum()),
+        "top_channel_constancy": float(abs(a[:, top].mean()) / np.sqrt(energy[:, top].mean())),
     }
 
 
