@@ -224,7 +224,7 @@ class Peer:
     def __init__(self, config: Any, arguments: argparse.Namespace):
         import torch
 
-        from osp.data.loader import Loader
+        from osp.data.loader import Layout, Loader
         from osp.data.prepare import start_preparing
 
         if arguments.threads:
@@ -237,7 +237,7 @@ class Peer:
                 layer.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         shards, rows = start_preparing(config.data, config.tokenizer, progress=False), arguments.rows
-        self.loader = Loader(shards, seq_len=arguments.seq_len, rows_per_step=rows, micro_batch_size=rows)
+        self.loader = Loader(shards, Layout(arguments.seq_len), rows_per_step=rows, micro_batch_size=rows)
         self.bf16 = arguments.precision != "fp32"  # the peer does not support fp8
 
     def forward(self, number: int = 0) -> Any:

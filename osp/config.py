@@ -301,6 +301,9 @@ class DataConfig(TextConfig):
     cache_dir: FilePath = "data/shards"  # folder of the shards, shared by all runs
     num_workers: Annotated[Int, Field(ge=0, le=1024)] = 0  # tokenizing threads; 0: one per core, at most 32
     skip_steps: tuple[tuple[Count, Count], ...] = ()  # leave out the data of these steps: [[first, last], ...]
+    bos: bool = False  # begin every sequence with a start token, the end-of-text token
+    # Tokens of a span: every sequence is the start token and a span, twice. Needs train.seq_len = 2 * repeat.
+    repeat: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -486,6 +489,16 @@ def check(config: Config) -> None:
                 f"{key}={value} is too small for one sequence of train.seq_len={train.seq_len} plus 1 tokens; "
                 f"set {key}={train.seq_len + 1} or more, or a smaller train.seq_len"
             )
+    if data.repeat is not None and train.seq_len != 2 * data.repeat:
+        raise UserError(
+            f"data.repeat={data.repeat}: a sequence is two spans of {data.repeat} tokens; set "
+            f"train.seq_len={2 * data.repeat}"
+        )
+    if data.repeat is not None and train.document_mask:
+        raise UserError(
+            "data.repeat with train.document_mask=true: no token may attend to the first span across an end of text; "
+            "set train.document_mask=false"
+        )
     check_model(model)
     if tokenizer.train and tokenizer.vocab_size > model.vocab_size:
         raise UserError(

@@ -159,7 +159,7 @@ def tokenizer(it: Input) -> None:
 def shards(it: Input) -> None:
     """Read training and validation sequences from changed shards, then prepare them again."""
     from osp.config import from_dict
-    from osp.data.loader import Loader, validation_batches
+    from osp.data.loader import Layout, Loader, validation_batches
     from osp.data.prepare import prepare
 
     cache = copied(it.healthy.shards.parent, it.folder / "shards")
@@ -170,12 +170,12 @@ def shards(it: Input) -> None:
         values["data"]["cache_dir"] = str(cache)
         config = from_dict(values)
         prepare(config.data, config.tokenizer, progress=False)
-    loader = Loader(folder, seq_len=32, rows_per_step=4, micro_batch_size=2, document_ids=True)
+    loader = Loader(folder, Layout(32), rows_per_step=4, micro_batch_size=2, document_ids=True)
     try:
         loader.step(it.draw.choice((0, 3, 10_000)))
     finally:
         loader.close()
-    for batch in validation_batches(folder, seq_len=32, batch_size=2, max_tokens=128, document_ids=True):
+    for batch in validation_batches(folder, Layout(32), batch_size=2, max_tokens=128, document_ids=True):
         void(batch)
 
 

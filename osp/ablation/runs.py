@@ -21,7 +21,7 @@ NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.ac
 # Defaults of keys younger than 0.1.0: with these a training keeps the name of its folder.
 LATER = {"model.init": "normal", "optimizer.gain_decay": None}
 LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
-LATER |= {"eval.quant.formats": [], "monitor.quant": None}
+LATER |= {"eval.quant.formats": [], "monitor.quant": None, "data.bos": False, "data.repeat": None}
 
 
 @dataclass(frozen=True)

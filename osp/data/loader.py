@@ -1,7 +1,7 @@
 """Token shards -> sequences -> the micro batches of an optimizer step.
 
-A sequence ("row" in names) is T+1 tokens: T inputs and, shifted by one, T labels. Sequences start every T tokens of a
-shard. Number g = step * rows_per_step + index runs through the shards in order, and inside a shard in an order that
+A sequence ("row" in names) is T+1 tokens: T inputs and, shifted by one, T labels. `Layout` cuts them from a shard.
+Number g = step * rows_per_step + index runs through the shards in order, and inside a shard in an order that
 depends on (seed, epoch, shard). So the sequences of a step depend on (seed, step) alone: not on the number of ranks,
 the micro batch size, restarts, or the progress of the preparation. A run that continues another one with other
 rows_per_step counts from its `origin`, the first sequence that the other one has not read.
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from osp.config import Config
 from osp.data.manifest import SplitName, check_files, check_sizes, content, damaged, load_manifest, same_text
 from osp.errors import RunError, UserError
 from osp.files import is_locked
@@ -37,6 +38,51 @@ GRACE_SECONDS = 20  # a preparation without the lock for this time has died
 Array = np.ndarray[Any, Any]
 
 logger = logging.getLogger(__name__)
+
+
+class Layout(NamedTuple):
+    """How the sequences of T+1 tokens are cut from the tokens x of a shard; the start token is end-of-text.
+
+    plain: x[gT : gT + T + 1], neighbours share one token. bos: the start token, then x[gT : gT + T]. repeat R, with
+    T = 2R: the start token, then x[gR : gR + R] twice.
+    """
+
+    seq_len: int  # T
+    bos: bool = False
+    repeat: int | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Layout":
+        """Return the layout of a run."""
+        return cls(config.train.seq_len, config.data.bos, config.data.repeat)
+
+    @property
+    def has_start(self) -> bool:
+        return self.bos or self.repeat is not None
+
+    @property
+    def stride(self) -> int:
+        """Tokens of a shard from one sequence to the next."""
+        return self.repeat or self.seq_len
+
+    def count(self, num_tokens: int) -> int:
+        """Return the sequences in a shard of that many tokens."""
+        return (num_tokens - (not self.has_start)) // self.stride
+
+    def within(self, num_tokens: int) -> "Layout":
+        """Return the layout whose sequences are short enough for one to fit into `num_tokens`."""
+        longest = num_tokens - (not self.has_start)
+        if self.repeat:
+            return self._replace(seq_len=2 * min(self.repeat, longest), repeat=min(self.repeat, longest))
+        return self._replace(seq_len=min(self.seq_len, longest))
+
+    def read(self, tokens: Array, numbers: Array | slice, eos_id: int) -> Array:
+        """Return the sequences with these numbers of a shard's tokens, int64 (n, T+1)."""
+        size = self.stride + (not self.has_start)
+        rows = sliding_window_view(tokens, size)[:: self.stride][numbers].astype(np.int64)
+        if not self.has_start:
+            return rows
+        return np.hstack((np.full((len(rows), 1), eos_id), *[rows] * (2 if self.repeat else 1)))
 
 
 class Batch(NamedTuple):
@@ -92,20 +138,20 @@ class Shards:
 
 
 class Rows(Shards):
-    """Training sequences by number, for one (seed, seq_len): number g is always the same sequence.
+    """Training sequences by number, for one (seed, layout): number g is always the same sequence.
 
     Raises `UserError` if there is no sequence to read, or the first shard holds an id outside the vocabulary.
     expected: `content` of the shards when the run read them before; other shards are not read.
     """
 
-    def __init__(self, folder: str | Path, *, seq_len: int, seed: int, expected: Sequence[str] = ()) -> None:
+    def __init__(self, folder: str | Path, layout: Layout, *, seed: int, expected: Sequence[str] = ()) -> None:
         super().__init__(folder, "train")
-        self.seq_len, self.seed, self.expected = seq_len, seed, expected
+        self.layout, self.seed, self.expected = layout, seed, expected
         self.stop = threading.Event()  # ends a wait for shards
         if self.rows_per_epoch == 0:
             raise UserError(
                 f"the training split in {folder} has {self.manifest.train.tokens} tokens, fewer than one sequence of "
-                f"train.seq_len={seq_len} plus 1; lower train.seq_len or add text"
+                f"train.seq_len={layout.seq_len} plus 1; lower train.seq_len or add text"
             )
         if self.tokens:
             self.check_ids(self.tokens[0][:CHECKED_TOKENS], 0)
@@ -125,15 +171,14 @@ class Rows(Shards):
         ends = self._row_ends()
         epochs, places = np.divmod(numbers, ends[-1])  # before the split is complete all are of epoch 0
         shards = np.searchsorted(ends, places, side="right")
-        rows = np.empty((len(numbers), self.seq_len + 1), dtype=np.int64)
+        rows = np.empty((len(numbers), self.layout.seq_len + 1), dtype=np.int64)
         for epoch, shard in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
             self.check_hash(shard)
             chosen = (epochs == epoch) & (shards == shard)
             first = ends[shard - 1] if shard else 0
             order = _order(self.seed, epoch, shard, int(ends[shard] - first))
-            # windows of T+1 tokens, of which every T-th is a sequence: neighbours share one token
-            windows = sliding_window_view(self.tokens[shard], self.seq_len + 1)[:: self.seq_len]
-            rows[chosen] = windows[order[places[chosen] - first]]
+            numbers_in_shard = order[places[chosen] - first]
+            rows[chosen] = self.layout.read(self.tokens[shard], numbers_in_shard, self.manifest.eos_id)
             self.check_ids(rows[chosen], shard)
         return rows
 
@@ -158,7 +203,7 @@ class Rows(Shards):
 
     def _row_ends(self) -> Array:
         """Return the number of sequences up to and including each sealed shard, (shards,)."""
-        return np.cumsum([(len(tokens) - 1) // self.seq_len for tokens in self.tokens], dtype=np.int64)
+        return np.cumsum([self.layout.count(len(tokens)) for tokens in self.tokens], dtype=np.int64)
 
 
 @lru_cache(maxsize=4)  # a step touches one shard, or a few neighbours
@@ -178,8 +223,8 @@ class Loader:
     def __init__(
         self,
         folder: str | Path,
+        layout: Layout,
         *,
-        seq_len: int,
         rows_per_step: int,
         micro_batch_size: int,
         rank: int = 0,
@@ -192,7 +237,7 @@ class Loader:
     ) -> None:
         assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
         Shards(folder, "val")  # a damaged validation split is an error before the first step
-        self.rows = Rows(folder, seq_len=seq_len, seed=seed, expected=expected)
+        self.rows = Rows(folder, layout, seed=seed, expected=expected)
         self.origin = origin
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
         self.rank, self.document_ids, self.skip_steps = rank, document_ids, tuple(skip_steps)
@@ -253,8 +298,8 @@ class Loader:
         except UserError as error:
             raise RunError(str(error)) from error
         eos_id = self.rows.manifest.eos_id if self.document_ids else None
-        parts = rows.reshape(-1, self.micro_batch_size, rows.shape[1])
-        return [_batch(part, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]
+        parts, layout = rows.reshape(-1, self.micro_batch_size, rows.shape[1]), self.rows.layout
+        return [_batch(part, layout, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]
 
 
 def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:
@@ -270,8 +315,8 @@ def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:
 
 def validation_batches(
     folder: str | Path,
+    layout: Layout,
     *,
-    seq_len: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -289,24 +334,30 @@ def validation_batches(
         raise UserError(f"{folder} has no validation split yet; it is sealed with the first training shard")
     for shard, tokens in enumerate(shards.tokens):
         shards.check_ids(tokens, shard)
-    tokens = np.concatenate(shards.tokens)
-    seq_len = min(seq_len, len(tokens) - 1)
-    rows, eos_id = sliding_window_view(tokens, seq_len + 1)[::seq_len], shards.manifest.eos_id if document_ids else None
-    num_rows = len(rows) if max_tokens is None else max(1, min(len(rows), max_tokens // seq_len))
+    tokens, eos_id = np.concatenate(shards.tokens), shards.manifest.eos_id
+    layout = layout.within(len(tokens))
+    num_rows = layout.count(len(tokens))
+    if max_tokens is not None:
+        num_rows = max(1, min(num_rows, max_tokens // layout.seq_len))
     for first in range(0, num_rows, world_size * batch_size):
         first += rank * batch_size
         numbers = np.minimum(np.arange(first, first + batch_size), num_rows - 1)
-        yield _batch(rows[numbers], eos_id, max(0, min(batch_size, num_rows - first)))
+        rows, counted = layout.read(tokens, numbers, eos_id), max(0, min(batch_size, num_rows - first))
+        yield _batch(rows, layout, eos_id if document_ids else None, counted)
 
 
-def number_documents(rows: Array, eos_id: int) -> Array:
-    """Return which document of its sequence each token belongs to, int32 (n, T+1), from 0."""
+def number_documents(rows: Array, eos_id: int, *, has_start: bool = False) -> Array:
+    """Return which document of its sequence each token belongs to, int32 (n, T+1), from 0.
+
+    has_start: the sequences begin with a start token, which belongs to the first document.
+    """
     ids = np.zeros(rows.shape, dtype=np.int32)
-    np.cumsum(rows[:, :-1] == eos_id, axis=1, out=ids[:, 1:])
+    np.cumsum(rows[:, has_start:-1] == eos_id, axis=1, out=ids[:, 1 + has_start :])
     return ids
 
 
-def _batch(rows: Array, eos_id: int | None, num_rows: int, *, checksum: int = 0) -> Batch:
+def _batch(rows: Array, layout: Layout, eos_id: int | None, num_rows: int, *, checksum: int = 0) -> Batch:
     """Return a batch of all `rows`. eos_id: number documents; None: do not"""
-    document_ids = None if eos_id is None else torch.from_numpy(number_documents(rows, eos_id))
+    ids = None if eos_id is None else number_documents(rows, eos_id, has_start=layout.has_start)
+    document_ids = None if ids is None else torch.from_numpy(ids)
     return Batch(torch.from_numpy(rows.astype(np.int64, copy=False)), document_ids, num_rows, checksum)

@@ -171,7 +171,7 @@ def _background(parent: int) -> None:
 def shard_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Return data.cache_dir / NAME-HASH; the hash covers the configuration, the source's fingerprint and the format."""
     settings = dataclasses.asdict(dataclasses.replace(data, skip_steps=()))
-    for key in ("cache_dir", "num_workers"):  # like skip_steps these do not change a byte
+    for key in ("cache_dir", "num_workers", "bos", "repeat"):  # like skip_steps these do not change a byte
         del settings[key]
     if data.document_characters is None:  # as in folders of versions without this key
         del settings["document_characters"]
@@ -238,9 +238,12 @@ def _write_shards(
 def _begin(data: DataConfig, config: TokenizerConfig, folder: Path) -> Manifest:
     """Write the tokenizer.json of `folder`, trained on the training split or an existing one; return a manifest."""
     limit = int(data.val_fraction * 2**64)
+    of_characters = SOURCES[data.source].OF_CHARACTERS
+    if of_characters and not config.train:
+        raise UserError(f"data.source={data.source}: each character is a token; set tokenizer=train")
     if config.train:
         texts = (text for text in _documents(data) if text and text_hash(text) >= limit)
-        tokenizer = train_tokenizer(texts, config)
+        tokenizer = train_tokenizer(texts, config, of_characters=of_characters)
     else:
         tokenizer = existing_tokenizer(config)
     write_atomically(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True).encode())

@@ -10,6 +10,7 @@ import logging
 import lzma
 import os
 import re
+import string
 import sys
 import sysconfig
 import zlib
@@ -20,6 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 
 from osp.config import DataConfig, TextConfig
@@ -41,6 +43,8 @@ TOO_LONG = f"longer than {MOST_BYTES >> 20} MiB; split it into several"
 # Files that are together only in a run, shards (the second while they begin), a model, an ablation or a folder of W&B
 OWN = "config.yaml metrics.jsonl, manifest.json tokenizer.json, lock tokenizer.json, config.yaml tokenizer.json, "
 OWN += "config.json tokenizer.json, ablation.json ablation.md, debug-internal.log latest-run"
+SYMBOLS = string.ascii_letters + string.digits + "+-"  # of the Bigram-Backcopy task
+TRIGGERS = "xyz"
 OWN_FOLDERS = [set(names.split()) for names in OWN.split(", ")]
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,7 @@ class Source(ABC):
     """A stream of documents whose order depends on its configuration alone."""
 
     IN_MIXTURE = True  # may be a part of a mixture
+    OF_CHARACTERS = False  # each character is a token, and the tokenizer is made for that
 
     def __init__(self, config: TextConfig, key: str = "data") -> None:
         """Check `config`, the whole `data` or a part of `data.mixture`. key: its name in messages"""
@@ -191,11 +196,47 @@ class Mixture(Source):
         return [part.fingerprint() for part in self.parts]
 
 
+class Backcopy(Source):
+    """The Bigram-Backcopy task (Guo et al. 2024, arXiv 2410.13835): documents of 64 symbols, without a text.
+
+    The symbol after one of the `TRIGGERS` is the one before it. Every other symbol is drawn from a distribution that
+    depends on the symbol before it, the same in all documents: in proportion to u^8 for uniform random u, for triggers
+    to 5 u^8.
+    """
+
+    IN_MIXTURE = False
+    OF_CHARACTERS = True
+    DOCUMENTS, LENGTH, AT_ONCE = 4096, 4096, 256  # 16.8 million symbols
+
+    def documents(self) -> Iterator[str]:
+        symbols, number = np.array(list(SYMBOLS)), len(SYMBOLS)
+        triggers = [SYMBOLS.index(symbol) for symbol in TRIGGERS]
+        shares = _uniform(0, number * number).reshape(number, number) ** 8
+        shares[:, triggers] *= 5
+        bounds = np.cumsum(shares / shares.sum(1, keepdims=True), axis=1)[:, :-1]
+        for block in range(1, self.DOCUMENTS // self.AT_ONCE + 1):
+            draws = _uniform(block, self.LENGTH * self.AT_ONCE).reshape(self.LENGTH, self.AT_ONCE)
+            chains = np.zeros((self.LENGTH + 2, self.AT_ONCE), dtype=np.int64)
+            for i, draw in enumerate(draws, start=2):
+                drawn = (bounds[chains[i - 1]] <= draw[:, None]).sum(1)
+                chains[i] = np.where(np.isin(chains[i - 1], triggers), chains[i - 2], drawn)
+            yield from ("".join(symbols[chain]) for chain in chains[2:].T)
+
+    def fingerprint(self) -> Any:
+        return [SYMBOLS, TRIGGERS, self.DOCUMENTS, self.LENGTH, self.AT_ONCE]
+
+
+def _uniform(seed: int, number: int) -> np.ndarray[Any, Any]:
+    """Return uniform random numbers in [0, 1), the same in every version of NumPy, which guarantees raw bits only."""
+    return (np.random.Philox(np.random.SeedSequence([seed])).random_raw(number) >> 11) * 2.0**-53
+
+
 SOURCES: dict[str, type[Source]] = {
     "python_stdlib": PythonStdlib,
     "text": TextFiles,
     "hf": HubDataset,
     "mixture": Mixture,
+    "backcopy": Backcopy,
 }
 NO_TEXT = "none"  # source of a model that was converted from a Hugging Face folder: its text is not here
 

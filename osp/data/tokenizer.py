@@ -28,11 +28,11 @@ PIECE_ENDS = (re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])"), re.compile(r"\s(?=\S)")
 logger = logging.getLogger(__name__)
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, *, of_characters: bool = False) -> Tokenizer:
     """Train a byte-level BPE of `config.vocab_size` tokens on the first `config.sample_bytes` of `texts`.
 
     All 256 bytes are in the alphabet, so no text is out of vocabulary; `config.eos_token` has id 0. A small text gives
-    a smaller vocabulary.
+    a smaller vocabulary; `of_characters` only the 256 bytes and `config.eos_token`.
     """
 
     def sample() -> Iterator[str]:
@@ -55,14 +55,16 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's regular expression
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(WORD_BYTES)])
     tokenizer.decoder = decoders.ByteLevel()
+    size = len(alphabet) + 1 if of_characters else config.vocab_size
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(sample(), trainer)
     tokenizer.pre_tokenizer = words
-    size = tokenizer.get_vocab_size()
-    if size < config.vocab_size:
-        logger.warning("the text yields %d tokens, fewer than tokenizer.vocab_size=%d", size, config.vocab_size)
+    if tokenizer.get_vocab_size() < size:
+        logger.warning(
+            "the text yields %d tokens, fewer than tokenizer.vocab_size=%d", tokenizer.get_vocab_size(), size
+        )
     tokenizer.encode_special_tokens = True  # a document that mentions <|endoftext|> is not split in two
     return tokenizer
 

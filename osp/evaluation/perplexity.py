@@ -26,6 +26,8 @@ class Text:
     tokens: Tensor  # int64 (N,)
     token_bytes: Tensor  # int32 (N,): bytes of text of each token
     sha256: str  # of the text
+    row: int | None = None  # tokens of its sequences, which are the windows and begin with their own BOS
+    counted: Tensor | None = None  # bool (N,): which tokens to predict; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ def perplexity(
     """
     tokens, device, bos = text.tokens[:max_tokens], next(model.parameters()).device, bos_id is not None
     longest = model.config.max_position_embeddings
+    if text.row is not None:  # the last token of a sequence is only predicted
+        seq_len, overlap, bos, bos_id, longest = text.row, 0, False, None, longest + 1
     if not 2 <= seq_len <= longest:
         raise UserError(f"seq_len={seq_len}: a window has 2 to {longest} tokens, the model's max_position_embeddings")
     length = min(seq_len - bos, len(tokens))  # tokens of the text in a window
@@ -91,12 +95,14 @@ def perplexity(
     for number, batch in my_share(batches, what=text.name, progress=progress):
         places = batch[:, None] + offsets  # in the text, (windows, length)
         counted = ((offsets >= overlap) | (batch[:, None] == 0)) & (offsets >= 1 - bos)
+        if text.counted is not None:
+            counted &= text.counted[places]
         ids, targets = tokens[places], tokens[places].where(counted, IGNORE)
         if bos_id is not None:
             ids, targets = F.pad(ids, (1, 0), value=bos_id), F.pad(targets, (1, 0), value=IGNORE)
         nats[number] = model(ids[:, :-1].to(device), targets[:, 1:].to(device)).loss.double()
         counts += torch.stack((counted.sum(), text.token_bytes[places[counted]].sum()))
     num_tokens, num_bytes = add_up(counts.to(device)).tolist()
-    name = f"{text.name}[len={length + bos},overlap={overlap},bos={'yes' if bos else 'no'}"
+    name = f"{text.name}[len={length + bos},overlap={overlap},bos={'yes' if bos or text.row else 'no'}"
     name += f",first={len(tokens)}]" if len(tokens) < len(text.tokens) else "]"
     return CodeLength(nats=add_up(nats).sum().item(), tokens=num_tokens, bytes=num_bytes, name=name)

@@ -1,31 +1,32 @@
 """Texts for perplexity: WikiText-2, any file, the validation split of a run."""
 
-import dataclasses
 import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from osp.config import SourceConfig
-from osp.data.loader import Shards
-from osp.data.sources import is_documents, make_source
+from osp.config import Config, SourceConfig
+from osp.data.loader import Layout, Shards
+from osp.data.sources import TRIGGERS, is_documents, make_source
 from osp.data.tokenizer import spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
 from osp.files import read_utf8
-from osp.run.checkpoint import find
+from osp.run.checkpoint import Checkpoint, find
 from osp.run.folder import training_shards
 
 log = logging.getLogger(__name__)
 
 WIKITEXT2 = "wikitext2"
 HELD_OUT = "held_out"
+COPIED = "copied"  # of HELD_OUT the tokens that can be copied from earlier ones
 HUB_WIKITEXT2 = SourceConfig(source="hf", dataset="Salesforce/wikitext", subset="wikitext-2-raw-v1", split="test")
 
 
@@ -38,7 +39,7 @@ def read_texts(names: Sequence[str], subject: LanguageModel, *, text_field: str 
         others = [place for other, place in zip(texts, paths, strict=True) if place != path and other.name == text.name]
         length = next(n for n in range(1, len(path) + 1) if all(place[-n:] != path[-n:] for place in others))
         suffix = text.name.removeprefix(path[-1]) if text.name.startswith(path[-1]) else ""
-        named.append(dataclasses.replace(text, name="/".join(path[-length:]) + suffix) if others else text)
+        named.append(replace(text, name="/".join(path[-length:]) + suffix) if others else text)
     return named
 
 
@@ -47,23 +48,26 @@ def read_text(name: str, subject: LanguageModel, *, text_field: str = "text") ->
 
     Args:
         name: `wikitext2`, the raw test split from the Hugging Face hub; `FILE.raw`, the same from a file; `held_out`,
-            the validation split of the run that trained the subject; a run folder, its validation split; a file or
-            folder of documents, each followed by the end-of-text token as in training; any other file, one text.
+            the validation split of the run that trained the subject; `copied`, only its tokens that can be copied; a
+            run folder, its validation split; a file or folder of documents, each followed by the end-of-text token as
+            in training; any other file, one text.
         subject: The model whose tokenizer is used.
         text_field: Field of a record that holds the document.
     """
     path, folder = Path(name), None
-    if name == HELD_OUT:
+    if name in (HELD_OUT, COPIED):
         if subject.config is None or subject.config.data.source == "none":
             raise UserError(
-                f"{HELD_OUT}: {subject.folder} is no run; name the run folder whose split you mean, or a file of text"
+                f"{name}: {subject.folder} is no run; name the run folder whose split you mean, or a file of text"
             )
         folder = find(subject.folder)
     elif path.is_dir() and (folder := find(path)):
         name = f"{path.name}/{HELD_OUT}"
     if folder:
         shards = training_shards(folder, instead="name a file of text: texts=[FILE] or text=FILE")
-        return held_out(name, shards, subject.tokenizer)
+        config = Checkpoint(folder).config
+        text = held_out(name, shards, subject.tokenizer, Layout.of(config))
+        return copied(text, config, subject) if name == COPIED else text
     if path.suffix == ".raw":
         lines = read_utf8(path, name=name).removesuffix("\n").split("\n")
         text = wikitext([line + "\n" for line in lines])
@@ -100,29 +104,56 @@ def encode(name: str, texts: list[str], subject: LanguageModel) -> Text:
     return result
 
 
-def held_out(name: str, shards: Path, tokenizer: Tokenizer, *, max_tokens: int | None = None) -> Text:
-    """Return the validation split, or its first `max_tokens`, of shards that were made with this tokenizer."""
+def held_out(name: str, shards: Path, tokenizer: Tokenizer, layout: Layout, *, max_tokens: int | None = None) -> Text:
+    """Return the validation split, or its first `max_tokens`, of shards that were made with this tokenizer.
+
+    With a start token it consists of sequences as in training.
+    """
     split = Shards(shards, "val")
     if split.manifest.tokenizer_hash != spec_hash(tokenizer.to_str()):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
-    tokens = np.concatenate(split.tokens or [np.zeros(0)])[:max_tokens].astype(np.int64)
+    tokens = np.concatenate(split.tokens or [np.zeros(0, np.int64)])
+    row = layout.within(len(tokens)).seq_len + 1 if layout.has_start else None
+    tokens = _sequences(tokens, layout, split.manifest.eos_id).flatten()[:max_tokens].astype(np.int64)
     digest = hashlib.sha256("".join(shard.sha256 for shard in split.manifest.val.shards).encode())
-    return _text(name, tokens, digest.hexdigest(), tokenizer)
+    return replace(_text(name, tokens, digest.hexdigest(), tokenizer), row=row)
+
+
+def copied(text: Text, config: Config, subject: LanguageModel) -> Text:
+    """Return `text` with only the tokens counted that a model can copy from earlier ones of their sequence."""
+    rows = text.tokens[: len(text.tokens) // (text.row or 1) * (text.row or 1)].view(-1, text.row or 1)
+    counted = torch.zeros_like(rows, dtype=torch.bool)
+    if config.data.repeat:
+        counted[:, config.data.repeat + 1 :] = True
+    elif config.data.source == "backcopy":
+        triggers = torch.tensor([subject.tokenizer.token_to_id(symbol) for symbol in TRIGGERS])
+        counted[:, 3:] = torch.isin(rows[:, 2:-1], triggers)
+    else:
+        raise UserError(
+            f"{COPIED}: {subject.folder} was trained without data.repeat and data=backcopy; take {HELD_OUT}"
+        )
+    return replace(text, tokens=rows.flatten(), counted=counted.flatten())
 
 
 def training_text(subject: LanguageModel) -> torch.Tensor:
-    """Return the tokens, int64 (N,), of the first training shard of the subject's run, for calibration."""
+    """Return the first training shard of the subject's run, for calibration; see `first_shard`."""
     folder = find(subject.folder) if subject.config else None
-    if folder is None:
+    if folder is None or subject.config is None:
         raise UserError(f"quant.calibration=train: {subject.folder} is no run; name a text, quant.calibration=FILE")
-    return first_shard(training_shards(folder, instead="name a text, quant.calibration=FILE"))
+    shards = training_shards(folder, instead="name a text, quant.calibration=FILE")
+    return first_shard(shards, Layout.of(subject.config))
 
 
-def first_shard(folder: Path) -> torch.Tensor:
-    """Return the tokens, int64 (N,), of the first training shard in `folder`."""
+def first_shard(folder: Path, layout: Layout) -> torch.Tensor:
+    """Return the first training shard in `folder`: its tokens, int64 (N,), or with a start token sequences (R, T+1)."""
     shards = Shards(folder, "train")
     shards.check_hash(0)
-    return torch.from_numpy(shards.tokens[0].astype(np.int64))
+    return torch.from_numpy(_sequences(shards.tokens[0], layout, shards.manifest.eos_id).astype(np.int64))
+
+
+def _sequences(tokens: np.ndarray, layout: Layout, eos_id: int) -> np.ndarray:
+    """Return the tokens as they are; with a start token, the sequences that training reads, (R, T+1)."""
+    return layout.within(len(tokens)).read(tokens, slice(None), eos_id) if layout.has_start else tokens
 
 
 def _text(name: str, ids: np.ndarray, sha256: str, tokenizer: Tokenizer) -> Text:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from osp.config import Config
-from osp.data.loader import validation_batches
+from osp.data.loader import Layout, validation_batches
 from osp.data.tokenizer import load_tokenizer
 from osp.distributed import on_main
 from osp.errors import UserError
@@ -133,10 +133,13 @@ def next_probe(step: int, *, wait: float, step_seconds: float, interval: int) ->
 
 def held_out_text(shards: Path, config: Config) -> ProbeText:
     """Return the first `monitor.tokens` tokens of the validation split in sequences of `train.seq_len`, or fewer."""
+    layout = Layout.of(config)
+    if layout.repeat is None:
+        layout = layout._replace(seq_len=min(layout.seq_len, config.monitor.tokens))
     batches = list(
         validation_batches(
             shards,
-            seq_len=min(config.train.seq_len, config.monitor.tokens),
+            layout,
             batch_size=1,
             max_tokens=config.monitor.tokens,
             document_ids=config.train.document_mask,

@@ -115,14 +115,19 @@ def propagated_error(
 
 
 def draw_calibration(tokens: Tensor, spec: QuantSpec, *, seq_len: int) -> Tensor:
-    """Return (N, seq_len) int64: N = ceil(calibration_tokens / seq_len) random windows of the text `tokens` (M,)."""
-    if seq_len > len(tokens) or spec.calibration_tokens > len(tokens):
+    """Return (N, seq_len) int64: N = ceil(calibration_tokens / seq_len) random windows of the text `tokens` (M,).
+
+    Of sequences (R, L), the first seq_len tokens of N random ones.
+    """
+    if seq_len > tokens.shape[-1] or spec.calibration_tokens > tokens.numel():
         raise UserError(
-            f"quant.calibration={spec.calibration}: {len(tokens)} tokens are too few for sequences of {seq_len} and "
+            f"quant.calibration={spec.calibration}: {tokens.numel()} tokens are too few for sequences of {seq_len} and "
             f"quant.calibration_tokens={spec.calibration_tokens}; name a longer text or lower quant.calibration_tokens"
         )
     generator = torch.Generator().manual_seed(spec.seed)
     number = -(-spec.calibration_tokens // seq_len)
+    if tokens.ndim == 2:
+        return tokens[torch.randint(0, len(tokens), (number,), generator=generator), :seq_len].long()
     starts = torch.randint(0, len(tokens) - seq_len + 1, (number, 1), generator=generator)
     return tokens[starts + torch.arange(seq_len)].long()
 

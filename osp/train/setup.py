@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from osp.config import AT_TOP, Config, WandbMode, to_dict
-from osp.data.loader import Loader, data_step
+from osp.data.loader import Layout, Loader, data_step
 from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import start_preparing
 from osp.data.sources import make_source
@@ -115,7 +115,7 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     origin, expected = on_main(lambda: position_in(shards, config, checkpoint)) if checkpoint else ((0, 0), ())
     loader = Loader(
         shards,
-        seq_len=config.train.seq_len,
+        Layout.of(config),
         rows_per_step=config.train.tokens_per_step // config.train.seq_len,
         micro_batch_size=resolved.micro_batch_size,
         rank=dist.get_rank(),
@@ -239,7 +239,9 @@ def position_in(shards: Path, config: Config, checkpoint: Checkpoint) -> tuple[t
             f"{subject} was trained on another text than {shards} holds now; choose another run.name; with "
             f"resume={run} that one goes on with the new text"
         )
-    order = [change for change in changed if change.startswith(("train.seed", "train.seq_len"))]
+    order = [
+        change for change in changed if change.startswith(("train.seed", "train.seq_len", "data.bos", "data.repeat"))
+    ]
     if same and order:
         raise UserError(
             f"{subject} has read part of {shards}, and its next sequence is unknown with other values ("

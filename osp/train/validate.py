@@ -13,7 +13,7 @@ from jinja2 import UndefinedError
 from torch import Tensor
 
 from osp.config import Config
-from osp.data.loader import Batch, validation_batches
+from osp.data.loader import Batch, Layout, validation_batches
 from osp.data.manifest import load_manifest
 from osp.data.tokenizer import load_tokenizer, token_bytes
 from osp.distributed import add_up, on_main
@@ -57,13 +57,14 @@ class Validator:
         self.tokens_after = tokens_after
         self.resolved, self.model, self.shards, self.logger = resolved, model, shards, logger
         self.config, quant = resolved.config, resolved.config.eval.quant
+        self.layout = Layout.of(self.config)
         self.every = validation_every(self.config, load_manifest(shards).val.tokens)
         self.validated: Measurement = (-1, {})  # the last one
         self.quantized: Measurement = (-1, {})
         self.tokenizer = load_tokenizer(shards / "tokenizer.json")
         self._token_bytes = torch.from_numpy(token_bytes(self.tokenizer)).to(resolved.device)
         if quant.every:
-            self._text = held_out("held_out", shards, self.tokenizer, max_tokens=quant.tokens)
+            self._text = held_out("held_out", shards, self.tokenizer, self.layout, max_tokens=quant.tokens)
             self._formats = {name: self._calibrated(DEPLOYED[name]) for name in quant.formats}
 
     def restore(self, folder: Path) -> None:
@@ -80,7 +81,7 @@ class Validator:
         try:
             for batch in validation_batches(
                 self.shards,
-                seq_len=train.seq_len,
+                self.layout,
                 batch_size=self.resolved.micro_batch_size,
                 rank=dist.get_rank(),
                 world_size=self.resolved.world_size,
@@ -129,7 +130,7 @@ class Validator:
         num_tokens, seq_len = self.config.eval.sample_tokens, self.config.train.seq_len
         if not num_tokens:
             return figures
-        text = held_out("held_out", self.shards, self.tokenizer, max_tokens=PROMPT_TOKENS)
+        text = held_out("held_out", self.shards, self.tokenizer, self.layout, max_tokens=PROMPT_TOKENS)
         prompt = text.tokens[: (seq_len + 1) // 2].tolist()
         sampling = Sampling(temperature=0.8, seed=self.config.train.seed)
         self.model.eval()
@@ -145,8 +146,8 @@ class Validator:
         """Return a format to measure, and the training sequences that its static ranges are from."""
         calibration = None
         if spec.needs_calibration:
-            tokens = first_shard(self.shards)
-            spec = replace(spec, calibration_tokens=min(self.config.eval.quant.tokens, len(tokens)))
+            tokens = first_shard(self.shards, self.layout)
+            spec = replace(spec, calibration_tokens=min(self.config.eval.quant.tokens, tokens.numel()))
             calibration = draw_calibration(tokens, spec, seq_len=self.config.train.seq_len).to(self.resolved.device)
         if self.logger:
             self.logger.say(f"eval.quant.formats: {spec} [{spec.hash}]")

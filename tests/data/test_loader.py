@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from osp.data import loader
-from osp.data.loader import Batch, Loader, Rows, number_documents, validation_batches
+from osp.data.loader import Batch, Layout, Loader, Rows, number_documents, validation_batches
 from osp.data.manifest import Manifest, load_manifest, save_manifest
 from osp.errors import RunError, UserError
 from osp.files import lock
@@ -42,7 +43,7 @@ def step_rows(folder: Path, step: int, *, world_size: int = 1, micro_batch_size:
     for rank in range(world_size):
         source = Loader(
             folder,
-            seq_len=SEQ_LEN,
+            Layout(SEQ_LEN),
             rows_per_step=ROWS_PER_STEP,
             micro_batch_size=micro_batch_size,
             rank=rank,
@@ -75,7 +76,7 @@ def test_epoch_reads_every_sequence_once_shard_by_shard(shards: Path) -> None:
     packed = naive_rows(shards, SEQ_LEN)
     assert len(packed) > 3
     assert len({len(rows) for rows in packed}) > 1
-    rows = Rows(shards, seq_len=SEQ_LEN, seed=3)
+    rows = Rows(shards, Layout(SEQ_LEN), seed=3)
     rows_per_epoch = sum(map(len, packed))
     assert rows.rows_per_epoch == rows_per_epoch
     orders = []
@@ -87,13 +88,13 @@ def test_epoch_reads_every_sequence_once_shard_by_shard(shards: Path) -> None:
             assert shard != expected
             orders.append(shard)
     assert orders[0] != orders[len(packed)] != orders[2 * len(packed)]  # the first shard in each epoch
-    other = Rows(shards, seq_len=SEQ_LEN, seed=4)
+    other = Rows(shards, Layout(SEQ_LEN), seed=4)
     assert not np.array_equal(other.read(np.arange(100)), rows.read(np.arange(100)))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 24), (1, 1), (2, 4), (2, 12), (4, 2), (4, 6), (3, 8)])
 def test_step_has_the_same_sequences_on_any_world_size(shards: Path, world_size: int, micro_batch_size: int) -> None:
-    rows = Rows(shards, seq_len=SEQ_LEN, seed=0)
+    rows = Rows(shards, Layout(SEQ_LEN), seed=0)
     assert rows.rows_per_epoch is not None
     last = rows.rows_per_epoch // ROWS_PER_STEP  # crosses into the second epoch
     for step in (0, 7, last, 5 * last):
@@ -103,7 +104,7 @@ def test_step_has_the_same_sequences_on_any_world_size(shards: Path, world_size:
 
 
 def test_steps_can_be_read_in_any_order(shards: Path) -> None:
-    source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8, seed=5, document_ids=True)
+    source = Loader(shards, Layout(SEQ_LEN), rows_per_step=ROWS_PER_STEP, micro_batch_size=8, seed=5, document_ids=True)
     for step in (0, 1, 2, 9, 10, 3, 3, 700, 0, 1):
         batches = source.step(step)
         tokens = torch.cat([batch.tokens for batch in batches]).numpy()
@@ -125,7 +126,7 @@ def test_document_ids_equal_a_plain_loop() -> None:
 
 
 def test_new_epoch_is_logged_once(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=8)
+    source = Loader(shards, Layout(SEQ_LEN), rows_per_step=ROWS_PER_STEP, micro_batch_size=8)
     assert source.rows.rows_per_epoch is not None
     first = -(-source.rows.rows_per_epoch // ROWS_PER_STEP)
     for step in range(first - 2, first + 3):
@@ -155,7 +156,7 @@ def test_validation_counts_every_sequence_once(
         list(
             validation_batches(
                 shards,
-                seq_len=SEQ_LEN,
+                Layout(SEQ_LEN),
                 batch_size=batch_size,
                 rank=rank,
                 world_size=world_size,
@@ -176,10 +177,10 @@ def test_validation_counts_every_sequence_once(
 
 def test_validation_split_shorter_than_a_sequence_is_one_sequence(shards: Path) -> None:
     tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16)
-    (batch,) = validation_batches(shards, seq_len=10**6, batch_size=2, rank=0, world_size=1)
+    (batch,) = validation_batches(shards, Layout(10**6), batch_size=2, rank=0, world_size=1)
     assert batch.num_rows == 1
     assert batch.tokens[0].tolist() == tokens.tolist()
-    (empty,) = validation_batches(shards, seq_len=10**6, batch_size=2, rank=1, world_size=2)
+    (empty,) = validation_batches(shards, Layout(10**6), batch_size=2, rank=1, world_size=2)
     assert empty.num_rows == 0
     assert empty.tokens.shape == (2, len(tokens))
 
@@ -202,7 +203,7 @@ def test_validation_split_shorter_than_a_sequence_is_one_sequence(shards: Path) 
 def test_damaged_folder_is_refused(copy: Path, spoil: Any, message: str) -> None:
     spoil(copy)
     with pytest.raises(UserError, match=message):
-        Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
+        Loader(copy, Layout(SEQ_LEN), rows_per_step=4, micro_batch_size=4)
 
 
 def flip(path: Path, *, position: int = 1001) -> None:
@@ -214,12 +215,12 @@ def flip(path: Path, *, position: int = 1001) -> None:
 
 def test_shard_with_a_flipped_bit_is_refused_before_its_first_sequence(copy: Path) -> None:
     flip(copy / "train-00001.bin")
-    rows = Rows(copy, seq_len=SEQ_LEN, seed=0)
+    rows = Rows(copy, Layout(SEQ_LEN), seed=0)
     in_first = (rows.manifest.train.shards[0].tokens - 1) // SEQ_LEN
     rows.read(np.arange(in_first))
     with pytest.raises(UserError, match=r"train-00001\.bin is damaged, its SHA-256 differs .*; delete .*copy and"):
         rows.read(np.array([in_first]))
-    source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=in_first, micro_batch_size=in_first)
+    source = Loader(copy, Layout(SEQ_LEN), rows_per_step=in_first, micro_batch_size=in_first)
     source.step(0)
     with pytest.raises(RunError, match=r"train-00001\.bin is damaged"):
         source.step(1)
@@ -229,13 +230,13 @@ def test_shard_with_a_flipped_bit_is_refused_before_its_first_sequence(copy: Pat
 def test_validation_split_with_a_flipped_bit_is_refused(copy: Path) -> None:
     flip(copy / "val-00000.bin")
     with pytest.raises(UserError, match=r"val-00000\.bin is damaged, its SHA-256 differs"):
-        next(validation_batches(copy, seq_len=SEQ_LEN, batch_size=2))
+        next(validation_batches(copy, Layout(SEQ_LEN), batch_size=2))
     with pytest.raises(UserError, match=r"val-00000\.bin is damaged, its SHA-256 differs"):
-        Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
+        Loader(copy, Layout(SEQ_LEN), rows_per_step=4, micro_batch_size=4)
 
 
 def test_shard_is_read_for_its_hash_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, hashed = Rows(shards, seq_len=SEQ_LEN, seed=0), []
+    rows, hashed = Rows(shards, Layout(SEQ_LEN), seed=0), []
     sha256 = hashlib.sha256
     monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(1) or sha256(data))
     for _ in range(3):
@@ -244,7 +245,7 @@ def test_shard_is_read_for_its_hash_once(shards: Path, monkeypatch: pytest.Monke
 
 
 def test_shard_cut_short_under_a_running_training_is_an_error_and_not_a_crash(copy: Path) -> None:
-    rows = Rows(copy, seq_len=SEQ_LEN, seed=0)
+    rows = Rows(copy, Layout(SEQ_LEN), seed=0)
     rows.read(np.arange(10))
     os.truncate(copy / "train-00000.bin", 0)
     with pytest.raises(UserError, match=r"shard .*train-00000\.bin was cut short; delete"):
@@ -253,7 +254,7 @@ def test_shard_cut_short_under_a_running_training_is_an_error_and_not_a_crash(co
 
 def test_training_split_shorter_than_a_sequence_is_refused(shards: Path) -> None:
     with pytest.raises(UserError, match=r"has \d+ tokens, fewer than one sequence of train\.seq_len=1000000 plus 1"):
-        Loader(shards, seq_len=10**6, rows_per_step=4, micro_batch_size=4)
+        Loader(shards, Layout(10**6), rows_per_step=4, micro_batch_size=4)
 
 
 def test_reading_waits_for_shards_in_preparation(
@@ -266,7 +267,7 @@ def test_reading_waits_for_shards_in_preparation(
     with lock(copy):
         part = dataclasses.replace(whole.train, shards=whole.train.shards[:1])
         rewrite_manifest(copy, train=part, complete=False)
-        source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
+        source = Loader(copy, Layout(SEQ_LEN), rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
         np.testing.assert_array_equal(source.step(0)[0].tokens.numpy(), expected[0])
         results: dict[int, np.ndarray] = {}
         asking = threading.Thread(target=lambda: results.update({last: source.step(last)[0].tokens.numpy()}))
@@ -289,7 +290,7 @@ def test_reading_stops_waiting_for_a_dead_preparation(copy: Path, monkeypatch: p
     monkeypatch.setattr(loader, "GRACE_SECONDS", 0.1)
     manifest = load_manifest(copy)
     rewrite_manifest(copy, complete=False)
-    source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=4, micro_batch_size=4)
+    source = Loader(copy, Layout(SEQ_LEN), rows_per_step=4, micro_batch_size=4)
     with pytest.raises(RunError, match=r"is not complete and nothing is preparing it; start the run again"):
         source.step(10**6)
     rewrite_manifest(copy, complete=False, error="bad.jsonl, line 7: malformed JSON")
@@ -304,7 +305,7 @@ def test_close_ends_a_waiting_thread(copy: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loader, "POLL_SECONDS", 10**6)  # the thread does not look again before the end
     rewrite_manifest(copy, complete=False)
     with lock(copy):
-        source = Loader(copy, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
+        source = Loader(copy, Layout(SEQ_LEN), rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
         rows = sum(map(len, naive_rows(copy, SEQ_LEN)))
         source.step(rows // ROWS_PER_STEP - 1)  # reads ahead beyond the last shard
         thread = next(thread for thread in threading.enumerate() if thread.name.startswith("osp-loader"))
@@ -316,7 +317,7 @@ def test_close_does_not_wait_for_a_hanging_file_system(shards: Path, monkeypatch
     monkeypatch.setattr(loader, "CLOSE_SECONDS", 0.1)
     hanging, released, ended = threading.Event(), threading.Event(), threading.Event()
     monkeypatch.setattr(Loader, "_read", lambda *_: (hanging.set(), released.wait(60), ended.set()))
-    source = Loader(shards, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
+    source = Loader(shards, Layout(SEQ_LEN), rows_per_step=ROWS_PER_STEP, micro_batch_size=24)
     assert not source.wait(0, seconds=0.0)
     assert hanging.wait(60)
     source.close()
@@ -333,3 +334,38 @@ def test_large_vocabularies_use_32_bits(shards: Path, copy: Path) -> None:
         shard.sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     save_manifest(dataclasses.replace(manifest, dtype="uint32", vocab_size=200_000), copy)
     np.testing.assert_array_equal(step_rows(copy, 3), step_rows(shards, 3) + 100_000)
+
+
+@pytest.mark.parametrize("layout", [Layout(SEQ_LEN, bos=True), Layout(36, repeat=18)])
+def test_sequences_with_a_start_token(shards: Path, layout: Layout) -> None:
+    manifest = load_manifest(shards)
+    size = layout.repeat or layout.seq_len
+    expected = Counter()
+    for shard in manifest.train.shards:
+        tokens = np.fromfile(shards / shard.file, dtype=np.uint16).tolist()
+        spans = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
+        expected.update((manifest.eos_id, *span, *(span if layout.repeat else [])) for span in spans)
+    rows = Rows(shards, layout, seed=3)
+    assert rows.rows_per_epoch == expected.total()
+    read = Counter(map(tuple, rows.read(np.arange(expected.total())).tolist()))
+    assert read == expected
+    assert {len(row) for row in read} == {layout.seq_len + 1}
+
+    tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16).tolist()
+    spans = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
+    held_out = [[manifest.eos_id, *span, *(span if layout.repeat else [])] for span in spans]
+    batches = list(validation_batches(shards, layout, batch_size=2, document_ids=True))
+    assert [row for batch in batches for row in batch.tokens[: batch.num_rows].tolist()] == held_out
+    for batch in batches:  # the start token is in the first document, and attends to nothing else
+        ids = batch.document_ids
+        assert ids is not None
+        assert (ids[:, :2] == 0).all()
+        torch.testing.assert_close(ids[:, 1:], torch.from_numpy(number_documents(batch.tokens[:, 1:].numpy(), 0)))
+
+
+@pytest.mark.parametrize("layout", [Layout(10**6), Layout(10**6, bos=True), Layout(10**6, repeat=10**6 // 2)])
+def test_validation_of_a_split_shorter_than_a_sequence(shards: Path, layout: Layout) -> None:
+    tokens = np.fromfile(shards / "val-00000.bin", dtype=np.uint16).tolist()
+    (batch,) = validation_batches(shards, layout, batch_size=1)
+    start = [load_manifest(shards).eos_id] if layout.has_start else []
+    assert batch.tokens.tolist() == [start + tokens * (2 if layout.repeat else 1)]

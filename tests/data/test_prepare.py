@@ -21,7 +21,7 @@ import pytest
 
 from osp.config import DataConfig, SourceConfig, TokenizerConfig
 from osp.data import prepare as prepare_module
-from osp.data.loader import Loader
+from osp.data.loader import Layout, Loader
 from osp.data.manifest import load_manifest
 from osp.data.prepare import prepare, shard_folder, start_preparing
 from osp.data.sources import SOURCES, PythonStdlib, TextFiles
@@ -462,7 +462,7 @@ def test_start_returns_after_the_first_shard_and_the_rest_follows(
     manifest = load_manifest(folder)
     assert manifest.usable
     assert not manifest.complete
-    loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
+    loader = Loader(folder, Layout(64), rows_per_step=8, micro_batch_size=4)
     step = len(manifest.train.shards) * (config.shard_tokens // 64) // 8 + 1
     assert not loader.wait(step, seconds=0.1)  # for shards that are not sealed yet
     gate.touch()
@@ -489,7 +489,7 @@ def test_start_reports_an_error_of_its_child_process(
     path.write_text(path.read_text() + "{]\n")  # read after the run has started
     folder = start_preparing(config, tokenizer_config, progress=False)
     gate.touch()
-    loader = Loader(folder, seq_len=64, rows_per_step=8, micro_batch_size=4)
+    loader = Loader(folder, Layout(64), rows_per_step=8, micro_batch_size=4)
     with pytest.raises(RunError, match=r"preparing .* failed: .*corpus\.jsonl, line \d+: malformed JSON"):
         loader.step(10**6)
     loader.close()

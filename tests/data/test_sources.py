@@ -1,10 +1,12 @@
 """Every source gives its documents in order, and bad input gives one message that names file and line."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ import pytest
 import zstandard
 
 from osp.config import DataConfig, SourceConfig, TextConfig, from_dict
-from osp.data.sources import SOURCES, Source, make_source
+from osp.data.sources import SOURCES, SYMBOLS, TRIGGERS, Source, make_source
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -419,7 +421,7 @@ def test_fingerprint_changes_with_a_file(tmp_path: Path) -> None:
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (
         {"source": "csv"},
-        r"^data.source='csv': unknown source; choose from python_stdlib, text, hf, mixture$",
+        r"^data.source='csv': unknown source; choose from python_stdlib, text, hf, mixture, backcopy$",
     ),
     "no text": ({"source": "none"}, r"^data.source=none: this model was converted and has no training text"),
     "no paths": ({"source": "text"}, r"^data.paths is empty; .*data.paths=\[corpus.jsonl\]$"),
@@ -527,3 +529,32 @@ def test_real_archive_is_read() -> None:
     source = DataConfig(source="text", paths=(str(SHARED / "corpus/train_mix.jsonl.xz"),))
     first = [text for text, _ in zip(documents(source), range(500), strict=False)]
     assert sum(map(len, first)) > 1_000_000
+
+
+def test_backcopy_repeats_the_symbol_before_a_trigger_and_else_follows_one_table() -> None:
+    config = DataConfig(source="backcopy")
+    texts = list(itertools.islice(documents(config), 300))  # of two blocks
+    assert texts == list(itertools.islice(documents(config), 300))
+    assert len(set(texts)) == 300
+    assert {len(text) for text in texts} == {4096}
+    assert {*"".join(texts)} == {*SYMBOLS}
+    following: dict[str, list[Counter[str]]] = {symbol: [Counter(), Counter()] for symbol in SYMBOLS}
+    for number, text in enumerate(texts):
+        for before, symbol, after in zip(text, text[1:], text[2:], strict=False):
+            if symbol in TRIGGERS:
+                assert after == before
+            else:
+                following[symbol][number % 2][after] += 1
+    for halves in following.values():  # both halves of the documents show the same table
+        for symbol in () if not halves[0] else SYMBOLS:
+            first, second = (half[symbol] / half.total() for half in halves)
+            assert abs(first - second) < 6 * max(1e-6, first * (1 - first) / halves[1].total() * 2) ** 0.5 + 0.002
+    share = sum(text.count(trigger) for text in texts for trigger in TRIGGERS) / (300 * 4096)
+    assert 0.1 < share < 0.25
+
+
+def test_backcopy_is_no_part_of_a_mixture() -> None:
+    part = {"source": "backcopy", "weight": 1.0}
+    data = {"source": "mixture", "mixture": [part]}
+    with pytest.raises(UserError, match=r"data\.mixture\[0\]\.source='backcopy': unknown source; choose from"):
+        make_source(from_dict({"data": data, "train": {"steps": 1}}).data)

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from osp.config import Config, from_dict
+from osp.data.sources import TRIGGERS
 from osp.errors import UserError
 from osp.evaluation.language_model import open_model
+from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text, read_texts, training_text
 from osp.run.checkpoint import find
 from osp.train.setup import train
@@ -156,3 +159,47 @@ def test_texts_of_one_name_are_named_by_their_paths(
         "runs/a/held_out",
         "b/a/held_out",
     ]
+
+
+@pytest.mark.parametrize("kind", ["repeat", "backcopy"])
+def test_copied_counts_the_tokens_that_can_be_copied(kind: str, tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    data = {**tiny_values["data"], "cache_dir": str(tmp_path), "val_fraction": 0.1}
+    data |= (
+        {"repeat": 8} if kind == "repeat" else {"source": "backcopy", "bos": True, "paths": [], "max_tokens": 20_000}
+    )
+    run = {"name": "a", "dir": str(tmp_path / "a")}
+    length = {**tiny_values["train"], "steps": 1, "seq_len": 16, "tokens_per_step": 128}
+    brief = {"eval": {"every": 0, "tokens": 640, "sample_tokens": 4}, "train": length}
+    train(from_dict({**tiny_values, **brief, "data": data, "run": run}))
+    subject = open_model(tmp_path / "a")
+    text, copied = read_texts(["held_out", "copied"], subject)
+    assert text.row == copied.row == 17
+    rows = text.tokens.view(-1, 17)
+    assert (rows[:, 0] == subject.eos_id).all()
+    counted = torch.zeros(rows.shape, dtype=torch.bool)
+    for i, row in enumerate(rows.tolist()):
+        symbols = [subject.tokenizer.id_to_token(token) for token in row]
+        for j in range(1, 17):
+            if kind == "repeat" and j > 8:
+                assert row[j] == row[j - 8]
+                counted[i, j] = True
+            if kind == "backcopy" and j > 2 and symbols[j - 1] in TRIGGERS:
+                assert row[j] == row[j - 2] or row[j] == subject.eos_id
+                counted[i, j] = True
+    assert 0 < counted.sum() < counted.numel()
+    with torch.no_grad():
+        logits = subject.model(rows[:, :-1]).logits
+    assert logits is not None
+    losses = F.cross_entropy(logits.double().flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(-1, 16)
+    measured = [perplexity(subject.model, part, seq_len=16) for part in (text, copied)]
+    assert [part.tokens for part in measured] == [losses.numel(), int(counted.sum())]
+    assert measured[0].loss == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert measured[1].loss == pytest.approx(losses[counted[:, 1:]].mean().item(), rel=1e-5)
+    assert training_text(subject).shape[1] == 17  # calibration reads sequences as training does
+
+
+def test_copied_needs_a_run_that_can_copy(project: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"copied: .* was trained without data\.repeat and data=backcopy; take held_out"
+    ):
+        read_text("copied", open_model(project / "runs" / "a"))
