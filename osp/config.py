@@ -500,7 +500,8 @@ def check(config: Config) -> None:
             "set train.document_mask=false"
         )
     check_model(model)
-    if tokenizer.train and tokenizer.vocab_size > model.vocab_size:
+    of_text = data.source != "backcopy"  # whose tokenizer has 257 tokens
+    if tokenizer.train and of_text and tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
             f"set model.vocab_size={tokenizer.vocab_size} or more"

@@ -178,7 +178,7 @@ def test_copied_counts_the_tokens_that_can_be_copied(kind: str, tiny_values: dic
     assert (rows[:, 0] == subject.eos_id).all()
     counted = torch.zeros(rows.shape, dtype=torch.bool)
     for i, row in enumerate(rows.tolist()):
-        symbols = [subject.tokenizer.id_to_token(token) for token in row]
+        symbols = [str(subject.tokenizer.id_to_token(token)) for token in row]
         for j in range(1, 17):
             if kind == "repeat" and j > 8:
                 assert row[j] == row[j - 8]
