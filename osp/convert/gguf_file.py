@@ -264,7 +264,7 @@ def _add_tokenizer(writer: Any, source: LlamaSource) -> None:
         writer.add_eos_token_id(subject.eos_id)
     for stop in [i for i in subject.stop_ids if i != subject.eos_id][:1]:
         writer.add_eot_token_id(stop)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(subject.begins_with_bos)
     writer.add_add_eos_token(False)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from osp.config import ModelConfig, NormConfig
@@ -248,11 +248,17 @@ def write_tokenizer(subject: LanguageModel, folder: Path) -> None:
     shutil.copyfile(subject.run / TOKENIZER, folder / TOKENIZER)
     ids = (subject.bos_id, subject.eos_id)
     bos, eos = (None if token_id is None else subject.tokenizer.id_to_token(token_id) for token_id in ids)
+    if subject.begins_with_bos:  # `transformers` adds what the file adds, whatever add_bos_token says
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        parts = [tokenizer.post_processor] * (tokenizer.post_processor is not None)
+        begin = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(str(bos), subject.begin_id)])
+        tokenizer.post_processor = processors.Sequence([*parts, begin])
+        tokenizer.save(str(folder / TOKENIZER))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "add_bos_token": False,
+        "add_bos_token": subject.begins_with_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": subject.context,

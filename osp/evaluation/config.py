@@ -35,7 +35,7 @@ class MeasureConfig:
     # Tokens of a window; None: what the model was trained at, 2048 at most
     seq_len: Annotated[Int, Field(ge=2, le=2**24)] | None = None
     overlap: CountOrZero = 0  # tokens of a window that are context only
-    bos: bool = False  # put the BOS token before every window and context
+    bos: bool | None = None  # put the BOS token before every window and context; None: as in training (data.bos)
     # Tokens to read from the start of each text; None: all
     max_tokens: Annotated[Int, Field(ge=2, le=10**15)] | None = None
     tasks: tuple[str, ...] = ()  # jsonl files, names of files in tasks_dir, or `paper`: OSP's ten as far as present

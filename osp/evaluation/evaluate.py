@@ -72,9 +72,10 @@ class Measurement:
                 raise UserError(f"tasks, lm_eval: lm-eval is not installed; {fix} ({error})") from error
         if config.lm_eval_dir is not None and not Path(config.lm_eval_dir).is_dir():
             raise UserError(f"lm_eval_dir={config.lm_eval_dir} is not a folder")
-        if names and config.bos and subject.bos_id is None:
+        bos = subject.begins_with_bos if config.bos is None else config.bos
+        if names and bos and subject.bos_id is None:
             raise UserError(f"bos=true: {subject.folder} names no BOS token (bos_token_id in its config.json)")
-        self.subject, self.config = subject, config
+        self.subject, self.config, self.bos = subject, config, bos
         files = dict(_task_files(config))
         tasks = {path: read_task(path, num_fewshot=shots, limit=config.limit) for path, shots in files.items()}
         self.texts = read_texts(names, subject, text_field=config.text_field)
@@ -88,7 +89,7 @@ class Measurement:
         self.windows: dict[str, Any] = {  # arguments of `perplexity`
             "seq_len": self.seq_len,
             "overlap": config.overlap,
-            "bos_id": subject.bos_id if config.bos else None,
+            "bos_id": subject.bos_id if bos else None,
             "max_tokens": config.max_tokens,
             "batch_tokens": config.batch_tokens,
         }
@@ -106,7 +107,7 @@ class Measurement:
                 log.warning("%s: the perplexity is not finite, because an activation overflows", measured.name)
             numbers = {"perplexity": measured.perplexity, "bits per byte": measured.bits_per_byte}
             yield [Result(measured.name, metric, value) for metric, value in numbers.items()]
-        model = HarnessModel(self.subject, bos=config.bos, batch_tokens=config.batch_tokens, progress=config.progress)
+        model = HarnessModel(self.subject, bos=self.bos, batch_tokens=config.batch_tokens, progress=config.progress)
         for task in self.tasks:
             yield evaluate_local_task(model, task)
         for loaded in self.named.values():

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import Config
+from osp.data.loader import Layout
 from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError
 from osp.model.hf_llama import CONFIG, check_vocabulary, load_hf, load_hf_tokenizer
@@ -44,6 +45,11 @@ class LanguageModel:
         if self.config is None or self.config.data.source == "none":
             return self.model.config.max_position_embeddings
         return self.config.train.seq_len
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether every sequence of the training began with the BOS token."""
+        return self.config is not None and Layout.of(self.config).has_start
 
     @property
     def window(self) -> int:

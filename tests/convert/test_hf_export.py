@@ -149,6 +149,29 @@ def test_tokenizer_of_the_run_is_exported(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 32
 
 
+def test_model_trained_with_a_start_token_reads_one_everywhere(tiny: Tiny, tmp_path: Path) -> None:
+    import gguf
+    from transformers import AutoTokenizer
+
+    config = tiny("data.bos=true")
+    train(config)
+    run = Path(config.run.dir)
+    (tmp_path / "text.txt").write_text("".join(made_text(40)))
+    measured = EvaluateConfig(path=str(run), texts=(str(tmp_path / "text.txt"),), max_tokens=256, progress=False)
+    subject = open_model(run)
+    words = [evaluate(subject, dataclasses.replace(measured, bos=bos)).results for bos in (None, True, False)]
+    assert words[0] == words[1] != words[2]
+    assert "bos=yes" in words[0][0].what
+    export(run, tmp_path / "out")
+    theirs, ids = AutoTokenizer.from_pretrained(tmp_path / "out"), subject.encode("def main():")
+    assert theirs("def main():")["input_ids"] == [subject.bos_id, *ids]
+    assert theirs("def main():", add_special_tokens=False)["input_ids"] == ids
+    assert theirs.decode(ids) == "def main():"
+    export(run, tmp_path / "out.gguf", format="gguf", scheme="f32")
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
 def test_transformers_generates_the_same_tokens(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
     model = load_in_transformers(tmp_path / "out")
