@@ -37,7 +37,8 @@ def compare(config: CompareConfig) -> ComparisonRecord:
         raise UserError("name the models to compare: python scripts/compare.py RUN RUN ...")
     if not config.quant.is_identity:
         config = dataclasses.replace(config, quant=config.quant.at("16-16-16"))
-    column_specs(config)  # refuse what cannot be built before a model is loaded
+    for column in config.columns:
+        column_spec(column, config.quant)  # before any model is loaded
     check_out(config.out)
     for path in config.paths:
         find_model(Path(path))
@@ -65,8 +66,8 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
     """
     measurement, progress = Measurement(subject, config), config.progress and is_main()
     named = method_specs(config.quant)
-    rows = tuple(named) if config.methods == "all" else ("", "+Had")
-    rows = rows if set(config.columns) & set(COLUMNS) else ("",)
+    rows = [*named] if config.methods == "all" else ["", "+Had"]
+    rows = rows if set(config.columns) & set(COLUMNS) else [""]
     cells = {("", column): spec for column, spec in measurable_specs(measurement, config).items()}
     cells |= {(row, bits): named[row].at(bits) for row in rows[1:] for bits in config.columns if bits in COLUMNS}
     methods = {}
@@ -143,29 +144,20 @@ def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
     return {"": spec, "+Had": hadamard, "+GPTQ": gptq, "+QuaRot": dataclasses.replace(gptq, rotation="quarot")}
 
 
-def column_specs(config: CompareConfig) -> dict[str, QuantSpec]:
-    """Return column -> its quantization, made from `quant`, or raise `UserError`.
-
-    A deployed format takes no more than its calibration from `quant`.
-    """
-    quant, specs = config.quant, {}
-    for column in config.columns:
-        if column in DEPLOYED_COLUMNS:
-            spec = DEPLOYED[DEPLOYED_COLUMNS[column]]
-            if spec.needs_calibration:
-                tokens = min(spec.calibration_tokens, quant.calibration_tokens)
-                given = {"calibration": quant.calibration, "calibration_tokens": tokens, "seed": quant.seed}
-                spec = dataclasses.replace(spec, **given)
-        else:
-            bits, changes = VARIANTS.get(column, (column, {}))
-            spec = dataclasses.replace(quant, **changes).at(bits)
-        specs[column] = spec
-    return specs
+def column_spec(column: str, quant: QuantSpec) -> QuantSpec:
+    """Return the quantization of a column, made from `quant`; a deployed format takes its calibration only."""
+    if column not in DEPLOYED_COLUMNS:
+        bits, changes = VARIANTS.get(column, (column, {}))
+        return dataclasses.replace(quant, **changes).at(bits)
+    spec = DEPLOYED[DEPLOYED_COLUMNS[column]]
+    tokens = min(spec.calibration_tokens, quant.calibration_tokens)
+    given = {"calibration": quant.calibration, "calibration_tokens": tokens, "seed": quant.seed}
+    return dataclasses.replace(spec, **given) if spec.needs_calibration else spec
 
 
 def measurable_specs(measurement: Measurement, config: CompareConfig) -> dict[str, QuantSpec]:
-    """Return `column_specs`; of the default columns leave out deployed formats that the model cannot have, and warn."""
-    subject, specs = measurement.subject, column_specs(config)
+    """Return column -> quantization; of the default columns leave out formats that the model cannot have, and warn."""
+    subject, specs = measurement.subject, {column: column_spec(column, config.quant) for column in config.columns}
     for column in [column for column in DEPLOYED_COLUMNS if column in specs]:
         try:
             check_spec(specs[column], subject.model.config)

@@ -15,6 +15,7 @@ _STATIC = {"static_activations": True, "a_group_size": None, "o_proj_by_head": F
 # Further columns -> bits, and the keys of `quant` that differ.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "4-4-4 +Had": ("4-4-4", {"ffn_hadamard": True}),
+    "4-4-4 folded": ("4-4-4", {"fold_gains": True}),
     "static 8-8": ("8-8-16", _STATIC),
     "static 4-4": ("4-4-16", _STATIC),
 }
@@ -24,6 +25,9 @@ def _column(name: str) -> str:
     if name not in (choices := (*COLUMNS, *VARIANTS, *DEPLOYED_COLUMNS)):
         raise ValueError(f"must be one of {', '.join(choices)}")
     return name
+
+
+Column = Annotated[str, AfterValidator(_column)]
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,8 @@ class EvaluateConfig(MeasureConfig):
 class CompareConfig(MeasureConfig):
     paths: tuple[str, ...] = ()  # runs, checkpoints and Hugging Face folders
     quant: QuantSpec = field(default_factory=QuantSpec)  # the rows vary its bits and methods
-    # What to measure; there are also `4-4-4 +Had`, `static 8-8` and `static 4-4`
-    columns: Annotated[tuple[Annotated[str, AfterValidator(_column)], ...], Field(min_length=1)] = (
-        *COLUMNS,
-        *DEPLOYED_COLUMNS,
-    )
+    # What to measure; there are also `4-4-4 +Had`, `4-4-4 folded`, `static 8-8` and `static 4-4`
+    columns: Annotated[tuple[Column, ...], Field(min_length=1)] = (*COLUMNS, *DEPLOYED_COLUMNS)
     # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
     methods: Literal["none", "last", "all"] = "last"
     spinquant: bool = False  # measure the last row of table 4 too, which takes longest

@@ -126,7 +126,7 @@ def read_calibration(
         text = read_text(spec.calibration, subject)
         if text.sha256 in [other.sha256 for other in measured]:
             raise UserError(f"quant.calibration={spec.calibration} is a text that is measured; name another one")
-        tokens = text.tokens
+        tokens = text.tokens if text.row is None else text.tokens.view(-1, text.row)
     return draw_calibration(tokens, spec, seq_len=seq_len).to(subject.device)
 
 
@@ -166,7 +166,8 @@ def ablate_sites(
     measurement: Measurement, spec: QuantSpec, calibration: Tensor | None, *, progress: bool = False
 ) -> SiteAblation:
     """Return the perplexity of the first text for each site alone and left out, and R_L on its first windows."""
-    model, text, length = measurement.subject.model, measurement.texts[0], measurement.seq_len
+    model, text = measurement.subject.model, measurement.texts[0]
+    length = text.row or measurement.seq_len
     active = active_sites(spec, model.config)
 
     def at(sites: Collection[str]) -> float:
@@ -268,11 +269,8 @@ def results_table(record: Evaluation) -> str:
 
 def _named_tasks(config: MeasureConfig) -> dict[str, int]:
     """Return the number of examples of each name of `lm_eval`; the paper's tasks have the paper's."""
-    tasks: dict[str, int] = {}
-    for name in config.lm_eval:
-        for task in PAPER_TEN if name == "paper_ten" else [name]:
-            tasks[task] = PAPER_TEN[task][0] if task in PAPER_TEN else config.num_fewshot
-    return tasks
+    names = [task for name in config.lm_eval for task in (PAPER_TEN if name == "paper_ten" else [name])]
+    return {name: PAPER_TEN[name][0] if name in PAPER_TEN else config.num_fewshot for name in names}
 
 
 def _task_files(config: MeasureConfig) -> list[tuple[Path, int]]:

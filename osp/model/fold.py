@@ -4,7 +4,7 @@ All compute in fp64 and round once, except `fold_constants`, which keeps the bit
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from osp.model.norms import Norm
 from osp.model.sites import SITES
 from osp.model.transformer import Block, Embedding, Linear, Transformer
+
+STREAM = ("attn_in", "mlp_in", "head_in")  # what the norms of the residual stream write
 
 
 def fold_into_weights(model: Transformer) -> None:
@@ -95,15 +97,25 @@ def fold_constants(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def fold_norm_gains(model: Transformer) -> None:
-    """Fold the gains of RMSNorms into the matrices that read them, W' = W diag(g), and set the gains to 1."""
-    assert isinstance(model.head_proj, nn.Identity), "absorb the projections first: the head must read the last norm"
-    for _, norm, readers in residual_norms(model):
-        assert norm.not_rmsnorm is None
-        if norm.weight is not None:
+def fold_norm_gains(model: Transformer, sites: Collection[str] = STREAM, *, for_rotation: bool = True) -> None:
+    """Fold the gains g of y = g n(x) + b into the matrices that read y: W' = W diag(g), g' = 1 and b' = b / g.
+
+    Norms after a sublayer and of heads keep their gains: no matrix reads them. So do, unless `for_rotation`, norms with
+    one gain and channels with a gain of 0, where nothing is gained.
+
+    sites: the inputs of matrices whose norms are folded; `head_in` once the projections are absorbed.
+    """
+    assert isinstance(model.head_proj, nn.Identity) or "head_in" not in sites, "the head must read the last norm"
+    for _, norm, readers in residual_norms(model, sites):
+        if norm.weight is not None and (for_rotation or not norm.one_gain):
+            norm.fold()  # what the next norm derives from this gain
+            gain = norm.weight.double()
+            factor = gain if for_rotation else gain.where(gain != 0, 1.0)
             for weight in (model.get_parameter(f"{reader}.weight") for reader in readers):
-                weight.data = (weight.double() * norm.weight.double()).to(weight.dtype)
-            norm.weight.data = torch.ones_like(norm.weight)
+                weight.data = (weight.double() * factor).to(weight.dtype)
+            norm.weight.data = (gain / factor).nan_to_num(1.0).to(norm.weight.dtype)
+            if norm.bias is not None:
+                norm.bias.data = (norm.bias.double() / factor).to(norm.bias.dtype)
 
 
 def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
@@ -112,14 +124,15 @@ def norm_gain(norm: Norm, hidden_size: int) -> Tensor:
     return weight.detach().double().expand(hidden_size) * norm.output_scale
 
 
-def residual_norms(model: Transformer) -> Iterator[tuple[str, Norm, list[str]]]:
-    """Yield (name, module, names of the matrices that read it) for every norm of the residual stream."""
+def residual_norms(model: Transformer, sites: Collection[str] = STREAM) -> Iterator[tuple[str, Norm, list[str]]]:
+    """Yield (name, module, names of the matrices that read it) for the norms that write `sites`, block by block."""
     modules = dict(model.named_modules())
     for i in range(len(model.layers)):
-        for site in (SITES["attn_in"], SITES["mlp_in"]):
-            name = f"layers.{i}.{site.writers[0]}"
+        for site in (SITES[kind] for kind in sites if SITES[kind].in_block):
+            name = f"layers.{i}.{site.writers[-1]}"
             norm = modules[name]
-            assert isinstance(norm, Norm)
-            readers = [f"layers.{i}.{path}" for path in site.readers]
-            yield name, norm, [reader for reader in readers if reader in modules]
-    yield "norm", model.norm, ["lm_head"]  # once the projections are absorbed
+            if isinstance(norm, Norm):
+                readers = [f"layers.{i}.{path}" for path in site.readers]
+                yield name, norm, [reader for reader in readers if reader in modules]
+    if "head_in" in sites:
+        yield "norm", model.norm, ["lm_head"]  # once the projections are absorbed

@@ -22,7 +22,7 @@ from osp.errors import UserError
 from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
 from osp.model.sites import SITES as SITE_MAP
 from osp.model.sites import hook_site, site_names, split_site
-from osp.model.transformer import Embedding, Linear, Transformer
+from osp.model.transformer import Transformer
 from osp.quant.formats import NumberFormat
 from osp.quant.gptq import quantize_weights_gptq
 from osp.quant.grid import Grid, grouped
@@ -75,6 +75,12 @@ def quantized(
         stack.enter_context(_eager())
         bake_recentring(model)  # round the weights as the forward pass uses them
         with torch.no_grad():
+            ends = active & {*END_SITES["w"], *END_SITES["a"]}
+            if spec.rotation != "none" or ends:
+                absorb_projections(model)
+            if spec.fold_gains and spec.rotation == "none" and active - {*INNER_SITES["kv"]}:
+                folded = ("attn_in", "mlp_in", "down_proj_in", *(["head_in"] if ends else []))
+                fold_norm_gains(model, folded, for_rotation=False)
             ffn = spec.ffn_hadamard and bool(active & {"down_proj", "down_proj_in"})
             for handle in rotate_online(model, ffn=ffn, qk=spec.qk_hadamard and "k" in active):
                 stack.callback(handle.remove)
@@ -142,9 +148,9 @@ def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
     """Put back at exit what folding and rounding replace: parameter tensors, projections and the config."""
     for name in ("embed_proj", "head_proj", "config"):
         stack.callback(setattr, model, name, getattr(model, name))
-    for module in model.modules():
-        if isinstance(module, Linear | Embedding):
-            stack.callback(setattr, module, "zero_mean", module.zero_mean)
+    for module in map(vars, model.modules()):
+        derived = module.keys() & {"zero_mean", "slope", "constants"}
+        stack.callback(module.update, {key: module[key] for key in derived})
     for parameter in model.parameters():
         stack.callback(setattr, parameter, "data", parameter.data)
 
@@ -153,8 +159,6 @@ def _rotate(
     model: Transformer, spec: QuantSpec, calibration: Tensor | None, active: frozenset[str], *, progress: bool
 ) -> Tensor | None:
     """Fuse the rotations of `spec` into the weights; return R1."""
-    if spec.rotation != "none" or active & {*END_SITES["w"], *END_SITES["a"]}:
-        absorb_projections(model)
     if spec.rotation == "none":
         return None
     fold_norm_gains(model)

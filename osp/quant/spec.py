@@ -58,6 +58,7 @@ class QuantSpec:
     kv_group_size: Count | None = None  # channels of a head that share a scale; None: all
     embedding_and_head: bool = False  # quantize the embedding and the head too, and the input of the head
     ends_format: str | None = None  # number format of embedding and head, if not w_format
+    fold_gains: bool = False  # fold the gains of norms into the matrices that read them; a rotation does so itself
     ffn_hadamard: bool = False  # online Hadamard transform of the input of down_proj
     qk_hadamard: bool = True  # online Hadamard transform of queries and keys after RoPE
     method: Literal["rtn", "gptq"] = "rtn"  # how weights are rounded
@@ -166,7 +167,7 @@ class QuantSpec:
         """12 hexadecimal digits of the SHA-256 of all fields; later fields at their defaults do not count."""
         values = dataclasses.asdict(self)
         values["a_static"] = values.pop("static_activations")  # its first name
-        for key in ("w_format", "a_format", "kv_format", "ends_format", "a_static"):
+        for key in ("w_format", "a_format", "kv_format", "ends_format", "a_static", "fold_gains"):
             if not values[key]:
                 del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -190,6 +191,8 @@ class QuantSpec:
             method += f" + {self.rotation}"
         if self.rotation == "spinquant":
             method += f" {self.rotation_steps} steps lr {self.rotation_lr:g}"
+        if self.fold_gains and self.rotation == "none" and min(self.w_bits, self.a_bits) < 16:
+            method += " + folded gains"
         if self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16:
             method += " + ffn Hadamard"
         words = [f"{self.bits} {method}"]

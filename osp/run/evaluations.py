@@ -103,10 +103,6 @@ class Score:
     accuracy: float | None
     perplexities: dict[str, Number] = field(default_factory=dict)  # name of every text -> perplexity
 
-    def on(self, text: str) -> "Score":
-        """Return the cell of a text other than the first, without the accuracy."""
-        return Score(self.perplexities.get(text), None)
-
     def __str__(self) -> str:
         """Return accuracy in percent / perplexity, as the paper writes it: `31.2/12.41`."""
         accuracy = [] if self.accuracy is None else [f"{100 * self.accuracy:.1f}"]

@@ -10,7 +10,7 @@ import torch
 
 from osp.config import NormConfig
 from osp.errors import UserError
-from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, VARIANTS, column_specs, compare_one, markdown, score
+from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, VARIANTS, column_spec, compare_one, markdown, score
 from osp.evaluation.config import CompareConfig
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text, perplexity
@@ -19,7 +19,7 @@ from osp.model.transformer import build_model
 from osp.quant.apply import draw_calibration, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec
-from osp.run.evaluations import ComparisonRecord, Result, Score, read_comparison, write_evaluation
+from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, read_comparison, write_evaluation
 from osp.schema import build
 from tests.conftest import made_text
 
@@ -41,11 +41,15 @@ def wanted(files: list[str], *columns: str, **keys: Any) -> CompareConfig:
     return CompareConfig(columns=columns, quant=quant, **(defaults | keys))
 
 
+def specs_of(config: CompareConfig) -> dict[str, QuantSpec]:
+    return {column: column_spec(column, config.quant) for column in config.columns}
+
+
 def test_every_column_is_made_from_quant() -> None:
     quant = {"calibration": "a.txt", "calibration_tokens": 96, "seed": 3, "w_clip": False}
     static = QuantSpec(w_bits=4, a_bits=4, static_activations=True, o_proj_by_head=False, **quant)
     given = {"calibration": "a.txt", "calibration_tokens": 96, "seed": 3}
-    specs = column_specs(CompareConfig(columns=NAMES, quant=QuantSpec(a_group_size=None, **quant)))
+    specs = specs_of(CompareConfig(columns=NAMES, quant=QuantSpec(a_group_size=None, **quant)))
     assert tuple(specs) == NAMES
     assert specs == {
         "16-16-16": QuantSpec(**quant),
@@ -54,6 +58,7 @@ def test_every_column_is_made_from_quant() -> None:
         "4-4-16": QuantSpec(4, 4, 16, **quant),
         "4-4-4": QuantSpec(4, 4, 4, **quant),
         "4-4-4 +Had": QuantSpec(4, 4, 4, ffn_hadamard=True, **quant),
+        "4-4-4 folded": QuantSpec(4, 4, 4, fold_gains=True, **quant),
         "static 8-8": dataclasses.replace(static, w_bits=8, a_bits=8),
         "static 4-4": static,
         "W4A16": DEPLOYED["w4a16_g128"],
@@ -61,7 +66,7 @@ def test_every_column_is_made_from_quant() -> None:
         "MXFP4": DEPLOYED["mxfp4"],
     }
     grouped = QuantSpec(a_group_size=8)
-    assert column_specs(CompareConfig(columns=("static 4-4",), quant=grouped))["static 4-4"].a_group_size is None
+    assert specs_of(CompareConfig(columns=("static 4-4",), quant=grouped))["static 4-4"].a_group_size is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_cells_of_named_columns_and_of_every_text(llama: LanguageModel, files: l
     *_, comparison = compare_one(llama, config)
     assert {row: tuple(cells) for row, cells in comparison.bits.items()} == {"": config.columns, "+Had": ("4-4-4",)}
     calibration = draw_calibration(read_text(files[2], llama).tokens, config.quant, seq_len=32)
-    for column, spec in column_specs(config).items():
+    for column, spec in specs_of(config).items():
         with quantized(llama.model, spec, calibration=calibration):
             values = [perplexity(llama.model, read_text(f, llama), seq_len=32, max_tokens=64) for f in files[:2]]
         first, second = (value.perplexity for value in values)
@@ -102,7 +107,7 @@ def test_cells_of_named_columns_and_of_every_text(llama: LanguageModel, files: l
         assert head == "| model | ex. kurtosis | static 4-4 | 4-4-4 | 4-4-4 +Had |"
         assert row == f"| {llama.name} | {comparison.kurtosis:.2f} | {' | '.join(f'{c[text]:.2f}' for c in cells)} |"
         assert had == f"| +Had |  |  | {cells[2][text]:.2f} |  |"
-    spec = column_specs(config)["static 4-4"]
+    spec = specs_of(config)["static 4-4"]
     assert f"calibration {files[2]} 96 tokens" in str(spec)
     assert f"- static 4-4: {spec} [{spec.hash}]" in lines
 
@@ -119,9 +124,13 @@ def test_perplexities_that_overflow_are_infinite_in_the_record(tmp_path: Path) -
     results = [Result("a[len=2]", "perplexity", 2.0), Result("a", "bits per byte", 1.0)]
     results.append(Result("b[len=2]", "perplexity", math.inf))
     texts = [Text(name, torch.zeros(2), torch.zeros(2), "") for name in "ab"]
-    assert score(results, texts) == Score(2.0, None, {"a": 2.0, "b": math.inf})
-    assert str(score(results, texts).on("b")) == "inf"
-    assert str(score(results, texts).on("c")) == "-"
+    cell = score(results, texts)
+    assert cell == Score(2.0, None, {"a": 2.0, "b": math.inf})
+    model = Comparison("m", "0", None, "what", {"": {"4-4-4": cell}}, {}, {}, texts={"a": "0", "b": "1"})
+    write_evaluation(tmp_path / "a.json", ComparisonRecord(models=(model,)))
+    (read,) = read_comparison(tmp_path / "a.json").models
+    assert read == model
+    assert "| m | - | inf |" in markdown([read], ["4-4-4"])
 
 
 def test_column_that_was_named_is_not_left_out(llama: LanguageModel, files: list[str]) -> None:

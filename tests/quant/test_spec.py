@@ -119,7 +119,7 @@ def test_line_and_hash_distinguish_specs() -> None:
         "embedding_and_head": True, "ffn_hadamard": True, "qk_hadamard": False, "method": "rtn", "act_order": True,
         "damping": 0.1, "rotation": "quarot", "rotation_steps": 1, "rotation_lr": 1.0, "calibration": "a.txt",
         "calibration_tokens": 1, "seed": 1, "w_format": "asym", "a_format": "sym", "kv_format": "sym",
-        "static_activations": True, "ends_format": "q8_0",
+        "static_activations": True, "ends_format": "q8_0", "fold_gains": True,
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(QuantSpec)}
     start = QuantSpec(method="gptq", embedding_and_head=True)
