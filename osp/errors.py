@@ -1,8 +1,21 @@
 """Errors that entry points print as one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake that the user can correct. Entry points exit with status 2."""
+
+
+@contextmanager
+def as_user_error(before: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
+    """Turn errors of these kinds inside the context into a `UserError`: the reason, between `before` and `after`."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{before}{reason}{after}") from error
 
 
 class NotTextError(UserError):

@@ -2,6 +2,7 @@
 
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,7 @@ def parse_json(text: str | bytes) -> Any:
     Raises `ValueError` for everything that is not JSON, also for nesting that Python cannot follow.
     """
     try:
-        try:
-            return json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise
-        except ValueError:  # of int(), for its time is quadratic in the digits
-            return json.loads(text, parse_int=lambda text: int(text) if len(text) <= MOST_DIGITS else float(text))
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -58,20 +54,16 @@ def _read(path: Path, name: str) -> bytes:
     """Return the content of a file. Raises `UserError` with `name` if that is not possible."""
     if not_a_file(path):
         raise UserError(f"{name} is not a file")
-    try:
+    if not path.exists():
+        raise UserError(f"{name} does not exist")
+    with as_user_error(f"cannot read {name}: ", OSError):
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{name} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 def read_utf8(path: Path, *, name: str) -> str:
     """Return the text of a file that the user names. Raises `UserError` with `name` if that is not possible."""
-    try:
+    with as_user_error(f"cannot read {name}: ", UnicodeDecodeError):
         return _read(path, name).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {name}: {error}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -113,7 +105,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        flush_folder(path.parent)
+        flush(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -134,43 +126,31 @@ def write_record(path: Path, value: Any) -> None:
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Do what `write_bytes` does; raise `UserError` where the file cannot be written."""
-    try:
+    with as_user_error(f"cannot write {path}: ", OSError):
         write_bytes(path, data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_out(path: Path, text: str) -> None:
-    """Write the file that the key `out` names, and its folder; raise `UserError` where that is not possible.
-
-    A device or pipe, such as /dev/stdout, is written to.
-    """
-    try:
+    """Write the file, device or pipe that the key `out` names, and its folder; `UserError` where that is impossible."""
+    with as_user_error(f"out={path}: cannot write there: ", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb", buffering=0) as file:
                 file.write(text.encode())
         else:
             write_text(path, text)
-    except OSError as error:
-        raise UserError(f"out={path}: cannot write there: {error.strerror}") from error
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, creating the folder; waits while another process prepares it."""
     while True:
-        try:
+        with as_user_error(f"data.cache_dir: cannot write to {folder}: ", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-            file = os.fdopen(os.open(folder / LOCK_NAME, flags, 0o666), "w")
-        except FileNotFoundError:  # the holder before us gave up and removed the folder between the two lines
-            continue
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot write to {folder}: {error.strerror}") from error
+            try:
+                file = os.fdopen(os.open(folder / LOCK_NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
+            except FileNotFoundError:  # the holder before us gave up and removed the folder in between
+                continue
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -207,13 +187,14 @@ def new_folder(out: Path, *, files: Sequence[str] = ()) -> Iterator[Path]:
             fix = "name a file that does not, with no certificate beside it" if files else "name a folder that does not"
             raise UserError(f"out={target} exists; {fix}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    descriptor = None
-    try:
+    with as_user_error(f"out={out}: cannot write there: ", OSError), ExitStack() as cleanup:
         for former in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
             if not _is_held(former):
                 shutil.rmtree(former, ignore_errors=True)
         temporary.mkdir(parents=True)
         descriptor = os.open(temporary, os.O_RDONLY)
+        cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
+        cleanup.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         with ExitStack() as undo:
@@ -221,12 +202,6 @@ def new_folder(out: Path, *, files: Sequence[str] = ()) -> Iterator[Path]:
                 (temporary / target.name if files else temporary).rename(target)
                 undo.callback(target.unlink, missing_ok=True)
             undo.pop_all()
-    except OSError as error:
-        raise UserError(f"out={out}: cannot write there: {error.strerror or error}") from error
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_held(folder: Path) -> bool:
@@ -244,13 +219,19 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush the entries of `folder` to disk: new names survive a crash."""
-    directory = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flush a file to disk, or the entries of a folder: new names survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,10 +14,7 @@ import psutil
 from osp.files import printable
 
 # What a launcher, a terminal or a scheduler sends to end a job: by request, on a lost connection, before a limit
-STOP_SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 POLL_SECONDS = 0.5
 
 

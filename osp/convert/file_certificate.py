@@ -5,7 +5,6 @@ program that has read the file. The file is written only if the last two agree o
 trained model on the tokens of odd texts.
 """
 
-import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from osp.convert.same_function import Difference, compared_perplexity
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
-from osp.files import read_json
+from osp.files import read_json, sha256_of
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer
 from osp.tables import render_text
@@ -140,9 +139,5 @@ def odd_texts() -> list[str]:
 
 def describe_files(path: Path) -> dict[str, dict[str, Any]]:
     """Return bytes and SHA-256 of a file, or of the files in a folder, by name."""
-    described = {}
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        described[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
-    return described
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}

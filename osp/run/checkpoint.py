@@ -14,10 +14,8 @@ temporary name, flushed to disk, renamed, and only then named by `latest`. No fi
 import dataclasses
 import functools
 import glob
-import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 
 from osp.config import CheckpointConfig, from_dict, upgrade
 from osp.errors import UserError
-from osp.files import flush_folder, read_json, write_text
+from osp.files import flush, read_json, sha256_of, write_text
 from osp.model.transformer import Transformer, meta_model
 from osp.schema import Count, CountOrZero, build
 
@@ -126,7 +124,7 @@ class Checkpoint:
         """Compare this rank's share of the files with their checksums. Raises `UserError` that names a damaged file."""
         for name in sorted(self.manifest["files"])[rank::world_size]:
             path = self.folder / name
-            if _sha256(path) != self.manifest["files"][name]["sha256"]:
+            if sha256_of(path) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum is not the one in {MANIFEST}; take an older checkpoint")
         _ = self._slices  # raises for a key that is no slice
 
@@ -311,13 +309,12 @@ class Saver:
                 raise OSError(errors[0])
             # metrics and events of the steps before
             for lines in filter(Path.is_file, self.folder.parent.glob("*.jsonl")):
-                with lines.open("rb") as file:
-                    os.fsync(file.fileno())
+                flush(lines)
             write_text(self._temporary / MANIFEST, json.dumps(manifest, indent=1))
-            flush_folder(self._temporary)
+            flush(self._temporary)
             remove(self._final)
             self._temporary.rename(self._final)
-            flush_folder(self.folder)
+            flush(self.folder)
             write_text(self.folder / LATEST, self._final.name + "\n")
         except OSError as error:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -470,11 +467,5 @@ def _latest(folder: Path) -> Path | None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write and flush a safetensors file; return its size and checksum."""
     save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    flush(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -362,10 +362,10 @@ def test_training_waits_only_for_the_copy_of_a_save(
         monkeypatch.setattr(checkpoint_module, name, call)
 
     config = tiny("checkpoint.every=2", "checkpoint.keep_last=1", "eval.every=0", "eval.sample_tokens=0")
-    for name in ("_sha256", "flush_folder", "remove", "prune"):
+    for name in ("sha256_of", "flush", "remove", "prune"):
         record_calls(name)
     train(config)
-    assert {name for name, _ in done} == {"_sha256", "flush_folder", "remove", "prune"}
+    assert {name for name, _ in done} == {"sha256_of", "flush", "remove", "prune"}
     assert threading.main_thread() not in [thread for _, thread in done]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000006"]
     saves = [event for event in read_metrics(tmp_path / "run") if "checkpoint/bytes" in event]
