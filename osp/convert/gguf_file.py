@@ -28,7 +28,7 @@ from torch import Tensor
 from osp.config import ModelConfig, NormConfig, RopeScaling
 from osp.convert.file_format import Client, FileFormat, LlamaSource
 from osp.convert.hf_export import InOsp
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.model.attention import rotary_frequencies
 from osp.model.hf_llama import BODY, EMBEDDING, HEAD
 from osp.model.transformer import Transformer, meta_model
@@ -157,11 +157,9 @@ class LlamaCpp:
         """Return the model with a cache for `length` tokens; it holds the logits of all of them."""
         threads, fp32 = torch.get_num_threads(), self._library.GGML_TYPE_F32
         settings = {"n_threads": threads, "n_threads_batch": threads, "type_k": fp32, "type_v": fp32}
-        with contextlib.redirect_stderr(io.StringIO()):  # a warning that it rounds the length up to a multiple of 256
-            try:
-                return self._library.Llama(str(self._path), n_ctx=length, logits_all=True, verbose=False, **settings)
-            except ValueError as error:
-                raise UserError(f"llama.cpp does not load {self._path.name}: {error}; not written") from error
+        silent = contextlib.redirect_stderr(io.StringIO())  # it warns that it rounds the length up to a multiple of 256
+        with silent, as_user_error(f"llama.cpp does not load {self._path.name}: ", ValueError, after="; not written"):
+            return self._library.Llama(str(self._path), n_ctx=length, logits_all=True, verbose=False, **settings)
 
 
 def dequantized(path: Path, device: torch.device) -> InOsp:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.evaluation.language_model import LanguageModel, model_sha256
 from osp.evaluation.perplexity import Text, perplexity
 from osp.files import read_json
@@ -203,10 +203,8 @@ def read_certificate(subject: LanguageModel) -> Certificate | None:
     convert_again = "convert the model again with scripts/convert.py"
     if not path.exists():
         raise UserError(f"{subject.run}: a converted model without its {FILE_NAME}; {convert_again}")
-    try:
+    with as_user_error(f"{path}: not a certificate (", UserError, after=f"); {convert_again}"):
         certificate = build(Certificate, read_json(path))
-    except UserError as error:  # malformed JSON, or other keys than a certificate's
-        raise UserError(f"{path}: not a certificate ({error}); {convert_again}") from error
     if certificate.after.sha256 != subject.sha256():
         raise UserError(f"{path}: belongs to other weights than {subject.folder}; {convert_again}")
     return certificate

@@ -25,8 +25,8 @@ import numpy as np
 import zstandard
 
 from osp.config import DataConfig, TextConfig
-from osp.data.tokenizer import HUB_TIMEOUT, ask_hub
-from osp.errors import UserError
+from osp.data.tokenizer import HUB_TIMEOUT
+from osp.errors import UserError, as_user_error
 from osp.files import parse_json, printable
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -102,15 +102,13 @@ class TextFiles(Source):
     def documents(self) -> Iterator[str]:
         for path in list_files(self.config.paths, self.config.text_field):
             kind = FORMAT.findall(path.name)[0].lower()
-            try:
+            with as_user_error(f"cannot read {path}: ", EOFError, OSError):
                 if kind == ".parquet":
                     yield from _parquet_documents(path, self.config.text_field)
                 elif kind in TEXT_SUFFIXES:
                     yield _text(path)
                 else:
                     yield from _json_documents(path, self.config.text_field)
-            except (EOFError, OSError) as error:
-                raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
     def fingerprint(self) -> Any:
         return _sizes_and_times(list_files(self.config.paths, self.config.text_field))
@@ -137,7 +135,7 @@ class HubDataset(Source):
             if Path(dataset).is_dir():
                 dataset = os.path.join(os.curdir, dataset)  # a folder called json is not the loader of that name
             else:
-                with ask_hub(f"{name} cannot be reached"):
+                with as_user_error(f"{name} cannot be reached from the Hugging Face hub: ", Exception):
                     huggingface_hub.HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
             is_dict = Path(dataset, "dataset_dict.json").exists()
             if is_dict or Path(dataset, "state.json").exists():  # by save_to_disk
@@ -318,10 +316,8 @@ def _json_documents(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             text = _decode(line, path, line=number)
-            try:
+            with as_user_error(f"{where}: malformed JSON (", ValueError, after="); a line holds one object"):
                 record = parse_json(text)
-            except ValueError as error:
-                raise UserError(f"{where}: malformed JSON ({error}); a line holds one object") from error
             yield _text_of(record, text_field, where=where)
     except EOFError as error:
         raise UserError(f"{path}, after line {number}: {error}") from error
@@ -336,10 +332,9 @@ def _text_of(record: Any, text_field: str, *, where: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
-    try:
+    # JSON can encode half a surrogate pair
+    with as_user_error(f"{where}: field {text_field!r} is no valid Unicode (", UnicodeEncodeError, after=")"):
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair
-        raise UserError(f"{where}: field {text_field!r} is no valid Unicode ({error})") from error
     return text
 
 

@@ -13,11 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from osp.config import TokenizerConfig
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import parse_json
 
 FILE_NAME = "tokenizer.json"
-HUB_TIMEOUT = 10  # seconds until a hub that does not answer counts as unreachable
+# Seconds until a hub that does not answer counts as unreachable. The clients retry a dead connection for longer: begin
+# with a request that has this timeout.
+HUB_TIMEOUT = 10
 MOST_BYTES = 2**30  # of a tokenizer.json; a file with 256,000 tokens has 34 million
 MOST_TOKENS = 2**24  # as of `tokenizer.vocab_size`
 WORD_BYTES = 1000  # the time to train on a word grows with the square of its length
@@ -91,20 +93,16 @@ def cut(
 def read_spec(path: str | Path) -> bytes:
     """Return the bytes of a tokenizer.json."""
     path = Path(path)
-    try:
+    with as_user_error(f"cannot read the tokenizer {path}: ", OSError):
         if path.is_fifo() or path.is_char_device() or (path.exists() and path.stat().st_size > MOST_BYTES):
             raise UserError(f"{path} is not a tokenizer.json: a device, or more than {MOST_BYTES >> 20} MiB")
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, set to encode text as it is: without truncation, padding and special tokens."""
-    try:
+    with as_user_error(f"cannot read the tokenizer {path}: ", UnicodeDecodeError):
         spec = read_spec(path).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
     with tokenizer_errors(f"{path} is not a tokenizer.json"):
         tokenizer = Tokenizer.from_str(spec)
     if (size := vocab_size(tokenizer)) > MOST_TOKENS:
@@ -137,7 +135,8 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
         path = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
         if not isinstance(path, str):
-            with ask_hub(f"tokenizer.hub={name}: cannot get its {FILE_NAME}"):
+            failure = f"tokenizer.hub={name}: cannot get its {FILE_NAME} from the Hugging Face hub: "
+            with as_user_error(failure, Exception):
                 huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
                 path = huggingface_hub.hf_hub_download(name, FILE_NAME)
     tokenizer = load_tokenizer(path)
@@ -216,15 +215,3 @@ def byte_level(tokenizer: Tokenizer) -> bool:
 
     spec = json.loads(tokenizer.to_str())
     return holds(spec["pre_tokenizer"]) or holds(spec["normalizer"])
-
-
-@contextmanager
-def ask_hub(failure: str) -> Iterator[None]:
-    """Turn errors of requests to the Hugging Face hub into a `UserError` that begins with `failure`.
-
-    The clients retry a dead connection for many seconds: begin with a request that has a `timeout`.
-    """
-    try:
-        yield
-    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it is built on
-        raise UserError(f"{failure} from the Hugging Face hub: {' '.join(str(error).split())}") from error

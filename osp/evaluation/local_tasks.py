@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import not_a_file, parse_json
 
 log = logging.getLogger(__name__)
@@ -148,11 +148,9 @@ def delimiter(query: str) -> str:
 
 def _parse_line(line: str, *, where: str) -> tuple[str, Doc]:
     """Return (key of `FORMS`, document) of one line, without examples."""
-    try:
+    with as_user_error(f"{where}: malformed JSON (", ValueError, RecursionError, after=")"):
         record = parse_json(line)
         json.dumps(record, ensure_ascii=False).encode()  # raises for halves of surrogate pairs
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: malformed JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     name = next((name for name, form in FORMS.items() if record.keys() >= set(form["fields"])), None)

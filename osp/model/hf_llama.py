@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from osp.config import ModelConfig
 from osp.data.tokenizer import load_tokenizer, vocab_size
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import not_a_file, read_json
 from osp.model.transformer import Transformer, meta_model
 from osp.schema import build
@@ -115,10 +115,8 @@ def _model_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     model["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
     model["rope_scaling"] = _rope_scaling(path, values.get("rope_scaling") or rope)
     model["norm"] = {"name": "rmsnorm", "eps": eps}
-    try:
+    with as_user_error(f"{path}: ", UserError):
         return build(ModelConfig, model)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _rope_scaling(path: Path, values: Any) -> dict[str, Any] | None:
@@ -137,12 +135,10 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Any, str]]:
     """Return our name of every stored tensor -> the open file, and the name there."""
     stored: dict[str, tuple[Any, str]] = {}
     for path in _weight_files(folder):
-        try:
+        with as_user_error(f"{path}: missing or no whole safetensors file: ", OSError, SafetensorError):
             if not_a_file(path):
                 raise OSError("not a file")
             file: Any = safe_open(path, framework="pt").__enter__()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: missing or no whole safetensors file: {error}") from error
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             ours = name if name == HEAD else name.removeprefix(BODY)
             if ours in stored:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from osp.config import CheckpointConfig, from_dict, upgrade
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import flush, read_json, sha256_of, write_text
 from osp.model.transformer import Transformer, meta_model
 from osp.schema import Count, CountOrZero, build
@@ -108,10 +108,8 @@ class Checkpoint:
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]  # whole shape of every parameter
         data = self.manifest.get("data")
         self.data = build(Position, data) if data else Position(self.step, 1)  # of a conversion, which reads nothing
-        try:
+        with as_user_error(f"{folder / MANIFEST}: not the configuration of a run: ", UserError):
             self.config = from_dict(upgrade(self.manifest["config"]))
-        except UserError as error:
-            raise UserError(f"{folder / MANIFEST}: not the configuration of a run: {error}") from error
         for name, entry in self.manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -159,10 +157,8 @@ class Checkpoint:
         """The slices of every (kind, parameter), from the headers of the files."""
         slices: dict[tuple[str, str], list[StoredSlice]] = {}
         for path in (self.folder / name for name in self.manifest["files"] if name != BUFFERS):
-            try:
+            with as_user_error(f"{path}: not a safetensors file: ", SafetensorError):
                 file: Any = safe_open(path, framework="pt").__enter__()
-            except SafetensorError as error:
-                raise UserError(f"{path}: not a safetensors file: {error}") from error
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 try:
                     label, start = key.rsplit("@", 1)
@@ -330,10 +326,8 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
         for name, start, stop, states in slices:
             for kind, values in states.items():
                 values.copy_(checkpoint.read(kind, name, start, stop))
-        try:
+        with as_user_error(f"{checkpoint.folder / BUFFERS}: missing or damaged (", OSError, SafetensorError, after=")"):
             stored = load_file(checkpoint.folder / BUFFERS)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{checkpoint.folder / BUFFERS}: missing or damaged ({error})") from error
         for name, buffer in model.named_buffers():
             if name not in stored or stored[name].shape != buffer.shape:
                 raise UserError(f"{checkpoint.folder}: {BUFFERS} lacks {name}; it was written by another model")
@@ -436,19 +430,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{folder}: no checkpoint, {MANIFEST} is missing")
-    try:
+    with as_user_error(f"{path}: not a manifest: ", UserError):
         manifest = read_json(path)
-    except UserError as error:
-        raise UserError(f"{path}: not a manifest: {error}") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: not a manifest but a {type(manifest).__name__}")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{folder}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
-    try:
-        known = {field.name for field in dataclasses.fields(_Manifest)}
+    known = {field.name for field in dataclasses.fields(_Manifest)}
+    with as_user_error(f"{path}: damaged: ", UserError, after="; take an older checkpoint"):
         build(_Manifest, {key: value for key, value in manifest.items() if key in known})
-    except UserError as error:
-        raise UserError(f"{path}: damaged: {error}; take an older checkpoint") from error
     for name in manifest["files"]:
         if Path(name).name != name or name in ("", ".", "..") or len(name.encode()) > 255:
             raise UserError(f"{path}: names the file {name!r} outside of its folder")

@@ -34,7 +34,7 @@ import yaml
 from osp.config import Config, leaves, to_dict, upgrade
 from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import prepare
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import printable, read_record, write_bytes, write_record, write_text
 from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished, write_tensors
 from osp.run.read import differences, read_yaml
@@ -165,9 +165,8 @@ def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> fl
     sample = max(1, min(sample, num_bytes))
     began = time.perf_counter()
     try:
-        write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
-    except OSError as error:
-        raise UserError(f"run.dir={folder}: cannot write there: {error}") from error
+        with as_user_error(f"run.dir={folder}: cannot write there: ", OSError):
+            write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
     finally:
         path.unlink(missing_ok=True)
     return (time.perf_counter() - began) * num_bytes / sample
@@ -189,7 +188,7 @@ def begin(
     """
     folder = found.folder
     files = {"config.yaml": yaml.safe_dump(to_dict(config), sort_keys=False).encode()}
-    try:
+    with as_user_error(f"run.dir={folder}: cannot write there: ", OSError):
         files["tokenizer.json"] = tokenizer.read_bytes()
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder)
@@ -208,8 +207,6 @@ def begin(
             write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")  # later checkpoints are given up
         with contextlib.suppress(IsADirectoryError):
             (folder / STOPPED).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}") from error
     return lock
 
 
@@ -285,10 +282,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.exists():
         return {}
-    try:
+    with as_user_error(f"{path}: not valid YAML: ", yaml.YAMLError, ValueError, OSError, RecursionError):
         values = read_yaml(path)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     # an empty one would pass for a new run
     if not values or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: not the configuration of a run")

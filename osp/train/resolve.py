@@ -9,7 +9,7 @@ import torch
 
 from osp.config import Config, TokenizerConfig, check
 from osp.device import native_bf16
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.optim.schedule import build_schedule
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import check_spec
@@ -55,10 +55,8 @@ def resolve(
     config = _with_initial_model(config)
     for key, names in (("eval.quant.formats", config.eval.quant.formats), ("monitor.quant", (config.monitor.quant,))):
         for name in filter(None, names):
-            try:
+            with as_user_error(f"{key}={name}: ", UserError):
                 check_spec(DEPLOYED[name], config.model)
-            except UserError as error:
-                raise UserError(f"{key}={name}: {error}") from error
     train = config.train
     precision = train.precision
     if precision == "auto":
