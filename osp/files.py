@@ -33,10 +33,7 @@ def printable(text: str) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the JSON value in `text`; integers of more than `MOST_DIGITS` digits are read as floats, like 1e5000.
-
-    Raises `ValueError` for everything that is not JSON, also for nesting that Python cannot follow.
-    """
+    """Return the JSON value in `text`, integers of too many digits as floats; `ValueError` for what cannot be read."""
     try:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits))
     except RecursionError as error:
@@ -79,10 +76,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(path: Path) -> Any | None:
-    """Return the JSON value in a file that describes a run, None if it is missing, or damaged: with a warning then.
-
-    A power failure may cut such a file short, which must not prevent a start or a report.
-    """
+    """Return the JSON value in a file that describes a run; None if it is missing or damaged, as by a power failure."""
     if not path.exists():
         return None
     try:

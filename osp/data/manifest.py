@@ -18,7 +18,7 @@ import numpy as np
 
 from osp.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from osp.data.tokenizer import spec_hash
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import not_a_file, parse_json, write_atomically
 from osp.schema import Count, CountOrZero, build
 
@@ -81,17 +81,16 @@ class Manifest:
 def load_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of `folder`. Raises `UserError` if it is missing, damaged or inconsistent."""
     path = Path(folder) / FILE_NAME
-    try:
+    again = f"; delete {folder} and prepare it again"
+    if not path.exists():
+        raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)")
+    with as_user_error(f"{path} is damaged (", OSError, ValueError, after=f"){again}"):
         if not_a_file(path):
             raise ValueError("not a file")
         values = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no prepared shards ({FILE_NAME} is missing)") from error
-    except (OSError, ValueError) as error:
-        raise damaged(folder, f"{path} is damaged ({error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise damaged(folder, f"{path} is not of format {FORMAT}")
-    try:
+    with as_user_error(f"{path} is damaged: ", UserError, RecursionError, after=again):
         manifest = build(Manifest, values)
         if manifest.eos_id >= manifest.vocab_size:
             raise UserError(f"eos_id={manifest.eos_id} is no id of a vocabulary of {manifest.vocab_size}")
@@ -102,8 +101,6 @@ def load_manifest(folder: str | Path) -> Manifest:
                 if shard.file != shard_name(name, number):
                     key = f"{name}.shards[{number}].file"
                     raise UserError(f"{key}={shard.file!r}: must be the name of a shard, {shard_name(name, number)}")
-    except (UserError, RecursionError) as error:
-        raise damaged(folder, f"{path} is damaged: {error}") from error
     return manifest
 
 

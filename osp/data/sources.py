@@ -315,7 +315,7 @@ def _json_documents(path: Path, text_field: str) -> Iterator[str]:
                 raise UserError(f"{where}: {TOO_LONG} records")
             if not line.strip():
                 continue
-            text = _decode(line, path, line=number)
+            text = decode_utf8(line, path, line=number)
             with as_user_error(f"{where}: malformed JSON (", ValueError, after="); a line holds one object"):
                 record = parse_json(text)
             yield _text_of(record, text_field, where=where)
@@ -384,7 +384,7 @@ def _text(path: Path) -> str:
         content += piece
         if len(content) > MOST_BYTES and path.suffix.lower() in DECOMPRESSORS:
             raise UserError(f"{path}: {TOO_LONG} files")
-    return _decode(content, path, line=1)
+    return decode_utf8(content, path, line=1)
 
 
 def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
@@ -411,8 +411,8 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _decode(data: bytes | bytearray, path: Path, *, line: int) -> str:
-    """Decode UTF-8. line: the line of the file where `data` begins."""
+def decode_utf8(data: bytes | bytearray, path: Path, *, line: int) -> str:
+    """Decode text; `UserError` names the first line that is not UTF-8. line: of the file, where `data` begins."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from osp.data.sources import decode_utf8
 from osp.errors import UserError, as_user_error
 from osp.files import not_a_file, parse_json
 
@@ -72,17 +73,12 @@ def read_task(path: Path, *, num_fewshot: int = 0, limit: int | None = None, see
 
     The examples before an item are other items of the file, drawn by (seed, number of the item).
     """
-    try:
-        if not_a_file(path):
-            raise UserError(f"tasks: {path} is not a file")
+    if not_a_file(path):
+        raise UserError(f"tasks: {path} is not a file")
+    with as_user_error(f"tasks: cannot read {path}: ", OSError):
         raw = path.read_bytes()
-        lines = raw.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"tasks: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {error.object.count(10, 0, error.start) + 1}: not UTF-8") from error
     docs, chosen, form = [], [], ""
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(decode_utf8(raw, path, line=1).split("\n"), start=1):
         if line.strip():
             name, doc = _parse_line(line, where=f"{path}, line {number}")
             form = form or name
