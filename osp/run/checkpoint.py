@@ -146,11 +146,9 @@ class Checkpoint:
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Return the RNG states of a rank by device type; empty if the run had fewer ranks."""
-        states = {}
-        for (kind, name), [(file, key, *_), *_] in self._slices.items():
-            if kind == "rng" and name.endswith(f"_{rank:05d}"):
-                states[name.split("_")[0]] = file.get_tensor(key)
-        return states
+        stored = {name: pieces[0] for (kind, name), pieces in self._slices.items() if kind == "rng"}
+        own = {name.split("_")[0]: piece for name, piece in stored.items() if name.endswith(f"_{rank:05d}")}
+        return {device: file.get_tensor(key) for device, (file, key, *_) in own.items()}
 
     @functools.cached_property
     def _slices(self) -> dict[tuple[str, str], list[StoredSlice]]:
@@ -226,9 +224,7 @@ class Saver:
         """Copy this rank's state to host memory and start to write it. `format` and `files` join the `manifest`."""
         assert not self.busy, "finish() the last save first"
         began = time.perf_counter()
-        tensors = {
-            f"{kind}/{name}@{start}": values for name, start, _, states in slices for kind, values in states.items()
-        }
+        tensors = {f"{kind}/{name}@{start}": x for name, start, _, states in slices for kind, x in states.items()}
         tensors |= {f"rng/{device}_{self._rank:05d}@0": state for device, state in rng.items()}
         files = {f"rank_{self._rank:05d}.safetensors": self._to_host(tensors)}
         if self._rank == 0:
@@ -264,10 +260,7 @@ class Saver:
 
     def finish(self) -> Saved:
         """Wait for the save in progress and return its outcome. Collective."""
-        saved = None
-        while saved is None:
-            saved = self.advance()
-        return saved
+        return self.advance() or self.finish()
 
     def close(self) -> None:
         """End the thread after old checkpoints are removed. A save that was not finished is abandoned."""
@@ -396,20 +389,16 @@ def remove_unfinished(folder: Path, token: str) -> None:
 
 
 def load_model(path: str | Path) -> Transformer:
-    """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode.
-
-    Works without DeepSpeed and Hydra. Raises `UserError` if there is no checkpoint or it is damaged.
-    """
+    """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode; needs no DeepSpeed."""
     folder = find(Path(path))
     if folder is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     checkpoint.verify()
     model = meta_model(checkpoint.config.model)
-    if other := [name for name, p in model.named_parameters() if checkpoint.shapes.get(name) != list(p.shape)]:
-        raise UserError(
-            f"{folder / MANIFEST}: its shape of {other[0]} is not that of its config; take another checkpoint"
-        )
+    shapes = checkpoint.shapes
+    if other := next((name for name, p in model.named_parameters() if shapes.get(name) != list(p.shape)), None):
+        raise UserError(f"{folder / MANIFEST}: its shape of {other} is not that of its config; take another checkpoint")
     wanted = 4 * sum(parameter.numel() for parameter in model.parameters())
     held = sum(entry["bytes"] for entry in checkpoint.manifest["files"].values())
     if wanted > held:  # before memory is allocated

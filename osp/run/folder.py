@@ -104,29 +104,26 @@ def open_run(config: Config) -> Found:
     run, or takes this run back to one of its checkpoints; the same command, given again, continues from there.
     Raises `UserError` if the folder belongs to another configuration or process, or there is nothing to resume from.
     """
-    folder = Path(config.run.dir)
+    folder, where = Path(config.run.dir), f"run.dir={Path(config.run.dir)}"
     before, lock = _read_config(folder), folder / ".lock"
     if config.resume is True:
         raise UserError("resume=true; write resume=auto, resume=false or the path of a run or checkpoint")
     if folder.is_symlink() and not folder.exists():
-        raise UserError(f"run.dir={folder} is a link to {os.readlink(folder)}, which does not exist; make that folder")
+        raise UserError(f"{where} is a link to {os.readlink(folder)}, which does not exist; make that folder")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.dir={folder} is a file; choose another run.name or run.dir")
-    if before:
-        if changed := differences(before, to_dict(config)):
-            raise UserError(
-                f"run.dir={folder} holds a run with another configuration ({'; '.join(changed[:4])}); "
-                f"choose another run.name; with resume={folder} that one begins where this one is"
-            )
-        if config.resume is False:
-            raise UserError(
-                f"run.dir={folder} exists and resume=false would overwrite it; choose another run.name or remove it"
-            )
+        raise UserError(f"{where} is a file; choose another run.name or run.dir")
+    if before and (changed := differences(before, to_dict(config))):
+        raise UserError(
+            f"{where} holds a run with another configuration ({'; '.join(changed[:4])}); "
+            f"choose another run.name; with resume={folder} that one begins where this one is"
+        )
+    if before and config.resume is False:
+        raise UserError(f"{where} exists and resume=false would overwrite it; choose another run.name or remove it")
     if lock.is_file():
         with lock.open(encoding="utf-8") as file:
             _take_lock(file, folder)
     own = candidates(folder)
-    if config.resume == "auto" or config.resume is False:
+    if config.resume in ("auto", False):
         return Found(folder, own, before, own)
     named = candidates(Path(config.resume))
     if not named:
@@ -157,10 +154,7 @@ def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
 
 
 def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> float:
-    """Return the seconds to write, flush and hash `num_bytes` in `folder`, measured with `sample` bytes.
-
-    All ranks measure at the same time, as they save at the same time. The test file is removed.
-    """
+    """Return the seconds to write, flush and hash `num_bytes` in `folder`, all ranks at once, measured on `sample`."""
     path = folder / f".write_test.{os.getpid()}.tmp"
     sample = max(1, min(sample, num_bytes))
     began = time.perf_counter()
@@ -182,21 +176,16 @@ def recorded_steps(config: Config) -> int | None:
 def begin(
     found: Found, config: Config, *, checkpoint: Path | None, tokenizer: Path, world_size: int, device: str
 ) -> RunLock:
-    """Lock the run folder and write the files that describe the run, which resumes from `checkpoint`.
-
-    Raises `UserError` if another training has written there since `found`.
-    """
-    folder = found.folder
+    """Lock the run folder and describe the run there; `UserError` if another training has written since `found`."""
+    folder, where = found.folder, f"run.dir={found.folder}"
     files = {"config.yaml": yaml.safe_dump(to_dict(config), sort_keys=False).encode()}
-    with as_user_error(f"run.dir={folder}: cannot write there: ", OSError):
+    with as_user_error(f"{where}: cannot write there: ", OSError):
         files["tokenizer.json"] = tokenizer.read_bytes()
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder)
         if (found.config, found.checkpoints) != (_read_config(folder), candidates(folder)):
             lock.release()
-            raise UserError(
-                f"run.dir={folder}: another training has written there meanwhile; start again to continue it"
-            )
+            raise UserError(f"{where}: another training has written there meanwhile; start again to continue it")
         for path, data in ((folder / name, data) for name, data in files.items()):
             if not path.is_file() or path.read_bytes() != data:
                 write_bytes(path, data)
@@ -212,11 +201,10 @@ def begin(
 
 def end(folder: Path, reason: str, *, step: int, tokens: int, total_steps: int) -> None:
     """Write `stopped.json`. reason: "complete", "train.stop_at", the name of a signal, or an error."""
-    checkpoint, now = find(folder), datetime.now(UTC).isoformat(timespec="seconds")
-    marker = {"reason": reason, "time": now, "step": step, "tokens": tokens, "total_steps": total_steps}
-    marker["checkpoint"] = str(checkpoint) if checkpoint else None
     if folder.exists():
-        write_record(folder / STOPPED, marker)
+        checkpoint, now = find(folder), datetime.now(UTC).isoformat(timespec="seconds")
+        marker = {"reason": reason, "time": now, "step": step, "tokens": tokens, "total_steps": total_steps}
+        write_record(folder / STOPPED, marker | {"checkpoint": str(checkpoint) if checkpoint else None})
 
 
 def training_shards(folder: Path, *, instead: str) -> Path:

@@ -5,10 +5,7 @@ from typing import Any
 
 
 def growth(history: Iterable[Mapping[str, Any]], name: str, channel: int) -> list[tuple[int, float | None]]:
-    """Return (step, max|x| of a channel at site `name`) for every line of probes.jsonl that measured the site.
-
-    The value is None if the channel was not among the largest of its site.
-    """
+    """Return (step, max|x| of a channel, None if it was not among the largest) of every probe of the site `name`."""
     return [
         (int(probe["step"]), dict(map(tuple, probe["sites"][name]["channels"])).get(channel))
         for probe in history

@@ -34,10 +34,7 @@ class Logger:
     """Write metrics and events of a run to its folder, to W&B and to the terminal."""
 
     def __init__(self, folder: Path, config: Config, *, step: int, total_steps: int, mode: WandbMode | None = None):
-        """Begin the files of `folder`, or continue them at `step`: metrics of later steps are removed.
-
-        mode: result of `check_wandb`. None: `config.logger.wandb`.
-        """
+        """Begin the files of `folder`, or continue them at `step` without later metrics. mode: of `check_wandb`."""
         self._config = config.logger
         metrics = folder / "metrics.jsonl"
         drop_after(metrics, step)
@@ -61,10 +58,7 @@ class Logger:
         self._wandb.log(line)
 
     def event(self, kind: str, message: str, *, step: int, tokens: int, **details: Any) -> None:
-        """Append an event after `step` to events.jsonl and print it; an `alert` also goes to W&B.
-
-        Unlike metrics, events of steps that a restart takes again stay in the file: they did happen.
-        """
+        """Append an event after `step` to events.jsonl, where it stays, and print it; an `alert` also goes to W&B."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
         event = {"time": time, "step": step, "tokens": tokens, "kind": kind, "message": message, **details}
         self._events.write(event)
@@ -180,10 +174,7 @@ def _add_panels(run: Any) -> None:
 
 
 def check_wandb(config: LoggerConfig) -> WandbMode:
-    """Return `config.wandb`, or offline if W&B does not answer. Raises `UserError` for online without a key.
-
-    W&B's variables disable it, unless the mode is on the command line.
-    """
+    """Return `config.wandb`, offline if W&B does not answer; W&B's variables disable it, the command line overrides."""
     switched_off = os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("WANDB_DISABLED") in ("true", "1")
     if switched_off and not any(argument.startswith("logger.wandb=") for argument in sys.argv):
         return "disabled"

@@ -227,10 +227,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> Any:
-    """Remove the parts of `value` that are not of the adapter's type; return what is left, None if that is too little.
-
-    `left_out` gets the places of what is removed. The adapter converts nothing.
-    """
+    """Return `value` without the parts of other types, None if too little is left; `left_out` gets their places."""
     while True:
         try:
             adapter.validate_python(value)
@@ -253,11 +250,9 @@ def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> An
 
 
 def _note_left_out(path: Path, left_out: list[str], notes: list[str]) -> None:
-    if left_out:
-        first = "; ".join(printable(place)[:80] for place in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
-        notes.append(
-            f"{path.name}: {len(left_out)} value{'s' * (len(left_out) > 1)} left out, of the wrong type ({first})"
-        )
+    if count := len(left_out):
+        first = "; ".join(printable(place)[:80] for place in left_out[:3]) + ("; ..." if count > 3 else "")
+        notes.append(f"{path.name}: {count} value{'s' * (count > 1)} left out, of the wrong type ({first})")
 
 
 def _runs_near(folder: Path) -> str:
@@ -269,10 +264,7 @@ def _runs_near(folder: Path) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key that differs and is not `FREE`, sorted by key.
-
-    A missing key has its default: a run may be older than the key.
-    """
+    """Return `key: old -> new` for every key that differs and is not `FREE`; a key that one lacks has its default."""
     defaults = dict(leaves(to_dict(Config())))
     before, after = defaults | dict(leaves(old)), defaults | dict(leaves(new))
     return [

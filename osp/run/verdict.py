@@ -201,7 +201,8 @@ def judge_run(run: Run) -> FourBitVerdict:
         "short": path < _FILE["path"]["short"] and rests_on != "unknown" and not outliers,
         "raised": raised and not outliers,
     }
-    words |= {"step": f"{step:,}", "now": f"{now:,}", "path": path, "nats": _nats(nats), "change": _change(nats)}
+    in_nats = "infinitely many" if nats == math.inf else f"{nats:.3f}"
+    words |= {"step": f"{step:,}", "now": f"{now:,}", "path": path, "nats": in_nats, "change": _change(nats)}
     texts = [_FILE["remarks"][name].format(**words) for name, holds in remarks.items() if holds]
     return FourBitVerdict(level, rests_on, nats, _FILE["rests_on"][rests_on].format(**words), tuple(texts))
 
@@ -210,10 +211,6 @@ def rate_times_steps(run: Run) -> float:
     """Return the sum of the learning rate of the matrices over the steps of a run, nan if it was not logged."""
     rates = run.series.get("train/lr/matrix")
     return float(np.trapezoid(rates.values, rates.steps) + rates.values[0] * rates.steps[0]) if rates else math.nan
-
-
-def _nats(nats: float) -> str:
-    return "infinitely many" if nats == math.inf else f"{nats:.3f}"
 
 
 def _change(nats: float) -> str:
