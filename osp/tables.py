@@ -28,10 +28,7 @@ def markdown_table(head: Sequence[str], rows: Rows) -> str:
 
 
 def text_table(rows: Rows, *, left: int | None = None) -> str:
-    """Return a plain-text table with a line below the first row.
-
-    left: number of left-aligned columns, the others are right-aligned; None: all.
-    """
+    """Return a plain-text table with a line below the first row. left: columns not right-aligned, None: all."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = len(widths) if left is None else left
     lines = []

@@ -125,10 +125,7 @@ def quiet() -> Iterator[None]:
 
 
 def stock_llama(model: Transformer, *, ffn_multiple: int) -> Transformer:
-    """Return a model of RMSNorms with a gain per channel and a padded FFN, fp32.
-
-    It computes the same as `model`, which is changed and shares the weights.
-    """
+    """Return `model`, which is changed and shares the weights, as one of RMSNorms and a padded FFN, fp32."""
     fold_into_weights(model)
     pad_ffn(model, multiple=ffn_multiple)
     eps = model.norm.eps

@@ -33,10 +33,7 @@ class Encoder:
         self._inserted = functools.cache(self._inserted_before)
 
     def encode(self, texts: list[str], *, first: int) -> list[Ids]:
-        """Return the token ids of each text, with end-of-text; none for an empty text. first: number of the first one
-
-        Raises `UserError` if text is lost.
-        """
+        """Return the ids of each text, with end-of-text, none if empty; `UserError` if text is lost. first: number"""
         pieces = [list(self._pieces(text)) for text in texts]
         if max(map(len, pieces)) == 1:
             return self._encode(texts, first)

@@ -214,10 +214,7 @@ def load_named_tasks(tasks: dict[str, int], *, include_path: str | None = None) 
 
 
 def evaluate_named_tasks(model: HarnessModel, loaded: Any, *, limit: int | None = None) -> Iterator[list[Result]]:
-    """Yield the results of each task that was loaded for one name, then of the groups that have scores themselves.
-
-    limit: items of each task, None for all.
-    """
+    """Yield the results of each task loaded for one name, then of groups with own scores. limit: items of each task."""
     groups, scores, shots = loaded.get("groups") or {}, {}, set()
     for name, task in loaded["tasks"].items():
         _seed()

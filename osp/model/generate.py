@@ -185,10 +185,7 @@ def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
 
 
 class TextStream:
-    """Decode the tokens after `prompt` one by one into pieces of whole characters.
-
-    The text of the prompt is not returned, but it decides about spaces and split characters.
-    """
+    """Decode the tokens after `prompt`, which decides about spaces, one by one into pieces of whole characters."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer, self.ids = tokenizer, list(prompt)

@@ -16,10 +16,7 @@ from osp.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class SiteDefinition:
-    """Where a site is, and which modules write and read it.
-
-    Paths of modules are relative to the block for a site in the blocks, and to the model otherwise.
-    """
+    """Where a site is, its writers and its readers. Paths of modules are relative to the block, else to the model."""
 
     module: str  # path of the module that the activation enters or leaves; "" is the block itself
     argument: int | None  # positional argument of the module's forward; None: its output

@@ -48,11 +48,7 @@ class Shown:
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[str]:
-    """Write the page about these run folders to `out` and return one line for every folder that is left out.
-
-    Raises:
-        UserError: no folder can be drawn, or `out` cannot be written.
-    """
+    """Write the page about these run folders to `out`, return a line for each one left out; `UserError` if all are."""
     runs, left_out = [], []
     for folder in dict.fromkeys(folders):
         try:

@@ -118,10 +118,7 @@ class Engine:
 
     @torch.no_grad()
     def gradient_norms(self) -> tuple[list[str], Tensor]:
-        """Return the names of all parameters and the norms of their raw gradients, fp64 (parameters,). Collective.
-
-        Call it before `step`. The norm of the whole gradient is the norm of the result.
-        """
+        """Return all parameters' names and, before `step`, the norms of their raw gradients, fp64 (P,). Collective."""
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
         names = [name for group in self.groups for name in group["names"]]
         places = {name: i for i, name in enumerate(names)}

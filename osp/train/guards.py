@@ -20,10 +20,7 @@ _NUM_LARGEST = 8  # gradients named in nonfinite.json
 
 
 def spike_score(value: float, window: deque[float]) -> float:
-    """Return the robust z-score of `value` against the last values, 0 until a quarter of `window` is filled.
-
-    z = (x - median) / max(1.4826 median(|x_i - median|), 0.01 |median|)
-    """
+    """Return (x - median) / max(1.4826 median(|x_i - median|), 0.01 |median|); 0 until a quarter of `window` is in."""
     if len(window) < max(2, math.ceil((window.maxlen or 0) / 4)):
         return 0.0
     median = statistics.median(window)

@@ -2,10 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import yaml
 
@@ -31,12 +31,11 @@ def training_command(config: Config, *, script: Path, ranks: int, path: Path) ->
     write_text(path, yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False))
     torchrun = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher = [*torchrun, str(ranks)] if ranks > 1 else []
-    return [
-        sys.executable, *launcher, str(script), "--config-path", str(path.parent.resolve()), "--config-name", path.stem
-    ]  # fmt: skip
+    place = ["--config-path", str(path.parent.resolve()), "--config-name", path.stem]
+    return [sys.executable, *launcher, str(script), *place]
 
 
-class Process(subprocess.Popen[bytes]):
+class Process(Popen[bytes]):
     """A child process that writes its output to the file `output`; after SIGTERM a training saves its state and ends.
 
     It does not receive signals of the terminal: Ctrl-C reaches this process, which calls `stop`.
@@ -47,9 +46,7 @@ class Process(subprocess.Popen[bytes]):
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHED} | dict(environment or {})
         output.unlink(missing_ok=True)
         with output.open("x", encoding="utf-8") as file:
-            super().__init__(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
-            )
+            super().__init__(command, stdin=DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True)
 
     def stop(self) -> None:
         """End the process if it runs, and wait for it."""
@@ -58,10 +55,7 @@ class Process(subprocess.Popen[bytes]):
 
 
 def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunError | None:
-    """Return the error that a script printed into `output` before it ended with `status`; None for status 0.
-
-    hint: text after the name of the file, if it has no error.
-    """
+    """Return the error that a script printed into `output` before it ended with `status`; None for 0. hint: if none."""
     if status == 0:
         return None
     text = output.read_text(encoding="utf-8", errors="replace")

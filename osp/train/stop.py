@@ -18,10 +18,7 @@ SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopRequest:
-    """Whether this rank was asked to stop, and by which signal.
-
-    The first of `STOP_SIGNALS` is recorded; a later one ends the process at once.
-    """
+    """Whether this rank was asked to stop, by the first of `STOP_SIGNALS`; a later one ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: str | None = None  # "SIGTERM", ...; None: no request
@@ -33,10 +30,7 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Catch the signals inside this context. Only the main thread of a process can catch them.
-
-        `nohup` ignores SIGHUP, which stays so.
-        """
+        """Catch the signals inside this context, SIGHUP not under `nohup`. Only the main thread can catch them."""
         numbers = set(STOP_SIGNALS)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)

@@ -270,10 +270,7 @@ class Trainer:
         return not self.interrupted
 
     def _wait_for_data(self, step: int) -> bool:
-        """Wait until all ranks have the sequences of `step`. Collective.
-
-        Returns False if one was asked to stop or cannot read them, or if the run folder is lost.
-        """
+        """Return True once all ranks have the data of `step`, False if one has to stop or cannot go on. Collective."""
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)

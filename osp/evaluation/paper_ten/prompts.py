@@ -8,10 +8,7 @@ SHUFFLE_SEED = 42
 
 
 def shuffle_generator(num_items: int) -> tuple[random.Random, list[int]]:
-    """Return lighteval's generator after it has shuffled the items, and their order.
-
-    The same generator then draws the examples before each item, in this order.
-    """
+    """Return the order of the items in lighteval, and its generator, which then draws the examples before each."""
     generator, order = random.Random(SHUFFLE_SEED), list(range(num_items))
     generator.shuffle(order)
     return generator, order
