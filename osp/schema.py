@@ -88,17 +88,11 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def build(cls: type[C], values: Any, *, path: str = "") -> C:
-    """Return an instance of the dataclass `cls` with the given values.
+    """Return an instance of the dataclass `cls` with the given values, a table as YAML or JSON has it.
 
-    pydantic's strict mode for JSON turns lists into tuples, tables into dataclasses, and int into float where a float
-    is wanted. It converts nothing else.
-
-    Args:
-        values: a table as YAML or JSON has it.
-        path: dotted key of the table, for error messages.
-
-    Raises:
-        UserError: one line for the first unknown or missing key, wrong type, or value out of range.
+    Raises `UserError` with one line for the first unknown or missing key, wrong type, or value out of range. pydantic's
+    strict mode for JSON turns lists into tuples, tables into dataclasses, and int into float where a float is wanted.
+    It converts nothing else. path: dotted key of the table, for error messages.
     """
     _check_plain(values, path)
     try:

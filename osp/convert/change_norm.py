@@ -232,8 +232,7 @@ def _write(folder: Path, subject: LanguageModel, model: Transformer, out: Path, 
     """Write a run folder with the configuration of the trained model, or one without data for a Hugging Face model."""
     run, config = RunConfig(name=out.name, dir=str(out)), subject.config
     if config is None:
-        eos_token = subject.tokenizer.id_to_token(subject.eos_id or 0)
-        assert eos_token is not None
+        eos_token = str(subject.tokenizer.id_to_token(subject.eos_id or 0))
         seq_len = min(2048, model.config.max_position_embeddings)
         config = Config(
             train=TrainConfig(steps=1, seq_len=seq_len, tokens_per_step=seq_len),

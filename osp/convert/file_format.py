@@ -93,7 +93,11 @@ class FileFormat(ABC):
         if self.schemes and not scheme:
             raise UserError(f"format={self.name}: choose a scheme from {', '.join(self.schemes)}")
         if scheme and scheme not in self.schemes:
-            raise UserError(f"scheme={scheme}: format={self.name} has {self._suggest(scheme)}")
+            names = {name.lower(): name for name in self.schemes}
+            close = difflib.get_close_matches(scheme.lower(), names, n=1)
+            hint = f"; did you mean {names[close[0]]}?" if close else ""
+            known = ", ".join(self.schemes) or "no schemes; leave scheme out, or choose another format"
+            raise UserError(f"scheme={scheme}: format={self.name} has {known}{hint}")
         fixed, values, defaults = self.schemes[scheme] if scheme else QuantSpec(), asdict(quant), asdict(QuantSpec())
         changed = {key: value for key, value in values.items() if value != defaults[key]}
         where = f"format={self.name}{f' with scheme={scheme}' if scheme else ''}"
@@ -126,10 +130,3 @@ class FileFormat(ABC):
         if not self.suffix and out.suffix == ".gguf":
             raise UserError(f"out={out}: format={self.name} writes a folder; format=gguf writes such a file")
         return (f"{out.stem}.certificate.json", f"{out.stem}.certificate.md", out.name) if self.suffix else ()
-
-    def _suggest(self, scheme: str) -> str:
-        choices = {name.lower(): name for name in self.schemes}
-        close = difflib.get_close_matches(scheme.lower(), choices, n=1)
-        if not choices:
-            return "no schemes; leave scheme out, or choose another format"
-        return f"{', '.join(self.schemes)}" + (f"; did you mean {choices[close[0]]}?" if close else "")

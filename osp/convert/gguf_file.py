@@ -123,7 +123,8 @@ class Gguf(FileFormat):
 
     def above_four_bits(self, path: Path) -> list[str]:
         sizes = _library().GGML_QUANT_SIZES  # type -> (weights, bytes) of a block, with its scales
-        bits = {tensor.name: 8 * np.divide(*sizes[tensor.tensor_type][::-1]) for tensor in _read(path).tensors}
+        tensors = _library().GGUFReader(path).tensors
+        bits = {tensor.name: 8 * np.divide(*sizes[tensor.tensor_type][::-1]) for tensor in tensors}
         return [name for name, bits_per_weight in bits.items() if bits_per_weight > 5]
 
     def hint(self, path: Path, scheme: str) -> str | None:
@@ -138,7 +139,8 @@ class LlamaCpp:
     def __init__(self, path: Path):
         self.name = f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}, cache in fp32"
         self._path, self._library = path, _llama_cpp()
-        self._model = self._open(min(2048, int(_read(path).fields["llama.context_length"].contents())))
+        context = _library().GGUFReader(path).fields["llama.context_length"].contents()
+        self._model = self._open(min(2048, int(context)))
 
     def logits(self, ids: Tensor) -> Tensor:
         if ids.shape[1] > self._model.n_ctx():
@@ -164,7 +166,7 @@ class LlamaCpp:
 
 def dequantized(path: Path, device: torch.device) -> InOsp:
     """Return the file as the `gguf` library reads it: its weights, its tokens and its merges."""
-    reader = _read(path)
+    reader = _library().GGUFReader(path)
     name = f"gguf {version('gguf')} (its dequantization; llama-cpp-python is not installed)"
     return InOsp(read_model(reader).to(device), read_tokenizer(reader), name)
 
@@ -189,9 +191,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     }
     reason = next((text for text, holds in reasons.items() if holds), None)
     if name is None or reason is not None:
-        raise UserError(
-            f"format=gguf cannot hold this tokenizer: {reason}; use format=hf or train with tokenizer=train"
-        )
+        fix = "use format=hf or train with tokenizer=train"
+        raise UserError(f"format=gguf cannot hold this tokenizer: {reason}; {fix}")
     return name
 
 
@@ -220,13 +221,6 @@ def _llama_cpp() -> Any:
         return None
 
 
-def _read(path: Path) -> Any:
-    _library()
-    from gguf.gguf_reader import GGUFReader
-
-    return GGUFReader(path)
-
-
 def _add_model(writer: Any, source: LlamaSource) -> None:
     """Write what the file says about the model."""
     config = source.model.config
@@ -252,10 +246,8 @@ def _add_tokenizer(writer: Any, source: LlamaSource) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(subject.tokenizer))
     writer.add_token_list([by_id.get(i, FILLER.format(i)) for i in ids])
-    kind_of = {True: kinds.CONTROL, False: kinds.USER_DEFINED}
-    writer.add_token_types(
-        [kind_of[added[i]] if i in added else kinds.NORMAL if i in by_id else kinds.UNUSED for i in ids]
-    )
+    kind_of = {i: kinds.CONTROL if special else kinds.USER_DEFINED for i, special in added.items()}
+    writer.add_token_types([kind_of.get(i, kinds.NORMAL if i in by_id else kinds.UNUSED) for i in ids])
     writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
     writer.add_bos_token_id(subject.begin_id)  # without it llama.cpp takes token 11
     if subject.eos_id is not None:

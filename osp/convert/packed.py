@@ -51,10 +51,8 @@ class CompressedTensors(HuggingFace):
 
         super().write(source, state, scheme, path)
         described = library_scheme(scheme)
-        file_format, status = str(described.format), QuantizationStatus.COMPRESSED
-        config = QuantizationConfig(
-            config_groups={"blocks": described}, ignore=["lm_head"], format=file_format, quantization_status=status
-        )
+        about: dict[str, Any] = {"format": str(described.format), "quantization_status": QuantizationStatus.COMPRESSED}
+        config = QuantizationConfig(config_groups={"blocks": described}, ignore=["lm_head"], **about)
         ModelCompressor(quantization_config=config).update_config(str(path))
 
     def pack(self, source: LlamaSource, state: Quantized, scheme: str) -> dict[str, dict[str, Tensor]]:

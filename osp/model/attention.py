@@ -52,17 +52,12 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, off_by_one: bool = False) -> Tensor:
     """Return softmax(q k^T / sqrt(K)) v (B, T, H, K) over the tokens that each query may see.
 
-    Args:
-        q: (B, T, H, K).
-        k, v: (B, T, G, K), with H a multiple of G.
-        mask: as returned by `document_mask`; None: causal.
-        off_by_one: use exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax. A head can then attend to nothing, without
-            an attention sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
+    q: (B, T, H, K); k, v: (B, T, G, K), with H a multiple of G. mask: as returned by `document_mask`; None: causal.
+    off_by_one: use exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax. A head can then attend to nothing, without an
+    attention sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
     """
     if off_by_one:
         # The 1 is exp(0) for a zero key with a zero value before the first token. A zero query is added too, and its

@@ -19,6 +19,8 @@ from osp.model.attention import KVCache
 from osp.model.fold import absorb_projections, fold_constants
 from osp.model.transformer import Transformer
 
+Prompts = Sequence[Sequence[int]]  # token ids
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,7 +69,7 @@ class Decoder:
             self._pass = torch.compile(self._next, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, prompts: Prompts) -> Tensor:
         """Read `prompts` from the beginning and return the logits (B, V) of the token after each."""
         device = self.cache.keys.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -96,7 +98,7 @@ class Decoder:
 
 def stream(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
@@ -135,9 +137,7 @@ def stream(
             break
 
 
-def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
-) -> list[list[int]]:
+def generate(model: Transformer, prompts: Prompts, max_new_tokens: int, **options: Any) -> list[list[int]]:
     """Return the new tokens of each sequence, up to one of `eos_ids`, which is included. See `stream`."""
     sequences: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, **options):
@@ -147,7 +147,7 @@ def generate(
     return sequences
 
 
-def check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_lengths(model: Transformer, prompts: Prompts, max_new_tokens: int) -> None:
     """Raise `UserError` if a prompt is empty or prompt and new tokens need more positions than the model has."""
     positions = model.config.max_position_embeddings
     for number, prompt in enumerate(prompts, start=1):

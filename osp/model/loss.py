@@ -14,13 +14,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the sum over tokens of -log softmax(x W^T + b)[target] in nats, fp32, 0-dim.
 
-    The products are computed in the dtype of x, everything after them in fp32.
-
-    Args:
-        x: (N, D).
-        weight, bias: (V, D) and (V,), cast to the dtype of x.
-        targets: (N,), `IGNORE` for tokens without a loss.
-        chunk_tokens: number of tokens whose logits are in memory at a time.
+    x: (N, D). weight, bias: (V, D) and (V,), cast to the dtype of x, in which the products are computed; all else is
+    fp32. targets: (N,), `IGNORE` for tokens without a loss. chunk_tokens: tokens whose logits are in memory at a time.
     """
     return _LinearCrossEntropy.apply(x, weight, bias, targets, chunk_tokens, torch.is_grad_enabled())
 

@@ -112,11 +112,9 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
 
 
 def render(template: Path, **values: Any) -> str:
-    """Return a self-contained page from a template that extends document.html.
+    """Return a self-contained page from a template that extends document.html, beside it or beside this module.
 
-    Args:
-        template: its macros and base are found beside it or beside this module.
-        values: `title`, `kind` (of page), `data` (for page.js) and what the template names. Text is escaped there.
+    values: `title`, `kind` (of page), `data` (for page.js) and what the template names. Text is escaped there.
     """
     time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
     page = _environment(template.parent).get_template(template.name).render(time=time, **values) + "\n"

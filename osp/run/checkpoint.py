@@ -188,11 +188,8 @@ class Saver:
         saver.advance()     once `write_done` on all ranks: rank 0 renames the folder and updates `latest`
         saver.advance()     once `write_done` again on all ranks: returns the outcome
 
-    Training continues between the calls; `advance` waits for work that is not done.
-
-    Args:
-        token: part of the name of the temporary folder, the same on all ranks and unique to this run's process.
-        gather: returns the values of all ranks on every rank.
+    Training continues between the calls; `advance` waits for work that is not done. token: part of the name of the
+    temporary folder, the same on all ranks and unique to this process. gather: returns the values of all ranks.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, token: str, rank: int, gather: GatherObjects):

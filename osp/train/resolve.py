@@ -46,11 +46,8 @@ def resolve(
     """Decide everything that `config` leaves open.
 
     Raises `UserError` if the batch does not divide among the ranks, or `checkpoint.init_from` or a number format does
-    not fit.
-
-    Args:
-        total_steps: length of a run that gives `train.minutes`, once it is known.
-        bf16: whether the device multiplies bf16 natively. None: ask the device of this process.
+    not fit. total_steps: length of a run that gives `train.minutes`, once it is known. bf16: whether the device
+    multiplies bf16 natively; None: ask the device of this process.
     """
     config = _with_initial_model(config)
     for key, names in (("eval.quant.formats", config.eval.quant.formats), ("monitor.quant", (config.monitor.quant,))):

@@ -6,6 +6,7 @@ run ends on a boundary; a step in progress is discarded and taken again from its
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ SECONDS_BETWEEN_CHECKS = 5.0  # inside a step of many micro batches: how long a 
 SECONDS_OF_WAITING = 0.5  # for data, before the ranks ask each other again whether to stop
 
 
+@dataclass(eq=False)
 class Trainer:
     """One run on one rank.
 
@@ -46,30 +48,26 @@ class Trainer:
     Only rank 0 has a `logger`. `peers` are watched already, and dismissed at the end of the run.
     """
 
-    def __init__(
-        self,
-        resolved: Resolved,
-        engine: Engine,
-        loader: Loader,
-        folder: Path,
-        logger: Logger | None,
-        *,
-        peers: Peers,
-        lock: RunLock | None = None,
-    ):
-        config = resolved.config
-        self.resolved, self.config = resolved, config
-        self.engine, self.loader, self.folder, self.logger = engine, loader, folder, logger
-        self.peers, self.lock = peers, lock
+    resolved: Resolved
+    engine: Engine
+    loader: Loader
+    folder: Path
+    logger: Logger | None
+    peers: Peers
+    lock: RunLock | None = None
+
+    def __post_init__(self) -> None:
+        engine, config = self.engine, self.resolved.config
+        self.config = config
         assert isinstance(engine.module, Transformer)
         self.model: Transformer = engine.module
-        self.total_steps = resolved.total_steps
+        self.total_steps = self.resolved.total_steps
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
-        self.schedule = resolved.build_schedule()
-        self.shards = loader.rows.folder
-        self.validator = Validator(resolved, self.model, self.shards, logger, tokens_after=self.tokens_after)
-        self.guard = StepGuard(config, loader, report=folder / "nonfinite.json" if logger else None)
-        saves, token = folder / "checkpoints", lock.token if lock else ""
+        self.schedule = self.resolved.build_schedule()
+        self.shards = self.loader.rows.folder
+        self.validator = Validator(self.resolved, self.model, self.shards, self.logger, tokens_after=self.tokens_after)
+        self.guard = StepGuard(config, self.loader, report=self.folder / "nonfinite.json" if self.logger else None)
+        saves, token = self.folder / "checkpoints", self.lock.token if self.lock else ""
         self.saver = Saver(saves, config.checkpoint, token=token, rank=engine.rank, gather=gather_objects)
         self.step = 0  # optimizer steps taken
         self.restored = (0, 0)  # step and tokens of the checkpoint that this run continues
