@@ -41,8 +41,7 @@ def text_table(rows: Rows, *, left: int | None = None) -> str:
 def render_text(template: Path, **values: Any) -> str:
     """Return the text of a Jinja template with these values, Markdown or plain; a `.md` escapes them as Markdown.
 
-    Filters: `cell` is `escape_cell`; `number` gives 4 digits, and "not finite" for None. Function: `table`,
-    which is `markdown_table`.
+    Filters: `cell` (`escape_cell`) and `number`, 4 digits or "not finite" for None. Function: `table`, in Markdown.
     """
     finalize = escape_markdown if template.suffix == ".md" else None
     return _environment(template.parent, finalize).get_template(template.name).render(**values)

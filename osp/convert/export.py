@@ -50,10 +50,9 @@ FORMATS: dict[str, FileFormat] = {made.name: made for made in (HuggingFace(), Co
 
 
 def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cpu", **keys: Any) -> FileCertificate:
-    """Write the model of a run or checkpoint to the new file or folder `out`, and its certificate.
+    """Write the model of a run or checkpoint to the new file or folder `out`. keys: the others of `ExportConfig`.
 
-    Raises `UserError` and leaves nothing if the format cannot hold the model, or if the file does not compute the same.
-    keys: the other keys of `ExportConfig`.
+    Raises `UserError` and leaves nothing if the format cannot hold the model, or the file does not compute the same.
     """
     config, out = ExportConfig(**keys), Path(out)
     target, scheme = _choose_format(config), config.scheme or ""

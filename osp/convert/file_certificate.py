@@ -1,8 +1,7 @@
 """What was measured on an exported file: a JSON file for programs, a Markdown table for people.
 
-Three readers of one text are compared: the trained model, the same model under fake quantization, and the client, a
-program that has read the file. The file is written only if the last two agree on the perplexity, and the client and the
-trained model on the tokens of odd texts.
+Three readers of one text are compared: the trained model, that model under fake quantization, and the client, a program
+that has read the file. It is written only if the last two agree on the perplexity, the outer two on odd texts' tokens.
 """
 
 import re

@@ -1,8 +1,7 @@
 """GGUF, the file format of llama.cpp: one file with the weights and the tokenizer, through the `gguf` library.
 
-Tensors are as llama.cpp's converter writes them (`conversion/llama.py`): matrices in the type of the scheme, vectors
-in F32, and the rows of q_proj and k_proj in another order, because RoPE in llama.cpp rotates the channels (2i, 2i + 1)
-of a head and not (i, i + K/2).
+Tensors are as llama.cpp's converter writes them (`conversion/llama.py`): matrices in the type of the scheme, vectors in
+F32, the rows of q_proj and k_proj reordered: its RoPE rotates the channels (2i, 2i + 1) of a head, not (i, i + K/2).
 
 A file names its pre-tokenizer and cannot describe one. So a tokenizer is written only if its pre-tokenizer is one of
 `PRE_TOKENIZERS` and llama.cpp has an equal of all its other parts.

@@ -183,8 +183,7 @@ def spec_hash(spec: str) -> str:
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray[Any, np.dtype[np.int32]]:
     """Return the bytes of text that each token stands for, int32 (V,); 0 for special and unknown tokens, unused ids.
 
-    The sum over a text is its length in UTF-8 after normalization; bits per byte is exact. A tokenizer that inserts a
-    space in front of a text counts it.
+    The sum over a text is its length in UTF-8 after normalization, with a space that the tokenizer inserts in front.
     """
     sizes = np.zeros(vocab_size(tokenizer), dtype=np.int32)
     model, in_bytes = json.loads(tokenizer.to_str())["model"], byte_level(tokenizer)

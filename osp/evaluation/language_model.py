@@ -86,8 +86,7 @@ def open_model(
 ) -> LanguageModel:
     """Return the language model at `path` on `device`, its matmuls in `dtype`.
 
-    Raises `UserError` if the path is not a run, a checkpoint or a Hugging Face Llama, the tokenizer does not fit, or a
-    weight is not finite.
+    Raises `UserError` if the path is no run, checkpoint or Hugging Face Llama, or tokenizer or weights do not fit.
     """
     folder = Path(path)
     checkpoint_folder = find_model(folder)

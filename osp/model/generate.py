@@ -108,17 +108,11 @@ def stream(
     """Yield the next token of every sequence, one list per forward pass.
 
     All sequences draw with the same random numbers, made on the CPU. So a text depends on the seed and its prompt, not
-    on its index, the other sequences (beyond rounding) or the device, and all ranks of a sharded model choose the same
-    tokens.
+    on its index, the device or, beyond rounding, other sequences, and all ranks of a sharded model choose the same.
 
-    Raises `UserError` if a prompt is empty, or prompt and new tokens need more positions than the model has, and
-    `RunError` if a logit is not finite.
-
-    Args:
-        model: in eval mode.
-        sampling: None for greedy decoding.
-        eos_ids: each ends a sequence; it is yielded, and the sequence yields None afterwards.
-        compile: see `Decoder`.
+    Raises `UserError` if prompts are empty or the model has too few positions, `RunError` if a logit is not finite.
+    model: in eval mode. sampling: None for greedy decoding. eos_ids: each ends a sequence; it is yielded, and the
+    sequence yields None afterwards. compile: see `Decoder`.
     """
     check_lengths(model, prompts, max_new_tokens)
     sampling = sampling or Sampling()

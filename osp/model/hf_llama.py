@@ -39,8 +39,7 @@ ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def load_hf(folder: str | Path) -> Transformer:
     """Return the Llama in a folder with `config.json` and safetensors: fp32, on the CPU, in eval mode.
 
-    A tied head becomes a copy of the embedding. Raises `UserError` if the model cannot be expressed, or if weights are
-    missing, damaged or unknown.
+    A tied head becomes a copy of the embedding. Raises `UserError` for another model, and missing or damaged weights.
     """
     folder = Path(folder)
     values = _read_object(folder / CONFIG)
@@ -70,8 +69,7 @@ def load_hf(folder: str | Path) -> Transformer:
 def load_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, int | None, int | None, tuple[int, ...]]:
     """Return the tokenizer of a folder, the ids of BOS and EOS or None, and the ids that end a generated text.
 
-    As in transformers, generation_config.json has the last word on the latter. Raises `UserError` if the tokenizer does
-    not fit the model.
+    As in transformers, generation_config.json has the last word on those. `UserError` if the tokenizer does not fit.
     """
     folder = Path(folder)
     config = _read_object(folder / CONFIG)

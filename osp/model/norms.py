@@ -297,8 +297,7 @@ class BHyT(BHyTStar):
     beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
     LayerNorm scaling divides it by l. c is the buffer `attention_gain`, which `refresh` recomputes from the weights; no
     gradient flows through c and the first norm's lambda and gain. c ignores biases and the 1 of `attention.off_by_one`,
-    and treats the gate of `attention.gate` as open. In `exact_layers` (from 1), without a carry, and before the head
-    the norm measures.
+    and treats `attention.gate` as open. The norm measures in `exact_layers` (from 1), without a carry, before the head.
     """
 
     not_rmsnorm = "it bounds activations with a tanh and shares a statistic between two norms"

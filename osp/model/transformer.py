@@ -165,8 +165,7 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """Look up input ids (B, T) in W (V, D): (B, T, D) in the dtype of W.
 
-    With `scaled` the result is multiplied by a learnable scalar that starts at sqrt(D). With `zero_mean` every forward
-    pass subtracts from each vector its mean.
+    With `scaled` the result is multiplied by a learnable scalar that starts at sqrt(D), with `zero_mean` it has mean 0.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, scaled: bool = False, zero_mean: bool = False):
@@ -405,8 +404,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the floating point operations of one training token, forward and backward: 6 N + 6 L T H K.
 
     N is the number of weights in matrix products: all matrices and the head, without the embedding and the gains. The
-    second term is causal attention: per layer two products with T/2 keys on average in H heads of size K, at 2 flops,
-    three times (once forward, twice backward).
+    rest is causal attention: per layer two products with T/2 keys on average in H heads of size K, at 2 flops, 3 times.
     """
     counts = count_parameters(config)
     weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", "head"))

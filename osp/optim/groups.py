@@ -22,9 +22,8 @@ class Trainable(Protocol):
 def build_groups(model: Trainable, config: OptimizerConfig) -> list[Group]:
     """Return the groups for `PartitionedOptimizer`: one per role and shape, or one per role for elementwise rules.
 
-    A group holds `role`, `rule` (its name), `update_rule` (its `UpdateRule`), `heads`, `base_lr`, `weight_decay`, and
-    in one order the `names`, `shapes` and `params` of its parameters. Raises `UserError` if a parameter is in no group
-    or in two, or a rule does not fit.
+    A group holds `role`, `rule` (its name), `update_rule` (its `UpdateRule`), `heads`, `base_lr`, `weight_decay`, in
+    one order `names`, `shapes` and `params`. `UserError` if a parameter is not in one group or a rule misfits.
     """
     named, roles = list(model.named_parameters(remove_duplicate=False)), model.parameter_roles()
     heads = model.parameter_heads() if config.per_head else {}

@@ -92,8 +92,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
     def local_state(self) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
         """Yield (name, start, stop, {"weight": ..., state...}) for every interval this rank holds.
 
-        The tensors are writable 1-D fp32 views of elements [start, stop) of the flattened parameter: copying into them
-        loads a checkpoint.
+        The tensors are 1-D fp32 views of elements [start, stop) of the flattened parameter: a checkpoint is copied in.
         """
         for piece in self.pieces:
             tensors = {"weight": piece.flat.detach(), **piece.state}

@@ -48,8 +48,7 @@ def rank_intervals(numels: Sequence[int], *, rank: int, world_size: int, stage: 
     """Return the intervals of one rank, in the order of its flat tensor.
 
     Stages 1 and 2: the group is concatenated, padded at its end, and cut into W equal pieces.
-    Stage 3: every parameter is cut into W chunks of ceil(numel / W), the last ones short or empty; a rank holds its
-    chunk of each parameter, short chunks padded.
+    Stage 3: every parameter is cut into W chunks of ceil(numel / W), the last ones padded; a rank holds one of each.
     """
     piece = flat_size(numels, world_size=world_size, stage=stage)
     intervals = []
@@ -152,8 +151,7 @@ def batches(
 def _exchange(values: Tensor, parts: Parts, sends: list[int], receives: list[int], targets: Parts, size: int) -> Tensor:
     """Send the places `parts` of `values`; return (size,) with the answers at the places `targets`, zero elsewhere.
 
-    Collective, on gloo and NCCL. Nothing is copied where the places are in order without gaps. sends, receives:
-    elements per rank, which may be 0
+    Collective, on gloo and NCCL. Places in order without gaps are not copied. sends, receives: elements per rank, or 0
     """
     if not _is_dense(parts, values.numel()):
         values = torch.cat([values[iv.place] for iv in parts]) if parts else values.new_empty(0)

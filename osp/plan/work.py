@@ -64,8 +64,7 @@ def traffic(
 ) -> dict[str, int]:
     """Return the bytes that a rank sends in a step with NCCL's ring algorithms; `exchange` is the mean over ranks.
 
-    Gradients are reduced once a step at stage 1, else with every micro batch. Weights are gathered once a step, at
-    stage 3 at most twice for each micro batch.
+    Gradients are reduced once a step at stage 1, else per micro batch; weights gathered once, at stage 3 twice per one.
     """
     world_size, flat = options.world_size, 0
     for group in groups:

@@ -78,8 +78,7 @@ def differences_between(runs: list[Run]) -> dict[str, list[Any]]:
 def labels(runs: list[Run]) -> list[str]:
     """Return the legend: for each run the values that set it apart, `optimizer.lr=0.01, norm.name=ssnorm`.
 
-    Keys that change neither model nor learning (`FREE`) appear only if nothing else differs. Without any difference the
-    label is the name of the run.
+    Keys that change neither model nor learning (`FREE`) appear only if nothing else differs, the name if nothing does.
     """
     different = {k: v for k, v in differences_between(runs).items() if not k.startswith("run.")}
     telling = {k: v for k, v in different.items() if not k.startswith(FREE)} or different

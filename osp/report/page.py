@@ -1,7 +1,6 @@
 """The report: one self-contained HTML file with its data, style, script and plotting library. It needs no network.
 
-osp.report.charts collects the data; the templates page.html and document.html lay it out, in words and tables, and
-escape every text from a file.
+osp.report.charts collects the data; the templates page.html and document.html lay it out, and escape texts from files.
 
 The library is Apache ECharts 6.1.0 (Apache-2.0, `dist/echarts.min.js` of the npm package, unchanged). It draws curves
 and heatmaps with hover on touch screens at a quarter of plotly's size. No package on PyPI carries it alone.

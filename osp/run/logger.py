@@ -1,7 +1,6 @@
 """Log a run: one dict of floats per event to `metrics.jsonl` (always), a progress bar, and W&B.
 
-Only rank 0 has a logger. W&B is optional: an error there is reported once and never stops training, nor does a full
-disk.
+Only rank 0 has a logger. W&B is optional. An error there is reported once; neither that nor a full disk stops training.
 """
 
 import logging

@@ -1,8 +1,7 @@
 """Read a run folder: curves, probes, events, evaluations and configuration. Needs no torch.
 
 Missing or broken parts are named in `Run.notes` and the rest is read: `keep_valid` leaves out what is not of the type
-that readers of a `Run` rely on. The run may have been killed, may still be writing, or may never have been validated or
-probed.
+that readers of a `Run` rely on. The run may have been killed, be writing still, or never have been validated or probed.
 """
 
 import contextlib

@@ -209,8 +209,7 @@ class Engine:
     def _share_masters(self) -> list[Tensor]:
         """Return the flat master weights of each group, after sharing their memory with the model's weights.
 
-        DeepSpeed expects half-precision weights and clones fp32 masters. Ours are fp32, so the clone would be the same
-        numbers twice.
+        DeepSpeed expects half-precision weights and clones fp32 masters; of fp32 weights they would be the same twice.
         """
         if self._stage == 3:
             masters, weights = self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat

@@ -39,8 +39,7 @@ class Verdict(NamedTuple):
 class StepGuard:
     """Examines the loss and the gradient of every step before the optimizer changes anything.
 
-    A value that is not finite follows `train.on_nonfinite`, a spike follows `spike.action`. The updates that are left
-    out count against `train.max_skips`.
+    A value that is not finite follows `train.on_nonfinite`, a spike `spike.action`; `train.max_skips` bounds skips.
     """
 
     def __init__(self, config: Config, loader: Loader, *, report: Path | None):
