@@ -129,15 +129,13 @@ def measure_difference(expected: Observed, observed: Observed, limits: dict[str,
     return Difference(deltas["logits"], deltas["logits"] / expected["logits"].abs().max().item(), next(above, None))
 
 
-def check_same_function(
-    what: str, expected: Observed, observed: Observed, tolerance: float = FP32_TOLERANCE
-) -> Difference:
-    """Return the difference; raise `UserError` with `what` changed if it is above `tolerance` of the largest logit."""
-    limits = {name: tolerance * value.abs().max().item() for name, value in expected.items()}
+def check_same_function(what: str, expected: Observed, observed: Observed, limit: float = FP32_TOLERANCE) -> Difference:
+    """Return the difference; raise `UserError` with `what` changed if it is above `limit` of the largest logit."""
+    limits = {name: limit * value.abs().max().item() for name, value in expected.items()}
     difference = measure_difference(expected, observed, limits)
-    if not difference.relative <= tolerance:  # true for nan as well
+    if not difference.relative <= limit:  # true for nan as well
         raise UserError(
-            f"{what} changes the logits by {difference.relative:.1e} of the largest, above {tolerance:g}, first in "
+            f"{what} changes the logits by {difference.relative:.1e} of the largest, above {limit:g}, first in "
             f"{difference.parts_at or 'the logits'}; not written"
         )
     return difference

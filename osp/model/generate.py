@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from osp.errors import RunError, UserError
 from osp.model.attention import KVCache
@@ -73,11 +74,10 @@ class Decoder:
         """Read `prompts` from the beginning and return the logits (B, V) of the token after each."""
         device = self.cache.keys.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)
         self.positions, self.cache.positions = lengths[:, None], None
         if not self.compiled:
-            self.cache.width = longest
+            self.cache.width = ids.shape[1]
         return self.model(ids, cache=self.cache, wanted=lengths - 1).logits[:, 0]
 
     @torch.no_grad()

@@ -237,13 +237,10 @@ class Transformer(nn.Module):
     ) -> Output:
         """Return the logits, or with `targets` their loss; in training mode also the penalty, if the model has one.
 
-        Args:
-            input_ids: (B, T).
-            targets: (B, T) the next token of each; `IGNORE` leaves a token out of the loss.
-            document_ids: (B, T); a token attends only to tokens of the same document.
-            chunk_tokens: number of tokens whose logits are in memory at a time while the loss is computed.
-            cache: keys and values of the preceding tokens; the pass adds the keys and values of `input_ids`.
-            wanted: (B,) the position of the one token of each sequence whose logits (B, 1, V) are returned.
+        input_ids: (B, T). targets: (B, T) the next token of each; `IGNORE` leaves a token out of the loss.
+        document_ids: (B, T); a token attends only to tokens of the same document. chunk_tokens: number of tokens whose
+        logits are in memory at a time while the loss is computed. cache: keys and values of the preceding tokens; the
+        pass adds its own. wanted: (B,) position of the one token of each sequence whose logits (B, 1, V) are returned.
         """
         x, penalty = self.hidden_states(input_ids, document_ids=document_ids, cache=cache)
         if wanted is not None:

@@ -67,12 +67,9 @@ def newton_schulz(
 ) -> Tensor:
     """Return U p(S) V^T for x = U S V^T: every singular value moves towards 1.
 
-    Args:
-        x: (..., m, n); the result has its shape and dtype.
-        steps: number of polynomials whose composition is p, after a division by the Frobenius norm.
-        method: `gram` computes the same through (m, m) matrices only; see `_iterate_gram`.
-        coefficients: a key of `COEFFICIENTS`.
-        dtype: of the matrix products; None: `newton_schulz_dtype` of x's device.
+    x: (..., m, n); the result has its shape and dtype. steps: number of polynomials whose composition is p, after a
+    division by the Frobenius norm. method: `gram` computes the same through (m, m) matrices only, see `_iterate_gram`.
+    coefficients: a key of `COEFFICIENTS`. dtype: of the products; None: `newton_schulz_dtype` of x's device.
     """
     chosen = COEFFICIENTS[coefficients]
     dtype = dtype or newton_schulz_dtype(x.device, method=method)

@@ -41,13 +41,10 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
-        """Update this rank's part of a group in place; `grad` is not changed.
+        """Update this rank's part of a group in place; `grad`, the flat gradient, is not changed.
 
-        Args:
-            piece: the group, the flat master weights and state, and where parameters lie in them.
-            grad: the flat gradient.
-            number: of the step, from 1.
-            record: return the sum of squares of the update: learning rate and scale included, weight decay excluded.
+        piece: the group, the flat master weights and state, and where parameters lie in them. number: of the step, from
+        1. record: return the sum of squares of the update: learning rate and scale included, weight decay excluded.
         """
 
     def flops(self, group: Group) -> int:

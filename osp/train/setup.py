@@ -134,11 +134,8 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         steps = done + measure_length(resolved, config.train.minutes, engine, loader, peers, first=done)
         resolved = resolve(given, device=device, world_size=world_size, total_steps=steps)
     before, tokenizer = checkpoint.folder if checkpoint else None, shards / "tokenizer.json"
-    lock = on_main(
-        lambda: begin(
-            found, resolved.config, checkpoint=before, tokenizer=tokenizer, world_size=world_size, device=str(device)
-        )
-    )
+    ranks = {"world_size": world_size, "device": str(device)}
+    lock = on_main(lambda: begin(found, resolved.config, checkpoint=before, tokenizer=tokenizer, **ranks))
     _warn_of_slow_saves(folder, engine)
     logger = None
     if is_main():
@@ -192,10 +189,8 @@ def check_continues(config: Config, checkpoint: Checkpoint, shapes: dict[str, li
         )
     if checkpoint.shapes != shapes:
         raise UserError(f"{checkpoint.folder}: its model has other parameters than this configuration's")
-    if config.train.steps is not None and checkpoint.step > config.train.steps:
-        raise UserError(
-            f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={config.train.steps}; raise that"
-        )
+    if (steps := config.train.steps) is not None and checkpoint.step > steps:
+        raise UserError(f"{checkpoint.folder} is of step {checkpoint.step}, beyond train.steps={steps}; raise that")
     before, now = checkpoint.config.data.skip_steps, config.data.skip_steps
     position = data_step(checkpoint.step, before)
     if {pair for pair in before if pair[0] <= position} != {pair for pair in now if pair[0] <= position}:
@@ -285,9 +280,7 @@ def load_initial_weights(path: str, engine: Engine) -> None:
         log.info("starting from %s, norm=%s, with its model and tokenizer", checkpoint.folder, norm)
 
 
-def measure_length(
-    resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers, *, first: int
-) -> int:
+def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers, first: int) -> int:
     """Return how many steps fit into `minutes`. Takes a few steps from `first` on, restores all state. Collective."""
     state = [(tensor, tensor.clone()) for *_, states in engine.optimizer.local_state() for tensor in states.values()]
     trial = Trainer(resolved, engine, loader, Path(), None, peers=peers)
