@@ -1,6 +1,7 @@
 """Texts for perplexity: WikiText-2, any file, the validation split of a run."""
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from osp.config import Config, SourceConfig
 from osp.data.loader import Layout, Shards
 from osp.data.sources import TRIGGERS, is_documents, make_source
-from osp.data.tokenizer import spec_hash, token_bytes
+from osp.data.tokenizer import FILE_NAME, load_tokenizer, spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text
@@ -110,7 +111,7 @@ def held_out(name: str, shards: Path, tokenizer: Tokenizer, layout: Layout, *, m
     With a start token it consists of sequences as in training.
     """
     split = Shards(shards, "val")
-    if split.manifest.tokenizer_hash != spec_hash(tokenizer.to_str()):
+    if _encoding(load_tokenizer(shards / FILE_NAME)) != _encoding(tokenizer):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
     tokens = np.concatenate(split.tokens or [np.zeros(0, np.int64)])
     row = layout.within(len(tokens)).seq_len + 1 if layout.has_start else None
@@ -149,6 +150,11 @@ def first_shard(folder: Path, layout: Layout) -> torch.Tensor:
     shards = Shards(folder, "train")
     shards.check_hash(0)
     return torch.from_numpy(_sequences(shards.tokens[0], layout, shards.manifest.eos_id).astype(np.int64))
+
+
+def _encoding(tokenizer: Tokenizer) -> str:
+    """Return a hash of what decides the tokens of a text: all but the tokens that are put around it."""
+    return spec_hash(json.dumps(json.loads(tokenizer.to_str()) | {"post_processor": None}))
 
 
 def _sequences(tokens: np.ndarray, layout: Layout, eos_id: int) -> np.ndarray:

@@ -167,6 +167,8 @@ def test_model_trained_with_a_start_token_reads_one_everywhere(tiny: Tiny, tmp_p
     assert theirs("def main():")["input_ids"] == [subject.bos_id, *ids]
     assert theirs("def main():", add_special_tokens=False)["input_ids"] == ids
     assert theirs.decode(ids) == "def main():"
+    exported = open_model(tmp_path / "out")
+    assert torch.equal(read_text(str(run), exported).tokens, read_text("held_out", subject).tokens)
     export(run, tmp_path / "out.gguf", format="gguf", scheme="f32")
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
