@@ -138,8 +138,9 @@ def _of_records(run: Run) -> Iterator[Cost]:
             if before and result.metric == "perplexity":
                 yield Cost(before, result.value, quant, where, step)
     if run.comparison:
-        cells, specs = run.comparison.bits.get("", {}), run.comparison.specs.values()
-        quant = next((words for words in specs if words.startswith(AFTER)), AFTER)
+        cells, specs = run.comparison.bits.get("", {}), run.comparison.specs
+        quant = next((words for words in specs.values() if words.startswith(AFTER)), AFTER)  # of an older record
+        quant = specs.get(run.comparison.hashes.get(AFTER, ""), quant)
         if BEFORE in cells and AFTER in cells:  # which lack a perplexity that is infinite
             first, last = (cells[bits].perplexity or math.inf for bits in (BEFORE, AFTER))
             yield Cost(first, last, quant, f"by scripts/compare.py on {run.comparison.what}", run.comparison.step)

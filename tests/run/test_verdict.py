@@ -178,6 +178,18 @@ def test_records_of_evaluations_are_evidence(tmp_path: Path) -> None:
     assert measured_cost(replace(run, evaluations=[replace(alone, results=(part,))])) is None
 
 
+def test_comparison_names_the_quantization_of_its_4_bit_cell(tmp_path: Path) -> None:
+    """Other columns are at 4-4-4 too; an older record has no hashes of columns."""
+    run = replace(read_run(write_evaluations(small_run(tmp_path / "a"))), evaluations=[])
+    assert run.comparison is not None
+    specs = {"abc": "4-4-4 rtn + folded gains", "def": "4-4-4 rtn"}
+    hashes = {"4-4-4 folded": "abc", "4-4-4": "def"}
+    for known, words in ((hashes, "4-4-4 rtn"), ({}, "4-4-4 rtn + folded gains")):
+        cost = measured_cost(replace(run, comparison=replace(run.comparison, specs=specs, hashes=known)))
+        assert cost is not None
+        assert cost.quant == words
+
+
 # ---- sites -----------------------------------------------------------------------------------------------------------
 
 
