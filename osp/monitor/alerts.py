@@ -7,8 +7,10 @@ from typing import Any
 
 from osp.config import AlertConfig, MonitorConfig
 from osp.model.sites import split_site
+from osp.monitor.probe import SiteReading
 
 CLEARED = 0.8  # an alert clears when its value falls below this share of the threshold
+CONSTANT = 0.9  # |mean| / rms over tokens from which a channel is called constant
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,31 @@ class Alert:
         layer, site = split_site(f"{self.place}/" if of_layer else self.place)
         where = {"site": site or None, "layer": layer}
         return {"rule": self.rule, "key": self.key, **where, "value": self.value, "threshold": self.threshold}
+
+
+def mechanism(name: str, site: SiteReading) -> str:
+    """Return what makes the top channel of a site large, and what the gain of a norm adds, in words.
+
+    "channel 41 of layer_01/attn_in is constant (98%), holds 37% of the energy, and its gain is 3.6 times the median".
+    The gain is left out if no norm writes the site, or if its gains do not differ for this channel.
+    """
+    numbers, others = site.statistics, site.channel != site.top_channel
+    constancy, gain = numbers["top_channel_constancy"], numbers.get("top_channel_gain", 1.0)
+    where = "" if others else f" (position {site.position} of sequence {site.row})"
+    if constancy >= CONSTANT:
+        nature = f"is constant ({_two_digits(100 * constancy)}%)"
+    elif site.spike >= 0.5:
+        nature = f"has {_two_digits(100 * site.spike)}% of its energy at one token{where}"
+    else:
+        nature = f"varies between tokens (its mean is {_two_digits(100 * constancy)}% of its RMS)"
+    share = f"holds {_two_digits(100 * numbers['top_channel_share'])}% of the energy"
+    amplified = f"{nature}, {share}, and its gain is {gain:.{int(gain < 10)}f} times the median"
+    largest = f"; the largest value is in channel {site.channel}" if others else ""
+    return f"channel {site.top_channel} of {name} {f'{nature} and {share}' if gain == 1 else amplified}{largest}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 class Alerts:

@@ -18,7 +18,7 @@ from osp.config import Config
 from osp.files import write_text
 from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
-from osp.monitor.alerts import Alert
+from osp.monitor.alerts import Alert, mechanism
 from osp.monitor.probe import Reading
 from osp.optim.groups import build_groups
 from osp.optim.schedule import build_schedule
@@ -73,6 +73,7 @@ class Forensics:
             **{key: getattr(site, key) for key in ("channel", "value", "row", "position", "token")},
             "token_text": self.tokenizer.decode([site.token], skip_special_tokens=False),
             "text": now["sites"][name]["top_text"],
+            "mechanism": mechanism(name, site),
             "statistics": site.statistics,
             "channels": site.channels,
             "growth": grown,

@@ -14,6 +14,7 @@ from osp.errors import UserError
 from osp.files import read_utf8
 from osp.model.sites import split_site
 from osp.model.transformer import check_finite
+from osp.monitor.alerts import mechanism
 from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
@@ -101,10 +102,13 @@ def _table(order: Sequence[str], reading: Reading, history: Sequence[Any]) -> st
                 repr(history[-1]["sites"][name]["top_text"][-24:]),
             ]
         )
+    shown = [line[0] for line in table[1:] if line[2] != "normal"] or order[:1]
+    words = "\n".join(mechanism(name, reading.sites[name]) for name in shown)
     whole = {name: reading.metrics[f"monitor/{name}"] for name in ("kurtosis/osp_script", "R_L")}
     return (
         f"after step {history[-1]['step']}: {', '.join(f'{name} {value:.4g}' for name, value in whole.items())}\n\n"
         f"{text_table(table)}\n\n"
+        f"{words}\n\n"
         f"the {len(table) - 1} of {len(order)} sites with the highest kurtosis for their kind; raised: higher than in "
         "models without outliers. channel, position (sequence:token): of the largest |x|; energy: share of the "
         "strongest channel; since: first of the latest probes in which this channel was at least half as large"

@@ -16,7 +16,7 @@ from osp.distributed import on_main
 from osp.errors import UserError
 from osp.files import LineWriter, drop_after
 from osp.model.transformer import Transformer
-from osp.monitor.alerts import Alert, Alerts
+from osp.monitor.alerts import Alert, Alerts, mechanism
 from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.evaluations import replace_nonfinite
@@ -110,8 +110,13 @@ class Monitor:
             self.logger.log(metrics, step=step, tokens=tokens)
             self._lines.write(replace_nonfinite({"step": step, "tokens": tokens, "seconds": seconds, "sites": records}))
             for alert, name in zip(alerts, places, strict=True):
-                where = f"; channel {reading.sites[name].channel} of {name}, see {FORENSICS}/" if name else ""
-                self.logger.event("alert", f"{alert.message}{where}", step=step, tokens=tokens, **alert.details())
+                details, where = alert.details(), ""
+                if name:
+                    site = reading.sites[name]
+                    where = f"; {mechanism(name, site)}; see {FORENSICS}/"
+                    numbers = {key: v for key, v in site.statistics.items() if key.startswith(("top_channel", "gain"))}
+                    details |= replace_nonfinite({"place": name, "top_channel": site.top_channel, **numbers})
+                self.logger.event("alert", f"{alert.message}{where}", step=step, tokens=tokens, **details)
 
 
 def next_probe(step: int, *, wait: float, step_seconds: float, interval: int) -> int:

@@ -58,6 +58,7 @@ class SiteReading:
     statistics: dict[str, float]  # see osp.monitor.statistics.compute_statistics
     channels: list[tuple[int, float]]  # the 8 channels with the largest |x|, each with that value
     top_channel: int  # the channel with the most energy
+    spike: float  # share of its energy that is at one token
     octaves: tuple[int, list[int]]  # histogram of |x|, see osp.monitor.statistics.count_octaves
 
 
@@ -308,6 +309,8 @@ def _site_reading(sample: Sample, gains: Gains | None, text: ProbeText) -> SiteR
     token, channel = divmod(int(sample.peak[1]), num_channels)
     row, position = divmod(token, text.tokens.shape[1])
     largest = sample.channel_max.topk(min(8, num_channels))
+    energy = st.channel_energy(sample)
+    top = int(energy.argmax())
     return SiteReading(
         channel=channel,
         value=float(sample.peak[2]),
@@ -316,6 +319,7 @@ def _site_reading(sample: Sample, gains: Gains | None, text: ProbeText) -> SiteR
         token=int(text.tokens[row, position]),
         statistics=st.compute_statistics(sample, gains),
         channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
-        top_channel=int(st.channel_energy(sample).argmax()),
+        top_channel=top,
+        spike=float(sample.channel_max[top] ** 2 / energy[top]) if energy[top] else 0.0,
         octaves=st.count_octaves(sample),
     )

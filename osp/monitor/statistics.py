@@ -110,8 +110,7 @@ def gain_statistics(s: Sample, gains: Gains) -> dict[str, Tensor]:
     return {
         "top_channel_share_before_gain": before[top] / (before.sum() + _TINY),
         "top_channel_gain": gains.weight[top].abs() / (live.median() if len(live) else 1.0),  # of the gains but 0
-        "gain_share": square.max()
-        / (square.sum() + _TINY),  # 1/D: all gains are equal, 1: one channel has the only one
+        "gain_share": square.max() / (square.sum() + _TINY),  # 1/D: all gains are equal, 1: all but one are 0
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from osp.config import AlertConfig, MonitorConfig
-from osp.monitor.alerts import Alert, Alerts
+from osp.monitor.alerts import Alert, Alerts, mechanism
 from osp.monitor.monitor import _site_of, next_probe
 from osp.monitor.probe import ProbeText, Reading
 
@@ -123,6 +123,46 @@ def test_auto_with_a_cheap_probe_is_limited_by_its_interval() -> None:
 def test_auto_stays_at_powers_of_two_without_a_measured_time() -> None:
     waits = [next_probe(step, wait=1800.0, step_seconds=0.0, interval=1) for step in (0, 100)]
     assert waits == [1, 128]
+
+
+CONSTANT = {"top_channel_constancy": 0.984, "top_channel_share": 0.3721, "top_channel_gain": 3.58}
+VARYING = {"top_channel_constancy": 0.413, "top_channel_gain": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("statistics", "others", "words"),
+    [
+        ({}, {}, "is constant (98%), holds 37% of the energy, and its gain is 3.6 times the median"),
+        ({"top_channel_gain": 412.3}, {},
+         "is constant (98%), holds 37% of the energy, and its gain is 412 times the median"),
+        ({"top_channel_gain": 0.97}, {},
+         "is constant (98%), holds 37% of the energy, and its gain is 1.0 times the median"),
+        ({"top_channel_gain": 1.0}, {}, "is constant (98%) and holds 37% of the energy"),
+        ({"top_channel_gain": None}, {}, "is constant (98%) and holds 37% of the energy"),
+        ({"top_channel_share": 1.0}, {},
+         "is constant (98%), holds 100% of the energy, and its gain is 3.6 times the median"),
+        (VARYING, {}, "varies between tokens (its mean is 41% of its RMS) and holds 37% of the energy"),
+        (VARYING | {"top_channel_share": 0.0068}, {},
+         "varies between tokens (its mean is 41% of its RMS) and holds 0.68% of the energy"),
+        (VARYING, {"spike": 0.83},
+         "has 83% of its energy at one token (position 5 of sequence 2) and holds 37% of the energy"),
+        (VARYING, {"spike": 0.83, "channel": 3},
+         "has 83% of its energy at one token and holds 37% of the energy; the largest value is in channel 3"),
+    ],
+)  # fmt: skip
+def test_mechanism_says_only_what_is_true(statistics: dict[str, Any], others: dict[str, Any], words: str) -> None:
+    numbers = {key: value for key, value in (CONSTANT | statistics).items() if value is not None}
+    place = {"channel": 41, "top_channel": 41, "row": 2, "position": 5, "spike": 0.001}
+    site: Any = SimpleNamespace(statistics=numbers, **(place | others))
+    assert mechanism("layer_01/attn_in", site) == f"channel 41 of layer_01/attn_in {words}"
+
+
+def test_channel_with_a_fifth_of_the_energy_breaks_a_default_rule() -> None:
+    """Muon with RMSNorm reaches 37%, the outlier-safe recipe at most 6%; the residual stream has no rule."""
+    sites = ("layer_01/attn_in", "layer_01/mlp_in", "final_norm_out", "layer_01/block_out", "embed_out")
+    for share, expected in ((0.06, []), (0.11, []), (0.21, list(sites[:3])), (0.37, list(sites[:3]))):
+        metrics = {f"monitor/top_channel_share/{site}": share for site in sites}
+        assert [alert.place for alert in Alerts(MonitorConfig()).update(8, metrics)] == expected
 
 
 def test_alert_about_a_layer_names_the_site_that_is_unusual_for_its_kind() -> None:

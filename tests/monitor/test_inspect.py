@@ -52,7 +52,10 @@ def test_inspection_names_the_outlier_and_the_step_since_it_exists(spiky: Path, 
     assert cells[2] == "outlier"
     assert cells[6] == "11"
     assert "step 2" in line
+    (words,) = [line for line in table.split("\n") if line.startswith("channel 11 of embed_out ")]
+    assert words == "channel 11 of embed_out is constant (100%) and holds 100% of the energy"
     contents = json.loads(path.read_text())
+    assert contents["mechanism"] in table
     assert contents["step"] == 3
     assert contents["channel"] == 11
     assert contents["since"] == 2

@@ -119,6 +119,14 @@ def test_forensics_name_the_planted_outlier(site: str, by_rank: list[dict[str, A
         assert entry["learning_rate"] == (1e-3 if rule == "adamw" else 5e-4)
 
 
+def test_words_give_the_planted_constant_and_its_gain(by_rank: list[dict[str, Any]]) -> None:
+    nature = "channel 7 of layer_01/attn_in is constant (98%)"
+    for rank in by_rank:
+        assert rank["words"] == f"{nature}, holds 37% of the energy, and its gain is 3.6 times the median"
+    share = 1.162**2 * 1.04 / (1.162**2 * 1.04 + 31)
+    assert workers.constant_channel_words("ssnorm") == f"{nature} and holds {100 * share:.2g}% of the energy"
+
+
 # --- a forward pass spelled out -----------------------------------------------------------------------------------
 
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -133,6 +133,12 @@ def test_alert_reaches_console_events_wandb_and_forensics_once(
         assert all(w["norm"] > 0 and w["ratio"] > 0 for w in contents["weights"])
         assert contents["optimizer"][0]["rule"] == "muon"
         assert f"channel {contents['channel']}" in event["message"]
+        assert event["message"].endswith(f"; {contents['mechanism']}; see forensics/")
+        assert contents["mechanism"] in file.with_suffix(".md").read_text()
+        assert event["place"] == contents["site"] == f"layer_0{event['layer']}/down_proj_in"
+        assert f"channel {event['top_channel']} of {event['place']} " in event["message"]
+        for name in ("top_channel_share", "top_channel_constancy"):
+            assert event[name] == contents["statistics"][name]
         assert file.with_suffix(".md").read_text().startswith(f"# layer_0{event['layer']}/down_proj_in, channel")
     assert len(list((tmp_path / "run" / "forensics").iterdir())) == 4
     assert len(sent) == 2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from osp.config import AlertConfig, Config, ModelConfig, MonitorConfig, NormConfig, from_dict
 from osp.model.transformer import Block, Transformer, build_model
-from osp.monitor.alerts import Alerts
+from osp.monitor.alerts import Alerts, mechanism
 from osp.monitor.forensics import Forensics
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.train.setup import train
@@ -106,6 +106,32 @@ def planted(site: str | None) -> Transformer:
     return model
 
 
+@torch.no_grad()
+def constant_channel(norm: str = "rmsnorm") -> Transformer:
+    """Return a model in which channel 7 of layer_01/attn_in is 0.98 constant, with 37% of the energy and a gain of 3.6.
+
+    The stream is the embedding: 31 channels of signs, and 1.162 (1 +- 0.2) in channel 7 of even and odd tokens.
+    """
+    model = small_model(norm)
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    signs = torch.rand(40, 32, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
+    model.embed_tokens.weight.copy_(signs)
+    model.embed_tokens.weight[0::2, MARKED] = 1.162 * 1.2
+    model.embed_tokens.weight[1::2, MARKED] = 1.162 * 0.8
+    gain = model.get_parameter("layers.1.input_layernorm.weight")
+    gain[-1 if norm == "ssnorm" else MARKED] = 3.6
+    return model
+
+
+def constant_channel_words(norm: str = "rmsnorm") -> str:
+    """Return the words for layer_01/attn_in of `constant_channel`: four sequences with as many even as odd tokens."""
+    text = ProbeText(torch.arange(48).remainder(40).view(4, 12))
+    return mechanism("layer_01/attn_in", probe(constant_channel(norm), text, FULL).sites["layer_01/attn_in"])
+
+
 def run_config(model: Transformer) -> Config:
     """Return the configuration of a run with this model."""
     config = from_dict({"train": {"steps": 10, "seq_len": 12, "tokens_per_step": 12}, "optimizer": {"adam_lr": 1e-3}})
@@ -139,7 +165,8 @@ def everything(_: int) -> dict[str, Any]:
     """Return what one rank measures: each planted outlier, a model with heavy tails, and a probe without sites."""
     without_sites = probe(small_model(), probe_text(), MonitorConfig(sites=(), statistics=("R_L",)))
     planted_sites = {site: find_planted(site) for site in SITES}
-    return {"planted": planted_sites, "reading": heavy_reading(), "without_sites": without_sites}
+    words = constant_channel_words()
+    return {"planted": planted_sites, "reading": heavy_reading(), "without_sites": without_sites, "words": words}
 
 
 def trained(values: dict[str, Any]) -> None:
