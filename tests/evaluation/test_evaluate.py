@@ -18,12 +18,19 @@ from osp.config import NormConfig
 from osp.errors import UserError
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS, compare, compare_one, markdown, script_kurtosis
 from osp.evaluation.config import CompareConfig, EvaluateConfig
-from osp.evaluation.evaluate import Measurement, evaluate, live_perplexity, results_table, store_record
+from osp.evaluation.evaluate import (
+    Measurement,
+    evaluate,
+    live_perplexity,
+    read_calibration,
+    results_table,
+    store_record,
+)
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import encode, read_text
 from osp.model.transformer import build_model
-from osp.quant.apply import draw_calibration, quantized
+from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import INNER_SITES, QuantSpec
 from osp.run.evaluations import (
@@ -282,6 +289,27 @@ def test_calibration_is_never_the_text_that_is_measured(
         measurement.calibration(dataclasses.replace(gptq, calibration=str(tmp_path / "other.txt")))
     with pytest.raises(UserError, match=r"quant.calibration=train: .* is no run"):
         measurement.calibration(dataclasses.replace(gptq, calibration="train"))
+
+
+def test_text_of_sequences_is_read_in_its_rows(
+    llama: LanguageModel, config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration and R_L see the sequences of a run that trains with a start token, each from its first token on."""
+    text = read_text(config.texts[0], llama)
+    rows = text.tokens[: 9 * 17].view(9, 17)
+    rows[:, 0] = 0
+    text = dataclasses.replace(text, tokens=rows.flatten(), token_bytes=text.token_bytes[: 9 * 17], row=17)
+    monkeypatch.setattr("osp.evaluation.evaluate.read_text", lambda *_: text)
+    monkeypatch.setattr("osp.evaluation.evaluate.read_texts", lambda *_, **__: [text])
+    spec = QuantSpec(a_bits=8, static_activations=True, calibration="other", calibration_tokens=64)
+    sequences = read_calibration(llama, spec, measured=[], seq_len=16)
+    assert sequences is not None
+    assert sequences.shape == (4, 16)
+    assert {tuple(sequence) for sequence in sequences.tolist()} <= {tuple(row) for row in rows[:, :16].tolist()}
+    record = evaluate(llama, dataclasses.replace(config, quant=FOUR, ablate=True, seq_len=32))
+    assert record.ablation is not None
+    expected = propagated_error(llama.model, FOUR, rows)
+    assert [*record.ablation.layer_errors, record.ablation.last_error] == expected
 
 
 def test_kurtosis_matches_the_papers_script(llama: LanguageModel, transformers_llama: Any, text_file: Path) -> None:
