@@ -234,7 +234,7 @@ def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
     site = {"site": "k", "alone": None, "left_out": 4.0}
     evaluation = {
         "model": {"name": "m", "path": "p", "sha256": "0", "step": 7},
-        "quant": {"text": "4-4-4 rtn", "hash": "abc", "w_bits": 4},
+        "quant": {"text": "4-4-4 rtn", "hash": "abc", "w_bits": 4, "a_static": False},
         "results": [result],
         "ablation": {**ablation, "sites": [site]},
     }
