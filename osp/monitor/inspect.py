@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer
 
 from osp.config import Config, MonitorConfig
-from osp.data.tokenizer import load_tokenizer
+from osp.data.loader import Layout
+from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError
 from osp.files import read_utf8
 from osp.model.sites import split_site
@@ -80,7 +81,11 @@ def _read_text(folder: Path, config: Config, text: Path | None) -> tuple[ProbeTe
     if len(ids) < 2:
         raise UserError(f"text={text}: has {len(ids)} tokens; moments over tokens need at least 2")
     length = min(config.train.seq_len, len(ids))
-    return ProbeText(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)), tokenizer
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if Layout.of(config).has_start:
+        start = rows.new_full((len(rows), 1), eos_id(tokenizer, config.tokenizer.eos_token))
+        rows = torch.cat((start, rows[:, :-1]), dim=1)
+    return ProbeText(rows), tokenizer
 
 
 def _table(order: Sequence[str], reading: Reading, history: Sequence[Any]) -> str:

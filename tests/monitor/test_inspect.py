@@ -1,5 +1,6 @@
 """`python scripts/inspect_outliers.py`: a table and a bundle from a run folder, or a one-line error."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from osp.config import Config, from_dict
 from osp.errors import UserError
-from osp.monitor.inspect import inspect
+from osp.monitor.inspect import _read_text, inspect
+from osp.run.checkpoint import Checkpoint
 from osp.train.engine import Engine
 from osp.train.setup import train
 from tests.conftest import ROOT, run_in_process
@@ -74,6 +77,18 @@ def test_inspection_reads_a_given_text_and_an_older_checkpoint(spiky: Path, tmp_
     contents = json.loads(path.read_text())
     assert contents["text"] in text.read_text()
     assert max(step for step, _ in contents["growth"]) == 1, "no probe after the checkpoint"
+
+
+def test_given_text_begins_with_the_start_token_of_the_training(spiky: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words of a user " * 20)
+    folder = spiky / "checkpoints" / "step_00000001"
+    config = Checkpoint(folder).config
+    plain, tokenizer = _read_text(folder, config, tmp_path / "text.txt")
+    marked = dataclasses.replace(config, data=dataclasses.replace(config.data, bos=True))
+    tokens = _read_text(folder, marked, tmp_path / "text.txt")[0].tokens
+    assert tokens.shape == plain.tokens.shape
+    assert tokens[:, 0].tolist() == [tokenizer.token_to_id(config.tokenizer.eos_token)] * len(tokens)
+    assert torch.equal(tokens[:, 1:], plain.tokens[:, :-1])
 
 
 def test_command_prints_the_table_without_deepspeed(spiky: Path, tmp_path: Path) -> None:
