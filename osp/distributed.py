@@ -63,8 +63,7 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
             address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
             if "EADDRINUSE" in str(error):
                 raise UserError(f"{address}: the port is in use; name another one with --master_port") from error
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{address}: the ranks cannot connect there: {reason}") from error
+            raise UserError(f"{address}: the ranks cannot connect there: {str(error).splitlines()[0]}") from error
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
     os.environ["DS_ACCELERATOR"] = place.type  # else DeepSpeed takes a GPU it finds, or warns that it finds none
     import deepspeed

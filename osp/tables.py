@@ -49,13 +49,8 @@ def render_text(template: Path, **values: Any) -> str:
 
 @functools.cache  # it keeps the compiled templates
 def _environment(folder: Path, finalize: Callable[[Any], Any] | None) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        finalize=finalize,
-    )
+    settings: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), finalize=finalize, **settings)
     environment.filters["cell"] = escape_cell
     environment.filters["number"] = lambda value: "not finite" if value is None else f"{value:.4g}"
     environment.globals["table"] = markdown_table

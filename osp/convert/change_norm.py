@@ -134,11 +134,10 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
     hidden_size = config.hidden_size + (name == "crmsnorm") - (to == "crmsnorm")
     if not hidden_size:
         raise UserError("model.hidden_size=1: crmsnorm has one channel less, and none would be left")
-    heads_fill = config.num_attention_heads * config.head_size == hidden_size
     converted = dataclasses.replace(
         config,
         hidden_size=hidden_size,
-        head_dim=None if heads_fill else config.head_size,
+        head_dim=None if config.num_attention_heads * config.head_size == hidden_size else config.head_size,
         attention_bias=config.attention_bias or bias,
         mlp_bias=config.mlp_bias or bias,
         head_bias=config.head_bias or final.bias is not None,
@@ -172,8 +171,7 @@ def _fold_norms(tensors: dict[str, Tensor], model: Transformer, to: str) -> None
         for reader in readers:
             weight = tensors[f"{reader}.weight"]
             if bias is not None:
-                added = weight @ (bias * norm.output_scale)
-                tensors[f"{reader}.bias"] = tensors.get(f"{reader}.bias", 0) + added
+                tensors[f"{reader}.bias"] = tensors.get(f"{reader}.bias", 0) + weight @ (bias * norm.output_scale)
             if not _keeps_gain(norm, to):
                 tensors[f"{reader}.weight"] = weight * gain
         if _keeps_gain(norm, to):

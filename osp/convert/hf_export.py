@@ -130,8 +130,7 @@ def stock_llama(model: Transformer, *, ffn_multiple: int) -> Transformer:
     pad_ffn(model, multiple=ffn_multiple)
     eps = model.norm.eps
     assert isinstance(eps, float)
-    norm = NormConfig(name="rmsnorm", eps=eps)
-    llama = meta_model(dataclasses.replace(model.config, norm=norm))
+    llama = meta_model(dataclasses.replace(model.config, norm=NormConfig(name="rmsnorm", eps=eps)))
     llama.load_state_dict(_tensors(model), assign=True)
     return llama.eval()
 

@@ -67,14 +67,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
         return causal_attention(q, k, v, mask)[:, 1:]
     if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         return BlockwiseAttention.apply(q, k, v)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 

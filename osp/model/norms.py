@@ -369,8 +369,7 @@ class BHyT(BHyTStar):
         hidden_size, value_size = o_weight.shape
         heads_per_value_head = value_size // v_weight.shape[0]
         v = v_weight.float().unflatten(0, (-1, head_dim)).repeat_interleave(heads_per_value_head, 0).flatten(0, 1)
-        energy = (o_weight.float() @ v).square().sum()
-        self.attention_gain.fill_(energy / (self.seq_len * hidden_size))
+        self.attention_gain.fill_((o_weight.float() @ v).square().sum() / (self.seq_len * hidden_size))
 
 
 NORMS: dict[str, type[Norm]] = {

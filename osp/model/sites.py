@@ -83,8 +83,7 @@ def hook_site(model: Transformer, name: str, function: Callable[[Tensor], Tensor
     """
     layer, kind = split_site(name)
     site = SITES[kind]
-    root: nn.Module = model if layer is None else model.layers[layer]
-    module = root.get_submodule(site.module)
+    module = (model if layer is None else model.layers[layer]).get_submodule(site.module)
 
     def hook_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         i = site.argument or 0

@@ -57,8 +57,7 @@ def build_groups(model: Trainable, config: OptimizerConfig) -> list[Group]:
         if key not in groups:
             update_rule = kind(config)
             groups[key] = {"role": role, "rule": rule, "update_rule": update_rule, "heads": split}
-            gains_differ = role == "gain" and config.gain_decay is not None
-            decay = config.gain_decay if gains_differ else config.weight_decay
+            decay = config.gain_decay if role == "gain" and config.gain_decay is not None else config.weight_decay
             groups[key] |= {"base_lr": update_rule.base_lr, "weight_decay": decay}
             groups[key] |= {"names": [], "shapes": [], "params": []}
         groups[key]["names"].append(name)

@@ -42,8 +42,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             rule, numels = group["update_rule"], [shape.numel() for shape in group["shapes"]]
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
-            whole = isinstance(rule, WholeRule)
-            work = batches(numels[0], len(numels), rank=rank, **layout) if whole else []
+            work = batches(numels[0], len(numels), rank=rank, **layout) if isinstance(rule, WholeRule) else []
             self.state[flat] = {name: torch.zeros_like(flat, dtype=torch.float32) for name in rule.STATE_NAMES}
             intervals = rank_intervals(numels, rank=rank, **layout)
             self.pieces.append(Piece(group, flat, self.state[flat], intervals, work))

@@ -71,16 +71,8 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
     """Return the HTML document about `runs`. left_out: notes on folders that could not be read."""
     names, labels = charts.short_names(runs), charts.labels(runs)
     shown = [
-        Shown(
-            index=i,
-            run=run,
-            name=names[i],
-            label=labels[i],
-            outliers=charts.find_outliers(run),
-            verdict=judge_run(run),
-            states={state.kind: state for state in judge_sites(run)},
-        )
-        for i, run in enumerate(runs)
+        Shown(i, run, name, label, charts.find_outliers(run), judge_run(run), {s.kind: s for s in judge_sites(run)})
+        for i, (run, name, label) in enumerate(zip(runs, names, labels, strict=True))
     ]
     data = charts.chart_data(runs, names)
     titles = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
@@ -122,13 +114,8 @@ def render(template: Path, **values: Any) -> str:
 
 @functools.cache  # it keeps the compiled templates
 def _environment(folder: Path) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder, HERE]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    settings: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader([folder, HERE]), autoescape=True, **settings)
     environment.filters["number"] = number
     environment.filters["kurtosis"] = lambda value: f"{value:.2f}" if abs(value) < 100 else number(value)
     environment.filters["plain"] = charts.plain

@@ -326,8 +326,7 @@ def load(checkpoint: Checkpoint, slices: Iterable[Slice], model: nn.Module) -> N
 
 def checkpoint_bytes(shapes: dict[str, list[int]], states_per_weight: float) -> int:
     """Return the size of a checkpoint: fp32 weights, and `states_per_weight` fp32 optimizer values for each."""
-    numel = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return int(4 * numel * (1 + states_per_weight))
+    return int(4 * sum(torch.Size(shape).numel() for shape in shapes.values()) * (1 + states_per_weight))
 
 
 def candidates(path: Path) -> list[Path]:

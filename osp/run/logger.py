@@ -38,16 +38,9 @@ class Logger:
         metrics = folder / "metrics.jsonl"
         drop_after(metrics, step)
         self._metrics, self._events = LineWriter(metrics), LineWriter(folder / "events.jsonl")
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            desc=config.run.name,
-            unit="step",
-            disable=not config.logger.progress,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            smoothing=0.05,
-        )
+        look: dict[str, Any] = {"desc": config.run.name, "unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
+        look |= {"disable": not config.logger.progress, "mininterval": 0.5 if sys.stderr.isatty() else 10.0}
+        self._bar = tqdm(total=total_steps, initial=step, **look)
         self._wandb = WandB(folder, config, mode=mode or config.logger.wandb, resumed=step > 0)
 
     def log(self, metrics: dict[str, float], *, step: int, tokens: int) -> None:

@@ -128,8 +128,7 @@ def build_workspace(entity: str, project: str) -> Any:
         drawn: dict[str, Any] = {"metric_regex": panel.regex} if panel.regex else {"y": list(panel.keys)}
         # the minimum and the maximum survive this down-sampling
         drawn |= {"log_y": panel.log or None, "point_visualization_method": "bucketing-gorilla"}
-        plot = wr.LinePlot(title=panel.title, x="step", **drawn)
-        sections.setdefault(panel.section, []).append(plot)
+        sections.setdefault(panel.section, []).append(wr.LinePlot(title=panel.title, x="step", **drawn))
     shown = [ws.Section(name=name, panels=plots, is_open=i < 2) for i, (name, plots) in enumerate(sections.items())]
     settings = ws.WorkspaceSettings(x_axis="step")
     return ws.Workspace(entity=entity, project=project, name=WORKSPACE, sections=shown, settings=settings)

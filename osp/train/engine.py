@@ -98,8 +98,7 @@ class Engine:
         Shares add up over micro batches and ranks: loss = sum of token losses here / tokens of the step everywhere.
         """
         assert self._micro_step < self.gradient_accumulation_steps, "step() or discard_gradients() is due"
-        is_last = self._micro_step == self.gradient_accumulation_steps - 1
-        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.set_gradient_accumulation_boundary(self._micro_step == self.gradient_accumulation_steps - 1)
         # DeepSpeed averages over ranks and micro batches, but shares must be summed. The factor undoes the former
         # (exactly for 2^n ranks), scale_wrt_gas=False the latter.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)

@@ -92,8 +92,7 @@ class StepGuard:
         largest = {name: norms[name] for name in order[:_NUM_LARGEST]}
         if self.report:
             gradients = {name: str(norm) for name, norm in largest.items()}
-            report = {"step": step + 1, "loss": str(loss), "rows": rows, "gradients": gradients}
-            write_record(self.report, report)
+            write_record(self.report, {"step": step + 1, "loss": str(loss), "rows": rows, "gradients": gradients})
         what = "the loss is not finite" if rows else f"the gradient is not finite though the loss is {loss:.4f}"
         where = f" in sequences {', '.join(f'{a} to {b - 1}' for a, b in rows)} of the training data" if rows else ""
         gradients = ", ".join(f"{name} {norm:.3g}" for name, norm in list(largest.items())[:3])

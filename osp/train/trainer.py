@@ -308,13 +308,9 @@ class Trainer:
         tokens = batch.tokens.to(self.engine.device, non_blocking=True)
         targets = tokens[:, 1:].clone() if batch.num_rows < len(tokens) else tokens[:, 1:]
         targets[batch.num_rows :] = IGNORE
-        ids = batch.document_ids
-        return self.engine(
-            tokens[:, :-1],
-            targets,
-            document_ids=None if ids is None else ids[:, :-1].to(self.engine.device, non_blocking=True),
-            chunk_tokens=self.config.train.loss_chunk_tokens,
-        )
+        ids, chunk = batch.document_ids, self.config.train.loss_chunk_tokens
+        ids = None if ids is None else ids[:, :-1].to(self.engine.device, non_blocking=True)
+        return self.engine(tokens[:, :-1], targets, document_ids=ids, chunk_tokens=chunk)
 
     def _costly_metrics(self, data_wait: float, *, updated: bool) -> dict[str, float]:
         """Return the metrics of the last step that cost time to collect. Collective."""
