@@ -13,10 +13,10 @@ import importlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,12 +79,7 @@ class Gguf(FileFormat):
     """A file for llama.cpp and programs built on it."""
 
     name = "gguf"
-    schemes: ClassVar[Mapping[str, QuantSpec]] = {
-        "q4_0": DEPLOYED["q4_0"],
-        "q8_0": DEPLOYED["q8_0"],
-        "bf16": QuantSpec(),
-        "f32": QuantSpec(),
-    }
+    schemes = {name: DEPLOYED[name] for name in ("q4_0", "q8_0")} | {"bf16": QuantSpec(), "f32": QuantSpec()}
     suffix = ".gguf"
     # llama.cpp multiplies 8-bit activations with quantized weights, and bf16 activations with bf16 weights
     tolerance = 1e-3
