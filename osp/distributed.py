@@ -112,12 +112,9 @@ class Peers:
 
     def cause(self, error: BaseException) -> str | None:
         """Return which rank has died if that is why a collective failed with `error`; None for any other error."""
-        lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
-            isinstance(error, RuntimeError)
-            and not isinstance(error, RunError)
-            and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out"))
-        )
-        if not lost:
+        names_it = any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Timed out"))
+        lost = isinstance(error, RuntimeError) and not isinstance(error, RunError) and names_it
+        if not lost and not isinstance(error, dist.DistBackendError | dist.DistNetworkError):
             return None
         until = time.monotonic() + self.SECONDS_TO_DIE
         while not self.dead() and time.monotonic() < until:
