@@ -76,8 +76,7 @@ class FileCertificate:
                 f"perplexity of {self.text['name']} is {self.fake.perplexity:.5f} by fake quantization and "
                 f"{self.client.perplexity:.5f} by {self.client.reader}, more than {self.tolerance:g} apart; not written"
             )
-        wide = [name for name in self.above_four_bits if not MAY_BE_WIDE.search(name)]
-        if w_bits <= 4 and wide:
+        if w_bits <= 4 and (wide := [name for name in self.above_four_bits if not MAY_BE_WIDE.search(name)]):
             raise UserError(f"{wide[0]} has more than 4 bits; not written")
 
     def markdown(self) -> str:

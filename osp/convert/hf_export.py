@@ -146,8 +146,7 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
 def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
     """Raise `UserError` with the reason and a fix if no stock Llama computes the same as the model at `path`."""
     for key, name in (("norm.name", config.norm.name), ("norm.final", final_norm_name(config.norm))):
-        reason = NORMS[name].not_rmsnorm
-        if reason is not None:
+        if reason := NORMS[name].not_rmsnorm:
             fix = _suggest_conversion(config, path)
             raise UserError(f"{key}={name}: a stock Llama has no such norm, {reason}; {fix}")
     for key, holds, what in (

@@ -85,8 +85,7 @@ class Encoder:
     def _lost(self, text: str) -> str:
         """Return the characters of `text` that the vocabulary lacks, or else those removed before they reach it."""
         ids = {character: self.tokenizer.encode(character, add_special_tokens=False).ids for character in set(text)}
-        unknown = {c for c in ids if self._sizes[ids[c]].sum() < self._bytes_read(c)}
-        if unknown:
+        if unknown := {c for c in ids if self._sizes[ids[c]].sum() < self._bytes_read(c)}:
             return "".join(character for character in text if character in unknown)
         normalizer, pre_tokenizer = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
         normalized = normalizer.normalize_str(text) if normalizer else text

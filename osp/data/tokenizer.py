@@ -140,8 +140,7 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
                 huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
                 path = huggingface_hub.hf_hub_download(name, FILE_NAME)
     tokenizer = load_tokenizer(path)
-    kind = json.loads(tokenizer.to_str())["model"]["type"]
-    if kind not in ("BPE", "Unigram"):
+    if (kind := json.loads(tokenizer.to_str())["model"]["type"]) not in ("BPE", "Unigram"):
         raise UserError(
             f"{path} is a {kind} tokenizer, which loses text outside its vocabulary; use a BPE or Unigram one"
         )
@@ -159,8 +158,7 @@ def existing_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def eos_id(tokenizer: Tokenizer, eos_token: str) -> int:
     """Return the id of the token that ends a document."""
-    token_id = tokenizer.token_to_id(eos_token)
-    if token_id is None:
+    if (token_id := tokenizer.token_to_id(eos_token)) is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         raise UserError(
             f"tokenizer.eos_token={eos_token!r} is not in the tokenizer's vocabulary; its special tokens are "

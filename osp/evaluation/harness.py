@@ -72,8 +72,7 @@ class HarnessModel:
                     f"{self.what}: a continuation of {len(tail)} tokens is longer than the model's {longest}: "
                     f"{continuation!r:.60}"
                 )
-            # the last token is predicted but not read
-            self.truncated += len(head) + len(tail) > longest + 1
+            self.truncated += len(head) + len(tail) > longest + 1  # the last token is predicted but not read
             sequences.append(((head + tail)[-longest - 1 :], len(tail)))
         return self.score(sequences)
 

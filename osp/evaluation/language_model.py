@@ -89,8 +89,7 @@ def open_model(
     Raises `UserError` if the path is no run, checkpoint or Hugging Face Llama, or tokenizer or weights do not fit.
     """
     folder = Path(path)
-    checkpoint_folder = find_model(folder)
-    if checkpoint_folder is None:
+    if (checkpoint_folder := find_model(folder)) is None:
         tokenizer, bos, eos, stops = load_hf_tokenizer(folder)  # before the weights, which take longer
         subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos, stop_ids=stops)
     else:
@@ -125,8 +124,7 @@ def find_model(folder: Path) -> Path | None:
     """Return the checkpoint in `folder`, None for a Hugging Face folder; raise `UserError` without a model."""
     if (folder / CONFIG).is_file():
         return None
-    checkpoint = find(folder)
-    if checkpoint is None:
+    if (checkpoint := find(folder)) is None:
         raise UserError(
             f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
         )

@@ -64,8 +64,7 @@ class Decoder:
         self._pass = self._next
         if compile:
             for tensor in (self.cache.keys, self.cache.values):
-                # a CUDA graph may write only to memory with a static address
-                torch._dynamo.mark_static_address(tensor)
+                torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write only to memory with a static address
             model.rotary(max_length, device)  # outside of the graph, because the table is cached
             self._pass = torch.compile(self._next, mode="reduce-overhead", fullgraph=True, dynamic=False)
 

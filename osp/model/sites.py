@@ -26,8 +26,7 @@ class SiteDefinition:
     sublayers: int | None = None  # of the stream and its norms: sublayers of this block already in it (0, 1 or 2)
 
 
-# In the order of the forward pass. SiteDefinition(module, argument, ...)
-SITES = {
+SITES = {  # In the order of the forward pass. SiteDefinition(module, argument, ...)
     "embed_out": SiteDefinition("layers.0", 0, in_block=False, sublayers=0),
     "attn_in": SiteDefinition(
         "self_attn",

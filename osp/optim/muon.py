@@ -36,11 +36,9 @@ class Coefficients:
 
 
 COEFFICIENTS = {
-    # Jordan et al. 2024; OSP's optimization.py
-    "keller_jordan": Coefficients(((3.4445, -4.7750, 2.0315),)),
+    "keller_jordan": Coefficients(((3.4445, -4.7750, 2.0315),)),  # Jordan et al. 2024; OSP's optimization.py
     "keller_jordan_bf16": Coefficients(((3.4375, -4.78125, 2.03125),)),  # as JAX rounds them beside bf16 matrices
-    # Amsel et al. 2025, arXiv 2505.16932: optimal for 5 steps, 2% safety
-    "polar_express": Coefficients(
+    "polar_express": Coefficients(  # Amsel et al. 2025, arXiv 2505.16932: optimal for 5 steps, 2% safety
         (
             (8.156554524902461, -22.48329292557795, 15.878769915207462),
             (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -51,8 +49,7 @@ COEFFICIENTS = {
         margin=1.02,
         eps=1e-6,
     ),
-    # Newton-Schulz for the polar factor, Higham 2008, eq. 8.20
-    "cubic": Coefficients(((1.5, -0.5, 0.0),)),
+    "cubic": Coefficients(((1.5, -0.5, 0.0),)),  # Newton-Schulz for the polar factor, Higham 2008, eq. 8.20
 }
 
 

@@ -52,8 +52,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     resolved = resolve(config, device=torch.device(machine.device), world_size=world_size, bf16=machine.bf16)
     config, size, accumulation = resolved.config, resolved.micro_batch_size, resolved.gradient_accumulation_steps
     train, stage = config.train, config.engine.zero_stage
-    peak_tflops = machine.peak_tflops or peak_tflops_of(machine.name)
-    if peak_tflops is None:
+    if (peak_tflops := machine.peak_tflops or peak_tflops_of(machine.name)) is None:
         raise UserError(f"machine.peak_tflops is not set and {machine.name!r} is no GPU of the table; set it")
     machine, gpu_memory = dataclasses.replace(machine, peak_tflops=peak_tflops), options.gpu_memory or machine.memory
     options = dataclasses.replace(options, machine=machine, gpu_memory=gpu_memory)
@@ -148,8 +147,7 @@ def warnings(plan: Plan) -> list[str]:
             f"a checkpoint takes {plan.save_seconds:.0f} s to write, and a launcher kills a run {SECONDS_TO_KILL:.0f} s"
             " after SIGTERM: the run resumes from the last checkpoint of checkpoint.every"
         )
-    share = (plan.step["newton_schulz"] + plan.step["exchange"]) / plan.step["total"]
-    if share > 0.05:
+    if (share := (plan.step["newton_schulz"] + plan.step["exchange"]) / plan.step["total"]) > 0.05:
         texts.append(f"Muon takes {share:.0%} of a step; fewer ranks or more tokens per step make it less")
     if train.precision == "fp8":
         texts.append("train.precision=fp8: time and memory of the passes are planned as bf16's")

@@ -338,8 +338,7 @@ def candidates(path: Path) -> list[Path]:
         return [path]
     for folder in (path, path / "checkpoints"):
         complete = sorted((manifest.parent for manifest in folder.glob(f"step_*/{MANIFEST}")), reverse=True)
-        newest = _latest(folder)
-        if newest:
+        if newest := _latest(folder):
             # a damaged `latest` names no step: then every complete checkpoint counts as older
             return [newest, *(p for p in complete if p.name < newest.name or newest.name[:5] != "step_")]
         if complete:
@@ -386,8 +385,7 @@ def remove_unfinished(folder: Path, token: str) -> None:
 
 def load_model(path: str | Path) -> Transformer:
     """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode; needs no DeepSpeed."""
-    folder = find(Path(path))
-    if folder is None:
+    if (folder := find(Path(path))) is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
     checkpoint.verify()

@@ -125,8 +125,7 @@ def open_run(config: Config) -> Found:
     own = candidates(folder)
     if config.resume in ("auto", False):
         return Found(folder, own, before, own)
-    named = candidates(Path(config.resume))
-    if not named:
+    if not (named := candidates(Path(config.resume))):
         raise UserError(f"resume={config.resume}: no checkpoint there; name a run folder or a checkpoint folder")
     is_own = named[0].resolve().parent == (folder / "checkpoints").resolve()
     goes_back = is_own and before.get("resume") != config.resume
@@ -142,8 +141,7 @@ def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise UserError(f"run.dir={folder}: {place} is a file; choose another run.dir")
-    free = shutil.disk_usage(place).free
-    if free < num_bytes * copies:
+    if (free := shutil.disk_usage(place).free) < num_bytes * copies:
         raise UserError(
             f"run.dir={folder}: {copies} more checkpoint{'s' * (copies > 1)} of {num_bytes / 1e9:.2f} GB, as "
             f"checkpoint.keep_last={keep_last} needs, do not fit into the {free / 1e9:.2f} GB free there; choose "

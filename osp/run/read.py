@@ -140,8 +140,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder{_runs_near(folder)}")
     notes: list[str] = []
-    series = _columns(read_metrics(folder / "metrics.jsonl", notes))
-    if not series:
+    if not (series := _columns(read_metrics(folder / "metrics.jsonl", notes))):
         why = "is empty" if (folder / "metrics.jsonl").exists() else "is missing"
         raise UserError(f"{folder}: metrics.jsonl {why}, nothing to draw{_runs_near(folder)}")
     config = _read(folder / "config.yaml", _CONFIG, notes) or {}
@@ -205,8 +204,7 @@ def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
         notes.append(f"{path.name} cannot be read; left out" if path.exists() else f"{path.name} is missing")
         return None
     left_out = list[str]()
-    valid = keep_valid(adapter, value, left_out)
-    if valid is None:
+    if (valid := keep_valid(adapter, value, left_out)) is None:
         notes.append(f"{path.name}: not the format of a run; left out")
     else:
         _note_left_out(path, left_out, notes)

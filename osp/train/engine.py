@@ -68,8 +68,7 @@ class Engine:
         self.optimizer = PartitionedOptimizer(self.groups)
         self._stage, self._micro_step = config.engine.zero_stage, 0
         num_parameters = sum(p.numel() for p in parameters)
-        # fp32 throughout; optimizer and learning rate are ours
-        settings = {
+        settings = {  # fp32 throughout; optimizer and learning rate are ours
             "train_micro_batch_size_per_gpu": resolved.micro_batch_size,
             "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
             "gradient_clipping": config.train.grad_clip,  # of the raw gradient, before DeepSpeed calls our optimizer
@@ -140,8 +139,7 @@ class Engine:
         """Drop the gradients accumulated since the last `step`. Every rank must call it, without communication."""
         self._micro_step = 0
         self._zero.zero_grad(set_to_none=True)
-        # as DeepSpeed does after an overflow
-        if self._stage == 3:
+        if self._stage == 3:  # as DeepSpeed does after an overflow
             self._zero.averaged_gradients = {}
         else:
             for index in range(len(self._zero.bit16_groups)):

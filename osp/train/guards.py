@@ -103,8 +103,7 @@ class StepGuard:
         spikes = []
         for key, value in values.items():
             window = self.spikes[key]
-            score = spike_score(value, window)
-            if score > self.config.spike.threshold:
+            if (score := spike_score(value, window)) > self.config.spike.threshold:
                 spikes.append(f"{key} {value:.4g} is {score:.1f} deviations above its last {len(window)} steps")
             window.append(value)
         if not spikes:

@@ -59,8 +59,7 @@ def failure(output: Path, status: int, *, hint: str = "") -> UserError | RunErro
     if status == 0:
         return None
     text = output.read_text(encoding="utf-8", errors="replace")
-    errors = re.findall(r"^error: (.*)$", text, flags=re.MULTILINE)
-    if not errors:
+    if not (errors := re.findall(r"^error: (.*)$", text, flags=re.MULTILINE)):
         last = "; ".join(text.strip().split("\n")[-3:])
         return RunError(f"a process ended with exit status {status}, see {output}{hint}: {last}")
     # torchrun itself exits with 1; its report holds the status of the ranks

@@ -98,18 +98,15 @@ def resolve(
 
 def _with_initial_model(config: Config) -> Config:
     """Return `config` with the model and the tokenizer of `checkpoint.init_from`, or as it is without that key."""
-    source = config.checkpoint.init_from
-    if source is None:
+    if (source := config.checkpoint.init_from) is None:
         return config
-    folder = find(Path(source))
-    if folder is None:
+    if (folder := find(Path(source))) is None:
         raise UserError(
             f"checkpoint.init_from={source}: no model there; name a run, a checkpoint or what scripts/convert.py "
             "wrote; a Hugging Face folder is converted first"
         )
     initial = Checkpoint(folder).config
-    path = folder.resolve().parent.parent / "tokenizer.json"
-    if not path.is_file():
+    if not (path := folder.resolve().parent.parent / "tokenizer.json").is_file():
         raise UserError(f"checkpoint.init_from={source}: {path} is missing, the model's tokenizer")
     tokenizer = TokenizerConfig(train=False, path=str(path), eos_token=initial.tokenizer.eos_token)
     config = dataclasses.replace(config, model=initial.model, tokenizer=tokenizer)

@@ -59,8 +59,7 @@ def train(config: Config) -> None:
         if is_main():
             log.info("this run is complete\n%s", complete)
         return
-    # listen until all is closed: a launcher may pass a signal on after the run has ended
-    with trainer.stop.listen():
+    with trainer.stop.listen():  # listen until all is closed: a launcher may pass a signal on after the run has ended
         try:
             trainer.fit()
         finally:

@@ -106,8 +106,7 @@ class Trainer:
             while self._at_boundary(monitor) and self.step < self.last_step:
                 self.refresh_norms(self.step)
                 record = self._due(self.config.logger.every, self.step + 1)
-                metrics = self.train_step(self.step, record=record)
-                if metrics is None:
+                if (metrics := self.train_step(self.step, record=record)) is None:
                     break
                 self.step += 1
                 if self.logger:
@@ -247,8 +246,7 @@ class Trainer:
 
     def refresh_norms(self, step: int) -> None:
         """Recompute the norm statistics that depend on weights, about 50 times a run (BHyT's callback)."""
-        every = self.config.train.norm_refresh_every
-        if every == "auto":
+        if (every := self.config.train.norm_refresh_every) == "auto":
             every = min(max(self.total_steps // 50, 1), 1000)
         if self.model.has_norm_statistics and step % every == 0:
             with self.engine.gathered_parameters():
