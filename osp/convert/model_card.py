@@ -25,10 +25,7 @@ CURVES = (  # keys of metrics.jsonl
 def model_card(
     subject: LanguageModel, exported: FileCertificate, conversion: Certificate | None, four_bits: float | None
 ) -> str:
-    """Return the Markdown about the exported model of a run, laid out by model_card.md.
-
-    four_bits: perplexity of the exported model under `FOUR_BITS`; None if it is quantized otherwise.
-    """
+    """Return the Markdown of model_card.md about an exported model. four_bits: its perplexity under `FOUR_BITS`."""
     config, run, step = subject.config, subject.run, subject.step or 0
     assert config is not None
     assert run is not None

@@ -180,10 +180,9 @@ def evaluate_local_task(model: HarnessModel, task: LocalTask) -> list[Result]:
 def load_named_tasks(tasks: dict[str, int], *, include_path: str | None = None) -> dict[str, Any]:
     """Return the tasks and groups that the harness loads for each name of a task, a tag or a group.
 
-    Raises `UserError` for names that it does not know, tasks that it cannot load, and a task that two names hold. It
-    puts the first item of each task into words, so that most mistakes in task files appear before anything is scored.
-
-    tasks: name -> number of examples before an item. include_path: folder of further task files, which can run code.
+    Raises `UserError` for unknown names, tasks that cannot be loaded or that two names hold; the first item of each is
+    put into words, so that most mistakes in task files appear before anything is scored. tasks: name -> number of
+    examples before an item. include_path: folder of further task files, which can run code.
     """
     from lm_eval.tasks import TaskManager
 

@@ -98,8 +98,7 @@ def describe(plan: Plan) -> str:
     """Return the page: batch, memory, Muon, time and traffic, checkpoint, figures of the machine, warnings."""
     stage, world_size, machine = plan.config.engine.zero_stage, plan.options.world_size, plan.options.machine
     memory = [["GiB on the fullest rank", *(f"ZeRO-{s}{' (set)' if s == stage else ''}" for s in STAGES)]]
-    for name in plan.stages[stage]:
-        memory.append([name.replace("_", " "), *(f"{plan.stages[s][name] / GIB:,.2f}" for s in STAGES)])
+    memory += [[p.replace("_", " "), *(f"{plan.stages[s][p] / GIB:,.2f}" for s in STAGES)] for p in plan.stages[stage]]
     fits = ["fits" if plan.fits[s] else "DOES NOT FIT" for s in STAGES]
     memory.append([f"of {plan.options.gpu_memory:g} GiB", *fits])
     muon = [["group", "count", "shape", "owned per rank", "GFLOP, max", "exchange MB, max"]]
@@ -114,9 +113,8 @@ def describe(plan: Plan) -> str:
         megabytes = f"{plan.traffic[name] / 1e6:,.1f}" if name in plan.traffic else ""
         steps.append([name.replace("_", " "), megabytes, f"{seconds:.4f}"])
     constants = [["machine.", "from"]]
-    for name, value in dataclasses.asdict(machine).items():
-        if isinstance(value, float):
-            constants.append([f"{name}={value:g}", machine.sources.get(name, "the default")])
+    floats = {name: value for name, value in dataclasses.asdict(machine).items() if isinstance(value, float)}
+    constants += [[f"{name}={value:g}", machine.sources.get(name, "the default")] for name, value in floats.items()]
     return render_text(
         Path(__file__).with_suffix(".txt"),
         plan=plan,

@@ -64,9 +64,6 @@ STATISTICS = {
 }
 
 
-# ---- what sets runs apart --------------------------------------------------------------------------------------------
-
-
 def differences_between(runs: list[Run]) -> dict[str, list[Any]]:
     """Return key -> its value in each run, for every configuration key in which the runs differ."""
     tables = [dict(leaves(run.config)) for run in runs]
@@ -105,9 +102,6 @@ def short_names(runs: list[Run]) -> list[str]:
 def plain(value: Any) -> str:
     """Return a configuration value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-# ---- data and words of the charts ------------------------------------------------------------------------------------
 
 
 def chart_data(runs: list[Run], names: list[str]) -> dict[str, Any]:
@@ -244,10 +238,7 @@ def _in_layer(place: tuple[float, int | None, int]) -> str:
 
 
 def histogram_data(runs: list[Run]) -> dict[str, list[Any]]:
-    """Return site -> for each run None or {"x": steps, "first": octave, "v": rows of 100 log10(share of the values)}.
-
-    All runs have the same octaves, so that their pictures compare.
-    """
+    """Return site -> for each run None or {"x": steps, "first": octave of all, "v": rows of 100 log10(share)}."""
     measured: dict[str, list[list[tuple[int, Any]]]] = {}  # site -> for each run (step, histogram)
     for index, run in enumerate(runs):
         chosen = np.linspace(0, len(run.probes) - 1, min(HISTOGRAMS, len(run.probes))).round().astype(int)
@@ -286,9 +277,6 @@ def number(value: float | None, otherwise: str = DASH) -> str:
         digits, _, exponent = f"{value:.2e}".partition("e")
         return f"{float(digits):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-# ---- outliers --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

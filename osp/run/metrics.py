@@ -78,8 +78,6 @@ def site_of(key: str) -> Site | None:
     return Site(stat, None, name)
 
 
-# ---- W&B -------------------------------------------------------------------------------------------------------------
-
 WORKSPACE = "Outliers and training"
 HEATMAPS = ("kurtosis", "max_abs", "top_channel_share")  # statistics sent as heatmaps of layers over steps
 _REPEATED = {  # in a key of metrics.yaml: one panel for each

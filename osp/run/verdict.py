@@ -24,9 +24,6 @@ LIMITS: dict[str, float] = {kind: _RULES.get(kind, _RULES["all"]).above or math.
 BEFORE, AFTER = "16-16-16", "4-4-4"
 
 
-# ---- sites -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SiteState:
     """The kurtosis of one kind of site, of its worst layer, at the first and the last probe, and its judgement."""
@@ -75,9 +72,6 @@ def _state(kind: str, probes: list[tuple[int, tuple[float, int | None]]]) -> Sit
     (first, (before, _)), (last, (value, layer)) = probes[0], probes[-1]
     since = probes[start][0] if ranks[-1] else None
     return SiteState(kind, (first, before), (last, value), layer, words[ranks[-1]], since)
-
-
-# ---- the cost of 4 bits ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -144,9 +138,6 @@ def _of_records(run: Run) -> Iterator[Cost]:
         if BEFORE in cells and AFTER in cells:  # which lack a perplexity that is infinite
             first, last = (cells[bits].perplexity or math.inf for bits in (BEFORE, AFTER))
             yield Cost(first, last, quant, f"by scripts/compare.py on {run.comparison.what}", run.comparison.step)
-
-
-# ---- the verdict -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

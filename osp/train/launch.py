@@ -24,10 +24,7 @@ _HYDRA = {
 
 
 def training_command(config: Config, *, script: Path, ranks: int, path: Path) -> list[str]:
-    """Return the command that trains exactly `config`, after writing the configuration to the YAML file `path`.
-
-    script: scripts/train.py. One rank is started by python, several by torchrun.
-    """
+    """Return the command by which `script`, scripts/train.py, trains exactly `config`, written to the YAML `path`."""
     write_text(path, yaml.safe_dump(_HYDRA | to_dict(config), sort_keys=False))
     torchrun = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher = [*torchrun, str(ranks)] if ranks > 1 else []
