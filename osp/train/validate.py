@@ -123,10 +123,12 @@ class Validator:
     def compare_and_sample(self) -> dict[str, Any]:
         """Return `gzip_bits_per_byte` of the validation split, and `sample`: its first tokens, continued by the model.
 
+        With `data.repeat` there is no figure of gzip, which does not read each span twice.
         The sample is empty with eval.sample_tokens=0.
         """
         manifest = load_manifest(self.shards)
-        figures = {"gzip_bits_per_byte": 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1), "sample": ""}
+        gzip = None if self.layout.repeat else 8 * manifest.val_gzip_bytes / max(manifest.val.bytes, 1)
+        figures = {"gzip_bits_per_byte": gzip, "sample": ""}
         num_tokens, seq_len = self.config.eval.sample_tokens, self.config.train.seq_len
         if not num_tokens:
             return figures

@@ -18,6 +18,7 @@ from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text, read_texts, training_text
 from osp.run.checkpoint import find
 from osp.train.setup import train
+from osp.train.validate import stored_summary
 from tests.conftest import made_text
 
 Tiny = Callable[..., Config]
@@ -171,6 +172,7 @@ def test_copied_counts_the_tokens_that_can_be_copied(kind: str, tiny_values: dic
     length = {**tiny_values["train"], "steps": 1, "seq_len": 16, "tokens_per_step": 128}
     brief = {"eval": {"every": 0, "tokens": 640, "sample_tokens": 4}, "train": length}
     train(from_dict({**tiny_values, **brief, "data": data, "run": run}))
+    assert ("gzip" in (stored_summary(tmp_path / "a") or "gzip repeat")) == (kind == "backcopy")
     subject = open_model(tmp_path / "a")
     text, copied = read_texts(["held_out", "copied"], subject)
     assert text.row == copied.row == 17
