@@ -285,7 +285,7 @@ WRITTEN = {f"layers.{i}.{norm}": f"layer_0{i}/{site}" for i in range(2) for norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gains_are_those_of_the_norm_that_writes_the_site(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Before the gain: the output of the norm with gain 1 and bias 0. Gains of both signs, some 0, a dead channel."""
-    config = dataclasses.replace(workers.small_model().config, norm=NormConfig(**options), ffn_norm=True)
+    config = dataclasses.replace(workers.small_model().config, norm=NormConfig(**options), ffn_norm=True, qk_norm=True)
     model = build_model(config, seed=0)
     model.compute_dtype = dtype
     draw, passed = torch.Generator().manual_seed(2), dict[str, Any]()
@@ -300,7 +300,10 @@ def test_gains_are_those_of_the_norm_that_writes_the_site(options: dict[str, Any
                     parameter.data = torch.randn(parameter.shape, generator=draw)
                     parameter.data[3:5] = 0.0
             module.register_forward_hook(functools.partial(remember, path))
-    model.embed_tokens.weight.data[:, 5] = 0.0
+    model.embed_tokens.weight.data[:, 5] = 0.0  # dead in layer 0, whose output is the bias as bf16 rounds it
+    first: Any = model.get_submodule("layers.0.input_layernorm")
+    if first.bias is not None:
+        first.weight.data[5], first.bias.data[5] = 1e-4, 0.3
     sites = probe(model, ProbeText(workers.probe_text().tokens[:1]), FULL).sites
     assert {name for name, site in sites.items() if "gain_share" in site.statistics} == set(WRITTEN.values())
     for path, site in WRITTEN.items():
