@@ -3,12 +3,16 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from osp.errors import UserError
-from osp.schema import Count, FilePath, Seed
+from osp.schema import Count, FilePath, Positive, Seed
 
 PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
+WORDS = yaml.safe_load(Path(__file__).with_name("table.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class SweepConfig:
 
     key: str | None = None  # key of a training, for example optimizer.lr
     values: tuple[Any, ...] = ()  # values of the key
+    # Instead of values: factors of the row's value at the first of `rates`; a row is bracketed if its value is best.
+    factors: tuple[Positive, ...] = ()
     rows: tuple[str, ...] = ()  # names of rows; names without a row are ignored; empty: all rows
 
 
@@ -41,6 +47,14 @@ class AblationConfig:
     parallel: Count | None = None  # trainings at a time; None: as many as the machine allows
     texts: tuple[str, ...] = ()  # texts for perplexity; empty: the validation split
     max_tokens: Count | None = None  # tokens to read from the start of each text; None: all
+    # Columns of scripts/compare.py to measure, as costs on every text; empty: its default, as perplexities
+    columns: tuple[str, ...] = ()
+    # Quantities of osp/ablation/table.yaml to show.
+    quantities: tuple[str, ...] = ("kurtosis", "osp_script", "down_proj_max", "down_proj_kurtosis", "R_L", "loss")
+    interval: bool = False  # show the 95% interval over seeds (Student's t) instead of the standard deviation
+    compared: tuple[tuple[str, str], ...] = ()  # pairs of rows to compare; empty: the first row and the last row
+    # Text -> largest loss at 16 bits. A row that exceeds it has not learned the task and is marked.
+    guard: dict[str, Positive] = field(default_factory=dict)
     calibration_tokens: Count = 262_144  # calibration tokens of GPTQ
     methods: Literal["ends", "all", "none"] = "ends"  # rows to measure with GPTQ and QuaRot; ends: first and last
     progress: bool = True  # show a progress bar
@@ -90,9 +104,21 @@ def check_ablation(config: AblationConfig) -> None:
     for name in config.rates:
         if name != "paper" and name not in config.settings:
             raise UserError(f"rates={list(config.rates)}: {name!r}; choose from {['paper', *config.settings]}")
-    if (sweep.key is None) != (not sweep.values):
+    if (sweep.key is None) != (not (sweep.values or sweep.factors)):
         raise UserError("a sweep needs both sweep.key=KEY and sweep.values=[VALUE,...]")
+    if sweep.factors and (sweep.values or not config.rates):
+        raise UserError(
+            f"sweep.factors={list(sweep.factors)}: set sweep.values=[] and the own values with rates=[NAME]"
+        )
     if sweep.rows and not set(sweep.rows) & set(rows):
         raise UserError(f"sweep.rows={list(sweep.rows)}: no such rows; choose from {rows}")
     if not config.rates and sweep.key is None:
         raise UserError("rates=[] and no sweep: nothing to train")
+    for name in config.quantities:
+        if name not in WORDS["quantities"]:
+            raise UserError(f"quantities={list(config.quantities)}: {name!r}; choose from {list(WORDS['quantities'])}")
+    if config.columns and (missing := {"16-16-16", "4-4-4"} - set(config.columns)):
+        raise UserError(f"columns={list(config.columns)}: add {min(missing)}; the tables compare with it")
+    for text in config.guard:
+        if text not in config.texts or not config.columns:
+            raise UserError(f"guard.{text}: add {text} to texts={list(config.texts)}, and name columns=[...]")

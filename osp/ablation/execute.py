@@ -19,6 +19,7 @@ from osp.ablation.runs import Compose, Planned, plan
 from osp.ablation.table import ablation_page, as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, leaves
 from osp.errors import RunError, StoppedError, UserError
+from osp.evaluation.config import CompareConfig
 from osp.files import parse_json, write_text
 from osp.model.transformer import count_parameters
 from osp.run.evaluations import ComparisonRecord, read_comparison
@@ -29,6 +30,7 @@ from osp.train.stop import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
 MEASURING = 0.1  # share of a training, for the progress bar and the remaining time
+COLUMNS = list(CompareConfig().columns)  # of records without this key
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +178,7 @@ class Execution:
                 record = read_comparison(path)
             except UserError:  # cut short
                 continue
-            measured = dict(leaves(record.config))
+            measured = {"columns": COLUMNS} | dict(leaves(record.config))
             if len(record.models) == 1 and all(measured.get(key) == value for key, value in wanted.items()):
                 return record
         return None
@@ -186,6 +188,7 @@ class Execution:
         return {
             "texts": list(self.config.texts),
             "max_tokens": self.config.max_tokens,
+            "columns": list(self.config.columns) or COLUMNS,
             "methods": "last" if run.row in self._with_methods and run.value is None else "none",
             "quant.calibration_tokens": self.config.calibration_tokens,
         }

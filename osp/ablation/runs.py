@@ -50,16 +50,20 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
 
     Raises `UserError` if a row cannot be composed, or rows differ in a shared key.
     """
-    rows, runs = parse_rows(config), []
+    rows, runs, sweep = parse_rows(config), list[Planned](), config.sweep
     first, *others = rows
     ends_first = [first, *others[-1:], *others[:-1]]
     swept = [row for row in ends_first if row in (config.sweep.rows or rows)]
     trainings = [(row, rates, seed, None) for seed in config.seeds for rates in config.rates for row in ends_first]
-    trainings += [(row, "sweep", config.seeds[0], value) for value in config.sweep.values for row in swept]
+    swept_values = sorted({1.0, *sweep.factors}) if sweep.factors else sweep.values
+    trainings += [(row, "sweep", config.seeds[0], value) for value in swept_values for row in swept]
     for row, rates, seed, value in trainings:
-        settings = settings_of(row, rows[row], config.settings.get(rates, {}))
+        chosen = config.rates[0] if sweep.factors and rates == "sweep" else rates
+        settings = settings_of(row, rows[row], config.settings.get(chosen, {}))
+        if value is not None and sweep.factors:
+            value *= _own_value(row, runs, sweep.key or "")
         overrides = [*config.common, *settings, *rows[row], *config.overrides]
-        overrides += [] if value is None else [f"{config.sweep.key}={value}"]
+        overrides += [] if value is None else [f"{sweep.key}={value}"]
         try:
             trained = from_dict(compose([*overrides, f"train.seed={seed}"]))
         except UserError as error:
@@ -76,8 +80,16 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         label = f"{row}-seed{seed}-{digest}"
         trained = dataclasses.replace(trained, run=RunConfig(name=label, dir=str(Path(config.dir) / "runs" / label)))
         runs.append(Planned(row, rows[row], rates, seed, value, trained, num_steps))
-    _check_shared(runs, config.sweep.key)
+    _check_shared(runs, sweep.key)
     return runs
+
+
+def _own_value(row: str, runs: list[Planned], key: str) -> float:
+    """Return the value of `key` in the first of these runs that trains `row`."""
+    value = next(dict(leaves(to_dict(run.config))).get(key) for run in runs if run.row == row)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"sweep.key={key}: row {row} has {value}, not a number; set sweep.values instead of factors")
+    return value
 
 
 def _check_shared(runs: list[Planned], swept: str | None) -> None:

@@ -5,15 +5,14 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from osp.ablation.config import AblationConfig, parse_rows
+from osp.ablation.config import WORDS, AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS
 from osp.report.charts import line_words
@@ -23,12 +22,13 @@ from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.metrics import key_regex
 from osp.run.read import Series, read_run
 
-WORDS = yaml.safe_load(Path(__file__).with_name("table.yaml").read_text(encoding="utf-8"))
 PAPER: dict[str, dict[str, float]] = WORDS["paper"]["rows"]  # row -> quantity or column -> number
 HADAMARD = " +Had"
 FIRST, LAST = COLUMNS[0], COLUMNS[-1]
 TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} | {"cost": f"{LAST} costs, nats"}
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; more have the last one
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 LARGE_KURTOSIS, SMALLEST_KURTOSIS = 20, 0.01  # an axis is logarithmic above the first, and begins at the second
 Records = dict[str, ComparisonRecord]  # label of a run -> record of scripts/compare.py
 Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
@@ -36,7 +36,11 @@ Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
 
 @dataclass(frozen=True)
 class Measured:
-    """One run and its numbers: the quantities of table.yaml, perplexity by bits and by method, the cost of 4-4-4."""
+    """One run and its numbers: quantities of table.yaml, perplexity by column and by method, the cost of 4-4-4.
+
+    With columns in the configuration, `TEXT loss` is the loss on a text at 16 bits and `TEXT cost COLUMN` what a column
+    adds, in nats per token.
+    """
 
     label: str
     row: str
@@ -58,15 +62,36 @@ class Cell:
     deviation: float
     count: int
     quant: str | None = None  # hash of the quantization
+    interval: float | None = None  # half of the 95% interval of the mean; None: not asked for
+
+    @property
+    def spread(self) -> float:
+        return self.deviation if self.interval is None else self.interval
+
+    @property
+    def margin(self) -> float:
+        """What a difference must exceed: twice its deviation, or its interval."""
+        return 2 * self.deviation if self.interval is None else self.interval
 
     def __sub__(self, other: "Cell") -> "Cell":
-        """Return the difference and its deviation, sqrt(s_a^2 + s_b^2)."""
-        return Cell(self.mean - other.mean, math.hypot(self.deviation, other.deviation), min(self.count, other.count))
+        """Return the difference with its deviation, sqrt(s_a^2 + s_b^2), or its interval."""
+        interval = None if self.interval is None else half_interval(self, other)
+        deviation, count = math.hypot(self.deviation, other.deviation), min(self.count, other.count)
+        return Cell(self.mean - other.mean, deviation, count, interval=interval)
 
     def __str__(self) -> str:
-        """Return `mean ± deviation`, the mean alone for one seed."""
-        spread = f" ± {format_number(self.deviation)}" if math.isfinite(self.deviation) else ""
-        return format_number(self.mean) + spread
+        """Return `mean ± deviation` or `mean ± interval`, the mean alone for one seed."""
+        return format_number(self.mean) + (f" ± {format_number(self.spread)}" if math.isfinite(self.spread) else "")
+
+
+def half_interval(*cells: Cell) -> float:
+    """Return half of the 95% interval of a mean over seeds, or of the difference of two (Welch 1947)."""
+    variances = [cell.deviation**2 / cell.count for cell in cells]
+    if not (total := sum(variances)) > 0:  # nan for one seed
+        return total
+    parts = sum(variance**2 / (cell.count - 1) for variance, cell in zip(variances, cells, strict=True))
+    degrees_of_freedom = int(total**2 / parts + 1e-6)
+    return STUDENT[min(degrees_of_freedom, len(STUDENT)) - 1] * math.sqrt(total)
 
 
 @dataclass(frozen=True)
@@ -113,12 +138,12 @@ def collect(
     """Return the results of the finished runs. failures: label -> reason. about: see `Results`."""
     models = [record.models[0] for record in records.values()]
     columns = {name: digest for model in models for name, digest in model.hashes.items()}
-    measured = [measure(run, records[run.label]) for run in runs if run.label in records]
+    measured = [measure(run, records[run.label], config) for run in runs if run.label in records]
     numbers = {run.label: run.numbers for run in measured}
     lines = []
     for rates, row in itertools.product(config.rates, parse_rows(config)):
         labels = [run.label for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
-        cells = summarize([numbers[label] for label in labels if label in numbers], columns)
+        cells = summarize([numbers[label] for label in labels if label in numbers], columns, config.interval)
         lines.append(Line(row, rates, cells, tuple(label for label in labels if label not in numbers)))
     return Results(
         about=about,
@@ -132,16 +157,21 @@ def collect(
     )
 
 
-def measure(run: Planned, record: ComparisonRecord) -> Measured:
+def measure(run: Planned, record: ComparisonRecord, config: AblationConfig) -> Measured:
     """Return the numbers of one finished run."""
     folder, (model,), numbers = read_run(run.folder), record.models, {}
-    for name, about in WORDS["quantities"].items():
+    for name in config.quantities:
+        about = WORDS["quantities"][name]
         values = [series.last for key, series in folder.series.items() if re.fullmatch(key_regex(about["key"]), key)]
         over_layers = max if about.get("largest") else statistics.fmean
         numbers[name] = over_layers(values) if values else math.nan
     for row, cells in model.bits.items():
         for bits, score in cells.items():
             numbers[bits + HADAMARD * bool(row)] = math.inf if score.perplexity is None else score.perplexity
+    for column, text in itertools.product(config.columns, model.texts):
+        nats = {c: math.log(cell.perplexities.get(text, math.nan)) for c, cell in model.bits[""].items()}
+        numbers[f"{text} loss"] = nats[FIRST]
+        numbers[f"{text} cost {column}"] = nats.get(column, math.nan) - nats[FIRST]
     # a method that cannot be applied to a model has no score
     numbers |= {method: s.perplexity for method, s in model.methods.items() if s.perplexity is not None}
     first, last = (math.log(numbers.get(column, math.nan)) for column in (FIRST, LAST))
@@ -156,19 +186,21 @@ def measure(run: Planned, record: ComparisonRecord) -> Measured:
     return Measured(*plan, model.sha256, record.commit, numbers, kurtosis)
 
 
-def summarize(numbers: list[dict[str, float]], columns: Mapping[str, str]) -> dict[str, Cell]:
+def summarize(numbers: list[dict[str, float]], columns: Mapping[str, str], interval: bool = False) -> dict[str, Cell]:
     """Return name -> mean and deviation over runs that differ in their seed. columns: see `Results`."""
     cells = {}
     for name in dict.fromkeys(itertools.chain(*numbers)):
         values = [run[name] for run in numbers if name in run]
         deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-        cells[name] = Cell(statistics.fmean(values), deviation, len(values), columns.get(name))
+        cell = Cell(statistics.fmean(values), deviation, len(values), columns.get(name.rpartition(" cost ")[2]))
+        cells[name] = replace(cell, interval=half_interval(cell)) if interval else cell
     return cells
 
 
 def as_json(results: Results) -> dict[str, Any]:
     """Return every number with the hashes of its quantization and data, and its commit."""
-    values = dataclasses.asdict(results)
+    left_out = ("interval", None)
+    values = dataclasses.asdict(results, dict_factory=lambda items: dict(item for item in items if item != left_out))
     for run in values["runs"]:
         del run["kurtosis"]
     return replace_nonfinite(values)
@@ -179,25 +211,29 @@ def as_json(results: Results) -> dict[str, Any]:
 
 def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     """Return the values of ablation.md and ablation.html. The first row of a table is its heading."""
-    num_seeds, key, quantities = len(config.seeds), config.sweep.key or "", WORDS["quantities"].values()
+    num_seeds, key, quantities = len(config.seeds), config.sweep.key or "", WORDS["quantities"]
+    spread = "95% interval (Student's t)" if config.interval else "standard deviation"
     words = {
-        "seeds": f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed",
+        "seeds": f"mean ± {spread} over {num_seeds} seeds" if num_seeds > 1 else "one seed",
         "scale": WORDS["paper"]["scale"],
         "texts": ", ".join(results.data) or "no text",
-        "meanings": "; ".join(f"{about['title']}: {about['says']}" for about in quantities),
+        "meanings": "; ".join(f"{TITLES[name]}: {quantities[name]['says']}" for name in config.quantities),
     }
     sections = []
     for rates in dict.fromkeys(line.rates for line in results.rows):
-        lines = [line for line in results.rows if line.rates == rates]
-        cards = []
-        for name, rows in tables(lines).items():
-            title, says = (text.format(**words, first_row=lines[0].row) for text in WORDS["tables"][name])
-            cards += [(title, says, rows)] if len(rows) > 1 else []
-        sections.append((f"rates-{rates}", f"Learning rates: {rates}", verdict(lines), cards))
+        lines, says = mark_unsolved(results, rates, config)
+        cards, compared = [], pairs(lines, config)
+        for name, more, rows in tables(lines, config, list(results.data), [first for first, _ in compared]):
+            title, caption = (text.format(**words, **more, first_row=lines[0].row) for text in WORDS["tables"][name])
+            cards += [(title, caption, rows)] if len(rows) > 1 else []
+        on = next(iter(config.guard), None)
+        says = " ".join(filter(None, [*(verdict(*pair, on=on) for pair in compared), says]))
+        sections.append((f"rates-{rates}", f"Learning rates: {rates}", says, cards))
     if results.sweep:
         rows = [["row", key, *(TITLES.get(name, name) for name in SWEPT)]]
         for run in itertools.chain(*results.sweep.values()):
             rows.append([run.row, str(run.value), *(format_number(run.numbers.get(name, math.nan)) for name in SWEPT)])
+        rows = bracket_table(results, config) if config.sweep.factors else rows
         says = f"Every row at each value, all else equal, with seed {config.seeds[0]}."
         sections.append(("sweep", f"Over {key}", says, [("Numbers", "", rows)]))
     rows = [[column, digest, results.specs.get(digest, "")] for column, digest in results.columns.items()]
@@ -214,24 +250,78 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     }
 
 
-def tables(lines: Sequence[Line]) -> dict[str, list[list[str]]]:
-    """Return the tables of one set of learning rates by their names in table.yaml, the first row a heading."""
+def mark_unsolved(results: Results, rates: str, config: AblationConfig) -> tuple[list[Line], str]:
+    """Return the rows at these rates, renamed if a seed is above a limit of `guard`, and a sentence on those."""
+    runs = [run for run in results.runs if (run.rates, run.value) == (rates, None)]
+    limits = [(f"{text} loss", limit) for text, limit in config.guard.items()]
+    unsolved = {run.row for run in runs for name, limit in limits if not run.numbers.get(name, math.inf) <= limit}
+    lines = [line for line in results.rows if line.rates == rates]
+    says = " or ".join(f"more than {limit:g} nats per token on {text}" for text, limit in config.guard.items())
+    says = f"Not compared, because a seed loses {says} at 16 bits: {', '.join(sorted(unsolved))}." if unsolved else ""
+    return [replace(x, row=f"{x.row} (unsolved)") if x.row in unsolved else x for x in lines], says
+
+
+def pairs(lines: Sequence[Line], config: AblationConfig) -> list[tuple[Line, Line]]:
+    """Return the pairs of rows to compare, without rows that are not trained or do not solve the task."""
+    by_name = {line.row: line for line in lines}
+    compared = config.compared or ((lines[0].row, lines[-1].row),)
+    return [(by_name[a], by_name[b]) for a, b in compared if a in by_name and b in by_name and a != b]
+
+
+def tables(
+    lines: Sequence[Line], config: AblationConfig, texts: Sequence[str], references: Sequence[Line]
+) -> Iterator[tuple[str, dict[str, str], list[list[str]]]]:
+    """Yield the tables of one set of learning rates: name in table.yaml, words for it, rows after a heading."""
+    shown = [*config.quantities, "cost"]
+    yield "outliers", {}, [["row", *map(TITLES.get, shown)], *([line.row, *map(line.text, shown)] for line in lines)]
+    if config.columns:
+        for text, reference in itertools.product(texts, [None, *references]):
+            name, more = ("differences", {"reference": reference.row}) if reference else ("costs", {})
+            yield name, more | {"text": text}, costs(lines, text, config.columns, reference)
+        return
+    yield "against", {}, against_first(lines)
     deployed = [column for column in DEPLOYED_COLUMNS if any(column in line.cells for line in lines)]
     bits = [["row", *COLUMNS, *deployed]]
     for line in lines:
         bits.append([line.row, *map(line.text, (*COLUMNS, *deployed))])
         bits.append(["+Had", *(line.text(column + HADAMARD) for column in COLUMNS), *("" for _ in deployed)])
+    yield "bits", {}, bits
     measured = [line for line in lines if set(METHODS) & line.cells.keys()]
     methods = [method for method in METHODS if any(method in line.cells for line in measured)]
-    return {
-        "outliers": [["row", *TITLES.values()], *([line.row, *map(line.text, TITLES)] for line in lines)],
-        "against": against_first(lines),
-        "bits": bits,
-        "methods": [
-            ["method", *(line.row for line in measured)],
-            *([method, *(str(line.cells.get(method, "-")) for line in measured)] for method in methods),
-        ],
-    }
+    cells = [[method, *(str(line.cells.get(method, "-")) for line in measured)] for method in methods]
+    yield "methods", {}, [["method", *(line.row for line in measured)], *cells]
+
+
+def costs(lines: Sequence[Line], text: str, columns: Sequence[str], reference: Line | None) -> list[list[str]]:
+    """Return each row's loss on `text` at 16 bits and the cost of each column, or what these exceed a row's by."""
+    columns = [column for column in columns if column != FIRST]
+    names, rows = [f"{text} loss", *(f"{text} cost {column}" for column in columns)], [["row", FIRST, *columns]]
+    for line in lines:
+        cells = list(map(line.text, names))
+        if reference and line.cells:
+            gaps = [line.cells[name] - reference.cells[name] for name in names]
+            cells = [_signed(gap) + " *" * (abs(gap.mean) > gap.margin) for gap in gaps]
+        rows += [] if line is reference else [[line.row, *cells]]
+    return rows
+
+
+def bracket_table(results: Results, config: AblationConfig) -> list[list[str]]:
+    """Return the loss of every row at each factor of its own value, and on which texts its own is the best."""
+    factors, own = sorted({1.0, *config.sweep.factors}), {run.label for run in results.runs if run.value is None}
+    names = {f"{text} loss": text for text in results.data} if config.columns else {"loss": "validation split"}
+    heading = [f"{text}, {factor:g} x" for text, factor in itertools.product(names.values(), factors)]
+    rows = [["row", str(config.sweep.key), *heading, "bracketed on"]]
+    for row, runs in results.sweep.items():
+        value = next((run.value for run in runs if run.label in own), math.nan)
+        cells, bracketed = [row, format_number(value)], []
+        for name, text in names.items():
+            found = {f: run.numbers[name] for run in runs for f in factors if math.isclose(run.value, value * f)}
+            losses = [found.get(factor, math.nan) for factor in factors]
+            cells += map(format_number, losses)
+            is_best = all(loss > found.get(1.0, math.nan) for loss in losses if loss != found.get(1.0))
+            bracketed += [text] if is_best and factors[0] < 1 < factors[-1] else []
+        rows.append([*cells, ", ".join(bracketed) or "no text"])
+    return rows
 
 
 def against_first(lines: Sequence[Line]) -> list[list[str]]:
@@ -242,8 +332,8 @@ def against_first(lines: Sequence[Line]) -> list[list[str]]:
         if {"nats_16", "nats_4"} <= first.cells.keys() & line.cells.keys():
             at_16, at_4 = line.cells["nats_16"] - first.cells["nats_16"], line.cells["nats_4"] - first.cells["nats_4"]
             word = "one seed"
-            if math.isfinite(at_16.deviation) and math.isfinite(at_4.deviation):
-                word = "yes" if at_4.mean < -2 * at_4.deviation and at_16.mean <= 2 * at_16.deviation else "no"
+            if math.isfinite(at_16.spread) and math.isfinite(at_4.spread):
+                word = "yes" if at_4.mean < -at_4.margin and at_16.mean <= at_16.margin else "no"
             rows.append([line.row, _signed(at_16), _signed(at_4), word])
     return rows
 
@@ -251,25 +341,27 @@ def against_first(lines: Sequence[Line]) -> list[list[str]]:
 def _signed(cell: Cell) -> str:
     if math.isnan(cell.mean):
         return "-"
-    return f"{cell.mean:+.4f}" + (f" ± {cell.deviation:.4f}" if math.isfinite(cell.deviation) else "")
+    return f"{cell.mean:+.4f}" + (f" ± {cell.spread:.4f}" if math.isfinite(cell.spread) else "")
 
 
-def verdict(lines: Sequence[Line]) -> str:
-    """Return one sentence: whether the last row loses less at 4-4-4 than the first, beyond the spread over seeds."""
-    first, last = lines[0], lines[-1]
-    if len(lines) < 2 or "cost" not in first.cells or "cost" not in last.cells:
+def verdict(first: Line, last: Line, on: str | None = None) -> str:
+    """Return one sentence: whether `last` loses less at 4-4-4 than `first`, beyond the spread over seeds. on: a text"""
+    key, where = (f"{on} cost {LAST}", f" on {on}") if on else ("cost", "")
+    if key not in first.cells or key not in last.cells:
         return ""
-    a, b = first.cells["cost"], last.cells["cost"]
-    by, spread = (a - b).mean, (a - b).deviation
-    text = f"{LAST} costs {first.row} {a} and {last.row} {b} nats per token"
-    if abs(by) <= 2 * spread:  # not if one of them is nan
-        text += f": no difference beyond twice the spread over seeds ({spread:.4f})"
-    elif math.isfinite(by):
-        text += f": {last.row} loses {abs(by):.4f} {'less' if by > 0 else 'more'}"
-        if math.isnan(spread):
+    a, b = first.cells[key], last.cells[key]
+    by, gap = a - b, abs((a - b).mean)
+    text = f"{LAST} costs {first.row} {a} and {last.row} {b} nats per token{where}"
+    if gap <= by.margin:  # not if one of them is nan
+        beyond = "twice the spread over seeds" if by.interval is None else "the 95% interval"
+        text += f": no difference beyond {beyond} ({by.spread:.4f})"
+    elif math.isfinite(gap):
+        text += f": {last.row} loses {gap:.4f}{f' ± {by.interval:.4f}' if by.interval else ''} "
+        text += "less" if by.mean > 0 else "more"
+        if math.isnan(by.spread):
             text += "; one seed, so the spread is unknown"
-        elif spread:
-            text += f", {abs(by) / spread:.1f} times the spread over seeds"
+        elif by.spread and by.interval is None:
+            text += f", {gap / by.spread:.1f} times the spread over seeds"
     return f"{text}."
 
 
@@ -314,6 +406,8 @@ def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
     for name, words in WORDS["charts"]["sweep"].items():
         curves = []
         for row, runs in results.sweep.items():
+            if not any(name in run.numbers for run in runs):
+                continue
             x = [run.value if numeric else names.index(str(run.value)) for run in runs]
             curves.append(_curve(rows.index(row), x, [run.numbers.get(name) for run in runs], key=name))
         unit = ", ".join(filter(None, [words.get("unit"), f"over {key}"]))
@@ -322,7 +416,7 @@ def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
 
 
 def _rates_charts(results: Results, rates: str, rows: list[str]) -> list[Chart]:
-    """Return the kurtosis over tokens of the first seed of each row, and perplexity by bits and by deployed format."""
+    """Return the kurtosis over tokens of the first seed of each row, and perplexity or cost by column."""
     words, kurtosis = WORDS["charts"], {}
     for run in results.runs:
         if (run.rates, run.value) == (rates, None) and run.kurtosis is not None and run.row not in kurtosis:

@@ -115,7 +115,7 @@ def test_numbers_that_a_run_lacks_are_unknown(tmp_path: Path) -> None:
     (model,) = (record := made_record("adam", 0)).models
     cells = {bits: score for bits, score in model.bits[""].items() if bits != "4-4-4"}
     record = replace(record, models=(replace(model, bits={"": cells}),))
-    measured = measure(run, record)
+    measured = measure(run, record, config())
     assert measured.numbers["16-16-16"] == 20.0
     assert math.isnan(measured.numbers["cost"])
     assert measured.kurtosis is not None
