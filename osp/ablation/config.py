@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from osp.errors import UserError
+from osp.evaluation.config import Column
 from osp.schema import Count, FilePath, Positive, Seed
 
 PAPER_ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")  # of OSP's table 2, in its order
@@ -47,8 +48,7 @@ class AblationConfig:
     parallel: Count | None = None  # trainings at a time; None: as many as the machine allows
     texts: tuple[str, ...] = ()  # texts for perplexity; empty: the validation split
     max_tokens: Count | None = None  # tokens to read from the start of each text; None: all
-    # Columns of scripts/compare.py to measure, as costs on every text; empty: its default, as perplexities
-    columns: tuple[str, ...] = ()
+    columns: tuple[Column, ...] = ()  # of scripts/compare.py, as costs on every text; empty: its own, as perplexities
     # Quantities of osp/ablation/table.yaml to show.
     quantities: tuple[str, ...] = ("kurtosis", "osp_script", "down_proj_max", "down_proj_kurtosis", "R_L", "loss")
     interval: bool = False  # show the 95% interval over seeds (Student's t) instead of the standard deviation
@@ -101,22 +101,18 @@ def check_ablation(config: AblationConfig) -> None:
     for key, values in {"seeds": config.seeds, "rates": config.rates, "sweep.values": sweep.values}.items():
         if repeated := [value for value in values if values.count(value) > 1]:
             raise UserError(f"{key}={list(values)}: {repeated[0]} is repeated and would be the same run")
-    for name in config.rates:
-        if name != "paper" and name not in config.settings:
-            raise UserError(f"rates={list(config.rates)}: {name!r}; choose from {['paper', *config.settings]}")
+    choices = {"rates": ["paper", *config.settings], "quantities": list(WORDS["quantities"])}
+    for key, names in choices.items():
+        if unknown := [name for name in getattr(config, key) if name not in names]:
+            raise UserError(f"{key}={list(getattr(config, key))}: {unknown[0]!r}; choose from {names}")
     if (sweep.key is None) != (not (sweep.values or sweep.factors)):
         raise UserError("a sweep needs both sweep.key=KEY and sweep.values=[VALUE,...]")
     if sweep.factors and (sweep.values or not config.rates):
-        raise UserError(
-            f"sweep.factors={list(sweep.factors)}: set sweep.values=[] and the own values with rates=[NAME]"
-        )
+        raise UserError(f"sweep.factors={list(sweep.factors)}: needs sweep.values=[] and rates=[NAME], for the values")
     if sweep.rows and not set(sweep.rows) & set(rows):
         raise UserError(f"sweep.rows={list(sweep.rows)}: no such rows; choose from {rows}")
     if not config.rates and sweep.key is None:
         raise UserError("rates=[] and no sweep: nothing to train")
-    for name in config.quantities:
-        if name not in WORDS["quantities"]:
-            raise UserError(f"quantities={list(config.quantities)}: {name!r}; choose from {list(WORDS['quantities'])}")
     if config.columns and (missing := {"16-16-16", "4-4-4"} - set(config.columns)):
         raise UserError(f"columns={list(config.columns)}: add {min(missing)}; the tables compare with it")
     for text in config.guard:

@@ -61,7 +61,10 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         chosen = config.rates[0] if sweep.factors and rates == "sweep" else rates
         settings = settings_of(row, rows[row], config.settings.get(chosen, {}))
         if value is not None and sweep.factors:
-            value *= _own_value(row, runs, sweep.key or "")
+            own = next(dict(leaves(to_dict(run.config))).get(sweep.key or "") for run in runs if run.row == row)
+            if not isinstance(own, int | float):
+                raise UserError(f"sweep.factors: row {row} has {sweep.key}={own}, no number; set sweep.values instead")
+            value *= own
         overrides = [*config.common, *settings, *rows[row], *config.overrides]
         overrides += [] if value is None else [f"{sweep.key}={value}"]
         try:
@@ -82,14 +85,6 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         runs.append(Planned(row, rows[row], rates, seed, value, trained, num_steps))
     _check_shared(runs, sweep.key)
     return runs
-
-
-def _own_value(row: str, runs: list[Planned], key: str) -> float:
-    """Return the value of `key` in the first of these runs that trains `row`."""
-    value = next(dict(leaves(to_dict(run.config))).get(key) for run in runs if run.row == row)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"sweep.key={key}: row {row} has {value}, not a number; set sweep.values instead of factors")
-    return value
 
 
 def _check_shared(runs: list[Planned], swept: str | None) -> None:

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ HADAMARD = " +Had"
 FIRST, LAST = COLUMNS[0], COLUMNS[-1]
 TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} | {"cost": f"{LAST} costs, nats"}
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; more have the last one
-STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 LARGE_KURTOSIS, SMALLEST_KURTOSIS = 20, 0.01  # an axis is logarithmic above the first, and begins at the second
 Records = dict[str, ComparisonRecord]  # label of a run -> record of scripts/compare.py
 Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
@@ -36,11 +34,7 @@ Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
 
 @dataclass(frozen=True)
 class Measured:
-    """One run and its numbers: quantities of table.yaml, perplexity by column and by method, the cost of 4-4-4.
-
-    With columns in the configuration, `TEXT loss` is the loss on a text at 16 bits and `TEXT cost COLUMN` what a column
-    adds, in nats per token.
-    """
+    """One run and its numbers; with columns also `TEXT loss` at 16 bits and `TEXT cost COLUMN`, in nats per token."""
 
     label: str
     row: str
@@ -86,12 +80,11 @@ class Cell:
 
 def half_interval(*cells: Cell) -> float:
     """Return half of the 95% interval of a mean over seeds, or of the difference of two (Welch 1947)."""
-    variances = [cell.deviation**2 / cell.count for cell in cells]
-    if not (total := sum(variances)) > 0:  # nan for one seed
+    variances = [(cell.deviation**2 / cell.count, cell.count - 1) for cell in cells]
+    if not (total := sum(variance for variance, _ in variances)) > 0:  # nan for one seed
         return total
-    parts = sum(variance**2 / (cell.count - 1) for variance, cell in zip(variances, cells, strict=True))
-    degrees_of_freedom = int(total**2 / parts + 1e-6)
-    return STUDENT[min(degrees_of_freedom, len(STUDENT)) - 1] * math.sqrt(total)
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in variances)
+    return WORDS["student"][min(int(freedom + 1e-6), len(WORDS["student"])) - 1] * math.sqrt(total)
 
 
 @dataclass(frozen=True)
@@ -125,11 +118,9 @@ class Results:
     @property
     def sweep(self) -> dict[str, list[Measured]]:
         """Row -> its runs of the sweep, by ascending value."""
-        swept: dict[str, list[Measured]] = {run.row: [] for run in self.runs if run.value is not None}
-        for row, runs in swept.items():
-            runs += (run for run in self.runs if run.row == row and run.value is not None)
-            runs.sort(key=lambda run: (isinstance(run.value, str), run.value))
-        return swept
+        swept = [run for run in self.runs if run.value is not None]
+        by_value = sorted(swept, key=lambda run: (isinstance(run.value, str), run.value))
+        return {row: [run for run in by_value if run.row == row] for row in dict.fromkeys(run.row for run in swept)}
 
 
 def collect(
@@ -199,8 +190,7 @@ def summarize(numbers: list[dict[str, float]], columns: Mapping[str, str], inter
 
 def as_json(results: Results) -> dict[str, Any]:
     """Return every number with the hashes of its quantization and data, and its commit."""
-    left_out = ("interval", None)
-    values = dataclasses.asdict(results, dict_factory=lambda items: dict(item for item in items if item != left_out))
+    values = dataclasses.asdict(results, dict_factory=lambda x: {k: v for k, v in x if (k, v) != ("interval", None)})
     for run in values["runs"]:
         del run["kurtosis"]
     return replace_nonfinite(values)
@@ -217,17 +207,22 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
         "seeds": f"mean ± {spread} over {num_seeds} seeds" if num_seeds > 1 else "one seed",
         "scale": WORDS["paper"]["scale"],
         "texts": ", ".join(results.data) or "no text",
+        "guard": " or ".join(f"{limit:g} nats on {text}" for text, limit in config.guard.items()),
         "meanings": "; ".join(f"{TITLES[name]}: {quantities[name]['says']}" for name in config.quantities),
     }
-    sections = []
+    sections, limits = [], [(f"{text} loss", limit) for text, limit in config.guard.items()]
     for rates in dict.fromkeys(line.rates for line in results.rows):
-        lines, says = mark_unsolved(results, rates, config)
-        cards, compared = [], pairs(lines, config)
-        for name, more, rows in tables(lines, config, list(results.data), [first for first, _ in compared]):
-            title, caption = (text.format(**words, **more, first_row=lines[0].row) for text in WORDS["tables"][name])
-            cards += [(title, caption, rows)] if len(rows) > 1 else []
-        on = next(iter(config.guard), None)
-        says = " ".join(filter(None, [*(verdict(*pair, on=on) for pair in compared), says]))
+        runs = [run for run in results.runs if (run.rates, run.value) == (rates, None)]
+        unsolved = {run.row for run in runs for name, most in limits if not run.numbers.get(name, math.inf) <= most}
+        lines = [line for line in results.rows if line.rates == rates]
+        lines = [replace(line, row=line.row + " (unsolved)" * (line.row in unsolved)) for line in lines]
+        by_name, ends = {line.row: line for line in lines}, ((lines[0].row, lines[-1].row),)[: len(lines) - 1]
+        compared = [(by_name[a], by_name[b]) for a, b in config.compared or ends if {a, b} <= by_name.keys()]
+        cards = []
+        for name, more, rows in tables(lines, config, list(results.data), {a.row: a for a, _ in compared}.values()):
+            title, says = (text.format(**words, **more, first_row=lines[0].row) for text in WORDS["tables"][name])
+            cards += [(title, says, rows)] if len(rows) > 1 else []
+        says = " ".join(verdict(*pair, on=next(iter(config.guard), None)) for pair in compared)
         sections.append((f"rates-{rates}", f"Learning rates: {rates}", says, cards))
     if results.sweep:
         rows = [["row", key, *(TITLES.get(name, name) for name in SWEPT)]]
@@ -250,30 +245,12 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     }
 
 
-def mark_unsolved(results: Results, rates: str, config: AblationConfig) -> tuple[list[Line], str]:
-    """Return the rows at these rates, renamed if a seed is above a limit of `guard`, and a sentence on those."""
-    runs = [run for run in results.runs if (run.rates, run.value) == (rates, None)]
-    limits = [(f"{text} loss", limit) for text, limit in config.guard.items()]
-    unsolved = {run.row for run in runs for name, limit in limits if not run.numbers.get(name, math.inf) <= limit}
-    lines = [line for line in results.rows if line.rates == rates]
-    says = " or ".join(f"more than {limit:g} nats per token on {text}" for text, limit in config.guard.items())
-    says = f"Not compared, because a seed loses {says} at 16 bits: {', '.join(sorted(unsolved))}." if unsolved else ""
-    return [replace(x, row=f"{x.row} (unsolved)") if x.row in unsolved else x for x in lines], says
-
-
-def pairs(lines: Sequence[Line], config: AblationConfig) -> list[tuple[Line, Line]]:
-    """Return the pairs of rows to compare, without rows that are not trained or do not solve the task."""
-    by_name = {line.row: line for line in lines}
-    compared = config.compared or ((lines[0].row, lines[-1].row),)
-    return [(by_name[a], by_name[b]) for a, b in compared if a in by_name and b in by_name and a != b]
-
-
 def tables(
-    lines: Sequence[Line], config: AblationConfig, texts: Sequence[str], references: Sequence[Line]
+    lines: Sequence[Line], config: AblationConfig, texts: Sequence[str], references: Iterable[Line]
 ) -> Iterator[tuple[str, dict[str, str], list[list[str]]]]:
     """Yield the tables of one set of learning rates: name in table.yaml, words for it, rows after a heading."""
-    shown = [*config.quantities, "cost"]
-    yield "outliers", {}, [["row", *map(TITLES.get, shown)], *([line.row, *map(line.text, shown)] for line in lines)]
+    name, shown = ("quantities", config.quantities) if config.columns else ("outliers", (*config.quantities, "cost"))
+    yield name, {}, [["row", *map(TITLES.get, shown)], *([line.row, *map(line.text, shown)] for line in lines)]
     if config.columns:
         for text, reference in itertools.product(texts, [None, *references]):
             name, more = ("differences", {"reference": reference.row}) if reference else ("costs", {})
@@ -292,34 +269,35 @@ def tables(
     yield "methods", {}, [["method", *(line.row for line in measured)], *cells]
 
 
-def costs(lines: Sequence[Line], text: str, columns: Sequence[str], reference: Line | None) -> list[list[str]]:
-    """Return each row's loss on `text` at 16 bits and the cost of each column, or what these exceed a row's by."""
+def costs(lines: Sequence[Line], text: str, columns: Sequence[str], minus: Line | None) -> list[list[str]]:
+    """Return the loss of each row on `text` at 16 bits and the cost of each column, or the differences from a row."""
     columns = [column for column in columns if column != FIRST]
     names, rows = [f"{text} loss", *(f"{text} cost {column}" for column in columns)], [["row", FIRST, *columns]]
     for line in lines:
         cells = list(map(line.text, names))
-        if reference and line.cells:
-            gaps = [line.cells[name] - reference.cells[name] for name in names]
+        if minus and line.cells:
+            gaps = [line.cells[name] - minus.cells[name] for name in names]
             cells = [_signed(gap) + " *" * (abs(gap.mean) > gap.margin) for gap in gaps]
-        rows += [] if line is reference else [[line.row, *cells]]
+        rows += [] if line is minus else [[line.row, *cells]]
     return rows
 
 
 def bracket_table(results: Results, config: AblationConfig) -> list[list[str]]:
     """Return the loss of every row at each factor of its own value, and on which texts its own is the best."""
     factors, own = sorted({1.0, *config.sweep.factors}), {run.label for run in results.runs if run.value is None}
-    names = {f"{text} loss": text for text in results.data} if config.columns else {"loss": "validation split"}
-    heading = [f"{text}, {factor:g} x" for text, factor in itertools.product(names.values(), factors)]
-    rows = [["row", str(config.sweep.key), *heading, "bracketed on"]]
-    for row, runs in results.sweep.items():
+    texts = {text: f"{text} loss" for text in results.data} if config.columns else {"validation split": "loss"}
+    heading = [f"{text}, {factor:g} x" for text in texts for factor in factors]
+    rows, middle = [["row", str(config.sweep.key), *heading, "bracketed on"]], factors.index(1.0)
+    order = [line.row for line in results.rows]
+    for row, runs in sorted(results.sweep.items(), key=lambda item: order.index(item[0])):
         value = next((run.value for run in runs if run.label in own), math.nan)
-        cells, bracketed = [row, format_number(value)], []
-        for name, text in names.items():
-            found = {f: run.numbers[name] for run in runs for f in factors if math.isclose(run.value, value * f)}
-            losses = [found.get(factor, math.nan) for factor in factors]
-            cells += map(format_number, losses)
-            is_best = all(loss > found.get(1.0, math.nan) for loss in losses if loss != found.get(1.0))
-            bracketed += [text] if is_best and factors[0] < 1 < factors[-1] else []
+        cells, bracketed = [row, format_number(value)], list[str]()
+        for text, name in texts.items():
+            losses = {run.value: run.numbers.get(name, math.nan) for run in runs}
+            best, *others = [losses.get(value * factor, math.nan) for factor in (1.0, *factors)]
+            below, above = others[:middle], others[middle + 1 :]
+            bracketed += [text] if below and above and all(best < loss for loss in below + above) else []
+            cells += map(format_number, others)
         rows.append([*cells, ", ".join(bracketed) or "no text"])
     return rows
 
@@ -351,17 +329,16 @@ def verdict(first: Line, last: Line, on: str | None = None) -> str:
         return ""
     a, b = first.cells[key], last.cells[key]
     by, gap = a - b, abs((a - b).mean)
+    spread, twice = ("spread over seeds", "twice ") if by.interval is None else ("95% interval", "")
     text = f"{LAST} costs {first.row} {a} and {last.row} {b} nats per token{where}"
     if gap <= by.margin:  # not if one of them is nan
-        beyond = "twice the spread over seeds" if by.interval is None else "the 95% interval"
-        text += f": no difference beyond {beyond} ({by.spread:.4f})"
+        text += f": no difference beyond {twice}the {spread} ({by.spread:.4f})"
     elif math.isfinite(gap):
-        text += f": {last.row} loses {gap:.4f}{f' ± {by.interval:.4f}' if by.interval else ''} "
-        text += "less" if by.mean > 0 else "more"
+        text += f": {last.row} loses {gap:.4f} {'less' if by.mean > 0 else 'more'}"
         if math.isnan(by.spread):
             text += "; one seed, so the spread is unknown"
-        elif by.spread and by.interval is None:
-            text += f", {gap / by.spread:.1f} times the spread over seeds"
+        elif by.spread:
+            text += f", {gap / by.spread:.1f} times the {spread}"
     return f"{text}."
 
 
@@ -406,17 +383,16 @@ def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
     for name, words in WORDS["charts"]["sweep"].items():
         curves = []
         for row, runs in results.sweep.items():
-            if not any(name in run.numbers for run in runs):
-                continue
             x = [run.value if numeric else names.index(str(run.value)) for run in runs]
-            curves.append(_curve(rows.index(row), x, [run.numbers.get(name) for run in runs], key=name))
+            y = [run.numbers.get(name) for run in runs]
+            curves += [_curve(rows.index(row), x, y, key=name)] if set(y) != {None} else []
         unit = ", ".join(filter(None, [words.get("unit"), f"over {key}"]))
         charts.append(_chart(f"sweep-{name}", curves, rows, **words | {"unit": unit} | axis))
     return charts
 
 
 def _rates_charts(results: Results, rates: str, rows: list[str]) -> list[Chart]:
-    """Return the kurtosis over tokens of the first seed of each row, and perplexity or cost by column."""
+    """Return the kurtosis over tokens of the first seed of each row, and perplexity by bits and by deployed format."""
     words, kurtosis = WORDS["charts"], {}
     for run in results.runs:
         if (run.rates, run.value) == (rates, None) and run.kurtosis is not None and run.row not in kurtosis:

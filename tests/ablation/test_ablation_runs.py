@@ -1,6 +1,7 @@
 """The plan of an ablation: which runs are trained, and one-line errors before anything starts."""
 
 import dataclasses
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,13 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 import entry
 
+LABELS = {  # of published presets -> hash of the names of their runs
+    "1b": "d7e958081320",
+    "60m": "bc45fce2d1c8",
+    "nano": "c3a26dcfa084",
+    "nano_past": "d398cbfbe233",
+    "outliers": "fb92eda6cc3e",
+}
 SMALL = ("train.steps=4", "train.seq_len=32", "train.tokens_per_step=64", "engine.device=cpu")
 
 
@@ -75,6 +83,23 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
             {"sweep": {"key": "optimizer.lr", "values": [1], "rows": ["muon"]}},
             r"sweep.rows=\['muon'\]: no such rows; choose from",
         ),
+        (
+            {"sweep": {"key": "optimizer.lr", "values": [1], "factors": [2]}},
+            r"sweep.factors=\[2\]: needs sweep.values=\[\]",
+        ),
+        (
+            {"sweep": {"key": "optimizer.lr", "factors": [2]}, "rates": []},
+            r"sweep.factors=\[2\]: needs .* and rates=\[NAME\]",
+        ),
+        ({"sweep": {"key": "optimizer.lr", "factors": [0]}}, r"sweep.factors\[0\]=0: must be"),
+        (
+            {"sweep": {"key": "optimizer.name", "factors": [2]}},
+            r"sweep.factors: row adam has optimizer.name=None, no number; set sweep.values instead",
+        ),
+        ({"quantities": ["kurtos"]}, r"quantities=\['kurtos'\]: 'kurtos'; choose from \['kurtosis', "),
+        ({"columns": ["16-16-16", "4-4"]}, r"columns\[1\]=4-4: must be one of 16-16-16, "),
+        ({"columns": ["16-16-16", "NVFP4"]}, r"columns=\['16-16-16', 'NVFP4'\]: add 4-4-4; the tables compare with it"),
+        ({"guard": {"copied": 0.1}}, r"guard.copied: add copied to texts=\[\], and name columns=\[...\]"),
         ({"parallel": 0}, r"parallel=0: must be at least 1"),
         ({"methods": "some"}, r"methods='some': must be 'ends', 'all' or 'none'"),
         ({"scale": "nano"}, r"unknown key 'scale'"),
@@ -98,6 +123,28 @@ def test_mistake_is_one_line_before_anything_is_written(values: dict[str, Any], 
     with pytest.raises(UserError, match=message):
         checked()
     assert not list(tmp_path.iterdir())
+
+
+def test_factors_of_a_sweep_multiply_the_own_value_of_each_row(tmp_path: Path) -> None:
+    """The own value is a run of the sweep too, the same training as in the table."""
+    settings = {"tuned": {"adam": ("optimizer.lr=2e-3",), "osp": ("optimizer.lr=5e-3", "train.grad_clip=2")}}
+    sweep = {"key": "optimizer.lr", "factors": [2.0, 0.5]}
+    rows = ["adam", "osp_fast: +experiment=osp optimizer.lr=0.1"]
+    runs = plan(
+        config(tmp_path, rows=rows, seeds=[3, 5], settings=settings, rates=["tuned"], sweep=sweep), entry.compose
+    )
+    swept = [(run.row, run.value, run.config.optimizer.lr, run.seed) for run in runs if run.value is not None]
+    assert swept == [
+        ("adam", 0.001, 0.001, 3),
+        ("osp_fast", 0.05, 0.05, 3),
+        ("adam", 0.002, 0.002, 3),
+        ("osp_fast", 0.1, 0.1, 3),
+        ("adam", 0.004, 0.004, 3),
+        ("osp_fast", 0.2, 0.2, 3),
+    ]
+    assert {run.config.train.grad_clip for run in runs if run.row == "osp_fast"} == {2.0}, "settings of the rates"
+    own = {run.label for run in runs if run.value is None and run.seed == 3}
+    assert own == {run.label for run in runs if run.value in (0.002, 0.1)}
 
 
 def test_settings_of_a_row() -> None:
@@ -145,7 +192,10 @@ def test_every_preset_composes(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_
     )
     check_ablation(wanted)
     runs = plan(wanted, entry.compose)
-    swept = len(wanted.sweep.rows) * len(wanted.sweep.values)
+    digest = hashlib.sha256(" ".join(run.label for run in runs).encode()).hexdigest()
+    assert LABELS.get(scale, digest[:12]) == digest[:12], "a finished ablation would be trained again"
+    sweep = wanted.sweep
+    swept = len(sweep.rows or wanted.rows) * len(sweep.values or {1.0, *sweep.factors} if sweep.key else ())
     assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates) + swept
     assert {"adam", "osp"} <= {run.row for run in runs}
 
