@@ -219,10 +219,12 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
         by_name, ends = {line.row: line for line in lines}, ((lines[0].row, lines[-1].row),)[: len(lines) - 1]
         compared = [(by_name[a], by_name[b]) for a, b in config.compared or ends if {a, b} <= by_name.keys()]
         cards = []
-        for name, more, rows in tables(lines, config, list(results.data), {a.row: a for a, _ in compared}.values()):
+        for name, more, rows in tables(
+            lines, config, list(results.data), {a.row: a for a, _ in compared if a.cells}.values()
+        ):
             title, says = (text.format(**words, **more, first_row=lines[0].row) for text in WORDS["tables"][name])
             cards += [(title, says, rows)] if len(rows) > 1 else []
-        says = " ".join(verdict(*pair, on=next(iter(config.guard), None)) for pair in compared)
+        says = " ".join(filter(None, (verdict(*pair, on=next(iter(config.guard), None)) for pair in compared)))
         sections.append((f"rates-{rates}", f"Learning rates: {rates}", says, cards))
     if results.sweep:
         rows = [["row", key, *(TITLES.get(name, name) for name in SWEPT)]]

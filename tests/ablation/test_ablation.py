@@ -104,6 +104,36 @@ def test_stopped_ablation_continues_with_equal_losses(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_tiny_ablation_on_repeated_text_has_costs_on_both_texts(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row at two learning rates, trained, probed and measured by the scripts."""
+    monkeypatch.setattr("osp.ablation.execute.Process", ForkedProcess)
+    config = tiny_ablation(
+        tiny,
+        tmp_path / "table",
+        rows=["osp"],
+        methods="none",
+        overrides=["data.repeat=16", "train.steps=2", "monitor.sites=all", "monitor.statistics=all"],
+        texts=["held_out", "copied"],
+        columns=["16-16-16", "4-4-4", "static 8-8"],
+        quantities=["norm_kurtosis", "share_before_gain", "share_after_gain", "attn_sink", "block_out_max"],
+        guard={"copied": 0.1},
+        sweep={"key": "optimizer.lr", "factors": [2.0]},
+    )
+    values = run(config)
+    numbers = values["rows"][0]["cells"]
+    for text in config.texts:
+        assert 3 < numbers[f"{text} loss"]["mean"] < 7
+        assert numbers[f"{text} cost static 8-8"]["mean"] < numbers[f"{text} cost 4-4-4"]["mean"]
+    assert numbers["held_out loss"] != numbers["copied loss"]
+    assert all(numbers[name]["mean"] is not None for name in config.quantities), numbers
+    assert len(list((tmp_path / "table" / "runs").iterdir())) == 2
+    page = (tmp_path / "table" / "ablation.md").read_text()
+    assert "| osp (unsolved) |" in page
+    assert "| row | optimizer.lr | held_out, 1 x | held_out, 2 x | copied, 1 x | copied, 2 x | bracketed on |" in page
+
+
 def test_failed_row_does_not_affect_the_others(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training is replaced by a script that fails for one row."""
 

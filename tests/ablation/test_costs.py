@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import scipy.stats
 
 from osp.ablation.config import AblationConfig
+from osp.ablation.execute import Execution
 from osp.ablation.runs import Planned, plan
 from osp.ablation.table import Cell, Results, ablation_page, as_json, bracket_table, collect, contents, half_interval
-from osp.run.evaluations import Comparison, ComparisonRecord, Score
+from osp.evaluation.config import CompareConfig
+from osp.run.evaluations import Comparison, ComparisonRecord, Score, write_evaluation
 from osp.tables import render_text
 from tests.ablation.test_ablation_runs import config
 from tests.conftest import ROOT
@@ -181,6 +184,32 @@ def test_a_row_is_bracketed_if_both_neighbours_lose_more(ablation: tuple[Ablatio
     assert rows["muon"]["copied, 2 x"] == "-"
     above = replace(wanted, sweep=replace(wanted.sweep, factors=(2.0,)))
     assert {row[-1] for row in bracket_table(results, above)[1:]} == {"no text"}
+
+
+def test_row_without_numbers_leaves_the_others_alone(ablation: tuple[AblationConfig, Results]) -> None:
+    wanted, results = ablation
+    lines = [replace(line, cells={}) if line.row == "muon" else line for line in results.rows]
+    broken = replace(results, rows=lines, runs=[run for run in results.runs if run.row != "muon"])
+    assert set(table(wanted, broken, "Costs on copied")["muon"].values()) == {"muon", "-"}
+    assert set(table(wanted, broken, "Costs on copied minus the costs of adam")["muon"].values()) == {"muon", "-"}
+    titles = [title for _, _, _, cards in contents(broken, wanted)["sections"] for title, _, _ in cards]
+    assert "Costs on copied minus the costs of muon" not in titles
+    assert contents(broken, wanted)["sections"][0][2].count("4-4-4 costs") == 1
+
+
+def test_record_with_other_columns_is_measured_again(tmp_path: Path) -> None:
+    """A record of an earlier version has no columns in its configuration: it measured the default ones."""
+    wanted = config(tmp_path, rows=["osp"])
+    (run,) = plan(wanted, entry.compose)
+    former = {"texts": [], "max_tokens": None, "methods": "last", "quant": {"calibration_tokens": 262_144}}
+    file = run.folder / "evaluation" / "compare" / "step_00000004.json"
+    for more, is_measured in (({}, True), ({"columns": list(CompareConfig().columns)}, True), ({"columns": []}, False)):
+        write_evaluation(file, replace(made_record(run), config=former | more))
+        assert Execution(wanted, [run], scripts=ROOT / "scripts").measured(run) == is_measured
+    own = replace(wanted, columns=COLUMNS)
+    assert not Execution(own, [run], scripts=ROOT / "scripts").measured(run)
+    write_evaluation(file, replace(made_record(run), config=former | {"columns": list(COLUMNS)}))
+    assert Execution(own, [run], scripts=ROOT / "scripts").measured(run)
 
 
 def test_pages_and_json_have_the_costs(ablation: tuple[AblationConfig, Results]) -> None:
