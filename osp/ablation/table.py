@@ -218,10 +218,8 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
         lines = [replace(line, row=line.row + " (unsolved)" * (line.row in unsolved)) for line in lines]
         by_name, ends = {line.row: line for line in lines}, ((lines[0].row, lines[-1].row),)[: len(lines) - 1]
         compared = [(by_name[a], by_name[b]) for a, b in config.compared or ends if {a, b} <= by_name.keys()]
-        cards = []
-        for name, more, rows in tables(
-            lines, config, list(results.data), {a.row: a for a, _ in compared if a.cells}.values()
-        ):
+        cards, references = [], {first.row: first for first, _ in compared if first.cells}
+        for name, more, rows in tables(lines, config, list(results.data), references.values()):
             title, says = (text.format(**words, **more, first_row=lines[0].row) for text in WORDS["tables"][name])
             cards += [(title, says, rows)] if len(rows) > 1 else []
         says = " ".join(filter(None, (verdict(*pair, on=next(iter(config.guard), None)) for pair in compared)))
