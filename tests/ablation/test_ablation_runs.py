@@ -85,11 +85,11 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
         ),
         (
             {"sweep": {"key": "optimizer.lr", "values": [1], "factors": [2]}},
-            r"sweep.factors=\[2\]: needs sweep.values=\[\]",
+            r"sweep.factors=\[2.0\]: needs sweep.values=\[\]",
         ),
         (
             {"sweep": {"key": "optimizer.lr", "factors": [2]}, "rates": []},
-            r"sweep.factors=\[2\]: needs .* and rates=\[NAME\]",
+            r"sweep.factors=\[2.0\]: needs .* and rates=\[NAME\]",
         ),
         ({"sweep": {"key": "optimizer.lr", "factors": [0]}}, r"sweep.factors\[0\]=0: must be"),
         (
@@ -97,7 +97,7 @@ def test_order_labels_and_overrides_of_the_runs(tmp_path: Path) -> None:
             r"sweep.factors: row adam has optimizer.name=None, no number; set sweep.values instead",
         ),
         ({"quantities": ["kurtos"]}, r"quantities=\['kurtos'\]: 'kurtos'; choose from \['kurtosis', "),
-        ({"columns": ["16-16-16", "4-4"]}, r"columns\[1\]=4-4: must be one of 16-16-16, "),
+        ({"columns": ["16-16-16", "4-4"]}, r"columns\[1\]='4-4': must be one of 16-16-16, "),
         ({"columns": ["16-16-16", "NVFP4"]}, r"columns=\['16-16-16', 'NVFP4'\]: add 4-4-4; the tables compare with it"),
         ({"guard": {"copied": 0.1}}, r"guard.copied: add copied to texts=\[\], and name columns=\[...\]"),
         ({"parallel": 0}, r"parallel=0: must be at least 1"),
@@ -127,7 +127,7 @@ def test_mistake_is_one_line_before_anything_is_written(values: dict[str, Any], 
 
 def test_factors_of_a_sweep_multiply_the_own_value_of_each_row(tmp_path: Path) -> None:
     """The own value is a run of the sweep too, the same training as in the table."""
-    settings = {"tuned": {"adam": ("optimizer.lr=2e-3",), "osp": ("optimizer.lr=5e-3", "train.grad_clip=2")}}
+    settings = {"tuned": {"adam": ("optimizer.lr=2e-3",), "osp": ("optimizer.lr=5e-3", "optimizer.gain_decay=0")}}
     sweep = {"key": "optimizer.lr", "factors": [2.0, 0.5]}
     rows = ["adam", "osp_fast: +experiment=osp optimizer.lr=0.1"]
     runs = plan(
@@ -142,7 +142,7 @@ def test_factors_of_a_sweep_multiply_the_own_value_of_each_row(tmp_path: Path) -
         ("adam", 0.004, 0.004, 3),
         ("osp_fast", 0.2, 0.2, 3),
     ]
-    assert {run.config.train.grad_clip for run in runs if run.row == "osp_fast"} == {2.0}, "settings of the rates"
+    assert {run.config.optimizer.gain_decay for run in runs if run.row == "osp_fast"} == {0}, "settings of the rates"
     own = {run.label for run in runs if run.value is None and run.seed == 3}
     assert own == {run.label for run in runs if run.value in (0.002, 0.1)}
 
