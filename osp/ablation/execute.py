@@ -198,7 +198,7 @@ class Execution:
         log_file = self._logs / f"{run.label}.{'compare' if self.trained(run) else 'train'}.log"
         if self.trained(run):
             keys = self._wanted(run) | {"device": run.config.engine.device, "threads": slot.threads, "progress": False}
-            keys |= {"kurtosis_tokens": 2} if self.config.columns else {}  # the monitor's is shown instead
+            keys |= {"kurtosis_tokens": 1024} if self.config.columns else {}  # the monitor's is shown instead
             overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
             command = [sys.executable, str(self.scripts / "compare.py"), str(run.folder), *overrides]
         else:
