@@ -22,8 +22,7 @@ class SweepConfig:
 
     key: str | None = None  # key of a training, for example optimizer.lr
     values: tuple[Any, ...] = ()  # values of the key
-    # Instead of values: factors of the row's value at the first of `rates`; a row is bracketed if its value is best.
-    factors: tuple[Positive, ...] = ()
+    factors: tuple[Positive, ...] = ()  # instead of values: factors of the row's value at the first of `rates`
     rows: tuple[str, ...] = ()  # names of rows; names without a row are ignored; empty: all rows
 
 
@@ -53,8 +52,7 @@ class AblationConfig:
     quantities: tuple[str, ...] = ("kurtosis", "osp_script", "down_proj_max", "down_proj_kurtosis", "R_L", "loss")
     interval: bool = False  # show the 95% interval over seeds (Student's t) instead of the standard deviation
     compared: tuple[tuple[str, str], ...] = ()  # pairs of rows to compare; empty: the first row and the last row
-    # Text -> largest loss at 16 bits. A row that exceeds it has not learned the task and is marked.
-    guard: dict[str, Positive] = field(default_factory=dict)
+    guard: dict[str, Positive] = field(default_factory=dict)  # text -> loss at 16 bits above which a row is marked
     calibration_tokens: Count = 262_144  # calibration tokens of GPTQ
     methods: Literal["ends", "all", "none"] = "ends"  # rows to measure with GPTQ and QuaRot; ends: first and last
     progress: bool = True  # show a progress bar
@@ -101,8 +99,7 @@ def check_ablation(config: AblationConfig) -> None:
     for key, values in {"seeds": config.seeds, "rates": config.rates, "sweep.values": sweep.values}.items():
         if repeated := [value for value in values if values.count(value) > 1]:
             raise UserError(f"{key}={list(values)}: {repeated[0]} is repeated and would be the same run")
-    choices = {"rates": ["paper", *config.settings], "quantities": list(WORDS["quantities"])}
-    for key, names in choices.items():
+    for key, names in {"rates": ["paper", *config.settings], "quantities": list(WORDS["quantities"])}.items():
         if unknown := [name for name in getattr(config, key) if name not in names]:
             raise UserError(f"{key}={list(getattr(config, key))}: {unknown[0]!r}; choose from {names}")
     if (sweep.key is None) != (not (sweep.values or sweep.factors)):

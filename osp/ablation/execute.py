@@ -155,8 +155,7 @@ class Execution:
 
     def write(self, command: Sequence[str]) -> None:
         """Write ablation.html, ablation.md and ablation.json to the folder of the ablation."""
-        newest = {run.label: self.record(run) for run in self.runs if self.trained(run)}
-        records = {label: record for label, record in newest.items() if record is not None}
+        records = {x.label: record for x in self.runs if self.trained(x) and (record := self.record(x)) is not None}
         about = about_lines(self.planned, command)
         results = collect(self.config, self.planned, records, self.failures, about=about)
         folder, template = Path(self.config.dir), Path(__file__).with_name("ablation.md")
@@ -232,8 +231,7 @@ def last_step(path: Path) -> int:
 
 def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
     """Return lines on the model, the data, the machine, the command and the rows."""
-    config, machine = runs[0].config, environment()
-    model, train = config.model, config.train
+    config, model, train, machine = runs[0].config, runs[0].config.model, runs[0].config.train, environment()
     return [
         f"ours: {count_parameters(model)['total'] / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of "
         f"{model.hidden_size}, {model.norm.name} in the first row), "

@@ -29,6 +29,7 @@ TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} |
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
 LARGE_KURTOSIS, SMALLEST_KURTOSIS = 20, 0.01  # an axis is logarithmic above the first, and begins at the second
 Records = dict[str, ComparisonRecord]  # label of a run -> record of scripts/compare.py
+Table = tuple[str, dict[str, str], list[list[str]]]  # name in table.yaml, words for it, rows after a heading
 Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
 
 
@@ -64,8 +65,7 @@ class Cell:
 
     @property
     def margin(self) -> float:
-        """What a difference must exceed: twice its deviation, or its interval."""
-        return 2 * self.deviation if self.interval is None else self.interval
+        return 2 * self.deviation if self.interval is None else self.interval  # what a difference must exceed
 
     def __sub__(self, other: "Cell") -> "Cell":
         """Return the difference with its deviation, sqrt(s_a^2 + s_b^2), or its interval."""
@@ -151,8 +151,7 @@ def collect(
 def measure(run: Planned, record: ComparisonRecord, config: AblationConfig) -> Measured:
     """Return the numbers of one finished run."""
     folder, (model,), numbers = read_run(run.folder), record.models, {}
-    for name in config.quantities:
-        about = WORDS["quantities"][name]
+    for name, about in {name: WORDS["quantities"][name] for name in config.quantities}.items():
         values = [series.last for key, series in folder.series.items() if re.fullmatch(key_regex(about["key"]), key)]
         over_layers = max if about.get("largest") else statistics.fmean
         numbers[name] = over_layers(values) if values else math.nan
@@ -211,11 +210,10 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
         "meanings": "; ".join(f"{TITLES[name]}: {quantities[name]['says']}" for name in config.quantities),
     }
     sections, limits = [], [(f"{text} loss", limit) for text, limit in config.guard.items()]
-    for rates in dict.fromkeys(line.rates for line in results.rows):
-        runs = [run for run in results.runs if (run.rates, run.value) == (rates, None)]
-        unsolved = {run.row for run in runs for name, most in limits if not run.numbers.get(name, math.inf) <= most}
-        lines = [line for line in results.rows if line.rates == rates]
-        lines = [replace(line, row=line.row + " (unsolved)" * (line.row in unsolved)) for line in lines]
+    unsolved = {(x.rates, x.row) for x in results.runs for name, most in limits if not x.numbers[name] <= most}
+    marked = [replace(x, row=x.row + " (unsolved)" * ((x.rates, x.row) in unsolved)) for x in results.rows]
+    for rates in dict.fromkeys(line.rates for line in marked):
+        lines = [line for line in marked if line.rates == rates]
         by_name, ends = {line.row: line for line in lines}, ((lines[0].row, lines[-1].row),)[: len(lines) - 1]
         compared = [(by_name[a], by_name[b]) for a, b in config.compared or ends if {a, b} <= by_name.keys()]
         cards, references = [], {first.row: first for first, _ in compared if first.cells}
@@ -245,14 +243,12 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     }
 
 
-def tables(
-    lines: Sequence[Line], config: AblationConfig, texts: Sequence[str], references: Iterable[Line]
-) -> Iterator[tuple[str, dict[str, str], list[list[str]]]]:
-    """Yield the tables of one set of learning rates: name in table.yaml, words for it, rows after a heading."""
+def tables(lines: list[Line], config: AblationConfig, texts: Iterable[str], minus: Iterable[Line]) -> Iterator[Table]:
+    """Yield the tables of one set of learning rates. minus: rows from which the others' differences are shown"""
     name, shown = ("quantities", config.quantities) if config.columns else ("outliers", (*config.quantities, "cost"))
     yield name, {}, [["row", *map(TITLES.get, shown)], *([line.row, *map(line.text, shown)] for line in lines)]
     if config.columns:
-        for text, reference in itertools.product(texts, [None, *references]):
+        for text, reference in itertools.product(texts, [None, *minus]):
             name, more = ("differences", {"reference": reference.row}) if reference else ("costs", {})
             yield name, more | {"text": text}, costs(lines, text, config.columns, reference)
         return
@@ -274,10 +270,8 @@ def costs(lines: Sequence[Line], text: str, columns: Sequence[str], minus: Line 
     columns = [column for column in columns if column != FIRST]
     names, rows = [f"{text} loss", *(f"{text} cost {column}" for column in columns)], [["row", FIRST, *columns]]
     for line in lines:
-        cells = list(map(line.text, names))
-        if minus and line.cells:
-            gaps = [line.cells[name] - minus.cells[name] for name in names]
-            cells = [_signed(gap) + " *" * (abs(gap.mean) > gap.margin) for gap in gaps]
+        gaps = [line.cells[name] - minus.cells[name] for name in names] if minus and line.cells else []
+        cells = [_signed(gap) + " *" * (abs(gap.mean) > gap.margin) for gap in gaps] or list(map(line.text, names))
         rows += [] if line is minus else [[line.row, *cells]]
     return rows
 
@@ -288,8 +282,7 @@ def bracket_table(results: Results, config: AblationConfig) -> list[list[str]]:
     texts = {text: f"{text} loss" for text in results.data} if config.columns else {"validation split": "loss"}
     heading = [f"{text}, {factor:g} x" for text in texts for factor in factors]
     rows, middle = [["row", str(config.sweep.key), *heading, "bracketed on"]], factors.index(1.0)
-    order = [line.row for line in results.rows]
-    for row, runs in sorted(results.sweep.items(), key=lambda item: order.index(item[0])):
+    for row, runs in sorted(results.sweep.items(), key=lambda swept: [x.row for x in results.rows].index(swept[0])):
         value = next((run.value for run in runs if run.label in own), math.nan)
         cells, bracketed = [row, format_number(value)], list[str]()
         for text, name in texts.items():
@@ -317,9 +310,8 @@ def against_first(lines: Sequence[Line]) -> list[list[str]]:
 
 
 def _signed(cell: Cell) -> str:
-    if math.isnan(cell.mean):
-        return "-"
-    return f"{cell.mean:+.4f}" + (f" ± {cell.spread:.4f}" if math.isfinite(cell.spread) else "")
+    spread = f" ± {cell.spread:.4f}" if math.isfinite(cell.spread) else ""
+    return "-" if math.isnan(cell.mean) else f"{cell.mean:+.4f}{spread}"
 
 
 def verdict(first: Line, last: Line, on: str | None = None) -> str:
