@@ -246,7 +246,7 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
 def tables(lines: list[Line], config: AblationConfig, texts: Iterable[str], minus: Iterable[Line]) -> Iterator[Table]:
     """Yield the tables of one set of learning rates. minus: rows from which the others' differences are shown"""
     name, shown = ("quantities", config.quantities) if config.columns else ("outliers", (*config.quantities, "cost"))
-    yield name, {}, [["row", *map(TITLES.get, shown)], *([line.row, *map(line.text, shown)] for line in lines)]
+    yield name, {}, [["row", *map(TITLES.__getitem__, shown)], *([line.row, *map(line.text, shown)] for line in lines)]
     if config.columns:
         for text, reference in itertools.product(texts, [None, *minus]):
             name, more = ("differences", {"reference": reference.row}) if reference else ("costs", {})

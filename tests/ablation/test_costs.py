@@ -110,7 +110,7 @@ def test_interval_of_a_difference_is_welchs_with_whole_degrees_of_freedom() -> N
     for seed, spread in enumerate((1.0, 1.5, 3.0, 20.0)):
         draw = np.random.default_rng(seed)
         a, b = draw.normal(size=3), spread * draw.normal(size=4)
-        exact = scipy.stats.ttest_ind(a, b, equal_var=False)
+        exact: Any = scipy.stats.ttest_ind(a, b, equal_var=False)
         cells = [Cell(x.mean(), x.std(ddof=1), len(x), interval=0.0) for x in (a, b)]
         difference = cells[0] - cells[1]
         low, high = exact.confidence_interval(0.95)
@@ -144,7 +144,7 @@ def test_differences_name_the_row_and_mark_what_exceeds_the_interval(ablation: t
     from_muon = table(wanted, results, "Costs on copied minus the costs of muon")
     assert list(from_muon) == ["adam", "osp", "slow (unsolved)"]
     osp, muon = (np.array([cost for _, cost in COPIED[row]]) for row in ("osp", "muon"))
-    exact = scipy.stats.ttest_ind(osp, muon, equal_var=False)
+    exact: Any = scipy.stats.ttest_ind(osp, muon, equal_var=False)
     by = osp.mean() - muon.mean()
     half = scipy.stats.t.ppf(0.975, int(exact.df)) * by / exact.statistic
     assert from_muon["osp"]["4-4-4"] == f"{by:+.4f} ± {half:.4f} *"
