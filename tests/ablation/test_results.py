@@ -169,7 +169,7 @@ def test_better_row_loses_less_at_4_bits_and_not_more_at_16() -> None:
 )
 def test_verdict_compares_the_difference_with_the_spread(adam: Cell, osp: Cell, sentence: str) -> None:
     lines = [Line("adam", "paper", {"cost": adam}, ()), Line("osp", "paper", {"cost": osp}, ())]
-    assert re.search(sentence, verdict(*lines))
+    assert re.search(sentence, verdict(lines[0], lines[1]))
 
 
 def test_markdown_has_every_table_with_equal_columns(ablation: Ablation) -> None:
