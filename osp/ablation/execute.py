@@ -172,7 +172,7 @@ class Execution:
     def record(self, run: Planned) -> ComparisonRecord | None:
         """Return the newest record of scripts/compare.py in a run that measured what is wanted, or None."""
         wanted = {key: value for key, value in self._wanted(run).items() if value != "none"}
-        for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("*.json"), reverse=True):
+        for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("step_*.json"), reverse=True):
             try:
                 record = read_comparison(path)
             except UserError:  # cut short

@@ -210,6 +210,8 @@ def test_record_with_other_columns_is_measured_again(tmp_path: Path) -> None:
     assert not Execution(own, [run], scripts=ROOT / "scripts").measured(run)
     write_evaluation(file, replace(made_record(run), config=former | {"columns": list(COLUMNS)}))
     assert Execution(own, [run], scripts=ROOT / "scripts").measured(run)
+    file.rename(file.with_name("incomplete-0123456789ab.json"))  # of a measurement that was stopped
+    assert not Execution(own, [run], scripts=ROOT / "scripts").measured(run)
 
 
 def test_pages_and_json_have_the_costs(ablation: tuple[AblationConfig, Results]) -> None:
