@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import torch
 from entry import launch
 from pydantic import Field
+from tokenizers import Tokenizer
 
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.files import read_utf8
-from osp.model.generate import Sampling, TextStream, check_lengths, prepare_for_generation, stream
+from osp.model.generate import Sampling, check_lengths, prepare_for_generation, stream
 from osp.schema import Count, Device, FilePath, Int, NotNegative, PositiveFraction, Seed, Threads, build
 
 DEFAULT_NEW_TOKENS = 256
@@ -131,6 +132,28 @@ def encode(subject: LanguageModel, prompt: str, number: int, *, bos: bool) -> li
         raise UserError(f"prompt {number} is not UTF-8 text") from error
     ids = subject.encode(prompt)
     return [subject.bos_id, *ids] if bos and subject.bos_id is not None else ids
+
+
+class TextStream:
+    """Decode the tokens after `prompt`, which decides about spaces, one by one into pieces of whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self.tokenizer, self.ids = tokenizer, list(prompt)
+        self.begin, self.end = 0, len(self.ids)  # the tokens of the last piece: context of the next one
+
+    def push(self, token: int) -> str:
+        """Return the text completed by `token`, empty if it ends inside a character."""
+        self.ids.append(token)
+        text = self.finish()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self.begin, self.end = self.end, len(self.ids)
+        return text
+
+    def finish(self) -> str:
+        """Return the rest of the text: an incomplete character as replacement characters."""
+        known = self.tokenizer.decode(self.ids[self.begin : self.end])
+        return self.tokenizer.decode(self.ids[self.begin :])[len(known) :]
 
 
 class Texts:

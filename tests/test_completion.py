@@ -10,12 +10,12 @@ import entry
 import generate as script_module
 import pytest
 import torch
-from generate import GenerateConfig, Texts, choose_dtype
+from generate import GenerateConfig, Texts, TextStream, choose_dtype
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from osp.config import ModelConfig, NormConfig
 from osp.convert.hf_export import write_llama
-from osp.model.generate import TextStream, generate
+from osp.model.generate import generate
 from osp.model.hf_llama import load_hf
 from osp.model.transformer import build_model
 
@@ -180,3 +180,40 @@ def test_texts_are_streamed_in_the_order_of_the_prompts() -> None:
     texts.push([None, None, euro[0]])
     texts.finish()
     assert "".join(pieces) == "<ab\n\n[c\n\n(\u20acd\ufffd\n"
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Words begin with U+2581, and the decoder removes the first one; other characters are bytes such as <0xE2>."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefgh"]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("made", [tokenizer(), sentencepiece_like()], ids=["bytes", "sentencepiece"])
+def test_streamed_text_consists_of_whole_characters(made: Tokenizer) -> None:
+    text = "ab cd\u00e9 \u20ac\U0001f600 \u4f60\u597d e\u0301fg ha"
+    ids = made.encode(text).ids
+    assert made.decode(ids) == text
+    for cut in (0, 1, 4):
+        texts = TextStream(made, ids[:cut])
+        pieces = [texts.push(token) for token in ids[cut:]]
+        assert "".join(pieces) == text.removeprefix(made.decode(ids[:cut]))
+        assert "\U0001f600" in pieces, "four tokens, one piece"
+        assert texts.finish() == ""
+
+
+def test_incomplete_character_becomes_a_replacement_character() -> None:
+    made = tokenizer()
+    ids = made.encode("a\U0001f600").ids
+    texts = TextStream(made)
+    assert [texts.push(token) for token in ids[:3]] == ["a", "", ""]
+    assert texts.finish() == "\ufffd"
+    # a wrong byte does not hold back what follows it
+    texts = TextStream(made)
+    assert "".join(texts.push(token) for token in [ids[1], ids[0], ids[0]]) == "\ufffdaa"

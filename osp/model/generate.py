@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -175,25 +174,3 @@ def choose(logits: Tensor, sampling: Sampling, uniform: float) -> Tensor:
     last = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     index = (cumulative <= uniform * cumulative.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
     return (index if order is None else order.gather(-1, index))[:, 0]
-
-
-class TextStream:
-    """Decode the tokens after `prompt`, which decides about spaces, one by one into pieces of whole characters."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self.tokenizer, self.ids = tokenizer, list(prompt)
-        self.begin, self.end = 0, len(self.ids)  # the tokens of the last piece: context of the next one
-
-    def push(self, token: int) -> str:
-        """Return the text completed by `token`, empty if it ends inside a character."""
-        self.ids.append(token)
-        text = self.finish()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self.begin, self.end = self.end, len(self.ids)
-        return text
-
-    def finish(self) -> str:
-        """Return the rest of the text: an incomplete character as replacement characters."""
-        known = self.tokenizer.decode(self.ids[self.begin : self.end])
-        return self.tokenizer.decode(self.ids[self.begin :])[len(known) :]

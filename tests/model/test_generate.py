@@ -6,13 +6,12 @@ import typing
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.fold import fold_constants
-from osp.model.generate import Decoder, Sampling, TextStream, choose, generate, prepare_for_generation, stream
+from osp.model.generate import Decoder, Sampling, choose, generate, prepare_for_generation, stream
 from osp.model.norms import NORMS
 from osp.model.transformer import Block, Output, Transformer, build_model
 from osp.quant.apply import quantized
@@ -297,55 +296,3 @@ def test_prompts_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         generate(model, prompts, num_tokens)
-
-
-# --- text ---------------------------------------------------------------------------------------------------------
-
-
-def byte_level() -> Tokenizer:
-    """Return a tokenizer with one token per byte."""
-    vocabulary = {"<|endoftext|>": 0} | {
-        letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer
-
-
-def sentencepiece_like() -> Tokenizer:
-    """Words begin with U+2581, and the decoder removes the first one; other characters are bytes such as <0xE2>."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefgh"]
-    tokenizer = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
-
-
-@pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like()], ids=["bytes", "sentencepiece"])
-def test_streamed_text_consists_of_whole_characters(tokenizer: Tokenizer) -> None:
-    text = "ab cd\u00e9 \u20ac\U0001f600 \u4f60\u597d e\u0301fg ha"
-    ids = tokenizer.encode(text).ids
-    assert tokenizer.decode(ids) == text
-    for cut in (0, 1, 4):
-        texts = TextStream(tokenizer, ids[:cut])
-        pieces = [texts.push(token) for token in ids[cut:]]
-        assert "".join(pieces) == text.removeprefix(tokenizer.decode(ids[:cut]))
-        assert "\U0001f600" in pieces, "four tokens, one piece"
-        assert texts.finish() == ""
-
-
-def test_incomplete_character_becomes_a_replacement_character() -> None:
-    tokenizer = byte_level()
-    ids = tokenizer.encode("a\U0001f600").ids
-    texts = TextStream(tokenizer)
-    assert [texts.push(token) for token in ids[:3]] == ["a", "", ""]
-    assert texts.finish() == "\ufffd"
-    # a wrong byte does not hold back what follows it
-    texts = TextStream(tokenizer)
-    assert "".join(texts.push(token) for token in [ids[1], ids[0], ids[0]]) == "\ufffdaa"
