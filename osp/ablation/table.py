@@ -15,8 +15,7 @@ import numpy as np
 from osp.ablation.config import WORDS, AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS
-from osp.report.charts import line_words
-from osp.report.downsample import grid, rounded
+from osp.report.charts import grid, line_words, rounded
 from osp.report.page import render
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.metrics import key_regex

@@ -23,7 +23,7 @@ from osp.monitor.probe import Reading
 from osp.optim.groups import build_groups
 from osp.optim.schedule import build_schedule
 from osp.run.evaluations import replace_nonfinite
-from osp.run.history import growth, since
+from osp.run.read import growth, since
 from osp.tables import render_text
 
 CONTEXT = 8  # tokens of text shown before the token of an outlier

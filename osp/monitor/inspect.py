@@ -21,8 +21,7 @@ from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
 from osp.run.folder import training_shards
-from osp.run.history import growth, since
-from osp.run.read import read_probes
+from osp.run.read import growth, read_probes, since
 from osp.run.verdict import judge, over_usual
 from osp.tables import text_table
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from osp.monitor.forensics import behind
-from osp.run.history import growth, since
+from osp.run.read import growth, since
 from tests.monitor import workers
 
 

@@ -16,8 +16,18 @@ import pytest
 
 from osp.config import Deployed
 from osp.errors import UserError
-from osp.report.charts import LINES, STATISTICS, differences_between, find_outliers, histogram_data, labels, site_data
-from osp.report.downsample import averaged, envelope, grid
+from osp.report.charts import (
+    LINES,
+    STATISTICS,
+    averaged,
+    differences_between,
+    envelope,
+    find_outliers,
+    grid,
+    histogram_data,
+    labels,
+    site_data,
+)
 from osp.report.page import write_report
 from osp.run.metrics import Site
 from osp.run.read import Series, read_run
