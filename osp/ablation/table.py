@@ -194,9 +194,6 @@ def as_json(results: Results) -> dict[str, Any]:
     return replace_nonfinite(values)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     """Return the values of ablation.md and ablation.html. The first row of a table is its heading."""
     num_seeds, key, quantities = len(config.seeds), config.sweep.key or "", WORDS["quantities"]
@@ -343,9 +340,6 @@ def format_number(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-# ---- page ------------------------------------------------------------------------------------------------------------
-
-
 def ablation_page(results: Results, config: AblationConfig) -> str:
     """Return all tables with charts, as HTML."""
     rows = list(dict.fromkeys(line.row for line in results.rows)) or list(results.sweep)
@@ -372,11 +366,8 @@ def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
     axis = {"x": key} | ({"logx": True} if numeric else {"categories": names})
     charts = []
     for name, words in WORDS["charts"]["sweep"].items():
-        curves = []
-        for row, runs in results.sweep.items():
-            x = [run.value if numeric else names.index(str(run.value)) for run in runs]
-            y = [run.numbers.get(name) for run in runs]
-            curves += [_curve(rows.index(row), x, y, key=name)] if set(y) != {None} else []
+        points = {row: [(run.value, run.numbers.get(name)) for run in runs] for row, runs in results.sweep.items()}
+        curves = {row: [(x if numeric else names.index(str(x)), y) for x, y in drawn] for row, drawn in points.items()}
         unit = ", ".join(filter(None, [words.get("unit"), f"over {key}"]))
         charts.append(_chart(f"sweep-{name}", curves, rows, **words | {"unit": unit} | axis))
     return charts
@@ -387,31 +378,25 @@ def _rates_charts(results: Results, rates: str, rows: list[str]) -> list[Chart]:
     words, kurtosis = WORDS["charts"], {}
     for run in results.runs:
         if (run.rates, run.value) == (rates, None) and run.kurtosis is not None and run.row not in kurtosis:
-            x, y = run.kurtosis.steps.tolist(), rounded(run.kurtosis.values, 4)
-            kurtosis[run.row] = _curve(rows.index(run.row), x, y)
-    charts = [_chart(f"kurtosis-{rates}", list(kurtosis.values()), rows, **words["kurtosis"])]
+            kurtosis[run.row] = list(zip(run.kurtosis.steps.tolist(), rounded(run.kurtosis.values, 4), strict=True))
+    charts = [_chart(f"kurtosis-{rates}", kurtosis, rows, **words["kurtosis"])]
     shown = {"bits": COLUMNS, "had": [bits + HADAMARD for bits in COLUMNS], "formats": (FIRST, *DEPLOYED_COLUMNS)}
     for name, columns in shown.items():
-        curves = []
-        for line in results.rows:
-            cells = [line.cells.get(column) for column in columns]
-            y = [cell.mean if cell else None for cell in cells]
-            curve = _curve(rows.index(line.row), list(range(len(columns))), y)
-            if line.rates == rates and any(curve["y"][1:]):
-                curves.append(curve)
+        lines = [x for x in results.rows if x.rates == rates and not x.cells.keys().isdisjoint(columns[1:])]
+        curves = {x.row: [(i, x.cells[c].mean if c in x.cells else None) for i, c in enumerate(columns)] for x in lines}
         charts.append(_chart(f"{name}-{rates}", curves, rows, categories=columns, **words[name]))
     return charts
 
 
-def _curve(run: int, x: list[Any], y: Sequence[float | None], *, key: str = "") -> dict[str, Any]:
-    values = [None if value is None or not math.isfinite(value) else value for value in y]
-    return {"run": run, "key": key, "name": "", "faint": False, "x": x, "y": values}
-
-
-def _chart(name: str, curves: list[dict[str, Any]], rows: list[str], **more: Any) -> Chart:
-    """Return a chart over `x`, not a step. more: its words, "logx", or "categories" (names of x = 0, 1, ...)."""
-    texts = {"name": name, "unit": "", "says": "", "wide": False}
-    chart = {**texts, "log": False, "curves": curves, "levels": [], "events": [], **more}
+def _chart(name: str, points: dict[str, list[tuple[Any, Any]]], rows: list[str], **more: Any) -> Chart:
+    """Return a chart of the (x, y) of each row. more: its words, "logx", or "categories" (names of x = 0, 1, ...)."""
+    curves = []
+    for row, drawn in points.items():
+        x, y = zip(*replace_nonfinite(drawn), strict=True)
+        curve = {"run": rows.index(row), "key": "", "name": "", "faint": False, "x": x, "y": y}
+        curves += [] if set(y) <= {None} else [curve]
+    chart = {"name": name, "unit": "", "says": "", "wide": False, "log": False, "levels": [], "events": [], **more}
+    chart["curves"] = curves
     if chart["log"] == "auto":
         values = [y for curve in curves for y in curve["y"] if y is not None]
         chart["log"] = max(values, default=0) > LARGE_KURTOSIS
