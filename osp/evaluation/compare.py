@@ -92,10 +92,8 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
     for words, calibration in tqdm(calibrations.items(), desc=subject.name, unit="cell", disable=not progress):
         with quantized(subject.model, wanted[words], calibration=calibration, progress=progress):
             results = [result for part in measurement.results() for result in part]
-        scores[words], what = (
-            score(results, measurement.texts),
-            what or ", ".join(dict.fromkeys(result.what for result in results)),
-        )
+        scores[words] = score(results, measurement.texts)
+        what = what or ", ".join(dict.fromkeys(result.what for result in results))
         if subject.run is None and config.out is None:  # no file keeps it
             logger.info("%s, %s: %s", subject.name, words, scores[words])
         shown = collections.defaultdict(lambda: Score(None, None), scores)

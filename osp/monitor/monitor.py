@@ -138,18 +138,10 @@ def next_probe(step: int, *, wait: float, step_seconds: float, interval: int) ->
 
 def held_out_text(shards: Path, config: Config) -> ProbeText:
     """Return the first `monitor.tokens` tokens of the validation split in sequences of `train.seq_len`, or fewer."""
-    layout = Layout.of(config)
+    layout, tokens, masked = Layout.of(config), config.monitor.tokens, config.train.document_mask
     if layout.repeat is None:
-        layout = layout._replace(seq_len=min(layout.seq_len, config.monitor.tokens))
-    batches = list(
-        validation_batches(
-            shards,
-            layout,
-            batch_size=1,
-            max_tokens=config.monitor.tokens,
-            document_ids=config.train.document_mask,
-        )
-    )
+        layout = layout._replace(seq_len=min(layout.seq_len, tokens))
+    batches = list(validation_batches(shards, layout, batch_size=1, max_tokens=tokens, document_ids=masked))
     ids = [batch.document_ids[:, :-1] for batch in batches if batch.document_ids is not None]
     text = ProbeText(torch.cat([batch.tokens[:, :-1] for batch in batches]), torch.cat(ids) if ids else None)
     if text.tokens.numel() < 2:

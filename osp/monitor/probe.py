@@ -168,17 +168,18 @@ class _Recorder:
     def _gain_hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
         """Yield the norm that writes each site, with the hook before its first forward pass."""
         for name in set(self.sites) - self.gains.keys():
-            norm = _writing_norm(self.model, name)
-            if norm is not None:
-                yield norm, functools.partial(self._add_gains, name)
+            layer, kind = split_site(name)
+            block = "" if layer is None else f"layers.{layer}."
+            writers = () if kind in ("q", "k") else SITES[kind].writers  # RoPE mixes the channels after norms of heads
+            for norm in (self.model.get_submodule(block + path) for path in writers if path.endswith("norm")):
+                if isinstance(norm, Norm):
+                    yield norm, functools.partial(self._add_gains, name)
 
     def _add_gains(self, name: str, norm: Norm, inputs: tuple[Any, ...]) -> None:
         x, scale = inputs[0], norm.output_scale
-        values = (
-            x.new_full((1,), default) if parameter is None else parameter.to(x.dtype)  # as the norm itself rounds it
-            for parameter, default in ((norm.weight, 1.0), (norm.bias, 0.0))
-        )
-        self.gains[name] = Gains(*(value.double().expand(x.shape[-1]) * scale for value in values))
+        weight = x.new_ones(1) if norm.weight is None else norm.weight.to(x.dtype)  # as the norm itself rounds it
+        bias = x.new_zeros(1) if norm.bias is None else norm.bias.to(x.dtype)
+        self.gains[name] = Gains(*(value.double().expand(x.shape[-1]) * scale for value in (weight, bias)))
 
     def _add_sample(self, name: str, x: Tensor) -> None:
         values = x[0].flatten(1)  # (T, D) of the copy that is not quantized
@@ -294,14 +295,6 @@ def _all_reduce(tensors: Collection[Tensor], operation: dist.ReduceOp.RedOpType)
     dist.all_reduce(flat, op=operation)
     pieces = flat.split([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-
-def _writing_norm(model: Transformer, name: str) -> Norm | None:
-    """Return the norm whose output is the site `name`. Not those of heads: RoPE mixes the channels after them."""
-    layer, kind = split_site(name)
-    block = "" if layer is None else f"layers.{layer}."
-    modules = [model.get_submodule(f"{block}{path}") for path in SITES[kind].writers if path.endswith("norm")]
-    return next((m for m in modules if isinstance(m, Norm) and kind not in ("q", "k")), None)
 
 
 def _site_reading(sample: Sample, gains: Gains | None, text: ProbeText) -> SiteReading:

@@ -23,7 +23,6 @@ from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
 from osp.model.sites import SITES as SITE_MAP
 from osp.model.sites import hook_site, site_names, split_site
 from osp.model.transformer import Transformer
-from osp.quant.formats import NumberFormat
 from osp.quant.gptq import quantize_weights_gptq
 from osp.quant.grid import Grid, grouped
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
@@ -195,12 +194,9 @@ def _round_weights(
 ) -> None:
     """Round the weights at the sites of `state`, and enter their grids in it."""
 
-    def group_size(number_format: NumberFormat) -> int | None:
-        return number_format.block_size or spec.w_group_size
-
     def grid_of(name: str, weight: Tensor) -> Grid:
         number_format = spec.weight_format(name.split(".")[-2])
-        groups = grouped(weight, group_size=group_size(number_format))
+        groups = grouped(weight, group_size=number_format.block_size or spec.w_group_size)
         grid = number_format.grid(groups, clip_search=spec.w_clip, bounds=state.bounds.get(name))
         state.grids[name] = grid
         return grid
@@ -216,10 +212,8 @@ def _round_weights(
     }
     for name in tqdm(weights, desc="rounding weights", unit="matrix", leave=False, disable=not progress):
         weight, number_format = weights[name], spec.weight_format(name.split(".")[-2])
-        if number_format.has_grid:
-            weight.data = grid_of(name, weight.data).round(weight.data, group_size=group_size(number_format))
-        else:
-            weight.data = number_format.round(weight.data, group_size=spec.w_group_size)
+        rounds = grid_of(name, weight.data).round if number_format.has_grid else number_format.round
+        weight.data = rounds(weight.data, group_size=number_format.block_size or spec.w_group_size)
 
 
 def _activation_bounds(

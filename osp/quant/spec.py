@@ -80,7 +80,8 @@ class QuantSpec:
         for part in (*PARTS, "ends"):
             if getattr(self, f"{part}_format") is not None:
                 self._check_format(part)
-        self._check_static()
+        if self.static_activations:
+            self._check_static()
         if self.act_order and self.method != "gptq":
             raise UserError(f"quant.act_order=true does nothing with quant.method={self.method}; set quant.method=gptq")
 
@@ -107,8 +108,6 @@ class QuantSpec:
             raise UserError(f"quant.method=gptq: the format {name} has no grid that GPTQ can use; set quant.method=rtn")
 
     def _check_static(self) -> None:
-        if not self.static_activations:
-            return
         if self.a_group_size is not None:
             raise UserError(
                 f"quant.a_group_size={self.a_group_size}: quant.static_activations=true has one scale per site; "

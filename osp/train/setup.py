@@ -41,6 +41,7 @@ MIN_TRIAL_STEPS, TRIAL_SECONDS = 3, 3.0  # the trial of `train.minutes` ends aft
 MEANING = ("model.", *AT_TOP, "tokenizer.eos_token")
 INITIAL = ("model.init", "model.scale_residual_init", "model.max_position_embeddings")
 INITIAL += ("norm.init", "norm.alpha", "norm.lam")
+ORDER = ("train.seed", "train.seq_len", "data.bos", "data.repeat")  # keys that decide the order of the sequences
 SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
@@ -233,9 +234,7 @@ def position_in(shards: Path, config: Config, checkpoint: Checkpoint) -> tuple[t
             f"{subject} was trained on another text than {shards} holds now; choose another run.name; with "
             f"resume={run} that one goes on with the new text"
         )
-    order = [
-        change for change in changed if change.startswith(("train.seed", "train.seq_len", "data.bos", "data.repeat"))
-    ]
+    order = [change for change in changed if change.startswith(ORDER)]
     if same and order:
         raise UserError(
             f"{subject} has read part of {shards}, and its next sequence is unknown with other values ("
