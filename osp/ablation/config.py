@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.evaluation.config import Column
 from osp.schema import Count, FilePath, Positive, Seed
 
@@ -69,10 +69,8 @@ def parse_rows(config: AblationConfig) -> dict[str, tuple[str, ...]]:
             raise UserError(f"rows: {text!r}; write the name of an experiment, or 'NAME: OVERRIDE OVERRIDE'")
         if name in rows:
             raise UserError(f"rows: {name!r} is repeated; give each row another name")
-        try:
+        with as_user_error(f"rows: {text!r}: ", ValueError):
             rows[name] = tuple(shlex.split(rest)) if colon else (f"+experiment={name}",)
-        except ValueError as error:
-            raise UserError(f"rows: {text!r}: {error}") from error
     return rows
 
 

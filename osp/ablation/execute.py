@@ -18,7 +18,7 @@ from osp.ablation.config import AblationConfig, check_ablation, parse_rows
 from osp.ablation.runs import Compose, Planned, plan
 from osp.ablation.table import ablation_page, as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, leaves
-from osp.errors import RunError, StoppedError, UserError
+from osp.errors import RunError, StoppedError, UserError, as_user_error
 from osp.evaluation.config import CompareConfig
 from osp.files import parse_json, write_text
 from osp.model.transformer import count_parameters
@@ -48,10 +48,8 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     """
     check_ablation(config)
     runs = plan(config, compose)
-    try:
+    with as_user_error(f"dir={config.dir}: cannot write there: ", OSError):
         Path(config.dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"dir={config.dir}: cannot write there: {error.strerror}") from error
     execution = Execution(config, runs, scripts=scripts)
     num_tokens, places = [run.num_steps * run.config.train.tokens_per_step for run in execution.runs], execution.slots
     where = f"GPUs {[s.gpus for s in places]}" if places[0].gpus else f"threads per process: {places[0].threads}"

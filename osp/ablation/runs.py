@@ -10,7 +10,7 @@ from typing import Any
 
 from osp.ablation.config import AblationConfig, parse_rows, settings_of
 from osp.config import Config, RunConfig, from_dict, leaves, to_dict
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.run.read import FREE
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]  # returns the configuration of `scripts/train.py OVERRIDES`
@@ -67,18 +67,14 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
             value *= own
         overrides = [*config.common, *settings, *rows[row], *config.overrides]
         overrides += [] if value is None else [f"{sweep.key}={value}"]
-        try:
+        with as_user_error(f"row {row}: ", UserError):
             trained = from_dict(compose([*overrides, f"train.seed={seed}"]))
-        except UserError as error:
-            raise UserError(f"row {row}: {error}") from error
         num_steps = trained.train.num_steps
         if num_steps is None:
             raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")
         # The folder's name has a hash of the training: one that appears twice, for instance in a sweep, runs once, and
         # a run with another configuration is never mistaken for it.
-        values = {
-            key: v for key, v in leaves(to_dict(trained)) if not key.startswith(FREE) and LATER.get(key, ...) != v
-        }
+        values = {k: v for k, v in leaves(to_dict(trained)) if not k.startswith(FREE) and LATER.get(k, ...) != v}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{row}-seed{seed}-{digest}"
         trained = dataclasses.replace(trained, run=RunConfig(name=label, dir=str(Path(config.dir) / "runs" / label)))

@@ -199,10 +199,8 @@ def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _library() -> Any:
-    try:
+    with as_user_error("format=gguf needs the gguf library: pip install -e '.[deploy]' (", ImportError, after=")"):
         import gguf
-    except ImportError as error:
-        raise UserError("format=gguf needs the gguf library: pip install -e '.[deploy]'") from error
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it would print the name of the temporary file
     return gguf
 

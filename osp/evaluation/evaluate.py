@@ -20,7 +20,7 @@ from tqdm import tqdm
 from osp.config import COMPARISONS, EVALUATIONS
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.distributed import init_distributed, is_main
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.evaluation.config import EvaluateConfig, MeasureConfig
 from osp.evaluation.harness import HarnessModel, evaluate_local_task, evaluate_named_tasks, load_named_tasks
 from osp.evaluation.language_model import LanguageModel, open_model
@@ -65,11 +65,9 @@ class Measurement:
             if name == "paper" or name.endswith(".jsonl"):
                 raise UserError(f"lm_eval={name}: local files are tasks=[...]; the preset of the harness is paper_ten")
         if config.tasks or config.lm_eval:
-            try:
+            missing = "tasks, lm_eval: lm-eval is not installed; pip install -e '.[lm-eval]' ("
+            with as_user_error(missing, ImportError, after=")"):
                 importlib.import_module("lm_eval")
-            except ImportError as error:
-                fix = "pip install -e '.[lm-eval]'"
-                raise UserError(f"tasks, lm_eval: lm-eval is not installed; {fix} ({error})") from error
         if config.lm_eval_dir is not None and not Path(config.lm_eval_dir).is_dir():
             raise UserError(f"lm_eval_dir={config.lm_eval_dir} is not a folder")
         bos = subject.begins_with_bos if config.bos is None else config.bos
@@ -218,12 +216,10 @@ def check_out(out: str | None, run: Path | None = None) -> None:
     if out and (path.is_dir() or path.parent.is_file()):
         reason = "is a folder" if path.is_dir() else f"{path.parent} is not a folder"
         raise UserError(f"out={path}: {reason}; name a JSON file")
-    try:
+    fix = "" if out else "; name a file elsewhere with out=FILE"
+    with as_user_error(f"{'out=' * bool(out)}{path}: cannot write there: ", OSError, after=fix):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        fix = "" if out else "; name a file elsewhere with out=FILE"
-        raise UserError(f"{'out=' * bool(out)}{path}: cannot write there: {error.strerror}{fix}") from error
 
 
 def store_record(

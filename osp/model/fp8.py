@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 
 MULTIPLE = 16  # the hardware needs every side of a product to be a multiple
 
@@ -21,10 +21,8 @@ MULTIPLE = 16  # the hardware needs every side of a product to be a multiple
 @cache
 def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a differentiable function x (..., in), W (out, in) -> x W^T, all of one dtype."""
-    try:
+    with as_user_error("train.precision=fp8 needs torchao: pip install -e '.[fp8]' (", ImportError, after=")"):
         public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
-    except ImportError as error:
-        raise UserError("train.precision=fp8 needs torchao: pip install -e '.[fp8]'") from error
     config = public.Float8LinearConfig(emulate=emulate)
     # a converted layer holds the settings of the function, and the conversion prepares torch.compile for it
     plain = torch.nn.Linear(MULTIPLE, MULTIPLE, bias=False, device="meta")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from osp.config import Config, MonitorConfig
 from osp.data.loader import Layout
 from osp.data.tokenizer import eos_id, load_tokenizer
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import read_utf8
 from osp.model.sites import split_site
 from osp.model.transformer import check_finite
@@ -60,10 +60,8 @@ def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tu
     kurtoses = {name: site.statistics["kurtosis"] for name, site in reading.sites.items()}
     order = sorted(kurtoses, key=lambda name: -over_usual(name, kurtoses[name]))
     place = out or run / FORENSICS
-    try:
+    with as_user_error(f"{place}: cannot write there: ", OSError, after="; set out to another folder"):
         bundle_path = write_bundle(forensics.bundle(order[0], reading, history), place)
-    except OSError as error:
-        raise UserError(f"{place}: cannot write there: {error.strerror}; set out to another folder") from error
     return _table(order, reading, history), bundle_path
 
 

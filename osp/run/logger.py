@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from osp.config import Config, LoggerConfig, WandbMode, to_dict
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
 from osp.files import LineWriter, drop_after, printable, write_text
 from osp.run.evaluations import replace_nonfinite
 from osp.run.metrics import build_workspace, layer_grids
@@ -172,10 +172,8 @@ def check_wandb(config: LoggerConfig) -> WandbMode:
         return "disabled"
     if config.wandb != "online":
         return config.wandb
-    try:
+    with as_user_error("logger.wandb=online but wandb is not installed; pip install wandb (", ImportError, after=")"):
         import wandb
-    except ImportError as error:
-        raise UserError("logger.wandb=online but wandb is not installed; pip install wandb") from error
     try:
         has_key = wandb.login(prompt=False)
     except wandb.Error as error:  # unreachable, or the key is refused: training matters more

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from osp.config import ROLES
-from osp.errors import UserError
+from osp.errors import as_user_error
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,9 @@ PANELS = tuple(_panels())
 
 def build_workspace(entity: str, project: str) -> Any:
     """Return the `wandb_workspaces` workspace, which `save()` sends to W&B; raise `UserError` without that package."""
-    try:
+    with as_user_error("the W&B panels need wandb-workspaces; pip install -e '.[wandb]' (", ImportError, after=")"):
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
-    except ImportError as error:
-        raise UserError("the W&B panels need wandb-workspaces; pip install -e '.[wandb]'") from error
     sections: dict[str, list[Any]] = {}
     for panel in PANELS:
         drawn: dict[str, Any] = {"metric_regex": panel.regex} if panel.regex else {"y": list(panel.keys)}
