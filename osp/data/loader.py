@@ -358,6 +358,5 @@ def number_documents(rows: Array, eos_id: int, *, has_start: bool = False) -> Ar
 
 def _batch(rows: Array, layout: Layout, eos_id: int | None, num_rows: int, *, checksum: int = 0) -> Batch:
     """Return a batch of all `rows`. eos_id: number documents; None: do not"""
-    ids = None if eos_id is None else number_documents(rows, eos_id, has_start=layout.has_start)
-    document_ids = None if ids is None else torch.from_numpy(ids)
-    return Batch(torch.from_numpy(rows.astype(np.int64, copy=False)), document_ids, num_rows, checksum)
+    ids = None if eos_id is None else torch.from_numpy(number_documents(rows, eos_id, has_start=layout.has_start))
+    return Batch(torch.from_numpy(rows), ids, num_rows, checksum)

@@ -7,7 +7,6 @@ the order of the channels. If H is a multiple of the identity, GPTQ is round-to-
 
 import functools
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +90,8 @@ def quantize_weights_gptq(
                 continue
             width = next(iter(chosen.values())).shape[1]
             hessian = torch.zeros(width, width, device=device)
-            with ExitStack() as stack:
-                add = functools.partial(_add_second_moments, hessian)
-                stack.callback(hook_site(model, f"{layer_name(index)}/{site}", add).remove)
+            add = functools.partial(_add_second_moments, hessian)
+            with hook_site(model, f"{layer_name(index)}/{site}", add):  # removed at the end
                 run(layer, hidden)
             for name, weight in chosen.items():
                 grid = grid_of(f"layers.{index}.{name}", weight) if grid_of else None
