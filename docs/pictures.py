@@ -107,7 +107,25 @@ def sweep() -> list[Panel]:
     return list(panels.values())
 
 
-PICTURES = {ASSETS / "outliers.svg": outliers, ASSETS / "ablation.svg": sweep}
+def mechanism() -> list[Panel]:
+    """Return the share of the top channel before and after the gain, its gain, and what 4 bits cost, over the steps."""
+    rows = json.loads((BENCHMARKS / "mechanism.json").read_text(encoding="utf-8"))
+    steps: list[float] = [0, 300, 600, 900, 1200]
+    panels = {
+        "before": Panel("Share of the channel before the gain", steps, [0, 0.2, 0.4, 0.6]),
+        "after": Panel("Share of it after the gain", steps, [0, 0.2, 0.4, 0.6]),
+        "gain": Panel("Its gain, in medians", steps, [1, 2, 3]),
+        "copied_cost": Panel("4-4-4 costs, nats per copied token", steps, [0, 0.1, 0.2]),
+    }
+    for name, panel in panels.items():
+        for row in ("muon", "osp"):
+            for seed, curve in enumerate(rows[row]):
+                x = curve["checkpoints" if name.endswith("cost") else "steps"]
+                panel.curves.append(Curve(row, x, curve[name], thin=seed > 0))
+    return list(panels.values())
+
+
+PICTURES = {ASSETS / "outliers.svg": outliers, ASSETS / "ablation.svg": sweep, ASSETS / "mechanism.svg": mechanism}
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

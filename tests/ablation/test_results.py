@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from osp.ablation.config import AblationConfig
 from osp.ablation.runs import Planned, plan
@@ -31,6 +32,7 @@ from osp.ablation.table import (
 )
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
+from osp.schema import build
 from osp.tables import render_text
 from tests.ablation.test_ablation_runs import config
 from tests.browser import CHROMIUM, Browser
@@ -227,7 +229,7 @@ def from_json(values: dict[str, Any]) -> Results:
     lines, columns = [], {}
     for row in values["rows"]:
         cells = {
-            name: Cell(number(cell["mean"]), number(cell["deviation"]), cell["count"], cell["quant"])
+            name: Cell(**cell | {key: number(cell[key]) for key in ("mean", "deviation")})
             for name, cell in row["cells"].items()
         }
         columns |= {name: cell.quant for name, cell in cells.items() if cell.quant}
@@ -236,13 +238,16 @@ def from_json(values: dict[str, Any]) -> Results:
     return Results(**values | {"rows": lines, "runs": runs, "columns": columns})
 
 
-@pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past", "outliers"])
+@pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past", "outliers", "twice"])
 def test_committed_json_renders_the_committed_tables(name: str) -> None:
     """Tables that were added after the file was committed are allowed."""
     folder = ROOT / "benchmarks"
     values = json.loads((folder / f"{name}.json").read_text())
     seeds = sorted({run["seed"] for run in values["runs"]})
     wanted = config(seeds=seeds, sweep={"key": "optimizer.lr", "values": [0.1]})
+    if name == "twice":
+        preset = yaml.safe_load((ROOT / "configs" / "scale" / "twice.yaml").read_text(encoding="utf-8"))
+        wanted = build(AblationConfig, preset)
     rendered = as_markdown(from_json(values), wanted)
 
     def tables(text: str) -> list[str]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pictures
 import pytest
+import torch
 
+from osp.monitor.statistics import compute_moments, excess_kurtosis
+from osp.quant.formats import FORMATS
 from tests.conftest import ROOT
 from tests.documents import read_page, section, tables
 
@@ -68,6 +71,71 @@ def test_table_past_the_paper() -> None:
             assert_written(row[column], ours["mean"] - reference["mean"], deviation)
         largest = re.findall(r"\d+", row["max abs at `down_proj`"])[0]
         assert int(largest) == round(cells["down_proj_max"]["mean"])
+
+
+WHY = read_page("docs/why-outliers.md")
+OUTLIERS = {
+    "largest kurtosis": "norm_kurtosis",
+    "top channel before the gain": "share_before_gain",
+    "after it": "share_after_gain",
+    "attention sink": "attn_sink",
+    "largest block output": "block_out_max",
+    "largest input of `down_proj`": "down_proj_max",
+}
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "copied"), (1, "held_out"), (2, "")])
+def test_tables_of_the_copy_task(number: int, text: str) -> None:
+    measured = cells_of("twice.json", "best")
+    table = tables(section(WHY, "What 4 bits pay for it"), "row")[number]
+    assert [row["row"].strip("`") for row in table] == list(measured)
+    for row in table:
+        cells = measured[row["row"].strip("`")]
+        for column in row.keys() - {"row"}:
+            name = f"{text} loss" if column == "at 16 bits" else f"{text} cost {column}"
+            cell = cells[OUTLIERS[column] if not text else name]
+            assert_written(row[column], cell["mean"], cell["interval"])
+
+
+def test_tables_of_planted_outliers() -> None:
+    results = json.loads((ROOT / "benchmarks" / "retrofit.json").read_text(encoding="utf-8"))["results"]
+    names = ("before", "adam, RMSNorm", "muon, RMSNorm", "ssnorm, before", "muon, SSNorm")
+    keys = [f"as trained: {name}" for name in names]
+    for table, wanted in zip(
+        tables(section(WHY, "What a planted outlier costs"), "model"),
+        ([keys[0], *(key.replace("as trained", "planted") for key in keys)], keys),
+        strict=True,
+    ):
+        for row, key in zip(table, wanted, strict=True):
+            _, share, kurtosis, loss, cost, folded = row.values()
+            numbers = results[key]
+            assert share == f"{100 * numbers['top_channel_share']:.0f}%"
+            assert kurtosis == f"{numbers['kurtosis']:.1f}"
+            assert loss == f"{numbers['copied 16-16-16']:.3f}"
+            assert cost == f"{numbers['copied 4-4-4 costs']:.3f}"
+            assert folded == f"{numbers['copied 4-4-4 folded costs']:.3f}"
+
+
+def test_table_of_the_strength_of_an_outlier() -> None:
+    """One channel is `a` times the others, which are normal: the error that 4-bit rounding of a token adds to them."""
+    (table,) = tables(section(WHY, "How strong an outlier must be"), "one channel is *a* times the others")
+    title, *strengths = table[0]
+    rows = {row[title]: [row[a] for a in strengths] for row in table}
+    for i, a in enumerate(map(float, strengths)):
+        for width in (128, 2048):
+            x = torch.randn(300, width, generator=torch.Generator().manual_seed(0))
+            x[:, 0] = a
+            others = x[:, 1:]
+            if width == 128:
+                error = (FORMATS["asym"](4).round(x, group_size=None) - x)[:, 1:].square().mean() / others.var()
+                assert error.item() == pytest.approx(
+                    float(rows["error of the others, relative to their energy"][i]), abs=0.012
+                )
+            share = a**2 / (a**2 + width - 1)
+            assert rows[f"share of the energy, {width} channels"][i] == f"{100 * share:.0f}%"
+            kurtosis = excess_kurtosis(compute_moments(x, 1)).mean().item()
+            written = float(rows[f"excess kurtosis, {width} channels"][i])
+            assert kurtosis == pytest.approx(written, rel=0.02, abs=0.7)
 
 
 @pytest.mark.parametrize("file", pictures.PICTURES, ids=lambda file: file.name)
