@@ -273,7 +273,7 @@ def costs(lines: Sequence[Line], text: str, columns: Sequence[str], minus: Line 
 
 
 def bracket_table(results: Results, config: AblationConfig) -> list[list[str]]:
-    """Return the loss of every row at each factor of its own value, and on which texts its own is the best."""
+    """Return the loss of every row at each factor of its value, and on which texts factor 1 is the best."""
     factors, own = sorted({1.0, *config.sweep.factors}), {run.label for run in results.runs if run.value is None}
     texts = {text: f"{text} loss" for text in results.data} if config.columns else {"validation split": "loss"}
     heading = [f"{text}, {factor:g} x" for text in texts for factor in factors]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASSIVE_SIGMAS = 6.0  # OSP counts values beyond this many standard deviations as massive activations
-_TINY = 1e-300  # added to the energy of nothing but zeros, of which every share is 0
+_TINY = 1e-300  # added to an energy, so that every share of zeros is 0
 
 # `Sample.counts` is a histogram by sign, octave and the 7 bits of a bf16 mantissa, between 2^-32 and 2^32.
 _OCTAVES = 64
