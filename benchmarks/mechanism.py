@@ -12,13 +12,15 @@ benchmarks/mechanism.json: for each row one table a seed, a column for each quan
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from osp.evaluation.language_model import open_model
-from osp.evaluation.perplexity import perplexity
+from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import COPIED, HELD_OUT, read_texts
+from osp.model.transformer import Transformer
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec
 from osp.run.read import read_run
@@ -33,6 +35,7 @@ STATISTICS = {
     "kurtosis": "kurtosis",
 }
 TOKENS = 32_768
+PLAIN = "loss"
 FOUR_BITS = QuantSpec(w_bits=4, a_bits=4, kv_bits=4)
 SPECS = {"cost": FOUR_BITS, "cost_folded": dataclasses.replace(FOUR_BITS, fold_gains=True)}
 
@@ -45,21 +48,25 @@ def probes(run: Path) -> dict[str, list[float]]:
     return {"steps": steps} | {name: [round(v, 4) for v in column.values.tolist()] for name, column in columns.items()}
 
 
+def measure(model: Transformer, texts: Sequence[Text]) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Yield the name of each text, the loss at 16 bits, and what each of `SPECS` adds, in nats per token."""
+    losses: dict[str, list[float]] = {}
+    for name, spec in ({PLAIN: QuantSpec()} | SPECS).items():
+        with quantized(model, spec):
+            losses[name] = [perplexity(model, text, seq_len=64, max_tokens=TOKENS).loss for text in texts]
+    for i, text in enumerate(texts):
+        yield text.name, losses[PLAIN][i], {name: losses[name][i] - losses[PLAIN][i] for name in SPECS}
+
+
 def costs(run: Path) -> dict[str, list[float]]:
     """Return the steps of the checkpoints of a run, and what 4-4-4 costs on each text after them, in nats per token."""
     columns: dict[str, list[float]] = {"checkpoints": []}
     for checkpoint in sorted((run / "checkpoints").glob("step_*")):
         subject = open_model(checkpoint)
-        texts = read_texts([HELD_OUT, COPIED], subject)
         columns["checkpoints"].append(subject.step or 0)
-        plain = [perplexity(subject.model, text, seq_len=64, max_tokens=TOKENS).loss for text in texts]
-        for text, loss in zip(texts, plain, strict=True):
-            columns.setdefault(f"{text.name}_loss", []).append(round(loss, 5))
-        for name, spec in SPECS.items():
-            with quantized(subject.model, spec):
-                rounded = [perplexity(subject.model, text, seq_len=64, max_tokens=TOKENS).loss for text in texts]
-            for text, loss, before in zip(texts, rounded, plain, strict=True):
-                columns.setdefault(f"{text.name}_{name}", []).append(round(loss - before, 5))
+        for text, loss, added in measure(subject.model, read_texts([HELD_OUT, COPIED], subject)):
+            for name, value in ({PLAIN: loss} | added).items():
+                columns.setdefault(f"{text}_{name}", []).append(round(value, 5))
     return columns
 
 

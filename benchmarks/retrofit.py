@@ -19,29 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mechanism import measure
 from torch import Tensor
 
 from osp.config import MonitorConfig, leaves, to_dict
 from osp.convert.hf_export import write_llama, write_tokenizer
 from osp.evaluation.language_model import LanguageModel, open_model
-from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import COPIED, HELD_OUT, read_texts
 from osp.model.fold import residual_norms
 from osp.monitor.probe import ProbeText, probe
-from osp.quant.apply import quantized
-from osp.quant.spec import QuantSpec
 from osp.run.folder import environment
 from osp.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, GAIN, CHANNEL, TOKENS = 500, 50.0, 0, 32_768
+STEPS, GAIN, CHANNEL = 500, 50.0, 0
 WAYS = {  # name -> norm of the start, keys of the training
     "adam, RMSNorm": ("rmsnorm", ["optimizer=adamw", "optimizer.lr=2e-3"]),
     "muon, RMSNorm": ("rmsnorm", ["optimizer=muon", "optimizer.lr=5e-3"]),
     "muon, SSNorm": ("ssnorm", ["optimizer=muon", "optimizer.lr=5e-3"]),
 }
-SPECS = {"4-4-4": QuantSpec(w_bits=4, a_bits=4, kv_bits=4)}
-SPECS["4-4-4 folded"] = dataclasses.replace(SPECS["4-4-4"], fold_gains=True)
+TITLES = {"cost": "4-4-4", "cost_folded": "4-4-4 folded"}  # of the quantizations of mechanism.py
 KEPT = ("train.seq_len", "train.tokens_per_step", "data.", "engine.threads")  # keys of the run
 
 
@@ -55,7 +52,7 @@ def plant(subject: LanguageModel) -> None:
                 subject.model.get_parameter(f"{reader}.weight")[:, CHANNEL] /= GAIN
 
 
-def measure(path: Path, rows: LanguageModel) -> dict[str, float]:
+def measure_model(path: Path, rows: LanguageModel) -> dict[str, float]:
     """Return the outliers of a model and its losses on the validation split of the run `rows`, nats per token."""
     subject = dataclasses.replace(open_model(path), run=rows.run, config=rows.config, folder=rows.folder)
     texts = read_texts([HELD_OUT, COPIED], subject)
@@ -65,15 +62,9 @@ def measure(path: Path, rows: LanguageModel) -> dict[str, float]:
     seen = probe(subject.model, ProbeText(sequences), MonitorConfig(sites=("attn_in", "mlp_in"), statistics=statistics))
     site = max(seen.sites, key=lambda name: seen.sites[name].statistics["top_channel_share"])
     numbers = {name: seen.sites[site].statistics[name] for name in statistics}
-    losses = {}
-    for name, spec in ({"16-16-16": QuantSpec()} | SPECS).items():
-        with quantized(subject.model, spec):
-            for text in texts:
-                losses[text.name, name] = perplexity(subject.model, text, seq_len=64, max_tokens=TOKENS).loss
-    for text in texts:
-        numbers[f"{text.name} 16-16-16"] = losses[text.name, "16-16-16"]
-        for name in SPECS:
-            numbers[f"{text.name} {name} costs"] = losses[text.name, name] - losses[text.name, "16-16-16"]
+    for text, loss, added in measure(subject.model, texts):
+        numbers[f"{text} 16-16-16"] = loss
+        numbers |= {f"{text} {TITLES[name]} costs": value for name, value in added.items()}
     return numbers
 
 
@@ -102,17 +93,18 @@ def main() -> None:
             write_llama(subject.model, stock, dtype="fp32", shard_bytes=size, bos_id=bos, eos_id=eos)
             write_tokenizer(subject, stock)
             shutil.copyfile(source.run / "tokenizer.json", stock / "tokenizer.json")  # of the shards
-            results[f"{start}: before"] = measure(stock, source)
+            results[f"{start}: before"] = measure_model(stock, source)
             for way, (norm, overrides) in WAYS.items():
                 converted, name = folder / f"{start}-{norm}", f"{start}: {way}"
                 if not converted.exists():
                     run_script("convert", str(stock), f"to={norm}", f"out={converted}", f"text={source.run}")
-                    results[f"{start}: {norm}, before"] = measure(converted, source)
+                    if norm == "ssnorm":  # with RMSNorm it is the same model
+                        results[f"{start}: ssnorm, before"] = measure_model(converted, source)
                 out = folder / name.replace(" ", "_").replace(":", "").replace(",", "")
                 length = [f"train.steps={STEPS}", "train.seed=100", f"run.dir={out}", "run.name=retrofit"]
                 quiet = ["logger.wandb=disabled", "eval.every=0", "eval.sample_tokens=0", "checkpoint.every=0"]
                 run_script("train", *keys, *overrides, *length, *quiet, f"checkpoint.init_from={converted}")
-                results[name] = measure(out, source)
+                results[name] = measure_model(out, source)
                 shutil.rmtree(out)
     record = {"run": source.run.name, "model": source.sha256(), "environment": environment(), "results": results}
     path = Path(__file__).with_suffix(".json")

@@ -70,8 +70,8 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         overrides = [*config.common, *settings, *rows[row], *config.overrides]
         overrides += [] if value is None else [f"{sweep.key}={value}"]
         with as_user_error(f"row {row}: ", UserError):
-            values = composed(*overrides)
-            trained = from_dict(values | {"train": values["train"] | {"seed": seed}})
+            keys = composed(*overrides)
+            trained = from_dict(keys | {"train": keys["train"] | {"seed": seed}})
         num_steps = trained.train.num_steps
         if num_steps is None:
             raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")

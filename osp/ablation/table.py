@@ -157,10 +157,10 @@ def measure(run: Planned, record: ComparisonRecord, config: AblationConfig) -> M
     for row, cells in model.bits.items():
         for bits, score in cells.items():
             numbers[bits + HADAMARD * bool(row)] = math.inf if score.perplexity is None else score.perplexity
-    for column, text in itertools.product(config.columns, model.texts):
+    for text in model.texts if config.columns else ():
         nats = {c: math.log(cell.perplexities.get(text, math.nan)) for c, cell in model.bits[""].items()}
         numbers[f"{text} loss"] = nats[FIRST]
-        numbers[f"{text} cost {column}"] = nats.get(column, math.nan) - nats[FIRST]
+        numbers |= {f"{text} cost {column}": nats.get(column, math.nan) - nats[FIRST] for column in config.columns}
     # a method that cannot be applied to a model has no score
     numbers |= {method: s.perplexity for method, s in model.methods.items() if s.perplexity is not None}
     first, last = (math.log(numbers.get(column, math.nan)) for column in (FIRST, LAST))

@@ -43,8 +43,6 @@ TOO_LONG = f"longer than {MOST_BYTES >> 20} MiB; split it into several"
 # Files that are together only in a run, shards (the second while they begin), a model, an ablation or a folder of W&B
 OWN = "config.yaml metrics.jsonl, manifest.json tokenizer.json, lock tokenizer.json, config.yaml tokenizer.json, "
 OWN += "config.json tokenizer.json, ablation.json ablation.md, debug-internal.log latest-run"
-SYMBOLS = string.ascii_letters + string.digits + "+-"  # of the Bigram-Backcopy task
-TRIGGERS = "xyz"
 OWN_FOLDERS = [set(names.split()) for names in OWN.split(", ")]
 
 logger = logging.getLogger(__name__)
@@ -56,6 +54,7 @@ class Source(ABC):
 
     IN_MIXTURE = True  # may be a part of a mixture
     OF_CHARACTERS = False  # each character is a token, and the tokenizer is made for that
+    TRIGGERS: str = ""  # characters after which the character before them is repeated
 
     def __init__(self, config: TextConfig, key: str = "data") -> None:
         """Check `config`, the whole `data` or a part of `data.mixture`. key: its name in messages"""
@@ -204,11 +203,12 @@ class Backcopy(Source):
 
     IN_MIXTURE = False
     OF_CHARACTERS = True
+    SYMBOLS, TRIGGERS = string.ascii_letters + string.digits + "+-", "xyz"
     DOCUMENTS, LENGTH, AT_ONCE = 4096, 4096, 256  # 16.8 million symbols
 
     def documents(self) -> Iterator[str]:
-        symbols, number = np.array(list(SYMBOLS)), len(SYMBOLS)
-        triggers = [SYMBOLS.index(symbol) for symbol in TRIGGERS]
+        symbols, number = np.array(list(self.SYMBOLS)), len(self.SYMBOLS)
+        triggers = [self.SYMBOLS.index(symbol) for symbol in self.TRIGGERS]
         shares = _uniform(0, number * number).reshape(number, number) ** 8
         shares[:, triggers] *= 5
         bounds = np.cumsum(shares / shares.sum(1, keepdims=True), axis=1)[:, :-1]
@@ -221,7 +221,7 @@ class Backcopy(Source):
             yield from ("".join(symbols[chain]) for chain in chains[2:].T)
 
     def fingerprint(self) -> Any:
-        return [SYMBOLS, TRIGGERS, self.DOCUMENTS, self.LENGTH, self.AT_ONCE]
+        return [self.SYMBOLS, self.TRIGGERS, self.DOCUMENTS, self.LENGTH, self.AT_ONCE]
 
 
 def _uniform(seed: int, number: int) -> np.ndarray[Any, Any]:

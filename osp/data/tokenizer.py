@@ -57,16 +57,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, *, of_charact
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's regular expression
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(WORD_BYTES)])
     tokenizer.decoder = decoders.ByteLevel()
-    size = len(alphabet) + 1 if of_characters else config.vocab_size
+    wanted = len(alphabet) + 1 if of_characters else config.vocab_size
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
+        vocab_size=wanted, special_tokens=[config.eos_token], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(sample(), trainer)
     tokenizer.pre_tokenizer = words
-    if tokenizer.get_vocab_size() < size:
-        logger.warning(
-            "the text yields %d tokens, fewer than tokenizer.vocab_size=%d", tokenizer.get_vocab_size(), size
-        )
+    if (size := tokenizer.get_vocab_size()) < wanted:
+        logger.warning("the text yields %d tokens, fewer than tokenizer.vocab_size=%d", size, wanted)
     tokenizer.encode_special_tokens = True  # a document that mentions <|endoftext|> is not split in two
     return tokenizer
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from osp.config import Config, SourceConfig
 from osp.data.loader import Layout, Shards
-from osp.data.sources import TRIGGERS, is_documents, make_source
+from osp.data.sources import SOURCES, Source, is_documents, make_source
 from osp.data.tokenizer import FILE_NAME, load_tokenizer, spec_hash, token_bytes
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
@@ -114,21 +114,23 @@ def held_out(name: str, shards: Path, tokenizer: Tokenizer, layout: Layout, *, m
     if _encoding(load_tokenizer(shards / FILE_NAME)) != _encoding(tokenizer):
         raise UserError(f"{name}: {shards} holds the tokens of another tokenizer than the model's")
     tokens = np.concatenate(split.tokens or [np.zeros(0, np.int64)])
-    row = layout.within(len(tokens)).seq_len + 1 if layout.has_start else None
-    tokens = _sequences(tokens, layout, split.manifest.eos_id).flatten()[:max_tokens].astype(np.int64)
+    sequences = _sequences(tokens, layout, split.manifest.eos_id)
+    row = sequences.shape[1] if layout.has_start else None
+    tokens = sequences.reshape(-1)[:max_tokens].astype(np.int64)
     digest = hashlib.sha256("".join(shard.sha256 for shard in split.manifest.val.shards).encode())
     return replace(_text(name, tokens, digest.hexdigest(), tokenizer), row=row)
 
 
 def copied(text: Text, config: Config, subject: LanguageModel) -> Text:
     """Return `text` with only the tokens counted that a model can copy from earlier ones of their sequence."""
-    rows = text.tokens[: len(text.tokens) // (text.row or 1) * (text.row or 1)].view(-1, text.row or 1)
+    length, triggers = text.row or 1, SOURCES.get(config.data.source, Source).TRIGGERS
+    rows = text.tokens[: len(text.tokens) // length * length].view(-1, length)
     counted = torch.zeros_like(rows, dtype=torch.bool)
     if config.data.repeat:
         counted[:, config.data.repeat + 1 :] = True
-    elif config.data.source == "backcopy":
-        triggers = torch.tensor([subject.tokenizer.token_to_id(symbol) for symbol in TRIGGERS])
-        counted[:, 3:] = torch.isin(rows[:, 2:-1], triggers)
+    elif triggers:
+        ids = torch.tensor([subject.tokenizer.token_to_id(symbol) for symbol in triggers])
+        counted[:, 3:] = torch.isin(rows[:, 2:-1], ids)
     else:
         raise UserError(
             f"{COPIED}: {subject.folder} was trained without data.repeat and data=backcopy; take {HELD_OUT}"

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from osp.config import DataConfig, SourceConfig, TextConfig, from_dict
-from osp.data.sources import SOURCES, SYMBOLS, TRIGGERS, Source, make_source
+from osp.data.sources import SOURCES, Backcopy, Source, make_source
 from osp.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -537,19 +537,19 @@ def test_backcopy_repeats_the_symbol_before_a_trigger_and_else_follows_one_table
     assert texts == list(itertools.islice(documents(config), 300))
     assert len(set(texts)) == 300
     assert {len(text) for text in texts} == {4096}
-    assert {*"".join(texts)} == {*SYMBOLS}
-    following: dict[str, list[Counter[str]]] = {symbol: [Counter(), Counter()] for symbol in SYMBOLS}
+    assert {*"".join(texts)} == {*Backcopy.SYMBOLS}
+    following: dict[str, list[Counter[str]]] = {symbol: [Counter(), Counter()] for symbol in Backcopy.SYMBOLS}
     for number, text in enumerate(texts):
         for before, symbol, after in zip(text, text[1:], text[2:], strict=False):
-            if symbol in TRIGGERS:
+            if symbol in Backcopy.TRIGGERS:
                 assert after == before
             else:
                 following[symbol][number % 2][after] += 1
     for halves in following.values():  # both halves of the documents show the same table
-        for symbol in () if not halves[0] else SYMBOLS:
+        for symbol in () if not halves[0] else Backcopy.SYMBOLS:
             first, second = (half[symbol] / half.total() for half in halves)
             assert abs(first - second) < 6 * max(1e-6, first * (1 - first) / halves[1].total() * 2) ** 0.5 + 0.002
-    share = sum(text.count(trigger) for text in texts for trigger in TRIGGERS) / (300 * 4096)
+    share = sum(text.count(trigger) for text in texts for trigger in Backcopy.TRIGGERS) / (300 * 4096)
     assert 0.1 < share < 0.25
 
 

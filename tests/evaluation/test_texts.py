@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from osp.config import Config, from_dict
-from osp.data.sources import TRIGGERS
+from osp.data.sources import Backcopy
 from osp.errors import UserError
 from osp.evaluation.language_model import open_model
 from osp.evaluation.perplexity import perplexity
@@ -185,7 +185,7 @@ def test_copied_counts_the_tokens_that_can_be_copied(kind: str, tiny_values: dic
             if kind == "repeat" and j > 8:
                 assert row[j] == row[j - 8]
                 counted[i, j] = True
-            if kind == "backcopy" and j > 2 and symbols[j - 1] in TRIGGERS:
+            if kind == "backcopy" and j > 2 and symbols[j - 1] in Backcopy.TRIGGERS:
                 assert row[j] == row[j - 2] or row[j] == subject.eos_id
                 counted[i, j] = True
     assert 0 < counted.sum() < counted.numel()
