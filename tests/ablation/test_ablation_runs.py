@@ -180,16 +180,20 @@ def test_trainings_have_the_folders_of_version_0_1_0() -> None:
     assert other.label not in {run.label for run in runs}
 
 
+def preset(scale: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    """Return the keys of `scripts/ablation.py scale=SCALE`."""
+    monkeypatch.setattr("sys.argv", ["ablation.py", f"scale={scale}", f"dir={folder}"])
+    composed: list[dict[str, Any]] = []
+    entry.run(composed.append, "ablation", defaults=dataclasses.asdict(AblationConfig()))
+    return composed[0]
+
+
 @pytest.mark.parametrize("scale", [path.stem for path in (ROOT / "configs" / "scale").iterdir()])
 def test_every_preset_composes(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every preset, with its experiments and the settings of its rows, is a set of runs."""
-    monkeypatch.setattr("sys.argv", ["ablation.py", f"scale={scale}", f"dir={tmp_path}"])
-    composed: list[dict[str, Any]] = []
-    entry.run(composed.append, "ablation", defaults=dataclasses.asdict(AblationConfig()))
-    wanted = build(
-        AblationConfig,
-        {**composed[0], "overrides": ["data.paths=[corpus.jsonl]"], "rates": ["paper", *composed[0]["settings"]]},
-    )
+    keys = preset(scale, monkeypatch, tmp_path)
+    rates = keys["rates"] if keys["sweep"]["factors"] else ["paper", *keys["settings"]]
+    wanted = build(AblationConfig, {**keys, "overrides": ["data.paths=[corpus.jsonl]"], "rates": rates})
     check_ablation(wanted)
     runs = plan(wanted, entry.compose)
     digest = hashlib.sha256(" ".join(run.label for run in runs).encode()).hexdigest()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from osp.ablation.config import AblationConfig
 from osp.ablation.runs import Planned, plan
@@ -34,7 +33,7 @@ from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
 from osp.schema import build
 from osp.tables import render_text
-from tests.ablation.test_ablation_runs import config
+from tests.ablation.test_ablation_runs import config, preset
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
 from tests.made_run import made_run
@@ -238,16 +237,19 @@ def from_json(values: dict[str, Any]) -> Results:
     return Results(**values | {"rows": lines, "runs": runs, "columns": columns})
 
 
-@pytest.mark.parametrize("name", ["ablation_nano", "ablation_nano_past", "outliers", "twice"])
-def test_committed_json_renders_the_committed_tables(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["ablation_nano", "ablation_nano_past", "outliers", "twice", "twice_wide", "backcopy", "osp_weakness"]
+)
+def test_committed_json_renders_the_committed_tables(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Tables that were added after the file was committed are allowed."""
     folder = ROOT / "benchmarks"
     values = json.loads((folder / f"{name}.json").read_text())
     seeds = sorted({run["seed"] for run in values["runs"]})
     wanted = config(seeds=seeds, sweep={"key": "optimizer.lr", "values": [0.1]})
-    if name == "twice":
-        preset = yaml.safe_load((ROOT / "configs" / "scale" / "twice.yaml").read_text(encoding="utf-8"))
-        wanted = build(AblationConfig, preset)
+    if not name.startswith("ablation") and name != "outliers":
+        wanted = build(AblationConfig, preset(name, monkeypatch, tmp_path))
     rendered = as_markdown(from_json(values), wanted)
 
     def tables(text: str) -> list[str]:

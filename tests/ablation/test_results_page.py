@@ -84,17 +84,51 @@ OUTLIERS = {
 }
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "copied"), (1, "held_out"), (2, "")])
-def test_tables_of_the_copy_task(number: int, text: str) -> None:
-    measured = cells_of("twice.json", "best")
-    table = tables(section(WHY, "What 4 bits pay for it"), "row")[number]
-    assert [row["row"].strip("`") for row in table] == list(measured)
+@pytest.mark.parametrize(
+    ("title", "file"),
+    [
+        ("What 4 bits pay for it", "twice.json"),
+        ("At twice the width", "twice_wide.json"),
+        ("Bigram-Backcopy", "backcopy.json"),
+    ],
+)
+def test_tables_of_the_copy_tasks(title: str, file: str) -> None:
+    """First the costs on copied tokens, then those on all tokens if the page has them, last the outliers."""
+    measured = cells_of(file, "best")
+    *costs, outliers = tables(section(WHY, title), "row")
+    for text, table in [*zip(("copied", "held_out"), costs, strict=False), ("", outliers)]:
+        assert [row["row"].strip("`") for row in table] == list(measured)
+        for row in table:
+            cells = measured[row["row"].strip("`")]
+            for column in row.keys() - {"row"}:
+                name = f"{text} loss" if column == "at 16 bits" else f"{text} cost {column}"
+                cell = cells[OUTLIERS[column] if not text else name]
+                assert_written(row[column], cell["mean"], cell["interval"] if "interval" in cell else cell["deviation"])
+
+
+def test_table_of_the_heads() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "heads.json").read_text(encoding="utf-8"))
+    (table,) = tables(section(WHY, "Bigram-Backcopy"), "recipe")
     for row in table:
-        cells = measured[row["row"].strip("`")]
-        for column in row.keys() - {"row"}:
-            name = f"{text} loss" if column == "at 16 bits" else f"{text} cost {column}"
-            cell = cells[OUTLIERS[column] if not text else name]
-            assert_written(row[column], cell["mean"], cell["interval"])
+        last = measured[row["recipe"].strip("`")][-1]
+        for column, key in (
+            ("at triggers, attention to the token before", "triggers: the token before"),
+            ("at other symbols, to the start token", "other symbols: the start token"),
+        ):
+            assert row[column] == ", ".join(f"{100 * share:.0f}%" for share in last[key])
+
+
+def test_tables_of_the_remedies() -> None:
+    """First 1.5 M tokens, then 8.2 M."""
+    short, long = tables(section(WHY, "What helps `down_proj`"), "row")
+    for table, file in ((short, "osp_weakness.json"), (long, "osp_weakness_long.json")):
+        measured = cells_of(file, "tuned")
+        assert [row["row"].strip("`") for row in table] == list(measured)
+        for row in table:
+            for column in row.keys() - {"row"}:
+                name = {"at 16 bits": "held_out loss", "kurtosis": "down_proj_kurtosis"}
+                cell = measured[row["row"].strip("`")][name.get(column, f"held_out cost {column}")]
+                assert_written(row[column], cell["mean"], cell["deviation"])
 
 
 def test_tables_of_planted_outliers() -> None:
