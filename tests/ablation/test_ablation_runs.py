@@ -25,6 +25,10 @@ LABELS = {  # of published presets -> hash of the names of their runs
     "nano": "c3a26dcfa084",
     "nano_past": "d398cbfbe233",
     "outliers": "fb92eda6cc3e",
+    "backcopy": "c99f9ce7d40e",
+    "osp_weakness": "4d9a3f9c5ad6",
+    "twice": "c27f0219beef",
+    "twice_wide": "9680f11c1bc0",
 }
 SMALL = ("train.steps=4", "train.seq_len=32", "train.tokens_per_step=64", "engine.device=cpu")
 
