@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osp.data.sources import Backcopy
 from osp.evaluation.language_model import open_model
-from osp.evaluation.texts import HELD_OUT, read_text
+from osp.evaluation.texts import COPIED, read_text
 from osp.model.transformer import CausalAttention
 
 SEQUENCES, LEFT_OUT = 64, 8
@@ -27,13 +26,11 @@ SEQUENCES, LEFT_OUT = 64, 8
 def attention(folder: Path) -> list[dict[str, list[float]]]:
     """Return for each layer and quantity one mean probability of attention a head."""
     subject = open_model(folder)
-    text = read_text(HELD_OUT, subject)
-    length = text.row or 1
-    tokens = text.tokens[: SEQUENCES * length].view(-1, length)[:, :-1]
-    symbols = torch.tensor(
-        [subject.tokenizer.encode(symbol, add_special_tokens=False).ids[0] for symbol in Backcopy.TRIGGERS]
-    )
-    triggers = torch.isin(tokens, symbols)[:, LEFT_OUT:]
+    text = read_text(COPIED, subject)
+    assert text.row is not None
+    assert text.counted is not None
+    tokens, copied = (x[: SEQUENCES * text.row].view(-1, text.row) for x in (text.tokens, text.counted))
+    triggers = copied[:, LEFT_OUT + 1 :]  # the symbol after a trigger can be copied
     layers = list[dict[str, list[float]]]()
 
     def add(_: CausalAttention, inputs: tuple[Tensor, ...]) -> None:
@@ -56,7 +53,7 @@ def attention(folder: Path) -> list[dict[str, list[float]]]:
     for module in subject.model.modules():
         if isinstance(module, CausalAttention):
             module.register_forward_pre_hook(add)
-    subject.model(tokens)
+    subject.model(tokens[:, :-1])
     return layers
 
 

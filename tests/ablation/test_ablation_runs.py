@@ -22,10 +22,10 @@ import entry
 LABELS = {  # of published presets -> hash of the names of their runs
     "1b": "d7e958081320",
     "60m": "bc45fce2d1c8",
+    "backcopy": "c99f9ce7d40e",
     "nano": "c3a26dcfa084",
     "nano_past": "d398cbfbe233",
     "outliers": "fb92eda6cc3e",
-    "backcopy": "c99f9ce7d40e",
     "osp_weakness": "4d9a3f9c5ad6",
     "twice": "c27f0219beef",
     "twice_wide": "9680f11c1bc0",

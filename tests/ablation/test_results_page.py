@@ -44,6 +44,22 @@ def assert_written(cell: str, mean: float, deviation: float) -> None:
         assert abs(float(text) - number) <= 0.5001 * 10**-digits, (cell, mean, deviation)
 
 
+def assert_cells(row: dict[str, str], measured: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
+    """Check the cells of a row of the page; `names` maps its columns to quantities of the ablation."""
+    for column, name in names.items():
+        cell = measured[row["row"].strip("`")][name]
+        assert_written(row[column], cell["mean"], cell.get("interval", cell["deviation"]))
+
+
+def assert_costs(table: list[dict[str, str]], measured: dict[str, dict[str, Any]], text: str, **others: str) -> None:
+    """Check a table with a row for each row of the ablation: loss at 16 bits, costs on `text`, and `others`."""
+    assert [row["row"].strip("`") for row in table] == list(measured)
+    names = {"at 16 bits": f"{text} loss"} | others
+    for row in table:
+        columns = row.keys() - {"row"}
+        assert_cells(row, measured, {column: names.get(column, f"{text} cost {column}") for column in columns})
+
+
 @pytest.mark.parametrize(
     ("title", "rates"), [("At the best learning rates", "tuned"), ("At the paper's learning rates", "paper")]
 )
@@ -54,9 +70,7 @@ def test_tables_of_the_papers_rows(title: str, rates: str) -> None:
             "adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp",
         ]  # fmt: skip
         for row in table:
-            for column in QUANTITIES.keys() & row.keys():
-                cell = measured[row["row"].strip("`")][QUANTITIES[column]]
-                assert_written(row[column], cell["mean"], cell["deviation"])
+            assert_cells(row, measured, {column: QUANTITIES[column] for column in QUANTITIES.keys() & row.keys()})
 
 
 def test_table_past_the_paper() -> None:
@@ -96,14 +110,9 @@ def test_tables_of_the_copy_tasks(title: str, file: str) -> None:
     """First the costs on copied tokens, then those on all tokens if the page has them, last the outliers."""
     measured = cells_of(file, "best")
     *costs, outliers = tables(section(WHY, title), "row")
-    for text, table in [*zip(("copied", "held_out"), costs, strict=False), ("", outliers)]:
-        assert [row["row"].strip("`") for row in table] == list(measured)
-        for row in table:
-            cells = measured[row["row"].strip("`")]
-            for column in row.keys() - {"row"}:
-                name = f"{text} loss" if column == "at 16 bits" else f"{text} cost {column}"
-                cell = cells[OUTLIERS[column] if not text else name]
-                assert_written(row[column], cell["mean"], cell["interval"] if "interval" in cell else cell["deviation"])
+    for text, table in zip(("copied", "held_out"), costs, strict=False):
+        assert_costs(table, measured, text)
+    assert_costs(outliers, measured, "", **OUTLIERS)
 
 
 def test_table_of_the_heads() -> None:
@@ -122,13 +131,7 @@ def test_tables_of_the_remedies() -> None:
     """First 1.5 M tokens, then 8.2 M."""
     short, long = tables(section(WHY, "What helps `down_proj`"), "row")
     for table, file in ((short, "osp_weakness.json"), (long, "osp_weakness_long.json")):
-        measured = cells_of(file, "tuned")
-        assert [row["row"].strip("`") for row in table] == list(measured)
-        for row in table:
-            for column in row.keys() - {"row"}:
-                name = {"at 16 bits": "held_out loss", "kurtosis": "down_proj_kurtosis"}
-                cell = measured[row["row"].strip("`")][name.get(column, f"held_out cost {column}")]
-                assert_written(row[column], cell["mean"], cell["deviation"])
+        assert_costs(table, cells_of(file, "tuned"), "held_out", kurtosis="down_proj_kurtosis")
 
 
 def test_tables_of_planted_outliers() -> None:
