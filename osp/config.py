@@ -91,6 +91,8 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute the activations of each block in the backward pass
     document_mask: bool = False  # tokens attend only to their own document
     loss_chunk_tokens: Count = 8192  # tokens whose logits are in memory at once
+    # Factor of log(Z)^2 in the loss, Z the sum of exp(logit) of a token (arXiv 2204.02311); 0: off, PaLM: 1e-4.
+    z_loss: NotNegative = 0.0
     norm_refresh_every: Count | Literal["auto"] = "auto"  # steps between updates of a norm's statistics (BHyT)
     on_nonfinite: Literal["stop", "skip"] = "stop"  # after a loss or gradient that is not finite; skip: drop the update
     max_skips: CountOrZero = 10  # updates that `on_nonfinite` and `spike` may drop before the run ends
@@ -226,6 +228,7 @@ class ModelConfig:
     scale_residual_init: bool = False  # o_proj and down_proj: deviation / sqrt(2 * num_hidden_layers)
     embed_proj: bool = False  # a learnable projection after the embedding and before the head (OSP, section 3)
     head_bias: bool = False  # bias of lm_head; folding a final LayerNorm moves its bias here
+    tie_embeddings: bool = False  # the head's matrix is the embedding: one parameter instead of two
     norm: NormConfig = field(default_factory=NormConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     qk_norm: bool = False  # normalize queries and keys of every head before RoPE
@@ -549,6 +552,11 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.initializer_range={model.initializer_range} with model.init=fan_in, which takes the deviation of a "
             "matrix from its shape; set model.initializer_range=null or model.init=normal"
+        )
+    if model.tie_embeddings and model.embed_proj:
+        raise UserError(
+            "model.tie_embeddings=true with model.embed_proj=true: export absorbs the projections into the embedding "
+            "and the head, which are two matrices then; set model.embed_proj=false or model.tie_embeddings=false"
         )
     scaling, norm = model.rope_scaling, model.norm
     if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:

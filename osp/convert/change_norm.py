@@ -36,7 +36,7 @@ from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.build_norms import block_norm, final_norm, final_norm_name, inner_norm
 from osp.model.fold import fold_into_weights, norm_gain, residual_norms
-from osp.model.hf_llama import TOKENIZER
+from osp.model.hf_llama import EMBEDDING, HEAD, TOKENIZER
 from osp.model.norms import NORMS, CRMSNorm, Norm
 from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
@@ -44,7 +44,6 @@ from osp.run.checkpoint import Checkpoint, Saver, whole_parameters
 
 CONVERTIBLE = tuple(name for name, norm in NORMS.items() if norm.mean is not None)
 ZERO_MEAN = 1e-6  # largest mean of a recentred matrix rounded to fp32, relative to its largest weight
-EMBEDDING = "embed_tokens.weight"
 
 
 def convert_folder(
@@ -96,7 +95,7 @@ def change_norms(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
         "last channel dropped": width_change < 0,
         f"{name} -> {to}": True,
     }
-    tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
+    tensors = {name: tensor.detach() for name, tensor in source.named_parameters(remove_duplicate=False)}
     tensors[EMBEDDING] = tensors[EMBEDDING].T  # the residual stream is dimension 0 of all that write into it
     _fold_norms(tensors, source, to)
     if recentred:
@@ -104,6 +103,10 @@ def change_norms(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
     if width_change:
         _change_width(tensors, source, width_change)
     tensors[EMBEDDING] = tensors[EMBEDDING].T
+    if tied := before.tie_embeddings and torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        del tensors[HEAD]
+    steps = {"head untied from the embedding": before.tie_embeddings and not tied} | steps
+    config = dataclasses.replace(config, tie_embeddings=tied)
     return _build(config, tensors), [step for step, is_made in steps.items() if is_made]
 
 
@@ -211,7 +214,7 @@ def _change_width(tensors: dict[str, Tensor], model: Transformer, change: int) -
 @torch.no_grad()
 def _build(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
     """Return the fp64 model of `config` with these tensors; gains that are missing are 1, biases 0."""
-    with tensors["lm_head.weight"].device:
+    with tensors[EMBEDDING].device:
         model = Transformer(config).double().eval()  # whose norms have gains of 1
     model.compute_dtype = torch.float64
     for name, parameter in model.named_parameters():

@@ -131,8 +131,10 @@ def _check_model(subject: LanguageModel, target: FileFormat, scheme: str, *, mul
 
 def _fold(subject: LanguageModel, *, ffn_multiple: int, dtype: torch.dtype) -> tuple[Transformer, Difference]:
     """Return the stock Llama with values that `dtype` holds, and what folding and padding changed before rounding."""
-    function = observe_function(subject.model)
+    function, tied = observe_function(subject.model), subject.model.config.tie_embeddings
     llama = stock_llama(subject.model, ffn_multiple=ffn_multiple)
+    if tied and not llama.config.tie_embeddings:
+        log.info("embedding and head are written as two matrices: recentring or a scale is folded into the embedding")
     folding = check_same_function("folding projections and scales", function, observe_function(llama))
     llama.config = dataclasses.replace(llama.config, max_position_embeddings=subject.context)
     for parameter in llama.parameters():

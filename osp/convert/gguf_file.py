@@ -292,6 +292,7 @@ def read_model(reader: Any) -> Transformer:
         rope_scaling=RopeScaling("linear", value("rope.scaling.factor")) if scaled else None,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
+        tie_embeddings="output.weight" not in tensors,
         norm=NormConfig(name="rmsnorm", eps=value("attention.layer_norm_rms_epsilon")),
     )
     model = meta_model(config).to_empty(device="cpu").eval()

@@ -1,7 +1,8 @@
 """A trained model as a stock Hugging Face Llama, which `transformers` loads without our code.
 
-Projections (the head is untied from the embedding then), recentring and scales are folded into the weights, and an
-SSNorm becomes an RMSNorm with equal gains. Nothing else changes, since names and layout are Hugging Face's already.
+Projections, recentring and scales are folded into the weights, and an SSNorm becomes an RMSNorm with equal gains.
+Nothing else changes, since names and layout are Hugging Face's already. A tied head stays tied unless recentring or a
+scale is folded into the embedding only.
 """
 
 import contextlib
@@ -131,7 +132,8 @@ def stock_llama(model: Transformer, *, ffn_multiple: int) -> Transformer:
     eps = model.norm.eps
     assert isinstance(eps, float)
     llama = meta_model(dataclasses.replace(model.config, norm=NormConfig(name="rmsnorm", eps=eps)))
-    llama.load_state_dict(_tensors(model), assign=True)
+    llama.load_state_dict(_tensors(model) | {HEAD: model.lm_head.weight.detach()}, assign=True)
+    llama.tie_weights()
     return llama.eval()
 
 
@@ -216,7 +218,7 @@ def write_llama(
         "head_dim": config.head_size,
         "rope_scaling": scaling,
         "rms_norm_eps": model.norm.eps,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,

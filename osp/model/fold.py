@@ -25,6 +25,14 @@ def fold_into_weights(model: Transformer) -> None:
 
 
 @torch.no_grad()
+def untie(model: Transformer) -> None:
+    """Give the head of a tied model a copy of the embedding, and update `model.config`: one of them will change."""
+    if model.config.tie_embeddings:
+        model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())
+        model.config = dataclasses.replace(model.config, tie_embeddings=False)
+
+
+@torch.no_grad()
 def absorb_projections(model: Transformer) -> None:
     """Fold `embed_proj` into the embedding and `head_proj` into the head: E' = E W1^T and H' = H W2, products in fp64.
 
@@ -45,6 +53,8 @@ def bake_recentring(model: Transformer, *, exact: bool = True) -> None:
 
     exact: compute in fp64; otherwise in the dtype of the weights like the forward pass, whose bits the output keeps.
     """
+    if model.embed_tokens.zero_mean:
+        untie(model)
     for module in model.modules():
         if isinstance(module, Linear | Embedding) and module.zero_mean:
             is_linear = isinstance(module, Linear)
@@ -62,6 +72,7 @@ def fold_embedding_scale(model: Transformer) -> None:
     embedding = model.embed_tokens
     if embedding.scale is None:
         return
+    untie(model)
     embedding.weight.data = (embedding.weight.double() * embedding.scale.double()).to(embedding.weight.dtype)
     embedding.scale = None
     norm = dataclasses.replace(model.config.norm, embed_scale=False)
@@ -103,9 +114,12 @@ def fold_norm_gains(model: Transformer, sites: Collection[str] = STREAM, *, for_
     Norms after a sublayer and of heads keep their gains: no matrix reads them. So do, unless `for_rotation`, norms with
     one gain and channels with a gain of 0, where nothing is gained.
 
-    sites: the inputs of matrices whose norms are folded; `head_in` once the projections are absorbed.
+    sites: the inputs of matrices whose norms are folded; `head_in`, which unties the head, once the projections are
+    absorbed.
     """
     assert isinstance(model.head_proj, nn.Identity) or "head_in" not in sites, "the head must read the last norm"
+    if "head_in" in sites:
+        untie(model)
     for _, norm, readers in residual_norms(model, sites):
         if norm.weight is not None and (for_rotation or not norm.one_gain):
             norm.fold()  # what the next norm derives from this gain

@@ -4,6 +4,7 @@ Names and layout are the same as ours. Models that `Transformer` cannot express 
 quantized weights) are refused with the reason. Only safetensors are read, because pickled weights can hold code.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def load_hf(folder: str | Path) -> Transformer:
     """Return the Llama in a folder with `config.json` and safetensors: fp32, on the CPU, in eval mode.
 
-    A tied head becomes a copy of the embedding. Raises `UserError` for another model, and missing or damaged weights.
+    Raises `UserError` for another model, and missing or damaged weights.
     """
     folder = Path(folder)
     values = _read_object(folder / CONFIG)
-    model = meta_model(_model_config(folder / CONFIG, values))
-    stored = _stored_tensors(folder)
-    if values.get("tie_word_embeddings") and EMBEDDING in stored:
-        stored.setdefault(HEAD, stored[EMBEDDING])
+    config, stored = _model_config(folder / CONFIG, values), _stored_tensors(folder)
+    tied = bool(values.get("tie_word_embeddings")) and _remove_copy_of_head(folder, stored)
+    model = meta_model(dataclasses.replace(config, tie_embeddings=tied))
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for ours, (file, name) in stored.items():  # headers only: nothing is allocated for a model that cannot be read
         shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
@@ -144,6 +144,19 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Any, str]]:
             if not name.endswith(ROTARY_TABLE):
                 stored[ours] = file, name
     return stored
+
+
+def _remove_copy_of_head(folder: Path, stored: dict[str, tuple[Any, str]]) -> bool:
+    """Leave one matrix of a tied model; return False if there are two that differ, as `transformers` reads them."""
+    head = stored.pop(HEAD, None)
+    if head is None:
+        return True
+    matrices = [file.get_tensor(name) for file, name in (stored.setdefault(EMBEDDING, head), head)]
+    if torch.equal(*(matrix.float() for matrix in matrices)):
+        return True
+    log.warning("%s: tie_word_embeddings=true, but the weights hold two different matrices: not tied", folder)
+    stored[HEAD] = head
+    return False
 
 
 def _weight_files(folder: Path) -> list[Path]:

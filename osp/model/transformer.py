@@ -1,4 +1,4 @@
-"""The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, untied head, no biases by default.
+"""The Llama that `osp` trains: RoPE, SwiGLU, grouped-query attention, pre-norm, by default untied and no biases.
 
 Modules and config keys have Hugging Face's names, so export renames nothing. `embed_proj` and `head_proj` are the
 learnable projections of OSP; export absorbs them into the embedding and the head.
@@ -12,7 +12,7 @@ Dimensions: B batch, T tokens, D hidden, H heads, G key/value heads, K head size
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -182,13 +182,16 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """The unembedding. With targets it returns the summed loss and never holds all logits at once."""
+    """The unembedding. With targets it returns their loss and never holds all logits at once."""
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:
+    z_loss = 0.0  # `train.z_loss`, in training mode
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Any:
+        """Return the logits, or with `targets` the pair of `linear_cross_entropy`."""
         if targets is None:
             return super().forward(x)
-        x, targets = x.flatten(0, -2), targets.flatten()
-        return linear_cross_entropy(x, self.weight, targets, bias=self.bias, chunk_tokens=chunk_tokens)
+        x, targets, z_loss = x.flatten(0, -2), targets.flatten(), self.z_loss if self.training else 0.0
+        return linear_cross_entropy(x, self.weight, targets, bias=self.bias, chunk_tokens=chunk_tokens, z_loss=z_loss)
 
 
 class Output(NamedTuple):
@@ -197,13 +200,18 @@ class Output(NamedTuple):
     loss: Tensor | None  # sum over tokens of the cross-entropy in nats, fp32, 0-dim
     logits: Tensor | None  # (B, T, V) in the compute dtype
     penalty: Tensor | None  # sum over tokens of the mean over blocks, before its weight, fp32, 0-dim
+    z_loss: Tensor | None = None  # sum over tokens of log(Z)^2, before `Head.z_loss`, fp32, 0-dim
 
 
 class Transformer(nn.Module):
     """The model: token ids in, an `Output` out.
 
-    Three settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the
-    input of each block only) and the penalty of activations (`set_penalty`).
+    Four settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the
+    input of each block only), the penalty of activations (`set_penalty`) and `lm_head.z_loss`.
+
+    With `tie_embeddings` the head has no matrix: `embed_tokens.weight` is the weight of both modules, a parameter of
+    one name and role, whose gradient is the sum of the gradients of both uses (Press and Wolf 2016, arXiv 1608.05859).
+    It saves V D parameters with their gradient and optimizer state, and no operations.
     """
 
     def __init__(self, config: ModelConfig):
@@ -223,7 +231,18 @@ class Transformer(nn.Module):
             self.head_proj = Linear(hidden_size, hidden_size)
         else:
             self.embed_proj = self.head_proj = nn.Identity()
+        self.tie_weights()
         self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def tie_weights(self) -> None:
+        """Let the head have the embedding's parameter, if the model is tied."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.tie_weights()  # from the meta device every module gets a parameter of its own
+        return self
 
     def forward(
         self,
@@ -235,7 +254,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         wanted: Tensor | None = None,
     ) -> Output:
-        """Return the logits, or with `targets` their loss; in training mode also the penalty, if the model has one.
+        """Return the logits, or with `targets` their loss; in training mode also penalty and z-loss, if they are on.
 
         input_ids: (B, T). targets: (B, T) the next token of each; `IGNORE` leaves a token out of the loss.
         document_ids: (B, T); a token attends only to tokens of the same document. chunk_tokens: number of tokens whose
@@ -247,7 +266,8 @@ class Transformer(nn.Module):
             x = x[torch.arange(len(x), device=x.device), wanted][:, None]
         if targets is None:
             return Output(None, self.lm_head(x), penalty)
-        return Output(self.lm_head(x, targets, chunk_tokens), None, penalty)
+        loss, squares = self.lm_head(x, targets, chunk_tokens)
+        return Output(loss, None, penalty, squares if self.training and self.lm_head.z_loss else None)
 
     def hidden_states(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
@@ -320,7 +340,7 @@ class Transformer(nn.Module):
         EmbProj matrices are orthogonal, biases are 0, and norms reset themselves. With `init=fan_in` matrices and head
         are normal with deviation 1/sqrt(inputs), cut off at two deviations and rescaled (LeCun et al. 1998; the default
         of Flax's Dense layers, hence of OSP's example code). Values are drawn on the CPU and depend only on the seed
-        and the shapes, so every device and rank starts from the same model.
+        and the shapes, so every device and rank starts from the same model. A tied matrix starts as the embedding.
         """
         config = self.config
         std = config.initializer_range or 1 / math.sqrt(config.hidden_size)
@@ -338,7 +358,8 @@ class Transformer(nn.Module):
                         nn.init.trunc_normal_(values, 0.0, parent, -2 * parent, 2 * parent, generator=generator)
                     else:
                         values.normal_(0.0, std * scale, generator=generator)
-                module.weight.copy_(values)
+                if module is not self.lm_head or not config.tie_embeddings:
+                    module.weight.copy_(values)
                 if isinstance(module, Linear) and module.bias is not None:
                     module.bias.zero_()
                 if isinstance(module, Embedding) and module.scale is not None:
@@ -400,10 +421,11 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the floating point operations of one training token, forward and backward: 6 N + 6 L T H K.
 
-    N is the number of weights in matrix products: all matrices and the head, without the embedding and the gains. The
+    N is the number of weights in matrix products: all matrices and the head, tied or not, but no lookup or gain. The
     rest is causal attention: per layer two products with T/2 keys on average in H heads of size K, at 2 flops, 3 times.
     """
     counts = count_parameters(config)
-    weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", "head"))
+    head = "embedding" if config.tie_embeddings else "head"
+    weights = sum(counts.get(role, 0) for role in ("matrix", "embed_proj", head))
     attention = config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_size
     return 6 * weights + 6 * attention

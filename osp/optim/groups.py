@@ -39,6 +39,8 @@ def build_groups(model: Trainable, config: OptimizerConfig) -> list[Group]:
     seen: dict[int, str] = {}
     for name, parameter in named:
         role = roles.get(name)
+        if id(parameter) in seen and role is None:  # tied: it has one name with a role
+            continue
         if id(parameter) in seen:
             raise UserError(f"parameter {name!r} is in two groups: it is also {seen[id(parameter)]!r}")
         seen[id(parameter)] = name

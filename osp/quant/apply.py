@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from osp.errors import UserError
-from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
+from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains, untie
 from osp.model.sites import SITES as SITE_MAP
 from osp.model.sites import hook_site, site_names, split_site
 from osp.model.transformer import Transformer
@@ -77,6 +77,8 @@ def quantized(
             ends = active & {*END_SITES["w"], *END_SITES["a"]}
             if spec.rotation != "none" or ends:
                 absorb_projections(model)
+            if len(active & {*END_SITES["w"]}) == 1:
+                untie(model)
             if spec.fold_gains and spec.rotation == "none" and active - {*INNER_SITES["kv"]}:
                 folded = ("attn_in", "mlp_in", "down_proj_in", *(["head_in"] if ends else []))
                 fold_norm_gains(model, folded, for_rotation=False)
@@ -144,9 +146,10 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
-    """Put back at exit what folding and rounding replace: parameter tensors, projections and the config."""
+    """Put back at exit what folding and rounding replace: parameters, their tensors, projections and the config."""
     for name in ("embed_proj", "head_proj", "config"):
         stack.callback(setattr, model, name, getattr(model, name))
+    stack.callback(setattr, model.lm_head, "weight", model.lm_head.weight)  # a tied head may get its own
     for module in map(vars, model.modules()):
         derived = module.keys() & {"zero_mean", "slope", "constants"}
         stack.callback(module.update, {key: module[key] for key in derived})

@@ -59,7 +59,7 @@ class Engine:
         """Collective. `init_distributed` must have run."""
         import deepspeed
 
-        parameters = [p for _, p in model.named_parameters(remove_duplicate=False)]
+        parameters = [p for _, p in model.named_parameters(remove_duplicate=True)]
         assert all(p.dtype == torch.float32 for p in parameters), "parameters are fp32; the model casts at the matmul"
         config = resolved.config
         self.device, self.world_size, self.rank = resolved.device, resolved.world_size, dist.get_rank()

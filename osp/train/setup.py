@@ -257,6 +257,7 @@ def build_engine(resolved: Resolved) -> Engine:
         model.use_in_blocks(fp8_linear(emulate=not native_fp8(resolved.device)))
     model.activation_checkpointing = train.activation_checkpointing
     model.set_penalty(config.penalty)
+    model.lm_head.z_loss = train.z_loss
     if resolved.compiled:
         for layer in model.layers:
             layer.compile()

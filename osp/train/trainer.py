@@ -155,22 +155,22 @@ class Trainer:
             return None
         batches = self.loader.step(step)
         data_wait = time.perf_counter() - began
-        losses, penalties = [], []
+        sums = []
         for micro_step, batch in enumerate(batches):
             if micro_step and micro_step % self._check_every == 0 and self._asked_to_stop():
                 self.engine.discard_gradients()
                 return None
-            loss, _, penalty = self._forward(batch)
+            loss, _, penalty, z_loss = self._forward(batch)
             assert loss is not None
-            penalty = torch.zeros_like(loss) if penalty is None else penalty
-            total = loss + self.config.penalty.weight * penalty
+            penalty, z_loss = (torch.zeros_like(loss) if term is None else term for term in (penalty, z_loss))
+            total = loss + self.config.penalty.weight * penalty + self.config.train.z_loss * z_loss
             self.engine.backward(total / self.config.train.tokens_per_step)
-            losses.append(loss.detach())
-            penalties.append(penalty.detach())
-        metrics = self._reduce(torch.stack(losses), torch.stack(penalties), batches)
+            sums.append(torch.stack((loss, penalty, z_loss)).detach())
+        terms = torch.stack(sums, dim=1)  # (3, micro batches)
+        metrics = self._reduce(terms, batches)
         names, norms = self.engine.gradient_norms()
         metrics["train/grad_norm"] = torch.linalg.vector_norm(norms).item()
-        verdict = self.guard.examine(step, metrics, torch.stack(losses), dict(zip(names, norms.tolist(), strict=True)))
+        verdict = self.guard.examine(step, metrics, terms[0], dict(zip(names, norms.tolist(), strict=True)))
         if verdict.message:
             self._event(verdict.kind, verdict.message, step + 1)
         if verdict.action != "apply":
@@ -288,18 +288,19 @@ class Trainer:
         self.interrupted = count_flags(bool(self.stop), device=self.engine.device)[0] > 0
         return self.interrupted
 
-    def _reduce(self, losses: Tensor, penalties: Tensor, batches: list[Batch]) -> dict[str, float]:
-        """Return loss and penalty per token and the checksum of the sequences, over all ranks. Collective."""
+    def _reduce(self, terms: Tensor, batches: list[Batch]) -> dict[str, float]:
+        """Return loss, penalty and z-loss per token, and the checksum of the sequences, over all ranks. Collective."""
         checksum = sum(batch.checksum for batch in batches)
-        local = losses.new_tensor([checksum, self._step_seconds], dtype=torch.float64)
-        sums = torch.cat((torch.stack((losses.sum(), penalties.sum())).double(), local))
-        loss, penalty, checksum, seconds = add_up(sums).tolist()
+        local = terms.new_tensor([checksum, self._step_seconds], dtype=torch.float64)
+        sums = torch.cat((torch.stack([term.sum() for term in terms]).double(), local))
+        loss, penalty, z_loss, checksum, seconds = add_up(sums).tolist()
         micro_step_seconds = seconds / self.engine.world_size / len(batches)  # of the last step, equal on all ranks
         if micro_step_seconds:
             self._check_every = max(1, int(SECONDS_BETWEEN_CHECKS / micro_step_seconds))
         tokens = self.config.train.tokens_per_step
         metrics = {"train/loss": loss / tokens, "train/rows_checksum": checksum}
-        return metrics | ({"train/penalty": penalty / tokens} if self.config.penalty.weight else {})
+        metrics |= {"train/penalty": penalty / tokens} if self.config.penalty.weight else {}
+        return metrics | ({"train/z_loss": z_loss / tokens} if self.config.train.z_loss else {})
 
     def _forward(self, batch: Batch) -> Output:
         """Return the loss and penalty of a batch; sequences beyond `num_rows` are padding and count nothing."""

@@ -1,5 +1,6 @@
 """Changing norms leaves the function of a model unchanged: pairs, round trips and refusals, in float64."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -71,6 +72,8 @@ SOURCES: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({"name": "ssnorm"}, {"qk_norm": True}, NOT_CENTRED),
     ({"name": "ssnorm"}, {"ffn_norm": True, "attention": AttentionConfig(off_by_one=True)}, NOT_CENTRED),
     ({"name": "layernorm", "eps": 1e-4}, {"ffn_norm": True, "hidden_act": "relu2"}, ("layernorm", "rmsnorm")),
+    ({"name": "layernorm", "bias": True}, {"tie_embeddings": True}, EVERYWHERE),
+    ({"name": "ssnorm", "embed_scale": True}, {"tie_embeddings": True}, NOT_CENTRED),
     ({"name": "crmsnorm"}, {"hidden_size": 23, "head_dim": 6}, EVERYWHERE),
     ({"name": "crmsnorm", "affine": True}, {"attention": AttentionConfig(gate=True), "embed_proj": True}, EVERYWHERE),
 ]
@@ -87,7 +90,8 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
             type(m).__name__.lower() for n, m in converted.named_modules() if isinstance(m, Norm) and "_norm" not in n
         }
         assert names == {to}
-        assert converted.config == change_config(model.config, to)
+        tied = {"tie_embeddings": converted.config.tie_embeddings}  # which depends on the weights
+        assert converted.config == dataclasses.replace(change_config(model.config, to), **tied)
         assert (converted.config.embed_proj, converted.config.recentre, converted.config.norm.lns) == (
             False,
             False,
@@ -97,6 +101,26 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
             assert parameter.data is not None
             assert parameter.data_ptr() == before[name][0].data_ptr()
             assert torch.equal(parameter, before[name][1])
+
+
+@pytest.mark.parametrize(
+    ("norm", "to", "tied"),
+    [
+        ({"name": "ssnorm", "lns": True}, "rmsnorm", True),
+        ({"name": "rmsnorm"}, "rmsnorm", True),
+        ({"name": "rmsnorm"}, "ssnorm", False),  # the gains of the last norm move into the head
+        ({"name": "layernorm"}, "rmsnorm", False),  # the mean is subtracted from the embedding
+        ({"name": "ssnorm", "embed_scale": True}, "rmsnorm", False),
+    ],
+    ids=str,
+)
+def test_head_stays_tied_unless_it_differs_from_the_embedding(norm: dict[str, Any], to: str, tied: bool) -> None:
+    model = random_model(norm, tie_embeddings=True)
+    converted, steps = change_norms(model, to)
+    assert_same_function(converted, model)
+    assert converted.config.tie_embeddings == tied
+    assert (converted.lm_head.weight is converted.embed_tokens.weight) == tied
+    assert ("head untied from the embedding" in steps) == (not tied)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -36,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama3": {"rope_scaling": RopeScaling("llama3", 8.0, original_max_position_embeddings=32), "rope_theta": 500.0},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "head_dim": {"head_dim": 32},
+    "tied": {"tie_embeddings": True},
 }
 ODD = (
     *(
@@ -134,6 +135,20 @@ def test_stored_blocks_are_our_fake_quantization_and_those_of_the_gguf_library(
     above = FORMAT.above_four_bits(tmp_path / "m.gguf")
     assert set(above) == {name for name, tensor in stored.items() if tensor.tensor_type.name != "Q4_0"}
     assert len(above) == (7 if scheme == "q4_0" else len(stored))
+
+
+def test_tied_model_has_no_output_matrix(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """llama.cpp multiplies with token_embd then, which has the type of the head."""
+    source = make_source(tokenizer, tie_embeddings=True)
+    weight = source.model.embed_tokens.weight.detach().clone()
+    stored = tensors_of(write(source, "q4_0", tmp_path / "m.gguf"))
+    assert "output.weight" not in stored
+    assert np.array_equal(
+        stored["token_embd.weight"].data, gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    )
+    client = dequantized(tmp_path / "m.gguf", CPU)
+    assert isinstance(client, InOsp)
+    assert client.model.lm_head.weight is client.model.embed_tokens.weight
 
 
 def test_rows_of_queries_and_keys_alternate_between_the_halves_of_a_head(tokenizer: Tokenizer, tmp_path: Path) -> None:

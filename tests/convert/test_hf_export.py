@@ -94,6 +94,25 @@ def test_rmsnorm_without_projections_is_exported(overrides: list[str], tiny: Tin
     assert relative_error(theirs, ours) < 1e-5
 
 
+@pytest.mark.parametrize(("norm", "tied"), [({}, True), ({"name": "rmsnorm"}, True), ({"embed_scale": True}, False)])
+def test_tied_run_is_exported_tied_unless_the_embedding_changes(
+    norm: dict[str, Any], tied: bool, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [f"norm.{key}={json.dumps(value)}" for key, value in norm.items()]
+    train(tiny("train.steps=2", "model.embed_proj=false", "model.tie_embeddings=true", *overrides))
+    with caplog.at_level("INFO"):
+        export(tmp_path / "run", tmp_path / "out")
+    lines = [message for message in caplog.messages if "two matrices" in message]
+    assert len(lines) == (not tied)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (not tied)
+    theirs, ours = load_in_transformers(tmp_path / "out"), load_model(tmp_path / "run")
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        assert relative_error(theirs(IDS).logits, ours(IDS).logits) < 1e-5
+    assert load_hf(tmp_path / "out").config.tie_embeddings == tied
+
+
 @torch.no_grad()
 def test_exported_folder_loads_as_our_model(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out")

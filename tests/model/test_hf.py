@@ -85,12 +85,34 @@ def test_logits_with_scaled_rope_equal_transformers(scaling: dict[str, Any], tmp
             assert torch.equal(load_hf(tmp_path / name)(IDS).logits, ours(IDS).logits)
 
 
-def test_tied_head_becomes_a_copy(tmp_path: Path) -> None:
+def test_tied_head_is_read_tied(tmp_path: Path) -> None:
     theirs = random_llama(tmp_path, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     assert_same_logits(theirs, tmp_path)
     ours = load_hf(tmp_path)
-    assert ours.lm_head.weight.data_ptr() != ours.embed_tokens.weight.data_ptr()
+    assert ours.config.tie_embeddings
+    assert ours.lm_head.weight is ours.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("holds", "tied"), [("copy", True), ("head only", True), ("two matrices", False)])
+def test_head_in_the_files_of_a_tied_model_is_read_as_transformers_reads_it(
+    holds: str, tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    random_llama(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (1 if tied else 2)
+    if holds == "head only":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = load_hf(tmp_path)
+    assert [record.message.partition(": ")[2] for record in caplog.records] == (
+        [] if tied else ["tie_word_embeddings=true, but the weights hold two different matrices: not tied"]
+    )
+    assert_same_logits(LlamaForCausalLM.from_pretrained(tmp_path).eval(), tmp_path)
+    assert ours.config.tie_embeddings == tied
+    assert (ours.lm_head.weight is ours.embed_tokens.weight) == tied
 
 
 def test_sharded_weights_are_read(tmp_path: Path) -> None:

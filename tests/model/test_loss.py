@@ -58,7 +58,7 @@ def assert_gradients(x: Tensor, weight: Tensor, expected: tuple[Tensor, Tensor, 
 @pytest.mark.parametrize("chunk", [1, 7, 10, N - 1, N, 4 * N])
 def test_loss_and_gradients_equal_cross_entropy(chunk: int, ignored: tuple[int, ...]) -> None:
     x, weight, targets = problem(ignored=ignored)
-    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=chunk)
+    loss, _ = linear_cross_entropy(x, weight, targets, chunk_tokens=chunk)
     (0.37 * loss).backward()
     expected = reference(x, weight, targets, 0.37)
     assert loss.dtype == torch.float32
@@ -67,16 +67,43 @@ def test_loss_and_gradients_equal_cross_entropy(chunk: int, ignored: tuple[int, 
     assert_gradients(x, weight, expected, 1e-5)
 
 
+@pytest.mark.parametrize("ignored", [(), (0, 7, 28)], ids=["none", "some"])
+@pytest.mark.parametrize("chunk", [7, 4 * N])
+def test_z_loss_and_its_gradients_equal_autograd(chunk: int, ignored: tuple[int, ...]) -> None:
+    x, weight, targets = problem(ignored=ignored)
+    bias = torch.linspace(-1, 1, V).requires_grad_()
+    loss, squares = linear_cross_entropy(x, weight, targets, bias=bias, chunk_tokens=chunk, z_loss=0.3)
+    (0.37 * (loss + 0.3 * squares)).backward()
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    logits = leaves[0] @ leaves[1].T + leaves[2]
+    expected = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+    z_loss = logits.exp().sum(-1).log().square()[targets != IGNORE].sum()
+    (0.37 * (expected + 0.3 * z_loss)).backward()
+    torch.testing.assert_close(squares.double(), z_loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    for tensor, leaf in zip((x, weight, bias), leaves, strict=True):
+        assert tensor.grad is not None
+        assert leaf.grad is not None
+        torch.testing.assert_close(tensor.grad.double(), leaf.grad, rtol=1e-5, atol=1e-5 * float(leaf.grad.abs().max()))
+
+
+def test_z_loss_is_not_part_of_the_loss() -> None:
+    x, weight, targets = problem(ignored=(5,))
+    losses = [linear_cross_entropy(x, weight, targets, chunk_tokens=10, z_loss=z_loss) for z_loss in (0.0, 0.3)]
+    assert torch.equal(*(loss for loss, _ in losses))
+    assert torch.equal(*(squares for _, squares in losses))
+
+
 def test_ignored_tokens_get_no_gradient() -> None:
     x, weight, targets = problem(ignored=(3, 4))
-    linear_cross_entropy(x, weight, targets, chunk_tokens=5).backward()
+    linear_cross_entropy(x, weight, targets, chunk_tokens=5)[0].backward()
     assert x.grad is not None
     assert [i for i in range(N) if not x.grad[i].any()] == [3, 4]
 
 
 def test_loss_is_zero_when_all_targets_are_ignored() -> None:
     x, weight, targets = problem(ignored=tuple(range(N)))
-    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    loss, _ = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
     loss.backward()
     assert loss.item() == 0.0
     assert x.grad is not None
@@ -89,22 +116,22 @@ def test_large_logits_do_not_overflow() -> None:
     x, weight, targets = problem()
     with torch.no_grad():
         x.mul_(1000)
-    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    loss, _ = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
     torch.testing.assert_close(loss.double(), reference(x, weight, targets)[0], rtol=1e-5, atol=1e-2)
 
 
 def test_loss_is_the_same_without_gradient() -> None:
     x, weight, targets = problem(ignored=(5,))
     with torch.no_grad():
-        value = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+        value, _ = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
     assert not value.requires_grad
-    assert torch.equal(value, linear_cross_entropy(x, weight, targets, chunk_tokens=10).detach())
+    assert torch.equal(value, linear_cross_entropy(x, weight, targets, chunk_tokens=10)[0].detach())
 
 
 def test_bf16_input_keeps_fp32_loss_and_weight_gradient() -> None:
     """The loss equals the fp32 loss of bf16 logits, and gradients agree within bf16 rounding."""
     x, weight, targets = problem(torch.bfloat16, ignored=(5,))
-    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
+    loss, _ = linear_cross_entropy(x, weight, targets, chunk_tokens=10)
     loss.backward()
     logits = (x.detach() @ weight.detach().bfloat16().T).double()
     expected = F.cross_entropy(logits, targets, reduction="sum")
@@ -128,7 +155,7 @@ def test_all_logits_are_never_in_memory_at_once() -> None:
 
     whole = largest(lambda x, w, t: F.cross_entropy(x @ w.T, t))
     assert whole == N * V, "the probe must see the logits of the plain loss"
-    assert largest(lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=9)) == 9 * V
+    assert largest(lambda x, w, t: linear_cross_entropy(x, w, t, chunk_tokens=9)[0]) == 9 * V
 
 
 def test_a_chunk_is_freed_before_the_next_is_allocated() -> None:

@@ -1,5 +1,6 @@
 """The model against transformers' Llama, hand-computed sizes, and the properties of its initialisation."""
 
+import copy
 import dataclasses
 import math
 import typing
@@ -15,10 +16,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from osp.config import ROLES, AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
+from osp.evaluation.language_model import model_sha256
 from osp.model.generate import generate
 from osp.model.loss import IGNORE
 from osp.model.norms import NORMS, BHyT
-from osp.model.transformer import TRUNCATED_STD, Block, Transformer, build_model, count_parameters, flops_per_token
+from osp.model.transformer import (
+    TRUNCATED_STD,
+    Block,
+    Transformer,
+    build_model,
+    count_parameters,
+    flops_per_token,
+    parameter_shapes,
+)
+from osp.run.checkpoint import whole_parameters
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -310,13 +321,23 @@ def test_parameters_with_grouped_query_attention() -> None:
     }
 
 
+def test_tied_head_is_counted_once() -> None:
+    untied = count_parameters(tiny())
+    del untied["head"]
+    assert count_parameters(tiny(tie_embeddings=True)) == untied | {"total": untied["total"] - 61 * 32}
+
+
 def test_flops_of_osp_1b() -> None:
     # 6 * (1,214,251,008 + 100,663,296) for the weights, 6 * 24 * 2048 * (16 * 128) for causal attention
     assert flops_per_token(OSP_1B, 2048) == 7_889_485_824 + 603_979_776
     assert flops_per_token(dataclasses.replace(OSP_1B, embed_proj=True), 2048) == 8_493_465_600 + 6 * 8_388_608
 
 
-@pytest.mark.parametrize("config", [tiny(), tiny("ssnorm", num_key_value_heads=2, embed_proj=True)], ids=["mha", "gqa"])
+@pytest.mark.parametrize(
+    "config",
+    [tiny(), tiny("ssnorm", num_key_value_heads=2, embed_proj=True), tiny(tie_embeddings=True)],
+    ids=["mha", "gqa", "tied"],
+)
 def test_flops_of_the_weights_equal_what_torch_counts(config: ModelConfig) -> None:
     """PyTorch counts every matrix product of a forward and backward pass; attention is counted separately."""
     model, ids = build_model(config, seed=0), tokens()
@@ -541,6 +562,48 @@ def test_sequences_may_exceed_the_table_of_positions() -> None:
     torch.testing.assert_close(long, expected, **CLOSE)
 
 
+# --- tied head ----------------------------------------------------------------------------------------------------
+
+
+def test_tied_head_survives_devices_dtypes_and_copies() -> None:
+    model = build_model(tiny(tie_embeddings=True), seed=0)
+    untied = build_model(tiny(), seed=0)
+    assert torch.equal(model.embed_tokens.weight, untied.embed_tokens.weight)
+    assert torch.equal(blocks(model)[1].mlp.down_proj.weight, blocks(untied)[1].mlp.down_proj.weight)
+    for other in (model, copy.deepcopy(model), model.to(torch.float64), model.to("meta").to_empty(device="cpu")):
+        assert other.lm_head.weight is other.embed_tokens.weight
+        assert [name for name, _ in other.named_parameters() if "layers" not in name] == [
+            "embed_tokens.weight",
+            "norm.weight",
+        ]
+        assert other.parameter_roles()["embed_tokens.weight"] == "embedding"
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_bias": True}, {"recentre": True}], ids=str)
+def test_gradient_of_a_tied_matrix_is_the_sum_of_the_gradients_of_both_uses(changes: dict[str, Any]) -> None:
+    gradients, ids = [], tokens()
+    for tied in (True, False):
+        model = lively(tiny(tie_embeddings=tied, **changes)).double()
+        model.compute_dtype, ends = torch.float64, (model.embed_tokens.weight, model.lm_head.weight)
+        ends[1].data.copy_(ends[0].data)
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected = gradients[1]
+    expected["embed_tokens.weight"] = expected["embed_tokens.weight"] + expected.pop("lm_head.weight")
+    assert gradients[0].keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_tied_checkpoints_hold_one_matrix_and_one_hash() -> None:
+    """A tied model and its untied copy have one hash, so records of Hugging Face folders stay valid."""
+    model, untied = build_model(tiny(tie_embeddings=True), seed=0), build_model(tiny(), seed=0)
+    assert "lm_head.weight" not in parameter_shapes(model.config)
+    assert [name for name, *_ in whole_parameters(model)].count("embed_tokens.weight") == 1
+    untied.load_state_dict(model.state_dict())
+    assert model_sha256(model) == model_sha256(untied)
+
+
 # --- bad shapes ---------------------------------------------------------------------------------------------------
 
 
@@ -550,6 +613,7 @@ def test_sequences_may_exceed_the_table_of_positions() -> None:
         ({"num_attention_heads": 5}, "model.hidden_size=32 is not divisible by model.num_attention_heads=5"),
         ({"num_attention_heads": 32}, "head size 1"),
         ({"num_key_value_heads": 3}, "model.num_attention_heads=4 is not divisible by model.num_key_value_heads=3"),
+        ({"tie_embeddings": True, "embed_proj": True}, "two matrices then; set model.embed_proj=false or model.tie_em"),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -97,11 +97,11 @@ def test_model_returns_loss_and_penalty_of_its_blocks(site: Site, scale: Any, ch
     model, twin = model_of(ffn_norm=site == "down_proj_in"), model_of(ffn_norm=site == "down_proj_in")
     model.activation_checkpointing = checkpointing
     model.set_penalty(PenaltyConfig(weight=0.5, site=site, scale=scale))
-    loss, logits, penalty = model(IDS[:, :-1], IDS[:, 1:])
+    loss, logits, penalty, *_ = model(IDS[:, :-1], IDS[:, 1:])
     assert logits is None
     (loss + 0.5 * penalty).backward()
     seen = hooked(twin, site)
-    plain, _, none = twin(IDS[:, :-1], IDS[:, 1:])
+    plain, _, none, *_ = twin(IDS[:, :-1], IDS[:, 1:])
     assert none is None
     assert torch.equal(loss, plain)
     assert len(seen) == SHAPE.num_hidden_layers
@@ -124,7 +124,7 @@ def test_compiled_blocks_return_the_same_penalty() -> None:
         if compiled:
             model.layers[0].compile(backend="aot_eager", fullgraph=True)
         model.set_penalty(PenaltyConfig(weight=1.0, site="down_proj_in", scale="rms"))
-        loss, _, penalty = model(IDS[:, :-1], IDS[:, 1:])
+        loss, _, penalty, *_ = model(IDS[:, :-1], IDS[:, 1:])
         (loss + penalty).backward()
         results.append([loss, penalty, *(p.grad for p in model.parameters())])
     for plain, fused in zip(*results, strict=True):

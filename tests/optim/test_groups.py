@@ -78,9 +78,13 @@ def test_unknown_role_and_unknown_name_are_refused(monkeypatch: pytest.MonkeyPat
         build_groups(model, CONFIG)
 
 
-def test_tied_parameter_is_refused() -> None:
-    model = Model()
+def test_tied_parameter_is_in_the_group_of_its_name_and_cannot_have_two_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, roles = Model(), Model().parameter_roles()
     model.head.weight = cast(nn.Parameter, model.embedding.weight)
+    groups = {group["role"]: group["names"] for group in build_groups(model, CONFIG)}
+    assert groups["embedding"] == ["embedding.weight"]
+    assert "head" not in groups
+    monkeypatch.setattr(model, "parameter_roles", lambda: roles)
     with pytest.raises(UserError, match=r"'head.weight' is in two groups: it is also 'embedding.weight'"):
         build_groups(model, CONFIG)
 

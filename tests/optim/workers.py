@@ -113,6 +113,7 @@ def everything(world_size: int, grid: list[tuple[int, int]], all_checks: bool) -
         results[f"backward only {stage}"] = backward_only(stage, accumulation)
         results[f"not finite {stage}"] = not_finite(stage)
     results["penalized"] = {stage: penalized(stage, world_size) for stage in (1, 2, 3)}
+    results["tied"] = {stage: tied(stage, world_size) for stage in (1, 2, 3)}
     results["bhyt"] = {stage: bhyt_constants(stage) for stage in (1, 3)}
     return results
 
@@ -138,11 +139,32 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
     rows = len(PENALIZED_IDS) // world_size // 2
     engine = engine_of(model, stage, rows=rows, accumulation=2, partition_small=stage == 3)
     for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
-        loss, _, penalty = engine(ids[:, :-1], ids[:, 1:])
+        loss, _, penalty, *_ = engine(ids[:, :-1], ids[:, 1:])
         engine.backward((loss + PENALTY.weight * penalty) / PENALIZED_IDS[:, 1:].numel())
     names, norms = engine.gradient_norms()
     engine.close()
     return dict(zip(names, norms.tolist(), strict=True))
+
+
+TIED = ModelConfig(17, 16, 24, num_hidden_layers=2, num_attention_heads=4, tie_embeddings=True)
+TIED_OPTIMIZER = dataclasses.replace(CONFIG, rules=dict.fromkeys(CONFIG.rules, "adamw"))
+Z_LOSS = 0.05
+
+
+def tied(stage: int, world_size: int) -> dict[str, Tensor]:
+    """Return the weights of a tied model after STEPS steps of AdamW with a z-loss, two micro batches each."""
+    model = build_model(TIED, seed=0)
+    model.activation_checkpointing, model.lm_head.z_loss = stage > 1, Z_LOSS
+    rows = len(PENALIZED_IDS) // world_size // 2
+    options: dict[str, Any] = {"clip": 0.0, "optimizer": TIED_OPTIMIZER, "partition_small": stage == 3}
+    engine = engine_of(model, stage, rows=rows, accumulation=2, **options)
+    for step in range(STEPS):
+        for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
+            loss, _, _, squares = engine(ids[:, :-1], ids[:, 1:])
+            engine.backward((loss + Z_LOSS * squares) / PENALIZED_IDS[:, 1:].numel())
+        assert engine.step(step + 1, 1.0)
+    engine.close()
+    return weights(engine)
 
 
 BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, norm=NormConfig("bhyt", seq_len=8))

@@ -1,6 +1,7 @@
 """A model inside `quantized` has the logits of an independent Llama, and is restored at the end."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from osp.model.fold import absorb_projections
 from osp.model.sites import hook_site
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
+from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import SITES, QuantSpec
 from tests.quant.quant_oracle import naive_logits, outlier_model, some_tokens
 
@@ -125,6 +127,37 @@ def test_model_is_restored_bit_for_bit(spec: QuantSpec) -> None:
         assert not torch.equal(logits(model, ids), clean)
     assert torch.equal(logits(model, ids), clean)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sites"),
+    [
+        (W4A4KV4, SITES),
+        (DEPLOYED["q4_0"], SITES),
+        (DEPLOYED["q4_0"], {"embed_tokens"}),
+        (DEPLOYED["q4_0"], {"lm_head"}),
+        (dataclasses.replace(W4A4KV4, fold_gains=True, embedding_and_head=True), SITES),
+        (dataclasses.replace(W4A4KV4, ffn_hadamard=True, method="gptq", rotation="quarot"), SITES),
+        (dataclasses.replace(W4A4KV4, rotation="spinquant", rotation_steps=2, embedding_and_head=True), SITES),
+    ],
+    ids=["blocks", "q4_0", "embedding", "head", "folded gains", "quarot", "spinquant"],
+)
+@pytest.mark.parametrize("norm", [{"affine": False}, {"embed_scale": True}], ids=str)
+def test_tied_model_is_quantized_as_its_untied_copy_and_restored(
+    norm: dict[str, Any], spec: QuantSpec, sites: Collection[str]
+) -> None:
+    made = (outlier_model(norm=NormConfig("rmsnorm", **norm), tie_embeddings=tied) for tied in (True, False))
+    model, untied = (twin.float() for twin in made)
+    model.compute_dtype = untied.compute_dtype = torch.float32
+    untied.load_state_dict(model.state_dict())
+    ids, calibration, quantized_logits = some_tokens(2, 32), some_tokens(8, 32), []
+    before, parameters = snapshot(model), dict(model.named_parameters())
+    for twin in (model, untied):
+        with quantized(twin, spec, calibration=calibration, sites=sites):
+            quantized_logits.append(logits(twin, ids))
+    assert torch.equal(*quantized_logits)
+    assert_untouched(model, before)
+    assert model.lm_head.weight is model.embed_tokens.weight is parameters["embed_tokens.weight"]
 
 
 def test_model_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

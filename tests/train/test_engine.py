@@ -82,7 +82,7 @@ def test_gradient_of_penalty_equals_single_process(ranks) -> None:
     for weight in (0.0, workers.PENALTY.weight):
         model = build_model(workers.PENALIZED, seed=0)
         model.set_penalty(workers.PENALTY)
-        loss, _, penalty = model(ids[:, :-1], ids[:, 1:])
+        loss, _, penalty, *_ = model(ids[:, :-1], ids[:, 1:])
         ((loss + weight * penalty) / ids[:, 1:].numel()).backward()
         norms[weight] = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
     without, expected = norms.values()
@@ -90,6 +90,38 @@ def test_gradient_of_penalty_equals_single_process(ranks) -> None:
     for result in ranks:
         for stage, measured in result["penalized"].items():
             assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6), stage
+
+
+def train_untied() -> dict[str, Tensor]:
+    """Return the weights of an untied model whose two matrices take the sum of their gradients, by AdamW of torch."""
+    ids, config = workers.PENALIZED_IDS, workers.TIED_OPTIMIZER
+    model = build_model(dataclasses.replace(workers.TIED, tie_embeddings=False), seed=0)
+    ends = model.embed_tokens.weight, model.lm_head.weight
+    ends[1].data.copy_(ends[0].data)
+    rates: dict[str, Any] = {"lr": workers.ADAM_LR, "weight_decay": config.weight_decay, "eps": config.adam_eps}
+    optimizer = torch.optim.AdamW(model.parameters(), betas=config.adam_betas, **rates)
+    for _ in range(workers.STEPS):
+        logits = model(ids[:, :-1]).logits.flatten(0, 1)
+        squares = logits.logsumexp(-1).square().mean()
+        (torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()) + workers.Z_LOSS * squares).backward()
+        total = torch.stack([weight.grad for weight in ends if weight.grad is not None]).sum(0)
+        for weight in ends:
+            weight.grad = total
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(*ends)
+    return {name: p.detach() for name, p in model.named_parameters() if p is not ends[1]}
+
+
+def test_tied_training_with_z_loss_equals_an_untied_one_with_the_sum_of_the_gradients(ranks) -> None:
+    """On every stage, over ranks, micro batches and checkpointed blocks."""
+    expected, start = train_untied(), dict(build_model(workers.TIED, seed=0).named_parameters())
+    for result in ranks:
+        for stage, measured in result["tied"].items():
+            assert measured.keys() == expected.keys()
+            for name, weight in expected.items():
+                error = (measured[name] - weight).norm() / (weight - start[name].detach()).norm()
+                assert error < 1e-3, (stage, name, error)
 
 
 def test_grad_clip_zero_means_off(ranks) -> None:

@@ -322,6 +322,40 @@ def test_non_finite_loss_stops_before_the_weights_change(
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))] == ["step_00000001"]
 
 
+def test_z_loss_is_logged_and_changes_the_update_only(
+    tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = Trainer._forward
+    squares = []
+
+    def remember(self: Trainer, batch: Any) -> Any:
+        if self.model.training and self.step == 0:
+            with torch.no_grad():
+                logits = self.model(batch.tokens[:, :-1]).logits.double()
+            squares.append(logits.logsumexp(-1).square().sum().item())
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_forward", remember)
+    train(tiny("train.z_loss=0.1", "eval.every=0"))
+    lines, plain = read_metrics(tmp_path / "run"), read_metrics(plain_run)
+    steps = [line for line in lines if "train/loss" in line]
+    assert steps[0]["train/z_loss"] == pytest.approx(sum(squares) / 256, rel=1e-6)
+    assert losses(tmp_path / "run")[0] == losses(plain_run)[0]
+    assert losses(tmp_path / "run")[1] != losses(plain_run)[1]
+    assert not [line for line in plain if "train/z_loss" in line]
+    model, ids = load_model(tmp_path / "run"), torch.arange(20)[None]
+    model.lm_head.z_loss = 0.1
+    output = model(ids, ids)
+    assert output.z_loss is None
+    output.loss.backward()  # in evaluation mode of the cross-entropy alone
+    gradient = model.lm_head.weight.grad
+    assert gradient is not None
+    weight = model.lm_head.weight.detach().double().requires_grad_()
+    hidden = model.hidden_states(ids)[0].detach().double()
+    F.cross_entropy((hidden @ weight.T)[0], ids[0], reduction="sum").backward()
+    torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bhyt_constants_derive_from_weights_and_are_saved(stage: int, tiny: Tiny, tmp_path: Path) -> None:
     norm = ("norm.name=bhyt", "norm.lam=1.5", "norm.learnable_lambda=false", "train.norm_refresh_every=2")
