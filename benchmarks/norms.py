@@ -116,7 +116,7 @@ def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             assert isinstance(self.norm, BHyT)
             variance = self.get_buffer("variance").expand(x.shape[0], 1)
-            return self.norm(x, Carry(variance, self.get_buffer("scale"), self.get_buffer("gain_square")))
+            return self.norm(x, Carry(variance, self.get_buffer("scale")))
 
     ours = {name: build_norm(name, hidden) for name in NORMS}
     peers = {name: make(hidden) for name, make in PEERS.items()}

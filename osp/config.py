@@ -5,6 +5,7 @@ Hydra composes YAML files and the command line into one plain dict. `from_dict` 
 Lengths of a schedule are written `100` (steps), `5e9 tokens` or `20%` (of the run).
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -163,15 +164,7 @@ class NormConfig:
     alpha_attention: Finite | None = None  # dyt, derf: initial slope of norms before attention; None: alpha
     lam: Positive | None = None  # bhyt: initial lambda, the bound of the tanh argument
     lam_post: Positive | None = None  # bhyt: initial lambda of norms after attention; None: lam
-    lam_final: Positive | None = None  # bhyt: initial lambda of the norm before the head; None: lam
     kappa: Positive | None = None  # bhyt: Chebyshev factor, standard deviations within the bound
-    kappa_schedule: Literal["constant", "decay", "grow", "mild_grow"] | None = None  # bhyt: change of kappa by depth
-    # bhyt: layer of the norm before the head, for kappa_schedule; None: num_hidden_layers + 1.
-    layer_final: Count | None = None
-    learnable_lambda: bool | None = None  # bhyt: train lambda
-    approximation: Literal["baseline", "beta", "eta", "residual_aware"] | None = None  # bhyt: formula for the variance
-    gain_variance: bool | None = None  # bhyt: include the gain of the norm before attention in the variance
-    exact_layers: tuple[Count, ...] | None = None  # bhyt: layers, from 1, that measure the variance after attention
     seq_len: Count | None = None  # bhyt: sequence length in the variance formula; None: train.seq_len
 
 
@@ -197,6 +190,17 @@ class RopeScaling:
     high_freq_factor: Positive = 4.0  # llama3: turns above which a frequency is kept
     original_max_position_embeddings: Count = 8192  # llama3: context in tokens in which turns are counted
 
+
+# Keys that configurations of version 0.1.0 have, with the default and other values without effect. None: not set.
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "norm.kappa_schedule": (None, "constant"),
+    "norm.learnable_lambda": (None, True),
+    "norm.approximation": (None, "baseline"),
+    "norm.gain_variance": (None, False),
+    "norm.exact_layers": (None, []),
+    "norm.lam_final": (None,),
+    "norm.layer_final": (None,),
+}
 
 # Fields of `ModelConfig` that are top-level keys in YAML and on the command line: `norm=bhyt qk_norm=true`.
 AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm", "recentre")
@@ -419,7 +423,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         UserError: one line for the first unknown key, wrong type, value out of range, or contradiction.
     """
-    known = to_dict(Config())
+    values, known = upgrade(values), to_dict(Config())
     for key in values:
         if key not in known:
             raise UserError(unknown("", str(key), known))
@@ -438,11 +442,13 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored configuration of a run: without `norm.layer_final`, kappa before the head was of layer 1."""
-    norm: Any = values.get("norm")
-    old = isinstance(norm, dict) and "layer_final" not in norm and norm.get("final") in ("bhyt", "bhyt_star")
-    if old and norm.get("kappa_schedule") not in (None, "constant"):
-        return values | {"norm": norm | {"layer_final": 1}}
+    """Return a stored configuration without `REMOVED` keys; raise `UserError` if one has an effect."""
+    values = copy.deepcopy(values)
+    for key, ineffective in REMOVED.items():
+        table, _, name = key.rpartition(".")
+        inner = values.get(table)
+        if isinstance(inner, dict) and (value := inner.pop(name, None)) not in ineffective:
+            raise UserError(f"{key}={value} was removed after version 0.1.0; use that version for this configuration")
     return values
 
 
@@ -568,11 +574,6 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             "norm.placement=peri with norm=bhyt: the variance approximation covers the output of attention, not a "
             "norm of it; take norm.name=bhyt_star, which measures the variance"
-        )
-    if beyond := [layer for layer in norm.exact_layers or () if layer > model.num_hidden_layers]:
-        raise UserError(
-            f"norm.exact_layers names layer {beyond[0]}, and model.num_hidden_layers={model.num_hidden_layers}; "
-            "layers count from 1"
         )
     names = {norm.name, norm.final or norm.name}
     if model.recentre and names != {"rmsnorm"}:

@@ -28,7 +28,7 @@ def tree(**changes: Any) -> dict[str, Any]:
 VALID = {
     "smallest": tree(),
     "tokens": tree(train__steps=None, train__tokens=1_000_000),
-    "bhyt": tree(norm={"name": "bhyt", "lam": 2.0, "learnable_lambda": False}, train__seq_len=512),
+    "bhyt": tree(norm={"name": "bhyt", "lam": 2.0, "lam_post": 1.0}, train__seq_len=512),
     "mixture": tree(
         data={
             "source": "mixture",
@@ -207,7 +207,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"norm__init": -1e19}, ("norm.init=-1e+19", "at most 1e18 in size")),
     ({"optimizer__lr": "1" * 5000}, ("optimizer.lr='111", "5002 characters", "must be a number")),
-    *(({f"norm__{key}": 0.0}, (f"norm.{key}=0.0", "above 0")) for key in ("lam", "lam_post", "lam_final", "kappa")),
+    *(({f"norm__{key}": 0.0}, (f"norm.{key}=0.0", "above 0")) for key in ("lam", "lam_post", "kappa")),
     ({"optimizer__gain_decay": -0.1}, ("optimizer.gain_decay=-0.1", "at least 0")),
     ({"model__init": "lecun"}, ("model.init='lecun'", "'normal' or 'fan_in'")),
     ({"model__rope_theta": 1e-9}, ("model.rope_theta=1e-09", "at least 0.000001")),

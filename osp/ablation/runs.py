@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from osp.ablation.config import AblationConfig, parse_rows, settings_of
-from osp.config import Config, RunConfig, from_dict, leaves, to_dict
+from osp.config import REMOVED, Config, RunConfig, from_dict, leaves, to_dict
 from osp.errors import UserError, as_user_error
 from osp.run.read import FREE
 
@@ -78,7 +78,8 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
             raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")
         # The folder's name has a hash of the training: one that appears twice, for instance in a sweep, runs once, and
         # a run with another configuration is never mistaken for it.
-        values = {k: v for k, v in leaves(to_dict(trained)) if not k.startswith(FREE) and LATER.get(k, ...) != v}
+        values = {key: default for key, (default, *_) in REMOVED.items()} | dict(leaves(to_dict(trained)))
+        values = {k: v for k, v in values.items() if not k.startswith(FREE) and LATER.get(k, ...) != v}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{row}-seed{seed}-{digest}"
         trained = dataclasses.replace(trained, run=RunConfig(name=label, dir=str(Path(config.dir) / "runs" / label)))

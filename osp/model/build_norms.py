@@ -11,7 +11,7 @@ from osp.errors import UserError
 from osp.model.norms import NORMS, BHyTStar, Norm
 
 # Keywords for the position of a norm. The model sets them; they are not options.
-PLACE = ("layer", "before_attention", "after_attention")
+PLACE = ("before_attention", "after_attention")
 
 
 def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
@@ -28,28 +28,19 @@ def build_norm(name: str, hidden_size: int, **options: Any) -> Norm:
 
 def block_norm(config: ModelConfig, *, layer: int = 1, **place: bool) -> Norm:
     """Return a norm of block `layer`, counted from 1. place: `before_attention` or `after_attention`, if it is."""
-    norm = build_norm(config.norm.name, config.hidden_size, **_given(config.norm), layer=layer, **place)
+    norm = build_norm(config.norm.name, config.hidden_size, **_given(config.norm), **place)
     if config.norm.lns:
         norm.output_scale = layer**-0.5
     return norm
 
 
 def final_norm(config: ModelConfig) -> Norm:
-    """Return the norm before the head, layer L + 1: `norm.final`, or the default of the class of `norm.name`."""
+    """Return the norm before the head: `norm.final`, or the default of the class of `norm.name`."""
     name = final_norm_name(config.norm)
     if name not in NORMS:
         raise UserError(f"norm.final={name!r}; choose from {sorted(NORMS)}")
     keywords = _keywords(NORMS[name])
     given = {key: value for key, value in _given(config.norm).items() if key in keywords}
-    given["layer"] = config.num_hidden_layers + 1
-    for key in ("lam", "layer"):
-        if (value := getattr(config.norm, f"{key}_final")) is not None:
-            if key not in keywords:
-                raise UserError(
-                    f"norm.{key}_final={value}: the norm before the head is {name}, which has no such option; "
-                    "set norm.final=bhyt or leave it out"
-                )
-            given[key] = value
     return build_norm(name, config.hidden_size, **given)
 
 
@@ -69,8 +60,7 @@ def bound_warning(config: ModelConfig) -> str | None:
 
     Within the bound the output variance of every layer is below that with LayerNorm scaling (arXiv 2601.09719).
     """
-    ends, places = (1, config.num_hidden_layers), (False, True)
-    norms = [block_norm(config, layer=layer, after_attention=after) for layer in ends for after in places]
+    norms = [block_norm(config, after_attention=after) for after in (False, True)]
     bound = 1 / math.sqrt(config.num_hidden_layers)
     ratio = max((norm.initial["lam"] / norm.kappa for norm in norms if isinstance(norm, BHyTStar)), default=0.0)
     if ratio < bound:
@@ -91,5 +81,5 @@ def _keywords(norm: type) -> set[str]:
 
 def _given(config: NormConfig) -> dict[str, Any]:
     """Return the options of the norm that the user set."""
-    of_model = ("name", "final", "placement", "lns", "embed_scale", "lam_final", "layer_final")
+    of_model = ("name", "final", "placement", "lns", "embed_scale")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in of_model and v is not None}

@@ -96,15 +96,9 @@ def pad_ffn(model: Transformer, *, multiple: int) -> None:
 
 @torch.no_grad()
 def fold_constants(model: Transformer) -> None:
-    """Compute once, with the same bits, what every pass derives from parameters only: means, scales, norm constants."""
+    """Compute once, with the same bits, what every pass derives from parameters only: means and scaled embeddings."""
     bake_recentring(model, exact=False)
     fold_embedding_scale(model)
-    for module in model.modules():
-        if isinstance(module, Norm):
-            module.fold()
-    for layer in model.layers:
-        assert isinstance(layer, Block)
-        layer.post_attention_layernorm.fold(layer.input_layernorm)
 
 
 @torch.no_grad()
@@ -122,7 +116,6 @@ def fold_norm_gains(model: Transformer, sites: Collection[str] = STREAM, *, for_
         untie(model)
     for _, norm, readers in residual_norms(model, sites):
         if norm.weight is not None and (for_rotation or not norm.one_gain):
-            norm.fold()  # what the next norm derives from this gain
             gain = norm.weight.double()
             factor = gain if for_rotation else gain.where(gain != 0, 1.0)
             for weight in (model.get_parameter(f"{reader}.weight") for reader in readers):

@@ -20,7 +20,6 @@ Options of the block (D channels, layers l counted from 1):
   initial deviation 1/sqrt(D), so that training starts from blocks of the same strength.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,7 +35,6 @@ class Carry(NamedTuple):
 
     variance: Tensor  # (..., 1) mean square of the block's input
     scale: Tensor  # (1,) (lambda / kappa)^2 of the first norm, and its output scale squared
-    gain_square: Tensor  # (1,) mean square of the gain of the first norm
 
 
 class Norm(nn.Module):
@@ -79,9 +77,6 @@ class Norm(nn.Module):
         """Return y, or (y, carry) with `return_carry`."""
         y = self._scaled(self.normalize(x))
         return (y, None) if return_carry else y
-
-    def fold(self, first: "Norm | None" = None) -> None:
-        """Precompute for inference what depends on parameters only. first: the first norm of the block."""
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.output_scale == 1.0 else y * self.output_scale
@@ -219,17 +214,12 @@ class Derf(DyT):
     squash = staticmethod(torch.erf)
 
 
-# kappa of layer l, counted from 1, is norm.kappa * l^exponent
-KAPPA_EXPONENTS = {"constant": 0.0, "decay": -0.5, "grow": 0.5, "mild_grow": 0.25}
-
-
 class BHyTStar(Norm):
     """Bounded hyperbolic tanh, exact: y = g * tanh(lambda * x / (kappa * s)), s^2 = mean(x^2) + eps at every norm.
 
-    BHyT* of arXiv 2601.09719 as in its code (`bhytstar`, which assumes mean 0): one learnable scalar lambda per norm (a
-    buffer with `learnable_lambda=False`), gain per channel starting at `init`, no bias. By Chebyshev the argument stays
-    in [-lambda, lambda] with probability 1 - kappa^-2; kappa may depend on the layer, see `KAPPA_EXPONENTS`. The norm
-    before the head counts as layer L + 1 of L, as in the code.
+    BHyT* of arXiv 2601.09719 as in its code (`bhytstar`, which assumes mean 0): one learnable scalar lambda per norm,
+    gain per channel starting at `init`, no bias. By Chebyshev the argument stays in [-lambda, lambda] with probability
+    1 - kappa^-2.
 
     The output starts with an RMS near lambda / kappa, several times below that after RMSNorm, so learning rates and
     initial values tuned for RMSNorm do not carry over.
@@ -237,7 +227,6 @@ class BHyTStar(Norm):
 
     not_rmsnorm = "it bounds activations with a tanh"
     final = "rmsnorm"  # the authors' pretraining scripts (last_layer_lam = 0.0)
-    lam: Tensor
     weight: nn.Parameter
 
     def __init__(
@@ -249,18 +238,14 @@ class BHyTStar(Norm):
         lam: float = 1.0,
         kappa: float = 10.0,
         lam_post: float | None = None,
-        kappa_schedule: str = "constant",
-        learnable_lambda: bool = True,
-        layer: int = 1,
         after_attention: bool = False,
     ):
-        """layer: of the block, from 1. after_attention: whether it is the second norm of its block."""
+        """after_attention: whether it is the second norm of its block."""
         super().__init__(weight=init, lam=lam_post if after_attention and lam_post is not None else lam)
         self.eps = eps
-        self.kappa = kappa * layer ** KAPPA_EXPONENTS[kappa_schedule]
-        self.slope: Tensor | None = None  # lambda / kappa, once folded
+        self.kappa = kappa
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.lam = nn.Parameter(torch.empty(1)) if learnable_lambda else nn.Buffer(torch.empty(1))
+        self.lam = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
@@ -272,92 +257,36 @@ class BHyTStar(Norm):
         return None
 
     def forward(self, x: Tensor, carry: Carry | None = None, *, return_carry: bool = False) -> Any:
-        slope = self.lam / self.kappa if self.slope is None else self.slope
-        argument, variance = Divided.apply(x, self.approximated(carry), slope, None, self.eps)
+        argument, variance = Divided.apply(x, self.approximated(carry), self.lam / self.kappa, None, self.eps)
         y = self._scaled(torch.tanh(argument) * self.weight.to(x.dtype))
         return (y, self.carry(variance)) if return_carry else y
-
-    def fold(self, first: Norm | None = None) -> None:
-        """Precompute lambda / kappa; the output keeps its bits."""
-        self.slope = (self.lam / self.kappa).detach()
 
 
 class BHyT(BHyTStar):
     """`BHyTStar` that approximates the variance after attention instead of measuring it (arXiv 2601.09719).
 
-    The first norm of a block passes on v, the mean square of its input. The second adds the contribution of uniform
-    attention over `seq_len` tokens, a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D):
-
-        approximation   variance after attention
-        baseline        v + a
-        beta            v + beta * a                        beta starts at 1
-        eta             v * (1 + eta)                       eta starts at 0
-        residual_aware  v * (1 + eta) + beta * a            for the correlation of the stream and attention
-
-    beta and eta are learnable scalars. `gain_variance` multiplies a by the mean square of the first norm's gain, and
-    LayerNorm scaling divides it by l. c is the buffer `attention_gain`, which `refresh` recomputes from the weights; no
-    gradient flows through c and the first norm's lambda and gain. c ignores biases and the 1 of `attention.off_by_one`,
-    and treats `attention.gate` as open. The norm measures in `exact_layers` (from 1), without a carry, before the head.
+    The first norm of a block passes on v, the mean square of its input. The second takes v + a for the variance, where
+    a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D) is the contribution of uniform attention
+    over `seq_len` tokens. LayerNorm scaling divides a by l. c is the buffer `attention_gain`, which `refresh` computes
+    from the weights; no gradient flows through c and the first norm's lambda. c ignores biases and the 1 of
+    `attention.off_by_one`, and treats `attention.gate` as open. The norm before the head has no carry and measures.
     """
 
     not_rmsnorm = "it bounds activations with a tanh and shares a statistic between two norms"
-    beta: nn.Parameter | float
-    eta: nn.Parameter | float
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        approximation: str = "baseline",
-        gain_variance: bool = False,
-        exact_layers: Sequence[int] = (),
-        seq_len: int | None = None,
-        layer: int = 1,
-        after_attention: bool = False,
-        **options: Any,
-    ):
-        super().__init__(hidden_size, layer=layer, after_attention=after_attention, **options)
-        self.initial |= {"beta": 1.0, "eta": 0.0, "attention_gain": 0.0}
-        if gain_variance and approximation == "eta":
-            raise UserError("norm.gain_variance=true does nothing with norm.approximation=eta, which has no such term")
-        self.approximates = self.refreshes = after_attention and layer not in exact_layers
-        self.constants: tuple[Tensor, Tensor] | None = None  # of the carry, once folded
-        self.terms: tuple[Tensor | float, Tensor] | None = None  # of the approximation, once folded
-        self.gain_variance, self.seq_len = gain_variance, seq_len
-        self.beta, self.eta = 0.0 if approximation == "eta" else 1.0, 0.0
-        if self.approximates and approximation in ("beta", "residual_aware"):
-            self.beta = nn.Parameter(torch.empty(1))
-        if self.approximates and approximation in ("eta", "residual_aware"):
-            self.eta = nn.Parameter(torch.empty(1))
-        if self.approximates:
+    def __init__(self, hidden_size: int, *, seq_len: int | None = None, after_attention: bool = False, **options: Any):
+        super().__init__(hidden_size, after_attention=after_attention, **options)
+        self.seq_len, self.refreshes = seq_len, after_attention
+        if after_attention:
+            self.initial["attention_gain"] = 0.0
             self.attention_gain = nn.Buffer(torch.empty(1))
-        self.reset_parameters()
+            self.reset_parameters()
 
     def approximated(self, carry: Carry | None) -> Tensor | None:
-        if carry is None or not self.approximates:
-            return None
-        factor, added = self._terms(carry.scale, carry.gain_square) if self.terms is None else self.terms
-        return carry.variance * factor + added
-
-    def _terms(self, scale: Tensor, gain_square: Tensor) -> tuple[Tensor | float, Tensor]:
-        """Return 1 + eta and beta * a, each (1,)."""
-        added = self.attention_gain * scale
-        return 1 + self.eta, self.beta * (added * gain_square if self.gain_variance else added)
+        return carry.variance + self.attention_gain * carry.scale if carry and self.refreshes else None
 
     def carry(self, variance: Tensor) -> Carry:
-        return Carry(variance, *(self._constants() if self.constants is None else self.constants))
-
-    def _constants(self) -> tuple[Tensor, Tensor]:
-        scale = (self.lam.detach() * (self.output_scale / self.kappa)).square()
-        return scale, self.weight.detach().square().mean(-1, keepdim=True)
-
-    @torch.no_grad()
-    def fold(self, first: Norm | None = None) -> None:
-        """Precompute c * (lambda_first / kappa)^2 and the terms of the approximation; the output keeps its bits."""
-        super().fold()
-        self.constants = self._constants()
-        if self.approximates and isinstance(first, BHyT):
-            self.terms = self._terms(*first._constants())
+        return Carry(variance, (self.lam.detach() * (self.output_scale / self.kappa)).square())
 
     @torch.no_grad()
     def refresh(self, v_weight: Tensor, o_weight: Tensor, *, head_dim: int) -> None:

@@ -157,7 +157,7 @@ class _Recorder:
             layer = [layer_name(int(parts[1]))] if parts[0] == "layers" and len(parts) > 2 else []
             if isinstance(module, CausalAttention) and {"attn_logit_max", "attn_sink"} & self.statistics:
                 yield module, functools.partial(self._add_attention, layer[0])
-            if isinstance(module, BHyT) and module.approximates and "var_error" in self.statistics:
+            if isinstance(module, BHyT) and module.refreshes and "var_error" in self.statistics:
                 yield module, functools.partial(self._add_variance_error, f"bhyt/var_error/{layer[0]}")
             statistic = "gain_max" if isinstance(module, Norm) else "weight_row_max"
             key = "/".join(["monitor", statistic, *layer, parts[-1]])

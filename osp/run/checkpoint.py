@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import CheckpointConfig, from_dict, upgrade
+from osp.config import CheckpointConfig, from_dict
 from osp.errors import UserError, as_user_error
 from osp.files import flush, read_json, sha256_of, write_text
 from osp.model.transformer import Transformer, meta_model
@@ -109,7 +109,7 @@ class Checkpoint:
         data = self.manifest.get("data")
         self.data = build(Position, data) if data else Position(self.step, 1)  # of a conversion, which reads nothing
         with as_user_error(f"{folder / MANIFEST}: not the configuration of a run: ", UserError):
-            self.config = from_dict(upgrade(self.manifest["config"]))
+            self.config = from_dict(self.manifest["config"])
         for name, entry in self.manifest["files"].items():
             path = folder / name
             if not path.is_file():

@@ -95,26 +95,13 @@ class Reference:
             return gain * torch.tanh(of("alpha") * x) + bias
         if kind == "derf":
             return gain * torch.erf(of("alpha") * x + of("shift")) + bias
-        kappa = (
-            10.0
-            * {None: 1.0, "decay": layer**-0.5, "grow": layer**0.5, "mild_grow": layer**0.25}[options.kappa_schedule]
-        )
-        if kind == "bhyt" and before is not None and layer not in (options.exact_layers or ()):
-            block = name.rpartition(".")[0]
-            first = f"{block}.input_layernorm"
-            lam = (self.p | self.b)[f"{first}.lam"].detach()
-            added = of("attention_gain") * (lam / kappa) ** 2
-            added = added / layer if options.lns else added
-            if options.gain_variance:
-                added = added * (self.p[f"{first}.weight"].detach() ** 2).sum() / size
-            beta, eta = of("beta"), of("eta")
-            if options.approximation == "eta":
-                added = 0.0 * added
-            square = (before**2).sum(-1, keepdim=True) / size
-            square = square * (1.0 if eta is None else 1.0 + eta) + (1.0 if beta is None else beta) * added
+        if kind == "bhyt" and before is not None:
+            lam = self.p[f"{name.rpartition('.')[0]}.input_layernorm.lam"].detach()
+            added = of("attention_gain") * (lam / 10) ** 2
+            square = (before**2).sum(-1, keepdim=True) / size + (added / layer if options.lns else added)
             true = (x**2).sum(-1, keepdim=True) / size
             self.see(f"var_error/layer_{layer - 1:02d}", (square - true).abs() / true)
-        return gain * torch.tanh(of("lam") / kappa * x / (square + EPS) ** 0.5)
+        return gain * torch.tanh(of("lam") / 10 * x / (square + EPS) ** 0.5)
 
     def attention(self, name: str, h: Tensor) -> Tensor:
         config = self.config
@@ -259,15 +246,6 @@ def test_every_combination_of_options_trains_or_is_refused(name: str, placement:
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kappa_schedule", [None, "decay", "grow", "mild_grow"])
-@pytest.mark.parametrize("approximation", ["baseline", "beta", "eta", "residual_aware"])
-def test_bhyt_approximations_equal_their_formulas(approximation: Any, kappa_schedule: Any) -> None:
-    gain_variance = None if approximation == "eta" else True
-    options = {"approximation": approximation, "kappa_schedule": kappa_schedule}
-    for more in ({"lns": True, "gain_variance": gain_variance}, {"exact_layers": (2,)}):
-        assert_is_its_formula(ModelConfig(**SMALL, norm=norm_config("bhyt", **options, **more)))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -275,7 +253,7 @@ def test_bhyt_approximations_equal_their_formulas(approximation: Any, kappa_sche
         {"attention_bias": True, "mlp_bias": True, "recentre": True, "norm": norm_config("rmsnorm")},
         {"norm": norm_config("dyt", embed_scale=True, alpha=0.3, alpha_attention=0.9)},
         {"norm": norm_config("rmsnorm", embed_scale=True), "recentre": True},
-        {"norm": norm_config("bhyt_star", kappa_schedule="grow", learnable_lambda=False)},
+        {"norm": norm_config("bhyt", lns=True)},
         {"ffn_norm": True},
         {"ffn_norm": True, "norm": norm_config("rmsnorm"), "hidden_act": "sigmoid"},
         {"attention": AttentionConfig(off_by_one=True)},
@@ -287,7 +265,7 @@ def test_bhyt_approximations_equal_their_formulas(approximation: Any, kappa_sche
         "recentred-biases",
         "dyt-scale",
         "recentred-scale",
-        "fixed-lambda",
+        "bhyt-lns",
         "ffn-norm",
         "ffn-norm-sigmoid",
         "off-by-one",
@@ -342,8 +320,9 @@ def test_ffn_norm_keeps_the_initial_strength_of_blocks(name: Any) -> None:
 
 def test_probe_measures_values_computed_by_blocks_with_all_options() -> None:
     """Queries and keys after norm and RoPE, the input of o_proj after the gate, all gains and matrix rows."""
-    norm = norm_config("bhyt", approximation="residual_aware")
-    config = ModelConfig(**SMALL, norm=norm, attention=AttentionConfig(gate=True), qk_norm=True, attention_bias=True)
+    config = ModelConfig(
+        **SMALL, norm=norm_config("bhyt"), attention=AttentionConfig(gate=True), qk_norm=True, attention_bias=True
+    )
     model = lively(config)
     reference = Reference(model)
     for row in IDS:
@@ -368,7 +347,7 @@ def test_probe_measures_values_computed_by_blocks_with_all_options() -> None:
 
 
 def test_var_error_is_reported_for_approximating_layers_only() -> None:
-    for norm, layers in ((norm_config("bhyt", exact_layers=(1,)), {"layer_01"}), (norm_config("bhyt_star"), set())):
+    for norm, layers in ((norm_config("bhyt"), {"layer_00", "layer_01"}), (norm_config("bhyt_star"), set())):
         model = lively(ModelConfig(**SMALL, norm=norm))
         metrics = probe(model, ProbeText(IDS), MonitorConfig(sites=(), statistics=("var_error",))).metrics
         assert set(metrics) == {f"bhyt/var_error/{layer}" for layer in layers}
@@ -403,10 +382,8 @@ def test_weights_behind_an_outlier_include_gates_head_norms_and_norms_after_subl
 @pytest.mark.parametrize(
     ("norm", "message"),
     [
-        (NormConfig("bhyt", approximation="eta", gain_variance=True), "norm.gain_variance=true does nothing"),
-        (NormConfig("bhyt", exact_layers=(3,)), "norm.exact_layers names layer 3, and model.num_hidden_layers=2"),
-        (NormConfig("bhyt_star", approximation="beta"), "norm.approximation='beta': bhyt_star has no such option"),
-        (NormConfig("ssnorm", kappa_schedule="grow"), "norm.kappa_schedule='grow': ssnorm has no such option"),
+        (NormConfig("bhyt_star", seq_len=8), "norm.seq_len=8: bhyt_star has no such option"),
+        (NormConfig("ssnorm", kappa=3.0), "norm.kappa=3.0: ssnorm has no such option"),
         (NormConfig("layernorm", affine=False, bias=True), "norm.bias=true needs norm.affine=true"),
         (NormConfig("rmsnrom"), "unknown norm 'rmsnrom'; choose from"),
     ],

@@ -19,7 +19,7 @@ NORMS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / 
 OPTIONS: dict[str, dict[str, Any]] = {
     "layernorm": {"bias": True},
     "crmsnorm": {"affine": True},
-    "bhyt": {"gain_variance": True, "approximation": "residual_aware", "seq_len": 12},
+    "bhyt": {"seq_len": 12},
     "dyt": {"lns": True},
 }
 

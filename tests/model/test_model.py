@@ -364,7 +364,7 @@ def poison(model: Transformer) -> None:
         *(NormConfig(name=name, seq_len=16 if name == "bhyt" else None) for name in sorted(NORMS)),
         NormConfig("layernorm", bias=True, final="dyt"),
         NormConfig("crmsnorm", affine=True),
-        NormConfig("bhyt", learnable_lambda=False, seq_len=16, final="bhyt"),
+        NormConfig("bhyt", seq_len=16, final="bhyt"),
     ],
     ids=lambda n: f"{n.name}-{n.final}",
 )

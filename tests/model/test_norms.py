@@ -12,7 +12,7 @@ from torch import Tensor
 from osp.config import ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.build_norms import block_norm, bound_warning, build_norm, final_norm, inner_norm
-from osp.model.norms import NORMS, BHyT, BHyTStar, Norm
+from osp.model.norms import NORMS, BHyT, Norm
 from osp.model.transformer import Attention
 
 SHAPES = [(5, 123, 37), (2, 64), (1, 1, 8)]
@@ -331,40 +331,12 @@ def test_attention_gain_is_the_energy_of_the_attention_of_a_single_token(kv_head
     assert norm.attention_gain.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("layer", [1, 4])
-@pytest.mark.parametrize(
-    ("schedule", "factor"), [("constant", 1), ("decay", 1 / 2), ("grow", 2), ("mild_grow", 2**0.5)]
-)
-def test_kappa_by_depth(schedule: str, factor: float, layer: int) -> None:
-    norm = build_norm("bhyt_star", 4, kappa=7.0, kappa_schedule=schedule, layer=layer)
-    assert isinstance(norm, BHyTStar)
-    assert norm.kappa == pytest.approx(7 * (factor if layer == 4 else 1))
-
-
-@pytest.mark.parametrize("name", ["bhyt", "bhyt_star"])
-@pytest.mark.parametrize(
-    ("schedule", "factor"), [("constant", 1), ("decay", 1 / 4), ("grow", 4), ("mild_grow", 2), (None, 1)]
-)
-def test_norm_before_the_head_is_one_layer_deeper_than_the_last_block(name: str, schedule: Any, factor: float) -> None:
-    """The authors build it with layer index L, from 0: kappa of layer L + 1 = 16 from 1."""
-    norm = NormConfig(name, final=name, kappa=7.0, kappa_schedule=schedule)
-    for layer_final, expected in ((None, 7 * factor), (1, 7.0)):
-        config = ModelConfig(num_hidden_layers=15, norm=replace(norm, layer_final=layer_final))
-        final = final_norm(config)
-        assert isinstance(final, BHyTStar)
-        assert final.kappa == pytest.approx(expected)
-        x = sample((3, 256))
-        wide = {key: value.double() for key, value in final.state_dict().items()}
-        argument = torch.atanh(final(x).double()) * expected / 7
-        torch.testing.assert_close(torch.tanh(argument), bhyt(x.double(), wide, 1e-6), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({}, (1.0, 1.0, 1.0)),
         ({"lam": 3.0}, (3.0, 3.0, 3.0)),
-        ({"lam": 2.0, "lam_post": 1.0, "lam_final": 5.0}, (2.0, 1.0, 5.0)),
+        ({"lam": 2.0, "lam_post": 1.0}, (2.0, 1.0, 2.0)),
         ({"lam_post": 4.0}, (1.0, 4.0, 1.0)),
     ],
     ids=str,
@@ -373,66 +345,28 @@ def test_norm_before_the_head_is_one_layer_deeper_than_the_last_block(name: str,
 def test_lambdas_before_and_after_attention_and_before_the_head(
     name: str, given: dict[str, Any], expected: tuple[float, float, float]
 ) -> None:
-    """`input_layer_lam`, `post_layer_lam` and `last_layer_lam` of the authors' code, trained or not."""
-    for learnable in (True, False):
-        config = ModelConfig(norm=NormConfig(name, final=name, learnable_lambda=learnable, **given))
-        norms = block_norm(config, before_attention=True), block_norm(config, after_attention=True), final_norm(config)
-        assert tuple(norm.state_dict()["lam"].item() for norm in norms) == expected
+    """`input_layer_lam` and `post_layer_lam` of the authors' code."""
+    config = ModelConfig(norm=NormConfig(name, final=name, **given))
+    norms = block_norm(config, before_attention=True), block_norm(config, after_attention=True), final_norm(config)
+    assert tuple(norm.state_dict()["lam"].item() for norm in norms) == expected
 
 
-def test_lambda_before_the_head_is_for_any_norm_of_the_blocks() -> None:
-    norm = final_norm(ModelConfig(norm=NormConfig("ssnorm", final="bhyt_star", lam_final=2.0)))
-    assert norm.state_dict()["lam"].item() == 2.0
-
-
-@pytest.mark.parametrize("key", ["lam_final", "layer_final"])
-def test_option_of_another_norm_before_the_head_is_refused(key: str) -> None:
-    config = ModelConfig(norm=replace(NormConfig("bhyt", seq_len=8), **{key: 2}))
-    with pytest.raises(UserError, match=f"norm.{key}=2: the norm before the head is rmsnorm, which has no such option"):
-        final_norm(config)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, 9 + 4 * 0.36),
-        ({"approximation": "beta"}, 9 + 0.5 * 4 * 0.36),
-        ({"approximation": "eta"}, 9 * 1.25),
-        ({"approximation": "residual_aware"}, 9 * 1.25 + 0.5 * 4 * 0.36),
-        ({"gain_variance": True}, 9 + 4 * 0.36 * 6.5),
-        ({"approximation": "residual_aware", "gain_variance": True}, 9 * 1.25 + 0.5 * 4 * 0.36 * 6.5),
-        ({"exact_layers": (2,)}, 9 + 4 * 0.36),
-        ({"exact_layers": (3,)}, 25.0),  # measured
-    ],
-    ids=str,
-)
-def test_variance_after_attention_by_hand(options: dict[str, Any], expected: float) -> None:
-    """v = 9, c = 4, lambda / kappa = 3 / 5, beta = 1/2, eta = 1/4, gains 2, 3, 2, 3 of mean square 6.5; in layer 3."""
-    first, second = (bhyt_norm(lam=3.0, kappa=5.0, layer=3, **options, **{"after_attention": a}) for a in (False, True))
+def test_variance_after_attention_by_hand() -> None:
+    """v = 9, c = 4, lambda / kappa = 3 / 5."""
+    first, second = (bhyt_norm(lam=3.0, kappa=5.0, **{"after_attention": after}) for after in (False, True))
     with torch.no_grad():
-        first.weight.copy_(torch.tensor([2.0, 3.0, 2.0, 3.0]))
-        for name, value in (("attention_gain", 4.0), ("beta", 0.5), ("eta", 0.25)):
-            if isinstance(tensor := getattr(second, name, None), Tensor):
-                tensor.fill_(value)
+        first.weight.copy_(torch.tensor([2.0, 3.0, 2.0, 3.0]))  # has no effect on the second norm
+        second.attention_gain.fill_(4.0)
     _, carry = first(torch.tensor([[1.0, 3.0, 1.0, -5.0]]), return_carry=True)
+    expected = 9 + 4 * 0.36
     variance = second.approximated(carry)
-    assert (variance is None) == ("exact_layers" in options and 3 in options["exact_layers"])
-    assert variance is None or variance.item() == pytest.approx(expected, rel=1e-6)
+    assert variance is not None
+    assert variance.item() == pytest.approx(expected, rel=1e-6)
+    assert second.approximated(None) is None
+    assert first.approximated(carry) is None
     y = second(torch.full((1, 4), 5.0), carry)
     torch.testing.assert_close(y, torch.full((1, 4), math.tanh(3 / 5 * 5 / math.sqrt(expected))), rtol=1e-5, atol=1e-6)
-    assert ("attention_gain" in second.state_dict()) == second.approximates
     assert "attention_gain" not in first.state_dict()
-
-
-def test_bhyt_fixed_lambda_is_stored_and_never_trained() -> None:
-    norm = bhyt_norm(lam=2.0, learnable_lambda=False)
-    assert [key for key, _ in norm.named_parameters()] == ["weight"]
-    assert norm.state_dict()["lam"].tolist() == [2.0]
-    other = bhyt_norm(lam=5.0, learnable_lambda=False)
-    other.load_state_dict(norm.state_dict())
-    x = sample((3, 4))
-    assert torch.equal(other(x), norm(x))
-    assert "lam" in dict(bhyt_norm().named_parameters())
 
 
 def test_bhyt_attention_gain_is_stored() -> None:
@@ -560,7 +494,7 @@ def test_final_norm_can_be_chosen_and_keeps_the_options_it_has() -> None:
 
 
 def test_block_norm_passes_the_options() -> None:
-    norm = block_norm(ModelConfig(norm=NormConfig(name="bhyt", lam=2.0, kappa=4.0, learnable_lambda=False)))
+    norm = block_norm(ModelConfig(norm=NormConfig(name="bhyt", lam=2.0, kappa=4.0)))
     x = torch.full((1, 256), 3.0)
     torch.testing.assert_close(norm(x), torch.full((1, 256), math.tanh(0.5)), rtol=1e-5, atol=1e-6)
 
@@ -585,19 +519,8 @@ def test_unknown_final_norm_lists_the_valid_ones() -> None:
         ("rmsnorm", {"bias": True}, ["affine", "eps", "init"]),
         ("dyt", {"eps": 1e-5}, ["alpha", "alpha_attention", "init"]),
         ("layernorm", {"lam": 1.0}, ["affine", "bias", "eps", "init"]),
-        (
-            "bhyt_star",
-            {"seq_len": 8},
-            ["eps", "init", "kappa", "kappa_schedule", "lam", "lam_post", "learnable_lambda"],
-        ),
-        (
-            "bhyt",
-            {"alpha": 1.0},
-            [
-                *("approximation", "eps", "exact_layers", "gain_variance", "init", "kappa", "kappa_schedule", "lam"),
-                *("lam_post", "learnable_lambda", "seq_len"),
-            ],
-        ),
+        ("bhyt_star", {"seq_len": 8}, ["eps", "init", "kappa", "lam", "lam_post"]),
+        ("bhyt", {"alpha": 1.0}, ["eps", "init", "kappa", "lam", "lam_post", "seq_len"]),
     ],
 )
 def test_option_of_another_norm_lists_the_valid_ones(name: str, option: dict[str, Any], valid: list[str]) -> None:

@@ -105,7 +105,7 @@ def test_nothing_is_folded_where_nothing_is_gained() -> None:
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "bhyt"])
 def test_folded_model_is_restored(norm: str) -> None:
     """Parameters keep their bits, and what norms precompute is computed from them again."""
-    options = {"layernorm": {"bias": True}, "bhyt": {"seq_len": 12, "gain_variance": True}}.get(norm, {})
+    options = {"layernorm": {"bias": True}, "bhyt": {"seq_len": 12}}.get(norm, {})
     model, ids = outlier_model(norm=NormConfig(name=norm, **options)), some_tokens(2, 12)
     clean, storage = logits(model, ids), {name: p.data_ptr() for name, p in model.named_parameters()}
     with quantized(model, with_fold(FOUR)):

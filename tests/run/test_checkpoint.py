@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from osp.config import CheckpointConfig, Config, TrainConfig, from_dict, to_dict
 from osp.errors import UserError
-from osp.model.norms import BHyTStar
 from osp.model.transformer import Transformer, build_model
 from osp.run import checkpoint as checkpoint_module
 from osp.run.checkpoint import Checkpoint, Saved, Saver, Slice, candidates, find, load_model, prune, remove_unfinished
@@ -116,25 +115,15 @@ def test_any_partition_reads_back_whole(ranks: int, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("schedule", ["grow", "constant", None])
-def test_old_checkpoint_keeps_the_function_of_its_final_bhyt_norm(schedule: str | None, tmp_path: Path) -> None:
-    """Before `norm.layer_final` the norm before the head had kappa of layer 1, whatever `norm.kappa_schedule`."""
-    norm = {"name": "bhyt_star", "final": "bhyt_star", "kappa": 4.0, "kappa_schedule": schedule}
-    old = CONFIG | {"norm": norm}
-    new = to_dict(from_dict(old))
-    source = build_model(from_dict(old).model, seed=3)
+def test_removed_key_is_left_out_at_its_default_and_refused_otherwise(tmp_path: Path) -> None:
+    stored = {"name": "bhyt_star", "kappa_schedule": "constant", "exact_layers": [], "gain_variance": None}
+    source = build_model(from_dict(CONFIG | {"norm": {"name": "bhyt_star"}}).model, seed=3)
+    write(tmp_path / "default", source, config=CONFIG | {"norm": stored})
     ids = torch.arange(8)[None]
-    kappas = {}
-    for name, config in (("old", old), ("new", new)):
-        write(tmp_path / name, source, config=config)
-        loaded = load_model(tmp_path / name)
-        assert isinstance(loaded.norm, BHyTStar)
-        kappas[name] = loaded.norm.kappa
-        source.norm.kappa = loaded.norm.kappa
-        torch.testing.assert_close(loaded(ids).logits, source(ids).logits)
-    assert kappas == {"old": 4.0, "new": pytest.approx(4.0 * 2**0.5 if schedule == "grow" else 4.0)}
-    (folder,) = candidates(tmp_path / "old")
-    assert Checkpoint(folder).config.model.norm.layer_final == (1 if schedule == "grow" else None)
+    torch.testing.assert_close(load_model(tmp_path / "default")(ids).logits, source(ids).logits)
+    write(tmp_path / "other", source, config=CONFIG | {"norm": stored | {"exact_layers": [1]}})
+    with pytest.raises(UserError, match=r"norm.exact_layers=\[1\] was removed after version 0.1.0; use that version"):
+        load_model(tmp_path / "other")
 
 
 def test_missing_state_is_reported(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,22 +90,6 @@ def test_initial_values_and_the_training_may_change(checkpoint: Checkpoint) -> N
     optimizer, training = dataclasses.replace(config.optimizer, lr=1.0), dataclasses.replace(config.train, steps=9)
     changed = dataclasses.replace(config, model=model, optimizer=optimizer, train=training)
     check_continues(changed, checkpoint, checkpoint.shapes)
-
-
-def test_run_older_than_the_layer_of_the_final_norm_keeps_it(tiny: Tiny, tmp_path: Path) -> None:
-    """It took kappa of layer 1; to go on with layer L + 1 would change the function of the trained weights."""
-    norm = ("norm.name=bhyt", "norm.final=bhyt", "norm.kappa_schedule=grow")
-    train(tiny(*norm, "norm.layer_final=1", "train.stop_at=3"))
-    files = [tmp_path / "run" / "config.yaml", *(tmp_path / "run" / "checkpoints").glob("*/manifest.json")]
-    for file in files:
-        text = file.read_text()
-        file.write_text(re.sub(r'\n *"?layer_final"?: 1,?(?=\n)', "", text))
-        assert "layer_final" in text
-        assert "layer_final" not in file.read_text()
-    with pytest.raises(UserError, match=r"norm.layer_final: 1 -> None"):
-        train(tiny(*norm))
-    train(tiny(*norm, "norm.layer_final=1"))
-    assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 # --- the text -----------------------------------------------------------------------------------------------------
