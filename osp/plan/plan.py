@@ -19,10 +19,10 @@ from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, tr
 from osp.run.checkpoint import checkpoint_bytes
 from osp.tables import render_text, text_table
 from osp.train.resolve import resolve
-from osp.train.setup import SECONDS_TO_KILL
 
 STAGES = (1, 2, 3)
 GIB = 2**30
+SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
 @dataclass(frozen=True)

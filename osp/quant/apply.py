@@ -151,8 +151,7 @@ def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
         stack.callback(setattr, model, name, getattr(model, name))
     stack.callback(setattr, model.lm_head, "weight", model.lm_head.weight)  # a tied head may get its own
     for module in map(vars, model.modules()):
-        derived = module.keys() & {"zero_mean", "slope", "constants"}
-        stack.callback(module.update, {key: module[key] for key in derived})
+        stack.callback(module.update, {key: module[key] for key in module.keys() & {"zero_mean"}})
     for parameter in model.parameters():
         stack.callback(setattr, parameter, "data", parameter.data)
 

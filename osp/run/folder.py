@@ -22,13 +22,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-import torch
 import yaml
 
 from osp.config import Config, leaves, to_dict, upgrade
@@ -36,7 +34,7 @@ from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import prepare
 from osp.errors import UserError, as_user_error
 from osp.files import printable, read_record, write_bytes, write_record, write_text
-from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished, write_tensors
+from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished
 from osp.run.read import differences, read_yaml
 
 log = logging.getLogger(__name__)
@@ -149,19 +147,6 @@ def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
         )
     if not os.access(place, os.W_OK):
         raise UserError(f"run.dir={folder}: cannot write there")
-
-
-def seconds_to_write(folder: Path, num_bytes: int, *, sample: int = 2**26) -> float:
-    """Return the seconds to write, flush and hash `num_bytes` in `folder`, all ranks at once, measured on `sample`."""
-    path = folder / f".write_test.{os.getpid()}.tmp"
-    sample = max(1, min(sample, num_bytes))
-    began = time.perf_counter()
-    try:
-        with as_user_error(f"run.dir={folder}: cannot write there: ", OSError):
-            write_tensors(path, {"x": torch.zeros(sample, dtype=torch.uint8)})
-    finally:
-        path.unlink(missing_ok=True)
-    return (time.perf_counter() - began) * num_bytes / sample
 
 
 def recorded_steps(config: Config) -> int | None:

@@ -26,7 +26,7 @@ from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import build_model, meta_model, parameter_shapes
 from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
-from osp.run.folder import STOPPED, Found, begin, check_disk, end, open_run, recorded_steps, seconds_to_write
+from osp.run.folder import STOPPED, Found, begin, check_disk, end, open_run, recorded_steps
 from osp.run.logger import Logger, check_wandb
 from osp.run.read import differences
 from osp.train.engine import Engine
@@ -42,7 +42,6 @@ MEANING = ("model.", *AT_TOP, "tokenizer.eos_token")
 INITIAL = ("model.init", "model.scale_residual_init", "model.max_position_embeddings")
 INITIAL += ("norm.init", "norm.alpha", "norm.lam")
 ORDER = ("train.seed", "train.seq_len", "data.bos", "data.repeat")  # keys that decide the order of the sequences
-SECONDS_TO_KILL = 30.0  # between the SIGTERM and the SIGKILL of torchrun, deepspeed and most schedulers
 
 
 class CompleteRun(Exception):  # noqa: N818 - no error
@@ -136,7 +135,6 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     before, tokenizer = checkpoint.folder if checkpoint else None, shards / "tokenizer.json"
     ranks = {"world_size": world_size, "device": str(device)}
     lock = on_main(lambda: begin(found, resolved.config, checkpoint=before, tokenizer=tokenizer, **ranks))
-    _warn_of_slow_saves(folder, engine)
     logger = None
     if is_main():
         step = checkpoint.step if checkpoint else 0
@@ -305,19 +303,6 @@ def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:
         check_fp8(shapes, resolved.micro_batch_size * resolved.config.train.seq_len)
     elif is_main():
         log.warning("train.precision=fp8: %s has no fp8; it is emulated, which rounds but is slow", resolved.device)
-
-
-def _warn_of_slow_saves(folder: Path, engine: Engine) -> None:
-    """Measure the disk; warn if a save takes longer than the time between SIGTERM and SIGKILL. Collective."""
-    num_bytes = 4 * sum(values.numel() for *_, states in engine.optimizer.local_state() for values in states.values())
-    measured = on_all_ranks(lambda: (seconds_to_write(folder, num_bytes), num_bytes))
-    longest, total = max(seconds for seconds, _ in measured), sum(size for _, size in measured)
-    if longest > SECONDS_TO_KILL and is_main():
-        log.warning(
-            f"a checkpoint of {total / 1e9:.2f} GB takes {longest:.0f} s to write to {folder}, and a launcher kills a "
-            f"run {SECONDS_TO_KILL:.0f} s after SIGTERM: the last checkpoint is one of checkpoint.every; use a "
-            "faster disk, more ranks, or an earlier signal (scripts/slurm.sh)"
-        )
 
 
 def _check_vocabulary(config: Config, num_tokens: int) -> None:

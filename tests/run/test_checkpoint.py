@@ -25,7 +25,6 @@ from osp.errors import UserError
 from osp.model.transformer import Transformer, build_model
 from osp.run import checkpoint as checkpoint_module
 from osp.run.checkpoint import Checkpoint, Saved, Saver, Slice, candidates, find, load_model, prune, remove_unfinished
-from osp.run.folder import seconds_to_write
 from osp.train.guards import spike_score
 from osp.train.setup import check_continues
 
@@ -421,8 +420,3 @@ def test_rng_state_of_every_rank_is_restored(tmp_path: Path) -> None:
     for rank in range(3):
         assert checkpoint.rng(rank)["cpu"].tolist() == [rank] * 5
     assert checkpoint.rng(3) == {}
-
-
-def test_write_measurement_leaves_no_file(tmp_path: Path) -> None:
-    assert seconds_to_write(tmp_path, 10**6, sample=10**5) > 0
-    assert list(tmp_path.iterdir()) == []

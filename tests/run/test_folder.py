@@ -373,14 +373,6 @@ def test_training_waits_only_for_the_copy_of_a_save(
     assert len(saves) == 3
 
 
-def test_warning_if_a_save_takes_longer_than_the_launcher_waits(
-    tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("osp.train.setup.seconds_to_write", lambda folder, num_bytes: 45.0)
-    train(tiny("train.steps=1"))
-    assert any("takes 45 s to write to" in record.message for record in caplog.records)
-
-
 def test_validation_is_not_repeated_after_resuming(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("train.stop_at=3"))
     train(tiny())
