@@ -22,7 +22,7 @@ def main(values: dict[str, Any]) -> None:
     from osp.ablation.execute import ablate
 
     ablate(config, compose, scripts=Path(__file__).parent, command=COMMAND)
-    for name in ("ablation.html", "ablation.md", "ablation.json"):
+    for name in ("ablation.md", "ablation.json"):
         print(Path(config.dir) / name)
 
 

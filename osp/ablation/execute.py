@@ -1,4 +1,4 @@
-"""Run an ablation: train and measure in separate processes, several at a time, and write the page and the numbers."""
+"""Run an ablation: train and measure in separate processes, several at a time, and write the tables and the numbers."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from osp.ablation.config import AblationConfig, check_ablation, parse_rows
 from osp.ablation.runs import Compose, Planned, plan
-from osp.ablation.table import ablation_page, as_json, collect, contents
+from osp.ablation.table import as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, leaves
 from osp.errors import RunError, StoppedError, UserError, as_user_error
 from osp.evaluation.config import CompareConfig
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: Sequence[str]) -> None:
-    """Train and measure the runs of `config` that are missing, and write ablation.html, ablation.md and ablation.json.
+    """Train and measure the runs of `config` that are missing, and write ablation.md and ablation.json.
 
     The files are also written if runs failed (`RunError`) or a signal asked to stop (`StoppedError`); they then name
     the missing runs.
@@ -44,7 +44,7 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     Args:
         compose: returns the configuration that scripts/train.py would train with these overrides.
         scripts: the folder of train.py and compare.py.
-        command: the command line, for the page.
+        command: the command line, for the tables.
     """
     check_ablation(config)
     runs = plan(config, compose)
@@ -62,8 +62,8 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     if execution.failures:
         label, why = next(iter(execution.failures.items()))
         raise RunError(
-            f"{len(execution.failures)} of {len(execution.runs)} runs failed, {label}: {why}; the page says what is "
-            "missing, the same command tries them again"
+            f"{len(execution.failures)} of {len(execution.runs)} runs failed, {label}: {why}; ablation.md says what "
+            "is missing, the same command tries them again"
         )
 
 
@@ -152,14 +152,13 @@ class Execution:
             raise StoppedError("the ablation was asked to stop", signal=stop.signal)
 
     def write(self, command: Sequence[str]) -> None:
-        """Write ablation.html, ablation.md and ablation.json to the folder of the ablation."""
+        """Write ablation.md and ablation.json to the folder of the ablation."""
         records = {x.label: record for x in self.runs if self.trained(x) and (record := self.record(x)) is not None}
         about = about_lines(self.planned, command)
         results = collect(self.config, self.planned, records, self.failures, about=about)
         folder, template = Path(self.config.dir), Path(__file__).with_name("ablation.md")
         write_text(folder / "ablation.json", json.dumps(as_json(results), indent=1) + "\n")
         write_text(folder / "ablation.md", render_text(template, **contents(results, self.config)))
-        write_text(folder / "ablation.html", ablation_page(results, self.config))
 
     def trained(self, run: Planned) -> bool:
         return (run.folder / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""The numbers of an ablation with their spread over seeds, the tables of ablation.md, the charts of ablation.html."""
+"""The numbers of an ablation with their spread over seeds, and the tables of ablation.md."""
 
 import dataclasses
 import itertools
@@ -7,29 +7,22 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from osp.ablation.config import WORDS, AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS
-from osp.report.charts import grid, line_words, rounded
-from osp.report.page import render
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.metrics import key_regex
-from osp.run.read import Series, read_run
+from osp.run.read import read_run
 
 PAPER: dict[str, dict[str, float]] = WORDS["paper"]["rows"]  # row -> quantity or column -> number
 HADAMARD = " +Had"
 FIRST, LAST = COLUMNS[0], COLUMNS[-1]
 TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} | {"cost": f"{LAST} costs, nats"}
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
-LARGE_KURTOSIS, SMALLEST_KURTOSIS = 20, 0.01  # an axis is logarithmic above the first, and begins at the second
 Records = dict[str, ComparisonRecord]  # label of a run -> record of scripts/compare.py
 Table = tuple[str, dict[str, str], list[list[str]]]  # name in table.yaml, words for it, rows after a heading
-Chart = dict[str, Any]  # of page.js and macros.html, see `_chart`
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,6 @@ class Measured:
     model_sha256: str
     commit: str | None
     numbers: dict[str, float]
-    kurtosis: Series | None  # of the residual stream, by tokens
 
 
 @dataclass(frozen=True)
@@ -165,14 +157,8 @@ def measure(run: Planned, record: ComparisonRecord, config: AblationConfig) -> M
     numbers |= {method: s.perplexity for method, s in model.methods.items() if s.perplexity is not None}
     first, last = (math.log(numbers.get(column, math.nan)) for column in (FIRST, LAST))
     numbers |= {"nats_16": first, "nats_4": last, "cost": last - first}
-    sites = {site: s for site, s in folder.sites().items() if (site.stat, site.kind) == ("kurtosis", "block_out")}
-    kurtosis = None
-    if sites:
-        probes, _, values = grid(sites, run.num_steps + 1)  # a column for each probe
-        tokens = np.array([last for _, last in probes]) * run.config.train.tokens_per_step
-        kurtosis = Series(tokens, np.mean(values, axis=0))
     plan = (run.label, run.row, run.overrides, run.rates, run.seed, run.value)
-    return Measured(*plan, model.sha256, record.commit, numbers, kurtosis)
+    return Measured(*plan, model.sha256, record.commit, numbers)
 
 
 def summarize(numbers: list[dict[str, float]], columns: Mapping[str, str], interval: bool = False) -> dict[str, Cell]:
@@ -189,13 +175,11 @@ def summarize(numbers: list[dict[str, float]], columns: Mapping[str, str], inter
 def as_json(results: Results) -> dict[str, Any]:
     """Return every number with the hashes of its quantization and data, and its commit."""
     values = dataclasses.asdict(results, dict_factory=lambda x: {k: v for k, v in x if (k, v) != ("interval", None)})
-    for run in values["runs"]:
-        del run["kurtosis"]
     return replace_nonfinite(values)
 
 
 def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
-    """Return the values of ablation.md and ablation.html. The first row of a table is its heading."""
+    """Return the values of ablation.md. The first row of a table is its heading."""
     num_seeds, key, quantities = len(config.seeds), config.sweep.key or "", WORDS["quantities"]
     spread = "95% interval (Student's t)" if config.interval else "standard deviation"
     words = {
@@ -338,68 +322,3 @@ def format_number(value: float) -> str:
         return f"{value:.1e}".replace(".0e", "e").replace("e+0", "e").replace("e+", "e")
     decimals = 0 if size >= 1000 else 2 if size >= 10 else 3 if size >= 1 else 4
     return f"{value:.{decimals}f}"
-
-
-def ablation_page(results: Results, config: AblationConfig) -> str:
-    """Return all tables with charts, as HTML."""
-    rows = list(dict.fromkeys(line.row for line in results.rows)) or list(results.sweep)
-    charts = {"sweep": _sweep_charts(results, config.sweep.key or "", rows)}  # id of a section -> charts
-    for rates in dict.fromkeys(line.rates for line in results.rows):
-        charts[f"rates-{rates}"] = _rates_charts(results, rates, rows)
-    lines = {chart["name"]: chart for drawn in charts.values() for chart in drawn}
-    return render(
-        Path(__file__).with_name("ablation.html"),
-        kind="ablation",
-        data={"runs": rows, "lines": lines, "sites": {}, "stats": {}, "words": {}, "histograms": {}},
-        legend=[(row, "") for row in rows],
-        figures={section: [chart for chart in drawn if chart["curves"]] for section, drawn in charts.items()},
-        columns=results.columns,
-        folder=config.dir,
-        **contents(results, config),
-    )
-
-
-def _sweep_charts(results: Results, key: str, rows: list[str]) -> list[Chart]:
-    values = [run.value for runs in results.sweep.values() for run in runs]
-    numeric = all(isinstance(value, int | float) and value > 0 for value in values)
-    names = list(dict.fromkeys(map(str, values)))
-    axis = {"x": key} | ({"logx": True} if numeric else {"categories": names})
-    charts = []
-    for name, words in WORDS["charts"]["sweep"].items():
-        points = {row: [(run.value, run.numbers.get(name)) for run in runs] for row, runs in results.sweep.items()}
-        curves = {row: [(x if numeric else names.index(str(x)), y) for x, y in drawn] for row, drawn in points.items()}
-        unit = ", ".join(filter(None, [words.get("unit"), f"over {key}"]))
-        charts.append(_chart(f"sweep-{name}", curves, rows, **words | {"unit": unit} | axis))
-    return charts
-
-
-def _rates_charts(results: Results, rates: str, rows: list[str]) -> list[Chart]:
-    """Return the kurtosis over tokens of the first seed of each row, and perplexity by bits and by deployed format."""
-    words, kurtosis = WORDS["charts"], {}
-    for run in results.runs:
-        if (run.rates, run.value) == (rates, None) and run.kurtosis is not None and run.row not in kurtosis:
-            kurtosis[run.row] = list(zip(run.kurtosis.steps.tolist(), rounded(run.kurtosis.values, 4), strict=True))
-    charts = [_chart(f"kurtosis-{rates}", kurtosis, rows, **words["kurtosis"])]
-    shown = {"bits": COLUMNS, "had": [bits + HADAMARD for bits in COLUMNS], "formats": (FIRST, *DEPLOYED_COLUMNS)}
-    for name, columns in shown.items():
-        lines = [x for x in results.rows if x.rates == rates and not x.cells.keys().isdisjoint(columns[1:])]
-        curves = {x.row: [(i, x.cells[c].mean if c in x.cells else None) for i, c in enumerate(columns)] for x in lines}
-        charts.append(_chart(f"{name}-{rates}", curves, rows, categories=columns, **words[name]))
-    return charts
-
-
-def _chart(name: str, points: dict[str, list[tuple[Any, Any]]], rows: list[str], **more: Any) -> Chart:
-    """Return a chart of the (x, y) of each row. more: its words, "logx", or "categories" (names of x = 0, 1, ...)."""
-    curves = []
-    for row, drawn in points.items():
-        x, y = zip(*replace_nonfinite(drawn), strict=True)
-        curve = {"run": rows.index(row), "key": "", "name": "", "faint": False, "x": x, "y": y}
-        curves += [] if set(y) <= {None} else [curve]
-    chart = {"name": name, "unit": "", "says": "", "wide": False, "log": False, "levels": [], "events": [], **more}
-    chart["curves"] = curves
-    if chart["log"] == "auto":
-        values = [y for curve in curves for y in curve["y"] if y is not None]
-        chart["log"] = max(values, default=0) > LARGE_KURTOSIS
-        for curve in curves if chart["log"] else []:  # a logarithmic axis cannot show values below 0
-            curve["y"] = [None if y is None else max(y, SMALLEST_KURTOSIS) for y in curve["y"]]
-    return chart | {"words": line_words(chart, rows)}

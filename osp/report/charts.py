@@ -185,8 +185,7 @@ def line_words(chart: dict[str, Any], runs: list[str]) -> str:
         if values and not curve.get("mean"):  # which lacks the extremes
             words = f"lowest {number(min(values))}, highest {number(max(values))}, last {number(values[-1])}"
             if len(values) == 1:
-                at_step = "" if "x" in chart or "categories" in chart else f" at step {curve['x'][-1]:,}"
-                words = number(values[0]) + at_step
+                words = f"{number(values[0])} at step {curve['x'][-1]:,}"
             name = " ".join(filter(None, [runs[curve["run"]] if len(runs) > 1 else "", curve["name"]]))
             alike.setdefault(words, []).append(name)
     parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]

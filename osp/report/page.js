@@ -91,8 +91,7 @@ function series(curve, log, floor) {
   };
 }
 // The tooltip of the library omits curves without a point at exactly this step; this one shows the nearest point.
-function tooltip(curves, spec = {}) {
-  const name = spec.categories ? (x) => escape(spec.categories[x]) : (x) => `${escape(spec.x || "step")} ${spec.x ? short(x) : number(x)}`;
+function tooltip(curves) {
   return (items) => {
     const at = items[0].value[0];
     const rows = curves
@@ -104,8 +103,8 @@ function tooltip(curves, spec = {}) {
       `<div><span class="swatch" style="background:${row.curve.colour}"></span> ${escape(row.curve.name)}${row.curve.mean ? ", mean" : ""} ` +
       `<b>${number(row.value)}</b>${row.x === at ? "" : ` <span class="soft">at ${number(row.x)}</span>`}</div>`);
     const more = rows.length > 10 ? `<div class="soft">and ${rows.length - 10} lower</div>` : "";
-    const tokens = data.tokens_per_step && !spec.x ? ` <span class="soft">${short(at * data.tokens_per_step)} tokens</span>` : "";
-    return `<div class="values"><b>${name(at)}</b>${tokens}${shown.join("")}${more}</div>`;
+    const tokens = data.tokens_per_step ? ` <span class="soft">${short(at * data.tokens_per_step)} tokens</span>` : "";
+    return `<div class="values"><b>step ${number(at)}</b>${tokens}${shown.join("")}${more}</div>`;
   };
 }
 function nearest(x, at) {
@@ -126,13 +125,7 @@ function linesOption(figure) {
   }));
   const option = axes(spec.log);
   option.series = curves.map((curve) => series(curve, spec.log));
-  option.tooltip.formatter = tooltip(curves, spec);
-  if (spec.x || spec.categories) { // the heading of the chart says what x is
-    Object.assign(option.xAxis, { name: "" });
-    option.grid.bottom = 6;
-  }
-  if (spec.x) Object.assign(option.xAxis, { type: spec.logx ? "log" : "value", min: "dataMin", axisLabel: { ...option.xAxis.axisLabel, formatter: short } });
-  if (spec.categories) Object.assign(option.xAxis, { type: "category", data: spec.categories, min: null, max: null, axisLabel: { ...option.xAxis.axisLabel, formatter: null, showMaxLabel: true } });
+  option.tooltip.formatter = tooltip(curves);
   if (keys.length > 1) {
     option.grid.top = 30;
     option.legend = { top: 0, left: 0, icon: "roundRect", itemHeight: 4, itemWidth: 14, textStyle: { color: colour("soft"), fontSize: 11 }, data: [...new Set(curves.map((c) => c.name))] };
@@ -322,10 +315,10 @@ function describe() {
 }
 function rowsOf(figure) {
   if (figure.dataset.lines) {
-    const spec = data.lines[figure.dataset.lines], name = (x) => (spec.categories ? spec.categories[x] : number(x));
+    const spec = data.lines[figure.dataset.lines];
     const rows = spec.curves.filter((c) => !c.faint).flatMap((curve) =>
-      curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), name(x), number(curve.y[i])]));
-    return [["run", spec.x || "step", "value"], rows];
+      curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), number(x), number(curve.y[i])]));
+    return [["run", "step", "value"], rows];
   }
   if (figure.dataset.kind !== undefined) {
     const rows = cells(figure).runs.flatMap((cell, run) => (cell ? cell.v.flatMap((row, layer) =>

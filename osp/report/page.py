@@ -78,10 +78,9 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
     titles = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
     comparisons = [run.comparison for run in runs if run.comparison]
     differences = charts.differences_between(runs)
-    return render(
-        HERE / "page.html",
+    text = _template().render(
+        time=f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
-        kind="run report",
         data=data,
         runs=shown,
         notes=[*left_out, *(f"{run.folder}: {note}" for run in runs for note in run.notes)],
@@ -100,22 +99,13 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
         differences=sorted(differences.items(), key=lambda item: (item[0].startswith(FREE), item[0])),
         free=FREE,
     )
-
-
-def render(template: Path, **values: Any) -> str:
-    """Return a self-contained page from a template that extends document.html, beside it or beside this module.
-
-    values: `title`, `kind` (of page), `data` (for page.js) and what the template names. Text is escaped there.
-    """
-    time = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
-    page = _environment(template.parent).get_template(template.name).render(time=time, **values) + "\n"
-    return page.encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs, as in names of files
+    return f"{text}\n".encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs, as in names of files
 
 
 @functools.cache  # it keeps the compiled templates
-def _environment(folder: Path) -> jinja2.Environment:
+def _template() -> jinja2.Template:
     settings: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader([folder, HERE]), autoescape=True, **settings)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, **settings)
     environment.filters["number"] = number
     environment.filters["kurtosis"] = lambda value: f"{value:.2f}" if abs(value) < 100 else number(value)
     environment.filters["plain"] = charts.plain
@@ -129,7 +119,7 @@ def _environment(folder: Path) -> jinja2.Environment:
     environment.filters["with_code"] = lambda text: Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
     environment.globals |= {"leaves": leaves, "site_costs": site_costs}
     environment.globals["source"] = lambda name: Markup((HERE / name).read_text(encoding="utf-8"))
-    return environment
+    return environment.get_template("page.html")
 
 
 def site_costs(ablation: SiteAblation) -> list[tuple[SiteCost, float, float]]:

@@ -1,4 +1,4 @@
-"""Numbers, tables and page of an ablation with made-up runs."""
+"""Numbers and tables of an ablation with made-up runs."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from osp.ablation.config import AblationConfig
@@ -19,7 +18,6 @@ from osp.ablation.table import (
     Line,
     Measured,
     Results,
-    ablation_page,
     against_first,
     as_json,
     collect,
@@ -34,7 +32,6 @@ from osp.run.evaluations import Comparison, ComparisonRecord, Score
 from osp.schema import build
 from osp.tables import render_text
 from tests.ablation.test_ablation_runs import config, preset
-from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT
 from tests.made_run import made_run
 
@@ -119,13 +116,9 @@ def test_numbers_that_a_run_lacks_are_unknown(tmp_path: Path) -> None:
     measured = measure(run, record, config())
     assert measured.numbers["16-16-16"] == 20.0
     assert math.isnan(measured.numbers["cost"])
-    assert measured.kurtosis is not None
-    assert math.isnan(measured.kurtosis.values[-1])
-    assert np.isfinite(measured.kurtosis.values[:-1]).all()
     wanted = config(tmp_path, seeds=[0], rows=["adam"])
     results = collect(wanted, [run], {run.label: record}, {}, about=[])
     assert "| adam |" in as_markdown(results, wanted)
-    ablation_page(results, wanted)
 
 
 def test_mean_and_spread_over_seeds(ablation: Ablation) -> None:
@@ -200,14 +193,6 @@ def test_markdown_has_every_table_with_equal_columns(ablation: Ablation) -> None
     ]  # fmt: skip
 
 
-def test_chart_of_formats_has_the_rows_that_were_measured(ablation: Ablation) -> None:
-    wanted, _, results = ablation
-    chart = 'data-lines="formats-paper"'
-    assert chart in ablation_page(results, wanted)
-    former = [replace(line, cells={"4-4-4": line.cells["4-4-4"]}) for line in results.rows]
-    assert chart not in ablation_page(replace(results, rows=former), wanted)
-
-
 def test_json_names_the_source_of_each_number(ablation: Ablation) -> None:
     _, _, results = ablation
     values = json.loads(json.dumps(as_json(results), allow_nan=False))
@@ -233,7 +218,7 @@ def from_json(values: dict[str, Any]) -> Results:
         }
         columns |= {name: cell.quant for name, cell in cells.items() if cell.quant}
         lines.append(Line(**row | {"cells": cells}))
-    runs = [Measured(**run, kurtosis=None) for run in values["runs"]]
+    runs = [Measured(**run) for run in values["runs"]]
     return Results(**values | {"rows": lines, "runs": runs, "columns": columns})
 
 
@@ -276,26 +261,3 @@ def test_table_of_the_paper_is_complete() -> None:
         assert set(row) == {"osp_script", *COLUMNS, *(f"{bits} +Had" for bits in COLUMNS)}
     assert PAPER["osp"]["4-4-4"] == 19.6
     assert PAPER["adam"]["4-4-4"] == 8e4
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_page_draws_its_charts_in_a_browser(ablation: Ablation, tmp_path: Path) -> None:
-    wanted, _, results = ablation
-    path = tmp_path / "ablation.html"
-    path.write_text(ablation_page(results, wanted))
-    browser = Browser()
-    try:
-        browser.open(path)
-        browser.run("document.querySelectorAll('.plot').forEach((plot) => draw(plot))")
-        assert browser.errors == []
-        names = browser.run("[...document.querySelectorAll('figure')].map((f) => f.dataset.lines)")
-        assert set(names) >= {"kurtosis-paper", "bits-paper", "formats-paper", "sweep-cost", "sweep-loss"}
-        browser.hover("[data-lines=bits-paper] .plot")
-        shown = browser.wait(
-            lambda: browser.run("document.querySelector('[data-lines=bits-paper] .values')?.innerText")
-        )
-        assert any(bits in shown for bits in COLUMNS)
-        assert "adam" in shown
-        assert "the disk is full" in browser.run("document.querySelector('.note').innerText")
-    finally:
-        browser.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from osp.report.page import render, write_report
+from osp.report.page import write_report
 from tests.browser import CHROMIUM, Browser
 from tests.fuzzing import check_page
 from tests.made_run import made_run, write_evaluations
@@ -85,36 +85,3 @@ def test_payload_does_not_run(spoilt_page: Path, browser: Browser) -> None:
     assert browser.run("document.title") == "2 runs compared - osp report"
     assert browser.run("document.querySelectorAll('img, iframe, [onerror], [onload]').length") == 0
     assert browser.errors == []  # no request to a network either
-
-
-def test_payload_of_an_ablation_does_not_run(tmp_path: Path, browser: Browser) -> None:
-    """Names of rows and the swept key are on the page of an ablation."""
-    chart = {
-        "name": PAYLOAD,
-        "title": PAYLOAD,
-        "unit": f"over {PAYLOAD}",
-        "says": PAYLOAD,
-        "words": PAYLOAD,
-        "x": PAYLOAD,
-    }
-    curve = {"run": 0, "key": PAYLOAD, "name": PAYLOAD, "faint": False, "x": [1, 2], "y": [3, 4]}
-    chart |= {"wide": False, "log": False, "levels": [], "events": [], "curves": [curve]}
-    data = {"runs": [PAYLOAD], "lines": {PAYLOAD: chart}, "sites": {}, "stats": {}, "words": {}, "histograms": {}}
-    rows = [[PAYLOAD, "b"], [PAYLOAD, "c"]]
-    sections = [(PAYLOAD, PAYLOAD, PAYLOAD, [(PAYLOAD, PAYLOAD, rows)]), ("provenance", PAYLOAD, PAYLOAD, [])]
-    text = render(
-        Path(render.__code__.co_filename).parents[1] / "ablation" / "ablation.html",
-        title=PAYLOAD, kind="ablation", data=data, legend=[(PAYLOAD, PAYLOAD)], figures={PAYLOAD: [chart]},
-        columns={PAYLOAD: PAYLOAD}, folder=PAYLOAD, missing=[PAYLOAD],
-        sections=sections, about=[PAYLOAD], sources=[PAYLOAD],
-    )  # fmt: skip
-    check_page(text)
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
-    browser.open(tmp_path / "page.html")
-    browser.run(OPEN_ALL)
-    browser.run(DRAW_ALL)
-    browser.hover(".plot")
-    assert browser.run("document.title").startswith("</script>")
-    assert browser.run("document.querySelectorAll('img, [onerror]').length") == 0
-    assert browser.run("document.querySelector('figure th:nth-child(2)').textContent") == PAYLOAD
-    assert browser.errors == []
