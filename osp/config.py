@@ -60,8 +60,11 @@ Statistic = Literal[
     "osp_script", "R_L", "attn_logit_max", "attn_sink", "gain_max", "weight_row_max", "var_error",
 ]  # fmt: skip
 
-# Formats that engines run; osp.quant.deployed defines them.
-Deployed = Literal["w4a16_g128", "w4a16_g32", "w8a8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "q4_0", "q8_0"]
+# Formats that engines run, and of qat.scheme; osp.quant.deployed defines them.
+Deployed = Literal[
+    "w4a16_g128", "w4a16_g32", "w8a8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "q4_0", "q8_0",
+    "qat_w4a16", "qat_w4a8", "qat_w4a4", "qat_nvfp4", "qat_mxfp4",
+]  # fmt: skip
 
 EVALUATIONS = "evaluation"  # folder inside a run: records of evaluations
 COMPARISONS = "compare"  # folder inside EVALUATIONS: records of comparisons
@@ -113,7 +116,7 @@ class EvalQuantConfig:
 
     every: CountOrZero = 0  # steps between measurements, with one at the end; 0: never
     tokens: Annotated[Int, Field(ge=2, le=10**9)] = 16_384  # tokens, always the first of the validation split
-    formats: tuple[Deployed, ...] = ()  # formats that engines run, measured too
+    formats: tuple[Deployed, ...] = ()  # formats that engines run, and qat_SCHEME of qat.scheme, measured too
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,15 @@ class PenaltyConfig:
     site: Literal["block_out", "down_proj_in"] = "block_out"  # penalized activations, in every block
     # The penalty is the mean of (|x| / scale)^4. rms: the RMS of each token, which makes it a kurtosis.
     scale: Annotated[float, Field(ge=1e-6)] | Literal["rms"] = 3.0
+
+
+@dataclass(frozen=True)
+class QatConfig:
+    """Quantization-aware training: from a step on the blocks compute with rounded values; see osp.quant.training."""
+
+    # Number formats of the evaluation quant=qat_SCHEME; None: no rounding.
+    scheme: Literal["w4a16", "w4a8", "w4a4", "nvfp4", "mxfp4"] | None = None
+    start: str | Int = "80%"  # steps, tokens or share of the run before the rounding begins
 
 
 @dataclass(frozen=True)
@@ -403,6 +415,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    qat: QatConfig = field(default_factory=QatConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -23,7 +23,7 @@ NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.ac
 LATER = {"model.init": "normal", "optimizer.gain_decay": None}
 LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
 LATER |= {"eval.quant.formats": [], "monitor.quant": None, "data.bos": False, "data.repeat": None}
-LATER |= {"model.tie_embeddings": False, "train.z_loss": 0.0}
+LATER |= {"model.tie_embeddings": False, "train.z_loss": 0.0, "qat.scheme": None, "qat.start": "80%"}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ MULTIPLE = 16  # the hardware needs every side of a product to be a multiple
 
 
 @cache
-def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a differentiable function x (..., in), W (out, in) -> x W^T, all of one dtype."""
+def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return a differentiable function x (..., in), W (out, in), b (out,) -> x W^T + b in the dtype of x."""
     with as_user_error("train.precision=fp8 needs torchao: pip install -e '.[fp8]' (", ImportError, after=")"):
         public, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
     config = public.Float8LinearConfig(emulate=emulate)
@@ -29,8 +29,9 @@ def fp8_linear(*, emulate: bool) -> Callable[[Tensor, Tensor], Tensor]:
     layer = public.convert_to_float8_training(plain, config=config)
     product, mm = linear.matmul_with_hp_or_float8_args.apply, layer.linear_mm_config
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        return product(x, weight.t(), mm, config)
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = product(x, weight.to(x.dtype).t(), mm, config)
+        return y if bias is None else y + bias.to(x.dtype)
 
     return multiply
 

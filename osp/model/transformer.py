@@ -28,13 +28,18 @@ from osp.model.norms import Norm
 from osp.model.penalty import activation_penalty
 
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a standard normal variable within [-2, 2]
-Product = Callable[[Tensor, Tensor], Tensor]  # x (..., in), W (out, in) -> x W^T
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x (..., in), W (out, in) and b (out,) fp32 -> x W^T + b
+
+
+def affine_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b with W and b in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Module):
     """y = x W^T + b, with W (out, in) and b (out,) cast to the dtype of x.
 
-    In training mode `training_product`, if set, computes x W^T. With `zero_mean` every forward pass subtracts from W
+    In training mode `training_product`, if set, computes y. With `zero_mean` every forward pass subtracts from W
     and b their means over the outputs, so that y has mean 0 over its channels (arXiv 2305.14858, section 3.3).
     """
 
@@ -46,12 +51,8 @@ class Linear(nn.Module):
         self.training_product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.affine()
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if self.training and self.training_product is not None:
-            y = self.training_product(x, weight)
-            return y if bias is None else y + bias
-        return F.linear(x, weight, bias)
+        product = self.training_product if self.training and self.training_product is not None else affine_map
+        return product(x, *self.affine())
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """Return W and b as the forward pass uses them: with `zero_mean` minus their means."""
@@ -297,7 +298,7 @@ class Transformer(nn.Module):
             block.penalty = config if config.weight else None
 
     def use_in_blocks(self, product: Product) -> None:
-        """Compute x W^T of every matrix in the blocks by `product` in training mode."""
+        """Compute x W^T + b of every matrix in the blocks by `product` in training mode."""
         for module in self.layers.modules():
             if isinstance(module, Linear):
                 module.training_product = product

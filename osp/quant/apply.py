@@ -24,10 +24,10 @@ from osp.model.sites import SITES as SITE_MAP
 from osp.model.sites import hook_site, site_names, split_site
 from osp.model.transformer import Transformer
 from osp.quant.gptq import quantize_weights_gptq
-from osp.quant.grid import Grid, grouped
+from osp.quant.grid import Grid, StraightThrough, grouped
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
 from osp.quant.spec import END_SITES, INNER_SITES, SITES, Part, QuantSpec, active_sites, check_spec
-from osp.quant.spinquant import TOKENS_AT_ONCE, StraightThrough, learn_rotations
+from osp.quant.spinquant import TOKENS_AT_ONCE, learn_rotations
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def quantized(
     with ExitStack() as stack:
         _restore_at_exit(model, stack)
         stack.enter_context(_eager())
-        bake_recentring(model)  # round the weights as the forward pass uses them
+        bake_recentring(model, exact=False)  # round the weights as the forward pass uses them
         with torch.no_grad():
             ends = active & {*END_SITES["w"], *END_SITES["a"]}
             if spec.rotation != "none" or ends:
@@ -255,13 +255,9 @@ def _quantize_activations(
 ) -> None:
     """Quantize what passes the active sites of activations and cache, until `stack` ends."""
     for name in site_names(len(model.layers), active):
-        part = _part(name)
-        number_format, group_size = spec.number_format(part), getattr(spec, f"{part}_group_size")
-        if split_site(name)[1] == "o_proj_in" and spec.o_proj_by_head and number_format.block_size is None:
-            group_size = model.config.head_size
-        quantize = functools.partial(number_format.round, group_size=group_size)
+        quantize = spec.activation_rounding(split_site(name)[1], model.config)
         if name in bounds:
-            quantize = functools.partial(number_format.round, bounds=bounds[name])
+            quantize = functools.partial(quantize, bounds=bounds[name])
         stack.callback(hook_site(model, name, functools.partial(StraightThrough.apply, quantize)).remove)
 
 

@@ -1,4 +1,6 @@
-"""The formats of 4-bit and 8-bit files that inference engines run; `configs/quant/NAME.yaml` has the same values."""
+"""The formats of files that inference engines run, and of `qat.scheme`; `configs/quant/NAME.yaml` has their values."""
+
+from dataclasses import replace
 
 from osp.quant.spec import QuantSpec
 
@@ -16,4 +18,12 @@ DEPLOYED: dict[str, QuantSpec] = {
     "mxfp4a16": QuantSpec(w_bits=4, w_format="mxfp4"),
     "q4_0": QuantSpec(w_bits=4, w_format="q4_0", **_FILE_OF_GGUF),
     "q8_0": QuantSpec(w_bits=8, w_format="q8_0", **_FILE_OF_GGUF),
+}
+# Formats of `qat.scheme`, without clip search: its 80 roundings of each weight are too slow for a training step.
+DEPLOYED |= {
+    "qat_w4a16": replace(DEPLOYED["w4a16_g128"], w_clip=False),
+    "qat_w4a8": replace(DEPLOYED["w8a8"], w_bits=4, w_group_size=128, w_clip=False),
+    "qat_w4a4": QuantSpec(w_bits=4, a_bits=4, w_clip=False),
+    "qat_nvfp4": replace(DEPLOYED["nvfp4"], w_clip=False),
+    "qat_mxfp4": replace(DEPLOYED["mxfp4"], w_clip=False),
 }

@@ -72,3 +72,15 @@ def grouped(x: Tensor, *, group_size: int | None) -> Tensor:
 def ungrouped(groups: Tensor, x: Tensor) -> Tensor:
     """Return the groups of `x` (see `grouped`) in its shape and dtype."""
     return groups.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+class StraightThrough(torch.autograd.Function):
+    """Return quantize(x) in the forward pass; the gradient passes through as if it were x."""
+
+    @staticmethod
+    def forward(ctx: object, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return quantize(x)
+
+    @staticmethod
+    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+        return None, grad_outputs[0]

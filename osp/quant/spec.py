@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AfterValidator
@@ -13,6 +14,8 @@ from osp.errors import UserError
 from osp.schema import Count, CountOrZero, Int, Positive, Text, build
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from osp.quant.formats import NumberFormat
 
 Part = Literal["w", "a", "kv"]  # weights, activations and cache: prefix of their keys
@@ -134,6 +137,13 @@ class QuantSpec:
             return self.number_format("w")
         chosen = FORMATS[self.ends_format]
         return chosen(chosen.widths[0] if len(chosen.widths) == 1 else self.w_bits)
+
+    def activation_rounding(self, site: str, model: ModelConfig) -> "partial[Tensor]":
+        """Return the function that rounds activations or cache at `site`, of a model of this shape."""
+        part = "kv" if site in INNER_SITES["kv"] else "a"
+        number_format, group_size = self.number_format(part), getattr(self, f"{part}_group_size")
+        by_head = site == "o_proj_in" and self.o_proj_by_head and number_format.block_size is None
+        return partial(number_format.round, group_size=model.head_size if by_head else group_size)
 
     def is_static(self, part: Part) -> bool:
         """Whether a scale of these activations is taken from calibration text."""

@@ -7,7 +7,6 @@ through every rounding, and scales count as constants.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,23 +14,12 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from osp.model.transformer import Transformer
+from osp.quant.grid import StraightThrough
 from osp.quant.rotate import rotated_weights
 from osp.quant.spec import QuantSpec
 
 TOKENS_PER_STEP = 16_384  # of calibration text: 8 sequences of 2048, as in the authors' code
 TOKENS_AT_ONCE = 4096  # tokens of one backward pass
-
-
-class StraightThrough(torch.autograd.Function):
-    """Return quantize(x) in the forward pass; the gradient passes through as if it were x."""
-
-    @staticmethod
-    def forward(ctx: object, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return quantize(x)
-
-    @staticmethod
-    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[None, Tensor]:
-        return None, grad_outputs[0]
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, *, lr: float) -> Tensor:

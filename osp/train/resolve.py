@@ -10,9 +10,9 @@ import torch
 from osp.config import Config, TokenizerConfig, check
 from osp.device import native_bf16
 from osp.errors import UserError, as_user_error
-from osp.optim.schedule import build_schedule
+from osp.optim.schedule import build_schedule, length_in_steps
 from osp.quant.deployed import DEPLOYED
-from osp.quant.spec import check_spec
+from osp.quant.spec import QuantSpec, check_spec
 from osp.run.checkpoint import Checkpoint, find
 
 TRIAL_STEPS = 6  # length of the trial that measures how many steps fit into `train.minutes`
@@ -33,6 +33,7 @@ class Resolved:
     gradient_accumulation_steps: int  # backward passes per rank and optimizer step
     compute_dtype: torch.dtype  # of matmuls and activations; with fp8 of all but the matmuls in the blocks
     compiled: bool  # every block by torch.compile
+    qat: tuple[int, QuantSpec] | None  # first step, from 0, with rounded blocks, and how; None: none, as in the trial
 
     def build_schedule(self) -> Callable[[int], float]:
         """Return the learning rate over its peak as a function of the step. Raises `UserError` if phases overlap."""
@@ -93,7 +94,27 @@ def resolve(
         gradient_accumulation_steps=per_rank // size,
         compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         compiled=compiled,
+        qat=_qat(config, steps),
     )
+
+
+def _qat(config: Config, total_steps: int | None) -> tuple[int, QuantSpec] | None:
+    """Return `Resolved.qat`. Raises `UserError` if it begins after the end or the scheme does not fit."""
+    scheme, value, steps = config.qat.scheme, config.qat.start, total_steps or TRIAL_STEPS
+    if scheme is None:
+        return None
+    if config.train.precision == "fp8":
+        raise UserError(
+            f"qat.scheme={scheme}: fp8 would round a second time, unlike evaluation; set train.precision=bf16"
+        )
+    with as_user_error(f"qat.scheme={scheme}: ", UserError, after="; choose another scheme"):
+        check_spec(spec := DEPLOYED[f"qat_{scheme}"], config.model)
+    start = length_in_steps("qat.start", value, tokens_per_step=config.train.tokens_per_step, total_steps=steps)
+    if start == steps and str(value).endswith("%") and value != "100%":
+        start -= 1  # shares are rounded up
+    if total_steps and start >= steps:
+        raise UserError(f"qat.start={value!r} is step {start}, and the run has {steps} steps; set an earlier start")
+    return (start, spec) if total_steps else None
 
 
 def _with_initial_model(config: Config) -> Config:

@@ -23,6 +23,7 @@ from osp.files import write_record
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer, flops_per_token, parameter_shapes
 from osp.monitor.monitor import Monitor
+from osp.quant.training import Rounding
 from osp.run.checkpoint import Checkpoint, Saved, Saver, load
 from osp.run.folder import RunLock, end, environment
 from osp.run.logger import Logger, wandb_run_id
@@ -72,6 +73,7 @@ class Trainer:
         self.step = 0  # optimizer steps taken
         self.restored = (0, 0)  # step and tokens of the checkpoint that this run continues
         self.saved: int | None = None  # step of the newest checkpoint that was begun
+        self.rounding: Rounding | None = None  # from `qat.start` on
         self.stop = StopRequest()
         self.interrupted = False  # a rank was asked to stop, and all ranks know it
         self.failure = ""  # why the run cannot go on, known to all ranks
@@ -105,6 +107,7 @@ class Trainer:
             monitor = self.build_monitor()
             while self._at_boundary(monitor) and self.step < self.last_step:
                 self.refresh_norms(self.step)
+                self.refresh_rounding(self.step)
                 record = self._due(self.config.logger.every, self.step + 1)
                 if (metrics := self.train_step(self.step, record=record)) is None:
                     break
@@ -251,6 +254,12 @@ class Trainer:
         if self.model.has_norm_statistics and step % every == 0:
             with self.engine.gathered_parameters():
                 self.model.refresh_norms()
+
+    def refresh_rounding(self, step: int) -> None:
+        """From `qat.start` on let the blocks round in training mode, with the tensor scales of the present weights."""
+        if (qat := self.resolved.qat) and step >= qat[0]:
+            self.rounding = self.rounding or Rounding(self.model, qat[1])
+            self.rounding.refresh(self.engine.optimizer.local_state())
 
     def _at_boundary(self, monitor: Monitor) -> bool:
         """Save, probe and validate what is due between two steps; return whether to go on."""
