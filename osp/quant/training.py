@@ -20,14 +20,12 @@ from osp.model.transformer import Linear, Transformer, affine_map
 from osp.quant.grid import StraightThrough
 from osp.quant.spec import QuantSpec
 
-Rounds = Callable[[Tensor], Tensor]
+Round = Callable[[Tensor], Tensor]
 
 
-def rounded_product(
-    round_weight: Rounds, round_x: Rounds | None, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def rounded_product(round_w: Round, round_x: Round | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b with W and x rounded."""
-    weight = StraightThrough.apply(round_weight, weight)
+    weight = StraightThrough.apply(round_w, weight)
     return affine_map(x if round_x is None else StraightThrough.apply(round_x, x), weight, bias)
 
 
@@ -42,11 +40,11 @@ class Rounding:
             matrices = {path: module for path, module in layer.named_modules() if isinstance(module, Linear)}
             for largest, (kind, site) in zip(self.largest[index], SITES.items(), strict=True):
                 bounds = largest if w.tensor_scale and len(site.readers) > 1 else None
-                round_x = spec.activation_rounding(kind, model.config) if spec.a_bits < 16 else None
-                round_weight = partial(w.round, group_size=spec.w_group_size, bounds=bounds)
+                round_x = None if spec.a_bits == 16 else spec.activation_rounding(kind, model.config)
+                round_w = partial(w.round, group_size=spec.w_group_size, bounds=bounds)
                 for path in site.readers:
                     if path in matrices:
-                        matrices[path].training_product = partial(rounded_product, round_weight, round_x)
+                        matrices[path].training_product = partial(rounded_product, round_w, round_x)
                         if bounds is not None:
                             self.shared[f"layers.{index}.{path}.weight"] = bounds
 

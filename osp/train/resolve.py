@@ -104,9 +104,7 @@ def _qat(config: Config, total_steps: int | None) -> tuple[int, QuantSpec] | Non
     if scheme is None:
         return None
     if config.train.precision == "fp8":
-        raise UserError(
-            f"qat.scheme={scheme}: fp8 would round a second time, unlike evaluation; set train.precision=bf16"
-        )
+        raise UserError(f"qat.scheme={scheme}: fp8 would round once more, unlike evaluation; set train.precision=bf16")
     with as_user_error(f"qat.scheme={scheme}: ", UserError, after="; choose another scheme"):
         check_spec(spec := DEPLOYED[f"qat_{scheme}"], config.model)
     start = length_in_steps("qat.start", value, tokens_per_step=config.train.tokens_per_step, total_steps=steps)

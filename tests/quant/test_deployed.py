@@ -235,4 +235,4 @@ def test_words_name_blocks_static_ranges_and_ends() -> None:
     assert str(QuantSpec(a_bits=8, static_activations=True)).startswith(
         "16-8-16 rtn, A asym/tensor static, calibration train"
     )
-    assert len({str(spec) for spec in DEPLOYED.values()}) == len({spec.hash for spec in DEPLOYED.values()}) == 9
+    assert len({str(spec) for spec in DEPLOYED.values()}) == len({spec.hash for spec in DEPLOYED.values()}) == 14
