@@ -38,6 +38,7 @@ from osp.schema import (
 
 Role = Literal["matrix", "embed_proj", "gain", "embedding", "head"]
 ROLES: tuple[Role, ...] = get_args(Role)
+Weights = Literal["trained", "averaged"]  # the weights after the last step, or their running average
 WandbMode = Literal["online", "offline", "disabled"]
 
 
@@ -124,6 +125,7 @@ class EvalConfig:
     # Steps between validations. auto: as often as takes at most 1/50 of the training time; 0: only at the end.
     every: CountOrZero | Literal["auto"] = "auto"
     tokens: Count = 1_000_000  # upper bound of tokens per validation
+    weights: Weights = "trained"  # to validate, quantize and sample; averaged: see the table `average`
     sample_tokens: Annotated[Int, Field(ge=0, le=10**6)] = 64  # length of the sample in the closing summary; 0: none
     quant: EvalQuantConfig = field(default_factory=EvalQuantConfig)
 
@@ -292,6 +294,17 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class AverageConfig:
+    """A running average of the weights, beside the trained ones; see osp.optim.average."""
+
+    kind: Literal["none", "ema", "window"] = "none"  # ema: exponential; window: the mean of the last `horizon`
+    # ema: steps after which a sample counts 1/e; window: its length. Steps, tokens or a share of the run.
+    horizon: str | Int = "10%"
+    decay: Decay | None = None  # ema: factor of the older samples at each new one; None: exp(-every / horizon)
+    every: Count = 1  # steps between samples
+
+
+@dataclass(frozen=True)
 class TextConfig:
     source: str = "text"  # where text comes from: a key of osp.data.sources.SOURCES
     # text: files, or folders of .txt .md .py .jsonl .ndjson .json[.gz|.xz|.zst] .parquet.
@@ -386,6 +399,7 @@ class MonitorConfig:
     every: CountOrZero | Literal["auto"] = "auto"
     max_cost: Share = 0.005  # share of the training time for probes, with every=auto
     tokens: Annotated[Int, Field(ge=2, le=2**24)] = 2048  # validation tokens per probe, over all ranks
+    weights: Weights = "trained"  # to probe; averaged: see the table `average`
     # Activations to measure; docs/monitoring.md describes them.
     sites: tuple[Site, ...] | Literal["all"] = ("embed_out", "attn_in", "down_proj_in", "block_out", "final_norm_out")
     # What to compute from them; docs/metrics.md defines each.
@@ -419,6 +433,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -542,14 +557,23 @@ def check(config: Config) -> None:
                 "from 1, first <= last, and no step twice"
             )
         past = last
-    if config.eval.quant.every and config.engine.zero_stage == 3:
+    check_measurements(config)
+
+
+def check_measurements(config: Config) -> None:
+    """Raise `UserError` for what validation and probes cannot measure."""
+    quant = config.eval.quant
+    if quant.every and config.engine.zero_stage == 3:
         raise UserError(
-            f"eval.quant.every={config.eval.quant.every} does not work with engine.zero_stage=3, which partitions "
+            f"eval.quant.every={quant.every} does not work with engine.zero_stage=3, which partitions "
             "the weights; set engine.zero_stage=2, or eval.quant.every=0 and evaluate checkpoints later"
         )
-    if config.eval.quant.formats and not config.eval.quant.every:
+    for table, weights in (("eval", config.eval.weights), ("monitor", config.monitor.weights)):
+        if weights == "averaged" and config.average.kind == "none":
+            raise UserError(f"{table}.weights=averaged: there is no average of the weights; set average=ema or window")
+    if quant.formats and not quant.every:
         raise UserError("eval.quant.formats does nothing with eval.quant.every=0; set the steps between measurements")
-    if config.eval.quant.every and train.seq_len < 2:
+    if quant.every and config.train.seq_len < 2:
         raise UserError("eval.quant.every needs train.seq_len=2 or more: a window of one token predicts nothing")
 
 

@@ -24,6 +24,7 @@ LATER = {"model.init": "normal", "optimizer.gain_decay": None}
 LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
 LATER |= {"eval.quant.formats": [], "monitor.quant": None, "data.bos": False, "data.repeat": None}
 LATER |= {"model.tie_embeddings": False, "train.z_loss": 0.0, "qat.scheme": None, "qat.start": "80%"}
+LATER |= {"average.kind": "none", "average.horizon": "10%", "average.decay": None, "average.every": 1}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osp.optim.rules import Group, WholeRule
-from osp.optim.zero import Piece, batches, flat_size, rank_intervals
+from osp.optim.zero import WORKSPACE, Piece, batches, flat_size, rank_intervals
 
 
 class PartitionedOptimizer(torch.optim.Optimizer):
@@ -31,9 +31,12 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         # This rank's sum of squares of the last recorded update, per role: with learning rate, without weight decay
         self.update_squares: dict[str, Tensor] = {}
 
-    def bind(self, flats: Sequence[Tensor], *, stage: int, rank: int = 0, world_size: int = 1) -> None:
+    def bind(
+        self, flats: Sequence[Tensor], *, stage: int, rank: int = 0, world_size: int = 1, average: bool = False
+    ) -> None:
         """Take over `flats`, this rank's flat tensor of each group in ZeRO's layout, and create the state.
 
+        average: keep a running average of the weights too, the state `average`; see osp.optim.average.
         State is created here, not at the first step, so that every rank has the same checkpoint keys from the start.
         """
         self.state.clear()
@@ -43,7 +46,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             layout = {"world_size": world_size, "stage": stage}
             assert flat.numel() == flat_size(numels, **layout), (group["names"], flat.numel(), numels, layout)
             work = batches(numels[0], len(numels), rank=rank, **layout) if isinstance(rule, WholeRule) else []
-            self.state[flat] = {name: torch.zeros_like(flat, dtype=torch.float32) for name in rule.STATE_NAMES}
+            names = (*rule.STATE_NAMES, *(["average"] if average else []))
+            self.state[flat] = {name: torch.zeros_like(flat, dtype=torch.float32) for name in names}
             intervals = rank_intervals(numels, rank=rank, **layout)
             self.pieces.append(Piece(group, flat, self.state[flat], intervals, work))
 
@@ -68,6 +72,21 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             squares = rule.step(piece, flat.grad, number=self._number, record=self._recording)
             if squares is not None:
                 self.update_squares[role] = self.update_squares.get(role, 0) + squares
+
+    @torch.no_grad()
+    def sample_average(self, share: float) -> None:
+        """Move the running average by `share` of its distance to the master weights."""
+        for piece in self.pieces:
+            piece.state["average"].lerp_(piece.flat, share)
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchange the master weights and their running average."""
+        for piece in self.pieces:
+            for average, flat in zip(piece.state["average"].split(WORKSPACE), piece.flat.split(WORKSPACE), strict=True):
+                kept = average.clone()
+                average.copy_(flat)
+                flat.copy_(kept)
 
     @torch.no_grad()
     def parameter_squares(self) -> dict[str, Tensor]:

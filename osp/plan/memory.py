@@ -27,11 +27,19 @@ Ranks = Sequence[Sequence[MatrixBatch]]  # the batches of one group on every ran
 
 
 def rank_memory(
-    groups: Sequence[Group], work: Sequence[Ranks], kept: tuple[int, int], options: PlanConfig, *, stage: int, num: int
+    groups: Sequence[Group],
+    work: Sequence[Ranks],
+    kept: tuple[int, int],
+    options: PlanConfig,
+    *,
+    stage: int,
+    num: int,
+    average: bool = False,
 ) -> dict[str, int]:
     """Return the bytes of the fullest rank at one ZeRO stage, by part, and `peak`.
 
     work: the batches of every group. kept: the result of `activation_bytes`. num: micro batches of a step.
+    average: whether there is a running average of the weights.
     """
     world_size, layout = options.world_size, {"world_size": options.world_size, "stage": stage}
     numels = [[shape.numel() for shape in group["shapes"]] for group in groups]
@@ -61,7 +69,7 @@ def rank_memory(
         rule, bf16 = group["update_rule"], options.machine.bf16
         whole = [rule.batch_bytes(group, batch, native_bf16=bf16) for batches in ranks for batch in batches]
         updates.append(FP32 * size + (max(whole) if whole else rule.ELEMENT_BYTES * size))
-        states += size * len(rule.STATE_NAMES)
+        states += size * (len(rule.STATE_NAMES) + average)
     sizes = {
         "weights": FP32 * weights,
         "gathered_weights": FP32 * gathered,  # ZeRO-3: whole weights of the layers in use, at most

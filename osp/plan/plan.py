@@ -61,10 +61,11 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     groups = build_groups(model, config.optimizer)
     compiled = machine.device == "cuda" if asked == "auto" else asked
     kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}
-    stages, work = {}, []
+    stages, work, average = {}, [], config.average.kind != "none"
     for zero in STAGES:
         ranks = [batches_of(group, world_size=world_size, stage=zero) for group in groups]
-        stages[zero] = rank_memory(groups, ranks, kept[compiled and zero < 3], options, stage=zero, num=accumulation)
+        part = {"stage": zero, "num": accumulation, "average": average}
+        stages[zero] = rank_memory(groups, ranks, kept[compiled and zero < 3], options, **part)
         if zero == stage:
             work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
     sent = traffic(groups, work, options, stage=stage, accumulation=accumulation)
@@ -74,7 +75,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     parameters = count_parameters(config.model)
     states = sum(len(g["update_rule"].STATE_NAMES) * shape.numel() for g in groups for shape in g["shapes"])
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    num_bytes = checkpoint_bytes(shapes, states / parameters["total"])
+    num_bytes = checkpoint_bytes(shapes, states / parameters["total"] + average)
     return Plan(
         config=config,
         options=options,

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from osp.config import CheckpointConfig, from_dict
+from osp.config import CheckpointConfig, Weights, from_dict
 from osp.errors import UserError, as_user_error
 from osp.files import flush, read_json, sha256_of, write_text
 from osp.model.transformer import Transformer, meta_model
@@ -383,11 +383,16 @@ def remove_unfinished(folder: Path, token: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_model(path: str | Path) -> Transformer:
-    """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode; needs no DeepSpeed."""
+def load_model(path: str | Path, *, weights: Weights = "trained") -> Transformer:
+    """Return the trained model of a run folder or checkpoint, fp32 on the CPU, in eval mode; needs no DeepSpeed.
+
+    weights: `averaged` reads the running average of its weights. Raises `UserError` if the run kept none.
+    """
     if (folder := find(Path(path))) is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
+    if weights == "averaged" and "average" not in checkpoint.manifest:
+        raise UserError(f"{folder}: weights=averaged, but the run kept no average (average.kind=none); omit weights")
     checkpoint.verify()
     model = meta_model(checkpoint.config.model)
     shapes = checkpoint.shapes
@@ -398,7 +403,13 @@ def load_model(path: str | Path) -> Transformer:
     if wanted > held:  # before memory is allocated
         raise UserError(f"{folder}: a model of {wanted} bytes cannot be in files of {held}; take another checkpoint")
     model.to_empty(device="cpu")
-    load(checkpoint, whole_parameters(model), model)
+    stored = "weight" if weights == "trained" else "average"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.view(-1).copy_(checkpoint.read(stored, name, 0, parameter.numel()))
+    load(checkpoint, (), model)
+    if weights == "averaged":
+        model.refresh_norms()  # the stored statistics are from the trained weights
     return model.eval()
 
 

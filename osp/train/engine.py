@@ -7,7 +7,8 @@ casts weights to its compute dtype at each matmul. DeepSpeed is imported late: i
 import itertools
 import logging
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -86,7 +87,8 @@ class Engine:
         logger.setLevel(logging.WARNING)
         self.module: nn.Module = self._engine.module  # below ZeRO-3 it can be called directly, e.g. for evaluation
         self._zero: Any = self._engine.optimizer
-        self.optimizer.bind(self._share_masters(), stage=self._stage, rank=self.rank, world_size=self.world_size)
+        layout = {"stage": self._stage, "rank": self.rank, "world_size": self.world_size}
+        self.optimizer.bind(self._share_masters(), **layout, average=config.average.kind != "none")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -186,6 +188,17 @@ class Engine:
         self._zero._partition_all_parameters()
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the model the running average of its weights inside the context. Collective."""
+        self.optimizer.swap_average()
+        self.sync_weights_from_master()
+        try:
+            yield
+        finally:
+            self.optimizer.swap_average()
+            self.sync_weights_from_master()
 
     def gathered_parameters(self) -> Any:
         """Return a context in which every rank sees whole parameters, also under ZeRO-3. Collective."""

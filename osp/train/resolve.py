@@ -10,6 +10,7 @@ import torch
 from osp.config import Config, TokenizerConfig, check
 from osp.device import native_bf16
 from osp.errors import UserError, as_user_error
+from osp.optim.average import Samples, build_samples
 from osp.optim.schedule import build_schedule, length_in_steps
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec, check_spec
@@ -39,6 +40,11 @@ class Resolved:
         """Return the learning rate over its peak as a function of the step. Raises `UserError` if phases overlap."""
         tokens = self.config.train.tokens_per_step
         return build_schedule(self.config.schedule, total_steps=self.total_steps, tokens_per_step=tokens)
+
+    def build_samples(self) -> Samples:
+        """Return when and how the average of the weights is updated. Raises `UserError` if its lengths do not fit."""
+        tokens = self.config.train.tokens_per_step
+        return build_samples(self.config.average, total_steps=self.total_steps, tokens_per_step=tokens)
 
 
 def resolve(

@@ -74,6 +74,7 @@ def setup(config: Config) -> Trainer:
     make_source(config.data)  # raises if it is unknown or names nothing to read
     if resolved.config.train.minutes is None:
         resolved.build_schedule()  # raises if its phases do not fit
+        resolved.build_samples()
     init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads)
@@ -104,7 +105,8 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         check_length(given, checkpoint)
         if checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints:
             end_complete_run(folder, checkpoint)
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5), keep_last=config.checkpoint.keep_last))
+    averages = config.average.kind != "none"
+    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5 + averages), keep_last=config.checkpoint.keep_last))
     if is_main() and (warning := bound_warning(config.model)):
         log.warning(warning)
     if not config.tokenizer.train:  # known before any text is read

@@ -6,6 +6,8 @@ run ends on a boundary; a step in progress is discarded and taken again from its
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from osp.config import to_dict
+from osp.config import Weights, to_dict
 from osp.data.loader import Batch, Loader, data_step
 from osp.data.manifest import content
 from osp.device import peak_tflops_of
@@ -65,6 +67,8 @@ class Trainer:
         self.total_steps = self.resolved.total_steps
         self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
         self.schedule = self.resolved.build_schedule()
+        self.sample = self.resolved.build_samples()
+        self.samples = 0  # in the average of the weights
         self.shards = self.loader.rows.folder
         self.validator = Validator(self.resolved, self.model, self.shards, self.logger, tokens_after=self.tokens_after)
         self.guard = StepGuard(config, self.loader, report=self.folder / "nonfinite.json" if self.logger else None)
@@ -104,6 +108,8 @@ class Trainer:
             self.logger.say(describe_start(self.resolved, self.engine, self.shards, self.peak_tflops))
         first, reason = self.step, "complete" if self.last_step == self.total_steps else "train.stop_at"
         try:
+            if not self.samples and self.config.average.kind != "none":
+                self.engine.optimizer.sample_average(1.0)
             monitor = self.build_monitor()
             while self._at_boundary(monitor) and self.step < self.last_step:
                 self.refresh_norms(self.step)
@@ -184,6 +190,9 @@ class Trainer:
         if verdict.action == "apply":
             applied = self.engine.step(step + 1, self.schedule(step), record=record)
             assert applied, f"DeepSpeed refuses a gradient of norm {metrics['train/grad_norm']}"
+        if sample := self.sample(step + 1, self.samples):
+            share, self.samples = sample
+            self.engine.optimizer.sample_average(share)
         self._step_seconds = time.perf_counter() - began
         self.train_seconds += self._step_seconds
         if record:
@@ -210,6 +219,7 @@ class Trainer:
                 "content": content(self.loader.rows.manifest),
             },
             **self.guard.state_dict(),
+            **({} if config.average.kind == "none" else {"average": {"updates": self.samples}}),
             "wandb_run_id": wandb_run_id(self.folder),
             "environment": self._environment,
             "world_size": self.engine.world_size,
@@ -223,7 +233,14 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`: weights, optimizer state, norm statistics, position in the data and schedule."""
-        load(checkpoint, self.engine.optimizer.local_state(), self.model)
+        config, before = self.config.average, checkpoint.config.average
+        slices = self.engine.optimizer.local_state()
+        if config.kind != "none" and config == before:
+            self.samples = checkpoint.manifest["average"]["updates"]
+        elif config.kind != "none":
+            slices = ((n, i, j, {k: x for k, x in states.items() if k != "average"}) for n, i, j, states in slices)
+            self._event("average", f"the average of the weights begins after step {checkpoint.step}", checkpoint.step)
+        load(checkpoint, slices, self.model)
         self.engine.sync_weights_from_master()
         self.engine.set_rng_state(checkpoint.rng(self.engine.rank))
         if self.loader.first_row(checkpoint.step) or not checkpoint.step:  # else another text, with other losses
@@ -261,17 +278,37 @@ class Trainer:
             self.rounding = self.rounding or Rounding(self.model, qat[1])
             self.rounding.refresh(self.engine.optimizer.local_state())
 
+    @contextmanager
+    def _weights(self, which: Weights) -> Iterator[None]:
+        """Give the model the trained or the averaged weights inside the context. Collective."""
+        if which == "trained":
+            yield
+            return
+        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with self.engine.averaged_weights():
+            if self.model.has_norm_statistics:
+                with self.engine.gathered_parameters():
+                    self.model.refresh_norms()
+            yield
+        for buffer, before in statistics:
+            buffer.copy_(before)
+
     def _at_boundary(self, monitor: Monitor) -> bool:
         """Save, probe and validate what is due between two steps; return whether to go on."""
         step, every = self.step, self.config.eval.quant.every
         if self.saved != step and (self._due(self.config.checkpoint.every, step) or step == self.last_step):
             self.save()
         if monitor.due(step):
-            monitor.probe(step, tokens=self.tokens, train_seconds=self.train_seconds)
-        if self.validator.validated[0] != step and self._due(self.validator.every, step):
-            self.validator.validate(step, self._forward, self._asked_to_stop)
-        if every and self.validator.quantized[0] != step and self._due(every, step) and not self._asked_to_stop():
-            self.validator.validate_quantized(step)
+            with self._weights(self.config.monitor.weights):
+                monitor.probe(step, tokens=self.tokens, train_seconds=self.train_seconds)
+        validate = self.validator.validated[0] != step and self._due(self.validator.every, step)
+        quantize = every > 0 and self.validator.quantized[0] != step and self._due(every, step)
+        if validate or quantize:
+            with self._weights(self.config.eval.weights):
+                if validate:
+                    self.validator.validate(step, self._forward, self._asked_to_stop)
+                if quantize and not self._asked_to_stop():
+                    self.validator.validate_quantized(step)
         return not self.interrupted
 
     def _wait_for_data(self, step: int) -> bool:
@@ -361,7 +398,8 @@ class Trainer:
         """Write and print the closing summary. Collective."""
         figures = {"tokens_per_second": self._speed(first), "train_seconds": self.train_seconds}
         summary = {"steps": self.step, "tokens": self.tokens, **self.validator.validated[1], **figures}
-        summary |= self.validator.compare_and_sample()
+        with self._weights(self.config.eval.weights):
+            summary |= self.validator.compare_and_sample()
         if self.logger:
             write_record(self.folder / "summary.json", summary)
             self.logger.end_progress()
