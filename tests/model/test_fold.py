@@ -1,6 +1,7 @@
 """Folding the gains of norms into the matrices that read them leaves the function as it is."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 from osp.config import AttentionConfig, NormConfig
-from osp.model.fold import absorb_projections, fold_norm_gains
+from osp.model.fold import absorb_projections, fold_constants, fold_into_weights, fold_norm_gains
 from osp.model.norms import Norm
 from osp.model.transformer import Transformer
 from tests.conftest import ROOT
@@ -72,6 +73,23 @@ def test_single_gain_is_not_folded() -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     fold_norm_gains(model)
     assert model.get_parameter("layers.0.input_layernorm.weight") == 1
+
+
+@pytest.mark.parametrize("norm", [{"embed_scale": True}, {}], ids=["scale", "mean"])
+@pytest.mark.parametrize("fold", [fold_into_weights, fold_constants])
+def test_tied_head_gets_a_matrix_of_its_own_when_the_embedding_is_folded(
+    norm: dict[str, Any], fold: Callable[[Transformer], None]
+) -> None:
+    model = outlier_model(norm=NormConfig("rmsnorm", **norm), recentre=not norm, tie_embeddings=True)
+    before, embedding = outputs(model), model.embed_tokens.weight.detach().clone()
+    fold(model)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-12, atol=1e-12)
+    assert not model.config.tie_embeddings
+    assert torch.equal(model.lm_head.weight, embedding)
+    assert not torch.equal(model.embed_tokens.weight, embedding)
+    plain = outlier_model(norm=NormConfig("ssnorm"), tie_embeddings=True)
+    fold(plain)
+    assert plain.lm_head.weight is plain.embed_tokens.weight, "nothing was folded"
 
 
 def test_rotation_needs_gains_of_1_everywhere() -> None:

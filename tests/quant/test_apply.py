@@ -142,12 +142,19 @@ def test_model_is_restored_bit_for_bit(spec: QuantSpec) -> None:
     ],
     ids=["blocks", "q4_0", "embedding", "head", "folded gains", "quarot", "spinquant"],
 )
-@pytest.mark.parametrize("norm", [{"affine": False}, {"embed_scale": True}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"norm": NormConfig("rmsnorm", affine=False)},
+        {"norm": NormConfig("rmsnorm", embed_scale=True)},
+        {"norm": NormConfig("rmsnorm"), "recentre": True},
+    ],
+    ids=["no gains", "embed_scale", "recentre"],
+)
 def test_tied_model_is_quantized_as_its_untied_copy_and_restored(
-    norm: dict[str, Any], spec: QuantSpec, sites: Collection[str]
+    shape: dict[str, Any], spec: QuantSpec, sites: Collection[str]
 ) -> None:
-    made = (outlier_model(norm=NormConfig("rmsnorm", **norm), tie_embeddings=tied) for tied in (True, False))
-    model, untied = (twin.float() for twin in made)
+    model, untied = (outlier_model(tie_embeddings=tied, **shape).float() for tied in (True, False))
     model.compute_dtype = untied.compute_dtype = torch.float32
     untied.load_state_dict(model.state_dict())
     ids, calibration, quantized_logits = some_tokens(2, 32), some_tokens(8, 32), []
