@@ -8,10 +8,13 @@ import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from osp.errors import UserError, as_user_error
 
@@ -172,7 +175,7 @@ def is_locked(folder: Path) -> bool:
 def new_folder(out: Path, *, files: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder, renamed to `out` on success and removed otherwise. `out` must not exist.
 
-    Its lock is held meanwhile. A temporary folder of `out` that nobody holds is of a killed process and is removed.
+    A temporary folder of `out` whose process was killed on this host is removed.
     files: names of files in the folder that are moved beside each other instead, in this order; the last is `out`.
     """
     targets = [out.with_name(name) for name in files] or [out]
@@ -180,37 +183,21 @@ def new_folder(out: Path, *, files: Sequence[str] = ()) -> Iterator[Path]:
         if target.exists() or target.is_symlink():
             fix = "name a file that does not, with no certificate beside it" if files else "name a folder that does not"
             raise UserError(f"out={target} exists; {fix}")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    here = f".{out.name}.{socket.gethostname()}-"
+    temporary = out.with_name(f"{here}{os.getpid()}.tmp")
     with as_user_error(f"out={out}: cannot write there: ", OSError), ExitStack() as cleanup:
-        for former in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-            if not _is_held(former):
+        for former in out.parent.glob(f"{glob.escape(here)}*.tmp"):
+            pid = former.stem.rpartition("-")[2]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(former, ignore_errors=True)
         temporary.mkdir(parents=True)
-        descriptor = os.open(temporary, os.O_RDONLY)
         cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
-        cleanup.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         with ExitStack() as undo:
             for target in targets:
                 (temporary / target.name if files else temporary).rename(target)
                 undo.callback(target.unlink, missing_ok=True)
             undo.pop_all()
-
-
-def _is_held(folder: Path) -> bool:
-    """Return whether a process holds the lock of the folder itself; True where that cannot be known."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def flush(path: Path) -> None:

@@ -185,10 +185,6 @@ def probe_details(step: int, steps: int, layers: int, draw: np.random.Generator,
         layer = int(name[6:8]) if name.startswith("layer_") else layers // 2
         strength = grown * ((layer + 1) / layers) ** 2
         planted = strength > 0.01
-        octaves = np.arange(-14, 11)
-        mass = np.exp(-0.5 * ((octaves + 0.5) / 1.3) ** 2) * 1e6
-        if planted:
-            mass += np.where(np.abs(octaves - math.log2(900 * strength + 5)) <= 1, 40.0, 0.0)
         sites[name] = {
             "top_channel": 17 if planted else int(draw.integers(768)),
             "top_channel_share": 0.004 + 0.9 * strength,
@@ -198,7 +194,6 @@ def probe_details(step: int, steps: int, layers: int, draw: np.random.Generator,
             "top_token": 198,
             "top_text": "the end.\n<script>" if planted else " a common word",
             "channels": [[17, 5 + 900 * strength], [301, 4.8]],
-            "histogram": {"edges_log2": [-14, 11], "counts": mass.astype(int).tolist()},
         }
     return {"step": step, "tokens": step * TOKENS_PER_STEP, "seconds": 1.3, "sites": sites}
 

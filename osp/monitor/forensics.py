@@ -20,8 +20,6 @@ from osp.model.sites import SITES, SUBLAYER_WRITERS, split_site
 from osp.model.transformer import Linear, Transformer
 from osp.monitor.alerts import Alert, mechanism
 from osp.monitor.probe import Reading
-from osp.optim.groups import build_groups
-from osp.optim.schedule import build_schedule
 from osp.run.evaluations import replace_nonfinite
 from osp.run.read import growth, since
 from osp.tables import render_text
@@ -42,7 +40,6 @@ class Forensics:
         """Return the entries of the sites in a line of probes.jsonl."""
         records = {}
         for name, site in reading.sites.items():
-            first, counts = site.octaves
             text = reading.text.tokens[site.row, max(0, site.position - CONTEXT) : site.position + 1]
             records[name] = {
                 "top_channel": site.top_channel,
@@ -50,7 +47,6 @@ class Forensics:
                 **{f"top_{key}": getattr(site, key) for key in ("value", "row", "position", "token")},
                 "top_text": self.tokenizer.decode(text.tolist(), skip_special_tokens=False),
                 "channels": site.channels,
-                "histogram": {"edges_log2": [first, first + len(counts)], "counts": counts},
             }
         return records
 
@@ -63,7 +59,6 @@ class Forensics:
         """
         site, now = reading.sites[name], history[-1]
         layer, kind = split_site(name)
-        weights = behind(kind, layer, site.channel, self.model)
         grown = growth(history, name, site.channel)
         contents = {
             "step": now["step"],
@@ -78,24 +73,10 @@ class Forensics:
             "channels": site.channels,
             "growth": grown,
             "since": since(grown),
-            "weights": weights,
-            "optimizer": self._optimizer({weight["parameter"] for weight in weights}, now["step"]),
+            "weights": behind(kind, layer, site.channel, self.model),
             "alerts": [{"message": alert.message, **alert.details()} for alert in alerts],
         }
         return replace_nonfinite(contents)
-
-    def _optimizer(self, parameters: set[str], step: int) -> list[dict[str, Any]]:
-        """Return role, rule and learning rate of parameters in the update before `step`."""
-        train = self.config.train
-        assert train.steps is not None, "a run with a model has a length"
-        schedule = build_schedule(self.config.schedule, total_steps=train.steps, tokens_per_step=train.tokens_per_step)
-        entries = []
-        for group in build_groups(self.model, self.config.optimizer):
-            learning_rate = group["base_lr"] * schedule(max(step - 1, 0))
-            rule = {"rule": group["rule"], "learning_rate": learning_rate, "weight_decay": group["weight_decay"]}
-            names = parameters.intersection(group["names"])
-            entries += [{"parameter": name, "role": group["role"], **rule} for name in names]
-        return sorted(entries, key=lambda entry: entry["parameter"])
 
 
 def write_bundle(contents: Mapping[str, Any], folder: Path) -> Path:

@@ -59,7 +59,6 @@ class SiteReading:
     channels: list[tuple[int, float]]  # the 8 channels with the largest |x|, each with that value
     top_channel: int  # the channel with the most energy
     spike: float  # share of its energy that is at one token
-    octaves: tuple[int, list[int]]  # histogram of |x|, see osp.monitor.statistics.count_octaves
 
 
 @dataclass(frozen=True)
@@ -314,5 +313,4 @@ def _site_reading(sample: Sample, gains: Gains | None, text: ProbeText) -> SiteR
         channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
         top_channel=top,
         spike=float(sample.channel_max[top] ** 2 / energy[top]) if energy[top] else 0.0,
-        octaves=st.count_octaves(sample),
     )

@@ -138,19 +138,6 @@ def channel_energy(s: Sample) -> Tensor:
     return s.channels.m2 + s.channels.count * s.channels.mean**2
 
 
-def count_octaves(s: Sample) -> tuple[int, list[int]]:
-    """Return (k, counts): how many |x|, rounded to bf16, lie in [2^k, 2^(k+1)), [2^(k+1), 2^(k+2)), ...
-
-    From the first to the last octave that is not empty; zeros, and values below 2^-32, count in the first one.
-    """
-    counts = s.counts.view(2, _OCTAVES, _STEPS).sum((0, 2))
-    zeros = s.counts[0] + s.counts[_BINS]
-    counts[0] -= zeros
-    filled = counts.nonzero().flatten().tolist() or [0]
-    counts[filled[0]] += zeros
-    return _LOWEST_OCTAVE + filled[0], counts[filled[0] : filled[-1] + 1].tolist()
-
-
 def attention_statistics(
     q: Tensor, k: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The data of a report's charts. charts.yaml says which metrics they draw and how to read them. No HTML here.
 
 Titles, units and axes come from `osp.run.metrics.METRICS`. A `Lines` chart holds curves over optimizer steps. Charts of
-sites (curves and a heatmap for each statistic) and histograms are grids of numbers; the user selects one.
+sites (curves and a heatmap for each statistic) are grids of numbers; the user selects one.
 """
 
 import json
@@ -22,7 +22,6 @@ from osp.run.verdict import over_usual
 BUCKETS = 400  # stretches of a curve: about two pixels each on a wide screen
 NOISY = 600  # points from which a noisy curve is drawn with its means
 MEANS = 150  # of such a curve
-HISTOGRAMS = 40  # probes shown as histograms
 MOST_OUTLIERS = 12  # sites in the table of outliers, for each run
 DASH = "\N{EN DASH}"  # in place of a number that is unknown
 
@@ -107,25 +106,22 @@ def chart_data(runs: list[Run], names: list[str]) -> dict[str, Any]:
     sizes = {run.config.get("train", {}).get("tokens_per_step") for run in runs}
     measured = site_data(runs)
     sites = {stat: measured[stat] for stat in STATISTICS if stat in measured}
-    stats, words = {}, {}
+    stats = {}
     for stat, kinds in sites.items():
         rows = [row for cells in kinds.values() for cell in cells if cell for row in cell["v"]]
         values = [value for row in rows for value in row if value is not None]
         # the heatmaps of all runs share their colours
         stats[stat] = asdict(STATISTICS[stat]) | {"range": [min(values, default=0), max(values, default=1)]}
-        words[stat] = {kind: _site_words(cells, names) for kind, cells in kinds.items()}
     return {
         "runs": names,
         "tokens_per_step": sizes.pop() if len(sizes) == 1 else None,
-        "lines": lines_data(runs, names),
+        "lines": lines_data(runs),
         "sites": sites,
         "stats": stats,
-        "words": words,
-        "histograms": histogram_data(runs),
     }
 
 
-def lines_data(runs: list[Run], names: list[str]) -> dict[str, dict[str, Any]]:
+def lines_data(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """Return name -> chart. With several runs, a chart of several keys becomes one chart for each key."""
     last_events = [(i, event) for i, run in enumerate(runs) for event in run.events[-30:]]
     events = [{"run": i, "step": event["step"], "kind": str(event.get("kind", ""))} for i, event in last_events]
@@ -148,9 +144,6 @@ def lines_data(runs: list[Run], names: list[str]) -> dict[str, dict[str, Any]]:
                 "events": events if lines.marked else [],
                 "curves": curves,
             }
-            chart["words"] = line_words(chart, names)
-            # a chart of points, one for each curve, is shown in words
-            chart["single"] = chart["words"] if curves and all(len(curve["x"]) == 1 for curve in curves) else ""
             if curves or not split:
                 charts[chart["name"]] = chart
     return charts
@@ -177,21 +170,6 @@ def curve_name(key: str) -> str:
     return metric.name if metric and metric.name else key.rpartition("/")[2]
 
 
-def line_words(chart: dict[str, Any], runs: list[str]) -> str:
-    """Return the key numbers of a chart's curves, for the caption and for screen readers."""
-    alike: dict[str, list[str]] = {}  # words -> the curves they hold for
-    for curve in chart["curves"]:
-        values = [v for v in curve["y"] if v is not None]
-        if values and not curve.get("mean"):  # which lacks the extremes
-            words = f"lowest {number(min(values))}, highest {number(max(values))}, last {number(values[-1])}"
-            if len(values) == 1:
-                words = f"{number(values[0])} at step {curve['x'][-1]:,}"
-            name = " ".join(filter(None, [runs[curve["run"]] if len(runs) > 1 else "", curve["name"]]))
-            alike.setdefault(words, []).append(name)
-    parts = [f"{', '.join(names)}: {words}" if names[0] else _sentence(words) for words, names in alike.items()]
-    return "; ".join([*parts, *(level["text"] for level in chart["levels"])])  # a level may lie outside the picture
-
-
 def site_data(runs: list[Run]) -> dict[str, dict[str, list[Any]]]:
     """Return statistic -> kind of site -> for each run None or {"x": [[first, last step], ...], "layers", "v"}."""
     buckets = max(32, 96 // len(runs))
@@ -205,65 +183,6 @@ def site_data(runs: list[Run]) -> dict[str, dict[str, list[Any]]]:
             cell = {"x": columns, "layers": layers, "v": [rounded(row, 3) for row in values]}
             data.setdefault(stat, {}).setdefault(kind, [None] * len(runs))[index] = cell
     return data
-
-
-def _site_words(cells: list[Any], names: list[str]) -> str:
-    """Return the last and the largest value at a kind of site, with layer and step."""
-    parts = []
-    for cell, name in zip(cells, names, strict=True):
-        flat = []  # (value, layer, step)
-        for layer, row in zip(cell["layers"], cell["v"], strict=True) if cell else ():
-            flat += [(v, layer, step) for (_, step), v in zip(cell["x"], row, strict=True) if v is not None]
-        if flat:
-            last_step = max(step for _, _, step in flat)
-            last, top = max((f for f in flat if f[2] == last_step), key=_order), max(flat, key=_order)
-            words = f"last {_in_layer(last)}, largest {_in_layer(top)} at step {top[2]:,}"
-            if len(cell["x"]) == 1:
-                words = f"{_in_layer(last)} at step {last_step:,}, the only probe so far"
-            parts.append(f"{name}: {words}" if len(cells) > 1 else _sentence(words))
-    return "; ".join(parts)
-
-
-def _order(place: tuple[float, int | None, int]) -> tuple[float, int, int]:
-    value, layer, step = place
-    return value, -1 if layer is None else layer, step
-
-
-def _in_layer(place: tuple[float, int | None, int]) -> str:
-    value, layer, _ = place
-    return number(value) if layer is None else f"{number(value)} in layer {layer}"
-
-
-def histogram_data(runs: list[Run]) -> dict[str, list[Any]]:
-    """Return site -> for each run None or {"x": steps, "first": octave of all, "v": rows of 100 log10(share)}."""
-    measured: dict[str, list[list[tuple[int, Any]]]] = {}  # site -> for each run (step, histogram)
-    for index, run in enumerate(runs):
-        chosen = np.linspace(0, len(run.probes) - 1, min(HISTOGRAMS, len(run.probes))).round().astype(int)
-        for probe in (run.probes[i] for i in np.unique(chosen)):
-            for name, site in probe["sites"].items():
-                if histogram := site.get("histogram"):
-                    measured.setdefault(name, [[] for _ in runs])[index].append((probe["step"], histogram))
-    data = {}
-    for name, of_runs in measured.items():
-        histograms = [histogram for pairs in of_runs for _, histogram in pairs]
-        first = min(h["edges_log2"][0] for h in histograms)
-        last = max(h["edges_log2"][0] + len(h["counts"]) for h in histograms)
-        cells = [{"x": [step for step, _ in pairs], "first": first} for pairs in of_runs]
-        for cell, pairs in zip(cells, of_runs, strict=True):
-            cell["v"] = [_shares(histogram, first, last) for _, histogram in pairs]
-        data[name] = [cell if cell["x"] else None for cell in cells]
-    return data
-
-
-def _shares(histogram: dict[str, Any], first: int, last: int) -> list[int | None]:
-    """Return 100 log10(share of the values) of the octaves from `first` to `last`, None for an empty octave."""
-    counts = dict(enumerate(histogram["counts"], start=histogram["edges_log2"][0]))
-    total = sum(counts.values())
-    return [round(100 * math.log10(counts[o] / total)) if counts.get(o) else None for o in range(first, last)]
-
-
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:]
 
 
 def number(value: float | None, otherwise: str = DASH) -> str:

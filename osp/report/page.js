@@ -19,7 +19,7 @@ const DEPTH = { false: ["#a9b7e8", "#3f6fb5", "#1b4f72", "#0b2a3c"], true: ["#3b
 const BAD = ["alert", "nonfinite"]; // events drawn as solid lines
 const PARTS = ["run0", "run1", "run2", "run3", "run4", "run5"];
 const view = { from: 0, to: Infinity }; // the steps of the chart that is being drawn
-const state = { shown: data.runs.map(() => true), x: "linear", from: 0, stat: null, run: 0, histogram: null };
+const state = { shown: data.runs.map(() => true), x: "linear", from: 0, stat: null, run: 0 };
 
 function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "not finite";
@@ -205,19 +205,9 @@ function siteHeatOption(figure) {
   return heatmap("layer", cell.x.map((pair) => stepName(pair[1])), cell.layers.map((l) => l ?? ""), values, low, Math.max(high, low + 0.1), (v) => short(10 ** v),
     ({ value }) => `<div class="values"><b>${steps(...cell.x[value[0]])}</b><div>${layerName(cell.layers[value[1]])} <b>${number(value[3])}</b></div></div>`);
 }
-function histogramOption(figure) {
-  const run = Number(figure.dataset.run), cell = (own(data.histograms, state.histogram) || [])[run];
-  if (!cell) return null;
-  const octaves = cell.v[0].map((_, i) => cell.first + i), values = [];
-  cell.v.forEach((row, i) => row.forEach((share, octave) => share !== null && values.push([i, octave, share / 100])));
-  const edge = (octave) => short(2 ** octave);
-  return heatmap("|x|", cell.x.map(stepName), octaves.map(edge), values, -7, 0, (v) => (v === 0 ? "all" : `10^${v}`),
-    ({ value }) => `<div class="values"><b>step ${number(cell.x[value[0]])}</b><div>|x| from ${edge(octaves[value[1]])} to ${edge(octaves[value[1]] + 1)}: <b>${number(100 * 10 ** value[2])}%</b> of the values</div></div>`);
-}
-
 // ---- drawing: when in view, again when something is chosen --------------------------------------------------------
 
-const OPTIONS = { lines: linesOption, curves: siteCurvesOption, heat: siteHeatOption, histogram: histogramOption };
+const OPTIONS = { lines: linesOption, curves: siteCurvesOption, heat: siteHeatOption };
 const charts = new Map();
 const visible = new Set();
 
@@ -271,7 +261,7 @@ function keyboard(plot, chart) {
 }
 // With a mouse: drag over a range of steps to see only that, double-click for everything.
 function zoom(plot, chart) {
-  if (plot.dataset.plot === "heat" || plot.dataset.plot === "histogram") return;
+  if (plot.dataset.plot === "heat") return;
   let from = null;
   const at = (event) => chart.convertFromPixel({ gridIndex: 0 }, [event.offsetX, event.offsetY])?.[0];
   chart.getZr().on("mousedown", (event) => (from = { x: event.offsetX, step: at(event) }));
@@ -288,28 +278,12 @@ function zoom(plot, chart) {
   });
 }
 
-// ---- words and tables ---------------------------------------------------------------------------------------------
+// ---- labels and tables --------------------------------------------------------------------------------------------
 
 function describe() {
   all("figure[data-kind]").forEach((figure) => {
-    const { stat, spec, runs } = cells(figure);
-    const words = own(own(data.words, stat), figure.dataset.kind) || "not measured in these runs";
-    const drawn = runs.some((cell) => cell && cell.x.length > 1); // one probe is no curve; the words say so
-    figure.querySelector(".numbers").textContent = words;
-    all(".plot", figure).forEach((plot) => {
-      plot.setAttribute("aria-label", `${spec.title}: ${words}`);
-      plot.style.display = drawn ? "" : "none";
-    });
-  });
-  all("figure[data-run]").forEach((figure) => {
-    const cell = (own(data.histograms, state.histogram) || [])[Number(figure.dataset.run)];
-    const octave = (i) => `between ${short(2 ** (cell.first + i))} and ${short(2 ** (cell.first + i + 1))}`;
-    const largest = (row) => octave(row.reduce((top, share, i) => (share === null ? top : i), 0));
-    const words = !cell ? "not measured in this run" :
-      `Largest |x| at step ${number(cell.x[0])} ${largest(cell.v[0])}, at step ${number(cell.x.at(-1))} ${largest(cell.v.at(-1))}; ` +
-      `most values there are ${octave(cell.v.at(-1).indexOf(Math.max(...cell.v.at(-1).filter((s) => s !== null))))}`;
-    figure.querySelector(".numbers").textContent = words;
-    figure.querySelector(".plot").setAttribute("aria-label", `Histogram of |x| over steps, ${state.histogram}. ${words}`);
+    const { spec, runs } = cells(figure), words = runs.some(Boolean) ? "its numbers are in the table below" : "not measured in these runs";
+    all(".plot", figure).forEach((plot) => plot.setAttribute("aria-label", `${spec.title}: ${words}`));
   });
   if (state.stat) $("#says").textContent = data.stats[state.stat].says;
 }
@@ -320,14 +294,9 @@ function rowsOf(figure) {
       curve.x.map((x, i) => [data.runs[curve.run] + (curve.name ? `, ${curve.name}` : ""), number(x), number(curve.y[i])]));
     return [["run", "step", "value"], rows];
   }
-  if (figure.dataset.kind !== undefined) {
-    const rows = cells(figure).runs.flatMap((cell, run) => (cell ? cell.v.flatMap((row, layer) =>
-      row.map((v, i) => [data.runs[run], layerName(cell.layers[layer]), number(cell.x[i][1]), number(v)])) : []));
-    return [["run", "layer", "step", "value"], rows];
-  }
-  const cell = (own(data.histograms, state.histogram) || [])[Number(figure.dataset.run)];
-  const rows = cell ? cell.v.flatMap((row, i) => row.map((s, o) => [number(cell.x[i]), short(2 ** (cell.first + o)), s === null ? "0" : number(10 ** (s / 100))])) : [];
-  return [["step", "|x| from", "share of the values"], rows];
+  const rows = cells(figure).runs.flatMap((cell, run) => (cell ? cell.v.flatMap((row, layer) =>
+    row.map((v, i) => [data.runs[run], layerName(cell.layers[layer]), number(cell.x[i][1]), number(v)])) : []));
+  return [["run", "layer", "step", "value"], rows];
 }
 function fillTable(details) {
   const [head, rows] = rowsOf(details.closest("figure"));
@@ -353,7 +322,6 @@ function choose(selector, key, convert = String) {
 }
 choose("#stat", "stat");
 choose("#heat-run", "run", Number);
-choose("#histogram", "histogram");
 choose("#x", "x");
 choose("#from", "from", Number);
 all(".legend button").forEach((button, run) => button.addEventListener("click", () => {

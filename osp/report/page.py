@@ -88,7 +88,6 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
         last_step=max(run.step for run in runs),
         run_choice=list(enumerate(names)),
         statistic_choice=list(titles.items()),
-        histogram_choice=[(site, site) for site in data["histograms"]],
         sites={kind: title for kind, title in SITE_TITLES.items() if any(kind in data["sites"][s] for s in titles)},
         judged={kind: SITE_TITLES[kind] for kind in USUAL if any(kind in s.states for s in shown)},
         usual=USUAL,

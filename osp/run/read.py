@@ -1,7 +1,8 @@
 """Read a run folder: curves, probes, events, evaluations and configuration. Needs no torch.
 
-Missing or broken parts are named in `Run.notes` and the rest is read: `keep_valid` leaves out what is not of the type
-that readers of a `Run` rely on. The run may have been killed, be writing still, or never have been validated or probed.
+Missing or broken parts are named in `Run.notes` and the rest is read: a line, or a file of one value, is left out if it
+lacks the types that readers of a `Run` rely on. The run may have been killed, be writing still, or never have been
+validated or probed.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Required, cast
+from typing import Annotated, Any, NamedTuple, Required
 
 import numpy as np
 import yaml
@@ -22,7 +23,7 @@ from typing_extensions import TypedDict
 
 from osp.config import Config, leaves, to_dict
 from osp.errors import UserError
-from osp.files import iterate_lines, not_a_file, printable, read_json
+from osp.files import iterate_lines, not_a_file, read_json
 from osp.run.evaluations import Comparison, Evaluation, read_evaluations
 from osp.run.metrics import Site, site_of
 
@@ -37,7 +38,6 @@ FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at")
 Table = dict[str, Any]
 Bits = Annotated[StrictFloat, Field(gt=0, lt=math.inf)]
 Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
-Octaves = Annotated[list[Annotated[StrictInt, Field(ge=-1100, le=1100)]], Field(min_length=1)]
 Channel = tuple[StrictInt, StrictFloat | None]  # and its max|x|
 Channels = Annotated[list[Channel], Field(min_length=1)]  # largest first
 
@@ -49,8 +49,7 @@ def _table(**types: Any) -> Any:
 
 # What the readers of a `Run` rely on; they take anything elsewhere.
 _METRICS = TypeAdapter(dict[str, StrictFloat | None])
-_HISTOGRAM = _table(edges_log2=Required[Octaves], counts=Required[Annotated[list[Count], Field(max_length=2200)]])
-_SITE = _table(channels=Required[Channels], histogram=_HISTOGRAM, top_channel=StrictInt, top_position=StrictInt)
+_SITE = _table(channels=Required[Channels], top_channel=StrictInt, top_position=StrictInt)
 _PROBE = TypeAdapter(_table(sites=Required[dict[str, _SITE]]))
 _EVENT = TypeAdapter(_table(kind=StrictStr))
 _START = _table(command=list[Any])
@@ -164,19 +163,22 @@ def read_probes(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield what is valid of the lines of a file; `notes` counts the broken lines. A missing file is empty."""
-    broken, left_out = list[int](), list[str]()
+    """Yield the valid lines of a file; `notes` counts the others. A missing file is empty."""
+    broken, invalid = list[int](), list[int]()
     if not_a_file(path):
         notes.append(f"{path.name} is not a file; left out")
     for line in iterate_lines(path, broken):
-        places = list[str]()
-        if valid := keep_valid(adapter, line, places):
-            yield valid
-        left_out += (f"step {line['step']} {place}" for place in places)
+        try:
+            adapter.validate_python(line)
+        except ValidationError:
+            invalid.append(line["step"])
+        else:
+            yield line
     if broken:
         numbers = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
         notes.append(f"{path.name}: {len(broken)} unreadable line{'s' * (len(broken) > 1)} skipped (line {numbers})")
-    _note_left_out(path, left_out, notes)
+    if invalid:
+        notes.append(f"{path.name}: lines of another format left out: {len(invalid)}, the first of step {invalid[0]}")
 
 
 def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
@@ -196,19 +198,18 @@ def _columns(lines: Iterable[dict[str, Any]]) -> dict[str, Series]:
 
 
 def _read(path: Path, adapter: TypeAdapter[Any], notes: list[str]) -> Any:
-    """Return what is valid of a YAML or JSON file, or None and a note."""
+    """Return the value in a YAML or JSON file, or None and a note."""
     try:
         value = read_json(path) if path.suffix == ".json" else read_yaml(path)
         value = from_json(json.dumps(value, default=str))  # no deeper than 200 levels, and keys are text
+        adapter.validate_python(value)
+    except ValidationError:
+        notes.append(f"{path.name}: not the format of a run; left out")
     except (TypeError, ValueError, RecursionError, OSError, yaml.YAMLError):  # also of what is no file
         notes.append(f"{path.name} cannot be read; left out" if path.exists() else f"{path.name} is missing")
-        return None
-    left_out = list[str]()
-    if (valid := keep_valid(adapter, value, left_out)) is None:
-        notes.append(f"{path.name}: not the format of a run; left out")
     else:
-        _note_left_out(path, left_out, notes)
-    return valid
+        return value
+    return None
 
 
 def read_yaml(path: Path) -> Any:
@@ -221,35 +222,6 @@ def read_yaml(path: Path) -> Any:
         if depth > 100 or isinstance(event, yaml.AliasEvent):
             raise ValueError("an alias, or nested too deeply")
     return yaml.safe_load(text)
-
-
-def keep_valid(adapter: TypeAdapter[Any], value: Any, left_out: list[str]) -> Any:
-    """Return `value` without the parts of other types, None if too little is left; `left_out` gets their places."""
-    while True:
-        try:
-            adapter.validate_python(value)
-            return value
-        except ValidationError as error:
-            errors = error.errors(include_url=False, include_context=False, include_input=False)
-        removed: dict[tuple[int, Any], Any] = {}
-        for found in errors:
-            inner, place = cast(Any, value), [(cast(Any, None), cast(Any, ""))]
-            for key in found["loc"]:  # a key that leads nowhere is missing, or names the type of a union
-                if key in (inner if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()):
-                    place.append((inner, key))
-                    inner = inner[key]  # pyright: ignore
-            removed[id(place[-1][0]), place[-1][1]] = place
-        left_out += (".".join(str(key) for _, key in place[1:]) for place in removed.values())
-        for table, last in (place[-1] for place in reversed(removed.values())):  # of a list the last element first
-            if table is None:
-                return None
-            del table[last]
-
-
-def _note_left_out(path: Path, left_out: list[str], notes: list[str]) -> None:
-    if count := len(left_out):
-        first = "; ".join(printable(place)[:80] for place in left_out[:3]) + ("; ..." if count > 3 else "")
-        notes.append(f"{path.name}: {count} value{'s' * (count > 1)} left out, of the wrong type ({first})")
 
 
 def _runs_near(folder: Path) -> str:

@@ -66,7 +66,7 @@ def test_inspection_names_the_outlier_and_the_step_since_it_exists(spiky: Path, 
     assert steps[3] > 10 * (steps[1] or 0.1)
     assert "embed_tokens.weight" in {weight["parameter"] for weight in contents["weights"]}
     assert (tmp_path / path.name).exists()
-    assert "| parameter | role | rule |" in path.with_suffix(".md").read_text()
+    assert "| weights that write it | which |" in path.with_suffix(".md").read_text()
 
 
 def test_inspection_reads_a_given_text_and_an_older_checkpoint(spiky: Path, tmp_path: Path) -> None:

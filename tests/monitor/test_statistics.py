@@ -215,13 +215,6 @@ def test_peak_is_the_first_of_the_largest_values() -> None:
     assert st.merge_samples([later, earlier]).peak[1] == 9 * D + 3
 
 
-def test_octaves_count_magnitudes() -> None:
-    x = torch.tensor([[0.0, 1.0, -1.5, 2.0], [-3.9, 4.0, 0.26, 1e-30]])
-    first, counts = st.count_octaves(st.take_sample(x))
-    assert first == -2  # [1/4, 1/2), [1/2, 1), [1, 2), [2, 4), [4, 8); the zeros in the first
-    assert counts == [3, 0, 2, 2, 1]
-
-
 def test_osp_script_kurtosis_equals_the_script() -> None:
     """Against a literal transcription in float32, the dtype of the script."""
     hidden_states = [heavy(seed, tokens=48)[:, None] for seed in range(3)]  # (tokens, 1, D): sequences of length 1

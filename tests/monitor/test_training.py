@@ -71,10 +71,6 @@ def test_probe_writes_metrics_and_sites(tiny: Tiny, tmp_path: Path) -> None:
     probes = read_lines(tmp_path / "run" / "probes.jsonl")
     assert [(probe["step"], probe["tokens"]) for probe in probes] == [(0, 0), (2, 512), (3, 768)]
     site = probes[1]["sites"]["layer_01/down_proj_in"]
-    assert sum(site["histogram"]["counts"]) == 4 * 32 * 48
-    first, last = site["histogram"]["edges_log2"]
-    assert len(site["histogram"]["counts"]) == last - first
-    assert 2.0 ** (last - 1) <= abs(site["top_value"]) * 1.01 < 2.0**last * 1.01
     assert len(site["channels"]) == 8
     assert site["channels"][0][1] == abs(site["top_value"]) == lines[1]["monitor/max_abs/layer_01/down_proj_in"]
     tokens = held_out_text(shard_folder(config.data, config.tokenizer), config).tokens[site["top_row"]]
@@ -131,7 +127,6 @@ def test_alert_reaches_console_events_wandb_and_forensics_once(
             f"layers.{event['layer']}.mlp.{part}_proj.weight" for part in ("gate", "up")
         }
         assert all(w["norm"] > 0 and w["ratio"] > 0 for w in contents["weights"])
-        assert contents["optimizer"][0]["rule"] == "muon"
         assert f"channel {contents['channel']}" in event["message"]
         assert event["message"].endswith(f"; {contents['mechanism']}; see forensics/")
         assert contents["mechanism"] in file.with_suffix(".md").read_text()

@@ -80,7 +80,7 @@ def test_payload_does_not_run(spoilt_page: Path, browser: Browser) -> None:
     browser.wait(
         lambda: browser.run("[...document.querySelectorAll('figure .scroll')].some((d) => d.querySelector('td'))")
     )
-    for selector in ("[data-lines=train_loss] .plot", "[data-plot=heat]", "[data-plot=histogram]"):
+    for selector in ("[data-lines=train_loss] .plot", "[data-plot=heat]"):
         browser.hover(selector)
     assert browser.run("document.title") == "2 runs compared - osp report"
     assert browser.run("document.querySelectorAll('img, iframe, [onerror], [onload]').length") == 0
