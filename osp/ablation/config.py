@@ -4,10 +4,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
+from osp.config import Weights
 from osp.errors import UserError, as_user_error
 from osp.evaluation.config import Column
 from osp.schema import Count, FilePath, Positive, Seed
@@ -47,6 +49,8 @@ class AblationConfig:
     parallel: Count | None = None  # trainings at a time; None: as many as the machine allows
     texts: tuple[str, ...] = ()  # texts for perplexity; empty: the validation split
     max_tokens: Count | None = None  # tokens to read from the start of each text; None: all
+    # To measure in each run; averaged: the running average of its weights, see the table `average` of a training
+    weights: Annotated[tuple[Weights, ...], Field(min_length=1)] = ("trained",)
     columns: tuple[Column, ...] = ()  # of scripts/compare.py, as costs on every text; empty: its own, as perplexities
     # Quantities of osp/ablation/table.yaml to show.
     quantities: tuple[str, ...] = ("kurtosis", "osp_script", "down_proj_max", "down_proj_kurtosis", "R_L", "loss")
@@ -94,7 +98,8 @@ def check_ablation(config: AblationConfig) -> None:
     for key, values, example in (("rows", rows, PAPER_ROWS), ("seeds", config.seeds, (0, 1, 2))):
         if not values:
             raise UserError(f"{key}=[]: name at least one, for example {key}=[{','.join(map(str, example))}]")
-    for key, values in {"seeds": config.seeds, "rates": config.rates, "sweep.values": sweep.values}.items():
+    distinct = {key: getattr(config, key) for key in ("seeds", "rates", "weights")} | {"sweep.values": sweep.values}
+    for key, values in distinct.items():
         if repeated := [value for value in values if values.count(value) > 1]:
             raise UserError(f"{key}={list(values)}: {repeated[0]} is repeated and would be the same run")
     for key, names in {"rates": ["paper", *config.settings], "quantities": list(WORDS["quantities"])}.items():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from osp.ablation.config import AblationConfig, check_ablation, parse_rows
 from osp.ablation.runs import Compose, Planned, plan
 from osp.ablation.table import as_json, collect, contents
-from osp.config import COMPARISONS, EVALUATIONS, leaves
+from osp.config import COMPARISONS, EVALUATIONS, Weights, leaves
 from osp.errors import RunError, StoppedError, UserError, as_user_error
 from osp.evaluation.config import CompareConfig
 from osp.files import parse_json, write_text
@@ -153,7 +153,8 @@ class Execution:
 
     def write(self, command: Sequence[str]) -> None:
         """Write ablation.md and ablation.json to the folder of the ablation."""
-        records = {x.label: record for x in self.runs if self.trained(x) and (record := self.record(x)) is not None}
+        trained = [(x, weights) for x in self.runs if self.trained(x) for weights in self.config.weights]
+        records = {(x.label, weights): record for x, weights in trained if (record := self.record(x, weights))}
         about = about_lines(self.planned, command)
         results = collect(self.config, self.planned, records, self.failures, about=about)
         folder, template = Path(self.config.dir), Path(__file__).with_name("ablation.md")
@@ -164,24 +165,25 @@ class Execution:
         return (run.folder / "summary.json").exists()
 
     def measured(self, run: Planned) -> bool:
-        return self.record(run) is not None
+        return all(self.record(run, weights) for weights in self.config.weights)
 
-    def record(self, run: Planned) -> ComparisonRecord | None:
+    def record(self, run: Planned, weights: Weights) -> ComparisonRecord | None:
         """Return the newest record of scripts/compare.py in a run that measured what is wanted, or None."""
-        wanted = {key: value for key, value in self._wanted(run).items() if value != "none"}
+        wanted = {key: value for key, value in self._wanted(run, weights).items() if value != "none"}
         for path in sorted((run.folder / EVALUATIONS / COMPARISONS).glob("step_*.json"), reverse=True):
             try:
                 record = read_comparison(path)
             except UserError:  # cut short
                 continue
-            measured = {"columns": COLUMNS} | dict(leaves(record.config))
+            measured = {"columns": COLUMNS, "weights": "trained"} | dict(leaves(record.config))
             if len(record.models) == 1 and all(measured.get(key) == value for key, value in wanted.items()):
                 return record
         return None
 
-    def _wanted(self, run: Planned) -> dict[str, Any]:
+    def _wanted(self, run: Planned, weights: Weights) -> dict[str, Any]:
         """Return the keys of scripts/compare.py that decide what is measured."""
         return {
+            "weights": weights,
             "texts": list(self.config.texts),
             "max_tokens": self.config.max_tokens,
             "columns": list(self.config.columns) or COLUMNS,
@@ -193,7 +195,8 @@ class Execution:
         """Start the training of a run or, after it, the measurement."""
         log_file = self._logs / f"{run.label}.{'compare' if self.trained(run) else 'train'}.log"
         if self.trained(run):
-            keys = self._wanted(run) | {"device": run.config.engine.device, "threads": slot.threads, "progress": False}
+            keys = self._wanted(run, next(weights for weights in self.config.weights if not self.record(run, weights)))
+            keys |= {"device": run.config.engine.device, "threads": slot.threads, "progress": False}
             keys |= {"kurtosis_tokens": 1024} if self.config.columns else {}  # the monitor's is shown instead
             overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
             command = [sys.executable, str(self.scripts / "compare.py"), str(run.folder), *overrides]

@@ -19,6 +19,7 @@ Compose = Callable[[Sequence[str]], dict[str, Any]]  # returns the configuration
 # All rows must agree in these keys, or their numbers do not compare. A sweep may change its key.
 SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "model.vocab_size")
 NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
+NOT_SHARED += ("schedule.final_ratio",)  # rows can compare endings
 # Defaults of keys younger than 0.1.0: with these a training keeps the name of its folder.
 LATER = {"model.init": "normal", "optimizer.gain_decay": None}
 LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
@@ -74,6 +75,8 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         with as_user_error(f"row {row}: ", UserError):
             keys = composed(*overrides)
             trained = from_dict(keys | {"train": keys["train"] | {"seed": seed}})
+        if "averaged" in config.weights and trained.average.kind == "none":
+            raise UserError(f"weights={list(config.weights)}: row {row} keeps no average; add average=ema")
         num_steps = trained.train.num_steps
         if num_steps is None:
             raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")

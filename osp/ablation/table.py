@@ -11,8 +11,10 @@ from typing import Any
 
 from osp.ablation.config import WORDS, AblationConfig, parse_rows
 from osp.ablation.runs import Planned
+from osp.config import Weights
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
+from osp.run.evaluations import label as named
 from osp.run.metrics import key_regex
 from osp.run.read import read_run
 
@@ -21,7 +23,7 @@ HADAMARD = " +Had"
 FIRST, LAST = COLUMNS[0], COLUMNS[-1]
 TITLES = {name: about["title"] for name, about in WORDS["quantities"].items()} | {"cost": f"{LAST} costs, nats"}
 SWEPT = ("loss", "kurtosis", "osp_script", "down_proj_max", "R_L", FIRST, LAST, "cost")  # columns of a sweep's table
-Records = dict[str, ComparisonRecord]  # label of a run -> record of scripts/compare.py
+Records = dict[tuple[str, Weights], ComparisonRecord]  # label of a run, its weights -> record of scripts/compare.py
 Table = tuple[str, dict[str, str], list[list[str]]]  # name in table.yaml, words for it, rows after a heading
 
 
@@ -30,7 +32,7 @@ class Measured:
     """One run and its numbers; with columns also `TEXT loss` at 16 bits and `TEXT cost COLUMN`, in nats per token."""
 
     label: str
-    row: str
+    row: str  # `ROW, averaged` with the averaged weights
     overrides: tuple[str, ...]
     rates: str
     seed: int
@@ -120,13 +122,15 @@ def collect(
     """Return the results of the finished runs. failures: label -> reason. about: see `Results`."""
     models = [record.models[0] for record in records.values()]
     columns = {name: digest for model in models for name, digest in model.hashes.items()}
-    measured = [measure(run, records[run.label], config) for run in runs if run.label in records]
-    numbers = {run.label: run.numbers for run in measured}
+    kept = [(run, record) for run in runs for which in config.weights if (record := records.get((run.label, which)))]
+    measured = [measure(run, record, config) for run, record in kept]
+    numbers = {(run.label, run.row): run.numbers for run in measured}
     lines = []
-    for rates, row in itertools.product(config.rates, parse_rows(config)):
-        labels = [run.label for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
-        cells = summarize([numbers[label] for label in labels if label in numbers], columns, config.interval)
-        lines.append(Line(row, rates, cells, tuple(label for label in labels if label not in numbers)))
+    for rates, row, weights in itertools.product(config.rates, parse_rows(config), config.weights):
+        found = [run for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
+        keys = [(run.label, named(row, weights)) for run in found]
+        cells = summarize([numbers[key] for key in keys if key in numbers], columns, config.interval)
+        lines.append(Line(named(row, weights), rates, cells, tuple(key[0] for key in keys if key not in numbers)))
     return Results(
         about=about,
         data={name: digest for model in models for name, digest in model.texts.items()},
@@ -140,10 +144,12 @@ def collect(
 
 
 def measure(run: Planned, record: ComparisonRecord, config: AblationConfig) -> Measured:
-    """Return the numbers of one finished run."""
+    """Return the numbers of one finished run, the ones of its training only if they are of the same weights."""
     folder, (model,), numbers = read_run(run.folder), record.models, {}
+    in_training = {"val": run.config.eval.weights, "monitor": run.config.monitor.weights}
     for name, about in {name: WORDS["quantities"][name] for name in config.quantities}.items():
         values = [series.last for key, series in folder.series.items() if re.fullmatch(key_regex(about["key"]), key)]
+        values = values if in_training[about["key"].partition("/")[0]] == model.weights else []
         over_layers = max if about.get("largest") else statistics.fmean
         numbers[name] = over_layers(values) if values else math.nan
     for row, cells in model.bits.items():
@@ -157,7 +163,7 @@ def measure(run: Planned, record: ComparisonRecord, config: AblationConfig) -> M
     numbers |= {method: s.perplexity for method, s in model.methods.items() if s.perplexity is not None}
     first, last = (math.log(numbers.get(column, math.nan)) for column in (FIRST, LAST))
     numbers |= {"nats_16": first, "nats_4": last, "cost": last - first}
-    plan = (run.label, run.row, run.overrides, run.rates, run.seed, run.value)
+    plan = (run.label, named(run.row, model.weights), run.overrides, run.rates, run.seed, run.value)
     return Measured(*plan, model.sha256, record.commit, numbers)
 
 
@@ -212,7 +218,7 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     rows = [[column, digest, results.specs.get(digest, "")] for column, digest in results.columns.items()]
     cards = [("Quantizations", "", [["column", "quantization", "in words"], *rows])]
     sections.append(("provenance", "Where the numbers are from", "", cards))
-    missing = [label for line in results.rows for label in line.missing]
+    missing = dict.fromkeys(label for line in results.rows for label in line.missing)
     texts = [f"text {name}: SHA-256 {digest}" for name, digest in results.data.items()]
     return {
         "title": "What outliers cost, by recipe",

@@ -21,7 +21,7 @@ from osp.monitor.probe import ProbeText, probe
 from osp.quant.apply import quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec, check_spec
-from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short
+from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, format_short, label
 from osp.run.folder import environment
 from osp.tables import render_text
 
@@ -41,7 +41,7 @@ def compare(config: CompareConfig) -> ComparisonRecord:
         column_spec(column, config.quant)  # before any model is loaded
     check_out(config.out)
     for path in config.paths:
-        find_model(Path(path))
+        find_model(Path(path), config.weights)
     machine, comparisons = environment(), []
     origin = {"config": dataclasses.asdict(config), "commit": machine.pop("git"), "environment": machine}
     for path in config.paths:
@@ -50,7 +50,7 @@ def compare(config: CompareConfig) -> ComparisonRecord:
         for comparison in compare_one(subject, config):
             models = (*([] if config.out is None else comparisons), comparison)
             record = ComparisonRecord(step=comparison.step, models=models, **origin)
-            name = f"{COMPARISONS}/step_{comparison.step:08d}"
+            name = f"{COMPARISONS}/{label(f'step_{comparison.step:08d}', comparison.weights, '_')}"
             store_record(record, config.out, subject.run, name, finished=False)
         comparisons.append(comparison)
         if config.out is None:
@@ -110,6 +110,7 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
             | {method: spec.hash for method, spec in methods.items()},
             texts={text.name: text.sha256 for text in measurement.texts},
             step=subject.step or 0,
+            weights=subject.weights,
         )
 
 

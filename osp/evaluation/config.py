@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from osp.config import Weights
 from osp.quant.spec import QuantSpec
 from osp.schema import Count, CountOrZero, Device, Int, Threads
 
@@ -34,6 +35,7 @@ Column = Annotated[str, AfterValidator(_column)]
 class MeasureConfig:
     """Keys that both scripts have."""
 
+    weights: Weights = "trained"  # of a run; averaged: their running average, see the table `average` of a training
     texts: tuple[str, ...] = ()  # for perplexity: `wikitext2`, `held_out`, run folders, files
     text_field: str = "text"  # the field of a record that holds the document
     # Tokens of a window; None: what the model was trained at, 2048 at most

@@ -48,7 +48,9 @@ def open_subject(path: str, config: MeasureConfig) -> LanguageModel:
     if device.type == "cpu":
         prepare_cpu(config.threads)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and native_bf16(device))
-    return open_model(path, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    subject = open_model(path, device=device, weights=config.weights)
+    subject.model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    return subject
 
 
 class Measurement:
@@ -140,6 +142,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     sha256 = subject.sha256()  # of the weights in the file, before they are quantized
     record = Evaluation(
         model={"name": subject.name, "path": str(subject.folder), "sha256": sha256, "step": subject.step},
+        weights=subject.weights,
         quant={"text": str(spec), "hash": spec.hash, "bits": spec.bits, **dataclasses.asdict(spec)},
         texts=[{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in measurement.texts],
         tasks=[{"name": t.name, "sha256": t.sha256, "num_fewshot": t.num_fewshot} for t in measurement.tasks],

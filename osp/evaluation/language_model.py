@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from osp.config import Config
+from osp.config import Config, Weights
 from osp.data.loader import Layout
 from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError
 from osp.model.hf_llama import CONFIG, check_vocabulary, load_hf, load_hf_tokenizer
 from osp.model.transformer import Transformer, check_finite
 from osp.run.checkpoint import Checkpoint, find, load_model
+from osp.run.evaluations import label
 
 LONGEST_WINDOW = 2048  # tokens; the length at which papers measure perplexity
 
@@ -34,6 +35,7 @@ class LanguageModel:
     step: int | None = None  # of the checkpoint
     conversion: dict[str, Any] | None = None  # entry of scripts/convert.py in the checkpoint
     stop_ids: tuple[int, ...] = ()  # tokens; each of them ends a generated text
+    weights: Weights = "trained"  # that were read; `name` says `NAME, averaged` for the others
 
     @property
     def device(self) -> torch.device:
@@ -81,15 +83,13 @@ def model_sha256(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def open_model(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LanguageModel:
-    """Return the language model at `path` on `device`, its matmuls in `dtype`.
+def open_model(path: str | Path, *, device: torch.device | str = "cpu", weights: Weights = "trained") -> LanguageModel:
+    """Return the language model at `path` on `device`, fp32, with these of its weights.
 
     Raises `UserError` if the path is no run, checkpoint or Hugging Face Llama, or tokenizer or weights do not fit.
     """
     folder = Path(path)
-    if (checkpoint_folder := find_model(folder)) is None:
+    if (checkpoint_folder := find_model(folder, weights)) is None:
         tokenizer, bos, eos, stops = load_hf_tokenizer(folder)  # before the weights, which take longer
         subject = LanguageModel(folder.resolve().name, folder, load_hf(folder), tokenizer, bos, eos, stop_ids=stops)
     else:
@@ -100,9 +100,9 @@ def open_model(
         check_vocabulary(run / "tokenizer.json", tokenizer, num_embeddings=config.model.vocab_size)
         end = eos_id(tokenizer, config.tokenizer.eos_token)
         subject = LanguageModel(
-            config.run.name,
+            label(config.run.name, weights),
             folder,
-            load_model(checkpoint_folder),
+            load_model(checkpoint_folder, weights=weights),
             tokenizer,
             # in training the end of another document comes before each one
             bos_id=end if conversion is None else conversion["bos_id"],
@@ -112,20 +112,26 @@ def open_model(
             step=checkpoint.step,
             conversion=conversion,
             stop_ids=tuple((conversion or {}).get("stop_ids") or (end,)),
+            weights=weights,
         )
     if max((subject.bos_id or 0, *subject.stop_ids)) >= subject.model.config.vocab_size:  # of a damaged manifest
         raise UserError(f"{folder}: the manifest names a token that the model does not have; convert the model again")
-    subject.model.to(device).compute_dtype = dtype
+    subject.model.to(device)
     check_finite(subject.model, folder)
     return subject
 
 
-def find_model(folder: Path) -> Path | None:
-    """Return the checkpoint in `folder`, None for a Hugging Face folder; raise `UserError` without a model."""
+def find_model(folder: Path, weights: Weights = "trained") -> Path | None:
+    """Return the checkpoint in `folder`, None for a Hugging Face folder; raise `UserError` without these weights."""
     if (folder / CONFIG).is_file():
+        if weights == "averaged":
+            raise UserError(
+                f"{folder}: weights=averaged, but a Hugging Face folder has no average; set weights=trained"
+            )
         return None
     if (checkpoint := find(folder)) is None:
         raise UserError(
             f"{folder}: no model; name a run with a checkpoint, a checkpoint, or a Hugging Face folder (config.json)"
         )
+    Checkpoint(checkpoint).check_weights(weights)
     return checkpoint

@@ -6,9 +6,9 @@
     checkpoints/latest                                 the name of the newest complete checkpoint
 
 A tensor of a rank file is the slice [start, start + numel) of a flattened parameter. Its key is `KIND/NAME@start`,
-KIND being `weight` or a state of the optimizer such as `momentum`. Every rank writes its own share, so no rank ever
-holds the whole optimizer state; a reader on any topology takes the slices it needs. A checkpoint is written under a
-temporary name, flushed to disk, renamed, and only then named by `latest`. No file of a checkpoint can hold code.
+KIND being `weight`, `average` (osp.optim.average) or an optimizer state such as `momentum`. Every rank writes its own
+share, so no rank ever holds the whole optimizer state; a reader on any topology takes the slices it needs. A checkpoint
+is written under a temporary name, flushed to disk, renamed, and only then named by `latest`. No file can hold code.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from osp.config import CheckpointConfig, Weights, from_dict
 from osp.errors import UserError, as_user_error
@@ -82,6 +83,10 @@ class Position:
         return self.next_step * self.rows_per_step if self.next_row is None else self.next_row
 
 
+class _Average(TypedDict):
+    updates: CountOrZero
+
+
 @dataclass(frozen=True)
 class _Manifest:
     """The keys of a manifest that a reader relies on."""
@@ -95,6 +100,7 @@ class _Manifest:
     spikes: dict[str, list[float]] = field(default_factory=dict)
     data: Position | None = None
     conversion: _Conversion | None = None
+    average: _Average | None = None  # of the weights, where slices of this kind are
 
 
 class Checkpoint:
@@ -125,6 +131,11 @@ class Checkpoint:
             if sha256_of(path) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum is not the one in {MANIFEST}; take an older checkpoint")
         _ = self._slices  # raises for a key that is no slice
+
+    def check_weights(self, weights: Weights) -> None:
+        """Raise `UserError` if the checkpoint lacks these weights."""
+        if weights == "averaged" and not self.manifest.get("average"):
+            raise UserError(f"{self.folder}: weights=averaged, but the run had average=none; set weights=trained")
 
     def kinds(self, name: str) -> list[str]:
         """Return what is stored of a parameter: "weight" and the names of its optimizer states."""
@@ -391,8 +402,7 @@ def load_model(path: str | Path, *, weights: Weights = "trained") -> Transformer
     if (folder := find(Path(path))) is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
-    if weights == "averaged" and "average" not in checkpoint.manifest:
-        raise UserError(f"{folder}: weights=averaged, but the run kept no average (average.kind=none); omit weights")
+    checkpoint.check_weights(weights)
     checkpoint.verify()
     model = meta_model(checkpoint.config.model)
     shapes = checkpoint.shapes
@@ -403,20 +413,16 @@ def load_model(path: str | Path, *, weights: Weights = "trained") -> Transformer
     if wanted > held:  # before memory is allocated
         raise UserError(f"{folder}: a model of {wanted} bytes cannot be in files of {held}; take another checkpoint")
     model.to_empty(device="cpu")
-    stored = "weight" if weights == "trained" else "average"
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.view(-1).copy_(checkpoint.read(stored, name, 0, parameter.numel()))
-    load(checkpoint, (), model)
+    load(checkpoint, whole_parameters(model, "weight" if weights == "trained" else "average"), model)
     if weights == "averaged":
         model.refresh_norms()  # the stored statistics are from the trained weights
     return model.eval()
 
 
-def whole_parameters(model: nn.Module) -> Iterator[Slice]:
-    """Yield the slices of a rank that holds every weight and no optimizer state."""
+def whole_parameters(model: nn.Module, kind: str = "weight") -> Iterator[Slice]:
+    """Yield the slices of a rank that holds every parameter as this kind, and nothing else."""
     for name, parameter in model.named_parameters():
-        yield name, 0, parameter.numel(), {"weight": parameter.detach().view(-1)}
+        yield name, 0, parameter.numel(), {kind: parameter.detach().view(-1)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from osp.config import COMPARISONS, EVALUATIONS
+from osp.config import COMPARISONS, EVALUATIONS, Weights
 from osp.errors import UserError
 from osp.files import read_json, write_out
 
@@ -71,6 +71,7 @@ class Evaluation:
     """The record of `scripts/evaluate.py`: the results of one model and everything they depend on."""
 
     model: dict[str, Any]  # name, path, sha256, step
+    weights: Weights = "trained"  # that were read
     quant: dict[str, Any]  # the fields of QuantSpec, and its text, hash and bits
     texts: list[dict[str, Any]] = field(default_factory=list)  # name, sha256, tokens
     tasks: list[dict[str, Any]] = field(default_factory=list)  # name, sha256, num_fewshot
@@ -88,11 +89,11 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """The file name: step, quantization and a hash of what was measured, so that other evaluations are kept."""
+        """The file name: step and weights, quantization, and a hash of what was measured: one for each evaluation."""
         measured = [[result.what, result.metric] for result in self.results]
         subject = [measured, self.texts, self.tasks, bool(self.ablation)]
         digest = hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:8]
-        return f"step_{self.step:08d}-{self.quant['hash']}-{digest}"
+        return f"{label(f'step_{self.step:08d}', self.weights, '_')}-{self.quant['hash']}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Comparison:
     texts: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
     step: int = 0  # of the checkpoint
     kurtosis_text: str = ""  # of the kurtosis: `the first 16,384 tokens of wikitext2`
+    weights: Weights = "trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,11 @@ class ComparisonRecord:
     commit: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     models: tuple[Comparison, ...]
+
+
+def label(name: str, weights: Weights, joint: str = ", ") -> str:
+    """Return `NAME`, or `NAME, averaged`: a run, row or file about these weights."""
+    return name if weights == "trained" else f"{name}{joint}{weights}"
 
 
 def write_evaluation(path: Path, record: Evaluation | ComparisonRecord) -> None:

@@ -205,7 +205,7 @@ def test_every_preset_composes(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_
     sweep = wanted.sweep
     swept = len(sweep.rows or wanted.rows) * len(sweep.values or {1.0, *sweep.factors} if sweep.key else ())
     assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates) + swept
-    assert "osp" in {run.row for run in runs}
+    assert any(run.row.startswith("osp") for run in runs)
 
 
 def test_slots_share_the_cores_or_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationConfig, 
     for run in runs:
         if (run.row, run.value) != ("muon", 2e-3):
             made_run(run.folder, steps=64, layers=2, outliers=run.row == "adam", seed=run.seed)
-            records[run.label] = made_record(run)
+            records[run.label, "trained"] = made_record(run)
     return wanted, collect(wanted, runs, records, {}, about=["trained here"])
 
 

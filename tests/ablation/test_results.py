@@ -77,8 +77,8 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Ablation:
     for run in runs:
         if (run.row, run.seed) != ("osp", 1):
             made_run(run.folder, steps=64, layers=2, outliers=run.row == "adam", seed=run.seed)
-            records[run.label] = made_record(run.row, run.seed)
-    (failed,) = [run.label for run in runs if run.label not in records]
+            records[run.label, "trained"] = made_record(run.row, run.seed)
+    (failed,) = [run.label for run in runs if (run.label, "trained") not in records]
     return wanted, runs, collect(wanted, runs, records, {failed: "the disk is full"}, about=["trained here"])
 
 
@@ -117,7 +117,7 @@ def test_numbers_that_a_run_lacks_are_unknown(tmp_path: Path) -> None:
     assert measured.numbers["16-16-16"] == 20.0
     assert math.isnan(measured.numbers["cost"])
     wanted = config(tmp_path, seeds=[0], rows=["adam"])
-    results = collect(wanted, [run], {run.label: record}, {}, about=[])
+    results = collect(wanted, [run], {(run.label, "trained"): record}, {}, about=[])
     assert "| adam |" in as_markdown(results, wanted)
 
 
