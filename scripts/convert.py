@@ -18,7 +18,8 @@ def main(values: dict[str, Any]) -> None:
     from osp.device import choose_device
 
     device = choose_device(config.device)
-    print(convert_folder(config.path, config.out, to=config.to, text=config.text, device=device))
+    keys = {"to": config.to, "weights": config.weights, "text": config.text, "device": device}
+    print(convert_folder(config.path, config.out, **keys))
     print(config.out)
 
 

@@ -13,6 +13,7 @@ from entry import launch
 from pydantic import Field
 from tokenizers import Tokenizer
 
+from osp.config import Weights
 from osp.device import choose_device, native_bf16, prepare_cpu
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
@@ -27,6 +28,7 @@ DEFAULT_NEW_TOKENS = 256
 class GenerateConfig:
     """Keys besides the model and the prompts, which come first."""
 
+    weights: Weights = "trained"  # of a run; averaged: their running average, see the table `average` of a training
     prompts: FilePath | None = None  # a text file with one prompt per line
     # Tokens to write. None: 256, or as many as the context has left.
     max_new_tokens: Annotated[Int, Field(ge=1, le=2**24)] | None = None
@@ -80,7 +82,7 @@ def complete(path: str, prompts: Sequence[str], config: GenerateConfig, write: C
     device = choose_device(config.device)
     if device.type == "cpu":
         prepare_cpu(config.threads)
-    subject = open_model(path, device=device)
+    subject = open_model(path, device=device, weights=config.weights)
     ids = [encode(subject, prompt, number, bos=config.bos) for number, prompt in enumerate(prompts, start=1)]
     positions_left = subject.model.config.max_position_embeddings - max(map(len, ids))
     limit = config.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, positions_left))

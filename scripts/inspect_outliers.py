@@ -7,6 +7,7 @@ from typing import Any
 
 from entry import launch
 
+from osp.config import Weights
 from osp.errors import UserError
 from osp.schema import FilePath, build
 
@@ -14,6 +15,7 @@ from osp.schema import FilePath, build
 @dataclass(frozen=True)
 class InspectConfig:
     path: FilePath | None = None  # a run folder or one of its checkpoints
+    weights: Weights = "trained"  # averaged: their running average, see the table `average` of a training
     text: FilePath | None = None  # a text file; None: the run's validation split
     out: FilePath | None = None  # folder of the bundle; None: forensics of the run
     debug: bool = False  # show tracebacks of user errors
@@ -27,7 +29,7 @@ def main(values: dict[str, Any]) -> None:
     from osp.monitor.inspect import inspect
 
     text, out = (Path(name) if name else None for name in (config.text, config.out))
-    table, bundle = inspect(Path(config.path), text, out)
+    table, bundle = inspect(Path(config.path), text, out, config.weights)
     print(f"{table}\n\nthe first line in full: {bundle} and .md beside it")
 
 

@@ -122,15 +122,16 @@ def collect(
     """Return the results of the finished runs. failures: label -> reason. about: see `Results`."""
     models = [record.models[0] for record in records.values()]
     columns = {name: digest for model in models for name, digest in model.hashes.items()}
-    kept = [(run, record) for run in runs for which in config.weights if (record := records.get((run.label, which)))]
-    measured = [measure(run, record, config) for run, record in kept]
+    pairs = [(run, (run.label, weights)) for run in runs for weights in config.weights]
+    measured = [measure(run, records[key], config) for run, key in pairs if key in records]
     numbers = {(run.label, run.row): run.numbers for run in measured}
     lines = []
     for rates, row, weights in itertools.product(config.rates, parse_rows(config), config.weights):
-        found = [run for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
-        keys = [(run.label, named(row, weights)) for run in found]
-        cells = summarize([numbers[key] for key in keys if key in numbers], columns, config.interval)
-        lines.append(Line(named(row, weights), rates, cells, tuple(key[0] for key in keys if key not in numbers)))
+        name = named(row, weights)
+        labels = [run.label for run in runs if (run.rates, run.row, run.value) == (rates, row, None)]
+        done = [numbers[label, name] for label in labels if (label, name) in numbers]
+        missing = tuple(label for label in labels if (label, name) not in numbers)
+        lines.append(Line(name, rates, summarize(done, columns, config.interval), missing))
     return Results(
         about=about,
         data={name: digest for model in models for name, digest in model.texts.items()},

@@ -46,23 +46,23 @@ CONVERTIBLE = tuple(name for name, norm in NORMS.items() if norm.mean is not Non
 ZERO_MEAN = 1e-6  # largest mean of a recentred matrix rounded to fp32, relative to its largest weight
 
 
-def convert_folder(
-    path: str | Path, out: str | Path, *, to: str, text: str = "held_out", device: torch.device | str = "cpu"
-) -> Certificate:
+def convert_folder(path: str | Path, out: str | Path, *, to: str, text: str = "held_out", **keys: Any) -> Certificate:
     """Write the model at `path` with the norm `to` to the new folder `out` and return the certificate.
 
     Raises `UserError` and leaves no folder if there is no such model or the conversion is not exact enough.
     path: a run, a checkpoint or a Hugging Face folder. text: name of the text that both models are compared on.
+    keys: `device` and `weights` of `open_model`.
     """
     out = Path(out)
     with new_folder(out) as folder:
-        subject = open_model(path, device=device)
+        subject = open_model(path, **keys)
         change_config(subject.model.config, to)  # refuses a model before a text is read
         read_certificate(subject)
         if subject.eos_id is None or subject.tokenizer.id_to_token(subject.eos_id) is None:
             raise UserError(f"{path}: config.json has no eos_token_id that the tokenizer knows; add it there")
         tokens = read_text(text, subject)
         exact, steps = change_norms(subject.model, to)
+        steps = ["average of the weights read"] * (subject.weights == "averaged") + steps
         stored = copy.deepcopy(exact).float()
         stored.compute_dtype = torch.float32
         certificate = certify(subject, exact, stored, tokens, steps=steps, path=out)

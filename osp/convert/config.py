@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from osp.config import Weights
 from osp.quant.spec import QuantSpec
 from osp.schema import Device, Int, Threads
 
@@ -12,6 +13,7 @@ from osp.schema import Device, Int, Threads
 @dataclass(frozen=True)
 class ConvertConfig:
     path: str = ""  # a run, a checkpoint or the folder of a Hugging Face Llama
+    weights: Weights = "trained"  # of a run; averaged: their running average, see the table `average` of a training
     out: str = ""  # the folder to write
     text: str = "held_out"  # text that both models are compared on, as in `texts` of scripts/evaluate.py
     device: Device = "auto"  # auto: CUDA if there is a GPU
@@ -22,6 +24,7 @@ class ConvertConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     path: str = ""  # a run or a checkpoint
+    weights: Weights = "trained"  # averaged: their running average, see the table `average` of a training
     out: str = ""  # the folder to write; format=gguf: the file
     format: Literal["hf", "compressed-tensors", "gguf"] = "hf"  # what is written
     # compressed-tensors: W4A16, W4A16_G32, W8A8, NVFP4, NVFP4A16, MXFP4, MXFP4A16; gguf: q4_0, q8_0, bf16, f32

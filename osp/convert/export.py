@@ -60,7 +60,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
     shard_bytes, beside = size_in_bytes(config.max_shard_size), target.file_names(out)
     multiple = config.ffn_multiple or target.ffn_multiple(scheme)
     with new_folder(out, files=beside) as folder:
-        subject, path = open_model(run, device=device), folder / out.name if beside else folder
+        subject, path = open_model(run, device=device, weights=config.weights), folder / out.name if beside else folder
         _check_model(subject, target, scheme, multiple=multiple)
         conversion, text = read_certificate(subject), read_text(config.text, subject)
         if len(text.tokens) < subject.window:
@@ -68,6 +68,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
         calibration = read_calibration(subject, spec, measured=[text], seq_len=subject.window)
 
         origin = {"name": subject.name, "path": str(run), "sha256": subject.sha256(), "step": subject.step}
+        origin["weights"] = subject.weights
         width, trained = subject.model.config.intermediate_size, observe("osp", subject.model, text, subject)
         llama, folding = _fold(subject, ffn_multiple=multiple, dtype=DTYPES[dtype])
         with quantized(llama, spec, calibration=calibration, progress=True) as state:

@@ -63,6 +63,7 @@ class Forensics:
         contents = {
             "step": now["step"],
             "tokens": now.get("tokens", now["step"] * self.config.train.tokens_per_step),
+            "model_weights": self.config.monitor.weights,
             "site": name,
             "layer": layer,
             **{key: getattr(site, key) for key in ("channel", "value", "row", "position", "token")},

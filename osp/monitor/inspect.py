@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from osp.config import Config, MonitorConfig
+from osp.config import Config, MonitorConfig, Weights
 from osp.data.loader import Layout
 from osp.data.tokenizer import eos_id, load_tokenizer
 from osp.errors import UserError, as_user_error
@@ -20,6 +20,7 @@ from osp.monitor.forensics import Forensics, write_bundle
 from osp.monitor.monitor import FORENSICS, PROBES, held_out_text
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.run.checkpoint import Checkpoint, find, load_model
+from osp.run.evaluations import label
 from osp.run.folder import training_shards
 from osp.run.read import growth, read_probes, since
 from osp.run.verdict import judge, over_usual
@@ -33,36 +34,40 @@ TITLES = (
 )  # fmt: skip
 
 
-def inspect(path: Path, text: Path | None = None, out: Path | None = None) -> tuple[str, Path]:
+def inspect(
+    path: Path, text: Path | None = None, out: Path | None = None, weights: Weights = "trained"
+) -> tuple[str, Path]:
     """Probe the model of a run folder or checkpoint; return a table of its sites, worst first, and a bundle's path.
 
     The worst site has the highest kurtosis for its kind: heavy tails are normal at the input of down_proj.
 
     Args:
         text: file to read instead of the run's validation split, up to `monitor.tokens`.
-        out: folder of the bundle, which is about the worst site; None: `forensics` of the run.
+        out: folder of the bundle, which is about the worst site; None: `forensics` or `forensics_averaged` of the run.
     """
     folder = find(path)
     if folder is None:
         raise UserError(f"{path}: neither a run folder with a checkpoint nor a checkpoint")
     checkpoint = Checkpoint(folder)
+    checkpoint.check_weights(weights)
     config, run = checkpoint.config, folder.parent.parent
     probed, tokenizer = _read_text(folder, config, text)
-    model = load_model(folder)
+    model = load_model(folder, weights=weights)
     check_finite(model, folder)
     forensics = Forensics(model, config, tokenizer)
     reading = probe(forensics.model, probed, MonitorConfig(sites="all", statistics="all"))
     notes = list[str]()
-    history: list[Any] = [line for line in read_probes(run / PROBES, notes) if line["step"] < checkpoint.step]
+    lines = read_probes(run / PROBES, notes) if config.monitor.weights == weights else []
+    history: list[Any] = [line for line in lines if line["step"] < checkpoint.step]
     for note in notes:
         log.warning("%s", note)
     history.append({"step": checkpoint.step, "tokens": checkpoint.tokens, "sites": forensics.site_records(reading)})
     kurtoses = {name: site.statistics["kurtosis"] for name, site in reading.sites.items()}
     order = sorted(kurtoses, key=lambda name: -over_usual(name, kurtoses[name]))
-    place = out or run / FORENSICS
+    place = out or run / label(FORENSICS, weights, "_")
     with as_user_error(f"{place}: cannot write there: ", OSError, after="; set out to another folder"):
-        bundle_path = write_bundle(forensics.bundle(order[0], reading, history), place)
-    return _table(order, reading, history), bundle_path
+        bundle_path = write_bundle(forensics.bundle(order[0], reading, history) | {"model_weights": weights}, place)
+    return "averaged weights, " * (weights == "averaged") + _table(order, reading, history), bundle_path
 
 
 def _read_text(folder: Path, config: Config, text: Path | None) -> tuple[ProbeText, Tokenizer]:

@@ -76,7 +76,7 @@ def page(runs: list[Run], left_out: Sequence[str] = ()) -> str:
     ]
     data = charts.chart_data(runs, names)
     titles = {stat: about["title"] for stat, about in data["stats"].items() if about["section"] == "sites"}
-    comparisons = [run.comparison for run in runs if run.comparison]
+    comparisons = [of for run in runs for of in (run.comparison, run.averaged) if of]
     differences = charts.differences_between(runs)
     text = _template().render(
         time=f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC",

@@ -135,7 +135,7 @@ class Checkpoint:
     def check_weights(self, weights: Weights) -> None:
         """Raise `UserError` if the checkpoint lacks these weights."""
         if weights == "averaged" and not self.manifest.get("average"):
-            raise UserError(f"{self.folder}: weights=averaged, but the run had average=none; set weights=trained")
+            raise UserError(f"{self.folder}: weights=averaged, but it has no average; set weights=trained")
 
     def kinds(self, name: str) -> list[str]:
         """Return what is stored of a parameter: "weight" and the names of its optimizer states."""

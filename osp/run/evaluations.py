@@ -150,21 +150,22 @@ def write_evaluation(path: Path, record: Evaluation | ComparisonRecord) -> None:
     write_out(path, json.dumps(replace_nonfinite(dataclasses.asdict(record)), indent=1) + "\n")
 
 
-def read_evaluations(run: Path, notes: list[str]) -> tuple[list[Evaluation], Comparison | None]:
-    """Return the evaluations of a run folder by step, and the newest comparison.
+def read_evaluations(run: Path, notes: list[str]) -> tuple[list[Evaluation], dict[Weights, Comparison]]:
+    """Return the evaluations of a run folder by step, and the newest comparison of its trained and averaged weights.
 
     A file that is not a record is named in `notes` and left out.
     """
-    evaluations, comparison, folder = [], None, run / EVALUATIONS
+    evaluations, comparisons, folder = [], dict[Weights, Comparison](), run / EVALUATIONS
     for path in [*sorted(folder.glob("*.json")), *sorted((folder / COMPARISONS).glob("*.json"))]:  # by step
         try:
             if path.parent == folder:
                 evaluations.append(read_evaluation(path))
             else:
                 (comparison,) = read_comparison(path).models
+                comparisons[comparison.weights] = comparison
         except ValueError:  # among them a `UserError`
             notes.append(f"{path.parent.name}/{path.name}: not a record of an evaluation; left out")
-    return evaluations, comparison
+    return evaluations, comparisons
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -91,8 +91,9 @@ class Run:
     probes: list[dict[str, Any]]
     events: list[dict[str, Any]]
     evaluations: list[Evaluation]
-    comparison: Comparison | None  # the newest
+    comparison: Comparison | None  # the newest of the trained weights
     notes: list[str]
+    averaged: Comparison | None = None  # the newest of the averaged weights
 
     def last(self, key: str) -> float:
         """Return the newest finite value of a metric, or nan."""
@@ -147,8 +148,9 @@ def read_run(folder: Path) -> Run:
     starts = _read(folder / "environment.json", _STARTS, notes) or []
     summary = ((folder / "summary.json").exists() and _read(folder / "summary.json", _SUMMARY, notes)) or {}
     probes, events = read_probes(folder / "probes.jsonl", notes), list(_lines(folder / "events.jsonl", _EVENT, notes))
-    evaluations, comparison = read_evaluations(folder, notes)
-    return Run(folder, name, config, starts, summary, series, probes, events, evaluations, comparison, notes)
+    evaluations, newest = read_evaluations(folder, notes)
+    tables = (evaluations, newest.get("trained"), notes, newest.get("averaged"))
+    return Run(folder, name, config, starts, summary, series, probes, events, *tables)
 
 
 def read_metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from osp.config import AlertConfig, MonitorConfig, leaves
-from osp.run.evaluations import format_short
+from osp.run.evaluations import format_short, label
 from osp.run.read import Run
 
 _FILE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -102,22 +102,25 @@ def _in_training(run: Run) -> Iterator[Cost]:
     before, after = (run.series.get(f"quant/perplexity/{bits}") for bits in (BEFORE, AFTER))
     if before and after and before.steps[-1] == after.steps[-1]:
         first, last = (float(np.nan_to_num(series.values[-1], nan=math.inf)) for series in (before, after))
-        tokens = dict(leaves(run.config)).get("eval.quant.tokens")
-        where = "during training, on " + (f"{tokens:,} tokens of " if isinstance(tokens, int) else "")
-        yield Cost(first, last, _FILE["preset"], f"{where}the validation split", int(after.steps[-1]))
+        tokens, weights = map(dict(leaves(run.config)).get, ("eval.quant.tokens", "eval.weights"))
+        where = f"{label('during training', weights or 'trained')}, on "
+        where += (f"{tokens:,} tokens of " if isinstance(tokens, int) else "") + "the validation split"
+        yield Cost(first, last, _FILE["preset"], where, int(after.steps[-1]))
 
 
 def _of_records(run: Run) -> Iterator[Cost]:
     """Yield the costs by the records of scripts/evaluate.py and scripts/compare.py."""
+    records = [record for record in run.evaluations if record.weights == "trained"]
     at_16 = {
         (record.step, result.what): result.value
-        for record in run.evaluations
+        for record in records
         for result in record.results
         if result.metric == "perplexity" and record.quant["text"].startswith(BEFORE)
     }
-    losses = run.series.get("val/loss")
+    averaged = dict(leaves(run.config)).get("eval.weights") == "averaged"
+    losses = None if averaged else run.series.get("val/loss")
     validation = dict(zip(losses.steps.tolist(), losses.values.tolist(), strict=True)) if losses else {}
-    for record in run.evaluations:
+    for record in records:
         quant, step = record.quant["text"], record.step
         if not quant.startswith(AFTER):
             continue
