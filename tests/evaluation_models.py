@@ -9,11 +9,24 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from osp.config import from_dict
 from osp.evaluation.language_model import LanguageModel, open_model
 from tests.conftest import made_text
 from tests.hf_models import STORIES, edit_json, random_llama, write_stories260k
 
 VOCABULARY = 300
+
+
+@pytest.fixture(scope="session")
+def averaged_run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that averages its weights with the factor 0.6, and has a checkpoint of each step; to read only."""
+    from osp.train.setup import train
+
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    values = {**tiny_values, "average": {"kind": "ema", "decay": 0.6}, "run": {"name": "run", "dir": str(folder)}}
+    values |= {"checkpoint": {"every": 1, "keep_last": 0}, "eval": {"every": 0, "tokens": 512, "sample_tokens": 0}}
+    train(from_dict({**values, "train": {**tiny_values["train"], "steps": 4}}))
+    return folder
 
 
 @pytest.fixture(scope="session")

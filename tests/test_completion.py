@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from osp.config import ModelConfig, NormConfig
 from osp.convert.hf_export import write_llama
+from osp.evaluation.language_model import open_model
 from osp.model.generate import generate
 from osp.model.hf_llama import load_hf
 from osp.model.transformer import build_model
@@ -100,6 +101,19 @@ def test_stdout_holds_only_the_text(script: Callable[..., Outcome], llama: Path)
     (line,) = err.strip().split("\n")
     assert "21 tokens read in" in line
     assert "tokens/s" in line
+
+
+def test_averaged_weights_continue_a_text(script: Callable[..., Outcome], averaged_run: Path) -> None:
+    written = {}
+    for weights in ("trained", "averaged"):
+        subject = open_model(averaged_run, weights=weights)
+        ids = [subject.begin_id, *subject.encode("abc")]
+        (new,) = generate(subject.model, [ids], 24, eos_ids=subject.stop_ids)
+        keys = ("max_new_tokens=24", "temperature=0", f"weights={weights}", *CPU)
+        status, written[weights], err = script(str(averaged_run), "abc", *keys)
+        assert status == 0, err
+        assert written[weights] == subject.tokenizer.decode(ids + new) + "\n"
+    assert written["trained"] != written["averaged"]
 
 
 def test_prompts_come_from_arguments_and_file(script: Callable[..., Outcome], llama: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`scripts/ablation.py` on two tiny rows, stopped and continued; a failed row does not affect the others."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,9 @@ from osp.ablation.execute import ablate, last_step
 from osp.ablation.runs import plan
 from osp.config import Config, from_dict
 from osp.errors import RunError, StoppedError
+from osp.evaluation.language_model import open_model
+from osp.evaluation.perplexity import perplexity
+from osp.evaluation.texts import read_text
 from osp.schema import build
 from osp.train.launch import Process
 from osp.train.setup import train
@@ -133,6 +137,51 @@ def test_tiny_ablation_on_repeated_text_has_costs_on_both_texts(
     page = (tmp_path / "table" / "ablation.md").read_text()
     assert "| osp (unsolved) |" in page
     assert "| row | optimizer.lr | held_out, 1 x | held_out, 2 x | copied, 1 x | copied, 2 x | bracketed on |" in page
+
+
+def test_each_run_is_measured_with_its_trained_and_averaged_weights(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One training, two measurements, two rows; a quantity of the training is of the trained weights."""
+    started: list[str] = []
+
+    def start(command: list[str], output: Path, **options: Any) -> ForkedProcess:
+        started.append(output.name.split(".")[-2] + "".join(key for key in command if key.startswith("weights=")))
+        return ForkedProcess(command, output, **options)
+
+    monkeypatch.setattr("osp.ablation.execute.Process", start)
+    config = tiny_ablation(
+        tiny,
+        tmp_path / "table",
+        rows=["osp"],
+        methods="none",
+        overrides=["train.steps=4", "average=ema", "average.decay=0.6"],
+        texts=["held_out"],
+        columns=["16-16-16", "4-4-4"],
+        quantities=["loss"],
+        weights=["trained", "averaged"],
+        compared=[["osp", "osp, averaged"]],
+    )
+    values = run(config)
+    assert started == ["train", 'compareweights="trained"', 'compareweights="averaged"']
+    trained, averaged = values["rows"]
+    assert (trained["row"], averaged["row"]) == ("osp", "osp, averaged")
+    assert trained["missing"] == averaged["missing"] == []
+    (folder,) = (tmp_path / "table" / "runs").iterdir()
+    for line, weights in ((trained, "trained"), (averaged, "averaged")):
+        subject = open_model(folder, weights=weights)
+        text = read_text("held_out", subject)
+        nats = math.log(perplexity(subject.model, text, seq_len=32, max_tokens=256).perplexity)
+        assert line["cells"]["held_out loss"]["mean"] == pytest.approx(nats, rel=1e-6)
+    assert trained["cells"]["held_out loss"] != averaged["cells"]["held_out loss"]
+    assert trained["cells"]["loss"]["mean"] > 0
+    assert averaged["cells"]["loss"]["mean"] is None
+    assert [x["row"] for x in values["runs"]] == ["osp", "osp, averaged"]
+    page = (tmp_path / "table" / "ablation.md").read_text()
+    assert re.search(r"^\| osp, averaged \| \d", page, flags=re.MULTILINE)
+    assert "4-4-4 costs osp " in page
+    assert run(config)["rows"] == values["rows"]
+    assert len(started) == 3, "measured again"
 
 
 def test_failed_row_does_not_affect_the_others(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

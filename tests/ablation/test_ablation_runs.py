@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -206,6 +207,40 @@ def test_every_preset_composes(scale: str, monkeypatch: pytest.MonkeyPatch, tmp_
     swept = len(sweep.rows or wanted.rows) * len(sweep.values or {1.0, *sweep.factors} if sweep.key else ())
     assert len(runs) == len(wanted.rows) * len(wanted.seeds) * len(wanted.rates) + swept
     assert any(run.row.startswith("osp") for run in runs)
+
+
+def test_weights_are_checked_before_a_run_trains(tmp_path: Path) -> None:
+    wanted = config(tmp_path, rows=["adam", "osp: +experiment=osp average=ema"], weights=["trained", "averaged"])
+    with pytest.raises(
+        UserError, match=r"weights=\['trained', 'averaged'\]: row adam keeps no average; add average=ema"
+    ):
+        plan(wanted, entry.compose)
+    with pytest.raises(UserError, match=r"weights=\['averaged', 'averaged'\]: averaged is repeated"):
+        check_ablation(config(weights=["averaged", "averaged"]))
+    with pytest.raises(UserError, match=r"weights=\[\]: must have at least 1 item"):
+        config(weights=[])
+
+
+def test_measured_weights_and_the_last_learning_rate_of_a_row(tmp_path: Path) -> None:
+    """What is measured leaves the names of the runs as they are; rows may end at different learning rates."""
+    rows = ["osp: +experiment=osp average=ema", "high: +experiment=osp average=ema schedule.final_ratio=0.3"]
+    runs = plan(config(tmp_path, rows=rows, weights=["trained", "averaged"]), entry.compose)
+    assert [run.label for run in runs] == [run.label for run in plan(config(tmp_path, rows=rows), entry.compose)]
+    assert {run.row: run.config.schedule.final_ratio for run in runs} == {"osp": 0.0, "high": 0.3}
+
+
+def test_preset_of_endings_crosses_its_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = preset("nano_endings", monkeypatch, tmp_path)
+    rows = plan(build(AblationConfig, {**keys, "seeds": [0]}), entry.compose)
+    crossed = {
+        (run.row.split("_final")[0], run.config.optimizer.lr, run.config.schedule.final_ratio, decay)
+        for run in rows
+        if run.row.endswith(f"_wd{(decay := run.config.optimizer.weight_decay):g}")
+    }
+    rates, choices = {"adam": 2e-3, "osp": 5e-3, "osp_plus": 1e-2}, itertools.product((0, 0.1, 0.3), (0.01, 0.1))
+    assert crossed == {(row, rates[row], *choice) for choice in choices for row in rates}
+    averages = {(run.config.average.kind, run.config.average.horizon, run.num_steps) for run in rows}
+    assert averages == {("ema", "10%", 1500)}
 
 
 def test_slots_share_the_cores_or_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_layernorm_run_loads_in_transformers(run: Path, tmp_path: Path) -> None:
     assert "| training tokens | 512 in 2 steps of 256 |" in card
 
 
+def test_averaged_weights_are_converted_and_named(averaged_run: Path, tmp_path: Path) -> None:
+    certificate = convert_folder(averaged_run, tmp_path / "rms", to="rmsnorm", weights="averaged")
+    averaged = open_model(averaged_run, weights="averaged")
+    assert certificate.before.sha256 == averaged.sha256()
+    assert certificate.steps[0] == "average of the weights read"
+    assert relative_error(load_model(tmp_path / "rms"), averaged.model) < 1e-5
+    with pytest.raises(UserError, match="weights=averaged, but it has no average"):
+        open_model(tmp_path / "rms", weights="averaged")
+
+
 def test_certificate_holds_the_measurements(run: Path, tmp_path: Path) -> None:
     certificate = convert_folder(run, tmp_path / "rms", to="rmsnorm")
     subject = open_model(tmp_path / "rms")

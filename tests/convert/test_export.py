@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,14 +17,17 @@ from osp.config import Config
 from osp.convert.export import FORMATS, TOLERANCE_OF_ACTIVATIONS, export
 from osp.convert.file_format import Client, FileFormat, LlamaSource
 from osp.errors import UserError
-from osp.evaluation.language_model import open_model
+from osp.evaluation.language_model import model_sha256, open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import read_text
 from osp.model.fold import pad_ffn
+from osp.model.hf_llama import load_hf
 from osp.model.transformer import Transformer, build_model, meta_model
 from osp.quant.apply import Quantized, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec
+from osp.run.checkpoint import load_model
+from osp.run.evaluations import Evaluation, Result, write_evaluation
 
 Tiny = Callable[..., Config]
 GROUPED = QuantSpec(w_bits=4, w_group_size=16)
@@ -114,6 +118,29 @@ def test_weights_in_the_file_are_the_rounded_ones(plain_run: Path, tmp_path: Pat
     groups = stored["layers.1.self_attn.q_proj.weight"].unflatten(1, (-1, 16))
     assert max(len(group.unique()) for group in groups.flatten(0, 1)) <= 16
     assert len(stored["lm_head.weight"].unique()) > 1000
+
+
+def test_averaged_weights_are_exported_and_named(averaged_run: Path, tmp_path: Path) -> None:
+    """In the certificate and in the card; an evaluation of them is marked in the card."""
+    run, averaged = tmp_path / "run", load_model(averaged_run, weights="averaged")
+    shutil.copytree(averaged_run, run)
+    record = Evaluation(
+        model={"name": "run", "step": 4},
+        weights="averaged",
+        quant={"text": "4-4-4", "hash": "abc"},
+        results=(Result("piqa", "acc", 0.5),),
+    )
+    write_evaluation(run / "evaluation" / "a.json", record)
+    export(run, tmp_path / "out", weights="averaged")
+    ids = torch.arange(60).view(2, 30)
+    assert torch.allclose(load_hf(tmp_path / "out")(ids).logits, averaged(ids).logits, atol=1e-5)
+    stored = json.loads((tmp_path / "out" / "certificate.json").read_text())["model"]
+    assert (stored["name"], stored["weights"]) == ("run, averaged", "averaged")
+    assert stored["sha256"] == model_sha256(averaged)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights | the running average of the trained ones |" in card
+    assert "| weights | averaged |" in card
+    assert "| 4, averaged | piqa acc |" in card
 
 
 @pytest.mark.parametrize("bias", ["false", "true"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 
 from osp.config import NormConfig
 from osp.errors import UserError
-from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, VARIANTS, column_spec, compare_one, markdown, score
+from osp.evaluation.compare import (
+    COLUMNS,
+    DEPLOYED_COLUMNS,
+    VARIANTS,
+    column_spec,
+    compare,
+    compare_one,
+    markdown,
+    score,
+)
 from osp.evaluation.config import CompareConfig
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text, perplexity
@@ -20,6 +30,7 @@ from osp.quant.apply import draw_calibration, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec
 from osp.run.evaluations import Comparison, ComparisonRecord, Result, Score, read_comparison, write_evaluation
+from osp.run.read import read_run
 from osp.schema import build
 from tests.conftest import made_text
 
@@ -81,6 +92,24 @@ def test_unknown_column_is_refused_with_the_choices(columns: Any, message: str) 
     with pytest.raises(UserError, match=message):
         build(CompareConfig, {"columns": columns})
     assert build(CompareConfig, {"columns": list(NAMES)}).columns == NAMES
+
+
+def test_comparison_of_averaged_weights_is_kept_beside_the_other(
+    averaged_run: Path, files: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(averaged_run, tmp_path / "run")
+    made: dict[str, Comparison] = {}
+    for weights in ("averaged", "trained"):
+        paths = (str(tmp_path / "run"),)
+        config = dataclasses.replace(wanted(files, "4-4-4"), paths=paths, weights=weights, kurtosis_tokens=64)
+        (made[weights],) = compare(config).models
+    folder = tmp_path / "run" / "evaluation" / "compare"
+    assert {path.name for path in folder.iterdir()} == {"step_00000004.json", "step_00000004_averaged.json"}
+    run = read_run(tmp_path / "run")
+    assert (run.comparison, run.averaged) == (made["trained"], made["averaged"])
+    assert [c.name for c in made.values()] == ["run, averaged", "run"]
+    assert made["trained"].bits != made["averaged"].bits
+    assert "| run, averaged |" in markdown(list(made.values()), ("4-4-4",))
 
 
 def test_cells_of_named_columns_and_of_every_text(llama: LanguageModel, files: list[str], tmp_path: Path) -> None:

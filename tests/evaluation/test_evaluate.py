@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from osp.model.transformer import build_model
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import INNER_SITES, QuantSpec
+from osp.run.checkpoint import load_model
 from osp.run.evaluations import (
     Comparison,
     Evaluation,
@@ -43,7 +45,7 @@ from osp.run.evaluations import (
     read_evaluation,
     read_evaluations,
 )
-from tests.conftest import ROOT, made_text
+from tests.conftest import ROOT, made_text, run_in_process
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import entry
@@ -252,9 +254,66 @@ def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (cost,) = record.ablation.sites
     assert record.ablation.cost_alone(cost) == math.inf
     assert record.ablation.saving_left_out(cost) == pytest.approx(math.log(2))
-    assert compared is not None
-    assert (compared.step, str(compared.methods["RTN"])) == (7, "25.0/12.50")
-    assert compared.methods["RTN"].perplexities == {}
+    assert record.weights == "trained"
+    assert list(compared) == ["trained"]
+    assert (compared["trained"].step, str(compared["trained"].methods["RTN"])) == (7, "25.0/12.50")
+    assert compared["trained"].methods["RTN"].perplexities == {}
+
+
+# --- averaged weights ---------------------------------------------------------------------------------------------
+
+
+def test_record_of_averaged_weights_is_beside_the_record_of_the_trained_ones(
+    averaged_run: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their perplexities are of these models, and neither record passes for the other."""
+    run = tmp_path / "run"
+    shutil.copytree(averaged_run, run)
+    records: dict[str, Evaluation] = {}
+    for weights in ("trained", "averaged"):
+        keys = [f"texts=[{text_file}]", "seq_len=32", "max_tokens=256", "device=cpu", "progress=false"]
+        run_in_process(monkeypatch, "evaluate", str(run), f"weights={weights}", *keys)
+        subject = dataclasses.replace(open_model(run), model=load_model(run, weights=weights))
+        (path,) = (run / "evaluation").glob(f"step_00000004{'_averaged' * (weights == 'averaged')}-*.json")
+        records[weights] = record = read_evaluation(path)
+        assert (record.weights, record.model["sha256"]) == (weights, subject.sha256())
+        assert record.config["weights"] == json.loads(path.read_text())["weights"] == weights
+        text = read_text(str(text_file), subject)
+        assert record.results[0].value == perplexity(subject.model, text, seq_len=32, max_tokens=256).perplexity
+    trained, averaged = records["trained"], records["averaged"]
+    assert trained.results[0].value != averaged.results[0].value
+    assert (trained.model["name"], averaged.model["name"]) == ("run", "run, averaged")
+    assert results_table(averaged).startswith("run, averaged, ")
+    assert len(list((run / "evaluation").glob("*.json"))) == 2
+
+
+SCRIPTS = {
+    "evaluate": (),
+    "compare": (),
+    "generate": ("some words",),
+    "export": ("out=out",),
+    "convert": ("to=rmsnorm", "out=out"),
+    "inspect_outliers": ("out=out",),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_model_without_an_average_is_refused_in_one_line(
+    script: str, plain_run: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before any weight is read: a run that kept no average, and a Hugging Face folder, which has none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("osp.run.checkpoint.Checkpoint.verify", None)
+    before = sorted(plain_run.rglob("*"))
+    fix = "set weights=trained"
+    reasons = {plain_run: f"{plain_run}/checkpoints/step_00000006: weights=averaged, but it has no average; {fix}"}
+    if script not in ("inspect_outliers",):
+        reasons[llama_folder] = f"{llama_folder}: weights=averaged, but a Hugging Face folder has no average; {fix}"
+    for folder, reason in reasons.items():
+        with pytest.raises(UserError, match=f"^{re.escape(reason)}$"):
+            run_in_process(monkeypatch, script, str(folder), *SCRIPTS[script], "weights=averaged")
+    assert not list(tmp_path.iterdir())
+    assert sorted(plain_run.rglob("*")) == before
 
 
 def test_live_perplexity_leaves_a_model_in_training_as_it_was(llama: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +78,20 @@ def test_inspection_reads_a_given_text_and_an_older_checkpoint(spiky: Path, tmp_
     contents = json.loads(path.read_text())
     assert contents["text"] in text.read_text()
     assert max(step for step, _ in contents["growth"]) == 1, "no probe after the checkpoint"
+
+
+def test_averaged_weights_are_inspected_beside_the_trained_ones(averaged_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(averaged_run, run)
+    (table, path), (averaged, other) = inspect(run), inspect(run, weights="averaged")
+    assert table.startswith("after step 4: ")
+    assert averaged.startswith("averaged weights, after step 4: ")
+    assert table.split("\n")[2:] != averaged.split("\n")[2:]
+    assert (path.parent, other.parent) == (run / "forensics", run / "forensics_averaged")
+    measured = [json.loads(bundle.read_text())["model_weights"] for bundle in (path, other)]
+    assert measured == ["trained", "averaged"]
+    headings = [bundle.with_suffix(".md").read_text().split("\n")[0] for bundle in (path, other)]
+    assert [heading.endswith("after step 4, averaged weights") for heading in headings] == [False, True]
 
 
 def test_given_text_begins_with_the_start_token_of_the_training(spiky: Path, tmp_path: Path) -> None:

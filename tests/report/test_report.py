@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +28,8 @@ from osp.report.charts import (
     labels,
     site_data,
 )
-from osp.report.page import write_report
+from osp.report.page import write_page, write_report
+from osp.run.evaluations import Score
 from osp.run.metrics import Site
 from osp.run.read import Series, read_run
 from tests.browser import CHROMIUM, Browser
@@ -325,6 +327,20 @@ def test_records_of_evaluations_are_shown(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert f"width:{100 * math.log(8) / math.log(64 / 3):.1f}%" in page  # of the longest bar
     assert "perplexity 4 unquantized, 64 with all sites quantized" in page
+
+
+def test_numbers_of_averaged_weights_say_so(tmp_path: Path) -> None:
+    run = read_run(write_evaluations(small_run(tmp_path / "a")))
+    assert run.comparison is not None
+    (record,) = run.evaluations
+    score = Score(777.0, None, {})
+    averaged = replace(run.comparison, name="a, averaged", weights="averaged", bits={"": {"16-16-16": score}})
+    evaluations = [record, replace(record, weights="averaged")]
+    write_page([replace(run, averaged=averaged, evaluations=evaluations)], tmp_path / "report.html")
+    rows = section_of(tmp_path / "report.html", "quantized")
+    assert [row[0] for row in rows if "held_out[len=32] perplexity" in row] == ["1,200", "1,200, averaged"]
+    assert [row[:3] for row in rows if "777.00" in row] == [["a, averaged", "0.04", "777.00"]]
+    assert "step 1,200, averaged, " in (tmp_path / "report.html").read_text()  # the cost of each site
 
 
 def test_report_shows_the_rows_of_a_comparison(tiny: Any, tmp_path: Path) -> None:

@@ -125,6 +125,48 @@ def test_removed_key_is_left_out_at_its_default_and_refused_otherwise(tmp_path: 
         load_model(tmp_path / "other")
 
 
+# --- averaged weights ---------------------------------------------------------------------------------------------
+
+
+def test_averaged_weights_are_the_weighted_mean_of_all_steps(averaged_run: Path) -> None:
+    """With the factor 0.6 the weights after step n count 0.6^(4 - n); the mean is taken in fp64."""
+    steps = [load_model(averaged_run / "checkpoints" / f"step_{n:08d}") for n in range(1, 5)]
+    shares = torch.tensor([0.6**3, 0.6**2, 0.6, 1.0], dtype=torch.float64)
+    averaged = load_model(averaged_run, weights="averaged")
+    for name, parameter in averaged.named_parameters():
+        stacked = torch.stack([step.get_parameter(name).double() for step in steps], dim=-1)
+        assert (parameter - stacked @ shares / shares.sum()).abs().max() < 1e-6
+    assert (averaged.lm_head.weight - steps[-1].lm_head.weight).abs().max() > 1e-3
+
+
+def test_norms_have_the_statistics_of_the_averaged_weights(tmp_path: Path) -> None:
+    """The buffers in a checkpoint are of the trained weights."""
+    trained, average = (build_model(from_dict(CONFIG | {"norm": {"name": "bhyt"}}).model, seed=n) for n in (1, 2))
+    for source in (trained, average):
+        source.refresh_norms()
+    slices = [
+        (name, 0, p.numel(), {"weight": p.detach().flatten(), "average": other.detach().flatten()})
+        for (name, p), other in zip(trained.named_parameters(), average.parameters(), strict=True)
+    ]
+    manifest = {"average": {"updates": 3}, "step": 1, "tokens": 1, "config": CONFIG | {"norm": {"name": "bhyt"}}}
+    shapes = {name: list(p.shape) for name, p in trained.named_parameters()}
+    saver = Saver(tmp_path, CheckpointConfig(), token="a", rank=0, gather=lambda x: [x])
+    saver.begin(slices, rng={}, buffers=dict(trained.named_buffers()), manifest=manifest | {"shapes": shapes})
+    assert saver.finish().error is None
+    assert trained.has_norm_statistics
+    for weights, source in (("trained", trained), ("averaged", average)):
+        loaded = load_model(tmp_path, weights=weights).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", [{"updates": -1}, {}, 3])
+def test_damaged_entry_of_the_average_is_one_line(damage: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, model()) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"average": damage}))
+    with pytest.raises(UserError, match=r"manifest.json: damaged: average.*; take an older checkpoint$"):
+        load_model(path.parent)
+
+
 def test_missing_state_is_reported(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write(tmp_path, model()))
     with pytest.raises(UserError, match=r"exp_avg of lm_head.weight covers 0 of the 88 values wanted"):

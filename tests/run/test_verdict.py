@@ -178,6 +178,26 @@ def test_records_of_evaluations_are_evidence(tmp_path: Path) -> None:
     assert measured_cost(replace(run, evaluations=[replace(alone, results=(part,))])) is None
 
 
+def test_averaged_weights_are_no_evidence_about_the_trained_ones(tmp_path: Path) -> None:
+    """Neither as a cost nor as the perplexity at 16 bits of another cost; the validation can be of them too."""
+    run = replace(read_run(write_evaluations(small_run(tmp_path / "a"))), comparison=None)
+    (record,) = run.evaluations
+    assert measured_cost(replace(run, evaluations=[replace(record, weights="averaged")])) is None
+    alone = replace(record, ablation=None, results=(replace(record.results[0], value=60.0),))
+    plain = replace(alone, quant={"text": "16-16-16"}, results=(replace(alone.results[0], value=50.0),))
+    assert measured_cost(replace(run, evaluations=[alone, plain])) is not None
+    assert measured_cost(replace(run, evaluations=[alone, replace(plain, weights="averaged")])) is None
+    losses = {"val/loss": Series(np.array([1200]), np.array([4.0]))}
+    validated = replace(run, evaluations=[alone], series=run.series | losses)
+    assert measured_cost(validated) is not None
+    assert measured_cost(replace(validated, config={"eval": {"weights": "averaged"}})) is None
+    series = {f"quant/perplexity/{b}": Series(np.array([9]), np.array([v])) for b, v in (("16-16-16", 2), ("4-4-4", 4))}
+    in_training = replace(run, evaluations=[], series=series, config={"eval": {"weights": "averaged"}})
+    cost = measured_cost(in_training)
+    assert cost is not None
+    assert cost.where == "during training, averaged, on the validation split"
+
+
 def test_comparison_names_the_quantization_of_its_4_bit_cell(tmp_path: Path) -> None:
     """Other columns are at 4-4-4 too; an older record has no hashes of columns."""
     run = replace(read_run(write_evaluations(small_run(tmp_path / "a"))), evaluations=[])
