@@ -159,6 +159,13 @@ class QatConfig:
 
 
 @dataclass(frozen=True)
+class QkClipConfig:
+    """Bound attention logits by scaling the weights of queries and keys after an update; see osp.train.qk_clip."""
+
+    tau: Positive | None = None  # largest logit of a head, before `attention.logit_cap`; null: no bound
+
+
+@dataclass(frozen=True)
 class NormConfig:
     """The normalizer of a model. `None` selects the default of its class in `osp.model.norms`.
 
@@ -186,6 +193,9 @@ class NormConfig:
 class AttentionConfig:
     gate: bool = False  # elementwise sigmoid gate on the input of o_proj (arXiv 2505.06708)
     off_by_one: bool = False  # softmax with denominator 1 + sum exp: a head may attend to nothing
+    logit_cap: Positive | None = None  # replace each logit s by cap * tanh(s / cap) (arXiv 2408.00118); null: do not
+    v_scale: Positive = 1.0  # factor of the gradient of the values, in training (arXiv 2603.17771)
+    value_gate: bool = False  # sigmoid gate on each value, computed from the value (arXiv 2510.09017)
 
 
 @dataclass(frozen=True)
@@ -430,6 +440,7 @@ class Config:
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     qat: QatConfig = field(default_factory=QatConfig)
+    qk_clip: QkClipConfig = field(default_factory=QkClipConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -539,6 +550,11 @@ def check(config: Config) -> None:
             "set train.document_mask=false"
         )
     check_model(model)
+    if config.qk_clip.tau is not None and model.qk_norm:
+        raise UserError(
+            f"qk_clip.tau={config.qk_clip.tau} with qk_norm=true, which bounds the logits and cancels the scale of the "
+            "weights; set qk_clip.tau=null or qk_norm=false"
+        )
     of_text = data.source != "backcopy"  # whose tokenizer has 257 tokens
     if tokenizer.train and of_text and tokenizer.vocab_size > model.vocab_size:
         raise UserError(

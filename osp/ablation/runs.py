@@ -26,6 +26,7 @@ LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_fin
 LATER |= {"eval.quant.formats": [], "monitor.quant": None, "data.bos": False, "data.repeat": None}
 LATER |= {"model.tie_embeddings": False, "train.z_loss": 0.0, "qat.scheme": None, "qat.start": "80%"}
 LATER |= {"average.kind": "none", "average.horizon": "10%", "average.decay": None, "average.every": 1}
+LATER |= {"qk_clip.tau": None, "attention.logit_cap": None, "attention.v_scale": 1.0, "attention.value_gate": False}
 
 
 @dataclass(frozen=True)

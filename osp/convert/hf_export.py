@@ -156,6 +156,8 @@ def check_exportable(config: ModelConfig, *, path: str | Path) -> None:
         ("qk_norm=true", config.qk_norm, "norm of queries and keys"),
         ("ffn_norm=true", config.ffn_norm, "norm inside its MLP"),
         ("attention.gate=true", config.attention.gate, "gate after attention"),
+        ("attention.value_gate=true", config.attention.value_gate, "gate of its values"),
+        (f"attention.logit_cap={config.attention.logit_cap}", config.attention.logit_cap, "cap of attention logits"),
         ("attention.off_by_one=true", config.attention.off_by_one, "1 in the denominator of its softmax"),
         (f"model.hidden_act={config.hidden_act}", config.hidden_act != "silu", "other activation than silu in its MLP"),
         ("model.head_bias=true", config.head_bias, "bias of the head (here the folded bias of the last LayerNorm)"),

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from osp.config import RopeScaling
+from osp.model.norm_function import upcast
 
 _BLOCK = 64  # queries at a time; _BLOCK / 2 scores per query are wasted above the diagonal
 
@@ -55,21 +57,68 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, off_by_one: bool = False) -> Tensor:
+def visible_logits(
+    q: Tensor, k: Tensor, mask: Tensor | None, rows: tuple[int, int], cap: float | None = None
+) -> Tensor:
+    """Return q k^T / sqrt(K) of the queries rows[0] to rows[1] - 1, (B, H, n, S) fp32; -inf where they see no key.
+
+    q: (B, T, H, K); k: (B, S, G, K). mask: (..., T, S) bool; None: causal, and only the first rows[1] keys. cap: of
+    each logit s becomes cap tanh(s / cap), before the mask (Gemma 2, arXiv 2408.00118).
+    """
+    (start, stop), groups = rows, k.shape[2]
+    queries = upcast(q[:, start:stop]).unflatten(2, (groups, -1)) * q.shape[-1] ** -0.5
+    logits = torch.einsum("btgrk,bsgk->bgrts", queries, upcast(k if mask is not None else k[:, :stop])).flatten(1, 2)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    if mask is not None:
+        return logits.masked_fill(~mask[..., start:stop, :], -math.inf)
+    return logits + torch.full(logits.shape[-2:], -math.inf, device=q.device).triu(start + 1)
+
+
+def query_blocks(length: int) -> list[tuple[int, int]]:
+    """Return the rows of at most 16 blocks of queries; the logits of one block are in memory at a time."""
+    size = max(_BLOCK, -(-length // 16))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@torch.no_grad()
+def largest_logits(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the largest visible logit of each head, (H,) fp32."""
+    return torch.stack([visible_logits(q, k, mask, rows).amax((0, 2, 3)) for rows in query_blocks(q.shape[1])]).amax(0)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, off_by_one: bool = False,
+    logit_cap: float | None = None, largest: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax(q k^T / sqrt(K)) v (B, T, H, K) over the tokens that each query may see.
 
     q: (B, T, H, K); k, v: (B, T, G, K), with H a multiple of G. mask: as returned by `document_mask`; None: causal.
     off_by_one: use exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax. A head can then attend to nothing, without an
-    attention sink (Miller 2023, evanmiller.org; arXiv 2410.17174).
+    attention sink (Miller 2023, evanmiller.org; arXiv 2410.17174). logit_cap: the cap of `visible_logits`. No fused
+    kernel has it: blocks of queries are computed again in the backward pass. largest: (H,) fp32, raised in place to the
+    largest logit of each head, before the cap.
     """
+    wide = q.dtype != torch.bfloat16 or q.device.type != "cpu" or not torch.is_grad_enabled()
+    blockwise = mask is None and logit_cap is None and not (off_by_one or wide)
+    if largest is not None and not blockwise:
+        largest.copy_(torch.maximum(largest, largest_logits(q, k, mask)))
+    if logit_cap is not None:
+
+        def attend(start: int, stop: int) -> Tensor:
+            logits = F.pad(visible_logits(q, k, mask, (start, stop), logit_cap), (0, int(off_by_one)))
+            p = logits.softmax(-1)[..., : logits.shape[-1] - off_by_one].unflatten(1, (k.shape[2], -1)).to(v.dtype)
+            return torch.einsum("bgrts,bsgk->btgrk", p, v[:, : p.shape[-1]]).flatten(2, 3)
+
+        return torch.cat([checkpoint(attend, *rows, use_reentrant=False) for rows in query_blocks(q.shape[1])], 1)
     if off_by_one:
         # The 1 is exp(0) for a zero key with a zero value before the first token. A zero query is added too, and its
         # output dropped, because SDPA's fast causal kernels need as many queries as keys.
         q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
         mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
         return causal_attention(q, k, v, mask)[:, 1:]
-    if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
-        return BlockwiseAttention.apply(q, k, v)
+    if blockwise:
+        return BlockwiseAttention.apply(q, k, v, largest)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
@@ -114,7 +163,7 @@ class BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, largest: Tensor | None = None) -> Tensor:
         batch, length, _, size = q.shape
         q = q.transpose(1, 2).reshape(batch * k.shape[2], -1, length, size)  # (N, R, T, K)
         k, v = (x.transpose(1, 2).reshape(-1, length, size) for x in (k, v))  # (N, T, K)
@@ -126,6 +175,8 @@ class BlockwiseAttention(torch.autograd.Function):
             queries = wide_q[:, :, start:stop]
             scores = torch.bmm(queries.flatten(1, 2), wide_k[:, :stop].mT).view(*queries.shape[:3], stop)
             scores[..., start:] += above_diagonal[: stop - start, : stop - start]
+            if largest is not None:
+                torch.maximum(largest, scores.amax((-2, -1)).view(batch, -1).amax(0), out=largest)
             p = scores.softmax(-1).to(v.dtype).flatten(1, 2)  # (N, R queries, stop)
             out[:, :, start:stop] = torch.bmm(p, v[:, :stop]).view(queries.shape)
             kept.append(p)
@@ -134,7 +185,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         length, size = q.shape[2:]
         grad = grad_outputs[0].transpose(1, 2).reshape(q.shape)
@@ -151,4 +202,4 @@ class BlockwiseAttention(torch.autograd.Function):
             grad_q[:, :, start:stop] = torch.bmm(ds, k[:, :stop]).view(grad_q[:, :, start:stop].shape)
             grad_k[:, :stop] += torch.bmm(ds.mT, q_rows)
         grads = (grad_q * size**-0.5, (grad_k * size**-0.5).to(k.dtype), grad_v.to(v.dtype))
-        return tuple(x.view(len(grad_outputs[0]), -1, length, size).transpose(1, 2) for x in grads)
+        return *(x.view(len(grad_outputs[0]), -1, length, size).transpose(1, 2) for x in grads), None

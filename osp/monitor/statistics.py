@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osp.model.attention import query_blocks, visible_logits
+
 MASSIVE_SIGMAS = 6.0  # OSP counts values beyond this many standard deviations as massive activations
 _TINY = 1e-300  # added to an energy, so that every share of zeros is 0
 
@@ -139,32 +141,31 @@ def channel_energy(s: Sample) -> Tensor:
 
 
 def attention_statistics(
-    q: Tensor, k: Tensor, mask: Tensor | None = None, *, off_by_one: bool = False
+    q: Tensor, k: Tensor, mask: Tensor | None = None, off_by_one: bool = False, logit_cap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (largest logit, sum of sink probabilities, their number) of one sequence's attention, 0-dim fp64.
 
-    The logits are q k^T / sqrt(K) of all visible pairs. The sink probability of a query is its attention to the first
-    token it sees (Gu et al. 2024, arXiv 2410.10781); queries that see only themselves are left out. The strength of the
-    sink is sum / number. q (T, H, K) and k (T, G, K) are after RoPE; mask is (T, T) bool, None: causal; off_by_one is
-    explained in `osp.model.attention.causal_attention`. Computed in fp32, a few heads at a time.
+    The logits are q k^T / sqrt(K) of all visible pairs, before `logit_cap`. The sink probability of a query is its
+    attention to the first token it sees (Gu et al. 2024, arXiv 2410.10781); queries that see only themselves are left
+    out. The strength of the sink is sum / number. q (T, H, K) and k (T, G, K) are after RoPE; mask is (T, T) bool,
+    None: causal; the options are explained in `osp.model.attention.causal_attention`. Computed in fp32.
     """
-    length, num_heads, head_dim = q.shape
+    length, num_heads, _ = q.shape
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     first = mask.int().argmax(-1)  # of integers: argmax returns the first of equals on the CPU and on CUDA
     sees_others = mask.sum(-1) > 1
-    keys = k.float().repeat_interleave(num_heads // k.shape[1], 1)
     largest = torch.full((), -math.inf, dtype=torch.float64, device=q.device)
     sink = torch.zeros((), dtype=torch.float64, device=q.device)
-    at_once = max(1, 2**24 // length**2)
-    for query, key in zip(q.split(at_once, 1), keys.split(at_once, 1), strict=True):
-        logits = query.float().transpose(0, 1) @ key.permute(1, 2, 0) / math.sqrt(head_dim)
-        logits = logits.masked_fill(~mask, -math.inf)
+    for rows in query_blocks(length):
+        logits = visible_logits(q[None], k[None], mask, rows)[0]
         largest = torch.maximum(largest, logits.max().double())
+        if logit_cap is not None:
+            logits = visible_logits(q[None], k[None], mask, rows, logit_cap)[0]
         if off_by_one:
             logits = F.pad(logits, (0, 1))  # last, which keeps the indices in `first`
-        to_first = logits.softmax(-1).gather(-1, first.expand(len(logits), -1)[..., None])[..., 0]
-        sink += to_first[:, sees_others].double().sum()
+        to_first = logits.softmax(-1).gather(-1, first[slice(*rows)].expand(num_heads, -1)[..., None])[..., 0]
+        sink += to_first[:, sees_others[slice(*rows)]].double().sum()
     return largest, sink, sees_others.sum().double() * num_heads
 
 

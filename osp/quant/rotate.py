@@ -52,8 +52,9 @@ def rotated_weights(model: Transformer, rotations: Sequence[Tensor]) -> dict[str
         size = len(value)
         new[f"{v}.weight"] = (value.T @ new[f"{v}.weight"].unflatten(0, (-1, size))).flatten(0, 1)
         new[o] = (new[o].unflatten(1, (-1, size)) @ value).flatten(1)
-        if f"{v}.bias" in parameters:
-            new[f"{v}.bias"] = (old(f"{v}.bias").unflatten(0, (-1, size)) @ value).flatten()
+        for name in (f"{v}.bias", f"layers.{index}.self_attn.value_gate.weight"):
+            if name in parameters:
+                new[name] = (old(name).unflatten(0, (-1, size)) @ value).flatten()
     return new
 
 

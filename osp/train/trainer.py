@@ -31,6 +31,7 @@ from osp.run.folder import RunLock, end, environment
 from osp.run.logger import Logger, wandb_run_id
 from osp.train.engine import Engine
 from osp.train.guards import StepGuard
+from osp.train.qk_clip import QkClip
 from osp.train.resolve import Resolved
 from osp.train.stop import StopRequest, count_flags
 from osp.train.validate import Validator, describe_start, describe_summary
@@ -71,6 +72,8 @@ class Trainer:
         self.samples = 0  # in the average of the weights
         self.shards = self.loader.rows.folder
         self.validator = Validator(self.resolved, self.model, self.shards, self.logger, tokens_after=self.tokens_after)
+        tau = config.qk_clip.tau
+        self.qk_clip = None if tau is None else QkClip(engine, tau)
         self.guard = StepGuard(config, self.loader, report=self.folder / "nonfinite.json" if self.logger else None)
         saves, token = self.folder / "checkpoints", self.lock.token if self.lock else ""
         self.saver = Saver(saves, config.checkpoint, token=token, rank=engine.rank, gather=gather_objects)
@@ -164,6 +167,8 @@ class Trainer:
             return None
         batches = self.loader.step(step)
         data_wait = time.perf_counter() - began
+        if self.qk_clip:
+            self.qk_clip.largest.fill_(-torch.inf)
         sums = []
         for micro_step, batch in enumerate(batches):
             if micro_step and micro_step % self._check_every == 0 and self._asked_to_stop():
@@ -190,6 +195,7 @@ class Trainer:
         if verdict.action == "apply":
             applied = self.engine.step(step + 1, self.schedule(step), record=record)
             assert applied, f"DeepSpeed refuses a gradient of norm {metrics['train/grad_norm']}"
+            metrics |= self.qk_clip.apply() if self.qk_clip else {}
         if sample := self.sample(step + 1, self.samples):
             share, self.samples = sample
             self.engine.optimizer.sample_average(share)
