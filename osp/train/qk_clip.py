@@ -17,7 +17,7 @@ from osp.train.engine import Engine
 
 
 class QkClip:
-    """QK-clip of the model in `engine`. Before a step fill `largest` (L, H) with -inf, after its update call `apply`."""
+    """QK-clip of the model in `engine`. Set `largest` (L, H) to -inf before a step, `apply` after its update."""
 
     def __init__(self, engine: Engine, tau: float) -> None:
         assert isinstance(engine.module, Transformer)

@@ -403,6 +403,8 @@ def test_llama_without_eos_token_is_refused(llama_folder: Path, text: Path, tmp_
         ({"attention": AttentionConfig(off_by_one=True)}, r"attention.off_by_one=true: a stock Llama has no 1 in the"),
         ({"hidden_act": "relu2"}, r"model.hidden_act=relu2: a stock Llama has no other activation than silu"),
         ({"head_bias": True}, r"model.head_bias=true: a stock Llama has no bias of the head"),
+        ({"attention": AttentionConfig(value_gate=True)}, r"attention.value_gate=true: a stock Llama has no gate of"),
+        ({"attention": AttentionConfig(logit_cap=50.0)}, r"attention.logit_cap=50.0: a stock Llama has no cap of"),
     ],
     ids=str,
 )

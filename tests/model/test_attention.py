@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -19,9 +21,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, *, off_by_one: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None = None,
+    *,
+    off_by_one: bool = False,
+    cap: float = math.inf,
+    largest: list[float] | None = None,
 ) -> Tensor:
-    """Return the attention (B, T, H, K) in float64, one softmax at a time."""
+    """Return the attention (B, T, H, K) in float64, one softmax at a time; `largest` becomes that of each head."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
     out = torch.zeros_like(q)
@@ -30,6 +39,9 @@ def naive_attention(
             seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
             for h in range(q.shape[2]):
                 scores = [float(q[b, t, h] @ k[b, s, h // group]) / math.sqrt(q.shape[3]) for s in seen]
+                if largest is not None:
+                    largest[h] = max(largest[h], *scores)
+                scores = [cap * math.tanh(s / cap) for s in scores] if cap < math.inf else scores
                 weights = [math.exp(score - max(scores)) for score in scores]
                 total = sum(weights) + (math.exp(-max(scores)) if off_by_one else 0)
                 for s, weight in zip(seen, weights, strict=True):
@@ -99,6 +111,87 @@ def test_masked_attention_equals_a_float64_loop(kv_heads: int, off_by_one: bool)
     q, k, v = 2 * normal(2, 8, 4, 6), normal(2, 8, kv_heads, 6, seed=1), normal(2, 8, kv_heads, 6, seed=2)
     actual = causal_attention(q, k, v, document_mask(documents), off_by_one=off_by_one)
     torch.testing.assert_close(actual.double(), naive_attention(q, k, v, documents, off_by_one=off_by_one), **CLOSE)
+
+
+DOCUMENTS = torch.tensor([[7, 7, 7, 2, 2, 2, 2, 5, 5, 5, 5], [0, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3]])
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
+@pytest.mark.parametrize("off_by_one", [False, True])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_cap_and_largest_logits_equal_a_float64_loop(
+    cap: float | None, off_by_one: bool, documents: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of 4 queries, with and without a gradient. The largest logits are those before the cap, and they add up
+    over calls. A softmax without the cap is another one."""
+    monkeypatch.setattr("osp.model.attention._BLOCK", 4)
+    q, k, v = 2 * normal(2, 11, 6, 4), normal(2, 11, 3, 4, seed=1), normal(2, 11, 3, 4, seed=2)
+    mask = None if documents is None else document_mask(documents)
+    before = torch.tensor([0.0, 1e3, *(4 * [-math.inf])])
+    expected = before.tolist()
+    options: dict[str, Any] = {"off_by_one": off_by_one, "cap": cap or math.inf}
+    exact = naive_attention(q, k, v, documents, largest=expected, **options)
+    for leaf in (q, q.clone().requires_grad_()):
+        largest = before.clone()
+        actual = causal_attention(leaf, k, v, mask, off_by_one, cap, largest)
+        torch.testing.assert_close(actual.detach().double(), exact, **CLOSE)
+        assert largest.tolist() == pytest.approx(expected, rel=1e-5)
+    assert (causal_attention(q, k, v, mask, off_by_one) - actual).abs().max() > 0.05 or cap is None
+
+
+@pytest.mark.parametrize("off_by_one", [False, True])
+def test_gradient_of_capped_attention_equals_autograd_in_float64(off_by_one: bool) -> None:
+    """Over several blocks, whose logits are computed again in the backward pass."""
+    x = [2 * normal(2, 150, heads, 4, seed=seed) for seed, heads in enumerate((4, 2, 2))]
+    leaves = [t.clone().requires_grad_() for t in x]
+    causal_attention(*leaves, None, off_by_one, 1.5).square().sum().backward()
+    wide = [t.double().requires_grad_() for t in x]
+    q, k, v = wide[0], *(t.repeat_interleave(2, 2) for t in wide[1:])
+    scores = 1.5 * torch.tanh(torch.einsum("bthk,bshk->bhts", q, k) / 2 / 1.5)
+    weights = scores.exp() * torch.ones(150, 150).tril()
+    out = torch.einsum("bhts,bshk->bthk", weights / (weights.sum(-1, keepdim=True) + off_by_one), v)
+    out.square().sum().backward()
+    for leaf, expected in zip(leaves, wide, strict=True):
+        assert leaf.grad is not None
+        assert expected.grad is not None
+        assert (leaf.grad - expected.grad).norm() < 1e-5 * expected.grad.norm()
+
+
+def test_capped_attention_holds_the_logits_of_one_block() -> None:
+    """Neither forward nor backward pass makes a tensor of T^2 logits, and the tape keeps none of a block."""
+    length, kept = 1024, set[int]()
+    q, k, v = (normal(1, length, 2, 4, seed=seed).requires_grad_() for seed in range(3))
+
+    def pack(x: Tensor) -> Tensor:
+        kept.add(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), Largest() as forward:
+        out = causal_attention(q, k, v, logit_cap=2.0)
+    with Largest() as backward:
+        out.sum().backward()
+    for largest in (forward.numel, backward.numel, max(kept, default=0)):
+        assert largest <= 2 * length**2 / 16
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
+
+
+def test_bf16_training_on_a_cpu_finds_the_largest_logits_too() -> None:
+    q, k, v = (normal(2, 70, h, 8, seed=h).bfloat16().requires_grad_() for h in (4, 2, 2))
+    fast, slow = torch.full((2, 4), -math.inf)
+    causal_attention(q, k, v, largest=fast)
+    with torch.no_grad():
+        causal_attention(q, k, v, largest=slow)
+    torch.testing.assert_close(fast, slow)
 
 
 def test_document_mask_by_hand() -> None:

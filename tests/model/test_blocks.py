@@ -17,6 +17,7 @@ from osp.model.norms import NORMS
 from osp.model.transformer import ACTIVATIONS, Block, Transformer, build_model
 from osp.monitor.forensics import behind
 from osp.monitor.probe import ProbeText, probe
+from osp.optim.muon import newton_schulz
 
 SMALL: dict[str, Any] = {
     "vocab_size": 17,
@@ -112,6 +113,10 @@ class Reference:
                 self.p[f"{name}.{part}_norm.weight"] * x / ((x**2).sum(-1, keepdim=True) / size + self.head_eps) ** 0.5
                 for part, x in (("q", q), ("k", k))
             )
+        if config.attention.value_gate:
+            w, b = (self.p[f"{name}.value_gate.{part}"] for part in ("weight", "bias"))
+            gates = [1 / (1 + torch.exp(-(v[:, g] @ w[g * size : (g + 1) * size]) - b[g])) for g in range(groups)]
+            v = v * torch.stack(gates, 1)[..., None]
         cos, sin = rotary_table(size, len(h), config.rope_theta, "cpu")
         turn = torch.complex(cos.double(), sin.double())[:, None]
         q, k = (torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn for x in (q, k))
@@ -123,6 +128,8 @@ class Reference:
             group = head * groups // heads
             scores = (q[:, head] @ k[:, group].conj().T).real / math.sqrt(size)
             self.see(f"logit/{where}", scores.tril())
+            if cap := config.attention.logit_cap:
+                scores = cap * torch.tanh(scores / cap)
             weights = torch.where(torch.ones_like(scores).tril() == 1, scores, -math.inf).exp()
             more = 1 if config.attention.off_by_one else 0
             columns.append(weights / (more + weights.sum(-1, keepdim=True)) @ v[:, group])
@@ -257,6 +264,9 @@ def test_every_combination_of_options_trains_or_is_refused(name: str, placement:
         {"ffn_norm": True},
         {"ffn_norm": True, "norm": norm_config("rmsnorm"), "hidden_act": "sigmoid"},
         {"attention": AttentionConfig(off_by_one=True)},
+        {"attention": AttentionConfig(logit_cap=0.7)},
+        {"attention": AttentionConfig(value_gate=True, logit_cap=0.7, gate=True, off_by_one=True), "qk_norm": True},
+        {"attention": AttentionConfig(value_gate=True), "attention_bias": True},
         {"hidden_act": "gelu"},
         {"hidden_act": "relu2"},
     ],
@@ -269,12 +279,49 @@ def test_every_combination_of_options_trains_or_is_refused(name: str, placement:
         "ffn-norm",
         "ffn-norm-sigmoid",
         "off-by-one",
+        "logit-cap",
+        "all-of-attention",
+        "value-gate",
         "gelu",
         "relu2",
     ],
 )
 def test_other_options_equal_their_formulas(changes: dict[str, Any]) -> None:
     assert_is_its_formula(ModelConfig(**{**SMALL, "norm": norm_config("ssnorm"), **changes}))
+
+
+def gradients(model: Transformer) -> dict[str, Tensor]:
+    model.zero_grad()
+    mean_loss(model(IDS).logits, IDS).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_v_scale_changes_the_gradient_through_the_values_only() -> None:
+    """By the factor in v_proj of the last block; a factor of 0 is a value that is a constant. Muon's update of this
+    matrix does not change, since it does not depend on the scale, but the gradient of the stream does."""
+    config = ModelConfig(**SMALL, attention=AttentionConfig(value_gate=True))
+    plain = lively(config)
+    expected, logits = gradients(plain), plain(IDS).logits
+    for factor in (0.25, 1e-12):
+        model = lively(dataclasses.replace(config, attention=AttentionConfig(value_gate=True, v_scale=factor)))
+        assert torch.equal(model(IDS).logits, logits)
+        actual = gradients(model)
+        name = "layers.1.self_attn.v_proj.weight"
+        torch.testing.assert_close(actual[name], factor * expected[name], rtol=1e-9, atol=0)
+        muon = [newton_schulz(g.float()[None], 5, dtype=torch.float32) for g in (actual[name], expected[name])]
+        torch.testing.assert_close(*muon, rtol=1e-3, atol=1e-3)
+        last = [n for n in expected if n.startswith("layers.1") and not n.startswith("layers.1.input_layernorm")]
+        for other in set(last) - {name}:
+            torch.testing.assert_close(actual[other], expected[other], rtol=1e-9, atol=1e-15)
+        assert (actual["embed_tokens.weight"] - expected["embed_tokens.weight"]).norm() > 1e-3
+    detached = lively(config)
+    for layer in detached.layers:
+        layer.get_submodule("self_attn.v_proj").register_forward_hook(lambda *seen: seen[2].detach())
+    rest = gradients(detached)
+    for name in rest:
+        torch.testing.assert_close(actual[name], rest[name], rtol=1e-6, atol=1e-9)
+    model.eval()
+    assert torch.equal(gradients(model)["embed_tokens.weight"], expected["embed_tokens.weight"])
 
 
 def test_recentred_stream_has_zero_mean_everywhere() -> None:

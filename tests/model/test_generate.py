@@ -48,6 +48,7 @@ CASES = {
     "osp": shape(embed_proj=True, qk_norm=True, head_bias=True, num_key_value_heads=1),
     "gate": shape("layernorm", attention=dataclasses.replace(shape().attention, gate=True)),
     "past the paper": shape(ffn_norm=True, hidden_act="sigmoid", attention=AttentionConfig(off_by_one=True)),
+    "cap and value gate": shape(attention=AttentionConfig(logit_cap=0.5, value_gate=True, v_scale=0.5)),
 }
 
 

@@ -234,7 +234,11 @@ def test_osp_script_kurtosis_equals_the_script() -> None:
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("off_by_one", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: bool, off_by_one: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_attention_statistics_equal_a_loop(
+    heads: int, groups: int, cap: float | None, documents: bool, off_by_one: bool
+) -> None:
+    """The largest logit is the one before the cap, the probability the one after it."""
     length, size = 13, 6
     draw = torch.Generator().manual_seed(1)
     q = torch.randn(length, heads, size, generator=draw) * 3
@@ -248,9 +252,10 @@ def test_attention_statistics_equal_a_loop(heads: int, groups: int, documents: b
             visible = range(starts[t], t + 1)
             logits = [float(q[t, h].double() @ k[s, h * groups // heads].double()) / math.sqrt(size) for s in visible]
             largest = max(largest, *logits)
+            logits = [cap * math.tanh(x / cap) for x in logits] if cap else logits
             if len(logits) > 1:
                 sink.append(math.exp(logits[0]) / (off_by_one + sum(map(math.exp, logits))))
-    result = st.attention_statistics(q, k, mask, off_by_one=off_by_one)
+    result = st.attention_statistics(q, k, mask, off_by_one, cap)
     assert result[0].item() == pytest.approx(largest, rel=1e-5)
     assert result[1].item() == pytest.approx(sum(sink), rel=1e-5)
     assert result[2].item() == len(sink)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from osp.config import Config, EngineConfig, ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig, TrainConfig
 from osp.distributed import add_up, on_main
-from osp.model.transformer import build_model
+from osp.model.transformer import Transformer, build_model
 from osp.optim.groups import Trainable
 from osp.train.engine import Engine, zero_settings
+from osp.train.qk_clip import QkClip
 from osp.train.resolve import Resolved
 from tests.optim.reference import ROWS, Model, batch, factor
 
@@ -114,6 +115,7 @@ def everything(world_size: int, grid: list[tuple[int, int]], all_checks: bool) -
         results[f"not finite {stage}"] = not_finite(stage)
     results["penalized"] = {stage: penalized(stage, world_size) for stage in (1, 2, 3)}
     results["tied"] = {stage: tied(stage, world_size) for stage in (1, 2, 3)}
+    results["qk clip"] = {stage: qk_clip(stage, world_size) for stage in (1, 2, 3)}
     results["bhyt"] = {stage: bhyt_constants(stage) for stage in (1, 3)}
     return results
 
@@ -165,6 +167,40 @@ def tied(stage: int, world_size: int) -> dict[str, Tensor]:
         assert engine.step(step + 1, 1.0)
     engine.close()
     return weights(engine)
+
+
+CLIPPED = ModelConfig(
+    17, 16, 24, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=4, attention_bias=True,
+    initializer_range=0.6,
+)  # fmt: skip
+TAU = 20.0
+
+
+def clipped_model() -> Transformer:
+    """Return a model whose biases are not 0, as after training."""
+    model = build_model(CLIPPED, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.linspace(-0.5, 0.5, len(parameter)))
+    return model
+
+
+def qk_clip(stage: int, world_size: int) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
+    """Return metrics and weights after each of two steps of two micro batches, whose learning rate is 0."""
+    model, results = clipped_model(), []
+    model.activation_checkpointing = stage > 1
+    rows = len(PENALIZED_IDS) // world_size // 2
+    engine = engine_of(model, stage, rows=rows, accumulation=2, partition_small=stage == 3)
+    clip = QkClip(engine, TAU)
+    for step in range(2):
+        clip.largest.fill_(-torch.inf)
+        for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
+            engine.backward(engine(ids[:, :-1], ids[:, 1:]).loss)
+        assert engine.step(step + 1, 0.0)
+        results.append((clip.apply(), weights(engine)))
+    engine.close()
+    return results
 
 
 BHYT = ModelConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, norm=NormConfig("bhyt", seq_len=8))

@@ -44,6 +44,7 @@ STEPS: list[Callable[[Transformer], None]] = [absorb_projections, fold_norm_gain
         (NormConfig(name="rmsnorm"), {"attention_bias": True, "mlp_bias": True}),
         (NormConfig(name="rmsnorm"), {"attention": AttentionConfig(gate=True), "attention_bias": True}),
         (NormConfig(name="ssnorm"), {"attention": AttentionConfig(off_by_one=True), "ffn_norm": True}),
+        (NormConfig(name="ssnorm"), {"attention": AttentionConfig(value_gate=True, logit_cap=0.5)}),
     ],
     ids=str,
 )
@@ -64,6 +65,7 @@ def test_logits_do_not_change(norm: NormConfig, shape: dict[str, Any], embed_pro
             if step is fuse:
                 changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
                 turned = ("o_proj.bias", "down_proj.bias") + (() if model.config.attention.gate else ("v_proj.bias",))
+                assert "layers.0.self_attn.value_gate.weight" in changed or not model.config.attention.value_gate
                 assert changed == {
                     n for n in before if "norm" not in n and (n.endswith("weight") or n.endswith(turned))
                 }

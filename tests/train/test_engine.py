@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,52 @@ def test_tied_training_with_z_loss_equals_an_untied_one_with_the_sum_of_the_grad
             for name, weight in expected.items():
                 error = (measured[name] - weight).norm() / (weight - start[name].detach()).norm()
                 assert error < 1e-3, (stage, name, error)
+
+
+def logits_by_head(weights: dict[str, Tensor]) -> Tensor:
+    """Return the logits (L, B, H, T, T) of a model in float64 on all sequences, -inf where a query sees no key."""
+    model, seen = build_model(workers.CLIPPED, seed=0).double(), list[Tensor]()
+    model.load_state_dict(weights)
+    model.compute_dtype = torch.float64
+    for layer in model.layers:
+        attend = layer.get_submodule("self_attn.attend")
+        attend.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:2]))
+    with torch.no_grad():
+        model(workers.PENALIZED_IDS[:, :-1])
+    logits = [
+        torch.einsum("bthk,bshk->bhts", q, k.repeat_interleave(3, 2)) / 2
+        for q, k in zip(seen[::2], seen[1::2], strict=True)
+    ]
+    length = logits[0].shape[-1]
+    return torch.stack(logits).masked_fill(torch.ones(length, length).triu(1) == 1, -math.inf)
+
+
+def test_qk_clip_scales_the_logits_of_every_head_by_its_own_factor(ranks) -> None:
+    """In groups of three heads that share a key, of which some need no clip. On every stage, over ranks, micro batches
+    and checkpointed blocks: the largest logits of the whole batch are tau afterwards, and the others as before."""
+    start = {name: p.detach() for name, p in workers.clipped_model().named_parameters()}
+    before = logits_by_head(start)
+    largest = before.amax((1, 3, 4))  # (L, H)
+    gamma = (workers.TAU / largest).clamp(max=1)
+    in_groups = (gamma < 1).unflatten(1, (2, 3)).sum(-1)
+    assert ((in_groups > 0) & (in_groups < 3)).any(), "some heads of a group must be clipped, and some not"
+    for result in ranks:
+        for stage, ((metrics, weights), (metrics_of_next, next_weights)) in result["qk clip"].items():
+            assert metrics["train/qk_clip_heads"] == (gamma < 1).sum(), stage
+            assert metrics["train/attn_logit_max"] == pytest.approx(largest.max().item(), rel=1e-5)
+            first = logits_by_head(weights)[0]
+            torch.testing.assert_close(first, gamma[0, None, :, None, None] * before[0], rtol=1e-5, atol=1e-5)
+            keys = gamma.unflatten(1, (2, 3)).amin(-1).sqrt()
+            factors = {"q_proj": (gamma / keys.repeat_interleave(3, 1)), "k_proj": keys}
+            for name, weight in weights.items():
+                expected = start[name]
+                if (part := name.split(".")[-2]) in factors:
+                    rows = factors[part][int(name.split(".")[1])].float().repeat_interleave(4)
+                    expected = rows.reshape(-1, *[1] * (weight.ndim - 1)) * expected
+                torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0, msg=f"{stage} {name}")
+            again = logits_by_head(weights)[1].amax((0, 2, 3))  # of layer 1, whose input has changed
+            assert metrics_of_next["train/attn_logit_max"] == pytest.approx(max(again.max().item(), workers.TAU), 1e-5)
+            assert logits_by_head(next_weights)[1].max().item() <= workers.TAU * (1 + 1e-5)
 
 
 def test_grad_clip_zero_means_off(ranks) -> None:

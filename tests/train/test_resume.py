@@ -79,6 +79,7 @@ def train_in_pieces(tiny: Tiny, *overrides: str, stops: tuple[int, ...], name: s
         ("norm.name=bhyt", "train.norm_refresh_every=4"),
         ("data.skip_steps=[[2,3],[6,6]]",),
         ("engine.zero_stage=3",),
+        ("qk_clip.tau=0.05", "attention.value_gate=true", "attention.logit_cap=1.0", "attention.v_scale=0.5"),
         ("model.embed_proj=false", "model.tie_embeddings=true", "train.z_loss=0.01"),
         ("train.document_mask=true", "train.activation_checkpointing=true", "checkpoint.every=1"),
     ],

@@ -72,6 +72,7 @@ def messages(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
         ("norm.eps", 0.1),
         ("norm.placement", "peri"),
         ("attention.off_by_one", True),
+        ("attention.logit_cap", 30.0),
         ("tokenizer.eos_token", "<s>"),
     ],
 )
