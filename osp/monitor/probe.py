@@ -189,8 +189,8 @@ class _Recorder:
 
     def _add_attention(self, layer: str, module: CausalAttention, inputs: tuple[Any, ...]) -> None:
         query, key = (x[0] for x in inputs[:2])  # (T, H, K) and (T, G, K), both after RoPE
-        options = module.off_by_one, module.logit_cap
-        largest, sink, number = st.attention_statistics(query, key, self._mask, *options)
+        options = self._mask, module.off_by_one, module.logit_cap
+        largest, sink, number = st.attention_statistics(query, key, *options)
         if "attn_logit_max" in self.statistics:
             self._add_maximum(f"monitor/attn_logit_max/{layer}", largest)
         if "attn_sink" in self.statistics:
