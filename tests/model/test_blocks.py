@@ -309,7 +309,7 @@ def test_v_scale_changes_the_gradient_through_the_values_only() -> None:
         name = "layers.1.self_attn.v_proj.weight"
         torch.testing.assert_close(actual[name], factor * expected[name], rtol=1e-9, atol=0)
         muon = [newton_schulz(g.float()[None], 5, dtype=torch.float32) for g in (actual[name], expected[name])]
-        torch.testing.assert_close(*muon, rtol=1e-3, atol=1e-3)
+        assert (muon[0] - muon[1]).abs().max() < 1e-3 or factor < 1e-6  # below the eps of its first division
         last = [n for n in expected if n.startswith("layers.1") and not n.startswith("layers.1.input_layernorm")]
         for other in set(last) - {name}:
             torch.testing.assert_close(actual[other], expected[other], rtol=1e-9, atol=1e-15)
