@@ -181,7 +181,7 @@ class NormConfig:
     init: Finite | None = None  # initial value of every gain
     affine: bool | None = None  # layernorm, rmsnorm, crmsnorm: one gain per channel
     bias: bool | None = None  # layernorm: a learnable bias per channel
-    alpha: Finite | None = None  # dyt, derf: initial slope
+    alpha: Finite | None = None  # dyt, derf: initial slope; None: 0.5, for derf with muon 0.3 (arXiv 2604.01563)
     alpha_attention: Finite | None = None  # dyt, derf: initial slope of norms before attention; None: alpha
     lam: Positive | None = None  # bhyt: initial lambda, the bound of the tanh argument
     lam_post: Positive | None = None  # bhyt: initial lambda of norms after attention; None: lam
@@ -475,6 +475,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     model = dataclasses.replace(config.model, **{key: getattr(at_top, key) for key in AT_TOP})
     if model.norm.name == "bhyt" and model.norm.seq_len is None:  # the length of training is a property of the model
         model = dataclasses.replace(model, norm=dataclasses.replace(model.norm, seq_len=config.train.seq_len))
+    if model.norm.name == "derf" and model.norm.alpha is None and config.optimizer.rules.get("matrix") == "muon":
+        model = dataclasses.replace(model, norm=dataclasses.replace(model.norm, alpha=0.3))
     config = dataclasses.replace(config, model=model)
     check(config)
     return config

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from osp.config import Config, check_model, from_dict, to_dict, unknown_key
+from osp.config import Config, OptimizerConfig, check_model, from_dict, to_dict, unknown_key
 from osp.errors import UserError
 from osp.run.read import differences
 
@@ -295,3 +295,18 @@ def test_check_model_is_what_from_dict_uses() -> None:
 def test_unknown_key_sentence(path: str, fragments: tuple[str, ...]) -> None:
     message = unknown_key(path)
     assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+def test_derf_starts_at_a_lower_slope_with_muon() -> None:
+    """arXiv 2604.01563; a given slope stays, and so do other norms and rules."""
+    assert from_dict(tree(norm__name="derf")).model.norm.alpha == 0.3
+    assert from_dict(tree(norm={"name": "derf", "alpha": 0.5})).model.norm.alpha == 0.5
+    rules = dict.fromkeys(OptimizerConfig().rules, "adamw")
+    assert from_dict(tree(norm__name="derf", optimizer__rules=rules)).model.norm.alpha is None
+    assert from_dict(tree(norm__name="dyt")).model.norm.alpha is None
+
+
+def test_qk_clip_with_normalized_queries_is_refused() -> None:
+    assert from_dict(tree(qk_clip__tau=50.0)).qk_clip.tau == 50.0
+    with pytest.raises(UserError, match=r"qk_clip.tau=50.0 with qk_norm=true.*set qk_clip.tau=null or qk_norm=false$"):
+        from_dict(tree(qk_clip__tau=50.0, qk_norm=True))

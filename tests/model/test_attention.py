@@ -144,7 +144,7 @@ def test_gradient_of_capped_attention_equals_autograd_in_float64(off_by_one: boo
     """Over several blocks, whose logits are computed again in the backward pass."""
     x = [2 * normal(2, 150, heads, 4, seed=seed) for seed, heads in enumerate((4, 2, 2))]
     leaves = [t.clone().requires_grad_() for t in x]
-    causal_attention(*leaves, None, off_by_one, 1.5).square().sum().backward()
+    causal_attention(leaves[0], leaves[1], leaves[2], None, off_by_one, 1.5).square().sum().backward()
     wide = [t.double().requires_grad_() for t in x]
     q, k, v = wide[0], *(t.repeat_interleave(2, 2) for t in wide[1:])
     scores = 1.5 * torch.tanh(torch.einsum("bthk,bshk->bhts", q, k) / 2 / 1.5)

@@ -45,6 +45,7 @@ def engine_of(
         gradient_accumulation_steps=accumulation,
         compute_dtype=torch.float32,
         compiled=False,
+        qat=None,
     )
     with patch("osp.train.engine.zero_settings", in_parts if partition_small else zero_settings):
         return Engine(model, resolved)
