@@ -111,6 +111,8 @@ def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: in
         blocks = [kept(lambda: block(*inputs)[0], besides=[weights, inputs[1:]])[1]] * len(blocks)
     if train.activation_checkpointing:
         blocks = [x.numel() * x.element_size()] * len(blocks) + [max(blocks)]
+    if (cap := config.model.attention.logit_cap) is not None:  # no fused operator: its blocks of logits count
+        model.set_submodule("layers.0.self_attn.attend", CausalAttention(logit_cap=cap))
     loss = peak(lambda: model.lm_head(x.detach().requires_grad_(), ids, train.loss_chunk_tokens))
     back = peak(lambda: model.layers[0](*inputs)[0].sum().backward())
     gradients = FP32 * sum(p.numel() for p in model.layers[0].parameters())  # counted with the gradients

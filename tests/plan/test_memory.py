@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from osp.config import Config, Heads, ModelConfig, OptimizerConfig
+from osp.config import AttentionConfig, Config, Heads, ModelConfig, OptimizerConfig
 from osp.model.transformer import Transformer, meta_model
 from osp.optim.groups import build_groups
 from osp.optim.optimizer import PartitionedOptimizer
@@ -148,6 +148,19 @@ def test_logits_of_a_chunk_bound_the_working_set() -> None:
     assert small < large
     vocab = 1024
     assert large == pytest.approx(4 * vocab * (3 * 512 + 256), rel=0.5)
+
+
+def test_logits_of_a_block_of_capped_attention_are_in_the_working_set() -> None:
+    """Two heads of a block of queries, a sixteenth of the sequence: logits, tanh, mask, probabilities, gradients."""
+    shape = ModelConfig(64, 16, 16, num_hidden_layers=1, num_attention_heads=2)
+    length, found = 1024, []
+    for cap in (None, 50.0):
+        model = dataclasses.replace(shape, attention=AttentionConfig(logit_cap=cap))
+        changed = dataclasses.replace(config(1, seq_len=length, loss_chunk_tokens=8), model=model)
+        found.append(activation_bytes(changed, meta_model(model), micro_batch_size=1, compiled=False))
+    (kept_without, working_without), (kept_with, working_with) = found
+    assert kept_with == kept_without
+    assert 3 < (working_with - working_without) / (4 * 2 * length**2 / 16) < 8
 
 
 def test_zero_stages_partition_more_and_more() -> None:
