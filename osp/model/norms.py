@@ -269,7 +269,7 @@ class BHyT(BHyTStar):
     a = c * (lambda_first / kappa)^2 with c = ||W_O W_V||_F^2 / (seq_len * D) is the contribution of uniform attention
     over `seq_len` tokens. LayerNorm scaling divides a by l. c is the buffer `attention_gain`, which `refresh` computes
     from the weights; no gradient flows through c and the first norm's lambda. c ignores biases and the 1 of
-    `attention.off_by_one`, and treats `attention.gate` as open. The norm before the head has no carry and measures.
+    `attention.off_by_one`, and treats gates of attention as open. The norm before the head has no carry and measures.
     """
 
     not_rmsnorm = "it bounds activations with a tanh and shares a statistic between two norms"

@@ -104,8 +104,15 @@ def naive_logits(model: Transformer, ids: list[int], spec: QuantSpec, sites: Col
             kv = head // (heads // kv_heads)
             q_h = rope(q[:, head * size : (head + 1) * size]) @ turn
             k_h = cache("k", rope(k[:, kv * size : (kv + 1) * size]) @ turn)
-            v_h = cache("v", v[:, kv * size : (kv + 1) * size])
-            scores = np.where(np.tri(len(ids)) == 1, q_h @ k_h.T / math.sqrt(size), -np.inf)
+            v_h = v[:, kv * size : (kv + 1) * size]
+            if config.attention.value_gate:
+                w_h, b_h = (w[f"layers.{i}.self_attn.value_gate.{part}"] for part in ("weight", "bias"))
+                v_h = v_h / (1 + np.exp(-(v_h @ w_h[kv * size : (kv + 1) * size] + b_h[kv])))[:, None]
+            v_h = cache("v", v_h)
+            scores = q_h @ k_h.T / math.sqrt(size)
+            if cap := config.attention.logit_cap:
+                scores = cap * np.tanh(scores / cap)
+            scores = np.where(np.tri(len(ids)) == 1, scores, -np.inf)
             p = np.exp(scores - scores.max(-1, keepdims=True))
             more = np.exp(-scores.max(-1, keepdims=True)) if config.attention.off_by_one else 0
             columns.append(p / (more + p.sum(-1, keepdims=True)) @ v_h)
