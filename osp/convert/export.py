@@ -32,7 +32,7 @@ from osp.convert.same_function import (
     read_certificate,
 )
 from osp.errors import UserError
-from osp.evaluation.evaluate import read_calibration
+from osp.evaluation.evaluate import note_training, read_calibration
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
@@ -65,6 +65,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
         conversion, text = read_certificate(subject), read_text(config.text, subject)
         if len(text.tokens) < subject.window:
             log.warning("text=%s: %d tokens are less than a window of %d", text.name, len(text.tokens), subject.window)
+        note_training(subject, spec)
         calibration = read_calibration(subject, spec, measured=[text], seq_len=subject.window)
 
         origin = {"name": subject.name, "path": str(run), "sha256": subject.sha256(), "step": subject.step}

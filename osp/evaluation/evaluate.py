@@ -29,6 +29,7 @@ from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import HELD_OUT, read_text, read_texts, training_text
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, propagated_error, quantized
+from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
 from osp.run.evaluations import ComparisonRecord, Evaluation, Result, SiteAblation, SiteCost, write_evaluation
 from osp.run.folder import environment
@@ -130,6 +131,13 @@ def read_calibration(
     return draw_calibration(tokens, spec, seq_len=seq_len).to(subject.device)
 
 
+def note_training(subject: LanguageModel, spec: QuantSpec) -> None:
+    """Log one line if the run was trained for another rounding than `spec`."""
+    scheme = subject.config.qat.scheme if subject.config else None
+    if scheme and spec.parts and spec != DEPLOYED[f"qat_{scheme}"]:
+        log.info("%s was trained with qat.scheme=%s: quant=qat_%s has its rounding", subject.name, scheme, scheme)
+
+
 def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     """Return the results, the ablation if asked for, and all that both depend on. Collective: every rank calls it."""
     spec, machine, progress = config.quant, environment(), config.progress and is_main()
@@ -138,6 +146,7 @@ def evaluate(subject: LanguageModel, config: EvaluateConfig) -> Evaluation:
     measurement = Measurement(subject, config)
     if config.ablate and (not measurement.texts or spec.is_identity):
         raise UserError("ablate=true needs a text (texts=[...]) and a quantization (quant=...)")
+    note_training(subject, spec)
     calibration = measurement.calibration(spec)
     sha256 = subject.sha256()  # of the weights in the file, before they are quantized
     record = Evaluation(

@@ -16,6 +16,9 @@ from osp.config import AttentionConfig, Config, ModelConfig, NormConfig, from_di
 from osp.data.loader import Batch
 from osp.distributed import init_distributed
 from osp.errors import UserError
+from osp.evaluation.config import EvaluateConfig
+from osp.evaluation.evaluate import evaluate
+from osp.evaluation.language_model import open_model
 from osp.model.sites import SITES, hook_site, site_names
 from osp.model.transformer import Linear, Output, Transformer, build_model
 from osp.quant.apply import quantized
@@ -23,7 +26,7 @@ from osp.quant.deployed import DEPLOYED
 from osp.quant.training import Rounding
 from osp.train.resolve import resolve
 from osp.train.setup import setup, train
-from tests.conftest import losses
+from tests.conftest import losses, read_metrics
 from tests.distributed import run_distributed
 from tests.quant.quant_oracle import naive_quantize
 
@@ -280,6 +283,25 @@ def test_rounding_begins_at_the_start_and_ends_with_the_run(scheme: str, tiny: T
     assert straight == pieces
     assert straight[:3] == plain[:3]
     assert all(a != b for a, b in zip(straight[3:], plain[3:], strict=True))
+
+
+def test_live_perplexity_and_evaluation_measure_what_was_trained(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another rounding than the trained one is named in one line."""
+    live = ("eval.quant.every=6", "eval.quant.tokens=128", 'eval.quant.formats=["qat_w4a4"]')
+    train(tiny("qat.scheme=w4a4", *live))
+    (event,) = [event for event in read_metrics(tmp_path / "run") if "quant/seconds" in event]
+    subject, values = open_model(tmp_path / "run"), {}
+    caplog.clear()
+    caplog.set_level("INFO")
+    for name in ("qat_w4a4", "mxfp4"):
+        config = EvaluateConfig(path="", quant=DEPLOYED[name], max_tokens=128, progress=False, device="cpu")
+        values[name] = evaluate(subject, config).results[0].value
+        notes = [record.getMessage() for record in caplog.records if "was trained with" in record.getMessage()]
+        note = "run was trained with qat.scheme=w4a4: quant=qat_w4a4 has its rounding"
+        assert notes == ([] if name == "qat_w4a4" else [note])
+    assert event["quant/perplexity/qat_w4a4"] == pytest.approx(values["qat_w4a4"], rel=1e-6)
 
 
 def test_start_is_a_step_tokens_or_a_share(tiny: Tiny) -> None:
