@@ -3,6 +3,7 @@
 Dimensions: B batch, T tokens, S slots of the cache, H query heads, G key/value heads, K head size, L layers.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -60,7 +61,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
 def visible_logits(
     q: Tensor, k: Tensor, mask: Tensor | None, rows: tuple[int, int], cap: float | None = None
 ) -> Tensor:
-    """Return q k^T / sqrt(K) of the queries rows[0] to rows[1] - 1, (B, H, n, S) fp32; -inf where they see no key.
+    """Return q k^T / sqrt(K) of the queries rows[0] to rows[1] - 1, (B, H, n, S) fp32; -inf for hidden keys.
 
     q: (B, T, H, K); k: (B, S, G, K). mask: (..., T, S) bool; None: causal, and only the first rows[1] keys. cap: of
     each logit s becomes cap tanh(s / cap), before the mask (Gemma 2, arXiv 2408.00118).
@@ -81,12 +82,6 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-@torch.no_grad()
-def largest_logits(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the largest visible logit of each head, (H,) fp32."""
-    return torch.stack([visible_logits(q, k, mask, rows).amax((0, 2, 3)) for rows in query_blocks(q.shape[1])]).amax(0)
-
-
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, off_by_one: bool = False,
     logit_cap: float | None = None, largest: Tensor | None = None,
@@ -102,7 +97,9 @@ def causal_attention(
     wide = q.dtype != torch.bfloat16 or q.device.type != "cpu" or not torch.is_grad_enabled()
     blockwise = mask is None and logit_cap is None and not (off_by_one or wide)
     if largest is not None and not blockwise:
-        largest.copy_(torch.maximum(largest, largest_logits(q, k, mask)))
+        with torch.no_grad():
+            found = [visible_logits(q, k, mask, rows).amax((0, 2, 3)) for rows in query_blocks(q.shape[1])]
+            largest.copy_(torch.stack([largest, *found]).amax(0))
     if logit_cap is not None:
 
         def attend(start: int, stop: int) -> Tensor:
@@ -110,7 +107,9 @@ def causal_attention(
             p = logits.softmax(-1)[..., : logits.shape[-1] - off_by_one].unflatten(1, (k.shape[2], -1)).to(v.dtype)
             return torch.einsum("bgrts,bsgk->btgrk", p, v[:, : p.shape[-1]]).flatten(2, 3)
 
-        return torch.cat([checkpoint(attend, *rows, use_reentrant=False) for rows in query_blocks(q.shape[1])], 1)
+        again = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        run = again if torch.is_grad_enabled() else attend
+        return torch.cat([run(*rows) for rows in query_blocks(q.shape[1])], 1)
     if off_by_one:
         # The 1 is exp(0) for a zero key with a zero value before the first token. A zero query is added too, and its
         # output dropped, because SDPA's fast causal kernels need as many queries as keys.
