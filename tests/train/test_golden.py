@@ -1,4 +1,4 @@
-"""The first 20 losses of every ablation row on a 4-layer model, CPU, fp32, one thread: a refactor keeps them.
+"""The first 20 losses of every ablation row and switch on a 4-layer model, fp32, one CPU thread: a refactor keeps them.
 
 After a change of numerics, `pytest tests/train/test_golden.py --update-golden` writes them again, and the commit says
 in one sentence why they changed.
@@ -20,15 +20,28 @@ from tests.conftest import ROOT, losses
 ROWS = ("adam", "muon_all", "muon", "muon_ssnorm", "muon_embproj", "osp")
 # past the paper
 ROWS += ("osp_ffn_norm", "osp_gate", "osp_off_by_one", "osp_per_head", "osp_penalty", "osp_kurtosis", "osp_sigmoid")
+# switches without a row, on osp, as strong as 20 steps can show
+SWITCHES = {
+    "qat_w4a4": {"qat.scheme": "w4a4", "qat.start": 5},
+    "qat_nvfp4": {"qat.scheme": "nvfp4", "qat.start": 5},
+    "qat_mxfp4": {"qat.scheme": "mxfp4", "qat.start": 5},
+    "qk_clip": {"qk_clip.tau": 0.2},
+    "logit_cap": {"attention.logit_cap": 0.5},
+    "v_scale": {"attention.v_scale": 0.1},
+    "value_gate": {"attention.value_gate": True},
+    "z_loss": {"train.z_loss": 0.03},
+    "tied": {"model.tie_embeddings": True, "model.embed_proj": False},
+    "derf": {"norm.name": "derf"},
+}
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-4  # relative; other vector units and BLAS versions round differently, and training amplifies it
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, *SWITCHES])
 def test_losses_equal_the_golden_file(
     row: str, tiny: Callable[..., Config], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    values = _experiment(row)
+    values = _experiment("osp") | SWITCHES[row] if row in SWITCHES else _experiment(row)
     # with their own learning rate and penalty, rows differ too little after 20 steps
     values["optimizer.lr"] *= 4
     values["penalty.weight"] = 100 * values.get("penalty.weight", 0)
@@ -51,7 +64,7 @@ def test_losses_equal_the_golden_file(
 
 def test_golden_losses_differ_between_rows() -> None:
     """Otherwise the test above could not see that a row lost its norm, projection or optimizer."""
-    curves = [tuple(float(x) for x in (GOLDEN / f"{row}.txt").read_text().split()) for row in ROWS]
+    curves = [tuple(float(x) for x in (GOLDEN / f"{row}.txt").read_text().split()) for row in [*ROWS, *SWITCHES]]
     for i, a in enumerate(curves):
         for b in curves[:i]:
             assert any(abs(x - y) > 2 * TOLERANCE * x for x, y in zip(a, b, strict=True))
