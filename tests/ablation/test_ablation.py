@@ -155,7 +155,7 @@ def test_each_run_is_measured_with_its_trained_and_averaged_weights(
         tmp_path / "table",
         rows=["osp"],
         methods="none",
-        overrides=["train.steps=4", "average=ema", "average.decay=0.6"],
+        overrides=["train.steps=4", "average.kind=ema", "average.decay=0.6"],
         texts=["held_out"],
         columns=["16-16-16", "4-4-4"],
         quantities=["loss"],
