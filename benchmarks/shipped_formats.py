@@ -39,7 +39,7 @@ from osp.device import prepare_cpu
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.texts import read_text, training_text
-from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains
+from osp.model.fold import absorb_projections, fold_norm_gains
 from osp.model.sites import hook_site, site_names
 from osp.model.transformer import Transformer
 from osp.quant.apply import draw_calibration, quantized
@@ -198,7 +198,6 @@ def measure_fake_rows(
         specs, known = research_specs(), values["fake"]
         if kind == "folded":
             absorb_projections(model)
-            bake_recentring(model)
             fold_norm_gains(model)
             specs, known = {name: DEPLOYED[name] for name in FOLDED}, values["folded"]
         for row, spec in (plain | specs).items():

@@ -224,10 +224,11 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "norm.exact_layers": (None, []),
     "norm.lam_final": (None,),
     "norm.layer_final": (None,),
+    "recentre": (False,),
 }
 
 # Fields of `ModelConfig` that are top-level keys in YAML and on the command line: `norm=bhyt qk_norm=true`.
-AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm", "recentre")
+AT_TOP = ("norm", "attention", "qk_norm", "ffn_norm")
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,6 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     qk_norm: bool = False  # normalize queries and keys of every head before RoPE
     ffn_norm: bool = False  # normalize the input of down_proj over its channels
-    recentre: bool = False  # subtract the mean from every write into the residual stream
 
     @property
     def head_size(self) -> int:
@@ -487,8 +487,8 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(values)
     for key, ineffective in REMOVED.items():
         table, _, name = key.rpartition(".")
-        inner = values.get(table)
-        if isinstance(inner, dict) and (value := inner.pop(name, None)) not in ineffective:
+        inner = values.get(table) if table else values
+        if isinstance(inner, dict) and (value := inner.pop(name, ineffective[0])) not in ineffective:
             raise UserError(f"{key}={value} was removed after version 0.1.0; use that version for this configuration")
     return values
 
@@ -630,11 +630,3 @@ def check_model(model: ModelConfig) -> None:
             "norm.placement=peri with norm=bhyt: the variance approximation covers the output of attention, not a "
             "norm of it; take norm.name=bhyt_star, which measures the variance"
         )
-    names = {norm.name, norm.final or norm.name}
-    if model.recentre and names != {"rmsnorm"}:
-        raise UserError(
-            f"recentre=true with norm={' and norm.final='.join(sorted(names))}: a zero mean makes RMSNorm equal to "
-            "LayerNorm and is useless for other norms; take norm=rmsnorm or recentre=false"
-        )
-    if model.recentre and norm.placement == "peri":
-        raise UserError("recentre=true with norm.placement=peri: a norm after a sublayer makes its mean other than 0")

@@ -254,7 +254,7 @@ def test_every_group_is_in_a_table_with_all_its_choices() -> None:
 
 
 def test_table_of_normalizers_lists_every_choice_and_its_options() -> None:
-    """The table has every name in configs/norm, three more switches, and the options of each class."""
+    """The table has every name in configs/norm, two more switches, and the options of each class."""
     pattern = r"^\| `([\w.]+)=(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$"
     tables = {page: re.findall(pattern, text, flags=re.MULTILINE) for page, text in PAGES.items()}
     tables = {page: [row for row in rows if not row[1].isupper()] for page, rows in tables.items()}  # NAME: the head
@@ -262,7 +262,7 @@ def test_table_of_normalizers_lists_every_choice_and_its_options() -> None:
     assert tables, "no page has the table of normalizers"
     for page, rows in tables.items():
         assert sorted(value for key, value, _, _ in rows if key == "norm") == sorted(choices("norm")), page
-        assert {key for key, _, _, _ in rows if key != "norm"} == {"qk_norm", "attention.gate", "recentre"}
+        assert {key for key, _, _, _ in rows if key != "norm"} == {"qk_norm", "attention.gate"}
         for key, name, options, exported in rows:
             assert exported.split()[0].rstrip(":") in ("yes", "no", "after", "as"), name
             if key == "norm" and name in NORMS:

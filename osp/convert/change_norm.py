@@ -74,7 +74,7 @@ def convert_folder(path: str | Path, out: str | Path, *, to: str, text: str = "h
 def change_norms(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
     """Return a fp64 model with the norms `to` (a name of `CONVERTIBLE`) that computes the same, and the steps taken.
 
-    Projections, the scale of the embedding, recentring, the scales of `norm.lns` and the biases of norms move into the
+    Projections, the scale of the embedding, the scales of `norm.lns` and the biases of norms move into the
     weights first, and so do gains unless both norms have one per channel. Raises `UserError` if there is no such model.
     """
     before, config = model.config, change_config(model.config, to)
@@ -84,7 +84,6 @@ def change_norms(model: Transformer, to: str) -> tuple[Transformer, list[str]]:
     fold_into_weights(source)
     norms = [norm for _, norm, _ in residual_norms(source)]
     steps = {
-        "recentring made part of the weights": before.recentre,
         "embedding projections absorbed": before.embed_proj,
         "scale of the embedding folded": before.norm.embed_scale,
         "LayerNorm scaling folded": before.norm.lns,
@@ -145,7 +144,6 @@ def change_config(config: ModelConfig, to: str) -> ModelConfig:
         mlp_bias=config.mlp_bias or bias,
         head_bias=config.head_bias or final.bias is not None,
         embed_proj=False,
-        recentre=False,
         norm=NormConfig(name=to, eps=eps.pop()),
     )
     inner, inner_after = (inner_norm(model, config.head_size) for model in (config, converted))
@@ -196,8 +194,7 @@ def _recentre(tensors: dict[str, Tensor], name: str, to: str) -> None:
         if name != "layernorm" and share > ZERO_MEAN:
             raise UserError(
                 f"norm.name={name} to={to}: the residual stream has a mean ({writer}: {share:.1e} of its largest "
-                f"weight), which {to} ignores; only models converted from layernorm or trained with recentre=true "
-                "have none"
+                f"weight), which {to} ignores; only models converted from layernorm have none"
             )
 
 

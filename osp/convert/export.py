@@ -136,7 +136,7 @@ def _fold(subject: LanguageModel, *, ffn_multiple: int, dtype: torch.dtype) -> t
     function, tied = observe_function(subject.model), subject.model.config.tie_embeddings
     llama = stock_llama(subject.model, ffn_multiple=ffn_multiple)
     if tied and not llama.config.tie_embeddings:
-        log.info("embedding and head are written as two matrices: recentring or a scale is folded into the embedding")
+        log.info("embedding and head are written as two matrices: a scale is folded into the embedding")
     folding = check_same_function("folding projections and scales", function, observe_function(llama))
     llama.config = dataclasses.replace(llama.config, max_position_embeddings=subject.context)
     for parameter in llama.parameters():

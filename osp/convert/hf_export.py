@@ -1,7 +1,7 @@
 """A trained model as a stock Hugging Face Llama, which `transformers` loads without our code.
 
-Projections, recentring and scales are folded into the weights, and an SSNorm becomes an RMSNorm with equal gains.
-Nothing else changes, since names and layout are Hugging Face's already. A tied head stays tied unless recentring or a
+Projections and scales are folded into the weights, and an SSNorm becomes an RMSNorm with equal gains.
+Nothing else changes, since names and layout are Hugging Face's already. A tied head stays tied unless a
 scale is folded into the embedding only.
 """
 

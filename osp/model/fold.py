@@ -1,6 +1,6 @@
 """Folds: changes of weights in place that leave the function of a model unchanged.
 
-All compute in fp64 and round once, except `fold_constants`, which keeps the bits of every output.
+All compute in fp64 and round once.
 """
 
 import dataclasses
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from osp.model.norms import Norm
 from osp.model.sites import SITES
-from osp.model.transformer import Block, Embedding, Linear, Transformer
+from osp.model.transformer import Block, Linear, Transformer
 
 STREAM = ("attn_in", "mlp_in", "head_in")  # what the norms of the residual stream write
 
 
 def fold_into_weights(model: Transformer) -> None:
-    """Move everything that a plain Llama lacks into the weights: recentring, projections, scale of the embedding."""
-    bake_recentring(model)
+    """Move everything that a plain Llama lacks into the weights: projections and the scale of the embedding."""
     absorb_projections(model)
     fold_embedding_scale(model)
 
@@ -48,25 +47,6 @@ def absorb_projections(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def bake_recentring(model: Transformer, *, exact: bool = True) -> None:
-    """Subtract the means from the weights that the forward pass of a model with `recentre` subtracts.
-
-    exact: compute in fp64; otherwise in the dtype of the weights like the forward pass, whose bits the output keeps.
-    """
-    if model.embed_tokens.zero_mean:
-        untie(model)
-    for module in model.modules():
-        if isinstance(module, Linear | Embedding) and module.zero_mean:
-            is_linear = isinstance(module, Linear)
-            for parameter in (module.weight, module.bias if is_linear else None):
-                if parameter is not None:
-                    wide = parameter.double() if exact else parameter
-                    parameter.data = (wide - wide.mean(0 if is_linear else 1, keepdim=True)).to(parameter.dtype)
-            module.zero_mean = False
-    model.config = dataclasses.replace(model.config, recentre=False)
-
-
-@torch.no_grad()
 def fold_embedding_scale(model: Transformer) -> None:
     """Multiply the embedding by its learned scale (`norm.embed_scale`)."""
     embedding = model.embed_tokens
@@ -92,13 +72,6 @@ def pad_ffn(model: Transformer, *, multiple: int) -> None:
                 linear.bias.data = F.pad(linear.bias.data, (0, added))
         layer.mlp.down_proj.weight.data = F.pad(layer.mlp.down_proj.weight.data, (0, added))
     model.config = dataclasses.replace(config, intermediate_size=config.intermediate_size + added)
-
-
-@torch.no_grad()
-def fold_constants(model: Transformer) -> None:
-    """Compute once, with the same bits, what every pass derives from parameters only: means and scaled embeddings."""
-    bake_recentring(model, exact=False)
-    fold_embedding_scale(model)
 
 
 @torch.no_grad()

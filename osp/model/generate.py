@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from osp.errors import RunError, UserError
 from osp.model.attention import KVCache
-from osp.model.fold import absorb_projections, fold_constants
+from osp.model.fold import absorb_projections, fold_embedding_scale
 from osp.model.transformer import Transformer
 
 Prompts = Sequence[Sequence[int]]  # token ids
@@ -36,11 +36,11 @@ class Sampling:
 def prepare_for_generation(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Prepare a model in place for generation only, and return it. It cannot be trained afterwards.
 
-    Constants are folded (`fold_constants`, the same bits), projections are absorbed (exact up to rounding), and
+    The scale of the embedding is folded, projections are absorbed (exact up to rounding), and
     weights, biases and gains are cast to `dtype`. Scalars of norms stay fp32, like their arithmetic.
     """
     model.eval()
-    fold_constants(model)
+    fold_embedding_scale(model)
     absorb_projections(model)
     for name, parameter in model.named_parameters():
         if name.endswith((".weight", ".bias")):

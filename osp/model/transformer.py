@@ -39,26 +39,18 @@ def affine_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Linear(nn.Module):
     """y = x W^T + b, with W (out, in) and b (out,) cast to the dtype of x.
 
-    In training mode `training_product`, if set, computes y. With `zero_mean` every forward pass subtracts from W
-    and b their means over the outputs, so that y has mean 0 over its channels (arXiv 2305.14858, section 3.3).
+    In training mode `training_product`, if set, computes y.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, zero_mean: bool = False):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
         super().__init__()
-        self.zero_mean = zero_mean
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.training_product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.training_product if self.training and self.training_product is not None else affine_map
-        return product(x, *self.affine())
-
-    def affine(self) -> tuple[Tensor, Tensor | None]:
-        """Return W and b as the forward pass uses them: with `zero_mean` minus their means."""
-        if not self.zero_mean:
-            return self.weight, self.bias
-        return self.weight - self.weight.mean(0), None if self.bias is None else self.bias - self.bias.mean()
+        return product(x, self.weight, self.bias)
 
 
 class CausalAttention(nn.Module):
@@ -112,7 +104,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden_size, query_size, bias=bias)
         self.k_proj = Linear(hidden_size, key_size, bias=bias)
         self.v_proj = Linear(hidden_size, key_size, bias=bias)
-        self.o_proj = Linear(query_size, hidden_size, bias=bias, zero_mean=config.recentre)
+        self.o_proj = Linear(query_size, hidden_size, bias=bias)
         self.q_norm = inner_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = inner_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.attention_gate = Linear(hidden_size, query_size) if config.attention.gate else None
@@ -157,7 +149,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.up_proj = Linear(hidden_size, ffn_size, bias=bias)
         self.ffn_norm = inner_norm(config, ffn_size, init=rms) if config.ffn_norm else nn.Identity()
-        self.down_proj = Linear(ffn_size, hidden_size, bias=bias, zero_mean=config.recentre)
+        self.down_proj = Linear(ffn_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y (B, T, D) and the input of down_proj (B, T, F)."""
@@ -198,19 +190,16 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """Look up input ids (B, T) in W (V, D): (B, T, D) in the dtype of W.
 
-    With `scaled` the result is multiplied by a learnable scalar that starts at sqrt(D), with `zero_mean` it has mean 0.
+    With `scaled` the result is multiplied by a learnable scalar that starts at sqrt(D).
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, scaled: bool = False, zero_mean: bool = False):
+    def __init__(self, vocab_size: int, hidden_size: int, *, scaled: bool = False):
         super().__init__()
-        self.zero_mean = zero_mean
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.scale = nn.Parameter(torch.empty(1)) if scaled else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.weight)
-        if self.zero_mean:
-            x = x - x.mean(-1, keepdim=True)
         return x if self.scale is None else x * self.scale
 
 
@@ -254,13 +243,12 @@ class Transformer(nn.Module):
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
         vocab_size, hidden_size = config.vocab_size, config.hidden_size
-        zero_mean = config.recentre and not config.embed_proj
-        self.embed_tokens = Embedding(vocab_size, hidden_size, scaled=config.norm.embed_scale, zero_mean=zero_mean)
+        self.embed_tokens = Embedding(vocab_size, hidden_size, scaled=config.norm.embed_scale)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(1, config.num_hidden_layers + 1))
         self.norm = final_norm(config)
         self.lm_head = Head(hidden_size, vocab_size, bias=config.head_bias)
         if config.embed_proj:
-            self.embed_proj = Linear(hidden_size, hidden_size, zero_mean=config.recentre)
+            self.embed_proj = Linear(hidden_size, hidden_size)
             self.head_proj = Linear(hidden_size, hidden_size)
         else:
             self.embed_proj = self.head_proj = nn.Identity()

@@ -256,8 +256,7 @@ def _lockstep_linear(module: Linear, spec: QuantSpec, x: Tensor) -> Tensor:
 
     Static ranges come from the first copy.
     """
-    weight, bias = module.affine()
-    bias = None if bias is None else bias.to(x.dtype)
+    weight, bias = module.weight, None if module.bias is None else module.bias.to(x.dtype)
     usual, noisy = F.linear(x[:1], weight.to(x.dtype), bias), x[1:]
     if "a" in spec.parts:
         bounds = torch.stack(x[:1].aminmax()) if spec.is_static("a") else None

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from osp.errors import UserError
-from osp.model.fold import absorb_projections, bake_recentring, fold_norm_gains, untie
+from osp.model.fold import absorb_projections, fold_norm_gains, untie
 from osp.model.sites import SITES as SITE_MAP
 from osp.model.sites import hook_site, site_names, split_site
 from osp.model.transformer import Transformer
@@ -72,7 +72,6 @@ def quantized(
     with ExitStack() as stack:
         _restore_at_exit(model, stack)
         stack.enter_context(_eager())
-        bake_recentring(model, exact=False)  # round the weights as the forward pass uses them
         with torch.no_grad():
             ends = active & {*END_SITES["w"], *END_SITES["a"]}
             if spec.rotation != "none" or ends:
@@ -150,8 +149,6 @@ def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
     for name in ("embed_proj", "head_proj", "config"):
         stack.callback(setattr, model, name, getattr(model, name))
     stack.callback(setattr, model.lm_head, "weight", model.lm_head.weight)  # a tied head may get its own
-    for module in map(vars, model.modules()):
-        stack.callback(module.update, {key: module[key] for key in module.keys() & {"zero_mean"}})
     for parameter in model.parameters():
         stack.callback(setattr, parameter, "data", parameter.data)
 

@@ -66,8 +66,7 @@ SOURCES: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({"name": "layernorm", "eps": 1e-4}, {"qk_norm": True}, ("layernorm", "rmsnorm", "crmsnorm")),
     ({"name": "rmsnorm"}, {}, NOT_CENTRED),
     ({"name": "rmsnorm", "final": "ssnorm", "lns": True}, {"attention_bias": True}, NOT_CENTRED),
-    ({"name": "rmsnorm"}, {"recentre": True, "embed_proj": True}, EVERYWHERE),
-    ({"name": "rmsnorm", "embed_scale": True}, {"recentre": True, "mlp_bias": True, "head_bias": True}, EVERYWHERE),
+    ({"name": "rmsnorm", "embed_scale": True}, {"mlp_bias": True, "head_bias": True}, NOT_CENTRED),
     ({"name": "ssnorm", "lns": True}, {"embed_proj": True}, NOT_CENTRED),
     ({"name": "ssnorm"}, {"qk_norm": True}, NOT_CENTRED),
     ({"name": "ssnorm"}, {"ffn_norm": True, "attention": AttentionConfig(off_by_one=True)}, NOT_CENTRED),
@@ -92,11 +91,7 @@ def test_every_pair_is_exact_in_float64(norm: dict[str, Any], shape: dict[str, A
         assert names == {to}
         tied = {"tie_embeddings": converted.config.tie_embeddings}  # which depends on the weights
         assert converted.config == dataclasses.replace(change_config(model.config, to), **tied)
-        assert (converted.config.embed_proj, converted.config.recentre, converted.config.norm.lns) == (
-            False,
-            False,
-            False,
-        )
+        assert (converted.config.embed_proj, converted.config.norm.lns) == (False, False)
         for name, parameter in model.named_parameters():  # the source is unchanged
             assert parameter.data is not None
             assert parameter.data_ptr() == before[name][0].data_ptr()
@@ -202,7 +197,7 @@ def test_large_eps_carries_over() -> None:
     [
         ({"name": "rmsnorm"}, {}, "batchnorm", r"to=batchnorm: choose from layernorm, rmsnorm, ssnorm, crmsnorm"),
         ({"name": "rmsnorm"}, {}, "crmsnorm", r"the residual stream has a mean \(embed_tokens.weight: "),
-        ({"name": "ssnorm"}, {}, "layernorm", r"only models converted from layernorm or trained with recentre=true"),
+        ({"name": "ssnorm"}, {}, "layernorm", r"only models converted from layernorm have none"),
         ({"name": "dyt"}, {}, "rmsnorm", r"norm.name=dyt cannot be converted: it is a tanh without a statistic"),
         ({"name": "derf"}, {}, "ssnorm", r"norm.name=derf cannot be converted"),
         ({"name": "bhyt", "seq_len": 8}, {}, "ssnorm", r"norm.name=bhyt cannot be converted"),
@@ -261,17 +256,14 @@ def test_conversion_steps_are_listed_in_order() -> None:
         "layernorm -> crmsnorm",
     ]
     assert change_norms(converted, "rmsnorm")[1] == ["last channel appended", "crmsnorm -> rmsnorm"]
-    recentred = random_model({"name": "rmsnorm"}, recentre=True)
-    assert change_norms(recentred, "layernorm")[1] == ["recentring made part of the weights", "rmsnorm -> layernorm"]
     assert change_norms(random_model({"name": "rmsnorm"}), "rmsnorm")[1] == ["rmsnorm -> rmsnorm"]
 
 
 def test_folding_leaves_a_plain_model_of_the_same_norm() -> None:
-    model = random_model({"name": "rmsnorm", "embed_scale": True}, embed_proj=True, recentre=True, attention_bias=True)
+    model = random_model({"name": "rmsnorm", "embed_scale": True}, embed_proj=True, attention_bias=True)
     expected = logits(model)
     fold_into_weights(model)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-12)
-    assert (model.config.embed_proj, model.config.recentre, model.config.norm.embed_scale) == (False, False, False)
-    assert model.embed_tokens.weight.mean(1).abs().max() < 1e-15
+    assert (model.config.embed_proj, model.config.norm.embed_scale) == (False, False)
     plain = Transformer(model.config)
     assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}

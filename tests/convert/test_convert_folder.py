@@ -227,9 +227,9 @@ def test_unsuitable_initial_model_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_live_quantization_of_recentred_weights_leaves_training_bit_identical(tiny: Tiny, tmp_path: Path) -> None:
-    """Recentred weights are rounded during the measurement only."""
-    shared = ("norm.name=rmsnorm", "recentre=true", "train.steps=2", "eval.sample_tokens=0", "eval.quant.tokens=256")
+def test_live_quantization_leaves_training_bit_identical(tiny: Tiny, tmp_path: Path) -> None:
+    """Weights are rounded during the measurement only."""
+    shared = ("norm.name=rmsnorm", "train.steps=2", "eval.sample_tokens=0", "eval.quant.tokens=256")
     for every in (0, 1):
         train(tiny(*shared, f"eval.quant.every={every}", name=f"every_{every}"))
     unmeasured, measured = (dict(load_model(tmp_path / f"every_{every}").named_parameters()) for every in (0, 1))
@@ -417,14 +417,14 @@ def test_export_refuses_a_model_with_reason(config: dict[str, Any], message: str
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["norm.name=rmsnorm", "recentre=true", "norm.embed_scale=true"],
+        ["norm.name=rmsnorm", "norm.embed_scale=true"],
         ["norm.name=ssnorm", "norm.lns=true", "model.attention_bias=true", "model.mlp_bias=true"],
         ["norm.name=rmsnorm", "norm.affine=false", "norm.lns=true", "model.head_dim=16", "model.embed_proj=false"],
     ],
     ids=str,
 )
 def test_model_that_folds_is_exported_without_conversion(overrides: list[str], tiny: Tiny, tmp_path: Path) -> None:
-    """Recentring, LayerNorm scaling, the scale of the embedding, biases, a separate head size."""
+    """LayerNorm scaling, the scale of the embedding, biases, a separate head size."""
     from transformers import LlamaForCausalLM
 
     train(tiny("train.steps=2", "eval.sample_tokens=0", "optimizer.lr=0.1", *overrides))

@@ -50,7 +50,6 @@ class Reference:
             x = x * p["embed_tokens.scale"]
         if config.embed_proj:
             x = self.linear("embed_proj", x)
-        x = self.centred(x)
         for i in range(config.num_hidden_layers):
             block = f"layers.{i}"
             h = self.norm(f"{block}.input_layernorm", x, i + 1)
@@ -65,9 +64,6 @@ class Reference:
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = torch.einsum("ti,oi->to", x, self.p[f"{name}.weight"])
         return y + self.p[f"{name}.bias"] if f"{name}.bias" in self.p else y
-
-    def centred(self, y: Tensor) -> Tensor:
-        return y - y.sum(-1, keepdim=True) / y.shape[-1] if self.config.recentre else y
 
     def after(self, name: str, y: Tensor, layer: int) -> Tensor:
         return self.norm(name, y, layer) if self.config.norm.placement == "peri" else y
@@ -137,7 +133,7 @@ class Reference:
         if config.attention.gate:
             out = out / (1 + torch.exp(-self.linear(f"{name}.attention_gate", h)))
         self.see(f"{where}/o_proj_in", out)
-        return self.centred(self.linear(f"{name}.o_proj", out))
+        return self.linear(f"{name}.o_proj", out)
 
     def see(self, name: str, x: Tensor) -> None:
         self.seen.setdefault(name, []).append(x.detach())
@@ -158,7 +154,7 @@ class Reference:
         if self.config.ffn_norm:
             square = (hidden**2).sum(-1, keepdim=True) / hidden.shape[-1]
             hidden = self.p[f"{name}.ffn_norm.weight"] * hidden / (square + self.head_eps) ** 0.5
-        return self.centred(self.linear(f"{name}.down_proj", hidden))
+        return self.linear(f"{name}.down_proj", hidden)
 
 
 def lively(config: ModelConfig) -> Transformer:
@@ -207,8 +203,6 @@ def assert_every_parameter_learns(config: ModelConfig) -> None:
 
 # what may not be combined, and the words that say why
 REFUSED = {
-    "recentre": "a zero mean makes RMSNorm equal to LayerNorm and is useless for other norms",
-    "recentre-peri": "a norm after a sublayer makes its mean other than 0",
     "bhyt-peri": "the variance approximation covers the output of attention, not a norm of it",
 }
 
@@ -216,9 +210,7 @@ REFUSED = {
 def refusal(config: ModelConfig) -> str | None:
     if config.norm.name == "bhyt" and config.norm.placement == "peri":
         return REFUSED["bhyt-peri"]
-    if config.recentre and config.norm.name != "rmsnorm":
-        return REFUSED["recentre"]
-    return REFUSED["recentre-peri"] if config.recentre and config.norm.placement == "peri" else None
+    return None
 
 
 def norm_config(name: str, **options: Any) -> NormConfig:
@@ -230,21 +222,20 @@ def norm_config(name: str, **options: Any) -> NormConfig:
 @pytest.mark.parametrize("name", sorted(NORMS))
 def test_every_combination_of_options_trains_or_is_refused(name: str, placement: Any) -> None:
     """With none and with all other options the model also equals its formula."""
-    for options in itertools.product((False, True), repeat=5):
-        recentre, lns, qk_norm, gate, embed_proj = options
+    for options in itertools.product((False, True), repeat=4):
+        lns, qk_norm, gate, embed_proj = options
         config = ModelConfig(
             **SMALL,
             norm=norm_config(name, placement=placement, lns=lns),
             attention=AttentionConfig(gate=gate, off_by_one=gate),
             qk_norm=qk_norm,
             ffn_norm=qk_norm,
-            recentre=recentre,
             embed_proj=embed_proj,
         )
         reason = refusal(config)
         if reason is None:
             assert_every_parameter_learns(config)
-            if len(set(options[1:])) == 1:
+            if len(set(options)) == 1:
                 assert_is_its_formula(config)
         else:
             with pytest.raises(UserError) as caught:
@@ -257,9 +248,7 @@ def test_every_combination_of_options_trains_or_is_refused(name: str, placement:
     "changes",
     [
         {"attention_bias": True, "mlp_bias": True, "head_bias": True},
-        {"attention_bias": True, "mlp_bias": True, "recentre": True, "norm": norm_config("rmsnorm")},
         {"norm": norm_config("dyt", embed_scale=True, alpha=0.3, alpha_attention=0.9)},
-        {"norm": norm_config("rmsnorm", embed_scale=True), "recentre": True},
         {"norm": norm_config("bhyt", lns=True)},
         {"ffn_norm": True},
         {"ffn_norm": True, "norm": norm_config("rmsnorm"), "hidden_act": "sigmoid"},
@@ -272,9 +261,7 @@ def test_every_combination_of_options_trains_or_is_refused(name: str, placement:
     ],
     ids=[
         "biases",
-        "recentred-biases",
         "dyt-scale",
-        "recentred-scale",
         "bhyt-lns",
         "ffn-norm",
         "ffn-norm-sigmoid",
@@ -322,16 +309,6 @@ def test_v_scale_changes_the_gradient_through_the_values_only() -> None:
         torch.testing.assert_close(actual[name], rest[name], rtol=1e-6, atol=1e-9)
     model.eval()
     assert torch.equal(gradients(model)["embed_tokens.weight"], expected["embed_tokens.weight"])
-
-
-def test_recentred_stream_has_zero_mean_everywhere() -> None:
-    config = ModelConfig(**SMALL, norm=norm_config("rmsnorm"), recentre=True, attention_bias=True, mlp_bias=True)
-    model, means = lively(config), []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda *seen: means.append((seen[1][0].mean(-1), seen[2][0].mean(-1))))
-    model(IDS)
-    assert len(means) == 2
-    assert max(float(mean.detach().abs().max()) for pair in means for mean in pair) < 1e-14
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -39,7 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gate and groups": {"attention": AttentionConfig(gate=True), "num_key_value_heads": 2},
     "peri and biases": {"norm": NormConfig(placement="peri"), "mlp_bias": True, "attention_bias": True},
-    "recentre": {"recentre": True, "norm": NormConfig("rmsnorm"), "mlp_bias": True, "attention_bias": True},
     "ffn_norm": {"ffn_norm": True, "qk_norm": True},
 }
 
