@@ -30,11 +30,6 @@ def _to_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
-def _only_int(value: Any) -> Any:
-    """Return None for anything but an int: a `Literal` of ints would accept True for 1 and 2.0 for 2."""
-    return value if type(value) is int else None
-
-
 def _text(text: str) -> str:
     if not text.strip():
         raise ValueError("must be text that is not empty")
@@ -74,7 +69,8 @@ Count = Annotated[Int, Field(ge=1, le=10**15)]
 CountOrZero = Annotated[Int, Field(ge=0, le=10**15)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 Threads = Annotated[Int, Field(ge=1, le=4096)]
-ZeroStage = Annotated[Literal[1, 2, 3], BeforeValidator(_only_int)]
+# a `Literal` of ints would accept True for 1 and 2.0 for 2
+ZeroStage = Annotated[Literal[1, 2, 3], BeforeValidator(lambda value: value if type(value) is int else None)]
 Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_in_range)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 Positive = Annotated[Finite, Field(gt=0)]

@@ -47,7 +47,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.5,
         norm=NormConfig(name="rmsnorm"),
     )
-    write_llama(build_model(config, seed=1), folder, dtype="fp32", shard_bytes=10**9, bos_id=0, eos_id=0)
+    write_llama(build_model(config, seed=1), folder, dtype="fp32", bos_id=0, eos_id=0)
     tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 

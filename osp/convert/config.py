@@ -39,4 +39,3 @@ class ExportConfig:
     dtype: Literal["fp32", "bf16"] | None = None
     # Zero channels fill the FFN up to a multiple of it; None: what the format needs, 1: none are added.
     ffn_multiple: Annotated[Int, Field(ge=1, le=4096)] | None = None
-    max_shard_size: str = "5GB"  # upper bound of a weight file

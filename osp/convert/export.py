@@ -18,7 +18,7 @@ from osp.convert.config import ExportConfig
 from osp.convert.file_certificate import ClientModel, FileCertificate, compare_tokens, describe_files, observe
 from osp.convert.file_format import DTYPES, FileFormat, LlamaSource
 from osp.convert.gguf_file import Gguf
-from osp.convert.hf_export import HuggingFace, check_exportable, size_in_bytes, stock_llama
+from osp.convert.hf_export import HuggingFace, check_exportable, stock_llama
 from osp.convert.model_card import FOUR_BITS, model_card
 from osp.convert.packed import CompressedTensors
 from osp.convert.same_function import (
@@ -57,8 +57,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
     config, out = ExportConfig(**keys), Path(out)
     target, scheme = _choose_format(config), config.scheme or ""
     spec, dtype = target.quantization(scheme, config.quant), target.unquantized_dtype(scheme, config.dtype)
-    shard_bytes, beside = size_in_bytes(config.max_shard_size), target.file_names(out)
-    multiple = config.ffn_multiple or target.ffn_multiple(scheme)
+    beside, multiple = target.file_names(out), config.ffn_multiple or target.ffn_multiple(scheme)
     with new_folder(out, files=beside) as folder:
         subject, path = open_model(run, device=device, weights=config.weights), folder / out.name if beside else folder
         _check_model(subject, target, scheme, multiple=multiple)
@@ -73,7 +72,7 @@ def export(run: str | Path, out: str | Path, *, device: torch.device | str = "cp
         width, trained = subject.model.config.intermediate_size, observe("osp", subject.model, text, subject)
         llama, folding = _fold(subject, ffn_multiple=multiple, dtype=DTYPES[dtype])
         with quantized(llama, spec, calibration=calibration, progress=True) as state:
-            target.write(LlamaSource(llama, subject, DTYPES[dtype], shard_bytes), state, scheme, path)
+            target.write(LlamaSource(llama, subject, DTYPES[dtype]), state, scheme, path)
             fake = observe("osp, fake quantization", llama, text, subject)
         four_bits = None
         if spec.is_identity:

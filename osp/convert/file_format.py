@@ -46,7 +46,6 @@ class LlamaSource:
     model: Transformer  # a stock Llama (RMSNorm with a gain per channel, FFN padded), fp32; values fit in `dtype`
     subject: LanguageModel  # the trained model with its tokenizer; `model` has other weights
     dtype: torch.dtype  # of the tensors that are not quantized
-    shard_bytes: int  # upper bound of a file of weights
 
 
 class FileFormat(ABC):

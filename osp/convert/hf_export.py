@@ -11,8 +11,6 @@ import inspect
 import io
 import json
 import logging
-import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +37,8 @@ from osp.model.norms import NORMS
 from osp.model.transformer import Transformer, meta_model
 from osp.quant.apply import Quantized
 
+SHARD_BYTES = 5 * 10**9  # upper bound of a file of weights
+
 
 class HuggingFace(FileFormat):
     """A folder with `config.json`, safetensors and `tokenizer.json`."""
@@ -53,7 +53,7 @@ class HuggingFace(FileFormat):
         subject, dtype = source.subject, next(name for name, value in DTYPES.items() if value == source.dtype)
         ids = {"bos_id": subject.bos_id, "eos_id": subject.eos_id}
         packed = self.pack(source, state, scheme)
-        write_llama(source.model, path, dtype=dtype, shard_bytes=source.shard_bytes, packed=packed, **ids)
+        write_llama(source.model, path, dtype=dtype, packed=packed, **ids)
         write_tokenizer(subject, path)
         if not packed:
             loaded = load_hf(path).to(subject.device)
@@ -184,27 +184,18 @@ def _suggest_conversion(config: ModelConfig, path: str | Path) -> str:
     return f"convert it first: python scripts/convert.py {path} to=rmsnorm out=DIR"
 
 
-def size_in_bytes(size: str) -> int:
-    """Return the bytes of a size such as `5GB` or `500MB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", size.strip().upper())
-    if not match or not 0 < float(match[1]) < 1e18:
-        raise UserError(f"max_shard_size={size!r}: write a size such as 5GB or 500MB")
-    return math.ceil(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
-
-
 def write_llama(
     model: Transformer,
     folder: Path,
     *,
     dtype: str,
-    shard_bytes: int,
     bos_id: int | None,
     eos_id: int | None,
     packed: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write the weights of a model without projections, and its `config.json` for all versions of transformers.
 
-    The weights are safetensors of at most `shard_bytes` each (no tensor is cut), and an index if there are several.
+    The weights are safetensors of at most `SHARD_BYTES` each (no tensor is cut), and an index if there are several.
     packed: parameter -> what is written instead of it, see `HuggingFace.pack`.
     """
     config = model.config
@@ -234,7 +225,7 @@ def write_llama(
     # it would print the name of the temporary folder; its logger has the name of its file
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     try:
-        save_torch_state_dict(stored, folder, max_shard_size=shard_bytes)
+        save_torch_state_dict(stored, folder, max_shard_size=SHARD_BYTES)
     except SafetensorError as error:  # a full disk
         raise OSError(str(error)) from error
     for path in folder.glob("*.safetensors"):  # safetensors creates them 0600; make them as readable as the other files

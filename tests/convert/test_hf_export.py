@@ -65,10 +65,13 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_exported_run_equals_the_trained_model_in_transformers(run: Path, tmp_path: Path) -> None:
+def test_exported_run_equals_the_trained_model_in_transformers(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OSP with SSNorm and projections: same logits, same perplexity of the validation split."""
     folder = tmp_path / "new" / "out"
-    certificate = export(run, folder, max_shard_size="30KB")
+    monkeypatch.setattr("osp.convert.hf_export.SHARD_BYTES", 30_000)
+    certificate = export(run, folder)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert {path.stat().st_mode for path in folder.iterdir()} == {(run / "config.yaml").stat().st_mode}
     assert max(p.stat().st_size for p in folder.glob("*.safetensors")) < 45_000  # the largest tensor: 41 kB
@@ -134,7 +137,7 @@ def test_public_model_is_bit_identical_after_round_trip(tmp_path: Path) -> None:
     write_stories260k(tmp_path / "first")
     ours = load_hf(tmp_path / "first")
     (tmp_path / "second").mkdir()
-    write_llama(ours, tmp_path / "second", dtype="fp32", shard_bytes=300_000, bos_id=1, eos_id=2)
+    write_llama(ours, tmp_path / "second", dtype="fp32", bos_id=1, eos_id=2)
     assert torch.equal(load_hf(tmp_path / "second")(IDS).logits, ours(IDS).logits)
     theirs = [load_in_transformers(tmp_path / name)(IDS).logits for name in ("first", "second")]
     assert torch.equal(*theirs)
@@ -295,8 +298,6 @@ def test_wrong_weights_are_not_written(run: Path, tmp_path: Path, monkeypatch: p
         (["nowhere", "ouf=x"], r"unknown key 'ouf'; did you mean 'out'\?"),
         (["nowhere", "out=x", "dtype=fp16"], r"dtype='fp16': must be 'fp32' or 'bf16'"),
         (["nowhere", "out=."], r"out=. exists; name a folder that does not"),
-        (["nowhere", "out=x", "max_shard_size=5"], r"max_shard_size=5: must be text|max_shard_size='5'"),
-        (["nowhere", "out=x", "max_shard_size=fiveGB"], r"max_shard_size='fiveGB': write a size such as 5GB"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
