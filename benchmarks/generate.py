@@ -21,11 +21,11 @@ import torch
 from choices import group
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig
 from osp.convert.hf_export import write_llama
 from osp.device import prepare_cpu
 from osp.model.generate import Decoder, Sampling, choose, prepare_for_generation
 from osp.model.transformer import build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.schema import build
 
 PEER = "transformers"

@@ -39,8 +39,9 @@ from choices import group
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osp.config import Config, ModelConfig, from_dict
+from osp.config import Config, from_dict
 from osp.model.transformer import count_parameters, flops_per_token
+from osp.model_config import ModelConfig
 from osp.optim.muon import newton_schulz_flops as flops_of_matrix
 from osp.report import page as report_page
 

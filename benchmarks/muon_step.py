@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osp.config import Heads, OptimizerConfig
+from osp.config import OptimizerConfig
 from osp.device import prepare_cpu
+from osp.model_config import Heads
 from osp.optim.groups import build_groups
 from osp.optim.muon import newton_schulz_dtype
 from osp.optim.optimizer import PartitionedOptimizer

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from choices import group
 
-from osp.config import ModelConfig, NormConfig
 from osp.device import prepare_cpu
 from osp.evaluation.perplexity import Text, perplexity
 from osp.model.transformer import Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.quant.apply import draw_calibration, quantized
 from osp.quant.spec import QuantSpec
 from osp.schema import build

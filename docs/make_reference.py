@@ -33,9 +33,10 @@ from pydantic.fields import FieldInfo
 
 from osp import schema
 from osp.ablation.config import AblationConfig
-from osp.config import AT_TOP, AlertConfig, Config, Role, SourceConfig, to_dict
+from osp.config import AT_TOP, AlertConfig, Config, SourceConfig, to_dict
 from osp.convert.config import ConvertConfig, ExportConfig
 from osp.evaluation.config import CompareConfig, EvaluateConfig
+from osp.model_config import Role
 from osp.plan.config import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]

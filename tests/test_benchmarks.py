@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from verify_resume import VerifyResumeConfig
 
-from osp.config import ModelConfig, NormConfig, from_dict
+from osp.config import from_dict
 from osp.model.transformer import build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.schema import build
 from tests.conftest import ROOT
 

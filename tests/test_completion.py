@@ -13,12 +13,12 @@ import torch
 from generate import GenerateConfig, Texts, TextStream, choose_dtype
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from osp.config import ModelConfig, NormConfig
 from osp.convert.hf_export import write_llama
 from osp.evaluation.language_model import open_model
 from osp.model.generate import generate
 from osp.model.hf_llama import load_hf
 from osp.model.transformer import build_model
+from osp.model_config import ModelConfig, NormConfig
 
 Outcome = tuple[int, str, str]  # exit status, stdout, stderr
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from osp.config import Config, OptimizerConfig, check_model, from_dict, to_dict, unknown_key
+from osp.config import Config, OptimizerConfig, from_dict, to_dict, unknown_key
 from osp.errors import UserError
+from osp.model_config import check_model
 from osp.run.read import differences
 
 

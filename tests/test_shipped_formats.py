@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.evaluation.perplexity import Text, perplexity
 from osp.model.transformer import Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig
 from tests.conftest import ROOT
 from tests.documents import read_page, section
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from osp.config import Config, DataConfig, ModelConfig, NormConfig, RunConfig, TokenizerConfig, TrainConfig, to_dict
+from osp.config import Config, DataConfig, RunConfig, TokenizerConfig, TrainConfig, to_dict
 from osp.convert.same_function import FILE_NAME, Certificate, certify, read_certificate
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel, find_model, open_model
@@ -40,6 +40,7 @@ from osp.model.hf_llama import EMBEDDING, HEAD, TOKENIZER
 from osp.model.norms import NORMS, CRMSNorm, Norm
 from osp.model.sites import SUBLAYER_WRITERS
 from osp.model.transformer import Transformer
+from osp.model_config import ModelConfig, NormConfig
 from osp.run.checkpoint import Checkpoint, Saver, whole_parameters
 
 CONVERTIBLE = tuple(name for name, norm in NORMS.items() if norm.mean is not None)

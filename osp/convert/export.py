@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from osp.config import ModelConfig
 from osp.convert.config import ExportConfig
 from osp.convert.file_certificate import ClientModel, FileCertificate, compare_tokens, describe_files, observe
 from osp.convert.file_format import DTYPES, FileFormat, LlamaSource
@@ -37,6 +36,7 @@ from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.texts import read_text
 from osp.files import new_folder, write_text
 from osp.model.transformer import Transformer
+from osp.model_config import ModelConfig
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec
 from osp.run.folder import environment

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.config import ModelConfig
 from osp.convert.file_format import Client
 from osp.convert.same_function import Difference, compared_perplexity
 from osp.errors import UserError
@@ -23,6 +22,7 @@ from osp.evaluation.perplexity import Text
 from osp.files import read_json, sha256_of
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer
+from osp.model_config import ModelConfig
 from osp.tables import render_text
 
 PROMPT_TOKENS, GREEDY_TOKENS = 16, 32

@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from osp.config import ModelConfig
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.model.transformer import Transformer
+from osp.model_config import ModelConfig
 from osp.quant.apply import Quantized
 from osp.quant.spec import QuantSpec
 

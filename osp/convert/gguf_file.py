@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig, RopeScaling
 from osp.convert.file_format import Client, FileFormat, LlamaSource
 from osp.convert.hf_export import InOsp
 from osp.errors import UserError, as_user_error
 from osp.model.attention import rotary_frequencies
 from osp.model.hf_llama import BODY, EMBEDDING, HEAD
 from osp.model.transformer import Transformer, meta_model
+from osp.model_config import ModelConfig, NormConfig, RopeScaling
 from osp.quant.apply import Quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec

@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig
 from osp.convert.change_norm import change_config
 from osp.convert.file_format import DTYPES, Client, FileFormat, LlamaSource
 from osp.convert.same_function import check_same_function, observe_function
@@ -35,6 +34,7 @@ from osp.model.fold import fold_into_weights, norm_gain, pad_ffn, residual_norms
 from osp.model.hf_llama import BODY, CONFIG, GENERATION, HEAD, REQUIRED, TOKENIZER, load_hf, load_hf_tokenizer
 from osp.model.norms import NORMS
 from osp.model.transformer import Transformer, meta_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.quant.apply import Quantized
 
 SHARD_BYTES = 5 * 10**9  # upper bound of a file of weights

@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from osp.config import ModelConfig
 from osp.convert.file_format import Client, LlamaSource
 from osp.convert.hf_export import HuggingFace, InTransformers, quiet
 from osp.errors import UserError
 from osp.model.sites import SITES, split_site
+from osp.model_config import ModelConfig
 from osp.quant.apply import Quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.formats import NVFP4

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from osp.config import RopeScaling
 from osp.model.norm_function import upcast
+from osp.model_config import RopeScaling
 
 _BLOCK = 64  # queries at a time; _BLOCK / 2 scores per query are wasted above the diagonal
 

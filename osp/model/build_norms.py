@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, cast
 
-from osp.config import ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.norms import NORMS, BHyTStar, Norm
+from osp.model_config import ModelConfig, NormConfig
 
 # Keywords for the position of a norm. The model sets them; they are not options.
 PLACE = ("before_attention", "after_attention")

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from osp.config import ModelConfig
 from osp.data.tokenizer import load_tokenizer, vocab_size
 from osp.errors import UserError, as_user_error
 from osp.files import not_a_file, read_json
 from osp.model.transformer import Transformer, meta_model
+from osp.model_config import ModelConfig
 from osp.schema import build
 
 log = logging.getLogger(__name__)

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from osp.config import Heads, ModelConfig, PenaltyConfig, Role, check_model
+from osp.config import PenaltyConfig
 from osp.errors import UserError
 from osp.model.attention import KVCache, apply_rotary, causal_attention, document_mask, rotary_table
 from osp.model.build_norms import block_norm, final_norm, inner_norm
 from osp.model.loss import linear_cross_entropy
 from osp.model.norms import Norm
 from osp.model.penalty import activation_penalty
+from osp.model_config import Heads, ModelConfig, Role, check_model
 
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a standard normal variable within [-2, 2]
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x (..., in), W (out, in) and b (out,) fp32 -> x W^T + b

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from osp.config import ROLES, Heads, OptimizerConfig
+from osp.config import OptimizerConfig
 from osp.errors import UserError
+from osp.model_config import ROLES, Heads
 from osp.optim.rules import RULES, Group, WholeRule
 from osp.tables import text_table
 

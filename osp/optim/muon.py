@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osp.config import Heads
 from osp.device import native_bf16
+from osp.model_config import Heads
 
 Triple = tuple[float, float, float]
 _RESTART = 3  # steps between fresh Gram matrices

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AfterValidator
 
-from osp.config import ModelConfig
 from osp.errors import UserError
+from osp.model_config import ModelConfig
 from osp.schema import Count, CountOrZero, Int, Positive, Text, build
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from osp.config import ROLES
 from osp.errors import as_user_error
+from osp.model_config import ROLES
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.convert.change_norm import CONVERTIBLE, change_config, change_norms
 from osp.errors import UserError
 from osp.model.fold import fold_into_weights
 from osp.model.norms import Norm
 from osp.model.transformer import Block, Transformer, build_model
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
 SHAPE = {

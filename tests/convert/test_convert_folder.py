@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import osp.convert.change_norm
-from osp.config import AttentionConfig, Config, ModelConfig, NormConfig, from_dict
+from osp.config import Config, from_dict
 from osp.convert.change_norm import convert_folder
 from osp.convert.config import ConvertConfig
 from osp.convert.export import export
@@ -26,6 +26,7 @@ from osp.evaluation.language_model import open_model
 from osp.files import read_lines
 from osp.model.hf_llama import load_hf
 from osp.model.transformer import Transformer
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.run.checkpoint import load_model
 from osp.train.setup import train
 from tests.conftest import ROOT, made_text

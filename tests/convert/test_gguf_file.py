@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from osp.config import ModelConfig, NormConfig, RopeScaling, TokenizerConfig
+from osp.config import TokenizerConfig
 from osp.convert.file_format import LlamaSource
 from osp.convert.gguf_file import PRE_TOKENIZERS, Gguf, dequantized, pre_tokenizer_name
 from osp.convert.hf_export import InOsp
@@ -23,6 +23,7 @@ from osp.data.tokenizer import train_tokenizer
 from osp.errors import UserError
 from osp.evaluation.language_model import LanguageModel
 from osp.model.transformer import Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig, RopeScaling
 from osp.quant.apply import quantized
 from osp.quant.formats import Q4_0, Q8_0
 from tests.conftest import made_text

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from osp.config import NormConfig
 from osp.errors import UserError
 from osp.evaluation.compare import (
     COLUMNS,
@@ -26,6 +25,7 @@ from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text, perplexity
 from osp.evaluation.texts import read_text
 from osp.model.transformer import build_model
+from osp.model_config import NormConfig
 from osp.quant.apply import draw_calibration, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec

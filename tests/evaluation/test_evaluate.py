@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from osp.config import NormConfig
 from osp.errors import UserError
 from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS, compare, compare_one, markdown, script_kurtosis
 from osp.evaluation.config import CompareConfig, EvaluateConfig
@@ -31,6 +30,7 @@ from osp.evaluation.language_model import LanguageModel, open_model
 from osp.evaluation.perplexity import perplexity
 from osp.evaluation.texts import encode, read_text
 from osp.model.transformer import build_model
+from osp.model_config import NormConfig
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import INNER_SITES, QuantSpec

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osp.config import AttentionConfig, ModelConfig, MonitorConfig, NormConfig
+from osp.config import MonitorConfig
 from osp.errors import UserError
 from osp.model.attention import rotary_table
 from osp.model.norms import NORMS
 from osp.model.transformer import ACTIVATIONS, Block, Transformer, build_model
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.monitor.forensics import behind
 from osp.monitor.probe import ProbeText, probe
 from osp.optim.muon import newton_schulz

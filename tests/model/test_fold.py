@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from osp.config import AttentionConfig, NormConfig
 from osp.model.fold import absorb_projections, fold_embedding_scale, fold_into_weights, fold_norm_gains
 from osp.model.norms import Norm
 from osp.model.transformer import Transformer
+from osp.model_config import AttentionConfig, NormConfig
 from tests.conftest import ROOT
 from tests.quant.quant_oracle import outlier_model, some_tokens
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import Config, ModelConfig
+from osp.config import Config
 from osp.errors import UserError
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import Linear, build_model
+from osp.model_config import ModelConfig
 from osp.train.launch import training_command
 from osp.train.setup import train
 from tests.conftest import ROOT, losses

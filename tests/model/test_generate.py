@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.generate import Decoder, Sampling, choose, generate, prepare_for_generation, stream
 from osp.model.norms import NORMS
 from osp.model.transformer import Block, Output, Transformer, build_model
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.quant.apply import quantized
 from osp.quant.spec import QuantSpec
 

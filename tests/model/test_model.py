@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from osp.config import ROLES, AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.evaluation.language_model import model_sha256
 from osp.model.generate import generate
@@ -29,6 +28,7 @@ from osp.model.transformer import (
     flops_per_token,
     parameter_shapes,
 )
+from osp.model_config import ROLES, AttentionConfig, ModelConfig, NormConfig
 from osp.run.checkpoint import whole_parameters
 
 TINY = ModelConfig(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import ModelConfig, NormConfig
 from osp.errors import UserError
 from osp.model.build_norms import block_norm, bound_warning, build_norm, final_norm, inner_norm
 from osp.model.norms import NORMS, BHyT, Norm
 from osp.model.transformer import Attention
+from osp.model_config import ModelConfig, NormConfig
 
 SHAPES = [(5, 123, 37), (2, 64), (1, 1, 8)]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import Config, ModelConfig, NormConfig, PenaltyConfig
+from osp.config import Config, PenaltyConfig
 from osp.model.penalty import activation_penalty
 from osp.model.transformer import Block, Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.train.setup import train
 from tests.conftest import read_metrics
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import AttentionConfig, ModelConfig, NormConfig, Site
+from osp.config import Site
 from osp.model.norms import Norm
 from osp.model.sites import SITES, SUBLAYER_WRITERS, hook_site, site_names, split_site
 from osp.model.transformer import Linear, Transformer, build_model
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.quant import spec
 from osp.run import metrics
 

@@ -5,9 +5,10 @@ from typing import get_args
 import pytest
 import torch
 
-from osp.config import ModelConfig, MonitorConfig, Site, Statistic
+from osp.config import MonitorConfig, Site, Statistic
 from osp.model.sites import SITES, hook_site, layer_name
 from osp.model.transformer import Transformer
+from osp.model_config import ModelConfig
 from osp.run.verdict import LEVELS, LIMITS, USUAL
 from tests.documents import read_page, tables
 

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osp.config import Deployed, MonitorConfig, NormConfig, Site
+from osp.config import Deployed, MonitorConfig, Site
 from osp.model.norms import Norm
 from osp.model.sites import site_names
 from osp.model.transformer import Block, Transformer, build_model
+from osp.model_config import NormConfig
 from osp.monitor.probe import ProbeText, Reading, probe
 from osp.quant.deployed import DEPLOYED
 from osp.quant.formats import NVFP4

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.config import AlertConfig, Config, ModelConfig, MonitorConfig, NormConfig, from_dict
+from osp.config import AlertConfig, Config, MonitorConfig, from_dict
 from osp.model.transformer import Block, Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.monitor.alerts import Alerts, mechanism
 from osp.monitor.forensics import Forensics
 from osp.monitor.probe import ProbeText, Reading, probe

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp.config import Heads
+from osp.model_config import Heads
 
 VOCAB, HIDDEN, WIDE, ODD = 11, 8, 24, (5, 7)
 ROWS, TOKENS = 16, 6

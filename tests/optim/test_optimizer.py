@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.config import Heads, OptimizerConfig
+from osp.config import OptimizerConfig
 from osp.model.build_norms import build_norm
+from osp.model_config import Heads
 from osp.optim.groups import build_groups
 from osp.optim.optimizer import PartitionedOptimizer
 from osp.optim.rules import RULES, Group, WholeRule

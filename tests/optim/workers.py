@@ -8,9 +8,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from osp.config import Config, EngineConfig, ModelConfig, NormConfig, OptimizerConfig, PenaltyConfig, TrainConfig
+from osp.config import Config, EngineConfig, OptimizerConfig, PenaltyConfig, TrainConfig
 from osp.distributed import add_up, on_main
 from osp.model.transformer import Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.optim.groups import Trainable
 from osp.train.engine import Engine, zero_settings
 from osp.train.qk_clip import QkClip

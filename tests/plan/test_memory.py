@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from osp.config import AttentionConfig, Config, Heads, ModelConfig, OptimizerConfig
+from osp.config import Config, OptimizerConfig
 from osp.model.transformer import Transformer, meta_model
+from osp.model_config import AttentionConfig, Heads, ModelConfig
 from osp.optim.groups import build_groups
 from osp.optim.optimizer import PartitionedOptimizer
 from osp.plan.config import MachineConfig, PlanConfig

@@ -15,8 +15,9 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from osp.config import Heads, ModelConfig, OptimizerConfig
+from osp.config import OptimizerConfig
 from osp.model.transformer import meta_model
+from osp.model_config import Heads, ModelConfig
 from osp.optim.groups import build_groups
 from osp.optim.muon import newton_schulz
 from osp.optim.rules import Group

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from osp.config import ModelConfig, NormConfig
 from osp.model.attention import rotary_table
 from osp.model.transformer import Block, Transformer, build_model
+from osp.model_config import ModelConfig, NormConfig
 from osp.quant.spec import QuantSpec
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.config import AttentionConfig, NormConfig
 from osp.errors import UserError
 from osp.model.fold import absorb_projections
 from osp.model.sites import hook_site
 from osp.model.transformer import Transformer
+from osp.model_config import AttentionConfig, NormConfig
 from osp.quant.apply import draw_calibration, propagated_error, quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import SITES, QuantSpec

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from osp.config import NormConfig
 from osp.model.fold import absorb_projections
 from osp.model.transformer import Transformer
+from osp.model_config import NormConfig
 from osp.quant.apply import quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec

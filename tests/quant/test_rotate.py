@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp.config import AttentionConfig, NormConfig
 from osp.model.fold import absorb_projections, fold_norm_gains
 from osp.model.transformer import Transformer
+from osp.model_config import AttentionConfig, NormConfig
 from osp.quant.apply import quantized
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
 from osp.quant.spec import QuantSpec

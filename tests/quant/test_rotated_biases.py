@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.config import NormConfig
 from osp.model.fold import fold_norm_gains
 from osp.model.transformer import Transformer
+from osp.model_config import NormConfig
 from osp.quant.rotate import fuse_rotations, random_rotations
 from tests.quant.quant_oracle import outlier_model, some_tokens
 

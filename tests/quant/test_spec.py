@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from osp.config import AttentionConfig, ModelConfig, NormConfig
 from osp.errors import UserError
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.quant.spec import SITES, QuantSpec, active_sites, check_spec
 from osp.schema import build
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import osp.quant.apply
-from osp.config import AttentionConfig, Config, ModelConfig, NormConfig, from_dict, to_dict
+from osp.config import Config, from_dict, to_dict
 from osp.data.loader import Batch
 from osp.distributed import init_distributed
 from osp.errors import UserError
@@ -21,6 +21,7 @@ from osp.evaluation.evaluate import evaluate
 from osp.evaluation.language_model import open_model
 from osp.model.sites import SITES, hook_site, site_names
 from osp.model.transformer import Linear, Output, Transformer, build_model
+from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.quant.apply import quantized
 from osp.quant.deployed import DEPLOYED
 from osp.quant.training import Rounding
