@@ -1,5 +1,6 @@
 """Run an ablation: train and measure in separate processes, several at a time, and write the tables and the numbers."""
 
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from osp.ablation.config import AblationConfig, check_ablation, parse_rows
 from osp.ablation.runs import Compose, Planned, plan
-from osp.ablation.table import as_json, collect, contents
+from osp.ablation.table import Records, as_json, collect, contents
 from osp.config import COMPARISONS, EVALUATIONS, Weights, leaves
 from osp.errors import RunError, StoppedError, UserError, as_user_error
 from osp.evaluation.config import CompareConfig
@@ -153,8 +154,8 @@ class Execution:
 
     def write(self, command: Sequence[str]) -> None:
         """Write ablation.md and ablation.json to the folder of the ablation."""
-        trained = [(x, weights) for x in self.runs if self.trained(x) for weights in self.config.weights]
-        records = {(x.label, weights): record for x, weights in trained if (record := self.record(x, weights))}
+        pairs = itertools.product(filter(self.trained, self.runs), self.config.weights)
+        records: Records = {(x.label, weights): record for x, weights in pairs if (record := self.record(x, weights))}
         about = about_lines(self.planned, command)
         results = collect(self.config, self.planned, records, self.failures, about=about)
         folder, template = Path(self.config.dir), Path(__file__).with_name("ablation.md")

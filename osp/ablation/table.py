@@ -122,8 +122,8 @@ def collect(
     """Return the results of the finished runs. failures: label -> reason. about: see `Results`."""
     models = [record.models[0] for record in records.values()]
     columns = {name: digest for model in models for name, digest in model.hashes.items()}
-    pairs = [(run, (run.label, weights)) for run in runs for weights in config.weights]
-    measured = [measure(run, records[key], config) for run, key in pairs if key in records]
+    pairs = [(run, records.get((run.label, weights))) for run, weights in itertools.product(runs, config.weights)]
+    measured = [measure(run, record, config) for run, record in pairs if record]
     numbers = {(run.label, run.row): run.numbers for run in measured}
     lines = []
     for rates, row, weights in itertools.product(config.rates, parse_rows(config), config.weights):

@@ -168,8 +168,7 @@ def test_each_run_is_measured_with_its_trained_and_averaged_weights(
     assert (trained["row"], averaged["row"]) == ("osp", "osp, averaged")
     assert trained["missing"] == averaged["missing"] == []
     (folder,) = (tmp_path / "table" / "runs").iterdir()
-    for line, weights in ((trained, "trained"), (averaged, "averaged")):
-        subject = open_model(folder, weights=weights)
+    for line, subject in ((trained, open_model(folder)), (averaged, open_model(folder, weights="averaged"))):
         text = read_text("held_out", subject)
         nats = math.log(perplexity(subject.model, text, seq_len=32, max_tokens=256).perplexity)
         assert line["cells"]["held_out loss"]["mean"] == pytest.approx(nats, rel=1e-6)
