@@ -65,7 +65,7 @@ class Transformers:
 
         with tempfile.TemporaryDirectory() as folder:
             model = build_model(config, seed=0)
-            write_llama(model, Path(folder), dtype="fp32", shard_bytes=5 * 10**9, bos_id=None, eos_id=None)
+            write_llama(model, Path(folder), dtype="fp32", bos_id=None, eos_id=None)
             loaded = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype])
         self.model: Any = loaded.to(prompts.device).eval()  # pyright: ignore
         self.prompts, self.new_tokens = prompts, arguments.new_tokens

@@ -89,8 +89,7 @@ def main() -> None:
             if start == "planted":
                 plant(subject)
             stock.mkdir()
-            size, bos, eos = 2**30, subject.bos_id, subject.eos_id
-            write_llama(subject.model, stock, dtype="fp32", shard_bytes=size, bos_id=bos, eos_id=eos)
+            write_llama(subject.model, stock, dtype="fp32", bos_id=subject.bos_id, eos_id=subject.eos_id)
             write_tokenizer(subject, stock)
             shutil.copyfile(source.run / "tokenizer.json", stock / "tokenizer.json")  # of the shards
             results[f"{start}: before"] = measure_model(stock, source)

@@ -21,7 +21,7 @@ import osp.convert.export
 import osp.convert.hf_export
 from osp.config import Config, from_dict
 from osp.convert.export import export
-from osp.convert.hf_export import size_in_bytes, write_llama
+from osp.convert.hf_export import write_llama
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import UserError
 from osp.evaluation.config import EvaluateConfig
@@ -357,11 +357,3 @@ def test_run_is_evaluated_on_its_validation_split_and_calibrated_on_its_training
     path = store_record(record, config.out, subject.run, "name")
     assert path == run.resolve() / "evaluation" / "name.json"
     (run / "evaluation" / "name.json").unlink()
-
-
-def test_sizes_are_parsed_in_bytes() -> None:
-    assert [size_in_bytes(s) for s in ("5GB", "1.5 MB", "20kb", "7B")] == [5 * 10**9, 1_500_000, 20_000, 7]
-    assert size_in_bytes("0.1B") == 1
-    for size in ("0GB", "9" * 400 + "GB", "-1GB", "nanGB"):
-        with pytest.raises(UserError, match="write a size such as 5GB or 500MB"):
-            size_in_bytes(size)
