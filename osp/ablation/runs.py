@@ -19,7 +19,7 @@ Compose = Callable[[Sequence[str]], dict[str, Any]]  # returns the configuration
 # All rows must agree in these keys, or their numbers do not compare. A sweep may change its key.
 SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "model.vocab_size")
 NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
-NOT_SHARED += ("schedule.final_ratio",)  # rows can compare endings
+NOT_SHARED += ("schedule.final_ratio", "train.z_loss")  # part of a recipe
 # Defaults of keys younger than 0.1.0: with these a training keeps the name of its folder.
 LATER = {"model.init": "normal", "optimizer.gain_decay": None}
 LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}

@@ -13,6 +13,7 @@ from osp.errors import UserError
 from osp.evaluation.compare import (
     COLUMNS,
     DEPLOYED_COLUMNS,
+    QAT_COLUMNS,
     VARIANTS,
     column_spec,
     compare,
@@ -34,7 +35,7 @@ from osp.run.read import read_run
 from osp.schema import build
 from tests.conftest import made_text
 
-NAMES = (*COLUMNS, *VARIANTS, *DEPLOYED_COLUMNS)
+NAMES = (*COLUMNS, *VARIANTS, *DEPLOYED_COLUMNS, *QAT_COLUMNS)
 
 
 @pytest.fixture
@@ -75,6 +76,9 @@ def test_every_column_is_made_from_quant() -> None:
         "W4A16": DEPLOYED["w4a16_g128"],
         "NVFP4": dataclasses.replace(DEPLOYED["nvfp4"], **given),
         "MXFP4": DEPLOYED["mxfp4"],
+        "QAT W4A4": QuantSpec(4, 4, 16, w_clip=False),
+        "QAT W4A16": dataclasses.replace(DEPLOYED["w4a16_g128"], w_clip=False),
+        "QAT NVFP4": dataclasses.replace(DEPLOYED["nvfp4"], w_clip=False, **given),
     }
     grouped = QuantSpec(a_group_size=8)
     assert specs_of(CompareConfig(columns=("static 4-4",), quant=grouped))["static 4-4"].a_group_size is None
@@ -83,7 +87,7 @@ def test_every_column_is_made_from_quant() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["4-4-4", "4-4-5"], r"columns\[1\]='4-4-5': must be one of 16-16-16, .*4-4-4 \+Had, .*static 4-4, .*MXFP4$"),
+        (["4-4-4", "4-4-5"], r"columns\[1\]='4-4-5': must be one of 16-16-16, .*4-4-4 \+Had, .*static 4-4, .*MXFP4, .*QAT NVFP4$"),
         ([], r"columns=\[\]: must have at least 1 item"),
         ("4-4-4", r"columns='4-4-4': must be a list; write columns=\[4-4-4\]"),
     ],
