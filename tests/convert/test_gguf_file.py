@@ -89,7 +89,7 @@ def make_source(tokenizer: Tokenizer, **shape: Any) -> LlamaSource:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     end = tokenizer.token_to_id("<|endoftext|>") or 0
     subject = LanguageModel("tiny", Path("tiny"), model, tokenizer, end, end, stop_ids=(end, end + 1))
-    return LlamaSource(model, subject, torch.float32, 2**30)
+    return LlamaSource(model, subject, torch.float32)
 
 
 def write(source: LlamaSource, scheme: str, path: Path) -> Path:

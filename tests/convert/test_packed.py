@@ -87,7 +87,7 @@ def _write(run: Path, scheme: str, folder: Path, rounding: dict[str, Any]) -> Wr
     ids = read_text("held_out", subject).tokens[:2048].view(64, 32).long()
     spec = dataclasses.replace(FORMAT.schemes[scheme], **rounding)
     with quantized(model, spec, calibration=CALIBRATION) as state:
-        FORMAT.write(LlamaSource(model, subject, FORMAT.dtype(scheme), 10**9), state, scheme, folder)
+        FORMAT.write(LlamaSource(model, subject, FORMAT.dtype(scheme)), state, scheme, folder)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         return Written(folder, weights, ids, nats(lambda ids: model(ids).logits, ids))
 
