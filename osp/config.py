@@ -143,7 +143,7 @@ class PenaltyConfig:
 
 @dataclass(frozen=True)
 class QatConfig:
-    """Quantization-aware training: from a step on the blocks compute with rounded values; see osp.quant.training."""
+    """Quantization-aware training: from a step on the blocks compute with rounded values; see osp.quant.qat."""
 
     # Number formats, those of the preset qat_SCHEME of evaluate.py; None: no rounding.
     scheme: Literal["w4a16", "w4a8", "w4a4", "nvfp4", "mxfp4"] | None = None

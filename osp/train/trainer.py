@@ -25,7 +25,7 @@ from osp.files import write_record
 from osp.model.loss import IGNORE
 from osp.model.transformer import Output, Transformer, flops_per_token, parameter_shapes
 from osp.monitor.monitor import Monitor
-from osp.quant.training import Rounding
+from osp.quant.qat import Rounding
 from osp.run.checkpoint import Checkpoint, Saved, Saver, load
 from osp.run.folder import RunLock, end, environment
 from osp.run.logger import Logger, wandb_run_id

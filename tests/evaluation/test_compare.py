@@ -87,7 +87,10 @@ def test_every_column_is_made_from_quant() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["4-4-4", "4-4-5"], r"columns\[1\]='4-4-5': must be one of 16-16-16, .*4-4-4 \+Had, .*static 4-4, .*MXFP4, .*QAT NVFP4$"),
+        (
+            ["4-4-4", "4-4-5"],
+            r"columns\[1\]='4-4-5': must be one of 16-16-16, .*4-4-4 \+Had, .*static 4-4, .*MXFP4, .*QAT NVFP4$",
+        ),
         ([], r"columns=\[\]: must have at least 1 item"),
         ("4-4-4", r"columns='4-4-4': must be a list; write columns=\[4-4-4\]"),
     ],

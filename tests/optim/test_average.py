@@ -174,5 +174,5 @@ def test_averaging_may_begin_in_a_continued_run(tiny: Tiny, tmp_path: Path) -> N
     measured = read(tmp_path / "run", "average", 6)
     for name, values in measured.items():
         torch.testing.assert_close(values, (0.36 * w4[name] + 0.6 * w5[name] + w6[name]) / 1.96)
-    with pytest.raises(UserError, match="weights=averaged, but the run kept no average"):
+    with pytest.raises(UserError, match="weights=averaged, but it has no average"):
         load_model(tmp_path / "before", weights="averaged")

@@ -24,7 +24,7 @@ from osp.model.transformer import Linear, Output, Transformer, build_model
 from osp.model_config import AttentionConfig, ModelConfig, NormConfig
 from osp.quant.apply import quantized
 from osp.quant.deployed import DEPLOYED
-from osp.quant.training import Rounding
+from osp.quant.qat import Rounding
 from osp.train.resolve import resolve
 from osp.train.setup import setup, train
 from tests.conftest import losses, read_metrics
