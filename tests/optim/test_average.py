@@ -146,7 +146,8 @@ def test_ranks_and_stages_change_only_rounding(ranks: int, stage: int, tiny: Tin
 
 @pytest.mark.parametrize("norm", ["ssnorm", "bhyt"])
 def test_measuring_averaged_weights_leaves_the_training_as_it_is(norm: str, tiny: Tiny, tmp_path: Path) -> None:
-    common = (*WINDOW, f"norm.name={norm}", "eval.every=2", "monitor.enabled=true", "eval.quant.every=3")
+    common = (*WINDOW, f"norm.name={norm}", "train.norm_refresh_every=4")
+    common += ("eval.every=2", "monitor.enabled=true", "eval.quant.every=3")
     train(tiny(*common, name="trained"))
     train(tiny(*common, "eval.weights=averaged", "monitor.weights=averaged", name="averaged"))
     assert losses(tmp_path / "trained") == losses(tmp_path / "averaged")
