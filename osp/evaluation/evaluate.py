@@ -134,7 +134,8 @@ def read_calibration(
 def note_training(subject: LanguageModel, spec: QuantSpec) -> None:
     """Log one line if the run was trained for another rounding than `spec`."""
     scheme = subject.config.qat.scheme if subject.config else None
-    if scheme and spec.parts and spec != DEPLOYED[f"qat_{scheme}"]:
+    text = {key: getattr(spec, key) for key in ("calibration", "calibration_tokens", "seed")}
+    if scheme and spec.parts and spec != dataclasses.replace(DEPLOYED[f"qat_{scheme}"], **text):
         log.info("%s was trained with qat.scheme=%s: quant=qat_%s has its rounding", subject.name, scheme, scheme)
 
 
