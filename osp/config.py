@@ -145,7 +145,7 @@ class PenaltyConfig:
 class QatConfig:
     """Quantization-aware training: from a step on the blocks compute with rounded values; see osp.quant.qat."""
 
-    # Number formats, those of the preset qat_SCHEME of evaluate.py; None: no rounding.
+    # Number formats, as in the preset qat_SCHEME of evaluate.py; None: no rounding.
     scheme: Literal["w4a16", "w4a8", "w4a4", "nvfp4", "mxfp4"] | None = None
     start: str | Int = "80%"  # steps, tokens or share of the run before the rounding begins
 

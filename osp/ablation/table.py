@@ -12,7 +12,8 @@ from typing import Any
 from osp.ablation.config import WORDS, AblationConfig, parse_rows
 from osp.ablation.runs import Planned
 from osp.config import Weights
-from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS
+from osp.evaluation.compare import METHODS
+from osp.evaluation.config import COLUMNS, DEPLOYED_COLUMNS
 from osp.run.evaluations import ComparisonRecord, replace_nonfinite
 from osp.run.evaluations import label as named
 from osp.run.metrics import key_regex

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from osp.config import COMPARISONS, MonitorConfig
 from osp.distributed import is_main
 from osp.errors import UserError
-from osp.evaluation.config import COLUMNS, DEPLOYED_COLUMNS, QAT_COLUMNS, VARIANTS, CompareConfig
+from osp.evaluation.config import COLUMNS, FORMAT_COLUMNS, VARIANTS, CompareConfig
 from osp.evaluation.evaluate import Measurement, check_out, open_subject, store_record
 from osp.evaluation.language_model import LanguageModel, find_model
 from osp.evaluation.perplexity import Text
@@ -145,11 +145,10 @@ def method_specs(spec: QuantSpec) -> dict[str, QuantSpec]:
 
 def column_spec(column: str, quant: QuantSpec) -> QuantSpec:
     """Return the quantization of a column, made from `quant`; a deployed format takes its calibration only."""
-    deployed = DEPLOYED_COLUMNS | QAT_COLUMNS
-    if column not in deployed:
+    if column not in FORMAT_COLUMNS:
         bits, changes = VARIANTS.get(column, (column, {}))
         return dataclasses.replace(quant, **changes).at(bits)
-    spec = DEPLOYED[deployed[column]]
+    spec = DEPLOYED[FORMAT_COLUMNS[column]]
     tokens = min(spec.calibration_tokens, quant.calibration_tokens)
     given = {"calibration": quant.calibration, "calibration_tokens": tokens, "seed": quant.seed}
     return dataclasses.replace(spec, **given) if spec.needs_calibration else spec
@@ -158,7 +157,7 @@ def column_spec(column: str, quant: QuantSpec) -> QuantSpec:
 def measurable_specs(measurement: Measurement, config: CompareConfig) -> dict[str, QuantSpec]:
     """Return column -> quantization; of the default columns leave out formats that the model cannot have, and warn."""
     subject, specs = measurement.subject, {column: column_spec(column, config.quant) for column in config.columns}
-    for column in [column for column in DEPLOYED_COLUMNS | QAT_COLUMNS if column in specs]:
+    for column in [column for column in FORMAT_COLUMNS if column in specs]:
         try:
             check_spec(specs[column], subject.model.config)
             measurement.calibration(specs[column])

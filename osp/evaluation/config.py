@@ -12,8 +12,8 @@ from osp.schema import Count, CountOrZero, Device, Int, Threads
 COLUMNS = ("16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4")  # W-A-KV of table 2; the last of table 4
 # Columns beside table 2, which has no such formats -> name in `osp.quant.deployed`. They fix all but the calibration.
 DEPLOYED_COLUMNS = {"W4A16": "w4a16_g128", "NVFP4": "nvfp4", "MXFP4": "mxfp4"}
-# The rounding of a quantization-aware training, which has no clip search
-QAT_COLUMNS = {"QAT W4A4": "qat_w4a4", "QAT W4A16": "qat_w4a16", "QAT NVFP4": "qat_nvfp4"}
+# The same, and the rounding of a quantization-aware training, which has no clip search
+FORMAT_COLUMNS = DEPLOYED_COLUMNS | {"QAT W4A4": "qat_w4a4", "QAT W4A16": "qat_w4a16", "QAT NVFP4": "qat_nvfp4"}
 _STATIC = {"static_activations": True, "a_group_size": None, "o_proj_by_head": False}
 # Further columns -> bits, and the keys of `quant` that differ.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _column(name: str) -> str:
-    if name not in (choices := (*COLUMNS, *VARIANTS, *DEPLOYED_COLUMNS, *QAT_COLUMNS)):
+    if name not in (choices := (*COLUMNS, *VARIANTS, *FORMAT_COLUMNS)):
         raise ValueError(f"must be one of {', '.join(choices)}")
     return name
 

@@ -263,7 +263,7 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.tie_weights()  # from the meta device every module gets a parameter of its own
+        self.tie_weights()  # from the meta device every module gets another parameter
         return self
 
     def forward(

@@ -3,7 +3,7 @@
 After an update every head whose largest logit S of this step exceeds tau has its logits scaled by gamma = tau / S: its
 rows of W_q and W_k and their biases by sqrt(gamma) each. S is the maximum of q k^T / sqrt(K) over all visible pairs of
 all micro batches and ranks, before the update. Heads that share a key: the rows of W_k take the square root of the
-group's least gamma, and W_q of each head the rest of its own gamma. The optimizer's state stays as it is.
+group's least gamma, and W_q of each head the rest of its gamma. The optimizer's state stays as it is.
 
 Cost: a product q k^T per layer and micro batch, which attention in bf16 on a CPU computes anyway; one maximum over
 ranks per step; and the gather of all weights in a step that clips.
@@ -31,8 +31,7 @@ class QkClip:
     @torch.no_grad()
     def apply(self) -> dict[str, float]:
         """Clip the heads and return the metrics of the step. Collective."""
-        if self.engine.world_size > 1:
-            dist.all_reduce(self.largest, dist.ReduceOp.MAX)
+        dist.all_reduce(self.largest, dist.ReduceOp.MAX)
         largest, config = self.largest.cpu().double(), self.config
         gamma = torch.where(largest > self.tau, self.tau / largest, 1.0)
         keys = gamma.unflatten(1, (config.kv_heads, -1)).amin(-1).sqrt()  # (L, G)

@@ -27,7 +27,7 @@ from osp.ablation.table import (
     summarize,
     verdict,
 )
-from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS
+from osp.evaluation.config import COLUMNS, DEPLOYED_COLUMNS
 from osp.run.evaluations import Comparison, ComparisonRecord, Score
 from osp.schema import build
 from osp.tables import render_text

@@ -10,17 +10,7 @@ import pytest
 import torch
 
 from osp.errors import UserError
-from osp.evaluation.compare import (
-    COLUMNS,
-    DEPLOYED_COLUMNS,
-    QAT_COLUMNS,
-    VARIANTS,
-    column_spec,
-    compare,
-    compare_one,
-    markdown,
-    score,
-)
+from osp.evaluation.compare import COLUMNS, FORMAT_COLUMNS, VARIANTS, column_spec, compare, compare_one, markdown, score
 from osp.evaluation.config import CompareConfig
 from osp.evaluation.language_model import LanguageModel
 from osp.evaluation.perplexity import Text, perplexity
@@ -35,7 +25,7 @@ from osp.run.read import read_run
 from osp.schema import build
 from tests.conftest import made_text
 
-NAMES = (*COLUMNS, *VARIANTS, *DEPLOYED_COLUMNS, *QAT_COLUMNS)
+NAMES = (*COLUMNS, *VARIANTS, *FORMAT_COLUMNS)
 
 
 @pytest.fixture

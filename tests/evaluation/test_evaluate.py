@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from osp.errors import UserError
-from osp.evaluation.compare import COLUMNS, DEPLOYED_COLUMNS, METHODS, compare, compare_one, markdown, script_kurtosis
-from osp.evaluation.config import CompareConfig, EvaluateConfig
+from osp.evaluation.compare import COLUMNS, METHODS, compare, compare_one, markdown, script_kurtosis
+from osp.evaluation.config import DEPLOYED_COLUMNS, CompareConfig, EvaluateConfig
 from osp.evaluation.evaluate import (
     Measurement,
     evaluate,
