@@ -71,12 +71,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The first of `steps`, `tokens` and `minutes` that is set gives the length of the run."""
+    """How to train. `steps`, or `tokens` without it, gives the length of the run."""
 
     seed: Seed = 0  # of the initial weights, the order of the sequences, and the sample text
     steps: Count | None = None  # length of the run in optimizer steps
     tokens: Count | None = None  # or in training tokens, rounded up to whole steps
-    minutes: Annotated[Positive, Field(le=10**7)] | None = None  # or in minutes: a trial at the start gives the steps
     seq_len: Annotated[Int, Field(ge=1, le=2**24)] = 2048  # tokens predicted per sequence
     tokens_per_step: Annotated[Int, Field(ge=1, le=2**30)] = 524_288  # global batch in tokens, over all ranks
     micro_batch_size: Count | Literal["auto"] = "auto"  # sequences per rank and backward pass
@@ -96,11 +95,9 @@ class TrainConfig:
     stop_at: Count | None = None  # save and end after this step; the schedule still spans the whole run
 
     @property
-    def num_steps(self) -> int | None:
-        """Optimizer steps of the run; None if `minutes` sets the length, which has to be measured first."""
-        if self.steps is None and self.tokens is not None:
-            return math.ceil(self.tokens / self.tokens_per_step)
-        return self.steps
+    def num_steps(self) -> int:
+        """Optimizer steps of the run. `check` raises for a configuration without them."""
+        return self.steps or math.ceil((self.tokens or 0) / self.tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -167,6 +164,7 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "norm.lam_final": (None,),
     "norm.layer_final": (None,),
     "recentre": (False,),
+    "train.minutes": (None,),
 }
 
 # Fields of `ModelConfig` that are top-level keys in YAML and on the command line: `norm=bhyt qk_norm=true`.
@@ -424,8 +422,8 @@ def unknown_key(path: str, tree: Any = None) -> str:
 def check(config: Config) -> None:
     """Raise `UserError` if keys contradict each other."""
     train, model, data, tokenizer = config.train, config.model, config.data, config.tokenizer
-    if train.steps is None and train.tokens is None and train.minutes is None:
-        raise UserError("the run has no length; set train.steps, train.tokens or train.minutes")
+    if train.steps is None and train.tokens is None:
+        raise UserError("the run has no length; set train.steps or train.tokens")
     if train.tokens_per_step % train.seq_len:
         raise UserError(
             f"train.tokens_per_step={train.tokens_per_step} is not a multiple of train.seq_len={train.seq_len}; "

@@ -52,7 +52,8 @@ def ablate(config: AblationConfig, compose: Compose, *, scripts: Path, command: 
     with as_user_error(f"dir={config.dir}: cannot write there: ", OSError):
         Path(config.dir).mkdir(parents=True, exist_ok=True)
     execution = Execution(config, runs, scripts=scripts)
-    num_tokens, places = [run.num_steps * run.config.train.tokens_per_step for run in execution.runs], execution.slots
+    trainings, places = [run.config.train for run in execution.runs], execution.slots
+    num_tokens = [train.num_steps * train.tokens_per_step for train in trainings]
     where = f"GPUs {[s.gpus for s in places]}" if places[0].gpus else f"threads per process: {places[0].threads}"
     number = f"{len(execution.runs)} runs of {sum(num_tokens) / len(num_tokens):,.0f} tokens"
     log.info("%s in %s, %d at a time, %s", number, config.dir, len(places), where)
@@ -214,7 +215,7 @@ class Execution:
             return 1 + MEASURING
         if self.trained(run):
             return 1 + MEASURING * (run.label in self._finished)
-        return last_step(run.folder / "metrics.jsonl") / run.num_steps
+        return last_step(run.folder / "metrics.jsonl") / run.config.train.num_steps
 
 
 def last_step(path: Path) -> int:
@@ -236,7 +237,7 @@ def about_lines(runs: list[Planned], command: Sequence[str]) -> list[str]:
     return [
         f"ours: {count_parameters(model)['total'] / 1e6:.1f} M parameters ({model.num_hidden_layers} layers of "
         f"{model.hidden_size}, {model.norm.name} in the first row), "
-        f"{runs[0].num_steps * train.tokens_per_step:,} tokens in steps of {train.tokens_per_step:,}, "
+        f"{train.num_steps * train.tokens_per_step:,} tokens in steps of {train.tokens_per_step:,}, "
         f"sequences of {train.seq_len}",
         f"data: {' '.join([config.data.source, *config.data.paths])}",
         f"machine: {machine['cpus']} cores, torch {machine['torch']}, Python {machine['python']}",

@@ -39,7 +39,6 @@ class Planned:
     seed: int
     value: Any  # of the swept key; None: not of the sweep
     config: Config
-    num_steps: int
 
     @property
     def label(self) -> str:
@@ -78,9 +77,6 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
             trained = from_dict(keys | {"train": keys["train"] | {"seed": seed}})
         if "averaged" in config.weights and trained.average.kind == "none":
             raise UserError(f"weights={list(config.weights)}: row {row} keeps no average; add average=ema")
-        num_steps = trained.train.num_steps
-        if num_steps is None:
-            raise UserError("train.minutes gives every row another number of steps; set train.steps or train.tokens")
         # The folder's name has a hash of the training: one that appears twice, for instance in a sweep, runs once, and
         # a run with another configuration is never mistaken for it.
         values = {key: default for key, (default, *_) in REMOVED.items()} | dict(leaves(to_dict(trained)))
@@ -88,7 +84,7 @@ def plan(config: AblationConfig, compose: Compose) -> list[Planned]:
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{row}-seed{seed}-{digest}"
         trained = dataclasses.replace(trained, run=RunConfig(name=label, dir=str(Path(config.dir) / "runs" / label)))
-        runs.append(Planned(row, rows[row], rates, seed, value, trained, num_steps))
+        runs.append(Planned(row, rows[row], rates, seed, value, trained))
     _check_shared(runs, sweep.key)
     return runs
 

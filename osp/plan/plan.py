@@ -41,7 +41,7 @@ class Plan:
     traffic: dict[str, int]
     step: dict[str, float]
     mfu: float
-    days: float | None  # None: the length of the run is measured at its start
+    days: float
     checkpoint_bytes: int
     save_seconds: float
 
@@ -89,7 +89,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
         traffic=sent,
         step=seconds,
         mfu=flops * tokens / (seconds["total"] * peak_tflops * 1e12),
-        days=None if train.steps is None else train.steps * seconds["total"] / 86400,
+        days=train.num_steps * seconds["total"] / 86400,
         checkpoint_bytes=num_bytes,
         save_seconds=num_bytes / -(-world_size // machine.ranks_per_host) / (machine.disk * GIGA),
     )

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TextIO
 
 import yaml
 
-from osp.config import Config, leaves, to_dict, upgrade
+from osp.config import Config, to_dict, upgrade
 from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import prepare
 from osp.errors import UserError, as_user_error
@@ -147,13 +147,6 @@ def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
         )
     if not os.access(place, os.W_OK):
         raise UserError(f"run.dir={folder}: cannot write there")
-
-
-def recorded_steps(config: Config) -> int | None:
-    """Return the length measured for `train.minutes` when the run began; None for a new run or a given length."""
-    measured = config.train.num_steps is None
-    steps = dict(leaves(_read_config(Path(config.run.dir)))).get("train.steps") if measured else None
-    return steps if isinstance(steps, int) else None
 
 
 def begin(

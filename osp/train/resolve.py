@@ -16,8 +16,6 @@ from osp.quant.deployed import DEPLOYED
 from osp.quant.spec import QuantSpec, check_spec
 from osp.run.checkpoint import Checkpoint, find
 
-TRIAL_STEPS = 6  # length of the trial that measures how many steps fit into `train.minutes`
-
 
 @dataclass(frozen=True)
 class Resolved:
@@ -29,12 +27,12 @@ class Resolved:
     config: Config
     device: torch.device
     world_size: int
-    total_steps: int  # TRIAL_STEPS while `config.train.minutes` is set: the length is not measured yet
+    total_steps: int
     micro_batch_size: int  # sequences per rank and backward pass
     gradient_accumulation_steps: int  # backward passes per rank and optimizer step
     compute_dtype: torch.dtype  # of matmuls and activations; with fp8 of all but the matmuls in the blocks
     compiled: bool  # every block by torch.compile
-    qat: tuple[int, QuantSpec] | None  # first step, from 0, with rounded blocks, and how; None: none, as in the trial
+    qat: tuple[int, QuantSpec] | None  # first step, from 0, with rounded blocks, and how; None: none
 
     def build_schedule(self) -> Callable[[int], float]:
         """Return the learning rate over its peak as a function of the step. Raises `UserError` if phases overlap."""
@@ -47,14 +45,11 @@ class Resolved:
         return build_samples(self.config.average, total_steps=self.total_steps, tokens_per_step=tokens)
 
 
-def resolve(
-    config: Config, *, device: torch.device, world_size: int, total_steps: int | None = None, bf16: bool | None = None
-) -> Resolved:
+def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool | None = None) -> Resolved:
     """Decide everything that `config` leaves open.
 
     Raises `UserError` if the batch does not divide among the ranks, or `checkpoint.init_from` or a number format does
-    not fit. total_steps: length of a run that gives `train.minutes`, once it is known. bf16: whether the device
-    multiplies bf16 natively; None: ask the device of this process.
+    not fit. bf16: whether the device multiplies bf16 natively; None: ask the device of this process.
     """
     config = _with_initial_model(config)
     for key, names in (("eval.quant.formats", config.eval.quant.formats), ("monitor.quant", (config.monitor.quant,))):
@@ -87,26 +82,25 @@ def resolve(
             f"train.micro_batch_size={size} does not divide the {per_rank} sequences that each of {world_size} "
             f"ranks takes per step (train.tokens_per_step / train.seq_len / ranks)"
         )
-    train = dataclasses.replace(train, precision=precision, compile=compiled, micro_batch_size=size)
-    steps = train.num_steps if total_steps is None else total_steps
-    if steps is not None:
-        train = dataclasses.replace(train, steps=steps, tokens=None, minutes=None)
+    train = dataclasses.replace(
+        train, precision=precision, compile=compiled, micro_batch_size=size, steps=train.num_steps, tokens=None
+    )
     return Resolved(
         config=dataclasses.replace(config, train=train),
         device=device,
         world_size=world_size,
-        total_steps=TRIAL_STEPS if steps is None else steps,
+        total_steps=train.num_steps,
         micro_batch_size=size,
         gradient_accumulation_steps=per_rank // size,
         compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         compiled=compiled,
-        qat=_qat(config, steps),
+        qat=_qat(config),
     )
 
 
-def _qat(config: Config, total_steps: int | None) -> tuple[int, QuantSpec] | None:
+def _qat(config: Config) -> tuple[int, QuantSpec] | None:
     """Return `Resolved.qat`. Raises `UserError` if it begins after the end or the scheme does not fit."""
-    scheme, value, steps = config.qat.scheme, config.qat.start, total_steps or TRIAL_STEPS
+    scheme, value, steps = config.qat.scheme, config.qat.start, config.train.num_steps
     if scheme is None:
         return None
     if config.train.precision == "fp8":
@@ -116,9 +110,9 @@ def _qat(config: Config, total_steps: int | None) -> tuple[int, QuantSpec] | Non
     start = length_in_steps("qat.start", value, tokens_per_step=config.train.tokens_per_step, total_steps=steps)
     if start == steps and str(value).endswith("%") and value != "100%":
         start -= 1  # shares are rounded up
-    if total_steps and start >= steps:
+    if start >= steps:
         raise UserError(f"qat.start={value!r} is step {start}, and the run has {steps} steps; set an earlier start")
-    return (start, spec) if total_steps else None
+    return start, spec
 
 
 def _with_initial_model(config: Config) -> Config:

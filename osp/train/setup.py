@@ -6,8 +6,6 @@ Every mistake in the configuration, data, machine or folder is reported here, be
 import logging
 import math
 import os
-import statistics
-import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,13 +18,13 @@ from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
 from osp.device import native_fp8, prepare_cpu
 from osp.distributed import Peers, device_of_rank, gather_objects, init_distributed, is_main, on_all_ranks, on_main
-from osp.errors import LostRankError, RunError, UserError
+from osp.errors import LostRankError, UserError
 from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
 from osp.model.transformer import build_model, meta_model, parameter_shapes
 from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
-from osp.run.folder import STOPPED, Found, begin, check_disk, end, open_run, recorded_steps
+from osp.run.folder import STOPPED, Found, begin, check_disk, end, open_run
 from osp.run.logger import Logger, check_wandb
 from osp.run.read import differences
 from osp.train.engine import Engine
@@ -36,7 +34,6 @@ from osp.train.validate import stored_summary
 
 log = logging.getLogger(__name__)
 
-MIN_TRIAL_STEPS, TRIAL_SECONDS = 3, 3.0  # the trial of `train.minutes` ends after both
 # Keys that decide what trained weights compute or read, and those among them that only matter before the first step.
 MEANING = ("model.", *AT_TOP, "tokenizer.eos_token")
 INITIAL = ("model.init", "model.scale_residual_init", "model.max_position_embeddings")
@@ -69,12 +66,11 @@ def train(config: Config) -> None:
 def setup(config: Config) -> Trainer:
     """Return the trainer of `config`, with everything checked and the run folder begun or continued. Collective."""
     device, world_size = device_of_rank(config.engine.device), int(os.environ.get("WORLD_SIZE", "1"))
-    resolved = resolve(config, device=device, world_size=world_size, total_steps=recorded_steps(config))
+    resolved = resolve(config, device=device, world_size=world_size)
     build_groups(meta_model(resolved.config.model), config.optimizer)  # raises if a rule does not fit
     make_source(config.data)  # raises if it is unknown or names nothing to read
-    if resolved.config.train.minutes is None:
-        resolved.build_schedule()  # raises if its phases do not fit
-        resolved.build_samples()
+    resolved.build_schedule()  # raises if its phases do not fit
+    resolved.build_samples()
     init_distributed(config.engine.device, timeout_seconds=config.engine.timeout)
     if device.type == "cpu":
         prepare_cpu(config.engine.threads)
@@ -130,13 +126,9 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     engine = build_engine(resolved)
     if checkpoint is None and config.checkpoint.init_from is not None:
         load_initial_weights(config.checkpoint.init_from, engine)
-    if config.train.minutes is not None:
-        done = checkpoint.step if checkpoint else 0
-        steps = done + measure_length(resolved, config.train.minutes, engine, loader, peers, first=done)
-        resolved = resolve(given, device=device, world_size=world_size, total_steps=steps)
     before, tokenizer = checkpoint.folder if checkpoint else None, shards / "tokenizer.json"
     ranks = {"world_size": world_size, "device": str(device)}
-    lock = on_main(lambda: begin(found, resolved.config, checkpoint=before, tokenizer=tokenizer, **ranks))
+    lock = on_main(lambda: begin(found, config, checkpoint=before, tokenizer=tokenizer, **ranks))
     logger = None
     if is_main():
         step = checkpoint.step if checkpoint else 0
@@ -277,25 +269,6 @@ def load_initial_weights(path: str, engine: Engine) -> None:
     if is_main():
         norm = checkpoint.config.model.norm.name
         log.info("starting from %s, norm=%s, with its model and tokenizer", checkpoint.folder, norm)
-
-
-def measure_length(resolved: Resolved, minutes: float, engine: Engine, loader: Loader, peers: Peers, first: int) -> int:
-    """Return how many steps fit into `minutes`. Takes a few steps from `first` on, restores all state. Collective."""
-    state = [(tensor, tensor.clone()) for *_, states in engine.optimizer.local_state() for tensor in states.values()]
-    trial = Trainer(resolved, engine, loader, Path(), None, peers=peers)
-    seconds = []
-    for step in range(first, first + resolved.total_steps):
-        began = time.perf_counter()
-        if trial.train_step(step, record=True) is None:
-            raise RunError(trial.failure)
-        seconds.append(time.perf_counter() - began)
-        if on_main(lambda: len(seconds) >= MIN_TRIAL_STEPS and sum(seconds) > TRIAL_SECONDS):
-            break
-    for tensor, before in state:
-        tensor.copy_(before)
-    engine.sync_weights_from_master()
-    # the first steps compile, allocate and read cold memory
-    return on_main(lambda: max(1, int(60 * minutes / statistics.median(seconds[len(seconds) // 2 :]))))
 
 
 def _check_fp8(resolved: Resolved, shapes: dict[str, list[int]]) -> None:

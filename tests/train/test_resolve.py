@@ -11,9 +11,8 @@ import torch
 
 from osp.config import Config, from_dict, to_dict
 from osp.errors import UserError
-from osp.run.folder import RunLock, recorded_steps
-from osp.train.resolve import TRIAL_STEPS, resolve
-from osp.train.setup import train
+from osp.run.folder import RunLock
+from osp.train.resolve import resolve
 from tests.conftest import ROOT
 
 Tiny = Callable[..., Config]
@@ -44,22 +43,6 @@ def test_compile_is_automatic_below_zero_3(stage: int, compiled: bool, tiny: Tin
     config = tiny("train.compile=auto", f"engine.zero_stage={stage}")
     assert resolve(config, device=CUDA, world_size=1, bf16=True).compiled == compiled
     assert not resolve(config, device=CPU, world_size=1).compiled
-
-
-def test_minutes_give_a_trial_until_their_steps_are_known(tiny: Tiny) -> None:
-    config = tiny("train.steps=null", "train.minutes=1")
-    trial = resolve(config, device=CPU, world_size=1)
-    assert (trial.total_steps, trial.config.train.minutes) == (TRIAL_STEPS, 1.0)
-    run = resolve(config, device=CPU, world_size=1, total_steps=40)
-    assert (run.total_steps, run.config.train.steps, run.config.train.minutes) == (40, 40, None)
-
-
-def test_only_measured_steps_are_recorded(tiny: Tiny) -> None:
-    minutes = tiny("train.steps=null", "train.minutes=1")
-    assert recorded_steps(minutes) is None
-    train(tiny("train.steps=2", "eval.every=0"))
-    assert recorded_steps(minutes) == 2
-    assert recorded_steps(tiny("train.steps=9")) is None
 
 
 @pytest.mark.parametrize(

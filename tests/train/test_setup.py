@@ -133,11 +133,6 @@ def test_tokens_of_steps_of_another_size_are_not_counted_as_equal(checkpoint: Ch
     )
 
 
-def test_minutes_come_after_the_steps_of_the_other_run(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
-    train(tiny("train.steps=null", "train.minutes=0.000001", f"resume={plain_run}"))
-    assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == [7]
-
-
 @pytest.mark.parametrize("change", ["train.seed=1", "train.seq_len=16"])
 def test_unknown_place_in_the_same_text_is_refused(change: str, tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{change.split('=')[0]}: .*; set the old ones, or begin with the weights"):

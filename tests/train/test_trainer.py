@@ -1,11 +1,9 @@
 """Whole runs on a small model: their files, that they learn, and that only the mathematics decides the result."""
 
 import dataclasses
-import itertools
 import json
 import math
 import threading
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -82,30 +80,12 @@ def test_update_rms_of_muon_is_a_fifth_of_its_learning_rate(tiny: Tiny, tmp_path
     assert step["train/update_rms/gain"] == pytest.approx(0.2 * 0.01, rel=1e-4)
 
 
-def test_length_of_a_run_is_the_first_of_steps_tokens_and_minutes(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny("train.steps=null", "train.tokens=600", "train.minutes=1000", name="tokens"))
+def test_length_of_a_run_is_in_steps_or_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("train.steps=null", "train.tokens=600", name="tokens"))
     assert [e["step"] for e in read_metrics(tmp_path / "tokens") if "train/loss" in e] == [1, 2, 3]  # 600 / 256
     stored = yaml.safe_load((tmp_path / "tokens" / "config.yaml").read_text())["train"]
-    assert (stored["steps"], stored["tokens"], stored["minutes"]) == (3, None, None)
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_measuring_the_length_of_a_run_leaves_no_trace(
-    stage: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next start does not measure again: the same command continues the run."""
-    clock = types.SimpleNamespace(perf_counter=map(float, itertools.count(0)).__next__)  # a second per step
-    monkeypatch.setattr("osp.train.setup.time", clock)
-    overrides = ["train.steps=null", "train.minutes=0.1", f"engine.zero_stage={stage}"]
-    timed = tiny(*overrides, "eval.every=0", "checkpoint.every=0", name="timed")
-    train(timed)
-    steps = yaml.safe_load((tmp_path / "timed" / "config.yaml").read_text())["train"]["steps"]
-    assert len(losses(tmp_path / "timed")) == steps == 6
-    train(tiny(f"train.steps={steps}", f"engine.zero_stage={stage}", "eval.every=0", name="fixed"))
-    assert losses(tmp_path / "timed") == losses(tmp_path / "fixed")
-    assert_same_weights(tmp_path / "timed", tmp_path / "fixed")
-    train(timed)
-    assert len(losses(tmp_path / "timed")) == steps
+    assert (stored["steps"], stored["tokens"]) == (3, None)
+    assert tiny("train.steps=2", "train.tokens=600").train.num_steps == 2
 
 
 def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
