@@ -23,9 +23,11 @@ def build_samples(config: AverageConfig, *, total_steps: int, tokens_per_step: i
     """Return `sample(step, n)`: after step `step`, from 1, with n samples so far, a_n of the next one and its n.
 
     It is None where no sample is due.
-    Raises `UserError` if `horizon` is no length, or is shorter than `every`.
+    Raises `UserError` if `horizon` is no length or is shorter than `every`, or `decay` would do nothing.
     """
     kind, every, decay = config.kind, config.every, config.decay
+    if decay is not None and kind != "ema":
+        raise UserError(f"average.decay={decay} does nothing with average.kind={kind}; set average=ema")
     if kind == "none":
         return lambda step, n: None
     horizon = length_in_steps(

@@ -63,6 +63,8 @@ def test_horizon_is_the_time_constant_of_an_ema() -> None:
     [
         (("average.kind=ema", "average.horizon=2", "average.every=3"), "average.horizon=2 (2 steps) is shorter than"),
         (("average.kind=window", "average.horizon=often"), "average.horizon='often' is not a length"),
+        (("average.kind=window", "average.decay=0.9"), "average.decay=0.9 does nothing with average.kind=window; set"),
+        (("average.decay=0.9",), "average.decay=0.9 does nothing with average.kind=none; set average=ema"),
         (("average.kind=mean",), "average.kind"),
         (("eval.weights=averaged",), "eval.weights=averaged: there is no average of the weights; set average=ema"),
         (("monitor.weights=averaged",), "monitor.weights=averaged: there is no average of the weights"),
