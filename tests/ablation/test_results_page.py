@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pictures
 import pytest
 import torch
 
+from osp.config import Weights
 from osp.monitor.statistics import compute_moments, excess_kurtosis
 from osp.quant.formats import FORMATS
+from osp.run.evaluations import label
 from tests.conftest import ROOT
 from tests.documents import read_page, section, tables
 
 PAGE = read_page("docs/results.md")
+Ending = tuple[str, str, Weights]  # last learning rate in percent of the peak, weight decay, weights
 # column of the page -> quantity of the ablation
 QUANTITIES = {
     "max abs at `down_proj`": "down_proj_max",
@@ -132,6 +136,60 @@ def test_tables_of_the_remedies() -> None:
     short, long = tables(section(WHY, "What helps `down_proj`"), "row")
     for table, file in ((short, "osp_weakness.json"), (long, "osp_weakness_long.json")):
         assert_costs(table, cells_of(file, "tuned"), "held_out", kurtosis="down_proj_kurtosis")
+
+
+# a change of the second table on endings -> its pairs: an ending, and the same with the change
+LAST_RATES, DECAYS = ("0", "10", "30"), ("0.01", "0.1")
+BOTH: tuple[Weights, Weights] = ("trained", "averaged")
+CHANGES: dict[str, list[tuple[Ending, Ending]]] = {
+    "averaged weights": [((f, d, "trained"), (f, d, "averaged")) for f in LAST_RATES for d in DECAYS],
+    "last rate 10%": [(("0", d, "trained"), ("10", d, "trained")) for d in DECAYS],
+    "last rate 30%": [(("0", d, "trained"), ("30", d, "trained")) for d in DECAYS],
+    "last rate 30%, averaged": [(("0", d, "averaged"), ("30", d, "averaged")) for d in DECAYS],
+    "weight decay 0.1": [((f, "0.01", "trained"), (f, "0.1", "trained")) for f in LAST_RATES],
+    "weight decay 0.1, averaged": [((f, "0.01", "averaged"), (f, "0.1", "averaged")) for f in LAST_RATES],
+}
+
+
+def test_tables_of_endings() -> None:
+    """First the mean of each ending as trained and averaged, then mean changes and how many pairs of runs fell."""
+    runs = json.loads((ROOT / "benchmarks" / "nano_endings.json").read_text(encoding="utf-8"))["runs"]
+    seeds = {run["seed"] for run in runs}
+    numbers = {(run["row"], run["seed"]): run["numbers"] for run in runs}
+
+    def read(recipe: str, ending: Ending, seed: int, column: str) -> float:
+        last_rate, decay, weights = ending
+        row = label(f"{recipe}_final{last_rate}_wd{decay}", weights)
+        return numbers[row, seed]["held_out loss" if column == "at 16 bits" else f"held_out cost {column}"]
+
+    means, changes = (tables(section(PAGE, "How a training ends"), title)[0] for title in ("recipe", "change"))
+    assert len(means) == 3 * len(LAST_RATES) * len(DECAYS)
+    for row in means:
+        recipe, last_rate, decay, *columns = row
+        for column in columns:
+            for text, weights in zip(row[column].split(" / "), BOTH, strict=True):
+                ending: Ending = (row[last_rate].strip("%"), row[decay], weights)
+                mean = statistics.fmean(read(row[recipe].strip("`"), ending, seed, column) for seed in seeds)
+                assert float(text) == pytest.approx(mean, abs=0.5001 * 10 ** -len(text.partition(".")[2]))
+    costs = {
+        weights: statistics.fmean(
+            read("osp", (f, d, weights), seed, "4-4-4") for f in LAST_RATES for d in DECAYS for seed in seeds
+        )
+        for weights in BOTH
+    }
+    assert f"4-4-4 costs `osp` {costs['averaged']:.3f} nats instead of {costs['trained']:.3f} |" in PAGE
+    assert [(row["change"], row["recipe"].strip("`")) for row in changes] == [
+        (change, recipe) for change in CHANGES for recipe in ("adam", "osp", "osp_plus")
+    ]
+    for row in changes:
+        _, recipe, *columns = row
+        for column in columns:
+            gaps = [
+                read(row[recipe].strip("`"), after, seed, column) - read(row[recipe].strip("`"), before, seed, column)
+                for before, after in CHANGES[row["change"]]
+                for seed in seeds
+            ]
+            assert row[column] == f"{statistics.fmean(gaps):+.4f}, {sum(gap < 0 for gap in gaps)} of {len(gaps)}"
 
 
 def test_tables_of_planted_outliers() -> None:
