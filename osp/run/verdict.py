@@ -168,10 +168,12 @@ def judge_run(run: Run) -> FourBitVerdict:
     """Return the verdict by the best evidence: the measured cost of 4 bits, else R_L, else the sites' kurtosis."""
     cost, sites, path, fit = measured_cost(run), judge_sites(run), rate_times_steps(run), _FILE["estimate"]
     outliers, raised = (", ".join(s.kind for s in sites if s.word == word) for word in ("outlier", "raised"))
-    in_format = dict(leaves(run.config)).get("monitor.quant")  # the estimate is of 4-bit integers
+    in_format, probed = map(dict(leaves(run.config)).get, ("monitor.quant", "monitor.weights"))
+    # the estimate is of 4-bit integers
     errors, nats, now = None if in_format else run.series.get("monitor/R_L"), math.nan, run.step
     step, error = (int(errors.steps[-1]), errors.last) if errors and len(errors.finite) else (-1, math.nan)
     words: dict[str, Any] = {"folder": run.folder, "sites": outliers, "raised": raised, "R_L": f"{error:.3g}", **fit}
+    words["of"] = " for the averaged weights" * (probed == "averaged")
     if cost:
         rests_on, nats, step = "measured", cost.nats, cost.step
         words |= {"before": format_short(cost.before), "after": format_short(cost.after)}

@@ -106,6 +106,13 @@ def test_without_a_cost_it_is_estimated_from_the_error_of_the_hidden_state(
     assert f"`python scripts/evaluate.py {tmp_path / 'run'} quant=osp_paper` measures the cost." in found.remarks
 
 
+def test_estimate_names_averaged_weights(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {"step": 1000, "monitor/R_L": 0.019})
+    assert judge_run(run).remarks[0].startswith("An estimate after step 1,000: ")
+    run.config["monitor"] = {"weights": "averaged"}
+    assert judge_run(run).remarks[0].startswith("An estimate for the averaged weights after step 1,000: ")
+
+
 def test_error_in_another_format_decides_nothing(tmp_path: Path) -> None:
     """The estimate is fitted to 4-bit integers."""
     run = run_with(tmp_path, {"step": 1000, "monitor/R_L": 0.115})
