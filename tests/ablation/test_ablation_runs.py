@@ -25,6 +25,7 @@ LABELS = {  # of published presets -> hash of the names of their runs
     "60m": "bc45fce2d1c8",
     "backcopy": "c99f9ce7d40e",
     "nano": "c3a26dcfa084",
+    "nano_endings": "3eae9a122559",
     "nano_past": "d398cbfbe233",
     "outliers": "fb92eda6cc3e",
     "osp_weakness": "4d9a3f9c5ad6",
