@@ -229,6 +229,7 @@ def from_json(values: dict[str, Any]) -> Results:
         ("ablation_nano_past", "nano_past"),
         ("backcopy", "backcopy"),
         ("nano_endings", "nano_endings"),
+        ("nano_recipes", "nano_recipes"),
         ("osp_weakness", "osp_weakness"),
         ("osp_weakness_long", "osp_weakness"),
         ("outliers", "outliers"),

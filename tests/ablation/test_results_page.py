@@ -193,6 +193,39 @@ def test_tables_of_endings() -> None:
             assert row[column] == f"{statistics.fmean(gaps):+.4f}, {sum(gap < 0 for gap in gaps)} of {len(gaps)}"
 
 
+def test_table_of_switches() -> None:
+    """As trained / averaged: loss and costs, then the loss at 4-4-4 minus osp's, with a * beyond twice the spread."""
+    cells = cells_of("nano_recipes.json", "tuned")
+    table, _ = (tables(section(PAGE, "Which switch helps at 4 bits"), title)[0] for title in ("row", "scheme"))
+    assert [row["row"].strip("`") for row in table] == [name for name in cells if not name.endswith(", averaged")]
+    for row in table:
+        name, _, *costs, total = row
+        for column in [*costs, total]:
+            for text, weights in zip(row[column].split(" / "), BOTH, strict=True):
+                ours, osp = (cells[label(one, weights)] for one in (row[name].strip("`"), "osp"))
+                if column == total:
+                    a, b = ours["nats_4"], osp["nats_4"]
+                    gap, spread = a["mean"] - b["mean"], math.hypot(a["deviation"], b["deviation"])
+                    assert text == f"{gap:+.3f}" + " *" * (abs(gap) > 2 * spread)
+                else:
+                    mean = ours["held_out loss" if column == "at 16 bits" else f"held_out cost {column}"]["mean"]
+                    assert float(text) == pytest.approx(mean, abs=0.5001 * 10 ** -len(text.partition(".")[2]))
+
+
+def test_table_of_quantization_aware_endings() -> None:
+    """The loss after rounding, of osp and of the row that was trained with it, by seeds."""
+    runs = json.loads((ROOT / "benchmarks" / "nano_recipes.json").read_text(encoding="utf-8"))["runs"]
+    _, table = (tables(section(PAGE, "Which switch helps at 4 bits"), title)[0] for title in ("row", "scheme"))
+    assert len(table) == 6
+    for row in table:
+        scheme, rounding, *columns = row.values()
+        rows = [label(name, weights) for name in ("osp", f"osp_qat_{scheme.strip('`')}") for weights in BOTH]
+        for text, wanted in zip(columns, rows, strict=True):
+            numbers = [run["numbers"] for run in runs if run["row"] == wanted]
+            losses = [values["held_out loss"] + values[f"held_out cost {rounding}"] for values in numbers]
+            assert_written(text, statistics.fmean(losses), statistics.stdev(losses))
+
+
 def test_tables_of_planted_outliers() -> None:
     results = json.loads((ROOT / "benchmarks" / "retrofit.json").read_text(encoding="utf-8"))["results"]
     names = ("before", "adam, RMSNorm", "muon, RMSNorm", "ssnorm, before", "muon, SSNorm")
