@@ -212,6 +212,22 @@ def test_table_of_switches() -> None:
                     assert float(text) == pytest.approx(mean, abs=0.5001 * 10 ** -len(text.partition(".")[2]))
 
 
+def test_figures_of_the_longer_budget() -> None:
+    """After 8.2 M tokens: costs, losses at 16 bits, and the best totals at 4-4-4."""
+    cells, name = cells_of("nano_recipes_long.json", "tuned"), "osp_kurtosis_peri_ending"
+    text = " ".join(section(PAGE, "Which switch helps at 4 bits").split())
+
+    def means(row: str, quantity: str) -> list[str]:
+        return [f"{cells[label(row, weights)][quantity]['mean']:.3f}" for weights in BOTH]
+
+    (trained, averaged), theirs = means("osp", "cost"), means(name, "cost")
+    assert (
+        f"4-4-4 costs `osp` {trained} as trained and {averaged} averaged, and `{name}` {' and '.join(theirs)}." in text
+    )
+    assert f"{' and '.join(means(name, 'nats_16'))} against {' and '.join(means('osp', 'nats_16'))}," in text
+    assert f"averaged `osp` is ahead, {means('osp', 'nats_4')[1]} to {means(name, 'nats_4')[1]}." in text
+
+
 def test_table_of_quantization_aware_endings() -> None:
     """The loss after rounding, of osp and of the row that was trained with it, by seeds."""
     runs = json.loads((ROOT / "benchmarks" / "nano_recipes.json").read_text(encoding="utf-8"))["runs"]
