@@ -27,12 +27,16 @@ class Resolved:
     config: Config
     device: torch.device
     world_size: int
-    total_steps: int
     micro_batch_size: int  # sequences per rank and backward pass
     gradient_accumulation_steps: int  # backward passes per rank and optimizer step
     compute_dtype: torch.dtype  # of matmuls and activations; with fp8 of all but the matmuls in the blocks
     compiled: bool  # every block by torch.compile
     qat: tuple[int, QuantSpec] | None  # first step, from 0, with rounded blocks, and how; None: none
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.config.train.num_steps
 
     def build_schedule(self) -> Callable[[int], float]:
         """Return the learning rate over its peak as a function of the step. Raises `UserError` if phases overlap."""
@@ -89,7 +93,6 @@ def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool
         config=dataclasses.replace(config, train=train),
         device=device,
         world_size=world_size,
-        total_steps=train.num_steps,
         micro_batch_size=size,
         gradient_accumulation_steps=per_rank // size,
         compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,

@@ -58,7 +58,7 @@ class Trainer:
     folder: Path
     logger: Logger | None
     peers: Peers
-    lock: RunLock | None = None
+    lock: RunLock
 
     def __post_init__(self) -> None:
         engine, config = self.engine, self.resolved.config
@@ -75,7 +75,7 @@ class Trainer:
         tau = config.qk_clip.tau
         self.qk_clip = None if tau is None else QkClip(engine, tau)
         self.guard = StepGuard(config, self.loader, report=self.folder / "nonfinite.json" if self.logger else None)
-        saves, token = self.folder / "checkpoints", self.lock.token if self.lock else ""
+        saves, token = self.folder / "checkpoints", self.lock.token
         self.saver = Saver(saves, config.checkpoint, token=token, rank=engine.rank, gather=gather_objects)
         self.step = 0  # optimizer steps taken
         self.restored = (0, 0)  # step and tokens of the checkpoint that this run continues
@@ -153,8 +153,7 @@ class Trainer:
         """End the threads of this run and release its folder."""
         self.loader.close()
         self.saver.close()
-        if self.lock:
-            self.lock.release()
+        self.lock.release()
 
     def train_step(self, step: int, *, record: bool) -> dict[str, float] | None:
         """Take optimizer step `step`, counted from 0, and return its metrics. Collective: every rank calls it.
@@ -322,7 +321,7 @@ class Trainer:
         world_size = self.engine.world_size
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
-            lost, problem = self.lock.lost() if self.lock else None, self.loader.problem(step)
+            lost, problem = self.lock.lost(), self.loader.problem(step)
             flags = bool(self.stop), ready, self.saver.write_done, bool(lost), bool(problem)
             num_stopped, num_ready, num_written, num_lost, num_failed = count_flags(*flags, device=self.engine.device)
             if num_lost or num_failed:

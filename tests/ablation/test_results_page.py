@@ -41,11 +41,11 @@ def cells_of(file: str, rates: str) -> dict[str, dict[str, Any]]:
     return {row["row"]: row["cells"] for row in rows if row["rates"] == rates}
 
 
-def assert_written(cell: str, mean: float, deviation: float) -> None:
-    """Check `1.23±0.45` against a mean and a deviation, to the digits that are written."""
-    for text, number in zip(cell.split("±"), (mean, deviation), strict=True):
+def assert_written(cell: str, *numbers: float) -> None:
+    """Check `1.23±0.45` against a mean and a deviation, or `1.2 / 3.4` against two numbers, to the written digits."""
+    for text, number in zip(re.split("±| / ", cell), numbers, strict=True):
         digits = len(text.partition(".")[2])
-        assert abs(float(text) - number) <= 0.5001 * 10**-digits, (cell, mean, deviation)
+        assert abs(float(text) - number) <= 0.5001 * 10**-digits, (cell, numbers)
 
 
 def assert_cells(row: dict[str, str], measured: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
@@ -167,10 +167,12 @@ def test_tables_of_endings() -> None:
     for row in means:
         recipe, last_rate, decay, *columns = row
         for column in columns:
-            for text, weights in zip(row[column].split(" / "), BOTH, strict=True):
-                ending: Ending = (row[last_rate].strip("%"), row[decay], weights)
-                mean = statistics.fmean(read(row[recipe].strip("`"), ending, seed, column) for seed in seeds)
-                assert float(text) == pytest.approx(mean, abs=0.5001 * 10 ** -len(text.partition(".")[2]))
+            endings: list[Ending] = [(row[last_rate].strip("%"), row[decay], weights) for weights in BOTH]
+            means_of_seeds = [
+                statistics.fmean(read(row[recipe].strip("`"), ending, seed, column) for seed in seeds)
+                for ending in endings
+            ]
+            assert_written(row[column], *means_of_seeds)
     for recipe in ("osp", "osp_plus", "adam"):
         averaged, trained = (
             statistics.fmean(
@@ -200,16 +202,14 @@ def test_table_of_switches() -> None:
     assert [row["row"].strip("`") for row in table] == [name for name in cells if not name.endswith(", averaged")]
     for row in table:
         name, _, *costs, total = row
-        for column in [*costs, total]:
-            for text, weights in zip(row[column].split(" / "), BOTH, strict=True):
-                ours, osp = (cells[label(one, weights)] for one in (row[name].strip("`"), "osp"))
-                if column == total:
-                    a, b = ours["nats_4"], osp["nats_4"]
-                    gap, spread = a["mean"] - b["mean"], math.hypot(a["deviation"], b["deviation"])
-                    assert text == f"{gap:+.3f}" + " *" * (abs(gap) > 2 * spread)
-                else:
-                    mean = ours["held_out loss" if column == "at 16 bits" else f"held_out cost {column}"]["mean"]
-                    assert float(text) == pytest.approx(mean, abs=0.5001 * 10 ** -len(text.partition(".")[2]))
+        pairs = [[cells[label(one, weights)] for weights in BOTH] for one in (row[name].strip("`"), "osp")]
+        for column in costs:
+            quantity = "held_out loss" if column == "at 16 bits" else f"held_out cost {column}"
+            assert_written(row[column], *(ours[quantity]["mean"] for ours in pairs[0]))
+        for text, ours, osp in zip(row[total].split(" / "), *pairs, strict=True):
+            a, b = ours["nats_4"], osp["nats_4"]
+            gap, spread = a["mean"] - b["mean"], math.hypot(a["deviation"], b["deviation"])
+            assert text == f"{gap:+.3f}" + " *" * (abs(gap) > 2 * spread)
 
 
 def test_figures_of_the_longer_budget() -> None:

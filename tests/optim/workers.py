@@ -41,7 +41,6 @@ def engine_of(
         Config(optimizer=optimizer, engine=EngineConfig(zero_stage=stage), train=TrainConfig(grad_clip=clip)),
         device=torch.device("cpu"),
         world_size=torch.distributed.get_world_size(),
-        total_steps=STEPS,
         micro_batch_size=rows,
         gradient_accumulation_steps=accumulation,
         compute_dtype=torch.float32,
