@@ -58,9 +58,12 @@ Write = Callable[..., Written]
 
 @pytest.fixture(scope="module")
 def run(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    model = {**tiny_values["model"], "hidden_size": 128, "intermediate_size": 172}  # padded to 256
-    train(from_dict({**tiny_values, "model": model, "run": {"name": "run", "dir": str(folder)}}))
+    return _train(tiny_values, tmp_path_factory.mktemp("trained") / "run")
+
+
+def _train(values: dict[str, Any], folder: Path, **model: Any) -> Path:
+    model = {**values["model"], "hidden_size": 128, "intermediate_size": 172, **model}  # padded to 256
+    train(from_dict({**values, "model": model, "run": {"name": "run", "dir": str(folder)}}))
     return folder
 
 
@@ -158,6 +161,18 @@ def test_transformers_has_our_weights_and_perplexity(
     for name, ours in written.weights.items():
         close = torch.allclose(theirs[name], ours, rtol=2e-7, atol=0)  # the tensor scale is divided by at another place
         assert close if scheme.startswith("NVFP4") else torch.equal(theirs[name], ours), name
+
+
+def test_a_tied_head_is_the_embedding(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    run = _train(tiny_values, tmp_path / "run", tie_embeddings=True, embed_proj=False)
+    for scheme in ("W4A16", "NVFP4"):
+        (folder := tmp_path / scheme).mkdir()
+        written = _write(run, scheme, folder, {})
+        assert HEAD not in stored(written)
+        assert HEAD not in FORMAT.above_four_bits(folder)
+        client: Any = FORMAT.open(folder, torch.device("cpu"))
+        assert client.model.lm_head.weight is client.model.model.embed_tokens.weight
+        assert math.exp(nats(client.logits, written.ids) - written.nats) == pytest.approx(1, abs=1e-4)
 
 
 def test_roundings_differ(write: Write) -> None:
