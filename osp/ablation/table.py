@@ -190,11 +190,12 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
     """Return the values of ablation.md. The first row of a table is its heading."""
     num_seeds, key, quantities = len(config.seeds), config.sweep.key or "", WORDS["quantities"]
     spread = "95% interval (Student's t)" if config.interval else "standard deviation"
+    guard = " or ".join(f"{limit:g} nats on {text}" for text, limit in config.guard.items())
     words = {
         "seeds": f"mean ± {spread} over {num_seeds} seeds" if num_seeds > 1 else "one seed",
         "scale": WORDS["paper"]["scale"],
         "texts": ", ".join(results.data) or "no text",
-        "guard": " or ".join(f"{limit:g} nats on {text}" for text, limit in config.guard.items()),
+        "guard": WORDS["unsolved"].format(guard=guard) if guard else "",
         "meanings": "; ".join(f"{TITLES[name]}: {quantities[name]['says']}" for name in config.quantities),
     }
     sections, limits = [], [(f"{text} loss", limit) for text, limit in config.guard.items()]

@@ -219,6 +219,8 @@ def test_pages_and_json_have_the_costs(ablation: tuple[AblationConfig, Results])
     text = render_text(ROOT / "osp" / "ablation" / "ablation.md", **contents(results, wanted))
     assert "mean ± 95% interval (Student's t) over 3 seeds" in text
     assert "unsolved lose more than 0.1 nats on copied at 16 bits" in text
+    free = render_text(ROOT / "osp" / "ablation" / "ablation.md", **contents(results, replace(wanted, guard={})))
+    assert "unsolved" not in free
     assert "| row | largest kurtosis | validation loss |\n" in text
     assert "In brackets the paper's" not in text
     assert "Perplexity by bits" not in text
