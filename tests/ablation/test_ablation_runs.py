@@ -27,6 +27,7 @@ LABELS = {  # of published presets -> hash of the names of their runs
     "nano": "c3a26dcfa084",
     "nano_endings": "3eae9a122559",
     "nano_past": "d398cbfbe233",
+    "nano_recipes": "f4e7a6131c4c",
     "outliers": "fb92eda6cc3e",
     "osp_weakness": "4d9a3f9c5ad6",
     "twice": "c27f0219beef",

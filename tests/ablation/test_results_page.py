@@ -141,6 +141,7 @@ def test_tables_of_the_remedies() -> None:
 # a change of the second table on endings -> its pairs: an ending, and the same with the change
 LAST_RATES, DECAYS = ("0", "10", "30"), ("0.01", "0.1")
 BOTH: tuple[Weights, Weights] = ("trained", "averaged")
+TOTAL = "4-4-4 in total, against `osp`"
 CHANGES: dict[str, list[tuple[Ending, Ending]]] = {
     "averaged weights": [((f, d, "trained"), (f, d, "averaged")) for f in LAST_RATES for d in DECAYS],
     "last rate 10%": [(("0", d, "trained"), ("10", d, "trained")) for d in DECAYS],
@@ -195,46 +196,62 @@ def test_tables_of_endings() -> None:
             assert row[column] == f"{statistics.fmean(gaps):+.4f}, {sum(gap < 0 for gap in gaps)} of {len(gaps)}"
 
 
-def test_table_of_switches() -> None:
-    """As trained / averaged: loss and costs, then the loss at 4-4-4 minus osp's, with a * beyond twice the spread."""
-    cells = cells_of("nano_recipes.json", "tuned")
-    table, _ = (tables(section(PAGE, "Which switch helps at 4 bits"), title)[0] for title in ("row", "scheme"))
-    assert [row["row"].strip("`") for row in table] == [name for name in cells if not name.endswith(", averaged")]
-    for row in table:
-        name, _, *costs, total = row
-        pairs = [[cells[label(one, weights)] for weights in BOTH] for one in (row[name].strip("`"), "osp")]
-        for column in costs:
-            quantity = "held_out loss" if column == "at 16 bits" else f"held_out cost {column}"
-            assert_written(row[column], *(ours[quantity]["mean"] for ours in pairs[0]))
-        for text, ours, osp in zip(row[total].split(" / "), *pairs, strict=True):
-            a, b = ours["nats_4"], osp["nats_4"]
-            gap, spread = a["mean"] - b["mean"], math.hypot(a["deviation"], b["deviation"])
-            assert text == f"{gap:+.3f}" + " *" * (abs(gap) > 2 * spread)
+def test_tables_of_switches() -> None:
+    """As trained / averaged: loss and costs, then the loss at 4-4-4 minus osp's, with a * beyond twice the spread.
 
-
-def test_figures_of_the_longer_budget() -> None:
-    """After 8.2 M tokens: costs, losses at 16 bits, and the best totals at 4-4-4."""
-    cells, name = cells_of("nano_recipes_long.json", "tuned"), "osp_kurtosis_peri_ending"
-    text = " ".join(section(PAGE, "Which switch helps at 4 bits").split())
-
-    def means(row: str, quantity: str) -> list[str]:
-        return [f"{cells[label(row, weights)][quantity]['mean']:.3f}" for weights in BOTH]
-
-    (trained, averaged), theirs = means("osp", "cost"), means(name, "cost")
-    assert (
-        f"4-4-4 costs `osp` {trained} as trained and {averaged} averaged, and `{name}` {' and '.join(theirs)}." in text
+    First 1.5 M tokens, then 8.2 M. The README has gains of osp_penalty, averaged, and of averaging.
+    """
+    short, long = tables(section(PAGE, "Which switch helps at 4 bits"), "row")
+    short_gain, long_gain = (
+        -float(row[TOTAL].split(" / ")[1].strip(" *"))
+        for table in (short, long)
+        for row in table
+        if row["row"] == "`osp_penalty`"
     )
-    assert f"{' and '.join(means(name, 'nats_16'))} against {' and '.join(means('osp', 'nats_16'))}," in text
-    assert f"averaged `osp` is ahead, {means('osp', 'nats_4')[1]} to {means(name, 'nats_4')[1]}." in text
+    assert f"{short_gain:.2f} nats less at 4-4-4 after 1.5 M tokens, {long_gain:.2f} after 8.2 M" in README
+    for table, file in ((short, "nano_recipes.json"), (long, "nano_recipes_long.json")):
+        cells = cells_of(file, "tuned")
+        assert [row["row"].strip("`") for row in table] == [name for name in cells if not name.endswith(", averaged")]
+        for row in table:
+            columns = row.keys() - {"row", "switch", TOTAL}
+            pairs = [[cells[label(one, weights)] for weights in BOTH] for one in (row["row"].strip("`"), "osp")]
+            for column in columns:
+                quantity = "held_out loss" if column == "at 16 bits" else f"held_out cost {column}"
+                assert_written(row[column], *(ours[quantity]["mean"] for ours in pairs[0]))
+            for text, ours, osp in zip(row[TOTAL].split(" / "), *pairs, strict=True):
+                a, b = ours["nats_4"], osp["nats_4"]
+                gap, spread = a["mean"] - b["mean"], math.hypot(a["deviation"], b["deviation"])
+                assert text == f"{gap:+.3f}" + " *" * (abs(gap) > 2 * spread)
+    trained, averaged = (cells_of("nano_recipes_long.json", "tuned")[label("osp", which)]["cost"] for which in BOTH)
+    assert f"after 8.2 M tokens `osp` {averaged['mean']:.3f} instead of {trained['mean']:.3f}" in README
+
+
+def test_averaging_lowers_the_cost_of_this_many_models() -> None:
+    files = [ROOT / "benchmarks" / f"nano_recipes{length}.json" for length in ("", "_long")]
+    gaps = []
+    for file in files:
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        costs = {(run["row"], run["seed"]): run["numbers"]["cost"] for run in runs}
+        gaps += [costs[label(row, "averaged"), seed] - cost for (row, seed), cost in costs.items() if "," not in row]
+    assert f"in {sum(gap < 0 for gap in gaps)} of {len(gaps)} models**" in section(PAGE, "Which switch helps at 4 bits")
+
+
+def test_gain_of_osp_plus_with_more_tokens() -> None:
+    cells = cells_of("nano_recipes_long.json", "tuned")
+    (table,) = tables(section(PAGE, "Past the paper"), "`osp_plus` against `osp`")
+    (row,) = [row for row in table if "8.2 M" in row["`osp_plus` against `osp`"]]
+    for column, quantity in (("gain at 16-16-16, nats", "nats_16"), ("gain at 4-4-4, nats", "nats_4")):
+        assert_written(row[column], cells["osp"][quantity]["mean"] - cells["osp_plus"][quantity]["mean"])
 
 
 def test_table_of_quantization_aware_endings() -> None:
     """The loss after rounding, of osp and of the row that was trained with it, by seeds."""
-    runs = json.loads((ROOT / "benchmarks" / "nano_recipes.json").read_text(encoding="utf-8"))["runs"]
-    _, table = (tables(section(PAGE, "Which switch helps at 4 bits"), title)[0] for title in ("row", "scheme"))
-    assert len(table) == 6
+    files = {"1.5 M": "nano_recipes.json", "8.2 M": "nano_recipes_long.json"}
+    (table,) = tables(section(PAGE, "Which switch helps at 4 bits"), "scheme")
+    assert len(table) == 8
     for row in table:
-        scheme, rounding, *columns = row.values()
+        scheme, tokens, rounding, *columns = row.values()
+        runs = json.loads((ROOT / "benchmarks" / files[tokens]).read_text(encoding="utf-8"))["runs"]
         rows = [label(name, weights) for name in ("osp", f"osp_qat_{scheme.strip('`')}") for weights in BOTH]
         for text, wanted in zip(columns, rows, strict=True):
             numbers = [run["numbers"] for run in runs if run["row"] == wanted]
