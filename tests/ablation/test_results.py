@@ -231,6 +231,7 @@ def from_json(values: dict[str, Any]) -> Results:
         ("nano_endings", "nano_endings"),
         ("nano_recipes", "nano_recipes"),
         ("nano_recipes_long", "nano_recipes"),
+        ("nano_recipes_rates", "nano_recipes"),
         ("osp_weakness", "osp_weakness"),
         ("osp_weakness_long", "osp_weakness"),
         ("outliers", "outliers"),

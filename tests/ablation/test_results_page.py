@@ -236,6 +236,19 @@ def test_averaging_lowers_the_cost_of_this_many_models() -> None:
     assert f"in {sum(gap < 0 for gap in gaps)} of {len(gaps)} models**" in section(PAGE, "Which switch helps at 4 bits")
 
 
+def test_table_of_penalties_and_learning_rates() -> None:
+    """With seed 0: the loss at 4-4-4 as trained / averaged."""
+    files = [ROOT / "benchmarks" / f"nano_recipes_{name}.json" for name in ("long", "rates")]
+    runs = [run for file in files for run in json.loads(file.read_text(encoding="utf-8"))["runs"] if run["seed"] == 0]
+    nats = {run["row"]: run["numbers"]["nats_4"] for run in runs}
+    (table,) = tables(section(PAGE, "Which switch helps at 4 bits"), "penalty")
+    rows = {"0.01": ("osp_penalty", "osp_penalty_1e-2"), "0.1": ("osp_plus_5e-3", "osp_plus")}
+    assert [row["penalty"] for row in table] == list(rows)
+    for row in table:
+        for column, name in zip(("5e-3", "1e-2"), rows[row["penalty"]], strict=True):
+            assert_written(row[column].partition(" (")[0], *(nats[label(name, weights)] for weights in BOTH))
+
+
 def test_gain_of_osp_plus_with_more_tokens() -> None:
     cells = cells_of("nano_recipes_long.json", "tuned")
     (table,) = tables(section(PAGE, "Past the paper"), "`osp_plus` against `osp`")
