@@ -210,24 +210,23 @@ def contents(results: Results, config: AblationConfig) -> dict[str, Any]:
             title, says = (text.format(**words, **more, first_row=lines[0].row) for text in WORDS["tables"][name])
             cards += [(title, says, rows)] if len(rows) > 1 else []
         says = " ".join(filter(None, (verdict(*pair, on=next(iter(config.guard), None)) for pair in compared)))
-        sections.append((f"rates-{rates}", f"Learning rates: {rates}", says, cards))
+        sections.append((f"Learning rates: {rates}", says, cards))
     if results.sweep:
         rows = [["row", key, *(TITLES.get(name, name) for name in SWEPT)]]
         for run in itertools.chain(*results.sweep.values()):
             rows.append([run.row, str(run.value), *(format_number(run.numbers.get(name, math.nan)) for name in SWEPT)])
         rows = bracket_table(results, config) if config.sweep.factors else rows
         says = f"Every row at each value, all else equal, with seed {config.seeds[0]}."
-        sections.append(("sweep", f"Over {key}", says, [("Numbers", "", rows)]))
+        sections.append((f"Over {key}", says, [("Numbers", "", rows)]))
     rows = [[column, digest, results.specs.get(digest, "")] for column, digest in results.columns.items()]
-    cards = [("Quantizations", "", [["column", "quantization", "in words"], *rows])]
-    sections.append(("provenance", "Where the numbers are from", "", cards))
     missing = dict.fromkeys(label for line in results.rows for label in line.missing)
     texts = [f"text {name}: SHA-256 {digest}" for name, digest in results.data.items()]
     return {
         "title": "What outliers cost, by recipe",
         "about": results.about,
         "missing": [f"{label}: {results.failures.get(label, 'not trained yet')}" for label in missing],
-        "sections": sections,  # each: id, heading, a sentence, tables (title, caption, rows)
+        "sections": sections,  # each: heading, a sentence, tables (title, caption, rows)
+        "quantizations": [["column", "quantization", "in words"], *rows],
         "sources": [*texts, f"commit {', '.join(results.commits) or 'unknown'}"],
     }
 

@@ -91,7 +91,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[AblationConfig, 
 
 def table(wanted: AblationConfig, results: Results, title: str) -> dict[str, dict[str, str]]:
     """Return row -> heading -> cell of the table with this title."""
-    cards = [card for _, _, _, cards in contents(results, wanted)["sections"] for card in cards]
+    cards = [card for _, _, cards in contents(results, wanted)["sections"] for card in cards]
     ((heading, *rows),) = [rows for name, _, rows in cards if name == title]
     return {row[0]: dict(zip(heading, row, strict=True)) for row in rows}
 
@@ -158,7 +158,7 @@ def test_differences_name_the_row_and_mark_what_exceeds_the_interval(ablation: t
 def test_row_that_does_not_solve_the_task_is_marked_and_left_out(ablation: tuple[AblationConfig, Results]) -> None:
     """`slow` has the lowest cost of all rows."""
     wanted, results = ablation
-    (says,) = [says for name, _, says, _ in contents(results, wanted)["sections"] if name == "rates-best"]
+    (says,) = [says for name, says, _ in contents(results, wanted)["sections"] if name == "Learning rates: best"]
     assert re.fullmatch(
         r"4-4-4 costs adam 0\.0140 ± \S+ and osp 0\.0097 ± \S+ nats per token on copied: \S.*\. "
         r"4-4-4 costs muon 0\.0620 ± \S+ and osp 0\.0097 ± \S+ nats per token on copied: \S.*\.",
@@ -166,7 +166,7 @@ def test_row_that_does_not_solve_the_task_is_marked_and_left_out(ablation: tuple
     )
     assert list(table(wanted, results, "Outliers and quality"))[-1] == "slow (unsolved)"
     everywhere = replace(wanted, guard={"copied": 0.4})
-    assert "and slow 0.0020" in contents(results, everywhere)["sections"][0][2]
+    assert "and slow 0.0020" in contents(results, everywhere)["sections"][0][1]
     assert list(table(everywhere, results, "Outliers and quality"))[-1] == "slow"
 
 
@@ -192,9 +192,9 @@ def test_row_without_numbers_leaves_the_others_alone(ablation: tuple[AblationCon
     broken = replace(results, rows=lines, runs=[run for run in results.runs if run.row != "muon"])
     assert set(table(wanted, broken, "Costs on copied")["muon"].values()) == {"muon", "-"}
     assert set(table(wanted, broken, "Costs on copied minus the costs of adam")["muon"].values()) == {"muon", "-"}
-    titles = [title for _, _, _, cards in contents(broken, wanted)["sections"] for title, _, _ in cards]
+    titles = [title for _, _, cards in contents(broken, wanted)["sections"] for title, _, _ in cards]
     assert "Costs on copied minus the costs of muon" not in titles
-    assert contents(broken, wanted)["sections"][0][2].count("4-4-4 costs") == 1
+    assert contents(broken, wanted)["sections"][0][1].count("4-4-4 costs") == 1
 
 
 def test_record_with_other_columns_is_measured_again(tmp_path: Path) -> None:
