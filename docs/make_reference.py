@@ -51,7 +51,7 @@ GROUPS = {
 UNBOUNDED = 10**6  # upper bounds from here on only refuse what no machine holds, and are left out
 # In comments: first words of clauses that name a choice of another key, and first parts of dotted names.
 ONLY_FOR = (
-    "layernorm", "rmsnorm", "crmsnorm", "dyt", "derf", "bhyt", "llama3", "muon", "gptq", "spinquant", "hf", "text",
+    "layernorm", "rmsnorm", "crmsnorm", "dyt", "derf", "bhyt", "llama3", "muon", "gptq", "hf", "text",
     "mixture", "trapezoid", "auto",
 )  # fmt: skip
 SET_BY = {

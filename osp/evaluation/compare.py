@@ -73,8 +73,6 @@ def compare_one(subject: LanguageModel, config: CompareConfig) -> Iterator[Compa
     methods = {}
     if config.methods != "none":
         methods = {method: named[row].at(COLUMNS[-1]) for method, row in METHODS.items()}
-        if config.spinquant:
-            methods["+ SpinQuant"] = dataclasses.replace(methods["+ QuaRot"], rotation="spinquant")
     specs = [*cells.values(), *methods.values()]
     wanted = {str(spec): spec for spec in specs}
     scores: dict[str, Score] = {}

@@ -78,5 +78,4 @@ class CompareConfig(MeasureConfig):
     columns: Annotated[tuple[Column, ...], Field(min_length=1)] = (*COLUMNS, *DEPLOYED_COLUMNS)
     # Where GPTQ and QuaRot are measured: nowhere, at 4-4-4 as in table 4, or at every column of table 2
     methods: Literal["none", "last", "all"] = "last"
-    spinquant: bool = False  # measure the last row of table 4 too, which takes longest
     kurtosis_tokens: Count = 16_384  # tokens of the first text for its kurtosis, at most; the paper has 262144 of C4

@@ -27,7 +27,8 @@ from osp.quant.gptq import quantize_weights_gptq
 from osp.quant.grid import Grid, StraightThrough, grouped
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
 from osp.quant.spec import END_SITES, INNER_SITES, SITES, Part, QuantSpec, active_sites, check_spec
-from osp.quant.spinquant import TOKENS_AT_ONCE, learn_rotations
+
+_TOKENS_AT_ONCE = 4096  # of calibration text, for static ranges
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def quantized(
     """Let `model` compute as if quantized. It runs eagerly inside, because compiled code ignores hooks.
 
     Args:
-        calibration: (N, T) token ids for GPTQ and SpinQuant, see `draw_calibration`.
+        calibration: (N, T) token ids for GPTQ and static ranges, see `draw_calibration`.
         sites: the ones to quantize, of those that `spec` quantizes. Without any the model is not touched.
         progress: whether to show a progress bar for the weights.
     """
@@ -84,7 +85,7 @@ def quantized(
             ffn = spec.ffn_hadamard and bool(active & {"down_proj", "down_proj_in"})
             for handle in rotate_online(model, ffn=ffn, qk=spec.qk_hadamard and "k" in active):
                 stack.callback(handle.remove)
-            basis = _rotate(model, spec, calibration, active, progress=progress)
+            basis = _rotate(model, spec)
             state = Quantized(active, basis, bounds=_weight_bounds(model, spec, active))
             _round_weights(model, spec, state, calibration, progress=progress)
             state.bounds.update(_activation_bounds(model, spec, active, calibration))
@@ -153,19 +154,12 @@ def _restore_at_exit(model: Transformer, stack: ExitStack) -> None:
         stack.callback(setattr, parameter, "data", parameter.data)
 
 
-def _rotate(
-    model: Transformer, spec: QuantSpec, calibration: Tensor | None, active: frozenset[str], *, progress: bool
-) -> Tensor | None:
+def _rotate(model: Transformer, spec: QuantSpec) -> Tensor | None:
     """Fuse the rotations of `spec` into the weights; return R1."""
     if spec.rotation == "none":
         return None
     fold_norm_gains(model)
     rotations = random_rotations(model, seed=spec.seed)
-    if spec.rotation == "spinquant":
-        assert calibration is not None
-        with ExitStack() as learning:
-            _quantize_activations(model, spec, active, learning, {})
-            rotations = learn_rotations(model, spec, rotations, calibration, sites=active, progress=progress)
     fuse_rotations(model, rotations)
     return rotations[0].to(model.embed_tokens.weight.device)
 
@@ -236,7 +230,7 @@ def _activation_bounds(
     with ExitStack() as stack:
         for name in static:
             stack.callback(hook_site(model, name, functools.partial(observe, name)).remove)
-        for sequences in calibration.split(max(1, TOKENS_AT_ONCE // calibration.shape[1])):
+        for sequences in calibration.split(max(1, _TOKENS_AT_ONCE // calibration.shape[1])):
             ids = sequences.to(model.embed_tokens.weight.device)
             model(ids, ids)  # the loss, and so the input of the head
     return bounds

@@ -1,4 +1,4 @@
-"""Rotations of a Llama that do not change its function (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+"""Rotations of a Llama that do not change its function (QuaRot, arXiv 2404.00456).
 
 R1 (D, D) rotates the residual stream, h -> h R1: writers of the stream are multiplied by R1, readers by R1^T, and the
 norms between see vectors of the same length. R2 (K, K), one per layer, rotates every value head, v -> v R2, and o_proj
@@ -32,7 +32,7 @@ def random_rotations(model: Transformer, *, seed: int) -> list[Tensor]:
 def rotated_weights(model: Transformer, rotations: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return each weight and bias that `rotations`, R1 and every R2, change by its name, in the dtype of R1.
 
-    Differentiable in the rotations. W (out, in) acts as x W^T + b: a reader becomes W R1, a writer R1^T W with b R1.
+    W (out, in) acts as x W^T + b: a reader becomes W R1, a writer R1^T W with b R1.
     """
     residual, *values = rotations
     parameters = dict(model.named_parameters())

@@ -68,10 +68,8 @@ class QuantSpec:
     act_order: bool = False  # gptq: channels with the largest inputs first
     damping: Positive = 0.01  # gptq: share of the Hessian's mean diagonal that is added to its diagonal
     # Rotation of the residual stream and the values, fused into the weights.
-    rotation: Literal["none", "quarot", "spinquant"] = "none"
-    rotation_steps: Count = 100  # spinquant: steps of the optimization
-    rotation_lr: Positive = 1.5  # spinquant: first learning rate; falls linearly to 0
-    # gptq, spinquant, static ranges: name of a text, not the test text; train: the training split
+    rotation: Literal["none", "quarot"] = "none"
+    # gptq, static ranges: name of a text, not the test text; train: the training split
     calibration: Text = "train"
     calibration_tokens: Count = 262_144  # tokens of it: 128 sequences of 2048, as in QuaRot's code
     seed: CountOrZero = 0  # of calibration sequences and random rotations
@@ -168,13 +166,12 @@ class QuantSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether the quantizer looks at calibration text."""
-        learned = self.rotation == "spinquant" and not self.is_identity
-        return learned or (self.method == "gptq" and self.w_bits < 16) or self.is_static("a") or self.is_static("kv")
+        return (self.method == "gptq" and self.w_bits < 16) or self.is_static("a") or self.is_static("kv")
 
     @property
     def hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of all fields; later fields at their defaults do not count."""
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "rotation_steps": 100, "rotation_lr": 1.5}  # removed keys
         values["a_static"] = values.pop("static_activations")  # its first name
         for key in ("w_format", "a_format", "kv_format", "ends_format", "a_static", "fold_gains"):
             if not values[key]:
@@ -198,8 +195,6 @@ class QuantSpec:
             method = f"gptq{' act-order' if self.act_order else ''} damping {self.damping:g}"
         if self.rotation != "none":
             method += f" + {self.rotation}"
-        if self.rotation == "spinquant":
-            method += f" {self.rotation_steps} steps lr {self.rotation_lr:g}"
         if self.fold_gains and self.rotation == "none" and min(self.w_bits, self.a_bits) < 16:
             method += " + folded gains"
         if self.ffn_hadamard and min(self.w_bits, self.a_bits) < 16:

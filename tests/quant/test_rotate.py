@@ -1,20 +1,17 @@
-"""Rotations, folds and online transforms keep the logits; learned rotations lower the loss."""
+"""Rotations, folds and online transforms keep the logits."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from osp.model.fold import absorb_projections, fold_norm_gains
 from osp.model.transformer import Transformer
 from osp.model_config import AttentionConfig, NormConfig
-from osp.quant.apply import quantized
+from osp.quant.grid import StraightThrough
 from osp.quant.rotate import fuse_rotations, random_rotations, rotate_online
-from osp.quant.spec import QuantSpec
-from osp.quant.spinquant import StraightThrough, cayley_step
 from tests.quant.quant_oracle import outlier_model, some_tokens
 
 
@@ -74,17 +71,6 @@ def test_logits_do_not_change(norm: NormConfig, shape: dict[str, Any], embed_pro
         assert "embed_proj.weight" not in dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_learned_rotations_include_biases_and_skip_gated_values(gate: bool) -> None:
-    model = outlier_model(attention=AttentionConfig(gate=gate), attention_bias=True, mlp_bias=True)
-    ids = some_tokens(2, 12)
-    spec = QuantSpec(w_bits=12, a_bits=12, kv_bits=12, rotation="spinquant", rotation_steps=2, calibration_tokens=24)
-    with torch.no_grad():
-        expected = model(ids).logits
-        with quantized(model, spec, calibration=ids):
-            assert (model(ids).logits - expected).abs().max() < 0.02 * expected.abs().max()
-
-
 def test_tensors_are_replaced_and_not_written_in_place() -> None:
     """`quantized` restores the old tensors, so they must keep their values."""
     model = outlier_model(embed_proj=True)
@@ -111,51 +97,6 @@ def test_rotation_spreads_the_outlier_channel() -> None:
     torch.testing.assert_close(model.embed_tokens.weight.detach().norm(dim=1), length, rtol=1e-12, atol=0)
 
 
-def test_cayley_step_is_orthogonal_and_descends() -> None:
-    """Orthogonal to rounding, descent by the first-order model, and for a small step the exponential of -lr A."""
-    draw = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=draw))[0]
-    target = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=draw))[0]
-    gradient = -target  # of f(R) = -trace(target^T R)
-    skew = gradient @ rotation.T - rotation @ gradient.T
-    small = cayley_step(rotation, gradient, lr=1e-3)
-    torch.testing.assert_close(small, torch.matrix_exp(-1e-3 * skew) @ rotation, rtol=0, atol=1e-7)
-    start = float((target * rotation).sum())
-    for _ in range(200):
-        rotation = cayley_step(rotation, gradient, lr=0.2)
-    torch.testing.assert_close(rotation @ rotation.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert float((target * rotation).sum()) > start + 8
-
-
-def trained_model() -> tuple[Transformer, Tensor]:
-    """Return a small model trained to count with gaps, and its training sequences."""
-    model = outlier_model(norm=NormConfig(name="ssnorm")).float()
-    model.compute_dtype = torch.float32
-    draw = torch.Generator().manual_seed(0)
-    sequences = (torch.randint(0, 96, (64, 1), generator=draw) + torch.arange(17) * torch.randint(1, 5, (64, 1))) % 96
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        (model(sequences[:, :-1], sequences[:, 1:].contiguous()).loss / sequences[:, 1:].numel()).backward()
-        optimizer.step()
-    return model, sequences
-
-
-def test_learned_rotations_lower_the_loss_of_random_ones() -> None:
-    torch.manual_seed(0)
-    model, sequences = trained_model()
-
-    def loss(spec: QuantSpec) -> float:
-        with quantized(model, spec, calibration=sequences), torch.no_grad():
-            return float(model(sequences[:, :-1], sequences[:, 1:].contiguous()).loss / sequences[:, 1:].numel())
-
-    quarot = [QuantSpec(3, 3, 3, w_clip=False, rotation="quarot", ffn_hadamard=True, seed=seed) for seed in (0, 3)]
-    spinquant = [dataclasses.replace(q, rotation="spinquant", rotation_steps=80, rotation_lr=0.1) for q in quarot]
-    clean, random, learned = loss(QuantSpec()), sum(map(loss, quarot)) / 2, sum(map(loss, spinquant)) / 2
-    # any motion helps a little: without the gradient through the rounding 0.93 is reached
-    assert clean < learned < 0.8 * random, (clean, learned, random)
-
-
 def test_gradients_pass_straight_through() -> None:
     x = torch.linspace(-2, 2, 9, requires_grad=True)
     y = StraightThrough.apply(torch.round, x)
@@ -163,30 +104,3 @@ def test_gradients_pass_straight_through() -> None:
     (y * torch.arange(9.0)).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.arange(9.0))
-
-
-def test_learning_follows_the_seed_and_leaves_weights_to_gptq() -> None:
-    """Same seed, same rotations; before GPTQ the weights stay unrounded while rotations are learned."""
-    model, sequences = outlier_model(norm=NormConfig(name="ssnorm")), some_tokens(8, 12)
-    spec = QuantSpec(4, 4, 4, rotation="spinquant", rotation_steps=3)
-    bases = []
-    for variant in (spec, spec, dataclasses.replace(spec, seed=1), dataclasses.replace(spec, method="gptq")):
-        with quantized(model, variant, calibration=sequences) as state:
-            assert state.basis is not None
-            bases.append(state.basis)
-    assert torch.equal(bases[0], bases[1])
-    assert not torch.equal(bases[0], bases[2])
-    assert not torch.equal(bases[0], bases[3])
-    torch.testing.assert_close(bases[0] @ bases[0].T, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_gradients_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sequences = outlier_model(norm=NormConfig(name="ssnorm")), some_tokens(8, 12)
-    spec = QuantSpec(4, 4, 4, rotation="spinquant", rotation_steps=1)
-    bases = []
-    for tokens_at_once in (4096, 36):
-        monkeypatch.setattr("osp.quant.spinquant.TOKENS_AT_ONCE", tokens_at_once)
-        with quantized(model, spec, calibration=sequences) as state:
-            assert state.basis is not None
-            bases.append(state.basis)
-    torch.testing.assert_close(bases[0], bases[1], rtol=0, atol=1e-5)

@@ -44,7 +44,6 @@ def test_presets_have_the_settings_of_their_names() -> None:
     assert active_sites(strict, ModelConfig()) == set(SITES) - {"attention_gate"}
     assert not preset("osp_paper").needs_calibration
     assert preset("gptq").needs_calibration
-    assert preset("spinquant").needs_calibration
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_presets_have_the_settings_of_their_names() -> None:
         ({"w_group_size": 0}, r"quant\.w_group_size=0: must be at least 1"),
         ({"calibration_tokens": -1}, r"quant\.calibration_tokens=-1: "),
         ({"damping": 0.0}, r"quant\.damping=0\.0: "),
-        ({"rotation_lr": float("nan")}, r"quant\.rotation_lr=nan: "),
+        ({"damping": float("nan")}, r"quant\.damping=nan: "),
         ({"seed": -1}, r"quant\.seed=-1: "),
         ({"calibration": ""}, r"quant\.calibration='': must be text that is not empty"),
         ({"act_order": True}, r"quant\.act_order=true does nothing with quant\.method=rtn"),
@@ -85,7 +84,7 @@ def test_invalid_setting_is_a_one_line_error(values: dict[str, Any], message: st
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="bhyt")}, "not pass through the norm bhyt"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="dyt")}, "not pass through the norm dyt"),
         ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(name="layernorm")}, "the norm layernorm"),
-        ({"w_bits": 4, "rotation": "spinquant"}, {"norm": NormConfig(final="crmsnorm")}, "the norm crmsnorm"),
+        ({"w_bits": 4, "rotation": "quarot"}, {"norm": NormConfig(final="crmsnorm")}, "the norm crmsnorm"),
     ],
 )
 def test_spec_that_does_not_fit_the_model_is_refused(spec: dict[str, Any], model: dict[str, Any], message: str) -> None:
@@ -117,7 +116,7 @@ def test_line_and_hash_distinguish_specs() -> None:
         "w_bits": 4, "a_bits": 4, "kv_bits": 4, "w_symmetric": False, "w_group_size": 8, "w_clip": False,
         "a_symmetric": True, "a_group_size": 8, "o_proj_by_head": False, "kv_symmetric": True, "kv_group_size": 8,
         "embedding_and_head": True, "ffn_hadamard": True, "qk_hadamard": False, "method": "rtn", "act_order": True,
-        "damping": 0.1, "rotation": "quarot", "rotation_steps": 1, "rotation_lr": 1.0, "calibration": "a.txt",
+        "damping": 0.1, "rotation": "quarot", "calibration": "a.txt",
         "calibration_tokens": 1, "seed": 1, "w_format": "asym", "a_format": "sym", "kv_format": "sym",
         "static_activations": True, "ends_format": "q8_0", "fold_gains": True,
     }  # fmt: skip
@@ -137,7 +136,6 @@ def test_line_and_hash_distinguish_specs() -> None:
         ("hadamard", "5a457cac59b6"),
         ("gptq", "be128275c815"),
         ("quarot", "778a5dfbe21b"),
-        ("spinquant", "97e159a50374"),
     ],
 )
 def test_hash_of_a_preset_never_changes(name: str, expected: str) -> None:
