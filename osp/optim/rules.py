@@ -1,7 +1,7 @@
 """Update rules: one class per rule, registered in `RULES` under the name that `optimizer.rules.ROLE` uses.
 
-To add a rule, subclass `UpdateRule` (it works elementwise on flat slices) or `WholeRule` (it needs whole parameters,
-which ZeRO's ranks exchange) and add the class to `RULES`. Groups, optimizer state, checkpoints, the table printed at
+To add a rule, subclass `ElementwiseRule` (it works on flat slices) or `WholeRule` (it needs whole parameters, which
+ZeRO's ranks exchange) and add the class to `RULES`. Groups, optimizer state, checkpoints, the table printed at
 start and the plan ask the class for everything else.
 """
 
@@ -15,20 +15,19 @@ from torch.optim.adamw import adamw
 from osp.config import OptimizerConfig
 from osp.errors import UserError
 from osp.optim.muon import COEFFICIENTS, newton_schulz, newton_schulz_dtype, newton_schulz_flops, whole_shape
-from osp.optim.zero import MatrixBatch, Piece
+from osp.optim.zero import Piece
 
 Group = dict[str, Any]  # a parameter group; its keys are listed at `osp.optim.groups.build_groups`
 FP32 = 4  # bytes
 
 
 class UpdateRule(ABC):
-    """Turn gradients into updates of the parameters of a group; elementwise unless it is a `WholeRule`."""
+    """Turn gradients into updates of the parameters of a group."""
 
     STATE_NAMES: tuple[str, ...]  # fp32 tensors of the parameters' shapes, named as in checkpoints
     UPDATE_RMS: str  # RMS of an update divided by the learning rate, for the table printed at start
     NDIM: int | None = None  # dimensions a parameter must have; None: any
     TAKES_HEADS = False  # `optimizer.per_head` applies
-    ELEMENT_BYTES = FP32  # that `step` of an elementwise rule allocates per element: here one update
 
     def __init__(self, config: OptimizerConfig) -> None:
         """Raises `UserError` for an option that the rule does not have."""
@@ -39,17 +38,19 @@ class UpdateRule(ABC):
         """Peak learning rate."""
         return self.config.lr
 
+
+class ElementwiseRule(UpdateRule):
+    """A rule that may see any slice of a parameter."""
+
+    ELEMENT_BYTES = FP32  # that `step` allocates per element: here one update
+
     @abstractmethod
     def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
-        """Update this rank's part of a group in place; `grad`, the flat gradient, is not changed.
+        """Update this rank's part of a group in place; `grad`, the clipped flat gradient, is not used afterwards.
 
         piece: the group, the flat master weights and state, and where parameters lie in them. number: of the step, from
         1. record: return the sum of squares of the update: learning rate and scale included, weight decay excluded.
         """
-
-    def flops(self, group: Group) -> int:
-        """Return the floating point operations of one parameter's matrix products."""
-        return 0
 
 
 class WholeRule(UpdateRule):
@@ -62,30 +63,23 @@ class WholeRule(UpdateRule):
 
     @abstractmethod
     def direction(self, stack: Tensor, group: Group) -> Tensor:
-        """Return the update before scaling of a stack of whole parameters. stack: (k, *shape)"""
+        """Return the update before scaling of a stack of whole parameters, in any dtype. stack: (k, *shape) fp32"""
 
     def scale(self, group: Group) -> float:
         """Return the factor of `direction` that gives an orthogonal matrix or a unit vector AdamW's RMS of 0.2."""
         return 0.2 * max(whole_shape(group["shapes"][0], group["heads"])) ** 0.5
 
-    def step(self, piece: Piece, grad: Tensor, *, number: int, record: bool) -> Tensor | None:
-        group, momentum, squares = piece.group, self.config.momentum, None
-        lr, scale = group["lr"], self.scale(group)
-        for batch in piece.batches:
-            g, buf, p = grad[batch.local], piece.state["momentum"][batch.local], piece.flat[batch.local]
-            buf.mul_(momentum).add_(g)
-            u = torch.add(g, buf, alpha=momentum) if self.config.nesterov else buf
-            whole = batch.collect(u).view(-1, *group["shapes"][0])
-            update = batch.distribute(self.direction(whole, group).flatten(1))
-            p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
-            if record:
-                total = torch.linalg.vector_norm(update, dtype=torch.float32).square() * (lr * scale) ** 2
-                squares = total if squares is None else squares + total
-        return squares
+    def flops(self, group: Group) -> int:
+        """Return the floating point operations of one parameter's matrix products."""
+        return 0
 
-    def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
-        """Return the most bytes that `step` allocates for a batch: u, whole parameters, two tensors in `direction`."""
-        return FP32 * (batch.local.stop - batch.local.start + 3 * batch.num_owned * batch.numel)
+    def direction_bytes(self, group: Group, number: int, *, native_bf16: bool) -> tuple[int, int]:
+        """Return the most bytes that `direction` allocates for `number` parameters, and the bytes of its result.
+
+        Here two fp32 tensors, and one.
+        """
+        result = FP32 * number * group["shapes"][0].numel()
+        return 2 * result, result
 
 
 class Muon(WholeRule):
@@ -113,22 +107,15 @@ class Muon(WholeRule):
         flops = newton_schulz_flops(whole_shape(group["shapes"][0], heads), config.ns_steps, config.ns_method)
         return flops if heads is None else heads.count * flops
 
-    def batch_bytes(self, group: Group, batch: MatrixBatch, *, native_bf16: bool) -> int:
-        """Return the bytes of u, of the whole matrices, and of Newton-Schulz: input, X, next X, A and A^2.
-
-        The result is fp32. Matrices that were transposed, and heads that are columns, are copied once more.
-        """
+    def direction_bytes(self, group: Group, number: int, *, native_bf16: bool) -> tuple[int, int]:
+        """Return the bytes of Newton-Schulz: X, next X, A, b A + c A^2; and of X."""
         config, heads = self.config, group["heads"]
-        shape = whole_shape(group["shapes"][0], heads)
         planned = "bf16" if native_bf16 else "fp32"
         choice = planned if config.ns_dtype == "auto" else config.ns_dtype
         size = newton_schulz_dtype(torch.device("meta"), method=config.ns_method, choice=choice).itemsize
-        held, whole = batch.local.stop - batch.local.start, batch.num_owned * batch.numel
-        moved = whole if batch.sends is not None else 0
-        grams = batch.num_owned * (1 if heads is None else heads.count) * min(shape) ** 2
-        copied = shape[0] > shape[1] or (heads is not None and heads.dim == 1)
-        end = (2 * FP32 if copied else FP32 + size) * whole
-        return FP32 * (held + moved) + max(size * (3 * whole + 2 * grams), end)
+        numel, count = group["shapes"][0].numel(), 1 if heads is None else heads.count
+        grams = count * min(whole_shape(group["shapes"][0], heads)) ** 2
+        return 2 * number * size * (numel + grams), number * size * numel
 
 
 class Normalized(WholeRule):
@@ -141,7 +128,7 @@ class Normalized(WholeRule):
         return stack / (torch.linalg.vector_norm(stack, dim=-1, keepdim=True) + 1e-8)
 
 
-class AdamW(UpdateRule):
+class AdamW(ElementwiseRule):
     """`torch.optim.AdamW`, fused, on the flat tensor."""
 
     STATE_NAMES = ("exp_avg", "exp_avg_sq")

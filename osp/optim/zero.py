@@ -4,6 +4,10 @@ ZeRO hands the optimizer one flat tensor per rank and parameter group. `rank_int
 DeepSpeed's layout in the project. K parameters in the group, W ranks.
 """
 
+import functools
+import heapq
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,33 +71,58 @@ def rank_intervals(numels: Sequence[int], *, rank: int, world_size: int, stage: 
     return intervals
 
 
-@dataclass(frozen=True)
-class MatrixBatch:
-    """Parameters of one shape that are made whole, updated and sent back together, as one rank sees them."""
+class Whole(NamedTuple):
+    """A group of parameters that are updated as a whole; all have one shape."""
 
-    local: slice  # where this rank's parts of them lie in its flat tensor
-    first: int  # first parameter in the group that this rank owns; the others follow
-    num_owned: int
     numel: int  # of each parameter
-    held: tuple[Interval, ...] = ()  # this rank's parts, by owner; places in `local`
-    owned: tuple[Interval, ...] = ()  # parts of the owned parameters, by sender; index and places among those
+    count: int
+    cost: int  # of one parameter's update, in any unit
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds and updates of a group in a round."""
+
+    group: int  # number of the group
+    numel: int  # of each parameter
+    local: slice  # where this rank's parts of the round's parameters lie in its flat tensor
+    owned: Sequence[int]  # the parameters that this rank updates, in ascending order
+
+    @property
+    def num_held(self) -> int:
+        return self.local.stop - self.local.start
+
+
+@dataclass(frozen=True)
+class Round:
+    """Parameters that are made whole, updated and sent back together, as one rank sees them."""
+
+    shares: list[Share]
+    held: tuple[Interval, ...] = ()  # this rank's parts, by owner; places in the local parts of all shares, one by one
+    owned: tuple[Interval, ...] = ()  # parts of the owned parameters, by sender; places among those of all shares
     sends: list[int] | None = None  # elements per rank; None where every rank holds whole parameters
     receives: list[int] | None = None
 
-    def collect(self, values: Tensor) -> Tensor:
-        """Return the whole parameters this rank owns, (num_owned, numel). values: the `local` part of a flat tensor"""
-        if self.sends is None or self.receives is None:
-            return values[: self.num_owned * self.numel].view(self.num_owned, self.numel)
-        size = self.num_owned * self.numel
-        whole = _exchange(values, self.held, self.sends, self.receives, self.owned, size)
-        return whole.view(self.num_owned, self.numel)
+    def collect(self, values: Tensor) -> list[Tensor]:
+        """Return the parameters that this rank owns, (num_owned, numel) of each share. Collective.
 
-    def distribute(self, whole: Tensor) -> Tensor:
-        """Invert `collect`: return the `local` part, zero in the padding. whole: (num_owned, numel)"""
+        values: the local parts of all shares, one after another; views of them where every rank holds whole parameters.
+        """
+        sizes = [len(share.owned) * share.numel for share in self.shares]
+        if self.sends is not None and self.receives is not None:
+            values = _exchange(values, self.held, self.sends, self.receives, self.owned, sum(sizes))
+        return [part.view(-1, share.numel) for part, share in zip(values.split(sizes), self.shares, strict=True)]
+
+    def distribute(self, updates: Sequence[Tensor]) -> list[Tensor]:
+        """Invert `collect`: return the local part of each share, zero in the padding. Collective.
+
+        updates: (num_owned, ...) of each share; returned as they are where every rank holds whole parameters.
+        """
         if self.sends is None or self.receives is None:
-            return whole.reshape(-1)
-        size = self.local.stop - self.local.start
-        return _exchange(whole.reshape(-1), self.owned, self.receives, self.sends, self.held, size)
+            return list(updates)
+        sizes = [share.num_held for share in self.shares]
+        values = torch.cat([update.reshape(-1).float() for update in updates])
+        return list(_exchange(values, self.owned, self.receives, self.sends, self.held, sum(sizes)).split(sizes))
 
 
 @dataclass(frozen=True)
@@ -104,48 +133,87 @@ class Piece:
     flat: Tensor  # master weights
     state: dict[str, Tensor]  # flat tensors of the update rule by name, zero before the first step
     intervals: list[Interval]
-    batches: list[MatrixBatch]  # empty for a rule that works elementwise
 
 
-def batches(
-    numel: int, count: int, *, world_size: int, rank: int, stage: int, workspace: int = WORKSPACE
-) -> list[MatrixBatch]:
-    """Return the work of one rank on a group of `count` parameters of `numel` elements.
+def plan_rounds(
+    groups: Sequence[Whole], *, world_size: int, rank: int, stage: int, workspace: int = WORKSPACE
+) -> list[Round]:
+    """Return the work of one rank on parameters that are updated as a whole.
 
-    Where ZeRO's pieces are whole parameters each rank works by itself, in views. Elsewhere parameter k of a batch of K
-    belongs to rank k*W//K, and all ranks take part in every batch, because it is a collective.
-    The time is proportional to what the rank holds and owns, not to K W: every rank of a large job does this at start.
+    A group whose pieces are whole parameters on every rank is updated by each rank by itself, in views. The parameters
+    of all other groups are exchanged together, in as few rounds as `workspace` elements per rank, and one parameter,
+    allow: every round is a collective in which all ranks take part. Owners of a round are chosen by `assign`.
     """
-    intervals = rank_intervals([numel] * count, rank=rank, world_size=world_size, stage=stage)
-    piece, stride = flat_size([numel] * count, world_size=world_size, stage=stage), numel
-    if stage == 3:
-        piece, stride = piece // count, 0  # every parameter is cut by itself
-    if piece % numel == 0 or piece >= (numel if stage == 3 else numel * count):
-        size = max(1, workspace // numel)
-        runs = [intervals[i : i + size] for i in range(0, len(intervals), size)]
-        return [MatrixBatch(slice(run[0].offset, run[-1].place.stop), run[0].index, len(run), numel) for run in runs]
-    size = max(1, workspace // numel) * world_size
-    work = []
-    for begin in range(0, count, size):
-        length = min(size, count - begin)
-        held = [iv for iv in intervals if begin <= iv.index < begin + length]
+    layout = {"rank": rank, "world_size": world_size, "stage": stage}
+    rounds, split = [], []
+    for number, (numel, count, _) in enumerate(groups):
+        piece = flat_size([numel] * count, world_size=world_size, stage=stage) // (count if stage == 3 else 1)
+        if piece % numel == 0 or piece >= (numel if stage == 3 else numel * count):
+            size, held = max(1, workspace // numel), rank_intervals([numel] * count, **layout)
+            for run in (held[i : i + size] for i in range(0, len(held), size)):
+                local, owned = slice(run[0].offset, run[-1].place.stop), range(run[0].index, run[-1].index + 1)
+                rounds.append(Round([Share(number, numel, local, owned)]))
+        else:
+            split += [(number, index) for index in range(count)]
+    while split:
+        sizes = itertools.accumulate(groups[number].numel for number, _ in split)
+        length = max(1, sum(size <= workspace * world_size for size in sizes))
+        rounds.append(_plan_round(groups, split[:length], **layout))
+        split = split[length:]
+    return rounds
+
+
+@functools.lru_cache(maxsize=32)
+def assign(costs: tuple[int, ...], world_size: int) -> tuple[int, ...]:
+    """Return the rank of each task: the costliest task first, each to the rank with the least cost so far.
+
+    The fullest rank has at most 4/3 of the least possible cost (Graham 1969). Few tasks go to ranks far apart, because
+    neighbours may share a network adapter.
+    """
+    stride = max(1, world_size // max(len(costs), 1))
+    loads = [(0, place) for place in range(world_size)]
+    ranks = [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+        load, place = loads[0]
+        ranks[task] = place * stride
+        heapq.heapreplace(loads, (load + costs[task], place))
+    return tuple(ranks)
+
+
+def _plan_round(
+    groups: Sequence[Whole], parameters: Sequence[tuple[int, int]], *, rank: int, world_size: int, stage: int
+) -> Round:
+    """Return the round that exchanges these `parameters`, (group, index) in order."""
+    owners = dict(zip(parameters, assign(tuple(groups[g].cost for g, _ in parameters), world_size), strict=True))
+    shares, parts, wanted = [], [], []  # parts: (owner, what this rank holds); wanted: (sender, what it updates)
+    sends, receives = [0] * world_size, [0] * world_size
+    place = whole = 0  # in the local parts of all shares, and in their owned parameters
+    for number, members in itertools.groupby(parameters, key=lambda parameter: parameter[0]):
+        numel, count, _ = groups[number]
+        indices = [index for _, index in members]
+        held = rank_intervals([numel] * count, rank=rank, world_size=world_size, stage=stage)
+        held = [iv for iv in held if indices[0] <= iv.index <= indices[-1]]
         local = slice(held[0].offset, held[-1].place.stop) if held else slice(0, 0)
-        # parameter i of the batch belongs to rank i*W//K: the first one of rank r is ceil(r K / W)
-        first, last = (-(-r * length // world_size) for r in (rank, rank + 1))
-        sends, receives = [0] * world_size, [0] * world_size
         for iv in held:
-            sends[(iv.index - begin) * world_size // length] += iv.size
-        parts = []
-        for index in range(last - first):
-            place = (begin + first + index) * stride
-            for sender in range(place // piece, -(-(place + numel) // piece)):
-                start, stop = max(sender * piece - place, 0), min((sender + 1) * piece - place, numel)
-                parts.append((sender, Interval(index, start, stop, index * numel + start)))
+            owner = owners[number, iv.index]
+            parts.append((owner, iv._replace(offset=place + iv.offset - local.start)))
+            sends[owner] += iv.size
+        owned = [index for index in indices if owners[number, index] == rank]
+        piece, stride = flat_size([numel] * count, world_size=world_size, stage=stage), numel
+        if stage == 3:
+            piece, stride = piece // count, 0  # every parameter is cut by itself
+        for index in owned:
+            begin = index * stride
+            for sender in range(begin // piece, -(-(begin + numel) // piece)):
+                start, stop = max(sender * piece - begin, 0), min((sender + 1) * piece - begin, numel)
+                wanted.append((sender, Interval(index, start, stop, whole + start)))
                 receives[sender] += stop - start
-        held = tuple(iv._replace(offset=iv.offset - local.start) for iv in held)
-        owned = tuple(part for _, part in sorted(parts))
-        work.append(MatrixBatch(local, begin + first, last - first, numel, held, owned, sends, receives))
-    return work
+            whole += numel
+        place += local.stop - local.start
+        shares.append(Share(number, numel, local, owned))
+    # sorting keeps the order of the parts of one rank, which is the same on both sides
+    by_rank = (tuple(part for _, part in sorted(some, key=operator.itemgetter(0))) for some in (parts, wanted))
+    return Round(shares, *by_rank, sends=sends, receives=receives)
 
 
 def _exchange(values: Tensor, parts: Parts, sends: list[int], receives: list[int], targets: Parts, size: int) -> Tensor:

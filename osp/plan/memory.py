@@ -16,19 +16,18 @@ from torch.utils._pytree import tree_leaves
 from osp.config import Config
 from osp.model.attention import document_mask
 from osp.model.transformer import Block, CausalAttention, Transformer
-from osp.optim.rules import FP32, Group
-from osp.optim.zero import MatrixBatch, flat_size, rank_intervals
+from osp.optim.rules import FP32, ElementwiseRule, Group, WholeRule
+from osp.optim.zero import Round, flat_size, rank_intervals
 from osp.plan.config import PlanConfig
 from osp.train.engine import zero_settings
 
 # DeepSpeed's stage3_param_persistence_threshold, _max_live_parameters and _prefetch_bucket_size, in elements
 PERSISTENT, LIVE, PREFETCHED = 100_000, 10**9, 50_000_000
-Ranks = Sequence[Sequence[MatrixBatch]]  # the batches of one group on every rank
 
 
 def rank_memory(
     groups: Sequence[Group],
-    work: Sequence[Ranks],
+    work: Sequence[Sequence[Round]],
     kept: tuple[int, int],
     options: PlanConfig,
     *,
@@ -38,7 +37,7 @@ def rank_memory(
 ) -> dict[str, int]:
     """Return the bytes of the fullest rank at one ZeRO stage, by part, and `peak`.
 
-    work: the batches of every group. kept: the result of `activation_bytes`. num: micro batches of a step.
+    work: the rounds of every rank. kept: the result of `activation_bytes`. num: micro batches of a step.
     average: whether there is a running average of the weights.
     """
     world_size, layout = options.world_size, {"world_size": options.world_size, "stage": stage}
@@ -64,12 +63,13 @@ def rank_memory(
         reduced = max(touched)  # their gradients are kept whole
         # stage 2 adds the gradients of a micro batch to the accumulated ones
         gradients = total if stage == 1 else reduced * (2 if num > 1 else 1)
-    updates, states = [], 0
-    for size, group, ranks in zip(flats, groups, work, strict=True):
-        rule, bf16 = group["update_rule"], options.machine.bf16
-        whole = [rule.batch_bytes(group, batch, native_bf16=bf16) for batches in ranks for batch in batches]
-        updates.append(FP32 * size + (max(whole) if whole else rule.ELEMENT_BYTES * size))
-        states += size * (len(rule.STATE_NAMES) + average)
+    rules, bf16 = [group["update_rule"] for group in groups], options.machine.bf16
+    states = sum(size * (len(rule.STATE_NAMES) + average) for size, rule in zip(flats, rules, strict=True))
+    elementwise = [
+        rule.ELEMENT_BYTES * n for n, rule in zip(flats, rules, strict=True) if isinstance(rule, ElementwiseRule)
+    ]
+    whole = [group for group in groups if isinstance(group["update_rule"], WholeRule)]
+    workspace = max(elementwise + [round_bytes(whole, one, native_bf16=bf16) for rounds in work for one in rounds])
     sizes = {
         "weights": FP32 * weights,
         "gathered_weights": FP32 * gathered,  # ZeRO-3: whole weights of the layers in use, at most
@@ -79,12 +79,31 @@ def rank_memory(
         "activations": kept[0],  # kept for the backward pass, bf16 copies of weights included
         "working_set": kept[1],  # on top of them: logits of a chunk, or the backward pass of one block
         "reduced_gradients": FP32 * reduced,  # at the optimizer step
-        "update": max(updates),  # at the optimizer step: a flat gradient, and the workspace of the rule
+        "update": FP32 * flat + workspace,  # at the optimizer step: flat gradients, and the workspace of a rule
         "reserved": int(2**30 * options.machine.reserved),
     }
     backward = FP32 * (buffers + (gradients if num > 1 else 0)) + sum(kept)
-    most = max(backward, FP32 * (gradients + buffers), FP32 * reduced + max(updates))
+    # gradients become flat group by group
+    most = max(backward, FP32 * (gradients + buffers), FP32 * (reduced + max(flats)), sizes["update"])
     return sizes | {"peak": sizes["reserved"] + FP32 * (weights + gathered + states) + most}
+
+
+def round_bytes(groups: Sequence[Group], work: Round, *, native_bf16: bool) -> int:
+    """Return the most bytes that the update of a round of these groups allocates on a rank.
+
+    The local values, one after another: the exchange to whole parameters; the directions so far and the workspace of
+    the next one; the exchange of all directions in fp32.
+    """
+    held = FP32 * sum(share.num_held for share in work.shares)
+    whole = FP32 * sum(len(share.owned) * share.numel for share in work.shares)
+    moved = whole if work.sends is not None else 0
+    most = done = 0
+    for share in work.shares:
+        group = groups[share.group]
+        space, result = group["update_rule"].direction_bytes(group, len(share.owned), native_bf16=native_bf16)
+        most, done = max(most, done + space), done + result
+    exchange = max(held + moved, done + moved + held) if moved else 0
+    return held + max(moved + most, exchange)
 
 
 def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: int, compiled: bool) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from osp.model.transformer import count_parameters, flops_per_token, meta_model
 from osp.optim.groups import build_groups
 from osp.plan.config import PlanConfig
 from osp.plan.memory import activation_bytes, rank_memory
-from osp.plan.work import GIGA, GroupWork, batches_of, group_work, step_time, traffic
+from osp.plan.work import GIGA, WholeWork, rounds_of, step_time, traffic, whole_work
 from osp.run.checkpoint import checkpoint_bytes
 from osp.tables import render_text, text_table
 from osp.train.resolve import resolve
@@ -37,7 +37,7 @@ class Plan:
     accumulation: int  # micro batches of a step
     stages: dict[int, dict[str, int]]  # bytes by ZeRO stage and part
     fits: dict[int, bool]  # by stage
-    groups: list[GroupWork]
+    updates: WholeWork
     traffic: dict[str, int]
     step: dict[str, float]
     mfu: float
@@ -61,13 +61,12 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     groups = build_groups(model, config.optimizer)
     compiled = machine.device == "cuda" if asked == "auto" else asked
     kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}
-    stages, work, average = {}, [], config.average.kind != "none"
-    for zero in STAGES:
-        ranks = [batches_of(group, world_size=world_size, stage=zero) for group in groups]
+    stages, average = {}, config.average.kind != "none"
+    rounds = {zero: rounds_of(groups, world_size=world_size, stage=zero) for zero in STAGES}
+    for zero, ranks in rounds.items():
         part = {"stage": zero, "num": accumulation, "average": average}
         stages[zero] = rank_memory(groups, ranks, kept[compiled and zero < 3], options, **part)
-        if zero == stage:
-            work = [group_work(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank]
+    work = whole_work(groups, rounds[stage])
     sent = traffic(groups, work, options, stage=stage, accumulation=accumulation)
     flops, tokens = flops_per_token(config.model, train.seq_len), train.tokens_per_step // world_size
     repeated = 4 / 3 if train.activation_checkpointing else 1  # the forward pass a second time
@@ -85,7 +84,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
         accumulation=accumulation,
         stages=stages,
         fits={zero: stages[zero]["peak"] <= gpu_memory * GIB for zero in STAGES},
-        groups=work,
+        updates=work,
         traffic=sent,
         step=seconds,
         mfu=flops * tokens / (seconds["total"] * peak_tflops * 1e12),
@@ -102,13 +101,13 @@ def describe(plan: Plan) -> str:
     memory += [[p.replace("_", " "), *(f"{plan.stages[s][p] / GIB:,.2f}" for s in STAGES)] for p in plan.stages[stage]]
     fits = ["fits" if plan.fits[s] else "DOES NOT FIT" for s in STAGES]
     memory.append([f"of {plan.options.gpu_memory:g} GiB", *fits])
-    muon = [["group", "count", "shape", "owned per rank", "GFLOP, max", "exchange MB, max"]]
-    for group in plan.groups:
+    muon = [["group", "count", "shape", "owned per rank", "GFLOP, max"]]
+    for group in plan.updates.groups:
         shares = sorted(Counter(group.num_owned).items(), reverse=True)
         owned = ", ".join(f"{count} on {ranks} ranks" for count, ranks in shares)
-        figures = (f"{max(group.num_owned) * group.flops / GIGA:,.0f}", f"{max(group.bytes_sent) / 1e6:,.1f}")
-        shape = "x".join(map(str, group.shape))
-        muon.append([f"{group.role} ({group.rule})", str(len(group.owners)), shape, owned, *figures])
+        count, shape = str(len(group.owners)), "x".join(map(str, group.shape))
+        gigaflops = f"{max(group.num_owned) * group.flops / GIGA:,.0f}"
+        muon.append([f"{group.role} ({group.rule})", count, shape, owned, gigaflops])
     steps = [["of a step", "MB sent per rank", "seconds"]]
     for name, seconds in plan.step.items():
         megabytes = f"{plan.traffic[name] / 1e6:,.1f}" if name in plan.traffic else ""
@@ -119,7 +118,7 @@ def describe(plan: Plan) -> str:
     return render_text(
         Path(__file__).with_suffix(".txt"),
         plan=plan,
-        shared_flops=sum(group.flops * len(group.owners) for group in plan.groups) / world_size,
+        shared_flops=sum(group.flops * len(group.owners) for group in plan.updates.groups) / world_size,
         memory=text_table(memory, left=1),
         muon=text_table(muon, left=1),
         steps=text_table(steps, left=1),
@@ -154,6 +153,6 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Return every figure; `groups` names the rank that orthogonalizes each matrix."""
+    """Return every figure; `updates.groups` names the rank that orthogonalizes each matrix."""
     options = dataclasses.asdict(plan.options)
     return dataclasses.asdict(plan) | options | {"config": to_dict(plan.config), "warnings": warnings(plan)}

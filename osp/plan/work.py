@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from osp.optim.optimizer import whole_groups
 from osp.optim.rules import FP32, Group, WholeRule
-from osp.optim.zero import MatrixBatch, batches, flat_size
+from osp.optim.zero import Round, flat_size, plan_rounds
 from osp.plan.config import PlanConfig
 from osp.train.engine import reduces_to_owners
 
@@ -20,47 +21,59 @@ class GroupWork:
     shape: tuple[int, ...]
     owners: dict[str, int]  # parameter -> the rank that updates it
     num_owned: list[int]  # by rank
-    bytes_sent: list[int]  # by rank: its parts to their owners, and the updates of what it owns to the others
     flops: int  # Newton-Schulz of one parameter
-    critical_flops: int  # batch after batch, each as long as its fullest rank
+
+
+@dataclass(frozen=True)
+class WholeWork:
+    """The updates of all groups of whole parameters, round after round, each as long as its fullest rank."""
+
+    groups: list[GroupWork]
+    bytes_sent: list[int]  # by rank: its parts to their owners, and the updates of what it owns to the others
+    critical_flops: int
     critical_bytes: int
 
 
-def batches_of(group: Group, *, world_size: int, stage: int) -> list[list[MatrixBatch]]:
-    """Return the batches of every rank, as `PartitionedOptimizer` builds them; none for an elementwise rule."""
-    if not isinstance(group["update_rule"], WholeRule):
-        return []
-    numel, count = group["shapes"][0].numel(), len(group["shapes"])
-    return [batches(numel, count, world_size=world_size, rank=rank, stage=stage) for rank in range(world_size)]
+def rounds_of(groups: Sequence[Group], *, world_size: int, stage: int) -> list[list[Round]]:
+    """Return the rounds of every rank, as `PartitionedOptimizer` plans them."""
+    whole = whole_groups(groups)
+    return [plan_rounds(whole, world_size=world_size, rank=rank, stage=stage) for rank in range(world_size)]
 
 
-def group_work(group: Group, ranks: Sequence[Sequence[MatrixBatch]]) -> GroupWork:
-    """Return the work of a group from `batches_of` it."""
-    owners: dict[str, int] = {}
-    sent: list[list[tuple[int, int]]] = []  # by rank and batch: bytes of `collect`, and of `distribute`
-    for rank, work in enumerate(ranks):
-        sent.append([])
-        for batch in work:
-            owners |= dict.fromkeys(group["names"][batch.first : batch.first + batch.num_owned], rank)
-            pair = [sum(sizes) - sizes[rank] if sizes is not None else 0 for sizes in (batch.sends, batch.receives)]
-            sent[rank].append((FP32 * pair[0], FP32 * pair[1]))
-    flops, rounds = group["update_rule"].flops(group), range(max(map(len, ranks)))
-    fullest = [max(work[i].num_owned for work in ranks if i < len(work)) for i in rounds]
-    return GroupWork(
-        role=group["role"],
-        rule=group["rule"],
-        shape=tuple(group["shapes"][0]),
-        owners=owners,
-        num_owned=[sum(batch.num_owned for batch in work) for work in ranks],
-        bytes_sent=[sum(map(sum, pairs)) for pairs in sent],
-        flops=flops,
-        critical_flops=flops * sum(fullest),
-        critical_bytes=sum(2 * max(max(pairs[i]) for pairs in sent if i < len(pairs)) for i in rounds),
+def whole_work(groups: Sequence[Group], ranks: Sequence[Sequence[Round]]) -> WholeWork:
+    """Return the work of the groups with a `WholeRule` from `rounds_of` all groups."""
+    whole = [group for group in groups if isinstance(group["update_rule"], WholeRule)]
+    costs = [group["update_rule"].flops(group) for group in whole]
+    owners: list[dict[str, int]] = [{} for _ in whole]
+    num_owned = [[0] * len(ranks) for _ in whole]
+    alone = [0] * len(ranks)  # flops of each rank before it waits for others
+    together: list[list[tuple[int, int, int]]] = []  # by rank and exchange: flops, bytes of `collect`, of `distribute`
+    for rank, rounds in enumerate(ranks):
+        together.append([])
+        for work in rounds:
+            for share in work.shares:
+                owners[share.group] |= {whole[share.group]["names"][index]: rank for index in share.owned}
+                num_owned[share.group][rank] += len(share.owned)
+            flops = sum(costs[share.group] * len(share.owned) for share in work.shares)
+            if work.sends is None or work.receives is None:
+                alone[rank] += flops
+            else:
+                first, second = (FP32 * (sum(sizes) - sizes[rank]) for sizes in (work.sends, work.receives))
+                together[-1].append((flops, first, second))
+    exchanges = list(zip(*together, strict=True))  # each with an entry per rank
+    return WholeWork(
+        groups=[
+            GroupWork(group["role"], group["rule"], tuple(group["shapes"][0]), owners[i], num_owned[i], costs[i])
+            for i, group in enumerate(whole)
+        ],
+        bytes_sent=[sum(first + second for _, first, second in parts) for parts in together],
+        critical_flops=max(alone) + sum(max(flops for flops, *_ in parts) for parts in exchanges),
+        critical_bytes=sum(2 * max(max(sent) for _, *sent in parts) for parts in exchanges),
     )
 
 
 def traffic(
-    groups: Sequence[Group], work: Sequence[GroupWork], options: PlanConfig, *, stage: int, accumulation: int
+    groups: Sequence[Group], work: WholeWork, options: PlanConfig, *, stage: int, accumulation: int
 ) -> dict[str, int]:
     """Return the bytes that a rank sends in a step with NCCL's ring algorithms; `exchange` is the mean over ranks.
 
@@ -72,12 +85,12 @@ def traffic(
         flat += FP32 * (world_size - 1) * flat_size(numels, world_size=world_size, stage=stage)
     reductions = (1 if stage == 1 else accumulation) * (1 if stage == 3 or reduces_to_owners(world_size) else 2)
     gathers = 2 * accumulation if stage == 3 else 1
-    exchange = sum(sum(group.bytes_sent) for group in work) // world_size
+    exchange = sum(work.bytes_sent) // world_size
     return {"gradients": flat * reductions, "weights": flat * gathers, "exchange": exchange}
 
 
 def step_time(
-    work: Sequence[GroupWork], sent: dict[str, int], options: PlanConfig, *, stage: int, flops: float
+    work: WholeWork, sent: dict[str, int], options: PlanConfig, *, stage: int, flops: float
 ) -> dict[str, float]:
     """Return the seconds of a step by part; what overlaps with the passes counts as 0. flops: of a rank's passes.
 
@@ -96,7 +109,7 @@ def step_time(
         "passes": max(flops / (tera * machine.matmul_share), hidden / ring),
         "gradients": sent["gradients"] / ring if stage == 1 else 0.0,
         "weights": sent["weights"] / ring if stage < 3 else 0.0,
-        "newton_schulz": sum(group.critical_flops for group in work) / (tera * machine.ns_share),
-        "exchange": sum(group.critical_bytes for group in work) / one,
+        "newton_schulz": work.critical_flops / (tera * machine.ns_share),
+        "exchange": work.critical_bytes / one,
     }
     return seconds | {"total": sum(seconds.values())}

@@ -6,6 +6,7 @@ casts weights to its compute dtype at each matmul. DeepSpeed is imported late: i
 
 import itertools
 import logging
+import math
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,9 @@ def zero_settings(stage: int, *, world_size: int, num_parameters: int, device: t
         "sub_group_size": 2**60,
         # a separate stream for the reduction pays only where ranks exchange gradients
         "overlap_comm": device.type == "cuda" and world_size > 1 and stage > 1,
-        "contiguous_gradients": True,
+        # one rank reduces nothing, so its gradients need not be copied to one place
+        "contiguous_gradients": world_size > 1,
+        **({"compute_grad_norm": False} if stage < 3 else {}),  # in fp64, before our own
         "use_multi_rank_bucket_allreduce": not reduces_to_owners(world_size),
     }
 
@@ -53,7 +56,7 @@ class Engine:
 
         for micro_batch in micro_batches:  # gradient_accumulation_steps of them
             engine.backward(engine(micro_batch) / global_tokens)
-        engine.step(number, factor)
+        engine.step(number, factor, norm=add_up(engine.gradient_squares()).sum().sqrt().item())
     """
 
     def __init__(self, model: Trainable, resolved: Resolved) -> None:
@@ -66,13 +69,17 @@ class Engine:
         self.device, self.world_size, self.rank = resolved.device, resolved.world_size, dist.get_rank()
         self.gradient_accumulation_steps = resolved.gradient_accumulation_steps
         self.groups = build_groups(model, config.optimizer)
-        self.optimizer = PartitionedOptimizer(self.groups)
-        self._stage, self._micro_step = config.engine.zero_stage, 0
+        self.optimizer = PartitionedOptimizer(self.groups, compiled=resolved.compiled)
+        self._stage, self._micro_step, self._grad_clip = config.engine.zero_stage, 0, config.train.grad_clip
         num_parameters = sum(p.numel() for p in parameters)
         settings = {  # fp32 throughout; optimizer and learning rate are ours
             "train_micro_batch_size_per_gpu": resolved.micro_batch_size,
             "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
-            "gradient_clipping": config.train.grad_clip,  # of the raw gradient, before DeepSpeed calls our optimizer
+            # our optimizer clips where it reads the gradient; norms are ours too, see `gradient_squares`
+            "gradient_clipping": 0.0,
+            # shares of a loss add up; ZeRO-3 knows the mean only
+            "gradient_allreduce_op": "mean" if self._stage == 3 else "sum",
+            "timers": {"throughput": {"enabled": False}},  # it would synchronize the device in every forward pass
             "zero_allow_untested_optimizer": True,
             "zero_optimization": zero_settings(
                 self._stage, world_size=self.world_size, num_parameters=num_parameters, device=self.device
@@ -89,6 +96,12 @@ class Engine:
         self._zero: Any = self._engine.optimizer
         layout = {"stage": self._stage, "rank": self.rank, "world_size": self.world_size}
         self.optimizer.bind(self._share_masters(), **layout, average=config.average.kind != "none")
+        self.names = [name for group in self.groups for name in group["names"]]  # of all parameters
+        pieces, ends = self.optimizer.pieces, itertools.accumulate((len(g["names"]) for g in self.groups), initial=0)
+        places = [end + iv.index for end, piece in zip(ends, pieces, strict=False) for iv in piece.intervals]
+        self._places = torch.tensor(
+            places, dtype=torch.int64, device=self.device
+        )  # in `names`, of what this rank holds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -100,42 +113,45 @@ class Engine:
         """
         assert self._micro_step < self.gradient_accumulation_steps, "step() or discard_gradients() is due"
         self._engine.set_gradient_accumulation_boundary(self._micro_step == self.gradient_accumulation_steps - 1)
-        # DeepSpeed averages over ranks and micro batches, but shares must be summed. The factor undoes the former
-        # (exactly for 2^n ranks), scale_wrt_gas=False the latter.
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        # ZeRO-3 averages over ranks, but shares must be summed: the factor undoes it, exactly for 2^n ranks
+        loss = loss * self.world_size if self._stage == 3 else loss
+        self._engine.backward(loss, scale_wrt_gas=False)  # not divided by the number of micro batches
         self._micro_step += 1
 
-    def step(self, number: int, factor: float, *, record: bool = False) -> bool:
-        """Clip the gradient and take step `number`, from 1, at `factor` times the peak learning rate. Collective.
+    def step(self, number: int, factor: float, *, norm: float, record: bool = False) -> None:
+        """Take step `number`, from 1, at `factor` times the peak learning rate. Collective.
 
-        Returns False, with every weight unchanged, if the gradient is not finite. `record` keeps its statistics.
+        norm: of the raw gradient over all ranks, finite; the gradient is clipped to the norm `train.grad_clip`. record:
+        keep the statistics of the update.
         """
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
+        assert math.isfinite(norm), norm
         self._micro_step = 0
-        self.optimizer.set_step(number, factor, record=record)
+        clip = min(1.0, self._grad_clip / (norm + 1e-6)) if self._grad_clip else 1.0
+        self.optimizer.set_step(number, factor, clip=clip, record=record)
         self._engine.step()
-        return self._engine.was_step_applied()
+        assert self._engine.was_step_applied(), f"DeepSpeed refuses a gradient of norm {norm}"
 
     @torch.no_grad()
-    def gradient_norms(self) -> tuple[list[str], Tensor]:
-        """Return all parameters' names and, before `step`, the norms of their raw gradients, fp64 (P,). Collective."""
+    def gradient_squares(self) -> Tensor:
+        """Return, before `step`, the sum of squares of this rank's part of the raw gradient of each of `names`.
+
+        fp64 (P,) on the device; the sums over all ranks are the squares of the gradients' norms.
+        """
         assert self._micro_step == self.gradient_accumulation_steps, (self._micro_step, "backward passes")
-        names = [name for group in self.groups for name in group["names"]]
-        places = {name: i for i, name in enumerate(names)}
-        indices, parts = [], []
+        parts = []
         for index, piece in enumerate(self.optimizer.pieces):
             # ZeRO holds this rank's part of a group as a list of consecutive tensors with padding in between
             gradients = self._zero.averaged_gradients[index]
             offsets = [0, *itertools.accumulate(g.numel() for g in gradients)]
             at = dict(zip(offsets, gradients, strict=False))
             for interval in piece.intervals:
-                indices.append(places[piece.group["names"][interval.index]])
                 parts.append(at[interval.offset].view(-1)[: interval.size])
-        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         if parts:
-            norms = torch.stack([torch.linalg.vector_norm(part) for part in parts]).double()
-            squares.index_add_(0, torch.tensor(indices, device=self.device), norms.square())
-        return names, add_up(squares).sqrt()
+            norms = torch._foreach_norm(parts)  # pyright: ignore[reportPrivateImportUsage]
+            squares.index_add_(0, self._places, torch.stack(norms).double().square())
+        return squares
 
     def discard_gradients(self) -> None:
         """Drop the gradients accumulated since the last `step`. Every rank must call it, without communication."""

@@ -4,6 +4,7 @@ A *boundary* is the state between two optimizer steps: the only state that is sa
 run ends on a boundary; a step in progress is discarded and taken again from its first sequence.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -180,10 +181,8 @@ class Trainer:
             self.engine.backward(total / self.config.train.tokens_per_step)
             sums.append(torch.stack((loss, penalty, z_loss)).detach())
         terms = torch.stack(sums, dim=1)  # (3, micro batches)
-        metrics = self._reduce(terms, batches)
-        names, norms = self.engine.gradient_norms()
-        metrics["train/grad_norm"] = torch.linalg.vector_norm(norms).item()
-        verdict = self.guard.examine(step, metrics, terms[0], dict(zip(names, norms.tolist(), strict=True)))
+        metrics, norms = self._reduce(terms, batches)
+        verdict = self.guard.examine(step, metrics, terms[0], norms)
         if verdict.message:
             self._event(verdict.kind, verdict.message, step + 1)
         if verdict.action != "apply":
@@ -192,8 +191,7 @@ class Trainer:
             self.failure = verdict.message
             return None
         if verdict.action == "apply":
-            applied = self.engine.step(step + 1, self.schedule(step), record=record)
-            assert applied, f"DeepSpeed refuses a gradient of norm {metrics['train/grad_norm']}"
+            self.engine.step(step + 1, self.schedule(step), norm=metrics["train/grad_norm"], record=record)
             metrics |= self.qk_clip.apply() if self.qk_clip else {}
         if sample := self.sample(step + 1, self.samples):
             share, self.samples = sample
@@ -339,19 +337,25 @@ class Trainer:
         self.interrupted = count_flags(bool(self.stop), device=self.engine.device)[0] > 0
         return self.interrupted
 
-    def _reduce(self, terms: Tensor, batches: list[Batch]) -> dict[str, float]:
-        """Return loss, penalty and z-loss per token, and the checksum of the sequences, over all ranks. Collective."""
+    def _reduce(self, terms: Tensor, batches: list[Batch]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the metrics of the step over all ranks, and the norm of each parameter's raw gradient. Collective.
+
+        The metrics are loss, penalty and z-loss per token, the gradient norm, and the checksum of the sequences. One
+        reduction and one transfer carry everything, because the device waits for the verdict on it.
+        """
         checksum = sum(batch.checksum for batch in batches)
         local = terms.new_tensor([checksum, self._step_seconds], dtype=torch.float64)
-        sums = torch.cat((torch.stack([term.sum() for term in terms]).double(), local))
-        loss, penalty, z_loss, checksum, seconds = add_up(sums).tolist()
+        sums = torch.cat((terms.sum(1).double(), local, self.engine.gradient_squares()))
+        loss, penalty, z_loss, checksum, seconds, *squares = add_up(sums).tolist()
         micro_step_seconds = seconds / self.engine.world_size / len(batches)  # of the last step, equal on all ranks
         if micro_step_seconds:
             self._check_every = max(1, int(SECONDS_BETWEEN_CHECKS / micro_step_seconds))
         tokens = self.config.train.tokens_per_step
         metrics = {"train/loss": loss / tokens, "train/rows_checksum": checksum}
         metrics |= {"train/penalty": penalty / tokens} if self.config.penalty.weight else {}
-        return metrics | ({"train/z_loss": z_loss / tokens} if self.config.train.z_loss else {})
+        metrics |= {"train/z_loss": z_loss / tokens} if self.config.train.z_loss else {}
+        metrics["train/grad_norm"] = math.sqrt(sum(squares))
+        return metrics, dict(zip(self.engine.names, map(math.sqrt, squares), strict=True))
 
     def _forward(self, batch: Batch) -> Output:
         """Return the loss and penalty of a batch; sequences beyond `num_rows` are padding and count nothing."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osp.config import Config, OptimizerConfig
 from osp.errors import UserError
-from osp.optim.rules import RULES, UpdateRule
+from osp.optim.rules import RULES, ElementwiseRule
 from osp.optim.zero import Piece
 from osp.plan.config import MachineConfig, PlanConfig
 from osp.plan.plan import make_plan
@@ -26,7 +26,7 @@ Tiny = Callable[..., Config]
 ROLES = ("matrix", "gain")  # parameters of many shapes, which one flat tensor holds together
 
 
-class SignDescent(UpdateRule):
+class SignDescent(ElementwiseRule):
     """buf = g + momentum buf;  p -= lr (sign(buf) + decay p)"""
 
     STATE_NAMES = ("direction",)
@@ -77,7 +77,7 @@ def test_plan_counts_the_state_and_the_workspace_of_a_made_up_rule(tiny_signs: T
     config = tiny_signs(name="plan")
     options = PlanConfig(world_size=1, machine=MachineConfig(device="cpu", bf16=False, peak_tflops=1.0))
     plan = make_plan(config, options)
-    assert {group.rule for group in plan.groups} == {"muon"}, "an elementwise rule exchanges nothing"
+    assert {group.rule for group in plan.updates.groups} == {"muon"}, "an elementwise rule exchanges nothing"
     total, adam = plan.parameters["total"], 2 * config.model.vocab_size * config.model.hidden_size
     assert plan.stages[1]["optimizer_state"] == pytest.approx(4 * (total + adam), rel=0.001), "AdamW has two states"
     rules = dict.fromkeys(config.optimizer.rules, "signs")
@@ -85,7 +85,7 @@ def test_plan_counts_the_state_and_the_workspace_of_a_made_up_rule(tiny_signs: T
     memory = make_plan(config, options).stages[1]
     assert memory["optimizer_state"] == pytest.approx(4 * total, rel=0.001)
     blocks = total - adam - 2 * config.model.hidden_size**2  # without the two EmbProj matrices
-    assert memory["update"] == pytest.approx(2 * 4 * blocks, rel=0.01), "the flat gradient and a temporary of its size"
+    assert memory["update"] == pytest.approx(4 * (total + blocks), rel=0.01), "gradients, and a temporary of a group"
 
 
 def weights_of_rank() -> dict[str, Tensor]:

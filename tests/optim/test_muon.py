@@ -74,7 +74,7 @@ def test_gram_takes_fewer_flops_on_wide_matrices_and_equals_standard_on_square_o
     def count(x: Tensor, y: Tensor) -> None:
         flops[method] = flops.get(method, 0) + x.shape[0] * x.shape[1] * x.shape[2] * y.shape[2]
 
-    monkeypatch.setattr(torch, "bmm", lambda x, y: (count(x, y), bmm(x, y))[1])
+    monkeypatch.setattr(torch, "bmm", lambda x, y, **kw: (count(x, y), bmm(x, y, **kw))[1])
     monkeypatch.setattr(torch, "baddbmm", lambda z, x, y, **kw: (count(x, y), baddbmm(z, x, y, **kw))[1])
     for ratio, saves in ((1, False), (1.25, False), (2.6875, True), (4, True)):
         flops.clear()

@@ -208,3 +208,58 @@ def test_recorded_squares_equal_the_update(role: str) -> None:
     optimizer.set_step(4, 0.5)
     optimizer.step()
     assert optimizer.update_squares == {}
+
+
+def test_clip_multiplies_the_gradient_of_every_rule() -> None:
+    """A step with `clip` equals a step with the multiplied gradient, for AdamW, Muon and the rule of gains."""
+    for role, shape in (("embedding", (6, 8)), ("matrix", (6, 8)), ("gain", (7,))):
+        after = []
+        for clip in (1.0, 0.25):  # a power of 2: exact
+            parameters = {str(i): nn.Parameter(integers(*shape, seed=i)) for i in range(3)}
+            optimizer, flats = build(parameters, role, CONFIG)
+            for number in range(1, 4):
+                values = integers(flats[0].numel(), seed=number)
+                flats[0].grad = values if clip < 1 else 0.25 * values
+                optimizer.set_step(number, 1.0, clip=clip)
+                optimizer.step()
+            after.append(flats[0])
+        assert torch.equal(*after), role
+
+
+def test_compiled_passes_equal_eager_ones_and_compile_once() -> None:
+    """Learning rate, clip factor and sizes change with steps and groups; none of them is compiled in."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for compiled in (False, True):
+        parameters = {f"{n}.{i}": nn.Parameter(integers(8, n, seed=i)) for n in (8, 24) for i in range(3)}
+        groups = build_groups(OneRole(parameters, "matrix"), replace(CONFIG, weight_decay=0.1))
+        flats = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
+        optimizer = PartitionedOptimizer(groups, compiled=compiled)
+        optimizer.bind(flats, stage=1)
+        for group, flat in zip(optimizer.param_groups, flats, strict=True):
+            group["params"] = [flat]
+        for number in range(1, 6):
+            for flat in flats:
+                flat.grad = integers(flat.numel(), seed=number)
+            optimizer.set_step(number, 1 / number, clip=1 - 0.1 * number)
+            optimizer.step()
+        results.append(torch.cat([*flats, *(piece.state["momentum"] for piece in optimizer.pieces)]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "two passes, one or two kinds of layout"
+
+
+def test_updates_wait_for_the_last_group() -> None:
+    """DeepSpeed steps group by group; matrices of all groups travel together."""
+    parameters = {f"{n}.{i}": nn.Parameter(integers(8, n, seed=i)) for n in (8, 24) for i in range(3)}
+    optimizer, flats = build(parameters, "matrix", CONFIG)
+    groups, before = optimizer.param_groups, [flat.clone() for flat in flats]
+    optimizer.set_step(1, 1.0)
+    for group, flat in zip(groups, flats, strict=True):
+        assert all(map(torch.equal, flats, before))
+        flat.grad = integers(flat.numel(), seed=1)
+        optimizer.param_groups = [group]
+        optimizer.step()
+        flat.grad = None  # as DeepSpeed does
+    assert not any(map(torch.equal, flats, before))
+    assert not optimizer._grads, "kept beyond the step"

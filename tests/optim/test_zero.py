@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from osp.optim.zero import Interval, batches, flat_size, rank_intervals
+from osp.optim.zero import Interval, Round, Whole, assign, flat_size, plan_rounds, rank_intervals
 from tests.distributed import run_distributed
 
 
@@ -48,63 +48,104 @@ def test_layout_of_three_parameters_on_two_ranks() -> None:
     ]
 
 
+def plan(*groups: tuple[int, int], rank: int = 0, workspace: int = 10**9, **layout: int) -> list[Round]:
+    """Return the rounds of groups of (numel, count), whose updates cost as much as they have elements."""
+    return plan_rounds([Whole(n, count, n) for n, count in groups], rank=rank, workspace=workspace, **layout)
+
+
 def test_whole_parameters_are_views_and_need_no_exchange() -> None:
     for stage, world_size in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 4)):
-        work = batches(6, 8, world_size=world_size, rank=0, stage=stage)
-        assert len(work) == 1
-        assert work[0].sends is None
-        assert work[0].num_owned == 8 // world_size
+        (work,) = plan((6, 8), world_size=world_size, stage=stage)
+        assert work.sends is None
+        assert len(work.shares[0].owned) == 8 // world_size
         values = torch.arange(48.0 // world_size)
-        assert work[0].collect(values).data_ptr() == values.data_ptr()
-        assert work[0].distribute(work[0].collect(values)).data_ptr() == values.data_ptr()
+        (whole,) = work.collect(values)
+        assert whole.data_ptr() == values.data_ptr()
+        assert work.distribute([whole])[0].data_ptr() == values.data_ptr()
 
 
-def test_workspace_bounds_a_batch_and_covers_the_group() -> None:
+def test_workspace_bounds_a_round_and_covers_the_group() -> None:
     for world_size, stage in ((1, 1), (2, 1), (3, 1), (3, 3)):
         for rank in range(world_size):
-            work = batches(10, 12, world_size=world_size, rank=rank, stage=stage, workspace=25)
-            assert max(batch.num_owned for batch in work) <= 2
-            held = {place for batch in work for place in range(batch.local.start, batch.local.stop)}
+            rounds = plan((10, 12), world_size=world_size, rank=rank, stage=stage, workspace=25)
+            assert max(10 * len(share.owned) for work in rounds for share in work.shares) <= 25 + 10
+            places = [share.local for work in rounds for share in work.shares]
+            held = {place for local in places for place in range(local.start, local.stop)}
             table = interval_table([10] * 12, world_size=world_size, stage=stage)[rank]
             assert held >= {place for iv in table for place in range(iv.place.start, iv.place.stop)}
-    assert batches(10, 2, world_size=1, rank=0, stage=1, workspace=1)[0].num_owned == 1  # never less than one
+    alone = plan((10, 2), world_size=1, stage=1, workspace=1)
+    assert [len(work.shares[0].owned) for work in alone] == [1, 1], "never less than one"
 
 
-def exchange(cases: list[tuple[int, int, int, int]]) -> list[Any]:
-    """Return the parameters of this rank and the change of its flat tensor by a round trip, for each case.
+@pytest.mark.parametrize("stage", [1, 3])
+def test_all_groups_travel_in_one_round(stage: int) -> None:
+    """Three groups that three ranks split, and one whose pieces are whole at stage 1."""
+    for rank in range(3):
+        rounds = plan((35, 5), (6, 9), (7, 1), (11, 2), world_size=3, rank=rank, stage=stage)
+        exchanged = [work for work in rounds if work.sends is not None]
+        assert len(exchanged) == 1
+        assert [share.group for share in exchanged[0].shares] == ([0, 2, 3] if stage == 1 else [0, 1, 2, 3])
 
-    cases: (numel, count, stage, workspace).
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16, 100])
+def test_costly_tasks_are_shared_as_evenly_as_they_can_be(world_size: int) -> None:
+    chooser = random.Random(world_size)
+    for _ in range(20):
+        costs = tuple(chooser.choice((1, 10, 20)) for _ in range(chooser.randint(1, 40)))
+        ranks = assign(costs, world_size)
+        loads = [sum(cost for cost, rank in zip(costs, ranks, strict=True) if rank == r) for r in range(world_size)]
+        assert sum(loads) == sum(costs)
+        assert max(loads) <= 4 / 3 * max(max(costs), sum(costs) / world_size) + max(costs) / 3
+        if len(costs) <= world_size:
+            assert max(loads) == max(costs), "a rank has two tasks and another one none"
+            assert len(set(ranks)) == len(costs)
+
+
+def exchange(cases: list[tuple[tuple[tuple[int, int], ...], int, int]]) -> list[Any]:
+    """Return each group's parameters of this rank and the change of its flat tensors by a round trip, for each case.
+
+    cases: (groups of (numel, count), stage, workspace).
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = []
-    for numel, count, stage, workspace in cases:
-        layout = {"world_size": world_size, "stage": stage}
-        whole = torch.arange(float(numel * count)).view(count, numel)
-        flat = torch.full((flat_size([numel] * count, **layout),), -1.0)
-        for iv in interval_table([numel] * count, **layout)[rank]:
-            flat[iv.place] = whole[iv.index, iv.start : iv.stop]
-        before, owned = flat.clone(), []
-        for batch in batches(numel, count, rank=rank, workspace=workspace, **layout):
-            whole_parameters = batch.collect(flat[batch.local])
-            owned.append(whole_parameters.clone())
-            update = batch.distribute(torch.ones_like(whole_parameters))
-            flat[batch.local] += update
-        results.append((torch.cat(owned) if owned else None, flat - before, before >= 0))
+    for groups, stage, workspace in cases:
+        layout, flats = {"world_size": world_size, "stage": stage}, []
+        for numel, count in groups:
+            whole = torch.arange(float(numel * count)).view(count, numel)
+            flat = torch.full((flat_size([numel] * count, **layout),), -1.0)
+            for iv in interval_table([numel] * count, **layout)[rank]:
+                flat[iv.place] = whole[iv.index, iv.start : iv.stop]
+            flats.append(flat)
+        before, owned = [flat.clone() for flat in flats], [[] for _ in groups]
+        for work in plan(*groups, rank=rank, workspace=workspace, **layout):
+            parameters = work.collect(torch.cat([flats[share.group][share.local] for share in work.shares]))
+            for share, stack in zip(work.shares, parameters, strict=True):
+                owned[share.group].append((list(share.owned), stack.clone()))
+            updates = work.distribute([torch.ones_like(stack) for stack in parameters])
+            for share, update in zip(work.shares, updates, strict=True):
+                flats[share.group][share.local] += update.flatten()
+        changes = [flat - old for flat, old in zip(flats, before, strict=True)]
+        results.append((owned, changes, [old >= 0 for old in before]))
     return results
 
 
 def test_exchange_collects_every_parameter_once_and_returns_updates() -> None:
+    shapes = ((35, 5), (6, 9), (1, 5), (8, 2), (7, 1), (4, 6))
     cases = [
-        (numel, count, stage, workspace)
-        for numel, count in ((35, 5), (6, 9), (1, 5), (8, 2), (7, 1), (4, 6))
+        (groups, stage, workspace)
+        for groups in (*((shape,) for shape in shapes), shapes, shapes[::-1])
         for stage in (1, 3)
-        for workspace in (1, 10**6)
+        for workspace in (1, 20, 10**6)
     ]
     ranks = run_distributed(exchange, 3, cases)
-    for index, (numel, count, stage, _) in enumerate(cases):
-        owned = torch.cat([rank[index][0] for rank in ranks if rank[index][0] is not None])
-        expected = torch.arange(float(numel * count)).view(count, numel)
-        assert torch.equal(owned[owned[:, 0].argsort()], expected), (numel, count, stage)
-        for rank in ranks:
-            _, change, real = rank[index]
-            assert torch.equal(change, real.float()), (numel, count, stage)
+    for index, (groups, stage, workspace) in enumerate(cases):
+        for number, (numel, count) in enumerate(groups):
+            owned = [part for rank in ranks for part in rank[index][0][number]]
+            order = [i for indices, _ in owned for i in indices]
+            assert sorted(order) == list(range(count)), (groups, stage, workspace)
+            stacks = torch.cat([stack for _, stack in owned])
+            expected = torch.arange(float(numel * count)).view(count, numel)
+            assert torch.equal(stacks, expected[torch.tensor(order)]), (groups, stage, workspace)
+            for rank in ranks:
+                _, changes, real = rank[index]
+                assert torch.equal(changes[number], real[number].float()), (groups, stage, workspace)

@@ -1,6 +1,7 @@
 """Functions that the ranks of `test_engine.py` run; spawned processes import this module."""
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -70,12 +71,23 @@ def accumulate(engine: Engine, step: int) -> None:
         engine.backward(engine(ids) / count)
 
 
+def gradient_norms(engine: Engine) -> Tensor:
+    """Return the norm of each parameter's raw gradient, before a step. Collective."""
+    return add_up(engine.gradient_squares()).sqrt()
+
+
+def take(engine: Engine, step: int, factor: float, *, record: bool = False) -> float:
+    """Take a step with the gradient that is there and return its norm."""
+    norm = float(torch.linalg.vector_norm(gradient_norms(engine)))
+    engine.step(step + 1, factor, norm=norm, record=record)
+    return norm
+
+
 def run_steps(engine: Engine, steps: range) -> list[float]:
     norms = []
     for step in steps:
         accumulate(engine, step)
-        norms.append(torch.linalg.vector_norm(engine.gradient_norms()[1]).item())
-        assert engine.step(step + 1, factor(step), record=True)
+        norms.append(take(engine, step, factor(step), record=True))
     return norms
 
 
@@ -103,6 +115,7 @@ def everything(world_size: int, grid: list[tuple[int, int]], all_checks: bool) -
         engine.close()
     if not all_checks:
         return results
+    results["synchronizations"] = [synchronizations(stage) for stage in (1, 2, 3)]
     results["per head"] = {stage: per_head(stage, accumulation=4 // world_size) for stage in (1, 2, 3)}
     results["broadcast"] = broadcast()
     for stage in (1, 2, 3):
@@ -119,6 +132,19 @@ def everything(world_size: int, grid: list[tuple[int, int]], all_checks: bool) -
     results["qk clip"] = {stage: qk_clip(stage, world_size) for stage in (1, 2, 3)}
     results["bhyt"] = {stage: bhyt_constants(stage) for stage in (1, 3)}
     return results
+
+
+def synchronizations(stage: int) -> int:
+    """Return how often two steps of two micro batches synchronize the device; DeepSpeed's timers would in each one."""
+    from deepspeed.accelerator import get_accelerator
+
+    engine = build(stage, 2)
+    run_steps(engine, range(2))  # the timers begin after two steps
+    gc.collect()  # engines that are freed synchronize
+    with patch.object(type(get_accelerator()), "synchronize") as device, patch("torch.cuda.synchronize") as cuda:
+        run_steps(engine, range(2, 4))
+    engine.close()
+    return device.call_count + cuda.call_count
 
 
 def per_head(stage: int, accumulation: int) -> dict[str, Tensor]:
@@ -144,9 +170,9 @@ def penalized(stage: int, world_size: int) -> dict[str, float]:
     for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
         loss, _, penalty, *_ = engine(ids[:, :-1], ids[:, 1:])
         engine.backward((loss + PENALTY.weight * penalty) / PENALIZED_IDS[:, 1:].numel())
-    names, norms = engine.gradient_norms()
+    norms = dict(zip(engine.names, gradient_norms(engine).tolist(), strict=True))
     engine.close()
-    return dict(zip(names, norms.tolist(), strict=True))
+    return norms
 
 
 TIED = ModelConfig(17, 16, 24, num_hidden_layers=2, num_attention_heads=4, tie_embeddings=True)
@@ -165,7 +191,7 @@ def tied(stage: int, world_size: int) -> dict[str, Tensor]:
         for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
             loss, _, _, squares = engine(ids[:, :-1], ids[:, 1:])
             engine.backward((loss + Z_LOSS * squares) / PENALIZED_IDS[:, 1:].numel())
-        assert engine.step(step + 1, 1.0)
+        take(engine, step, 1.0)
     engine.close()
     return weights(engine)
 
@@ -198,7 +224,7 @@ def qk_clip(stage: int, world_size: int) -> list[tuple[dict[str, float], dict[st
         clip.largest.fill_(-torch.inf)
         for ids in PENALIZED_IDS.chunk(2 * world_size)[engine.rank :: world_size]:
             engine.backward(engine(ids[:, :-1], ids[:, 1:]).loss)
-        assert engine.step(step + 1, 0.0)
+        take(engine, step, 0.0)
         results.append((clip.apply(), weights(engine)))
     engine.close()
     return results
@@ -267,12 +293,13 @@ def backward_only(stage: int, accumulation: int) -> float:
 
 
 def not_finite(stage: int) -> tuple[bool, float, float]:
-    """Return (applied, change of weights, error of the next finite step against an engine that never saw a NaN)."""
+    """Return (finite, change of weights, error of the next finite step against an engine that never saw a NaN)."""
     engine, good = build(stage, 1), build(stage, 1)
     before = weights(engine)
     for ids in shares(engine, 0):
         engine.backward(engine(ids) * (float("nan") if engine.rank == 0 else 1.0))
-    applied = engine.step(1, 1.0)
+    finite = bool(gradient_norms(engine).isfinite().all())
+    engine.discard_gradients()
     change = max(float((before[n] - w).abs().max()) for n, w in weights(engine).items())
     run_steps(engine, range(1))
     run_steps(good, range(1))
@@ -280,7 +307,7 @@ def not_finite(stage: int) -> tuple[bool, float, float]:
     error = max(float((reference[n] - w).abs().max()) for n, w in weights(engine).items())
     engine.close()
     good.close()
-    return applied, change, error
+    return finite, change, error
 
 
 def broadcast() -> tuple[Any, float, int]:
