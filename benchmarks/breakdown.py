@@ -8,6 +8,7 @@ Time. Every kernel (GPU) or operation (CPU) of one profiled step is assigned to 
     loss           cross-entropy without its products
     norms          modules named *Norm, forward and backward; compiled: fused kernels with an rsqrt
     other          rotary embedding, SwiGLU, residuals, casts, gradient clipping, reductions over ranks
+    no operator    kernels that no operator of torch launched, so that only their name is known
     waiting        wall time of the step in which none of the above ran
 
 Memory. Weights, gradients and optimizer state are counted tensor by tensor. Activations are the distinct storages that
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-PARTS = ("matmuls", "attention", "norms", "loss", "optimizer", "other", "waiting")
+PARTS = ("matmuls", "attention", "norms", "loss", "optimizer", "other", "no operator", "waiting")
 NORM = "osp::norm"
 MATMUL = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|^aten::(mm|bmm|addmm|baddbmm|linear|matmul)$|mkldnn_linear", re.I)
 ATTENTION = re.compile(r"flash|fmha|attention|sdpa", re.I)
 LOSS = re.compile(r"LinearCrossEntropy|cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss", re.I)
 FUSED_NORM = re.compile(r"triton_.*rsqrt")
+RUNTIME = re.compile(r"cu(da)?[A-Z]")  # a call of the driver, which is no operator
 
 
 def parts_of_time(step: Callable[[], object], seconds: float) -> dict[str, float]:
@@ -39,19 +41,37 @@ def parts_of_time(step: Callable[[], object], seconds: float) -> dict[str, float
         step()
         if on_gpu:
             torch.cuda.synchronize()
-    events = profiler.events() or []
-    norms = {e.sequence_nr for e in events if e.sequence_nr >= 0 and any(p.name == NORM for p in _ancestors(e))}
+    return parts_of_events(profiler.events() or [], seconds, on_gpu=on_gpu)
+
+
+def parts_of_events(events: list[Any], seconds: float, *, on_gpu: bool) -> dict[str, float]:
+    """Return the seconds of each of PARTS. events: of the profiler, from one step that takes `seconds` without it."""
+    operators = [e for e in events if e.device_type.name == "CPU"]
+    norms = {e.sequence_nr for e in operators if e.sequence_nr >= 0 and any(p.name == NORM for p in _ancestors(e))}
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    if not on_gpu:
+        for event in operators:
+            parts[_part(event.name, [event, *_ancestors(event)], norms)] += event.self_cpu_time_total
+        # the profiler slows operations down, so its shares are scaled to the duration of an ordinary step
+        busy = sum(parts.values())
+        return {name: value * seconds / busy for name, value in parts.items()}
+    # Every kernel counts once. The lists of the operators lack the kernels that no operator launched, and calls of the
+    # driver, which are numbered independently, may list an operator's kernels a second time.
+    owners: dict[tuple[str, float], list[Any]] = {}
+    for event in operators:
+        if not RUNTIME.match(event.name):
+            for kernel in event.kernels:
+                owners.setdefault((kernel.name, kernel.duration), []).append(event)
     for event in events:
-        work = [(k.name, k.duration) for k in event.kernels] if on_gpu else [(event.name, event.self_cpu_time_total)]
-        for name, microseconds in work:
-            parts[_part(name, [event, *_ancestors(event)], norms)] += microseconds / 1e6
-    busy = sum(parts.values())
-    if on_gpu:
-        parts["waiting"] = max(0.0, seconds - busy)
-        return parts
-    # the profiler slows operations down, so its shares are scaled to the duration of an ordinary step
-    return {name: value * seconds / busy for name, value in parts.items()}
+        if event.device_type.name != "CUDA" or event.is_user_annotation:  # a region, which contains kernels
+            continue
+        microseconds = event.time_range.elapsed_us()
+        same = owners.get((event.name, microseconds))
+        owner = same.pop() if same else None
+        part = _part(event.name, [owner, *_ancestors(owner)], norms) if owner else "no operator"
+        parts[part] += microseconds / 1e6
+    parts["waiting"] = max(0.0, seconds - sum(parts.values()))
+    return parts
 
 
 def _part(name: str, events: list[Any], norms: set[int]) -> str:

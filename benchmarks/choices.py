@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NO_CHECKPOINTS = {"every": 0, "keep_last": 1}  # else a run asks for room on the disk, 43 GB at osp_1b
 
 
 def group(name: str, choice: str) -> dict[str, Any]:

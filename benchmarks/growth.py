@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from choices import group
+from choices import NO_CHECKPOINTS, group
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,6 +168,7 @@ def values_of(
             "model": model,
             "norm": {"name": "ssnorm"},
             "optimizer": {**group("optimizer", "muon"), "lr": 1e-3},
+            "checkpoint": NO_CHECKPOINTS,
             "engine": {"threads": threads, **engine},
             "monitor": {"enabled": False},
             "logger": {"wandb": "disabled", "progress": False},

@@ -10,6 +10,7 @@ steps, so a step slowed by a probe (a hook left behind, a block compiled again) 
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from choices import group, osp_values
+from choices import NO_CHECKPOINTS, group, osp_values
 
 MODES = ("off", "light", "full")
 
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments)))
-        return
+        print(json.dumps(measure(arguments)), flush=True)
+        os._exit(0)  # as scripts/entry.py: threads of the process group are still running
     results: dict[str, list[dict[str, Any]]] = {mode: [] for mode in arguments.modes}
     for turn in range(arguments.rounds):
         for mode in arguments.modes:
@@ -136,6 +137,7 @@ def run_config(arguments: argparse.Namespace) -> Any:
                 "precision": arguments.precision,
             },
             **osp_values(arguments.model, threads=arguments.threads),
+            "checkpoint": NO_CHECKPOINTS,
             "monitor": group("monitor", arguments.child),
         }
     )

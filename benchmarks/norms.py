@@ -7,13 +7,16 @@
 Only the norms, eager and compiled: x (tokens, D) forward, then backward from a given gradient to x and the gains. The
 minimal memory traffic is 5 D values per token (read x, write y; read x and dy, write dx), and 2 D for a copy; the
 column `of copy` is the ratio of the two bandwidths on the same x. `bhyt, after attention` takes its variance from the
-norm before. The default size is smaller on a CPU.
+norm before. On a GPU the time is the median of a queue of calls, between events in the stream: while the GPU is busy,
+no launch is part of it. The default size is beyond the GPU's cache. On a CPU it is the fastest call, at a smaller size.
 
 A training step is one of the real trainer; each norm runs in a separate process, in turns.
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from choices import CONFIGS, group
+from choices import CONFIGS, NO_CHECKPOINTS, group
 from torch import Tensor, nn
 
 ON_GPU = torch.cuda.is_available()
@@ -35,7 +38,7 @@ PEERS: dict[str, Callable[[int], nn.Module]] = {"torch layer_norm": nn.LayerNorm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=16_384 if ON_GPU else 2048)
+    parser.add_argument("--tokens", type=int, default=131_072 if ON_GPU else 2048)
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024, 2048, 4096] if ON_GPU else [256, 2048])
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if ON_GPU else "fp32")
     parser.add_argument("--repeats", type=int, default=50 if ON_GPU else 10)
@@ -51,14 +54,15 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(training_steps(arguments)))
-        return
+        print(json.dumps(training_steps(arguments)), flush=True)
+        os._exit(0)  # as scripts/entry.py: threads of the process group are still running
     if not ON_GPU:
         from osp.device import prepare_cpu
 
         prepare_cpu(arguments.threads)  # as training does: freed memory is kept instead of returned and zeroed again
     place = torch.cuda.get_device_name() if ON_GPU else f"{platform.processor()} CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.tokens} tokens, {arguments.dtype}, {place}, torch {torch.__version__}; the fastest of ", end="")
+    print(f"{arguments.tokens} tokens, {arguments.dtype}, {place}, torch {torch.__version__}; ", end="")
+    print("median of " if ON_GPU else "the fastest of ", end="")
     modes = ("eager", "compiled") if arguments.compile else ("eager",)
     print(f"{arguments.repeats}\n\n| D | norm |{''.join(f' {mode} us | GB/s | of copy |' for mode in modes)}")
     print(f"|---|---|{'---|---|---|' * len(modes)}")
@@ -79,14 +83,14 @@ def measured(arguments: argparse.Namespace, hidden: int, modes: tuple[str, ...])
     x = torch.randn(arguments.tokens, hidden, device=device, dtype=dtype)
     target, dy = torch.empty_like(x), torch.randn_like(x)
     size = x.numel() * x.element_size()
-    copy_speed = 2 * size / fastest(lambda: target.copy_(x), arguments.repeats)
+    copy_speed = 2 * size / seconds_of(lambda: target.copy_(x), arguments.repeats)
     rows = []
     for name, norm in contenders(hidden, device).items():
         row: dict[str, Any] = {"hidden": hidden, "norm": name, "copy_bytes_per_second": copy_speed}
         for mode in modes:
             call = torch.compile(norm, dynamic=False) if mode == "compiled" else norm
             leaf = x.detach().requires_grad_()
-            seconds = fastest(lambda call=call, leaf=leaf: call(leaf).backward(dy), arguments.repeats)
+            seconds = seconds_of(lambda call=call, leaf=leaf: call(leaf).backward(dy), arguments.repeats)
             row |= {f"{mode}_seconds": seconds, f"{mode}_bytes_per_second": 5 * size / seconds}
         torch.compiler.reset()
         cells = [
@@ -123,10 +127,18 @@ def contenders(hidden: int, device: str) -> dict[str, nn.Module]:
     return {name: norm.to(device) for name, norm in {**peers, **ours, AFTER_ATTENTION: AfterAttention()}.items()}
 
 
-def fastest(action: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the fastest call after three for warm-up."""
+def seconds_of(action: Callable[[], Any], repeats: int) -> float:
+    """Return the seconds of a call after three for warm-up: the fastest on a CPU, the median on a GPU."""
     for _ in range(3):
         action()
+    if ON_GPU:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            action()
+            event.record()
+        torch.cuda.synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
     times = []
     for _ in range(repeats):
         began = clock()
@@ -185,6 +197,7 @@ def training_steps(arguments: argparse.Namespace) -> dict[str, float]:
             "model": group("model", arguments.train),
             "norm": group("norm", arguments.child),
             "optimizer": {**group("optimizer", "adamw"), "lr": 1e-3},
+            "checkpoint": NO_CHECKPOINTS,
             "engine": {"threads": arguments.threads},
             "monitor": {"enabled": False},
             "logger": {"wandb": "disabled", "progress": False},

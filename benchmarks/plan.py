@@ -69,7 +69,7 @@ def main() -> None:
 
 def config_of(arguments: argparse.Namespace, rows: int) -> Config:
     """Return the configuration of `train_step.py` with this number of sequences per step."""
-    given = argparse.Namespace(**{**vars(arguments), "rows": rows, "child": None, "compile": False})
+    given = argparse.Namespace(**{**vars(arguments), "rows": rows, "accumulate": 1, "child": None, "compile": False})
     return run_config(given)
 
 
