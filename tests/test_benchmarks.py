@@ -3,9 +3,11 @@ page of results agrees with the log."""
 
 import argparse
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,12 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import Interval, Kernel
-from verify_resume import VerifyResumeConfig
 
 from osp.config import Config, from_dict
 from osp.model.transformer import build_model
 from osp.model_config import ModelConfig, NormConfig
-from osp.schema import build
 from osp.train.setup import setup
 from tests.conftest import ROOT
 
@@ -42,14 +42,18 @@ import train_step
 RUN_GPU = ROOT / "benchmarks" / "run_gpu.sh"
 
 
-def dry_run() -> dict[str, list[str]]:
-    """Return step name -> command."""
-    done = subprocess.run([RUN_GPU, "--dry-run", "out"], capture_output=True, text=True, check=True)
+PARTS = ("part1", "part2")
+
+
+def dry_run(part: str) -> dict[str, tuple[int, list[str]]]:
+    """Return step name -> (limit in seconds, command)."""
+    done = subprocess.run([RUN_GPU, "--dry-run", part, "out"], capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    return {name: shlex.split(command) for name, _, command in rows}
+    return {name: (int(limit), shlex.split(command)) for name, limit, command in rows}
 
 
-STEPS = dry_run()
+LIMITED = {part: dry_run(part) for part in PARTS}
+STEPS = {name: command for steps in LIMITED.values() for name, (_, command) in steps.items()}
 
 
 RESULTS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -95,14 +99,16 @@ class ParsedError(Exception):
 def test_command_of_the_gpu_run_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     script, *arguments = STEPS[name]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    if script == "-m":
+        pytest_, *options = arguments
+        assert (pytest_, options[:5]) == ("pytest", ["-q", "-p", "no:cacheprovider", "-m", "gpu"])
+        assert all((ROOT / path).exists() for path in options[5:])
+        return
     if script.startswith("scripts/"):
         seen: list[dict[str, Any]] = []
         monkeypatch.setattr(entry, "launch", lambda _, *args, **options: entry.run(seen.append, *args, **options))
         runpy.run_path(str(ROOT / script), run_name="__main__")
-        (values,) = seen
-        if (verify := values.pop("verify", None)) is not None:
-            build(VerifyResumeConfig, verify, path="verify")
-        from_dict(values)
+        from_dict(seen[0])
         return
     parse = argparse.ArgumentParser.parse_args
 
@@ -115,25 +121,92 @@ def test_command_of_the_gpu_run_is_valid(name: str, monkeypatch: pytest.MonkeyPa
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_limits_of_a_part_add_up_to_its_budget(part: str) -> None:
+    """A part ends before 4 or 8 minutes even if each of its steps takes too long."""
+    budget = int(re.findall(rf"{part}\) budget=(\d+)", RUN_GPU.read_text())[0])
+    assert sum(limit for limit, _ in LIMITED[part].values()) <= budget
+    assert budget + 5 < {"part1": 230, "part2": 470}[part]  # 5: --kill-after
+
+
+def test_no_step_of_the_gpu_run_measures_two_contenders_of_the_large_model() -> None:
+    large = {name: command for name, command in STEPS.items() if "osp_1b" in command}
+    contenders = [command[command.index("--contenders") + 1 :] for command in large.values()]
+    assert sorted(contenders) == [["osp adamw"], ["osp muon"], ["transformers"]]
+    assert len({command[command.index("--out") + 1] for command in large.values()}) == 1
+    assert [name for name, command in large.items() if "--keep" not in command] == ["train_osp_1b_muon"]
+    assert [name for name in large if name in LIMITED["part1"]] == ["train_osp_1b_muon"]
+
+
 def test_gpu_run_covers_every_open_measurement() -> None:
     words = {Path(command[0]).name for command in STEPS.values()}
-    assert {"train_step.py", "muon_step.py", "monitor.py", "norms.py", "generate.py", "quant_eval.py"} <= words
-    assert {"verify_resume.py", "overhead.py", "growth.py"} <= words
+    assert {"train_step.py", "muon_step.py", "norms.py", "generate.py", "quant_eval.py", "overhead.py"} <= words
     models = " ".join(" ".join(command) for command in STEPS.values())
     assert all(f"--model {name}" in models for name in ("osp_1b", "374m", "60m"))
 
 
-def test_gpu_run_continues_after_a_failure_and_names_it(tmp_path: Path) -> None:
+FAILING = {"part1": ("start", "train_step.py --model nano"), "part2": ("muon_step", "muon_step.py")}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_gpu_run_continues_after_a_failure_and_names_it(part: str, tmp_path: Path) -> None:
+    failing, command = FAILING[part]
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "ran $1"\ncase $1 in *muon_step*) exit 3 ;; esac\n')
+    python.write_text(f'#!/bin/sh\necho "ran $1"\necho "| a | table |"\ncase "$*" in *"{command}"*) exit 3 ;; esac\n')
     python.chmod(0o755)
     out = tmp_path / "out"
-    done = subprocess.run([RUN_GPU, "--python", python, out], capture_output=True, text=True, check=False)
+    done = subprocess.run([RUN_GPU, part, "--python", python, out], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == f"failed: muon_osp_1b: exit status 3, see {out}/muon_osp_1b.log"
-    rows = [line.split("\t") for line in (out / "summary.tsv").read_text().splitlines()[1:]]
-    assert {name: status for name, status, _ in rows} == {n: "3" if n == "muon_osp_1b" else "0" for n in STEPS}
-    assert (out / "growth.log").read_text() == "ran benchmarks/growth.py\n"
+    assert done.stdout.splitlines()[-1] == f"failed: {failing}: exit status 3, see {out}/{failing}.log"
+    assert done.stdout.count("| a | table |") == len(LIMITED[part])
+    rows = [line.split("\t") for line in (out / f"{part}.tsv").read_text().splitlines()[1:]]
+    assert {name: status for name, status, _ in rows} == {n: "3" if n == failing else "0" for n in LIMITED[part]}
+    last = list(LIMITED[part])[-1]
+    assert (out / f"{last}.log").read_text().startswith(f"ran {STEPS[last][0]}\n")
+
+
+@pytest.mark.parametrize("venv", [True, False])
+def test_gpu_run_finds_a_python_and_osp_by_itself(venv: bool, tmp_path: Path) -> None:
+    """The project's python where there is one, else python3; `osp` is not installed, and what was on the path stays."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "tests").mkdir()
+    script = shutil.copy(RUN_GPU, tmp_path / "benchmarks")
+    folders = {"project": tmp_path / ".venv" / "bin", "system": tmp_path / "bin"}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        for program in ("python", "python3"):
+            (folder / program).write_text(f'#!/bin/sh\necho "{name} $0 $PYTHONPATH $HF_HUB_OFFLINE $WANDB_MODE"\n')
+            (folder / program).chmod(0o755)
+    if not venv:
+        shutil.rmtree(tmp_path / ".venv")
+    environment = {**os.environ, "PATH": f"{folders['system']}:{os.environ['PATH']}", "PYTHONPATH": "/wheels"}
+    subprocess.run([script, "part1", tmp_path / "out"], capture_output=True, check=True, env=environment)
+    place = "project .venv/bin/python" if venv else f"system {folders['system']}/python3"
+    assert (tmp_path / "out" / "data.log").read_text() == f"{place} {tmp_path}:/wheels 1 disabled\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: '' is no part; the first argument is part1 or part2"),
+        (["build/gpu"], "error: 'build/gpu' is no part; the first argument is part1 or part2"),
+        (["part1", "--python"], "error: --python  is no program"),
+        (["part1", "--fast"], "error: unknown option --fast; the options are --dry-run and --python PYTHON"),
+    ],
+)
+def test_wrong_argument_of_the_gpu_run_is_one_line(arguments: list[str], message: str) -> None:
+    done = subprocess.run([RUN_GPU, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
+
+
+def test_gpu_run_needs_no_optional_package() -> None:
+    """Every benchmark of it, and the training that they start, can be imported without packages for other purposes."""
+    modules = {Path(command[0]).stem for command in STEPS.values() if command[0].startswith("benchmarks/")}
+    missing = ("wandb", "torchao", "gguf", "compressed_tensors", "lm_eval")
+    lines = ["import sys", f"sys.path.append({str(ROOT / 'benchmarks')!r})"]
+    lines += [f"sys.modules[{name!r}] = None" for name in missing]
+    lines += [f"import {name}" for name in ("osp.train.setup", "transformers.models.llama", *sorted(modules))]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
 
 
 def settings(**values: Any) -> argparse.Namespace:
