@@ -202,7 +202,7 @@ def test_wrong_argument_of_the_gpu_run_is_one_line(arguments: list[str], message
 def test_gpu_run_needs_no_optional_package() -> None:
     """Every benchmark of it, and the training that they start, can be imported without packages for other purposes."""
     modules = {Path(command[0]).stem for command in STEPS.values() if command[0].startswith("benchmarks/")}
-    missing = ("wandb", "torchao", "gguf", "compressed_tensors", "lm_eval")
+    missing = ("wandb", "zstandard", "torchao", "gguf", "compressed_tensors", "lm_eval")
     lines = ["import sys", f"sys.path.append({str(ROOT / 'benchmarks')!r})"]
     lines += [f"sys.modules[{name!r}] = None" for name in missing]
     lines += [f"import {name}" for name in ("osp.train.setup", "transformers.models.llama", *sorted(modules))]

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 
 from osp.config import DataConfig, TextConfig
 from osp.data.tokenizer import HUB_TIMEOUT
@@ -32,10 +31,18 @@ from osp.files import parse_json, printable
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = ".txt, .md, .py, .jsonl, .ndjson, .json (each also with .gz, .xz or .zst), .parquet"
 FORMAT = re.compile(r"\.(?:parquet$|(?:txt|md|py|jsonl|ndjson|json)(?=$|\.gz$|\.xz$|\.zst$))", re.IGNORECASE)
+
+
+def _zstandard() -> Any:
+    import zstandard  # a machine that reads no .zst files may lack it
+
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
-    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+    ".zst": _zstandard,
 }
 PIECE = 2**12  # compressed bytes to expand at a time, at most 32,768-fold
 MOST_BYTES = 2**28  # of a record, and of a compressed text
@@ -359,7 +366,12 @@ def _pieces(path: Path) -> Iterator[bytes]:
                     data = frame.unused_data
                 while not (data := data.lstrip(b"\0")) and (data := file.read(PIECE)):  # zeros may fill a block
                     pass
-        except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        except (
+            EOFError,
+            lzma.LZMAError,
+            zlib.error,
+            getattr(sys.modules.get("zstandard"), "ZstdError", EOFError),
+        ) as error:
             raise EOFError(f"the archive is damaged or cut short ({error})") from error
 
 
