@@ -51,7 +51,8 @@ def native_fp8(device: torch.device | str) -> bool:
 
 
 # Dense bf16 TFLOP/s by vendor datasheet; keys are parts of a device's name, and the first match counts.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "4090": 165.0}
+PEAK_TFLOPS = {"H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0}
+PEAK_TFLOPS |= {"B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "4090": 165.0}
 
 
 def peak_tflops_of(name: str) -> float | None:

@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         penalties: list[Tensor] = []
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x, penalty = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x, penalty = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, penalty = layer(x, cos, sin, mask, cache)
             if penalty is not None:

@@ -552,6 +552,19 @@ def test_activation_checkpointing_is_bit_identical(norm: str) -> None:
     assert calls == 4, "evaluation recomputes nothing"
 
 
+def test_activation_checkpointing_reads_no_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block draws no random numbers, and on a GPU reading the state would wait for it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the random state is read")
+
+    model, ids = lively(tiny()), tokens()
+    model.activation_checkpointing = True
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    monkeypatch.setattr(torch, "set_rng_state", refuse)
+    loss_and_gradients(model, ids, ids)
+
+
 def test_sequences_may_exceed_the_table_of_positions() -> None:
     """The table grows, and a longer call does not change a shorter one."""
     model, ids = lively(tiny(max_position_embeddings=4)), tokens(length=24)
