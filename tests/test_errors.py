@@ -684,7 +684,7 @@ def test_not_enough_disk_for_a_checkpoint(error_of: Callable[..., str], monkeypa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5_000_000, 5_000_000))
     line = error_of("logger.wandb=disabled")
-    assert re.search(r"run.dir=runs/osp_nano: 3 more checkpoints of 0.07 GB, as .* do not fit into the 0.01 GB", line)
+    assert re.search(r"run.dir=runs/osp_nano: 1 more checkpoint of 0.07 GB, as .* do not fit into the 0.01 GB", line)
 
 
 def test_wandb_online_without_a_key(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

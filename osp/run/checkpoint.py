@@ -379,6 +379,18 @@ def prune(folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
         log.warning("%s: old checkpoints are not removed: %s", folder, error)
 
 
+def copies_to_write(folder: Path, config: CheckpointConfig, *, first: int, last: int) -> int:
+    """Return how many more checkpoints than now `folder` holds at most while a run goes from step `first` to `last`."""
+    existing = {int(p.parent.name[5:]) for p in folder.glob(f"step_*/{MANIFEST}") if p.parent.name[5:].isdigit()}
+    regular = range((first // config.every + 1) * config.every, last, config.every) if config.every else ()
+    kept, beside = existing.union(regular), 1  # when the last one is written, beside them
+    if config.keep_last:
+        multiples = {step for step in kept if config.keep_every and step % config.keep_every == 0}
+        kept = multiples.union(sorted(kept)[-config.keep_last :])
+        beside += max(existing, default=0) > first  # a run that has gone back keeps its newest beside later ones
+    return max(1, len(kept) + beside - len(existing))
+
+
 def remove(folder: Path) -> None:
     """Remove a checkpoint. A crash in between leaves no half of it under its name."""
     if folder.exists():

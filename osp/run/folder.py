@@ -29,12 +29,12 @@ from typing import Any, NamedTuple, TextIO
 
 import yaml
 
-from osp.config import Config, to_dict, upgrade
+from osp.config import CheckpointConfig, Config, to_dict, upgrade
 from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import prepare
 from osp.errors import UserError, as_user_error
 from osp.files import printable, read_record, write_bytes, write_record, write_text
-from osp.run.checkpoint import LATEST, Checkpoint, candidates, find, remove_unfinished
+from osp.run.checkpoint import LATEST, Checkpoint, candidates, copies_to_write, find, remove_unfinished
 from osp.run.read import differences, read_yaml
 
 log = logging.getLogger(__name__)
@@ -130,20 +130,20 @@ def open_run(config: Config) -> Found:
     return Found(folder, named if goes_back or not own else own, before, own)
 
 
-def check_disk(folder: Path, num_bytes: int, *, keep_last: int) -> None:
-    """Raise `UserError` unless the checkpoints of `num_bytes` that a run keeps fit on the disk of its folder.
+def check_disk(folder: Path, num_bytes: int, config: CheckpointConfig, *, first: int, last: int) -> None:
+    """Raise `UserError` unless the checkpoints of `num_bytes` of steps `first` to `last` fit on the folder's disk.
 
     Existing checkpoints need no more room. The next one is written before the oldest is removed.
     """
-    copies = max(1, max(1, keep_last) + 1 - len(candidates(folder)))
+    copies = copies_to_write(folder / "checkpoints", config, first=first, last=last)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise UserError(f"run.dir={folder}: {place} is a file; choose another run.dir")
     if (free := shutil.disk_usage(place).free) < num_bytes * copies:
         raise UserError(
-            f"run.dir={folder}: {copies} more checkpoint{'s' * (copies > 1)} of {num_bytes / 1e9:.2f} GB, as "
-            f"checkpoint.keep_last={keep_last} needs, do not fit into the {free / 1e9:.2f} GB free there; choose "
-            "another run.dir or a smaller checkpoint.keep_last"
+            f"run.dir={folder}: {copies} more checkpoint{'s' * (copies > 1)} of {num_bytes / 1e9:.2f} GB, as steps "
+            f"{first} to {last} with checkpoint.every={config.every} and checkpoint.keep_last={config.keep_last} need, "
+            f"do not fit into the {free / 1e9:.2f} GB free there; choose another run.dir or save and keep fewer"
         )
     if not os.access(place, os.W_OK):
         raise UserError(f"run.dir={folder}: cannot write there")

@@ -38,6 +38,11 @@ class Resolved:
         """Optimizer steps of the run."""
         return self.config.train.num_steps
 
+    @property
+    def last_step(self) -> int:
+        """Step after which the run ends, of the whole run or of `train.stop_at`."""
+        return min(self.total_steps, self.config.train.stop_at or self.total_steps)
+
     def build_schedule(self) -> Callable[[int], float]:
         """Return the learning rate over its peak as a function of the step. Raises `UserError` if phases overlap."""
         tokens = self.config.train.tokens_per_step

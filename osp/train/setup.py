@@ -102,7 +102,8 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         if checkpoint.step == resolved.total_steps and checkpoint.folder in found.checkpoints:
             end_complete_run(folder, checkpoint)
     averages = config.average.kind != "none"
-    on_main(lambda: check_disk(folder, checkpoint_bytes(shapes, 1.5 + averages), keep_last=config.checkpoint.keep_last))
+    step, num_bytes = checkpoint.step if checkpoint else 0, checkpoint_bytes(shapes, 1.5 + averages)
+    on_main(lambda: check_disk(folder, num_bytes, config.checkpoint, first=step, last=resolved.last_step))
     if is_main() and (warning := bound_warning(config.model)):
         log.warning(warning)
     if not config.tokenizer.train:  # known before any text is read
@@ -131,7 +132,6 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
     lock = on_main(lambda: begin(found, config, checkpoint=before, tokenizer=tokenizer, **ranks))
     logger = None
     if is_main():
-        step = checkpoint.step if checkpoint else 0
         logger = Logger(folder, config, step=step, total_steps=resolved.total_steps, mode=wandb_mode)
     trainer = Trainer(resolved, engine, loader, folder, logger, peers=peers, lock=lock)
     if checkpoint:

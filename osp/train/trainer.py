@@ -67,7 +67,7 @@ class Trainer:
         assert isinstance(engine.module, Transformer)
         self.model: Transformer = engine.module
         self.total_steps = self.resolved.total_steps
-        self.last_step = min(self.total_steps, config.train.stop_at or self.total_steps)
+        self.last_step = self.resolved.last_step
         self.schedule = self.resolved.build_schedule()
         self.sample = self.resolved.build_samples()
         self.samples = 0  # in the average of the weights

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +25,18 @@ from osp.config import CheckpointConfig, Config, TrainConfig, from_dict, to_dict
 from osp.errors import UserError
 from osp.model.transformer import Transformer, build_model
 from osp.run import checkpoint as checkpoint_module
-from osp.run.checkpoint import Checkpoint, Saved, Saver, Slice, candidates, find, load_model, prune, remove_unfinished
+from osp.run.checkpoint import (
+    Checkpoint,
+    Saved,
+    Saver,
+    Slice,
+    candidates,
+    copies_to_write,
+    find,
+    load_model,
+    prune,
+    remove_unfinished,
+)
 from osp.train.guards import spike_score
 from osp.train.setup import check_continues
 
@@ -370,6 +382,70 @@ def test_retention_keeps_the_newest_and_every_multiple(tmp_path: Path) -> None:
     write(tmp_path, model(), step=8, keep_last=2, keep_every=3)
     kept = sorted(p.name for p in tmp_path.glob("step_*"))
     assert kept == [f"step_0000000{n}" for n in (2, 3, 6, 7, 8)]
+
+
+def put(folder: Path, step: int) -> None:
+    """Make what counts as a complete checkpoint."""
+    (folder / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+    (folder / f"step_{step:08d}" / "manifest.json").write_text("{}")
+    (folder / "latest").write_text(f"step_{step:08d}")
+
+
+COPIES = {  # (every, keep_last, keep_every, first step, last step, checkpoints there): copies
+    "only at the end": ((0, 2, 0, 0, 100, ()), 1),
+    "all of a short run": ((1000, 2, 0, 0, 150, ()), 1),
+    "two saves, none removed": ((100, 2, 0, 0, 150, ()), 2),
+    "two kept and the next one": ((10, 2, 0, 0, 100, ()), 3),
+    "one kept and the next one": ((10, 1, 0, 0, 100, ()), 2),
+    "ends with a regular save": ((50, 2, 0, 0, 100, ()), 2),
+    "every one is kept": ((10, 0, 0, 0, 95, ()), 10),
+    "multiples are kept": ((10, 1, 30, 0, 100, ()), 4),  # 30, 60 and 90, which is the newest too, beside 100
+    "the newest kept are multiples": ((10, 2, 10, 0, 100, ()), 10),
+    "resumed, two make room": ((10, 2, 0, 50, 100, (40, 50)), 1),
+    "resumed, one of two there": ((10, 2, 0, 50, 100, (50,)), 2),
+    "resumed before the last step": ((10, 2, 0, 95, 100, (80, 90)), 1),
+    "resumed where more were kept": ((10, 1, 0, 50, 100, (20, 30, 40, 50)), 1),
+    "resumed, all kept": ((10, 0, 0, 50, 100, (10, 20, 30, 40, 50)), 5),
+    "gone back, others overwritten": ((10, 0, 0, 10, 40, (10, 20, 30)), 1),
+    "gone back, the newest is kept too": ((10, 1, 0, 0, 60, (40,)), 2),
+    "nothing left to do": ((10, 2, 0, 100, 100, (90, 100)), 1),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_copies_to_write_are_what_the_run_saves(case: str, tmp_path: Path) -> None:
+    (every, keep_last, keep_every, first, last, existing), expected = COPIES[case]
+    for step in existing:
+        put(tmp_path, step)
+    config = CheckpointConfig(every=every, keep_last=keep_last, keep_every=keep_every)
+    assert copies_to_write(tmp_path, config, first=first, last=last) == expected
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    every=st.integers(0, 6),
+    keep_last=st.integers(0, 4),
+    keep_every=st.integers(0, 9),
+    first=st.integers(0, 20),
+    steps=st.integers(1, 30),
+    before=st.sets(st.integers(1, 20), max_size=5),
+)
+def test_copies_to_write_equal_a_run_that_saves_and_prunes(
+    every: int, keep_last: int, keep_every: int, first: int, steps: int, before: set[int], tmp_path: Path
+) -> None:
+    """A run that goes back before checkpoints of its own may ask for one too many."""
+    folder, last = Path(tempfile.mkdtemp(dir=tmp_path)), first + steps
+    for step in before:
+        put(folder, step)
+    config = CheckpointConfig(every=every, keep_last=keep_last, keep_every=keep_every)
+    copies = copies_to_write(folder, config, first=first, last=last)
+    existing, most = len(list(folder.glob("step_*"))), 0
+    for step in range(first + 1, last + 1):
+        if step == last or (every and step % every == 0):
+            most = max(most, len(list(folder.glob("step_*"))) + 1)  # it is written under another name
+            put(folder, step)
+            prune(folder, keep_last=keep_last, keep_every=keep_every)
+    assert most - existing <= copies <= most - existing + (max(before, default=0) > first)
 
 
 def test_candidates_start_at_latest_and_go_back(tmp_path: Path) -> None:

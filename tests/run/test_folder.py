@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from osp.config import Config
+from osp.config import CheckpointConfig, Config
 from osp.errors import RunError, UserError
 from osp.run import checkpoint as checkpoint_module
 from osp.run.checkpoint import Checkpoint, find
@@ -331,18 +331,36 @@ def test_size_and_time_of_saves_are_logged(tiny: Tiny, tmp_path: Path) -> None:
     assert all(event["checkpoint/write_seconds"] > 0 for event in saves)
 
 
-def test_disk_check_counts_existing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restarted run needs room for the next checkpoint, not for existing ones."""
+def test_disk_check_counts_what_will_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restarted run needs room for the next checkpoint, not for existing ones; without saves, only for the last."""
+    config = CheckpointConfig(every=10, keep_last=2)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 750, 250))
     with pytest.raises(UserError, match=r"3 more checkpoints of .* do not fit"):  # two are kept, a third is written
-        check_disk(tmp_path, 100, keep_last=2)
+        check_disk(tmp_path, 100, config, first=0, last=100)
+    check_disk(tmp_path, 100, CheckpointConfig(every=0, keep_last=2), first=0, last=100)
+    check_disk(tmp_path, 100, config, first=0, last=20)
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step_0000000{step}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step_0000000{step}" / "manifest.json").write_text("{}")
-    check_disk(tmp_path, 100, keep_last=2)
+    check_disk(tmp_path, 100, config, first=20, last=100)
     with pytest.raises(UserError, match=r"1 more checkpoint of .* do not fit"):
-        check_disk(tmp_path, 300, keep_last=2)
+        check_disk(tmp_path, 300, config, first=20, last=100)
+
+
+def test_training_asks_for_the_room_of_its_own_saves(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to `train.stop_at`, from the step where it continues."""
+    asked = []
+
+    def record(folder: Path, num_bytes: int, config: CheckpointConfig, **steps: int) -> None:
+        asked.append((folder, config.every, steps))
+
+    monkeypatch.setattr("osp.train.setup.check_disk", record)
+    train(tiny("train.stop_at=3", "eval.sample_tokens=0"))
+    train(tiny("eval.sample_tokens=0"))
+    assert asked == [(tmp_path / "run", 3, {"first": 0, "last": 3}), (tmp_path / "run", 3, {"first": 3, "last": 6})]
 
 
 def test_training_waits_only_for_the_copy_of_a_save(
