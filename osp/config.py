@@ -85,6 +85,7 @@ class TrainConfig:
     # matmuls of the blocks (needs torchao).
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     activation_checkpointing: bool = False  # recompute the activations of each block in the backward pass
+    deterministic: bool = False  # compute the same bits in every run; a CPU does anyway, a GPU is slower
     document_mask: bool = False  # tokens attend only to their own document
     loss_chunk_tokens: Count = 8192  # tokens whose logits are in memory at once
     # Factor of log(Z)^2 in the loss, Z the sum of exp(logit) of a token (arXiv 2204.02311); 0: off, PaLM: 1e-4.
@@ -262,7 +263,7 @@ class EngineConfig:
     zero_stage: ZeroStage = 1  # partition optimizer state (1), gradients too (2), weights too (3)
     device: Device = "auto"  # auto: CUDA if there is a GPU
     threads: Threads | None = None  # CPU threads per rank; None: share all cores among the ranks of a host
-    timeout: Positive = 1800.0  # seconds until a rank stops waiting for the others
+    timeout: Positive = 1800.0  # seconds until a rank in a step stops waiting for the others
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,15 @@ def prepare_cpu(threads: int | None) -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def compute_deterministically() -> None:
+    """Let this process compute the same bits every time, or raise an error; to be called before CUDA starts."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # fixed workspaces: cuBLAS chooses the same kernels every time
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention would keep its backward pass with atomic sums
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore - costs a write to every new tensor
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass sums in any order
+
+
 def local_ranks() -> int:
     """Return the number of ranks on this host, from the variable of torchrun or deepspeed; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")

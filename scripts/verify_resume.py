@@ -1,7 +1,8 @@
 """Verify that runs of a configuration resume exactly: `python scripts/verify_resume.py +experiment=osp model=nano`.
 
 The property: N + M steps equal N steps, a stop, a resume and M steps. Every run is a few steps of scripts/train.py in
-separate processes. On the same ranks and ZeRO stage, an interrupted run must be bit-identical to the uninterrupted one.
+separate processes. On the same ranks and ZeRO stage, an interrupted run must be bit-identical to the uninterrupted one;
+on a GPU, where two runs of the same command may differ, it may differ as much as those.
 On another topology the order of summation changes, so the tolerance is measured: the deviation between uninterrupted
 runs on these topologies (the yardstick) bounds the deviation of a run that changed topology midway. bf16 drives runs
 apart and makes the yardstick loose; train.precision=fp32 optimizer.ns_dtype=fp32 tightens it.

@@ -21,7 +21,7 @@ SHARED = ("train.", "data.", "tokenizer.", "eval.", "monitor.", "schedule.", "mo
 NOT_SHARED = ("train.seed", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
 NOT_SHARED += ("schedule.final_ratio", "train.z_loss")  # part of a recipe
 # Defaults of keys younger than 0.1.0: with these a training keeps the name of its folder.
-LATER = {"model.init": "normal", "optimizer.gain_decay": None}
+LATER = {"model.init": "normal", "optimizer.gain_decay": None, "train.deterministic": False}
 LATER |= {"data.document_characters": None, "norm.lam_post": None, "norm.lam_final": None, "norm.layer_final": None}
 LATER |= {"eval.quant.formats": [], "monitor.quant": None, "data.bos": False, "data.repeat": None}
 LATER |= {"model.tie_embeddings": False, "train.z_loss": 0.0, "qat.scheme": None, "qat.start": "80%"}

@@ -16,7 +16,7 @@ from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import start_preparing
 from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
-from osp.device import native_fp8, prepare_cpu
+from osp.device import compute_deterministically, native_fp8, prepare_cpu
 from osp.distributed import Peers, device_of_rank, gather_objects, init_distributed, is_main, on_all_ranks, on_main
 from osp.errors import LostRankError, UserError
 from osp.model.build_norms import bound_warning
@@ -65,6 +65,8 @@ def train(config: Config) -> None:
 
 def setup(config: Config) -> Trainer:
     """Return the trainer of `config`, with everything checked and the run folder begun or continued. Collective."""
+    if config.train.deterministic:
+        compute_deterministically()
     device, world_size = device_of_rank(config.engine.device), int(os.environ.get("WORLD_SIZE", "1"))
     resolved = resolve(config, device=device, world_size=world_size)
     build_groups(meta_model(resolved.config.model), config.optimizer)  # raises if a rule does not fit

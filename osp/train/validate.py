@@ -136,6 +136,8 @@ class Validator:
         prompt = text.tokens[: (seq_len + 1) // 2].tolist()
         sampling = Sampling(temperature=0.8, seed=self.config.train.seed)
         self.model.eval()
+        if self.config.train.deterministic:  # CUDA has no deterministic cumulative sum, and training is over
+            torch.use_deterministic_algorithms(False)
         with torch.compiler.set_stance("force_eager"):  # torch.compile would compile every length
             try:
                 (tokens,) = generate(self.model, [prompt], min(num_tokens, seq_len - len(prompt)), sampling=sampling)

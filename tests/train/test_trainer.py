@@ -285,6 +285,114 @@ def test_ranks_change_only_rounding(
 def test_non_finite_loss_stops_before_the_weights_change(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+def test_waiting_for_data_is_the_wait_for_the_loader(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the exchange with ranks whose last step still runs, nor any other part of the step."""
+    step, wait, count = Engine.step, Loader.wait, trainer.count_flags
+
+    def slow_step(*args: Any, **kwargs: Any) -> bool:
+        time.sleep(0.3)
+        return step(*args, **kwargs)
+
+    def slow_count(*flags: bool) -> list[int]:
+        time.sleep(0.3 if len(flags) > 1 else 0.0)
+        return count(*flags)
+
+    def slow_wait(self: Loader, number: int, *, seconds: float) -> bool:
+        time.sleep(0.4 if number == 2 else 0.0)
+        late.append(number)
+        return wait(self, number, seconds=seconds) and late.count(3) != 1  # step 3 is not ready at the first look
+
+    late = list[int]()
+    monkeypatch.setattr(Engine, "step", slow_step)
+    monkeypatch.setattr(trainer, "count_flags", slow_count)
+    monkeypatch.setattr(Loader, "wait", slow_wait)
+    train(tiny("train.steps=4", "eval.every=0", "eval.sample_tokens=0", "checkpoint.every=0"))
+    steps = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    waits = [line["train/data_wait_seconds"] for line in steps]
+    assert all(line["train/step_seconds"] > 0.6 for line in steps)
+    assert waits[1] < 0.25, waits  # of the first step the text is read
+    assert 0.4 <= waits[2] < 0.65, waits
+    assert 0.3 <= waits[3] < 0.55, waits  # not ready at first: the ranks have asked each other once
+
+
+def test_a_step_is_uploaded_before_its_first_forward_pass(
+    tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From batches that the loader's thread pins, which only a GPU needs; neither changes a number."""
+    forward, to, pins, events = Trainer._forward, Batch.to, list[bool](), list[str]()
+    inside = []
+
+    def record_forward(self: Trainer, batch: Batch) -> Any:
+        events.extend(["forward"] * self.model.training)
+        inside.append(True)
+        output = forward(self, batch)
+        inside.clear()
+        return output
+
+    def record_upload(self: Batch, device: torch.device) -> Batch:
+        events.extend([] if inside else ["upload"])
+        return to(self, device)
+
+    def pinning(*args: Any, pin: bool, **kwargs: Any) -> Loader:
+        pins.append(pin)
+        return Loader(*args, pin=True, **kwargs)
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        assert threading.current_thread().name.startswith("osp-loader")
+        return tensor.clone()
+
+    monkeypatch.setattr(Trainer, "_forward", record_forward)
+    monkeypatch.setattr(Batch, "to", record_upload)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr("osp.train.setup.Loader", pinning)
+    train(tiny())
+    assert pins == [False], "a CPU run pins nothing"
+    assert events == (["upload"] * 4 + ["forward"] * 4) * 6
+    assert losses(tmp_path / "run") == losses(plain_run)
+    assert_same_weights(tmp_path / "run", plain_run)
+
+
+def test_deterministic_changes_no_value_on_a_cpu(
+    tiny: Tiny, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it read memory that nothing was written to, which torch fills with NaN here."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        run = setup(tiny("train.deterministic=true", "eval.sample_tokens=0"))
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
+        run.fit()
+        run.close()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        plain, strict = ([e[key] for e in read_metrics(f) if key in e] for f in (plain_run, tmp_path / "run"))
+        assert plain == strict, key
+    assert_same_weights(plain_run, tmp_path / "run")
+
+
+def test_sample_of_a_deterministic_run_may_use_any_operation(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA has no deterministic cumulative sum, which draws the tokens: it must not end a complete run."""
+    allowed = []
+    monkeypatch.setattr("osp.train.setup.compute_deterministically", lambda: torch.use_deterministic_algorithms(True))
+    monkeypatch.setattr(
+        "osp.train.validate.generate",
+        lambda *_, **__: allowed.append(not torch.are_deterministic_algorithms_enabled()) or [[]],
+    )
+    try:
+        train(tiny("train.deterministic=true", "train.steps=1"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert allowed == [True]
+
+
     original: Callable[..., Any] = Trainer._forward
     calls = []
 
