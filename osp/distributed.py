@@ -50,7 +50,7 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         ranks: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1} if alone else {}
         try:
@@ -70,8 +70,9 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout
     from deepspeed.utils import numa
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # an optional shared-memory all-reduce for CPU ranks, which takes a compiler and most of a minute to build
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if place.type == "cpu":  # on CUDA the table would cost seconds: DeepSpeed fills it by probing every op
+        # an optional shared-memory all-reduce, which takes a compiler and most of a minute to build
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # on CPUs DeepSpeed starts `numactl` in every backward pass of ZeRO-3
     numa.get_numa_cores = functools.cache(numa.get_numa_cores)
     # DeepSpeed calls renamed collectives of torch at every step
@@ -147,6 +148,11 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def num_ranks() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank. A `UserError` is raised on every rank. Collective."""
     results: list[Any] = on_all_ranks(action if is_main() else lambda: None)
@@ -168,11 +174,17 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
 
 def gather_objects(value: Any) -> list[Any]:
     """Return the values of all ranks, in order, on every rank; its own is the object itself. Collective."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    values = [value] * num_ranks()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_patient_group())
         values[dist.get_rank()] = value
     return values
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """Return the group for objects, in which a rank may tokenize a large text while the others wait. Collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))  # gloo has no watchdog, NCCL does
 
 
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -188,14 +200,14 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> list[list[in
 
 def my_share(batches: Sequence[T], *, what: str, progress: bool) -> Iterator[tuple[int, T]]:
     """Yield (number, batch) of this rank's share; with `progress`, rank 0 shows a progress bar."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    numbers = range(rank, len(batches), world_size)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    numbers = range(rank, len(batches), num_ranks())
     for number in tqdm(numbers, desc=printable(what), unit="batch", leave=False, disable=not progress or rank > 0):
         yield number, batches[number]
 
 
 def add_up(results: Tensor) -> Tensor:
     """Return the sum over all ranks, on every rank; in place. Collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if num_ranks() > 1:
         dist.all_reduce(results)
     return results

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
@@ -92,6 +92,14 @@ class Batch(NamedTuple):
     document_ids: torch.Tensor | None  # int32 (b, T+1): number of the document in its sequence, from 0
     num_rows: int
     checksum: int = 0  # sum of the CRC-32 of the training sequences: equal if two runs read the same data
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`. A copy from page-locked memory to a GPU is queued, not waited for."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        ids = None if self.document_ids is None else change(self.document_ids)
+        return self._replace(tokens=change(self.tokens), document_ids=ids)
 
 
 class Shards:
@@ -234,13 +242,14 @@ class Loader:
         skip_steps: Sequence[tuple[int, int]] = (),  # see `data_step`
         origin: tuple[int, int] = (0, 0),  # a data step, and the number of its first sequence
         expected: Sequence[str] = (),  # see `Rows`
+        pin: bool = False,  # page-lock the batches, for a GPU to copy while it computes
     ) -> None:
         assert rows_per_step % (micro_batch_size * world_size) == 0 < rows_per_step, "osp.train.resolve must divide it"
         Shards(folder, "val")  # a damaged validation split is an error before the first step
         self.rows = Rows(folder, layout, seed=seed, expected=expected)
         self.origin = origin
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
-        self.rank, self.document_ids, self.skip_steps = rank, document_ids, tuple(skip_steps)
+        self.rank, self.document_ids, self.skip_steps, self.pin = rank, document_ids, tuple(skip_steps), pin
         indices = np.arange(rows_per_step, dtype=np.int64).reshape(-1, world_size, micro_batch_size)
         self.indices = indices[:, rank].ravel()  # of this rank in every step, micro step by micro step
         self._epoch = 0
@@ -299,7 +308,8 @@ class Loader:
             raise RunError(str(error)) from error
         eos_id = self.rows.manifest.eos_id if self.document_ids else None
         parts, layout = rows.reshape(-1, self.micro_batch_size, rows.shape[1]), self.rows.layout
-        return [_batch(part, layout, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]
+        batches = [_batch(part, layout, eos_id, len(part), checksum=sum(map(zlib.crc32, part))) for part in parts]
+        return [batch.map(torch.Tensor.pin_memory) for batch in batches] if self.pin else batches
 
 
 def data_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:

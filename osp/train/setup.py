@@ -125,6 +125,7 @@ def _set_up(given: Config, resolved: Resolved, peers: Peers) -> Trainer:
         skip_steps=config.data.skip_steps,
         origin=origin,
         expected=expected,
+        pin=device.type == "cuda",
     )
     engine = build_engine(resolved)
     if checkpoint is None and config.checkpoint.init_from is not None:

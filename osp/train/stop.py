@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-from osp.distributed import add_up, gather_objects
+from osp.distributed import add_up, gather_objects, num_ranks
 from osp.errors import StoppedError
 from osp.process import LAUNCHER, STOP_SIGNALS
 
@@ -61,6 +61,6 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def count_flags(*flags: bool, device: torch.device) -> list[int]:
-    """Return on how many ranks each flag is set, so that all ranks act alike. Collective."""
-    return add_up(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()
+def count_flags(*flags: bool) -> list[int]:
+    """Return on how many ranks each flag is set, so that all ranks act alike. Collective, and waits for no GPU."""
+    return list(map(int, flags)) if num_ranks() == 1 else add_up(torch.tensor(flags, dtype=torch.int32)).tolist()

@@ -163,10 +163,10 @@ class Trainer:
         `record` adds the metrics that cost time to collect.
         """
         began = time.perf_counter()
-        if not self._wait_for_data(step):
+        if (data_wait := self._wait_for_data(step)) is None:
             return None
-        batches = self.loader.step(step)
-        data_wait = time.perf_counter() - began
+        # 8 bytes a token, queued before the first kernel: from pinned memory no copy waits for the device
+        batches = [batch.to(self.engine.device) for batch in self.loader.step(step)]
         if self.qk_clip:
             self.qk_clip.largest.fill_(-torch.inf)
         sums = []
@@ -314,27 +314,28 @@ class Trainer:
                     self.validator.validate_quantized(step)
         return not self.interrupted
 
-    def _wait_for_data(self, step: int) -> bool:
-        """Return True once all ranks have the data of `step`, False if one has to stop or cannot go on. Collective."""
-        world_size = self.engine.world_size
+    def _wait_for_data(self, step: int) -> float | None:
+        """Return the seconds until all ranks had the data of `step`, None if one has to stop or fails. Collective."""
+        world_size, began = self.engine.world_size, time.perf_counter()
         while True:
             ready = self.loader.wait(step, seconds=SECONDS_OF_WAITING)
+            seconds = time.perf_counter() - began  # without the exchange below, which waits for the slowest rank
             lost, problem = self.lock.lost(), self.loader.problem(step)
             flags = bool(self.stop), ready, self.saver.write_done, bool(lost), bool(problem)
-            num_stopped, num_ready, num_written, num_lost, num_failed = count_flags(*flags, device=self.engine.device)
+            num_stopped, num_ready, num_written, num_lost, num_failed = count_flags(*flags)
             if num_lost or num_failed:
                 self.failure = f"step {step + 1}: {next(filter(None, gather_objects(lost or problem)))}"
                 self.lost = num_lost > 0
-                return False
+                return None
             if num_written == world_size and (saved := self.saver.advance()):
                 self._log_save(saved)
             self.interrupted = num_stopped > 0
             if self.interrupted or num_ready == world_size:
-                return not self.interrupted
+                return None if self.interrupted else seconds
 
     def _asked_to_stop(self) -> bool:
         """Return whether any rank was asked to stop. Collective."""
-        self.interrupted = count_flags(bool(self.stop), device=self.engine.device)[0] > 0
+        self.interrupted = count_flags(bool(self.stop))[0] > 0
         return self.interrupted
 
     def _reduce(self, terms: Tensor, batches: list[Batch]) -> tuple[dict[str, float], dict[str, float]]:
@@ -359,11 +360,10 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> Output:
         """Return the loss and penalty of a batch; sequences beyond `num_rows` are padding and count nothing."""
-        tokens = batch.tokens.to(self.engine.device, non_blocking=True)
+        tokens, ids, *_ = batch.to(self.engine.device)
         targets = tokens[:, 1:].clone() if batch.num_rows < len(tokens) else tokens[:, 1:]
         targets[batch.num_rows :] = IGNORE
-        ids, chunk = batch.document_ids, self.config.train.loss_chunk_tokens
-        ids = None if ids is None else ids[:, :-1].to(self.engine.device, non_blocking=True)
+        ids, chunk = None if ids is None else ids[:, :-1], self.config.train.loss_chunk_tokens
         return self.engine(tokens[:, :-1], targets, document_ids=ids, chunk_tokens=chunk)
 
     def _costly_metrics(self, data_wait: float, *, updated: bool) -> dict[str, float]:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,55 @@ def test_steps_can_be_read_in_any_order(shards: Path) -> None:
         ids = torch.cat([batch.document_ids for batch in batches if batch.document_ids is not None]).numpy()
         np.testing.assert_array_equal(ids, number_documents(tokens, 0))
     source.close()
+
+
+def test_batches_are_pinned_in_the_thread_that_reads(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and document ids, each in the order of the text; without `pin` nothing is."""
+    pinned: dict[str, list[torch.Tensor]] = {}
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copies = pinned.setdefault(threading.current_thread().name, [])
+        copies.append(tensor.clone())
+        return copies[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(loader, "PREFETCH_STEPS", 0)
+    build = partial(Loader, rows_per_step=ROWS_PER_STEP, micro_batch_size=8, document_ids=True)
+    plain = build(shards, Layout(SEQ_LEN))
+    expected = plain.step(3)
+    plain.close()
+    assert not pinned
+    source = build(shards, Layout(SEQ_LEN), pin=True)
+    batches = source.step(3)
+    source.close()
+    ((thread, copies),) = pinned.items()
+    assert thread.startswith("osp-loader")
+    assert len(copies) == 2 * len(batches) == 6
+    for batch, copy in zip(batches, expected, strict=True):
+        assert any(batch.tokens is one for one in copies)
+        assert any(batch.document_ids is one for one in copies)
+        assert torch.equal(batch.tokens, copy.tokens)
+        assert batch.document_ids is not None
+        assert copy.document_ids is not None
+        assert torch.equal(batch.document_ids, copy.document_ids)
+        assert batch[2:] == copy[2:]
+
+
+def test_batch_goes_to_a_device_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, device, calls = Batch(torch.ones(2, 3), torch.zeros(2, 3), 1, 7), torch.device("meta"), list[Any]()
+    original: Any = torch.Tensor.to
+
+    def record(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append((args, kwargs))
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    there = batch.to(device)
+    assert calls == [((device,), {"non_blocking": True})] * 2
+    assert there.document_ids is not None
+    assert (there.tokens.device, there.document_ids.device, there[2:]) == (device, device, (1, 7))
+    assert batch.to(torch.device("cpu")).tokens is batch.tokens, "on a CPU nothing is copied"
+    assert Batch(batch.tokens, None, 2).to(device).document_ids is None
 
 
 def test_document_ids_equal_a_plain_loop() -> None:

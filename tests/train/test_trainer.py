@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import yaml
 
 from osp.config import Config, Deployed, LoggerConfig, from_dict, to_dict
-from osp.data.loader import Shards
+from osp.data.loader import Batch, Loader, Shards
 from osp.data.prepare import shard_folder
 from osp.data.tokenizer import load_tokenizer
 from osp.errors import RunError, UserError
@@ -26,7 +27,9 @@ from osp.model.transformer import Block, Transformer
 from osp.quant.deployed import DEPLOYED
 from osp.run.checkpoint import load_model
 from osp.run.logger import Logger
-from osp.train.setup import train
+from osp.train import trainer
+from osp.train.engine import Engine
+from osp.train.setup import setup, train
 from osp.train.trainer import Trainer
 from osp.train.validate import validation_every
 from tests.conftest import losses, overrides_of, read_metrics, run_script
@@ -282,9 +285,6 @@ def test_ranks_change_only_rounding(
         )
 
 
-def test_non_finite_loss_stops_before_the_weights_change(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
 def test_waiting_for_data_is_the_wait_for_the_loader(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +393,9 @@ def test_sample_of_a_deterministic_run_may_use_any_operation(
     assert allowed == [True]
 
 
+def test_non_finite_loss_stops_before_the_weights_change(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original: Callable[..., Any] = Trainer._forward
     calls = []
 
