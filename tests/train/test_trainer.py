@@ -292,11 +292,11 @@ def test_waiting_for_data_is_the_wait_for_the_loader(
     step, wait, count = Engine.step, Loader.wait, trainer.count_flags
 
     def slow_step(*args: Any, **kwargs: Any) -> bool:
-        time.sleep(0.3)
+        time.sleep(0.5)
         return step(*args, **kwargs)
 
     def slow_count(*flags: bool) -> list[int]:
-        time.sleep(0.3 if len(flags) > 1 else 0.0)
+        time.sleep(0.5 if len(flags) > 1 else 0.0)
         return count(*flags)
 
     def slow_wait(self: Loader, number: int, *, seconds: float) -> bool:
@@ -311,10 +311,10 @@ def test_waiting_for_data_is_the_wait_for_the_loader(
     train(tiny("train.steps=4", "eval.every=0", "eval.sample_tokens=0", "checkpoint.every=0"))
     steps = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
     waits = [line["train/data_wait_seconds"] for line in steps]
-    assert all(line["train/step_seconds"] > 0.6 for line in steps)
-    assert waits[1] < 0.25, waits  # of the first step the text is read
-    assert 0.4 <= waits[2] < 0.65, waits
-    assert 0.3 <= waits[3] < 0.55, waits  # not ready at first: the ranks have asked each other once
+    assert all(line["train/step_seconds"] > 1.0 for line in steps)
+    assert waits[1] < 0.45, waits  # of the first step the text is read
+    assert 0.4 <= waits[2] < 0.85, waits
+    assert 0.5 <= waits[3] < 0.95, waits  # not ready at first: the ranks have asked each other once
 
 
 def test_a_step_is_uploaded_before_its_first_forward_pass(
