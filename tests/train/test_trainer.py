@@ -393,6 +393,24 @@ def test_sample_of_a_deterministic_run_may_use_any_operation(
     assert allowed == [True]
 
 
+def test_a_step_fetches_its_figures_in_one_transfer(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, penalty and the norms of all gradients: each transfer of its own would leave a GPU idle."""
+    fetched: list[str] = []
+    run = setup(tiny("eval.sample_tokens=0", "penalty.weight=0.1", "train.z_loss=0.01", "train.grad_clip=0.1"))
+    try:
+        run.train_step(0, record=False)
+        for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+            fetch = getattr(torch.Tensor, name)
+            monkeypatch.setattr(torch.Tensor, name, lambda x, name=name, fetch=fetch: fetched.append(name) or fetch(x))
+        metrics = run.train_step(1, record=False)
+    finally:
+        run.peers.dismiss()
+        run.close()
+    assert metrics is not None
+    assert metrics["train/grad_norm"] > 0.1, "clipped"
+    assert fetched == ["tolist"]
+
+
 def test_non_finite_loss_stops_before_the_weights_change(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
