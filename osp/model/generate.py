@@ -59,6 +59,7 @@ class Decoder:
         config, device = model.config, model.embed_tokens.weight.device
         self.model, self.compiled = model, compile
         shape = (config.num_hidden_layers, batch_size, max_length, config.kv_heads, config.head_size)
+        self.multiple = 64 if device.type == "cuda" else 1  # of eager widths: cuDNN plans attention for each of them
         self.cache = KVCache(shape, dtype=model.compute_dtype, device=device)
         self._pass = self._next
         if compile:
@@ -74,17 +75,17 @@ class Decoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)
         self.positions, self.cache.positions = lengths[:, None], None
-        if not self.compiled:
-            self.cache.width = ids.shape[1]
+        self.longest = ids.shape[1]
         return self.model(ids, cache=self.cache, wanted=lengths - 1).logits[:, 0]
 
     @torch.no_grad()
     def read_next(self, tokens: Tensor) -> Tensor:
         """Read one more token (B,) per sequence; return the logits (B, V) of the next, valid until the next call."""
+        self.longest += 1
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         else:
-            self.cache.width += 1
+            self.cache.width = min(-(-self.longest // self.multiple) * self.multiple, self.cache.keys.shape[2])
         logits = self._pass(tokens[:, None], self.positions)
         self.positions = self.positions + 1
         return logits

@@ -130,6 +130,34 @@ def test_hooks_on_attention_see_all_keys_and_values(model: Transformer) -> None:
 
 
 @torch.no_grad()
+def test_few_widths_of_the_cache_change_only_rounding() -> None:
+    """On a GPU a pass reads a multiple of 64 slots, or all. Logits and text are those of passes without a cache."""
+    model = lively(shape(max_position_embeddings=160, num_key_value_heads=2))
+    assert Decoder(model, 1, 140).multiple == 1, "a CPU plans nothing"
+    decoder = Decoder(model, 2, 140)
+    decoder.multiple = 64
+    widths, texts, logits = [], [list(prompt) for prompt in PROMPTS[:2]], [decoder.read(PROMPTS[:2])]
+    for _ in range(134):
+        for text, row in zip(texts, logits[-1], strict=True):
+            text.append(int(row.argmax()))
+        logits.append(decoder.read_next(torch.tensor([text[-1] for text in texts])))
+        widths.append(decoder.cache.width)
+    assert widths == [*([64] * 59), *([128] * 64), *([140] * 11)]  # 6, 7, ... of 140 slots are in use
+    for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=False)):
+        expected = model(torch.tensor([text])).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(torch.stack(logits)[:, row], expected, rtol=0, atol=1e-10)
+        assert len(set(text[-20:])) > 3, "a text that repeats itself would prove little"
+    with quantized(model, QuantSpec(w_bits=4, a_bits=4, kv_bits=4)):  # slots that are not in use change no range
+        narrow, wide = Decoder(model, 1, 140), Decoder(model, 1, 140)
+        wide.multiple = 64
+        for decoder in (narrow, wide):
+            decoder.read(PROMPTS[:1])
+        for token in (2, 7, 1, 8):
+            rows = (decoder.read_next(torch.tensor([token])) for decoder in (narrow, wide))
+            torch.testing.assert_close(*rows, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_quantized_model_generates_the_argmax_of_its_forward_pass() -> None:
     model = lively(shape(), torch.float32)
     with quantized(model, QuantSpec(w_bits=4, a_bits=4, kv_bits=4)):
