@@ -354,7 +354,7 @@ def training() -> Iterator[str]:
     hints = typing.get_type_hints(Config)
     top = [field.name for field in dataclasses.fields(Config) if not dataclasses.is_dataclass(hints[field.name])]
     for name in (name for name in hints if name not in top):
-        yield from section(hints[name], values[name], name, skip=AT_TOP)
+        yield from section(hints[name], values[name], name, skip=AT_TOP if name == "model" else ())
         if name == "model":
             yield from _at_top(hints[name], values)
     yield from ["### Top level", ""]

@@ -84,6 +84,9 @@ class TrainConfig:
     # Dtype of matmuls and activations. auto: bf16 if the hardware has it, else fp32; fp8: bf16, and 8-bit floats in the
     # matmuls of the blocks (needs torchao).
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    # Kernel of attention in training. auto: sdpa on a CPU; on a GPU flex with document masks, cudnn where it is faster,
+    # else flash. sdpa: the choice of torch; fa3 needs flash_attn_interface.
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "flex", "fa3"] = "auto"
     activation_checkpointing: bool = False  # recompute the activations of each block in the backward pass
     deterministic: bool = False  # compute the same bits in every run; a CPU does anyway, a GPU is slower
     document_mask: bool = False  # tokens attend only to their own document

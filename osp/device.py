@@ -6,8 +6,11 @@ import sys
 from typing import Literal
 
 import torch
+from torch.nn.attention import activate_flash_attention_impl
 
-from osp.errors import UserError
+from osp.errors import UserError, as_user_error
+
+SAFE_CUDNN = 91501  # attention by earlier versions is wrong at lengths that 128 does not divide (torch issue 169849)
 
 
 def prepare_cpu(threads: int | None) -> None:
@@ -57,6 +60,23 @@ def native_bf16(device: torch.device | str) -> bool:
 def native_fp8(device: torch.device | str) -> bool:
     """Return whether `device` multiplies 8-bit floats in hardware: CUDA from sm_89 on."""
     return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def prefers_cudnn(device: torch.device) -> bool:
+    """Return whether attention by cuDNN goes first: torch 2.13's own rule, sm_90, sm_100 or sm_103 and a safe cuDNN."""
+    safe = torch.cuda.is_available() and (torch.backends.cudnn.version() or 0) >= SAFE_CUDNN
+    return safe and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3))
+
+
+def prepare_attention(choice: str, device: torch.device) -> None:
+    """Put FlashAttention-3 in torch's place for fa3. Raises `UserError` if `train.attention=choice` cannot run here."""
+    if choice == "cudnn" and (torch.backends.cudnn.version() or 0) < SAFE_CUDNN:
+        raise UserError("train.attention=cudnn needs cuDNN 9.15.1 or later; set train.attention=flash")
+    if choice == "fa3":
+        if torch.cuda.get_device_capability(device)[0] != 9:
+            raise UserError("train.attention=fa3 needs a GPU of compute capability 9; set train.attention=auto")
+        with as_user_error("train.attention=fa3: ", ImportError, RuntimeError, after="; set train.attention=auto"):
+            activate_flash_attention_impl("FA3")
 
 
 # Dense bf16 TFLOP/s by vendor datasheet; keys are parts of a device's name, and the first match counts.

@@ -5,18 +5,26 @@ Dimensions: B batch, T tokens, S slots of the cache, H query heads, G key/value 
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from osp.model.norm_function import upcast
 from osp.model_config import RopeScaling
 
 _BLOCK = 64  # queries at a time; _BLOCK / 2 scores per query are wasted above the diagonal
+_compile = functools.cache(lambda function: torch.compile(function))  # eager flex attention holds all T^2 pairs
+Mask = Tensor | BlockMask | None  # as returned by `document_mask`, or for flex attention by `block_mask`; None: causal
+# Kernels by `train.attention`; the first that takes the inputs runs. FlashAttention-3 replaces torch's flash kernel.
+KERNELS = {"flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
+KERNELS |= {"cudnn": [SDPBackend.CUDNN_ATTENTION, *KERNELS["flash"]], "fa3": KERNELS["flash"]}
 
 
 def rotary_frequencies(
@@ -58,6 +66,12 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None] & causal
 
 
+def block_mask(ids: Tensor) -> BlockMask:
+    """Return `document_mask` for flex attention, which skips blocks of 128 x 128 pairs in which no query sees a key."""
+    build, (batch, length) = _compile(create_block_mask) if ids.is_cuda else create_block_mask, ids.shape
+    return build(lambda b, _, t, s: (s <= t) & (ids[b, t] == ids[b, s]), batch, None, length, length, ids.device)
+
+
 def visible_logits(
     q: Tensor, k: Tensor, mask: Tensor | None, rows: tuple[int, int], cap: float | None = None
 ) -> Tensor:
@@ -83,23 +97,26 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, off_by_one: bool = False,
-    logit_cap: float | None = None, largest: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, off_by_one: bool = False,
+    logit_cap: float | None = None, largest: Tensor | None = None, kernel: str = "sdpa",
 ) -> Tensor:  # fmt: skip
     """Return softmax(q k^T / sqrt(K)) v (B, T, H, K) over the tokens that each query may see.
 
-    q: (B, T, H, K); k, v: (B, T, G, K), with H a multiple of G. mask: as returned by `document_mask`; None: causal.
-    off_by_one: use exp(s_i) / (1 + sum_j exp(s_j)) instead of softmax. A head can then attend to nothing, without an
-    attention sink (Miller 2023, evanmiller.org; arXiv 2410.17174). logit_cap: the cap of `visible_logits`. No fused
-    kernel has it: blocks of queries are computed again in the backward pass. largest: (H,) fp32, raised in place to the
-    largest logit of each head, before the cap.
+    q: (B, T, H, K); k, v: (B, T, G, K), with H a multiple of G. off_by_one: use exp(s_i) / (1 + sum_j exp(s_j)) instead
+    of softmax. A head can then attend to nothing, without an attention sink (Miller 2023, evanmiller.org; arXiv
+    2410.17174). logit_cap: the cap of `visible_logits`. Only flex attention has it fused; otherwise blocks of queries
+    are computed again in the backward pass. largest: (H,) fp32, raised in place to the largest logit of each head,
+    before the cap. kernel: a key of `KERNELS`; others leave the choice to torch.
     """
     wide = q.dtype != torch.bfloat16 or q.device.type != "cpu" or not torch.is_grad_enabled()
     blockwise = mask is None and logit_cap is None and not (off_by_one or wide)
     if largest is not None and not blockwise:
         with torch.no_grad():
-            found = [visible_logits(q, k, mask, rows).amax((0, 2, 3)) for rows in query_blocks(q.shape[1])]
+            dense = create_mask(mask.mask_mod, *mask.shape, device=q.device) if isinstance(mask, BlockMask) else mask
+            found = [visible_logits(q, k, dense, rows).amax((0, 2, 3)) for rows in query_blocks(q.shape[1])]
             largest.copy_(torch.stack([largest, *found]).amax(0))
+    if isinstance(mask, BlockMask):
+        return _flex_attention(q, k, v, mask, off_by_one, logit_cap)
     if logit_cap is not None:
 
         def attend(start: int, stop: int) -> Tensor:
@@ -115,12 +132,27 @@ def causal_attention(
         # output dropped, because SDPA's fast causal kernels need as many queries as keys.
         q, k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (q, k, v))
         mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
-        return causal_attention(q, k, v, mask)[:, 1:]
+        return causal_attention(q, k, v, mask, kernel=kernel)[:, 1:]
     if blockwise:
         return BlockwiseAttention.apply(q, k, v, largest)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    # chosen here, not around the model: a checkpointed block runs again in the backward pass, and the disk cache of
+    # torch.compile does not see a choice outside of compiled code
+    with sdpa_kernel(KERNELS[kernel], set_priority=True) if kernel in KERNELS else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, off_by_one: bool, cap: float | None) -> Tensor:
+    """Return `causal_attention` by torch's flex attention (arXiv 2412.05496), which has no backward pass on a CPU."""
+    attend = _compile(flex_attention) if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    capped = None if cap is None else lambda score, *_: cap * torch.tanh(score / cap)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {"enable_gqa": q.shape[1] != k.shape[1], "return_aux": AuxRequest(lse=off_by_one)}
+    out, extra = attend(q, k, v, capped, mask, **options)
+    if off_by_one:  # S / (1 + S), with S the denominator of softmax
+        out = out * torch.sigmoid(extra.lse)[..., None].to(out.dtype)
     return out.transpose(1, 2)
 
 

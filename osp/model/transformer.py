@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from osp.config import PenaltyConfig
 from osp.errors import UserError
-from osp.model.attention import KVCache, apply_rotary, causal_attention, document_mask, rotary_table
+from osp.model.attention import KVCache, Mask, apply_rotary, block_mask, causal_attention, document_mask, rotary_table
 from osp.model.build_norms import block_norm, final_norm, inner_norm
 from osp.model.loss import linear_cross_entropy
 from osp.model.norms import Norm
@@ -61,10 +61,11 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.off_by_one, self.logit_cap = off_by_one, logit_cap
         self.largest: Tensor | None = None  # (H,) fp32: raised to the largest logit of each head, in training mode
+        self.kernel = "sdpa"  # of `train.attention`, in training mode
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        largest = self.largest if self.training else None
-        return causal_attention(q, k, v, mask, self.off_by_one, self.logit_cap, largest)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        largest, kernel = (self.largest, self.kernel) if self.training else (None, "sdpa")
+        return causal_attention(q, k, v, mask, self.off_by_one, self.logit_cap, largest, kernel)
 
 
 class ValueGate(nn.Module):
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         self.v_scale = config.attention.v_scale
         self.attend = CausalAttention(off_by_one=config.attention.off_by_one, logit_cap=config.attention.logit_cap)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None = None) -> Tensor:
         # x (B, T, D) -> q (B, T, H, K), k and v (B, T, G, K)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
@@ -176,7 +177,7 @@ class Block(nn.Module):
         self.penalty: PenaltyConfig | None = None  # in training mode
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream (B, T, D) after the block, and the penalty of the block, None without one."""
         h, carry = self.input_layernorm(x, return_carry=True)
@@ -229,8 +230,8 @@ class Output(NamedTuple):
 class Transformer(nn.Module):
     """The model: token ids in, an `Output` out.
 
-    Four settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the
-    input of each block only), the penalty of activations (`set_penalty`) and `lm_head.z_loss`.
+    Five settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the
+    input of each block only), the penalty (`set_penalty`), the kernel of attention (`set_attention`), `lm_head.z_loss`.
 
     With `tie_embeddings` the head has no matrix: `embed_tokens.weight` is the weight of both modules, a parameter of
     one name and role, whose gradient is the sum of the gradients of both uses (Press and Wolf 2016, arXiv 1608.05859).
@@ -242,7 +243,7 @@ class Transformer(nn.Module):
         check_model(config)
         self.config = config
         self.compute_dtype = torch.float32
-        self.activation_checkpointing = False
+        self.activation_checkpointing = self.flex_attention = False
         vocab_size, hidden_size = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(vocab_size, hidden_size, scaled=config.norm.embed_scale)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(1, config.num_hidden_layers + 1))
@@ -295,7 +296,10 @@ class Transformer(nn.Module):
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the input of the head (B, T, D) and the penalty, None without one."""
-        mask = None if document_ids is None else document_mask(document_ids)
+        if self.training and self.flex_attention:
+            mask = block_mask(torch.zeros_like(input_ids) if document_ids is None else document_ids)
+        else:
+            mask = None if document_ids is None else document_mask(document_ids)
         if cache is None or cache.positions is None:
             cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
         else:
@@ -317,6 +321,13 @@ class Transformer(nn.Module):
         for block in self.layers:
             assert isinstance(block, Block)
             block.penalty = config if config.weight else None
+
+    def set_attention(self, choice: str) -> None:
+        """Compute attention in training mode by the kernel that `train.attention` names."""
+        self.flex_attention = choice == "flex"
+        for module in self.layers.modules():
+            if isinstance(module, CausalAttention):
+                module.kernel = choice
 
     def use_in_blocks(self, product: Product) -> None:
         """Compute x W^T + b of every matrix in the blocks by `product` in training mode."""

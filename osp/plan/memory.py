@@ -117,7 +117,7 @@ def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: in
         assert isinstance(layer, Block)
         layer.self_attn.attend = FusedAttention()
     ids = torch.empty((micro_batch_size, train.seq_len), dtype=torch.long, device="meta")
-    documents = ids if train.document_mask else None
+    documents = ids if train.document_mask and train.attention != "flex" else None  # flex keeps what flash keeps
     weights = list(model.parameters())
     x, whole = kept(lambda: model.hidden_states(ids, document_ids=documents)[0], besides=weights)
     mask = None if documents is None else document_mask(documents)
@@ -130,7 +130,7 @@ def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: in
         blocks = [kept(lambda: block(*inputs)[0], besides=[weights, inputs[1:]])[1]] * len(blocks)
     if train.activation_checkpointing:
         blocks = [x.numel() * x.element_size()] * len(blocks) + [max(blocks)]
-    if (cap := config.model.attention.logit_cap) is not None:  # no fused operator: its blocks of logits count
+    if (cap := config.model.attention.logit_cap) is not None and train.attention != "flex":  # blocks of logits count
         model.set_submodule("layers.0.self_attn.attend", CausalAttention(logit_cap=cap))
     loss = peak(lambda: model.lm_head(x.detach().requires_grad_(), ids, train.loss_chunk_tokens))
     back = peak(lambda: model.layers[0](*inputs)[0].sum().backward())

@@ -33,7 +33,7 @@ QUIET_SECONDS = 600  # without a summary and without new metrics for this long, 
 FREE: tuple[str, ...] = ("run.", "resume", "debug", "logger.", "monitor.", "eval.", "engine.", "spike.")
 FREE += ("checkpoint.every", "checkpoint.keep_", "data.cache_dir", "data.num_workers", "data.skip_steps")
 FREE += ("train.micro_batch_size", "train.compile", "train.activation_checkpointing", "train.loss_chunk_tokens")
-FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at", "train.deterministic")
+FREE += ("train.on_nonfinite", "train.max_skips", "train.stop_at", "train.deterministic", "train.attention")
 
 Table = dict[str, Any]
 Bits = Annotated[StrictFloat, Field(gt=0, lt=math.inf)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from osp.config import Config, TokenizerConfig, check
-from osp.device import native_bf16
+from osp.device import native_bf16, prefers_cudnn
 from osp.errors import UserError, as_user_error
 from osp.optim.average import Samples, build_samples
 from osp.optim.schedule import build_schedule, length_in_steps
@@ -91,9 +91,8 @@ def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool
             f"train.micro_batch_size={size} does not divide the {per_rank} sequences that each of {world_size} "
             f"ranks takes per step (train.tokens_per_step / train.seq_len / ranks)"
         )
-    train = dataclasses.replace(
-        train, precision=precision, compile=compiled, micro_batch_size=size, steps=train.num_steps, tokens=None
-    )
+    decided = {"attention": _attention(config, device), "precision": precision, "compile": compiled}
+    train = dataclasses.replace(train, **decided, micro_batch_size=size, steps=train.num_steps, tokens=None)
     return Resolved(
         config=dataclasses.replace(config, train=train),
         device=device,
@@ -104,6 +103,27 @@ def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool
         compiled=compiled,
         qat=_qat(config),
     )
+
+
+def _attention(config: Config, device: torch.device) -> str:
+    """Return `train.attention`, decided. Raises `UserError` if device, document masks or heads exclude it."""
+    train, small = config.train, config.model.head_size < 16
+    choice, masked = train.attention, train.document_mask
+    if device.type == "cpu":
+        if choice not in ("auto", "sdpa"):
+            raise UserError(f"train.attention={choice} trains on a GPU only; on a CPU set train.attention=auto")
+        return "sdpa"
+    if choice == "auto":
+        if masked:
+            return "flash" if small else "flex"
+        return "cudnn" if prefers_cudnn(device) and not train.deterministic else "flash"
+    if choice == "cudnn" and train.deterministic:
+        raise UserError("train.attention=cudnn sums in any order, unlike train.deterministic=true; set flash")
+    if choice == "flex" and small:  # a limit of its kernel
+        raise UserError(f"train.attention=flex: heads of {config.model.head_size} channels; it needs 16. Set flash")
+    if masked and choice not in ("flex", "flash"):  # with a mask cuDNN's gradients may be nan (torch #196678)
+        raise UserError(f"train.attention={choice} takes no train.document_mask=true; set flex, or flash (slow)")
+    return choice
 
 
 def _qat(config: Config) -> tuple[int, QuantSpec] | None:

@@ -16,7 +16,7 @@ from osp.data.manifest import content, load_manifest, same_text
 from osp.data.prepare import start_preparing
 from osp.data.sources import make_source
 from osp.data.tokenizer import existing_tokenizer, vocab_size
-from osp.device import compute_deterministically, native_fp8, prepare_cpu
+from osp.device import compute_deterministically, native_fp8, prepare_attention, prepare_cpu
 from osp.distributed import Peers, device_of_rank, gather_objects, init_distributed, is_main, on_all_ranks, on_main
 from osp.errors import LostRankError, UserError
 from osp.model.build_norms import bound_warning
@@ -69,6 +69,7 @@ def setup(config: Config) -> Trainer:
         compute_deterministically()
     device, world_size = device_of_rank(config.engine.device), int(os.environ.get("WORLD_SIZE", "1"))
     resolved = resolve(config, device=device, world_size=world_size)
+    prepare_attention(resolved.config.train.attention, device)
     build_groups(meta_model(resolved.config.model), config.optimizer)  # raises if a rule does not fit
     make_source(config.data)  # raises if it is unknown or names nothing to read
     resolved.build_schedule()  # raises if its phases do not fit
@@ -251,6 +252,7 @@ def build_engine(resolved: Resolved) -> Engine:
     if train.precision == "fp8":
         model.use_in_blocks(fp8_linear(emulate=not native_fp8(resolved.device)))
     model.activation_checkpointing = train.activation_checkpointing
+    model.set_attention(train.attention)
     model.set_penalty(config.penalty)
     model.lm_head.z_loss = train.z_loss
     if resolved.compiled:

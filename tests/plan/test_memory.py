@@ -150,16 +150,32 @@ def test_logits_of_a_chunk_bound_the_working_set() -> None:
 
 
 def test_logits_of_a_block_of_capped_attention_are_in_the_working_set() -> None:
-    """Two heads of a block of queries, a sixteenth of the sequence: logits, tanh, mask, probabilities, gradients."""
+    """Two heads of a block of queries, a sixteenth of the sequence: logits, tanh, mask, probabilities, gradients.
+
+    Flex attention has the cap in its kernel.
+    """
     shape = ModelConfig(64, 16, 16, num_hidden_layers=1, num_attention_heads=2)
     length, found = 1024, []
-    for cap in (None, 50.0):
+    for cap, attention in ((None, "flash"), (50.0, "flash"), (50.0, "flex")):
         model = dataclasses.replace(shape, attention=AttentionConfig(logit_cap=cap))
-        changed = dataclasses.replace(config(1, seq_len=length, loss_chunk_tokens=8), model=model)
+        settings = config(1, seq_len=length, loss_chunk_tokens=8, attention=attention)
+        changed = dataclasses.replace(settings, model=model)
         found.append(activation_bytes(changed, meta_model(model), micro_batch_size=1, compiled=False))
-    (kept_without, working_without), (kept_with, working_with) = found
+    (kept_without, working_without), (kept_with, working_with), by_flex = found
+    assert by_flex == found[0]
     assert kept_with == kept_without
     assert 3 < (working_with - working_without) / (4 * 2 * length**2 / 16) < 8
+
+
+def test_flex_attention_keeps_no_mask_and_a_dense_mask_is_kept_by_every_block() -> None:
+    """Documents leave the plan as it is with flex attention. Else 3 blocks of 4 sequences keep a bias each, 4 bytes."""
+    length = 512
+    settings = {"seq_len": length, "loss_chunk_tokens": 64}
+    plain = planned_activations(config(1, **settings))
+    assert planned_activations(config(1, **settings, document_mask=True, attention="flex")) == plain
+    dense = kept_by(config(1, **settings, document_mask=True, attention="flash"))
+    biases = 3 * 4 * length**2 * 4
+    assert dense - plain[0] == pytest.approx(biases, rel=0.001)
 
 
 def test_zero_stages_partition_more_and_more() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from osp.config import Config, from_dict, to_dict
+from osp.device import prepare_attention
 from osp.errors import UserError
 from osp.run.folder import RunLock
 from osp.train.resolve import resolve
@@ -24,6 +25,7 @@ def test_resolved_configuration_holds_no_auto_and_resolves_to_itself(tiny: Tiny)
     resolved = resolve(tiny(*AUTO, "train.steps=null", "train.tokens=600"), device=CPU, world_size=2, bf16=True)
     chosen = resolved.config.train
     assert (chosen.precision, chosen.compile, chosen.micro_batch_size) == ("bf16", False, 4)
+    assert chosen.attention == "sdpa"
     assert (chosen.steps, chosen.tokens) == (3, None)
     assert resolve(resolved.config, device=CPU, world_size=2, bf16=False) == resolved
     assert from_dict(to_dict(resolved.config)) == resolved.config
@@ -43,6 +45,84 @@ def test_compile_is_automatic_below_zero_3(stage: int, compiled: bool, tiny: Tin
     config = tiny("train.compile=auto", f"engine.zero_stage={stage}")
     assert resolve(config, device=CUDA, world_size=1, bf16=True).compiled == compiled
     assert not resolve(config, device=CPU, world_size=1).compiled
+
+
+GPU = {"A100": (8, 0), "L40S": (8, 9), "H200": (9, 0), "B200": (10, 0), "B300": (10, 3), "RTX PRO 6000": (12, 0)}
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int], cudnn: int | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+
+
+@pytest.mark.parametrize(
+    ("name", "cudnn", "expected"),
+    [
+        *((name, 91501, "cudnn" if name in ("H200", "B200", "B300") else "flash") for name in GPU),
+        ("H200", 92000, "cudnn"),
+        ("H200", 91500, "flash"),  # wrong at some lengths
+        ("H200", None, "flash"),
+    ],
+)
+def test_attention_on_a_gpu_is_cudnn_where_torch_itself_prefers_it(
+    name: str, cudnn: int | None, expected: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Document masks go through flex attention, whose kernel needs heads of 16 channels; without a GPU it is sdpa."""
+    machine(monkeypatch, capability=GPU[name], cudnn=cudnn)
+
+    def choice(*overrides: str, device: torch.device = CUDA) -> str:
+        resolved = resolve(tiny(*overrides), device=device, world_size=1)
+        again = resolve(resolved.config, device=device, world_size=1)
+        assert again.config == resolved.config
+        return resolved.config.train.attention
+
+    assert choice() == expected
+    assert choice("train.deterministic=true") == "flash"
+    assert choice("train.document_mask=true", "model.num_attention_heads=2") == "flex"
+    assert choice("train.document_mask=true") == "flash"  # 4 heads of 8 channels
+    for asked in ("sdpa", "flash", "cudnn", "fa3"):
+        assert choice(f"train.attention={asked}") == asked
+    assert {choice(mask, device=CPU) for mask in ("train.document_mask=true", "train.document_mask=false")} == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "message"),
+    [
+        *(
+            ((f"train.attention={choice}",), CPU, f"train.attention={choice} trains on a GPU only; .*=auto")
+            for choice in ("flash", "cudnn", "flex", "fa3")
+        ),
+        *(
+            ((f"train.attention={choice}", "train.document_mask=true"), CUDA, f"={choice} takes no train.document_mask")
+            for choice in ("sdpa", "cudnn", "fa3")
+        ),
+        (("train.attention=cudnn", "train.deterministic=true"), CUDA, "=cudnn sums in any order, .*=true; set flash"),
+        (("train.attention=flex",), CUDA, "train.attention=flex: heads of 8 channels; it needs 16. Set flash"),
+    ],
+)
+def test_attention_that_cannot_run_is_refused(
+    overrides: tuple[str, ...], device: torch.device, message: str, tiny: Tiny
+) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(tiny(*overrides), device=device, world_size=1, bf16=True)
+
+
+def test_attention_that_this_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, capability=(8, 0), cudnn=91500)
+    with pytest.raises(UserError, match=r"^train.attention=cudnn needs cuDNN 9.15.1 or later; set train.attention=fl"):
+        prepare_attention("cudnn", CUDA)
+    with pytest.raises(UserError, match=r"^train.attention=fa3 needs a GPU of compute capability 9; set train.att"):
+        prepare_attention("fa3", CUDA)
+    machine(monkeypatch, capability=(9, 0), cudnn=91501)
+    prepare_attention("cudnn", CUDA)
+    with pytest.raises(UserError, match=r"^train.attention=fa3: No module named 'flash_attn_interface'; set train.att"):
+        prepare_attention("fa3", CUDA)
+    switched: list[str] = []
+    monkeypatch.setattr("osp.device.activate_flash_attention_impl", switched.append)
+    for choice in ("sdpa", "flash", "cudnn", "flex", "fa3"):
+        prepare_attention(choice, CUDA)
+    assert switched == ["FA3"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from osp.errors import RunError, UserError
 from osp.evaluation.config import EvaluateConfig
 from osp.evaluation.evaluate import evaluate
 from osp.evaluation.language_model import open_model
+from osp.model import attention
 from osp.model.norms import BHyT
 from osp.model.transformer import Block, Transformer
 from osp.quant.deployed import DEPLOYED
@@ -51,7 +52,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 def test_run_folder_describes_the_run(tiny: Tiny, plain_run: Path) -> None:
-    folder, config = plain_run, tiny(f"run.dir={plain_run}")
+    folder, config = plain_run, tiny(f"run.dir={plain_run}", "train.attention=sdpa")
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     assert from_dict(stored) == config
     (start,) = json.loads((folder / "environment.json").read_text())
@@ -493,6 +494,26 @@ def test_document_mask_hides_other_documents(tiny: Tiny, plain_run: Path, tmp_pa
     packed, masked = losses(plain_run), losses(tmp_path / "masked")
     assert packed != masked
     assert packed == pytest.approx(masked, rel=0.02)
+
+
+def test_training_computes_the_kernel_of_attention_that_was_decided(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flex attention, which torch refuses to train on a CPU though it can, beside the dense mask of the CPU."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    options = ("train.document_mask=true", "train.steps=3", "qk_clip.tau=0.01", "optimizer.lr=0.001")
+    train(tiny(*options, name="dense"))
+    calls: list[int] = []
+    attend = attention._flex_attention
+    monkeypatch.setattr(attention, "_flex_attention", lambda *inputs: calls.append(1) or attend(*inputs))
+    monkeypatch.setattr("osp.train.resolve._attention", lambda *_: "flex")
+    train(tiny(*options, name="flex"))
+    assert len(calls) == 2 * 3 * 4, "layers, steps, micro batches; validation and the sample do without"
+    dense, flex = (read_metrics(tmp_path / name) for name in ("dense", "flex"))
+    for name in ("train/loss", "train/attn_logit_max", "train/grad_norm", "val/loss"):
+        values = [[event[name] for event in events if name in event] for events in (flex, dense)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), name
+        assert values[0], name
 
 
 def test_activation_checkpointing_changes_nothing(tiny: Tiny, plain_run: Path, tmp_path: Path) -> None:
