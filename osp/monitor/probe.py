@@ -6,7 +6,7 @@ the model, so training is bit-identical with and without probes. Under ZeRO-3 th
 its own hooks run.
 
 Each rank reads one sequence at a time, so the result does not depend on the number of ranks. Only the `Sample` of each
-site is kept.
+site is kept. The host waits for the device once, at the end, when all figures are fetched together.
 
 Fake W4A4 (R_L) runs in lockstep: the sequence is doubled, every matrix product of a block quantizes its weight and
 input for the second copy, and the copies are compared at the end of each block. No activations wait for a second pass.
@@ -14,7 +14,7 @@ input for the second copy, and the copies are compared at the end of each block.
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -217,7 +217,7 @@ class _Recorder:
         self._add_maximum(name, sizes.max())
 
     def _add_mean(self, name: str, values: Tensor) -> None:
-        self._add_sum(name, torch.stack((values.sum(), values.new_tensor(values.numel()))))
+        self._add_sum(name, torch.stack((values.sum(), values.new_full((), values.numel()))))
 
     def _add_sum(self, name: str, value: Tensor) -> None:
         value = value if self.counted else torch.zeros_like(value)
@@ -232,17 +232,18 @@ class _Recorder:
             self.samples = _merge_over_ranks(self.samples) if self.samples else {}
             self.sums = dict(zip(self.sums, _all_reduce(self.sums.values(), dist.ReduceOp.SUM), strict=True))
             self.maxima = dict(zip(self.maxima, _all_reduce(self.maxima.values(), dist.ReduceOp.MAX), strict=True))
-        sites = {name: _site_reading(self.samples[name], self.gains.get(name), self.text) for name in self.sites}
+        figures = {name: _site_figures(self.samples[name], self.gains.get(name)) for name in self.sites}
+        fetched = _fetch({**figures, "sums": self.sums, "maxima": self.maxima})
+        sites = {name: _site_reading(fetched[name], self.samples[name], self.text) for name in self.sites}
         metrics = {
             f"monitor/{statistic}/{name}": value
             for name, site in sites.items()
             for statistic, value in site.statistics.items()
             if statistic in self.statistics
         }
-        for name, pair in self.sums.items():
-            numerator, denominator = pair.tolist()
+        for name, (numerator, denominator) in fetched["sums"].items():
             metrics[name] = numerator / denominator if denominator else 0.0
-        metrics |= {name: float(value) for name, value in self.maxima.items()}
+        metrics |= {name: value for name, (value,) in fetched["maxima"].items()}
         if sites and "kurtosis" in self.statistics:
             kurtosis = [site.statistics["kurtosis"] for site in sites.values()]
             metrics |= {"monitor/kurtosis/max": max(kurtosis), "monitor/kurtosis/mean": sum(kurtosis) / len(kurtosis)}
@@ -296,21 +297,27 @@ def _all_reduce(tensors: Collection[Tensor], operation: dist.ReduceOp.RedOpType)
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def _site_reading(sample: Sample, gains: Gains | None, text: ProbeText) -> SiteReading:
-    num_channels = sample.channel_max.numel()
-    token, channel = divmod(int(sample.peak[1]), num_channels)
-    row, position = divmod(token, text.tokens.shape[1])
-    largest = sample.channel_max.topk(min(8, num_channels))
-    energy = st.channel_energy(sample)
-    top = int(energy.argmax())
-    return SiteReading(
-        channel=channel,
-        value=float(sample.peak[2]),
-        row=row,
-        position=position,
-        token=int(text.tokens[row, position]),
-        statistics=st.compute_statistics(sample, gains),
-        channels=list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True)),
-        top_channel=top,
-        spike=float(sample.channel_max[top] ** 2 / energy[top]) if energy[top] else 0.0,
-    )
+def _fetch(tables: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """Return the values of all tensors, each flattened, in one transfer."""
+    tensors = [tensor.double().flatten() for table in tables.values() for tensor in table.values()]
+    pieces = iter(torch.cat(tensors).cpu().split([len(tensor) for tensor in tensors])) if tensors else iter(())
+    return {key: {name: next(pieces).tolist() for name in table} for key, table in tables.items()}
+
+
+def _site_figures(sample: Sample, gains: Gains | None) -> dict[str, Tensor]:
+    """Return the statistics of a site by name and what else its `SiteReading` needs, on the device."""
+    largest, energy = sample.channel_max.topk(min(8, sample.channel_max.numel())), st.channel_energy(sample)
+    top = energy.argmax()
+    spike = torch.where(energy.take(top) == 0, 0.0, sample.channel_max.take(top) ** 2 / energy.take(top))
+    figures = {"peak": sample.peak, "channels": largest.indices, "values": largest.values, "top": top, "spike": spike}
+    return figures | st.compute_statistics(sample, gains)
+
+
+def _site_reading(figures: dict[str, list[float]], sample: Sample, text: ProbeText) -> SiteReading:
+    (_, place, value), (top,), (spike,) = (figures.pop(name) for name in ("peak", "top", "spike"))
+    place, channel = divmod(int(place), len(sample.channel_max))
+    row, position = divmod(place, text.tokens.shape[1])
+    token = int(text.tokens[row, position])
+    channels = list(zip(map(int, figures.pop("channels")), figures.pop("values"), strict=True))
+    statistics = {name: statistic for name, (statistic,) in figures.items()}
+    return SiteReading(channel, value, row, position, token, statistics, channels, int(top), spike)

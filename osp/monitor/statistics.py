@@ -5,6 +5,7 @@ e_t = sum_c x_tc^2 the energy of token t, E their total.
 
 A `Sample` holds sums, maxima and counts of x. Samples of sequences and ranks merge into the sample of all tokens: sums
 to fp64 rounding, the rest exactly. `compute_statistics` divides at the end: no spike is lost in a mean over ranks.
+Nothing here waits for the device: the host reads no value, and no shape depends on one.
 """
 
 import math
@@ -56,8 +57,8 @@ class Gains(NamedTuple):
     bias: Tensor
 
 
-def compute_statistics(s: Sample, gains: Gains | None = None) -> dict[str, float]:
-    """Return every statistic of a site by name; `gain_statistics` too if a norm writes it.
+def compute_statistics(s: Sample, gains: Gains | None = None) -> dict[str, Tensor]:
+    """Return every statistic of a site by name, 0-dim fp64; `gain_statistics` too if a norm writes it.
 
     few_channels and few_tokens split the pooled fourth moment, mean(x^4) / mean(x^2)^2 = few_channels * few_tokens *
     rest. The larger one tells whether kurtosis comes from few channels (Adam's outliers) or few tokens (attention
@@ -77,24 +78,23 @@ def compute_statistics(s: Sample, gains: Gains | None = None) -> dict[str, float
     massive = (values - pooled.mean).abs() > MASSIVE_SIGMAS * sigma
     at_most = s.counts.view(2, _BINS).sum(0).cumsum(0)
     rank = torch.div(at_most[-1] + 1, 2, rounding_mode="floor")  # of the lower median of |x|
-    median = values[torch.searchsorted(at_most, rank).clamp(max=_BINS - 1)]
+    median = values.take(torch.searchsorted(at_most, rank).clamp(max=_BINS - 1))
     statistics = {
         "kurtosis": token_kurtosis / count,  # excess, of each token over its channels, averaged (OSP eq. 4)
         "kurtosis_pooled": excess_kurtosis(pooled),  # of all N D values
         "kurtosis_channel": excess_kurtosis(s.channels).mean(),  # of each channel over tokens, averaged
         "max_abs": s.peak[0],
-        "max_over_median": s.peak[0] / median if s.peak[0] else s.peak[0],  # of |x| rounded to bf16
+        "max_over_median": torch.where(s.peak[0] == 0, 0.0, s.peak[0] / median),  # of |x| rounded to bf16
         "rms": (total / (count * num_channels)).sqrt(),
         "top_channel_share": energy.max() / total,  # 1/D: all have the same energy, 1: one has all
         "top_token_share": s.token_energy_max / total,  # max_t e_t / E
-        "massive_count": s.counts[massive].sum(),  # |x - mu| > 6 sigma of all values (OSP section 5), x rounded to bf16
+        "massive_count": (s.counts * massive).sum().double(),  # |x - mu| > 6 sigma (OSP section 5), x rounded to bf16
         "few_channels": num_channels * (energy / total).square().sum(),  # 1: all have the same energy, D: one has all
         "few_tokens": count * (token_energy_squares / total / total),  # 1: all have the same energy, N: one has all
         "mean_energy": mean_energy.sum() / total,  # sum_c N mean_c^2 / E
-        "top_channel_constancy": (mean_energy[top] / (energy[top] + _TINY)).sqrt(),  # |mean| / rms; 1: a constant
+        "top_channel_constancy": (mean_energy.take(top) / (energy.take(top) + _TINY)).sqrt(),  # |mean| / rms
     }
-    statistics |= {} if gains is None else gain_statistics(s, gains)
-    return {name: float(value) for name, value in statistics.items()}
+    return statistics if gains is None else statistics | gain_statistics(s, gains)
 
 
 def gain_statistics(s: Sample, gains: Gains) -> dict[str, Tensor]:
@@ -108,10 +108,12 @@ def gain_statistics(s: Sample, gains: Gains) -> dict[str, Tensor]:
     """
     square, mean = gains.weight.square(), s.channels.mean - gains.bias
     before = torch.where(square > 0, (s.channels.m2 + s.channels.count * mean**2) / square, 0.0)
-    top, live = channel_energy(s).argmax(), gains.weight[square > 0].abs()
+    top, live = channel_energy(s).argmax(), (square > 0).sum()
+    ascending = torch.where(square > 0, gains.weight.abs(), math.inf).sort().values
+    median = ascending.take((live - 1).clamp(min=0) // 2)  # of the gains but 0
     return {
-        "top_channel_share_before_gain": before[top] / (before.sum() + _TINY),
-        "top_channel_gain": gains.weight[top].abs() / (live.median() if len(live) else 1.0),  # of the gains but 0
+        "top_channel_share_before_gain": before.take(top) / (before.sum() + _TINY),
+        "top_channel_gain": gains.weight.take(top).abs() / median,
         "gain_share": square.max() / (square.sum() + _TINY),  # 1/D: all gains are equal, 1: all but one are 0
     }
 
@@ -165,7 +167,7 @@ def attention_statistics(
         if off_by_one:
             logits = F.pad(logits, (0, 1))  # last, which keeps the indices in `first`
         to_first = logits.softmax(-1).gather(-1, first[slice(*rows)].expand(num_heads, -1)[..., None])[..., 0]
-        sink += to_first[:, sees_others[slice(*rows)]].double().sum()
+        sink += torch.where(sees_others[slice(*rows)], to_first, 0.0).double().sum()
     return largest, sink, sees_others.sum().double() * num_heads
 
 
@@ -203,14 +205,14 @@ def take_sample(x: Tensor, *, first_token: int = 0) -> Sample:
     wide, magnitude = x.double(), x.double().abs()
     energy = wide.square().sum(-1)
     i = magnitude.argmax()  # the first of equals
-    place = (i + first_token * x.shape[-1]).double()
+    place, value = (i + first_token * x.shape[-1]).double(), wide.take(i)
     return Sample(
         channels=compute_moments(wide, 0),
         channel_max=magnitude.amax(0),
         tokens=torch.stack((excess_kurtosis(compute_moments(wide, 1)).sum(), energy.square().sum())),
         token_energy_max=energy.amax(),
         counts=_count_values(x),
-        peak=torch.stack((magnitude.flatten()[i], place, wide.flatten()[i])),
+        peak=torch.stack((value.abs(), place, value)),
     )
 
 
@@ -237,7 +239,7 @@ def merge_samples(samples: Sequence[Sample]) -> Sample:
 def first_peak(peaks: Tensor) -> Tensor:
     """Return the largest of `peaks` (n, 3), of equals the one with the first place, in whatever order they come."""
     best = peaks[:, 0] == peaks[:, 0].max()
-    return peaks[torch.where(best, peaks[:, 1], math.inf).argmin()]
+    return peaks[torch.where(best, peaks[:, 1], math.inf).argmin(0, keepdim=True)][0]
 
 
 def _count_values(x: Tensor) -> Tensor:
@@ -247,7 +249,8 @@ def _count_values(x: Tensor) -> Tensor:
     """
     bits = x.to(torch.bfloat16).flatten().view(torch.int16).int()
     size = ((bits & 0x7FFF) - _LOWEST_BITS).clamp(0, _BINS - 1)
-    return torch.bincount(size + (bits < 0) * _BINS, minlength=2 * _BINS)
+    index = (size + (bits < 0) * _BINS).long()  # `bincount` waits for the device
+    return torch.zeros(2 * _BINS, dtype=torch.int64, device=x.device).scatter_add_(0, index, torch.ones_like(index))
 
 
 def _bin_values(device: torch.device) -> Tensor:

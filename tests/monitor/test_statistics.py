@@ -17,7 +17,13 @@ N, D = 64, 32
 
 
 def measured(x: Tensor) -> dict[str, float]:
-    return st.compute_statistics(st.take_sample(x))
+    return statistics_of(st.take_sample(x))
+
+
+def statistics_of(sample: Sample, gains: st.Gains | None = None) -> dict[str, float]:
+    statistics = st.compute_statistics(sample, gains)
+    assert {(value.dtype, value.ndim) for value in statistics.values()} == {(torch.float64, 0)}
+    return {name: value.item() for name, value in statistics.items()}
 
 
 # --- closed forms -------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ def test_constant_channel_and_its_gain_give_the_planted_numbers() -> None:
     z[:, 7] = -2 * (1 + 0.1 * signs.repeat_interleave(2).repeat(N // 4))
     gains = st.Gains(torch.ones(D).double(), torch.zeros(D).double())
     gains.weight[7] = -3.0
-    result = st.compute_statistics(st.take_sample(z.double() * gains.weight), gains)
+    result = statistics_of(st.take_sample(z.double() * gains.weight), gains)
     assert result["top_channel_constancy"] == pytest.approx(1 / math.sqrt(1.01), rel=1e-6)
     assert result["mean_energy"] == pytest.approx(36 / (36 * 1.01 + D - 1), rel=1e-6)
     assert result["top_channel_share"] == pytest.approx(36 * 1.01 / (36 * 1.01 + D - 1), rel=1e-6)
@@ -141,7 +147,7 @@ def test_constant_channels_and_gains_of_zero_give_finite_numbers(x: Tensor, weig
     gains = st.Gains(torch.full((D,), weight).double(), torch.ones(D).double())
     gains.weight[3] = 0.0
     sample = st.take_sample(x * gains.weight + gains.bias)
-    for result in (measured(x), st.compute_statistics(sample, gains)):
+    for result in (measured(x), statistics_of(sample, gains)):
         result.pop("max_over_median" if x.count_nonzero() == D else "rms")  # infinite: most values are 0
         assert all(map(math.isfinite, result.values())), result
         shares = {name: value for name, value in result.items() if "share" in name or "constancy" in name}
@@ -287,14 +293,14 @@ def test_samples_of_parts_merge_into_the_sample_of_the_whole(cuts: list[int]) ->
         assert torch.equal(merged.counts, whole.counts)
         assert torch.equal(merged.peak, whole.peak)
         assert torch.equal(merged.channel_max, whole.channel_max)
-        assert st.compute_statistics(merged) == pytest.approx(st.compute_statistics(whole), rel=1e-12)
+        assert statistics_of(merged) == pytest.approx(statistics_of(whole), rel=1e-12)
 
 
 def test_merging_is_associative() -> None:
     a, b, c = (st.take_sample(heavy(seed), first_token=seed * N) for seed in range(3))
     once: Sample = st.merge_samples([a, b, c])
-    assert st.compute_statistics(st.merge_samples([st.merge_samples([a, b]), c])) == pytest.approx(
-        st.compute_statistics(once), rel=1e-12
+    assert statistics_of(st.merge_samples([st.merge_samples([a, b]), c])) == pytest.approx(
+        statistics_of(once), rel=1e-12
     )
 
 
