@@ -6,7 +6,7 @@ the order of the channels. If H is a multiple of the identity, GPTQ is round-to-
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def quantize_weights_gptq(
     """Replace the weights of the blocks at `sites` by quantized ones, block after block.
 
     Each matrix is fitted to its inputs in the model whose earlier matrices are quantized already. Besides the model,
-    the hidden states of one block and one (in, in) Hessian are kept in memory.
+    the hidden states of one block, on the host where the device has no room, and one (in, in) Hessian are kept.
 
     Args:
         calibration: (N, T) token ids.
@@ -74,12 +74,15 @@ def quantize_weights_gptq(
     device = model.embed_tokens.weight.device
     cos, sin = model.rotary(calibration.shape[1], device)
 
-    def run(layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
-        return [layer(x.to(device), cos, sin, None)[0].to(x.device) for x in hidden]
+    def outputs(layer: nn.Module) -> Iterator[Tensor]:
+        return (layer(x.to(device), cos, sin, None)[0] for x in hidden)
 
-    # kept on the CPU: 128 sequences of 2048 tokens are larger than a block
+    size = calibration.numel() * model.config.hidden_size * model.compute_dtype.itemsize
+    fit = device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] / 2  # blocks and GPTQ take memory too
+    place = device if fit else "cpu"
     hidden = [
-        model.embed_proj(model.embed_tokens(ids[None].to(device)).to(model.compute_dtype)).cpu() for ids in calibration
+        model.embed_proj(model.embed_tokens(ids[None].to(device)).to(model.compute_dtype)).to(place)
+        for ids in calibration
     ]
     for index, layer in enumerate(tqdm(model.layers, desc="GPTQ", unit="block", leave=False, disable=not progress)):
         weights = dict(layer.named_parameters())
@@ -92,11 +95,13 @@ def quantize_weights_gptq(
             hessian = torch.zeros(width, width, device=device)
             add = functools.partial(_add_second_moments, hessian)
             with hook_site(model, f"{layer_name(index)}/{site}", add):  # removed at the end
-                run(layer, hidden)
+                for _ in outputs(layer):
+                    pass
             for name, weight in chosen.items():
                 grid = grid_of(f"layers.{index}.{name}", weight) if grid_of else None
                 weight.data = gptq(weight, hessian, spec, grid)
-        hidden = run(layer, hidden)
+        for i, x in enumerate(outputs(layer)):
+            hidden[i] = x.to(place)
 
 
 def _add_second_moments(hessian: Tensor, x: Tensor) -> None:
