@@ -38,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the losses of tests/train/golden again")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` import only the files of these tests: a machine with a GPU may lack packages that others need."""
+    files = [collection_path] if collection_path.is_file() else collection_path.rglob("test_*.py")
+    skipped = config.option.markexpr == "gpu" and not any("mark.gpu" in file.read_text("utf-8") for file in files)
+    return True if skipped else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
