@@ -401,10 +401,9 @@ class Ours:
         return [tensor for *_, states in shares for name, tensor in states.items() if name != "weight"]
 
     def logits_bytes(self) -> int:
-        """Return the bytes of one chunk: logits and their gradient in the compute dtype, probabilities in fp32."""
-        train = self.trainer.config.train
-        rows = min(train.loss_chunk_tokens, train.tokens_per_step)
-        return rows * self.trainer.config.model.vocab_size * (2 * self.model.compute_dtype.itemsize + 4)
+        """Return the bytes of the logits of one chunk, which their gradient overwrites."""
+        rows = min(self.trainer.resolved.loss_chunk_tokens, self.trainer.config.train.tokens_per_step)
+        return rows * self.trainer.config.model.vocab_size * self.model.compute_dtype.itemsize
 
 
 class Peer:

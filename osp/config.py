@@ -90,7 +90,8 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute the activations of each block in the backward pass
     deterministic: bool = False  # compute the same bits in every run; a CPU does anyway, a GPU is slower
     document_mask: bool = False  # tokens attend only to their own document
-    loss_chunk_tokens: Count = 8192  # tokens whose logits are in memory at once
+    # Tokens whose logits are in memory at once. auto: 8192; on CUDA the largest power of 2, from 1024, within 512 MiB.
+    loss_chunk_tokens: Count | Literal["auto"] = "auto"
     # Factor of log(Z)^2 in the loss, Z the sum of exp(logit) of a token (arXiv 2204.02311); 0: off, PaLM: 1e-4.
     z_loss: NotNegative = 0.0
     norm_refresh_every: Count | Literal["auto"] = "auto"  # steps between updates of a norm's statistics (BHyT)

@@ -208,14 +208,17 @@ class Embedding(nn.Module):
 class Head(Linear):
     """The unembedding. With targets it returns their loss and never holds all logits at once."""
 
+    chunk_tokens = 8192  # tokens whose logits are in memory at a time while the loss is computed
     z_loss = 0.0  # `train.z_loss`, in training mode
+    compiled_losses: Callable[..., Tensor] | None = None  # see `linear_cross_entropy`
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, chunk_tokens: int = 0) -> Any:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
         """Return the logits, or with `targets` the pair of `linear_cross_entropy`."""
         if targets is None:
             return super().forward(x)
         x, targets, z_loss = x.flatten(0, -2), targets.flatten(), self.z_loss if self.training else 0.0
-        return linear_cross_entropy(x, self.weight, targets, bias=self.bias, chunk_tokens=chunk_tokens, z_loss=z_loss)
+        options = {"bias": self.bias, "chunk_tokens": self.chunk_tokens, "compiled": self.compiled_losses}
+        return linear_cross_entropy(x, self.weight, targets, z_loss=z_loss, **options)
 
 
 class Output(NamedTuple):
@@ -230,8 +233,8 @@ class Output(NamedTuple):
 class Transformer(nn.Module):
     """The model: token ids in, an `Output` out.
 
-    Five settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the
-    input of each block only), the penalty (`set_penalty`), the kernel of attention (`set_attention`), `lm_head.z_loss`.
+    Settings are attributes, not arguments: `compute_dtype`, `activation_checkpointing` (training mode keeps the input
+    of each block only), the penalty (`set_penalty`), the kernel of attention (`set_attention`), the loss's (`lm_head`).
 
     With `tie_embeddings` the head has no matrix: `embed_tokens.weight` is the weight of both modules, a parameter of
     one name and role, whose gradient is the sum of the gradients of both uses (Press and Wolf 2016, arXiv 1608.05859).
@@ -273,23 +276,22 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
-        chunk_tokens: int = 8192,
         cache: KVCache | None = None,
         wanted: Tensor | None = None,
     ) -> Output:
         """Return the logits, or with `targets` their loss; in training mode also penalty and z-loss, if they are on.
 
         input_ids: (B, T). targets: (B, T) the next token of each; `IGNORE` leaves a token out of the loss.
-        document_ids: (B, T); a token attends only to tokens of the same document. chunk_tokens: number of tokens whose
-        logits are in memory at a time while the loss is computed. cache: keys and values of the preceding tokens; the
-        pass adds its own. wanted: (B,) position of the one token of each sequence whose logits (B, 1, V) are returned.
+        document_ids: (B, T); a token attends only to tokens of the same document. cache: keys and values of the
+        preceding tokens; the pass adds its own. wanted: (B,) position of the one token of each sequence whose logits
+        (B, 1, V) are returned.
         """
         x, penalty = self.hidden_states(input_ids, document_ids=document_ids, cache=cache)
         if wanted is not None:
             x = x[torch.arange(len(x), device=x.device), wanted][:, None]
         if targets is None:
             return Output(None, self.lm_head(x), penalty)
-        loss, squares = self.lm_head(x, targets, chunk_tokens)
+        loss, squares = self.lm_head(x, targets)
         return Output(loss, None, penalty, squares if self.training and self.lm_head.z_loss else None)
 
     def hidden_states(

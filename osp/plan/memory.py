@@ -132,7 +132,7 @@ def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: in
         blocks = [x.numel() * x.element_size()] * len(blocks) + [max(blocks)]
     if (cap := config.model.attention.logit_cap) is not None and train.attention != "flex":  # blocks of logits count
         model.set_submodule("layers.0.self_attn.attend", CausalAttention(logit_cap=cap))
-    loss = peak(lambda: model.lm_head(x.detach().requires_grad_(), ids, train.loss_chunk_tokens))
+    loss = peak(lambda: model.lm_head(x.detach().requires_grad_(), ids))
     back = peak(lambda: model.layers[0](*inputs)[0].sum().backward())
     gradients = FP32 * sum(p.numel() for p in model.layers[0].parameters())  # counted with the gradients
     return outside + sum(blocks), max(loss, back - max(blocks) - gradients, 0)

@@ -57,7 +57,7 @@ def make_plan(config: Config, options: PlanConfig) -> Plan:
     machine, gpu_memory = dataclasses.replace(machine, peak_tflops=peak_tflops), options.gpu_memory or machine.memory
     options = dataclasses.replace(options, machine=machine, gpu_memory=gpu_memory)
     model = meta_model(config.model)
-    model.compute_dtype = resolved.compute_dtype
+    model.compute_dtype, model.lm_head.chunk_tokens = resolved.compute_dtype, resolved.loss_chunk_tokens
     groups = build_groups(model, config.optimizer)
     compiled = machine.device == "cuda" if asked == "auto" else asked
     kept = {way: activation_bytes(config, model, micro_batch_size=size, compiled=way) for way in {compiled, False}}

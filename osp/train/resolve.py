@@ -30,7 +30,8 @@ class Resolved:
     micro_batch_size: int  # sequences per rank and backward pass
     gradient_accumulation_steps: int  # backward passes per rank and optimizer step
     compute_dtype: torch.dtype  # of matmuls and activations; with fp8 of all but the matmuls in the blocks
-    compiled: bool  # every block by torch.compile
+    loss_chunk_tokens: int  # tokens whose logits are in memory at a time
+    compiled: bool  # every block and the loss by torch.compile
     qat: tuple[int, QuantSpec] | None  # first step, from 0, with rounded blocks, and how; None: none
 
     @property
@@ -91,15 +92,21 @@ def resolve(config: Config, *, device: torch.device, world_size: int, bf16: bool
             f"train.micro_batch_size={size} does not divide the {per_rank} sequences that each of {world_size} "
             f"ranks takes per step (train.tokens_per_step / train.seq_len / ranks)"
         )
+    dtype, chunk = torch.float32 if precision == "fp32" else torch.bfloat16, train.loss_chunk_tokens
+    if chunk == "auto":
+        fitting = 2**29 // (config.model.vocab_size * dtype.itemsize)
+        chunk = 2 ** max(10, fitting.bit_length() - 1) if device.type == "cuda" else 8192
     decided = {"attention": _attention(config, device), "precision": precision, "compile": compiled}
-    train = dataclasses.replace(train, **decided, micro_batch_size=size, steps=train.num_steps, tokens=None)
+    decided |= {"micro_batch_size": size, "loss_chunk_tokens": chunk}
+    train = dataclasses.replace(train, **decided, steps=train.num_steps, tokens=None)
     return Resolved(
         config=dataclasses.replace(config, train=train),
         device=device,
         world_size=world_size,
         micro_batch_size=size,
         gradient_accumulation_steps=per_rank // size,
-        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        compute_dtype=dtype,
+        loss_chunk_tokens=chunk,
         compiled=compiled,
         qat=_qat(config),
     )

@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from osp.config import AT_TOP, Config, WandbMode, to_dict
@@ -21,6 +22,7 @@ from osp.distributed import Peers, device_of_rank, gather_objects, init_distribu
 from osp.errors import LostRankError, UserError
 from osp.model.build_norms import bound_warning
 from osp.model.fp8 import check_fp8, fp8_linear
+from osp.model.loss import fused_token_losses
 from osp.model.transformer import build_model, meta_model, parameter_shapes
 from osp.optim.groups import build_groups
 from osp.run.checkpoint import Checkpoint, candidates, checkpoint_bytes, load
@@ -254,8 +256,9 @@ def build_engine(resolved: Resolved) -> Engine:
     model.activation_checkpointing = train.activation_checkpointing
     model.set_attention(train.attention)
     model.set_penalty(config.penalty)
-    model.lm_head.z_loss = train.z_loss
+    model.lm_head.z_loss, model.lm_head.chunk_tokens = train.z_loss, resolved.loss_chunk_tokens
     if resolved.compiled:
+        model.lm_head.compiled_losses = torch.compile(fused_token_losses, dynamic=False)  # last chunk: another graph
         for layer in model.layers:
             layer.compile()
     return Engine(model, resolved)

@@ -363,8 +363,8 @@ class Trainer:
         tokens, ids, *_ = batch.to(self.engine.device)
         targets = tokens[:, 1:].clone() if batch.num_rows < len(tokens) else tokens[:, 1:]
         targets[batch.num_rows :] = IGNORE
-        ids, chunk = None if ids is None else ids[:, :-1], self.config.train.loss_chunk_tokens
-        return self.engine(tokens[:, :-1], targets, document_ids=ids, chunk_tokens=chunk)
+        ids = None if ids is None else ids[:, :-1]
+        return self.engine(tokens[:, :-1], targets, document_ids=ids)
 
     def _costly_metrics(self, data_wait: float, *, updated: bool) -> dict[str, float]:
         """Return the metrics of the last step that cost time to collect. Collective."""

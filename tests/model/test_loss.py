@@ -1,5 +1,7 @@
 """The chunked cross-entropy against torch's: value, gradient and memory."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osp.model.loss import IGNORE, linear_cross_entropy
+import osp.model.loss as loss_module
+from osp.model.loss import IGNORE, fused_token_losses, linear_cross_entropy, token_losses
 from osp.plan.memory import peak
 
 N, D, V = 29, 8, 53
@@ -169,3 +172,126 @@ def test_a_chunk_is_freed_before_the_next_is_allocated() -> None:
 
     assert peak_bytes(64) > 64 * 1024 * (2 + 4), "logits and probabilities"
     assert peak_bytes(256) - peak_bytes(64) < 2 * x.numel() * x.element_size()
+
+
+# --- blocks of tokens ---------------------------------------------------------------------------------------------
+
+
+def everything(compiled: Any = None, *, dtype: torch.dtype = torch.float32, z_loss: float = 0.0) -> list[Tensor]:
+    """Return the two sums and the gradients of input, weight and bias for two chunks and a shorter one."""
+    x, weight, targets = problem(dtype, ignored=(0, 12, 28))
+    bias = torch.linspace(-1, 1, V).requires_grad_()
+    options: dict[str, Any] = {"bias": bias, "chunk_tokens": 12, "z_loss": z_loss, "compiled": compiled}
+    loss, squares = linear_cross_entropy(x, weight, targets, **options)
+    (0.37 * (loss + z_loss * squares)).backward()
+    gradients = [tensor.grad for tensor in (x, weight, bias) if tensor.grad is not None]
+    return [loss.detach(), squares.detach(), *gradients]
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_size_of_a_block_changes_no_bit(dtype: torch.dtype, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for tokens in (1, 5, 12):
+        monkeypatch.setattr(loss_module, "CPU_BLOCK", 4 * V * tokens)
+        results.append(everything(dtype=dtype, z_loss=z_loss))
+    assert len(results[0]) == 5
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+class LargestFp32(LargestTensor):
+    """Record the number of elements of the largest fp32 tensor that any operation returns."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_fp32_probabilities_exist_for_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(N, V, dtype=torch.bfloat16), torch.randint(0, V, (N,))
+    for tokens in (N, 3):
+        monkeypatch.setattr(loss_module, "CPU_BLOCK", 4 * V * tokens // torch.get_num_threads() + 1)
+        with LargestFp32() as probe:
+            token_losses(logits.clone(), targets, 0.3, grad=True)
+        assert probe.numel == tokens * V
+
+
+# --- compiled -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compiled_loss_and_gradients_equal_cross_entropy(dtype: torch.dtype, z_loss: float) -> None:
+    """Against torch in float64. In bf16 the logits, their gradient and the gradient of x are rounded, as in `results`.
+
+    The loss is compared at the logits that the head computes.
+    """
+    compiled = torch.compile(fused_token_losses, dynamic=False)
+    results = everything(compiled, dtype=dtype, z_loss=z_loss)
+    x, weight, targets = problem(dtype, ignored=(0, 12, 28))
+    leaves = [t.detach().to(dtype).double().requires_grad_() for t in (x, weight, torch.linspace(-1, 1, V))]
+    exact = leaves[0] @ leaves[1].T + leaves[2]
+    logits = exact + (F.linear(*(leaf.detach().to(dtype) for leaf in leaves)).double() - exact).detach()
+    loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+    squares = logits.logsumexp(-1).square()[targets != IGNORE].sum()
+    (0.37 * (loss + z_loss * squares)).backward()
+    torch.testing.assert_close(results[0].double(), loss.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(results[1].double(), squares.detach(), rtol=1e-6, atol=1e-5)
+    for gradient, leaf in zip(results[2:], leaves, strict=True):
+        assert leaf.grad is not None
+        error = float((gradient.double() - leaf.grad).norm() / leaf.grad.norm())
+        assert error < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compiled_code_stores_nothing_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
+    """The buffers of the generated code; the gradient is written over the logits."""
+    from torch._inductor.utils import run_and_get_code
+
+    def sizes(function: Callable[..., Tensor], *arguments: Any) -> list[int]:
+        logits, targets = torch.randn(24, 512).to(dtype), torch.randint(0, 512, (24,))
+        _, codes = run_and_get_code(torch.compile(function, dynamic=False), logits, targets, *arguments)
+        shapes = re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", "".join(codes))
+        return [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
+
+    def stores_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.float().softmax(-1).gather(1, targets[:, None])[:, 0] + logits.float().softmax(-1).amax(-1)
+
+    assert 24 * 512 in sizes(stores_probabilities), "the pattern must see a stored tensor"
+    assert 0 < max(sizes(fused_token_losses, 0.3)) <= 2 * 24
+
+
+def test_a_last_chunk_that_is_shorter_compiles_one_more_graph() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    for _ in range(2):
+        everything(torch.compile(fused_token_losses, backend=counter, dynamic=False))
+    assert counter.frame_count == 2
+
+
+def test_loss_without_gradients_runs_no_compiled_code() -> None:
+    x, weight, targets = problem()
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, targets, chunk_tokens=10, compiled=lambda *_, **__: pytest.fail("compiled"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weight_gradient_on_a_gpu_is_accumulated_in_fp32() -> None:
+    """Against the product in float64. Rounding it to bf16 costs 1e-3. The logits are integers, hence exact."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-2, 3, (size, D), generator=generator).float().cuda() for size in (N, V))
+    targets = torch.randint(0, V, (N,), generator=generator).cuda()
+    delta = (x @ weight.T).bfloat16()
+    token_losses(delta, targets, 0.0, grad=True)
+    expected = delta.double().T @ x.double()
+    for chunk in (1, 7, N):
+        leaf = weight.clone().requires_grad_()
+        linear_cross_entropy(x.bfloat16(), leaf, targets, chunk_tokens=chunk)[0].backward()
+        assert leaf.grad is not None
+        assert float((leaf.grad.double() - expected).norm() / expected.norm()) < 1e-5

@@ -246,7 +246,8 @@ def loss_and_gradients(model: Transformer, *arguments: Any, **options: Any) -> t
 def test_loss_with_targets_equals_cross_entropy_of_the_logits(chunk: int) -> None:
     model, ids, targets = lively(tiny("ssnorm", embed_proj=True)), tokens(), tokens(seed=1)
     targets[0, 3:9] = IGNORE
-    loss, gradients = loss_and_gradients(model, ids, targets, chunk_tokens=chunk)
+    model.lm_head.chunk_tokens = chunk
+    loss, gradients = loss_and_gradients(model, ids, targets)
     model.zero_grad()
     expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     expected.backward()
@@ -274,8 +275,9 @@ def test_training_never_allocates_all_logits() -> None:
     model, ids = build_model(tiny(vocab_size=997), seed=0), tokens(batch_size=4)
     with Sizes() as whole:
         F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
+    model.lm_head.chunk_tokens = 8
     with Sizes() as chunked:
-        model(ids, ids, chunk_tokens=8).loss.backward()
+        model(ids, ids).loss.backward()
     assert max(whole.numels) == 64 * 997
     assert 8 * 997 in chunked.numels
     assert max(chunked.numels) == 32 * 997, "the largest is the head, not the logits"
@@ -341,8 +343,9 @@ def test_flops_of_osp_1b() -> None:
 def test_flops_of_the_weights_equal_what_torch_counts(config: ModelConfig) -> None:
     """PyTorch counts every matrix product of a forward and backward pass; attention is counted separately."""
     model, ids = build_model(config, seed=0), tokens()
+    model.lm_head.chunk_tokens = 8
     with FlopCounterMode(display=False) as counter:
-        model(ids, ids, chunk_tokens=8).loss.backward()
+        model(ids, ids).loss.backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(flops for operation, flops in counts.items() if "attention" not in str(operation))
     assert products == ids.numel() * flops_per_token(config, seq_len=0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import osp.model.loss as loss_module
 from osp.config import Config, OptimizerConfig
 from osp.model.transformer import Transformer, meta_model
 from osp.model_config import AttentionConfig, Heads, ModelConfig
@@ -109,6 +110,8 @@ def test_peak_counts_tensors_that_are_alive_together() -> None:
 def model_of(settings: Config) -> Transformer:
     model = meta_model(settings.model)
     model.compute_dtype = torch.float32 if settings.train.precision == "fp32" else torch.bfloat16
+    if isinstance(chunk := settings.train.loss_chunk_tokens, int):
+        model.lm_head.chunk_tokens = chunk
     return model
 
 
@@ -142,11 +145,19 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing_and_compilat
 
 
 def test_logits_of_a_chunk_bound_the_working_set() -> None:
-    """The working set: fp32 logits and log-probabilities of a chunk and of the previous one, and weight gradients."""
+    """The working set: fp32 logits of a chunk, their probabilities, one block here, and gradients of weights."""
     small, large = (planned_activations(config(1, seq_len=256, loss_chunk_tokens=n))[1] for n in (64, 512))
     assert small < large
     vocab = 1024
     assert large == pytest.approx(4 * vocab * (3 * 512 + 256), rel=0.5)
+
+
+def test_probabilities_of_a_block_only_are_in_the_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the logits, probabilities of all 1024 tokens are the largest, and without them a (1024, 256) product."""
+    settings = config(1, seq_len=256, loss_chunk_tokens=1024)
+    whole = planned_activations(settings)[1]
+    monkeypatch.setattr(loss_module, "GPU_BLOCK", 4 * 1024 * 8)  # bytes of 8 tokens
+    assert whole - planned_activations(settings)[1] == pytest.approx(4 * 1024 * (1024 - 256), rel=0.05)
 
 
 def test_logits_of_a_block_of_capped_attention_are_in_the_working_set() -> None:
@@ -160,7 +171,7 @@ def test_logits_of_a_block_of_capped_attention_are_in_the_working_set() -> None:
         model = dataclasses.replace(shape, attention=AttentionConfig(logit_cap=cap))
         settings = config(1, seq_len=length, loss_chunk_tokens=8, attention=attention)
         changed = dataclasses.replace(settings, model=model)
-        found.append(activation_bytes(changed, meta_model(model), micro_batch_size=1, compiled=False))
+        found.append(activation_bytes(changed, model_of(changed), micro_batch_size=1, compiled=False))
     (kept_without, working_without), (kept_with, working_with), by_flex = found
     assert by_flex == found[0]
     assert kept_with == kept_without

@@ -18,14 +18,14 @@ from tests.conftest import ROOT
 
 Tiny = Callable[..., Config]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-AUTO = ("train.precision=auto", "train.compile=auto", "train.micro_batch_size=auto")
+AUTO = ("train.precision=auto", "train.compile=auto", "train.micro_batch_size=auto", "train.loss_chunk_tokens=auto")
 
 
 def test_resolved_configuration_holds_no_auto_and_resolves_to_itself(tiny: Tiny) -> None:
     resolved = resolve(tiny(*AUTO, "train.steps=null", "train.tokens=600"), device=CPU, world_size=2, bf16=True)
     chosen = resolved.config.train
     assert (chosen.precision, chosen.compile, chosen.micro_batch_size) == ("bf16", False, 4)
-    assert chosen.attention == "sdpa"
+    assert (chosen.attention, chosen.loss_chunk_tokens) == ("sdpa", 8192)
     assert (chosen.steps, chosen.tokens) == (3, None)
     assert resolve(resolved.config, device=CPU, world_size=2, bf16=False) == resolved
     assert from_dict(to_dict(resolved.config)) == resolved.config
@@ -38,6 +38,28 @@ def test_fields_agree_with_the_configuration(tiny: Tiny) -> None:
     assert resolved.micro_batch_size == resolved.config.train.micro_batch_size
     assert resolved.micro_batch_size * resolved.gradient_accumulation_steps * 2 == 256 // 32
     assert resolved.total_steps == resolved.config.train.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "precision", "chunk"),
+    [
+        (49_152, "bf16", 4096),  # 384 MiB of logits; 8192 would take 768
+        (32_768, "bf16", 8192),  # 512 MiB
+        (32_769, "fp8", 4096),
+        (49_152, "fp32", 2048),
+        (500_000, "bf16", 1024),  # 977 MiB: no less
+    ],
+)
+def test_chunk_of_the_loss_fits_512_mib_on_a_gpu(vocab_size: int, precision: str, chunk: int, tiny: Tiny) -> None:
+    options = (f"train.precision={precision}", f"model.vocab_size={vocab_size}", "train.loss_chunk_tokens=auto")
+    resolved = resolve(tiny(*options), device=CUDA, world_size=1, bf16=True)
+    assert resolved.loss_chunk_tokens == resolved.config.train.loss_chunk_tokens == chunk
+    assert resolve(tiny(*options), device=CPU, world_size=1).loss_chunk_tokens == 8192
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_given_chunk_of_the_loss_is_kept(device: torch.device, tiny: Tiny) -> None:
+    assert resolve(tiny("train.loss_chunk_tokens=77"), device=device, world_size=1, bf16=True).loss_chunk_tokens == 77
 
 
 @pytest.mark.parametrize(("stage", "compiled"), [(1, True), (2, True), (3, False)])

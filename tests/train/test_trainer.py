@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+import osp.model.loss as loss_module
 from osp.config import Config, Deployed, LoggerConfig, from_dict, to_dict
 from osp.data.loader import Batch, Loader, Shards
 from osp.data.prepare import shard_folder
@@ -530,9 +531,22 @@ def test_bf16_compute_keeps_fp32_weights_and_follows_fp32(tiny: Tiny, plain_run:
     assert losses(plain_run) != losses(tmp_path / "bf16")
 
 
-def test_compiled_blocks_change_only_rounding(tiny: Tiny, tmp_path: Path) -> None:
-    train(tiny("train.steps=3", name="eager"))
+def test_compiled_blocks_and_loss_change_only_rounding(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, bool]] = []  # number of tokens, and whether gradients are computed
+
+    def token_losses(logits: torch.Tensor, *arguments: Any, grad: bool, **options: Any) -> torch.Tensor:
+        calls.append((len(logits), grad))
+        return original(logits, *arguments, grad=grad, **options)
+
+    original = loss_module.token_losses
+    monkeypatch.setattr(loss_module, "token_losses", token_losses)
+    train(tiny("train.steps=3", "train.loss_chunk_tokens=48", name="eager"))
+    assert (48, True) in calls
+    calls.clear()
     train(tiny("train.steps=3", "train.compile=true", name="compiled"))
+    assert {grad for _, grad in calls} == {False}, "only validation computes the loss eagerly"
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path / "eager")), torch.tensor(losses(tmp_path / "compiled")), atol=0, rtol=1e-4
     )
