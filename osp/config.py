@@ -80,7 +80,7 @@ class TrainConfig:
     tokens_per_step: Annotated[Int, Field(ge=1, le=2**30)] = 524_288  # global batch in tokens, over all ranks
     micro_batch_size: Count | Literal["auto"] = "auto"  # sequences per rank and backward pass
     grad_clip: NotNegative = 1.0  # upper bound of the global gradient norm; 0 disables clipping
-    compile: bool | Literal["auto"] = "auto"  # compile each block with torch.compile; auto: on for CUDA below ZeRO-3
+    compile: bool | Literal["auto"] = "auto"  # torch.compile of each block and the loss; auto: on for CUDA below ZeRO-3
     # Dtype of matmuls and activations. auto: bf16 if the hardware has it, else fp32; fp8: bf16, and 8-bit floats in the
     # matmuls of the blocks (needs torchao).
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
