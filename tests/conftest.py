@@ -77,6 +77,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
             "micro_batch_size": 2,
             "compile": False,
             "precision": "fp32",
+            "loss_chunk_tokens": 8192,
         },
         "model": {
             "vocab_size": 320,
