@@ -131,13 +131,13 @@ def train_once(model: Transformer, ids: Tensor, documents: Tensor | None) -> dic
     """Return what one training step of a model gives: losses, largest logits of heads and every gradient."""
     model.train().zero_grad(set_to_none=True)
     model.set_penalty(PenaltyConfig(weight=0.1, scale="rms"))
-    model.lm_head.z_loss = 1e-3
+    model.lm_head.z_loss, model.lm_head.chunk_tokens = 1e-3, 100
     found: dict[str, Any] = {}
     for number, block in enumerate(model.layers):
         assert isinstance(block, Block)
         largest = torch.full((model.config.num_attention_heads,), -torch.inf, device=ids.device)
         found[f"largest logits of layer {number}"] = block.self_attn.attend.largest = largest
-    output = model(ids, ids.roll(-1, 1), document_ids=documents, chunk_tokens=100)
+    output = model(ids, ids.roll(-1, 1), document_ids=documents)
     (output.loss + 0.1 * output.penalty).backward()
     found |= {"loss": output.loss, "penalty": output.penalty, "z_loss": output.z_loss}
     found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.numel() > 1}
