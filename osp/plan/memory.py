@@ -63,13 +63,12 @@ def rank_memory(
         reduced = max(touched)  # their gradients are kept whole
         # stage 2 adds the gradients of a micro batch to the accumulated ones
         gradients = total if stage == 1 else reduced * (2 if num > 1 else 1)
-    rules, bf16 = [group["update_rule"] for group in groups], options.machine.bf16
-    states = sum(size * (len(rule.STATE_NAMES) + average) for size, rule in zip(flats, rules, strict=True))
-    elementwise = [
-        rule.ELEMENT_BYTES * n for n, rule in zip(flats, rules, strict=True) if isinstance(rule, ElementwiseRule)
-    ]
-    whole = [group for group in groups if isinstance(group["update_rule"], WholeRule)]
-    workspace = max(elementwise + [round_bytes(whole, one, native_bf16=bf16) for rounds in work for one in rounds])
+    whole, bf16 = [g for g in groups if isinstance(g["update_rule"], WholeRule)], options.machine.bf16
+    spaces = [round_bytes(whole, one, native_bf16=bf16) for rounds in work for one in rounds]
+    states = 0
+    for size, rule in zip(flats, (group["update_rule"] for group in groups), strict=True):
+        states += size * (len(rule.STATE_NAMES) + average)
+        spaces += [rule.ELEMENT_BYTES * size] if isinstance(rule, ElementwiseRule) else []
     sizes = {
         "weights": FP32 * weights,
         "gathered_weights": FP32 * gathered,  # ZeRO-3: whole weights of the layers in use, at most
@@ -79,12 +78,13 @@ def rank_memory(
         "activations": kept[0],  # kept for the backward pass, bf16 copies of weights included
         "working_set": kept[1],  # on top of them: logits of a chunk, or the backward pass of one block
         "reduced_gradients": FP32 * reduced,  # at the optimizer step
-        "update": FP32 * flat + workspace,  # at the optimizer step: flat gradients, and the workspace of a rule
+        "update": FP32 * flat + max(spaces),  # at the optimizer step: flat gradients, and the workspace of a rule
         "reserved": int(2**30 * options.machine.reserved),
     }
     backward = FP32 * (buffers + (gradients if num > 1 else 0)) + sum(kept)
-    # gradients become flat group by group
-    most = max(backward, FP32 * (gradients + buffers), FP32 * (reduced + max(flats)), sizes["update"])
+    # gradients become flat group by group, and in one buffer are freed together
+    copied = flat if settings["contiguous_gradients"] else max(flats)
+    most = max(backward, FP32 * (gradients + buffers), FP32 * (reduced + copied), sizes["update"])
     return sizes | {"peak": sizes["reserved"] + FP32 * (weights + gathered + states) + most}
 
 
