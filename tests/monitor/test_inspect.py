@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def spiky(tiny_values: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["model"]["embed_proj"] = False
     original = Engine.step
 
-    def step(self: Engine, number: int, factor: float, *, record: bool = False) -> bool:
-        done = original(self, number, factor, record=record)
+    def step(self: Engine, number: int, factor: float, **options: Any) -> bool:
+        done = original(self, number, factor, **options)
         if number == 2:
             for name, start, _, states in self.optimizer.local_state():
                 if name == "embed_tokens.weight":
