@@ -16,7 +16,7 @@ from torch import Tensor
 from osp.config import MonitorConfig, OptimizerConfig, PenaltyConfig
 from osp.evaluation.perplexity import Text, perplexity
 from osp.model.generate import Decoder
-from osp.model.loss import IGNORE, linear_cross_entropy
+from osp.model.loss import IGNORE, fused_token_losses, linear_cross_entropy
 from osp.model.transformer import Block, Transformer, build_model
 from osp.model_config import AttentionConfig, ModelConfig, NormConfig, RopeScaling
 from osp.monitor.probe import ProbeText, probe
@@ -148,9 +148,12 @@ def train_once(model: Transformer, ids: Tensor, documents: Tensor | None) -> dic
 
 def model_error(
     name: str, device: torch.device, dtype: torch.dtype, *, documents: bool = False, compiled: bool = False,
-    checkpointing: bool = False,
+    checkpointing: bool = False, attention: str = "sdpa",
 ) -> float:  # fmt: skip
-    """Return the largest error of a loss, a gradient or a head's largest logit of a variant in training."""
+    """Return the largest error of a loss, a gradient or a head's largest logit of a variant in training.
+
+    compiled: blocks and loss. attention: as in `train.attention`.
+    """
     from torch._dynamo.utils import counters  # takes a second
 
     model, oracle = model_and_oracle(name, device)
@@ -162,6 +165,8 @@ def model_error(
         counters.clear()
         for layer in model.layers:
             layer.compile()
+        model.lm_head.compiled_losses = torch.compile(fused_token_losses, dynamic=False)
+    model.set_attention(attention)
     got = train_once(model, ids.to(device), document_ids.to(device) if documents else None)
     assert not compiled or counters["stats"]["unique_graphs"] >= 1
     assert got.keys() == want.keys()
@@ -169,8 +174,11 @@ def model_error(
     return max(errors.values())
 
 
-def loss_error(device: torch.device) -> float:
-    """Return the error of the loss in chunks, its z-loss and the gradients of their sum, in fp32."""
+def loss_error(device: torch.device, *, fused: bool = False) -> float:
+    """Return the error of the loss in chunks, its z-loss and the gradients of their sum, in fp32.
+
+    fused: by the function that training compiles, here not compiled.
+    """
     x, weight, bias = draw(300, 64), draw(1000, 64, seed=1) / 8, draw(1000, seed=2)
     targets = torch.randint(0, 1000, (300,), generator=torch.Generator().manual_seed(3))
     targets[::7] = IGNORE
@@ -181,6 +189,7 @@ def loss_error(device: torch.device) -> float:
     (losses + 0.01 * squares).backward()
     copies = [value.to(device, copy=True).requires_grad_() for value in (x, weight, bias)]
     options: dict[str, Any] = {"bias": copies[2], "chunk_tokens": 77, "z_loss": 0.01}
+    options |= {"compiled": fused_token_losses} if fused else {}
     found = linear_cross_entropy(copies[0], copies[1], targets.to(device), **options)
     found[0].backward()
     pairs: list[Any] = [(found[0], losses), (found[1], squares)]

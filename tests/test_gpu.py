@@ -9,6 +9,7 @@ import torch
 
 from osp.config import MonitorConfig
 from osp.device import native_fp8
+from osp.model.attention import KERNELS
 from osp.model.fp8 import fp8_linear
 from osp.model.transformer import build_model
 from osp.monitor.probe import ProbeText, probe
@@ -47,8 +48,15 @@ def test_recomputed_activations_equal_float64(dtype: torch.dtype, device: torch.
     assert checks.model_error("bhyt", device, dtype, checkpointing=True) < checks.MODEL_LIMIT[dtype]
 
 
-def test_loss_in_chunks_equals_float64(device: torch.device) -> None:
-    assert checks.loss_error(device) < checks.LOSS_LIMIT
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_loss_in_chunks_equals_float64(fused: bool, device: torch.device) -> None:
+    assert checks.loss_error(device, fused=fused) < checks.LOSS_LIMIT
+
+
+@pytest.mark.parametrize("name", ["rmsnorm, grouped queries", "off by one"])
+@pytest.mark.parametrize("attention", sorted(KERNELS.keys() - {"fa3"}))
+def test_every_kernel_of_attention_equals_float64(attention: str, name: str, device: torch.device) -> None:
+    assert checks.model_error(name, device, torch.bfloat16, attention=attention) < checks.MODEL_LIMIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -142,17 +150,26 @@ def test_fp8_products_equal_the_emulated_ones(device: torch.device) -> None:
 # Compilation takes seconds to minutes: these come last.
 
 
-COMPILED: list[tuple[str, dict[str, bool]]] = [
+COMPILED: list[tuple[str, dict[str, Any]]] = [
     ("ssnorm, projections", {}),
     ("ssnorm, projections", {"documents": True, "checkpointing": True}),
     ("bhyt", {"documents": True}),
     ("all of attention", {}),
+    ("rmsnorm, grouped queries", {"attention": "flex", "documents": True}),
+    ("all of attention", {"attention": "flex", "documents": True, "checkpointing": True}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), COMPILED, ids=str)
-def test_compiled_blocks_equal_float64(name: str, options: dict[str, bool], device: torch.device) -> None:
+def test_compiled_blocks_equal_float64(name: str, options: dict[str, Any], device: torch.device) -> None:
     error = checks.model_error(name, device, torch.bfloat16, compiled=True, **options)
+    assert error < checks.MODEL_LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["rmsnorm, grouped queries", "all of attention"])
+def test_flex_attention_of_eager_blocks_equals_float64(name: str, device: torch.device) -> None:
+    torch._dynamo.reset()  # a second cap in one process would become a symbol, which flex attention does not take
+    error = checks.model_error(name, device, torch.bfloat16, attention="flex", documents=True)
     assert error < checks.MODEL_LIMIT[torch.bfloat16]
 
 
