@@ -64,8 +64,7 @@ def rank_memory(
         # stage 2 adds the gradients of a micro batch to the accumulated ones
         gradients = total if stage == 1 else reduced * (2 if num > 1 else 1)
     whole, bf16 = [g for g in groups if isinstance(g["update_rule"], WholeRule)], options.machine.bf16
-    spaces = [round_bytes(whole, one, native_bf16=bf16) for rounds in work for one in rounds]
-    states = 0
+    states, spaces = 0, [round_bytes(whole, one, native_bf16=bf16) for rounds in work for one in rounds]
     for size, rule in zip(flats, (group["update_rule"] for group in groups), strict=True):
         states += size * (len(rule.STATE_NAMES) + average)
         spaces += [rule.ELEMENT_BYTES * size] if isinstance(rule, ElementwiseRule) else []

@@ -45,6 +45,7 @@ def engine_of(
         micro_batch_size=rows,
         gradient_accumulation_steps=accumulation,
         compute_dtype=torch.float32,
+        loss_chunk_tokens=8192,
         compiled=False,
         qat=None,
     )
