@@ -249,7 +249,10 @@ def _count_values(x: Tensor) -> Tensor:
     """
     bits = x.to(torch.bfloat16).flatten().view(torch.int16).int()
     size = ((bits & 0x7FFF) - _LOWEST_BITS).clamp(0, _BINS - 1)
-    index = (size + (bits < 0) * _BINS).long()  # `bincount` waits for the device
+    index = size + (bits < 0) * _BINS
+    if not x.is_cuda:  # ten times faster there
+        return torch.bincount(index, minlength=2 * _BINS)
+    index = index.long()  # `bincount` waits for the device
     return torch.zeros(2 * _BINS, dtype=torch.int64, device=x.device).scatter_add_(0, index, torch.ones_like(index))
 
 
