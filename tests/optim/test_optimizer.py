@@ -10,7 +10,7 @@ from osp.config import OptimizerConfig
 from osp.model.build_norms import build_norm
 from osp.model_config import Heads
 from osp.optim.groups import build_groups
-from osp.optim.optimizer import PartitionedOptimizer
+from osp.optim.optimizer import PartitionedOptimizer, momentum_pass, update_pass
 from osp.optim.rules import RULES, Group, WholeRule
 from tests.optim.reference import OneRole, osp_direction
 
@@ -247,6 +247,21 @@ def test_compiled_passes_equal_eager_ones_and_compile_once() -> None:
         results.append(torch.cat([*flats, *(piece.state["momentum"] for piece in optimizer.pieces)]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "two passes, one or two kinds of layout"
+
+
+def test_compiled_passes_are_one_kernel_each() -> None:
+    """So gradient, momentum and weight travel once: 16 and 10 bytes per parameter."""
+    import torch._inductor.config
+    from torch._inductor import metrics
+
+    grad, buf, out = (integers(64, seed=seed) for seed in range(3))
+    weights, update = integers(4, 8, 16, seed=3), integers(4, 16, 8, seed=4).bfloat16().mT
+    with torch._inductor.config.patch(force_disable_caches=True):
+        metrics.reset()
+        torch.compile(momentum_pass, dynamic=True)(grad, buf, out, 0.5, 0.95, True)
+        assert metrics.generated_kernel_count == 1
+        torch.compile(update_pass, dynamic=True)(weights, update, 0.9, torch.full((), -0.1))
+        assert metrics.generated_kernel_count == 2
 
 
 def test_updates_wait_for_the_last_group() -> None:
