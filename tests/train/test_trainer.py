@@ -293,9 +293,9 @@ def test_waiting_for_data_is_the_wait_for_the_loader(
     """Not the exchange with ranks whose last step still runs, nor any other part of the step."""
     step, wait, count = Engine.step, Loader.wait, trainer.count_flags
 
-    def slow_step(*args: Any, **kwargs: Any) -> bool:
+    def slow_step(*args: Any, **kwargs: Any) -> None:
         time.sleep(0.5)
-        return step(*args, **kwargs)
+        step(*args, **kwargs)
 
     def slow_count(*flags: bool) -> list[int]:
         time.sleep(0.5 if len(flags) > 1 else 0.0)
