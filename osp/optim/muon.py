@@ -114,8 +114,8 @@ def newton_schulz_flops(shape: Sequence[int], steps: int = 5, method: str = "sta
 def _iterate(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     """X <- a X + (b A + c A^2) X with A = X X^T, once per triple. x: (K, m, n), overwritten
 
-    Buffers are allocated once. cuBLAS copies the terms a X and b A to the result before it adds a product. With a on
-    the diagonal of the factor, or b on the diagonal of c A, nothing is copied, but bf16 then rounds them once more: the
+    Buffers are allocated once. torch copies the terms a X and b A to the result before it adds a product. With a on the
+    diagonal of the factor, or b on the diagonal of c A, nothing is copied, but bf16 then rounds them once more: the
     error against float64 grows from 1% to 2%.
     """
     other, gram = torch.empty_like(x), x.new_empty(len(x), x.shape[1], x.shape[1])

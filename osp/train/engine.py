@@ -99,9 +99,7 @@ class Engine:
         self.names = [name for group in self.groups for name in group["names"]]  # of all parameters
         pieces, ends = self.optimizer.pieces, itertools.accumulate((len(g["names"]) for g in self.groups), initial=0)
         places = [end + iv.index for end, piece in zip(ends, pieces, strict=False) for iv in piece.intervals]
-        self._places = torch.tensor(
-            places, dtype=torch.int64, device=self.device
-        )  # in `names`, of what this rank holds
+        self._places = torch.tensor(places, dtype=torch.int64, device=self.device)  # in `names`, of this rank's parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
