@@ -36,7 +36,7 @@ class Ops(ModuleType):
 
 @pytest.mark.parametrize(("place", "backend", "probes"), [("cuda", "cpu:gloo,cuda:nccl", 0), ("cpu", "gloo", 1)])
 def test_backend_of_a_device(place: str, backend: str, probes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on a GPU travel over NCCL, those of the CPU over gloo; no CUDA op of DeepSpeed is probed."""
+    """GPU tensors travel over NCCL, CPU tensors over gloo; no CUDA op of DeepSpeed is probed."""
     ops, calls = Ops(), list[Any]()
     deepspeed, utils = ModuleType("deepspeed"), ModuleType("deepspeed.utils")
     vars(utils).update(logger=SimpleNamespace(setLevel=lambda _: None), numa=SimpleNamespace(get_numa_cores=len))

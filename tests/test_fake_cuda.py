@@ -113,7 +113,7 @@ def gradients_of(node: Any, arrived: dict[int, Tensor]) -> list[Tensor | None]:
         return [output for output, (child, _) in zip(outputs, node.next_functions, strict=True) if child is not None]
     metadata = zip(inputs, node._input_metadata, strict=True)
     full = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if x is None else x for x, m in metadata]
-    outputs = node.apply(*full)  # those of inputs that are no tensors are None
+    outputs = node.apply(*full)  # None for an input that is no tensor
     return [output for output in (outputs if isinstance(outputs, tuple) else (outputs,)) if output is not None]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osp.optim.rules import ElementwiseRule, Group, WholeRule
+from osp.optim.rules import Group, WholeRule
 from osp.optim.zero import WORKSPACE, Piece, Round, Whole, flat_size, plan_rounds, rank_intervals
 
 
@@ -32,13 +32,18 @@ def update_pass(p: Tensor, update: Tensor, keep: float, rate: Tensor) -> None:
     p.mul_(keep).addcmul_(update, rate)
 
 
-def whole_groups(groups: Sequence[Group]) -> list[Whole]:
-    """Return the groups with a `WholeRule`, in order, for `plan_rounds`."""
-    return [
+def whole_groups(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups with a `WholeRule`, in order: `Share.group` counts them."""
+    return [group for group in groups if isinstance(group["update_rule"], WholeRule)]
+
+
+def rank_rounds(groups: Sequence[Group], *, rank: int, world_size: int, stage: int) -> list[Round]:
+    """Return the work of one rank on the groups with a `WholeRule`."""
+    sizes = [
         Whole(group["shapes"][0].numel(), len(group["shapes"]), max(group["update_rule"].flops(group), 1))
-        for group in groups
-        if isinstance(group["update_rule"], WholeRule)
+        for group in whole_groups(groups)
     ]
+    return plan_rounds(sizes, rank=rank, world_size=world_size, stage=stage)
 
 
 class PartitionedOptimizer(torch.optim.Optimizer):
@@ -81,7 +86,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             self.state[flat] = {name: torch.zeros_like(flat, dtype=torch.float32) for name in names}
             intervals = rank_intervals(numels, rank=rank, **layout)
             self.pieces.append(Piece(group, flat, self.state[flat], intervals))
-        self.rounds = plan_rounds(whole_groups(self.param_groups), world_size=world_size, rank=rank, stage=stage)
+        self.rounds = rank_rounds(self.param_groups, rank=rank, world_size=world_size, stage=stage)
 
     def set_step(self, number: int, factor: float, *, clip: float = 1.0, record: bool = False) -> None:
         """Prepare step `number`, from 1: learning rates become base times `factor`, gradients are multiplied by `clip`.
@@ -106,7 +111,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         whole = []
         for piece in self.pieces:
             rule, grad = piece.group["update_rule"], self._grads[id(piece.flat)]
-            if not isinstance(rule, ElementwiseRule):
+            if isinstance(rule, WholeRule):
                 whole.append((piece, grad))
                 continue
             if self._clip != 1:

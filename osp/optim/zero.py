@@ -99,7 +99,9 @@ class Round:
 
     shares: list[Share]
     held: tuple[Interval, ...] = ()  # this rank's parts, by owner; places in the local parts of all shares, one by one
-    owned: tuple[Interval, ...] = ()  # parts of the owned parameters, by sender; places among those of all shares
+    owned: tuple[
+        Interval, ...
+    ] = ()  # parts of the owned parameters, by sender; places in those of all shares, one by one
     sends: list[int] | None = None  # elements per rank; None where every rank holds whole parameters
     receives: list[int] | None = None
 
@@ -141,13 +143,13 @@ def plan_rounds(
     """Return the work of one rank on parameters that are updated as a whole.
 
     A group whose pieces are whole parameters on every rank is updated by each rank by itself, in views. The parameters
-    of all other groups are exchanged together, in as few rounds as `workspace` elements per rank, and one parameter,
-    allow: every round is a collective in which all ranks take part. Owners of a round are chosen by `assign`.
+    of all other groups are exchanged together in few rounds; every round is a collective in which all ranks take part.
+    `assign` chooses the owners. On average a rank owns at most `workspace` elements of a round, or one parameter.
     """
     layout = {"rank": rank, "world_size": world_size, "stage": stage}
     rounds, split = [], []
     for number, (numel, count, _) in enumerate(groups):
-        piece = flat_size([numel] * count, world_size=world_size, stage=stage) // (count if stage == 3 else 1)
+        piece, _ = _cut(numel, count, world_size=world_size, stage=stage)
         if piece % numel == 0 or piece >= (numel if stage == 3 else numel * count):
             size, held = max(1, workspace // numel), rank_intervals([numel] * count, **layout)
             for run in (held[i : i + size] for i in range(0, len(held), size)):
@@ -180,6 +182,15 @@ def assign(costs: tuple[int, ...], world_size: int) -> tuple[int, ...]:
     return tuple(ranks)
 
 
+def _cut(numel: int, count: int, *, world_size: int, stage: int) -> tuple[int, int]:
+    """Return the elements of a rank's piece, and the distance from one parameter to the next in what is cut.
+
+    Stages 1 and 2 cut the concatenation of the group. Stage 3 cuts every parameter separately, at distance 0.
+    """
+    size = flat_size([numel] * count, world_size=world_size, stage=stage)
+    return (size // count, 0) if stage == 3 else (size, numel)
+
+
 def _plan_round(
     groups: Sequence[Whole], parameters: Sequence[tuple[int, int]], *, rank: int, world_size: int, stage: int
 ) -> Round:
@@ -199,9 +210,7 @@ def _plan_round(
             parts.append((owner, iv._replace(offset=place + iv.offset - local.start)))
             sends[owner] += iv.size
         owned = [index for index in indices if owners[number, index] == rank]
-        piece, stride = flat_size([numel] * count, world_size=world_size, stage=stage), numel
-        if stage == 3:
-            piece, stride = piece // count, 0  # every parameter is cut by itself
+        piece, stride = _cut(numel, count, world_size=world_size, stage=stage)
         for index in owned:
             begin = index * stride
             for sender in range(begin // piece, -(-(begin + numel) // piece)):

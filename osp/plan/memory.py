@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from osp.config import Config
 from osp.model.attention import document_mask
 from osp.model.transformer import Block, CausalAttention, Transformer
-from osp.optim.rules import FP32, ElementwiseRule, Group, WholeRule
+from osp.optim.optimizer import whole_groups
+from osp.optim.rules import FP32, ElementwiseRule, Group
 from osp.optim.zero import Round, flat_size, rank_intervals
 from osp.plan.config import PlanConfig
 from osp.train.engine import zero_settings
@@ -63,7 +64,7 @@ def rank_memory(
         reduced = max(touched)  # their gradients are kept whole
         # stage 2 adds the gradients of a micro batch to the accumulated ones
         gradients = total if stage == 1 else reduced * (2 if num > 1 else 1)
-    whole, bf16 = [g for g in groups if isinstance(g["update_rule"], WholeRule)], options.machine.bf16
+    whole, bf16 = whole_groups(groups), options.machine.bf16
     states, spaces = 0, [round_bytes(whole, one, native_bf16=bf16) for rounds in work for one in rounds]
     for size, rule in zip(flats, (group["update_rule"] for group in groups), strict=True):
         states += size * (len(rule.STATE_NAMES) + average)
@@ -94,15 +95,13 @@ def round_bytes(groups: Sequence[Group], work: Round, *, native_bf16: bool) -> i
     the next one; the exchange of all directions in fp32.
     """
     held = FP32 * sum(share.num_held for share in work.shares)
-    whole = FP32 * sum(len(share.owned) * share.numel for share in work.shares)
-    moved = whole if work.sends is not None else 0
+    moved = 0 if work.sends is None else FP32 * sum(len(share.owned) * share.numel for share in work.shares)
     most = done = 0
     for share in work.shares:
         group = groups[share.group]
         space, result = group["update_rule"].direction_bytes(group, len(share.owned), native_bf16=native_bf16)
         most, done = max(most, done + space), done + result
-    exchange = max(held + moved, done + moved + held) if moved else 0
-    return held + max(moved + most, exchange)
+    return held + moved + max(most, done + held if moved else 0)
 
 
 def activation_bytes(config: Config, model: Transformer, *, micro_batch_size: int, compiled: bool) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from osp.optim.optimizer import whole_groups
-from osp.optim.rules import FP32, Group, WholeRule
-from osp.optim.zero import Round, flat_size, plan_rounds
+from osp.optim.optimizer import rank_rounds, whole_groups
+from osp.optim.rules import FP32, Group
+from osp.optim.zero import Round, flat_size
 from osp.plan.config import PlanConfig
 from osp.train.engine import reduces_to_owners
 
@@ -36,13 +36,12 @@ class WholeWork:
 
 def rounds_of(groups: Sequence[Group], *, world_size: int, stage: int) -> list[list[Round]]:
     """Return the rounds of every rank, as `PartitionedOptimizer` plans them."""
-    whole = whole_groups(groups)
-    return [plan_rounds(whole, world_size=world_size, rank=rank, stage=stage) for rank in range(world_size)]
+    return [rank_rounds(groups, rank=rank, world_size=world_size, stage=stage) for rank in range(world_size)]
 
 
 def whole_work(groups: Sequence[Group], ranks: Sequence[Sequence[Round]]) -> WholeWork:
     """Return the work of the groups with a `WholeRule` from `rounds_of` all groups."""
-    whole = [group for group in groups if isinstance(group["update_rule"], WholeRule)]
+    whole = whole_groups(groups)
     costs = [group["update_rule"].flops(group) for group in whole]
     owners: list[dict[str, int]] = [{} for _ in whole]
     num_owned = [[0] * len(ranks) for _ in whole]

@@ -131,7 +131,7 @@ def test_hooks_on_attention_see_all_keys_and_values(model: Transformer) -> None:
 
 @torch.no_grad()
 def test_few_widths_of_the_cache_change_only_rounding() -> None:
-    """On a GPU a pass reads a multiple of 64 slots, or all. Logits and text are those of passes without a cache."""
+    """On a GPU a pass reads a multiple of 64 slots, or all. Logits and text equal passes without a cache."""
     model = lively(shape(max_position_embeddings=160, num_key_value_heads=2))
     assert Decoder(model, 1, 140).multiple == 1, "a CPU plans nothing"
     decoder = Decoder(model, 2, 140)

@@ -433,7 +433,7 @@ def test_copies_to_write_are_what_the_run_saves(case: str, tmp_path: Path) -> No
 def test_copies_to_write_equal_a_run_that_saves_and_prunes(
     every: int, keep_last: int, keep_every: int, first: int, steps: int, before: set[int], tmp_path: Path
 ) -> None:
-    """A run that goes back before checkpoints of its own may ask for one too many."""
+    """A run that goes back to a step before its checkpoints may ask for one too many."""
     folder, last = Path(tempfile.mkdtemp(dir=tmp_path)), first + steps
     for step in before:
         put(folder, step)

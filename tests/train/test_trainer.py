@@ -396,7 +396,7 @@ def test_sample_of_a_deterministic_run_may_use_any_operation(
 
 
 def test_a_step_fetches_its_figures_in_one_transfer(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss, penalty and the norms of all gradients: each transfer of its own would leave a GPU idle."""
+    """Loss, penalty and the norms of all gradients: a GPU is idle during each transfer."""
     fetched: list[str] = []
     run = setup(tiny("eval.sample_tokens=0", "penalty.weight=0.1", "train.z_loss=0.01", "train.grad_clip=0.1"))
     try:
